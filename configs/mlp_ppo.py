@@ -1,0 +1,35 @@
+"""PPO with a plain MLP on any Brax environment, by default inverted_pendulum on spring physics.
+
+Command:   python -m experiments.train --config=configs/mlp_ppo.py --workdir=runs/pendulum
+           python -m experiments.train --config=configs/mlp_ppo.py:reacher --workdir=runs/reacher
+Hardware:  two CPU cores.
+"""
+
+import ml_collections
+
+from configs import reach_ppo
+
+
+def get_config(name: str = "inverted_pendulum") -> ml_collections.ConfigDict:
+    """The config for Brax's environment `name`."""
+    config = reach_ppo.get_config()
+    config.env.name = f"brax:{name}"
+    config.env.height = config.env.width = 0
+    config.env.options = ml_collections.ConfigDict({"backend": "spring", "episode_length": 1000})
+    config.model.kind = "mlp"
+    config.model.auxiliary = ()
+    config.model.pointing = None
+    config.warm_start.updates = 0
+    config.ppo.num_envs = 256
+    config.ppo.unroll = 20
+    config.ppo.minibatches = 8
+    config.ppo.epochs = 4
+    config.ppo.learning_rate = 3e-4
+    config.ppo.discount = 0.97
+    config.ppo.entropy_weight = 0.01
+    config.ppo.initial_std = 0.5
+    config.run.updates = 60
+    config.run.updates_per_dispatch = 5
+    config.run.eval_episodes = 64
+    config.run.eval_interval = 60
+    return config

@@ -1,0 +1,83 @@
+"""PPO fine-tunes a multimodal transformer on `language_reach`, from a cloned warm start.
+
+Command:   python -m experiments.train --config=configs/reach_ppo.py --workdir=runs/reach_ppo
+Hardware:  two CPU cores.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Every key that a run has; its meaning is in mmrl_jax/training/factory.py, SCHEMA."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.algorithm = "ppo"
+    config.devices = 1
+
+    config.env = ml_collections.ConfigDict()
+    config.env.name = "language_reach"
+    config.env.split = "train"
+    config.env.height = 32
+    config.env.width = 32
+    config.env.history = 1
+    config.env.options = ml_collections.ConfigDict({"reward": "dense", "episode_length": 24})
+
+    config.model = ml_collections.ConfigDict()
+    config.model.kind = "multimodal"
+    config.model.width = 64
+    config.model.layers = 2
+    config.model.heads = 2
+    config.model.mlp_ratio = 4
+    config.model.patch = 8
+    config.model.patch_hidden = 128
+    config.model.vision_layers = 0
+    config.model.text_layers = 0
+    config.model.film = True
+    config.model.auxiliary = (("target_place", 2),)
+    config.model.pointing = "target_pixel"
+    config.model.dtype = "float32"
+    config.model.remat = False
+
+    config.warm_start = ml_collections.ConfigDict()
+    config.warm_start.updates = 2400
+    config.warm_start.episodes = 4096
+    config.warm_start.expert = ml_collections.ConfigDict(
+        {"gain": 1.5, "undershoot": 0.15, "noise": 0.2}
+    )
+    config.warm_start.batch_size = 512
+    config.warm_start.learning_rate = 1e-3
+    config.warm_start.max_grad_norm = 1.0
+    config.warm_start.value_weight = 0.1
+    config.warm_start.auxiliary_weight = 2.0
+    config.warm_start.pointing_weight = 0.2
+    config.warm_start.updates_per_dispatch = 25
+    config.warm_start.eval_interval = 600
+    config.warm_start.checkpoint_interval = 600
+
+    config.ppo = ml_collections.ConfigDict()
+    config.ppo.num_envs = 256
+    config.ppo.unroll = 25
+    config.ppo.learning_rate = 3e-4
+    config.ppo.schedule = "linear"
+    config.ppo.max_grad_norm = 1.0
+    config.ppo.discount = 0.95
+    config.ppo.gae_lambda = 0.95
+    config.ppo.clip = 0.2
+    config.ppo.value_clip = ml_collections.config_dict.placeholder(float)
+    config.ppo.value_weight = 0.5
+    config.ppo.entropy_weight = 0.0
+    config.ppo.auxiliary_weight = 2.0
+    config.ppo.pointing_weight = 0.2
+    config.ppo.epochs = 2
+    config.ppo.minibatches = 16
+    config.ppo.target_kl = ml_collections.config_dict.placeholder(float)
+    config.ppo.initial_std = 0.3
+
+    config.run = ml_collections.ConfigDict()
+    config.run.updates = 100
+    config.run.updates_per_dispatch = 1
+    config.run.eval_interval = 20
+    config.run.eval_episodes = 256
+    config.run.checkpoint_interval = 10
+    config.run.keep = 2
+    return config

@@ -1,0 +1,209 @@
+"""The main job on its embedded default: clone, fine-tune with PPO, compare, evaluate, film.
+
+  python -m experiments.quickstart --workdir=runs/quickstart
+
+Writes to the workdir:
+  summary.json          every number that is printed, flat
+  learning_curves.png   of the warm start, of PPO and of more cloning
+  episodes.mp4          episodes of the final policy, their instruction as caption
+  episode.png           one of them as a strip
+  warm_start/ ppo/ more_cloning/   checkpoints, metrics.jsonl and TensorBoard events of each stage
+
+Interrupted, the same command goes on where it stopped.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from configs import reach_ppo
+from mmrl_jax import envs
+from mmrl_jax.envs import language_reach
+from mmrl_jax.envs.brax_api import State
+from mmrl_jax.evaluation import evaluate as evaluation
+from mmrl_jax.learners.learner import LearnerState, policy_function
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
+from mmrl_jax.training import factory, loop, report
+from mmrl_jax.training.assessment import assess, interval
+
+FLAGS = flags.FLAGS
+EPISODES = 512
+
+
+def goes_to(choose: str) -> PolicyFunction:
+    """A perfect controller that does not know which object is meant: success by chance.
+
+    It goes to an object drawn at random ('random_object'), or to the first that is on the table
+    ('fixed_object').
+    """
+
+    def policy(state: State, rng: jax.Array) -> Decision:
+        active = state.info["objects"]["active"]
+        if choose == "random_object":
+            # One draw an episode: the environment's own key and episode number.
+            keys = jax.vmap(jax.random.fold_in)(state.info["key"], state.info["episode"] + 1)
+            active = active * jax.vmap(lambda k: jax.random.uniform(k, active.shape[1:]))(keys)
+        chosen = jnp.argmax(active, axis=1)
+        places = state.info["objects"]["position"][jnp.arange(chosen.shape[0]), chosen, :2]
+        aimed = state.replace(info=state.info | {"privileged": {"target_place": places}})
+        action = language_reach.expert_action(aimed, rng, gain=4.0, undershoot=0.0, noise=0.0)
+        zero = jnp.zeros(action.shape[0])
+        return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+
+    return policy
+
+
+def record(summary: dict[str, float], prefix: str, success: np.ndarray) -> None:
+    """Adds mean and interval of episodes' success to the summary, and prints them."""
+    mean, low, high = interval(np.asarray(success))
+    summary |= {f"{prefix}/success": mean, f"{prefix}/success_lo": low, f"{prefix}/success_hi": high}
+    print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
+
+
+def evaluate_stage(
+    summary: dict[str, float],
+    config: ml_collections.ConfigDict,
+    stage: str,
+    learner: LearnerState,
+    *,
+    splits: tuple[str, ...],
+    hidden: tuple[str, ...],
+) -> None:
+    """Evaluates a stage's learner on splits, with modalities hidden on the training split."""
+    for split in splits:
+        names = hidden if split == config.env.split else ()
+        result = assess(config, learner, split, episodes=EPISODES, hidden=names)
+        for name, episodes in result.items():
+            record(summary, "/".join(p for p in (stage, split, name) if p), episodes.success)
+
+
+def evaluate_chance(summary: dict[str, float], config: ml_collections.ConfigDict) -> None:
+    """Success of going to a random or to a fixed object, on the training split."""
+    env = factory.make_env(config)
+    for choose in ("random_object", "fixed_object"):
+        run = jax.jit(
+            lambda key, policy=goes_to(choose): evaluation.evaluate(
+                env, policy, key, episodes=EPISODES
+            )
+        )
+        success = run(factory.evaluation_key(config)).success
+        record(summary, f"chance/{config.env.split}/{choose}", jax.device_get(success))
+
+
+def film(
+    config: ml_collections.ConfigDict, learner: LearnerState, workdir: pathlib.Path
+) -> list[pathlib.Path]:
+    """Writes the video and the strip of the final policy's episodes."""
+    env = factory.make_env(config)
+    apply = factory.make_network(config, env).apply
+
+    @jax.jit
+    def run(learner: LearnerState, rng: jax.Array) -> tuple:
+        policy = policy_function(apply, learner, deterministic=True)
+        return evaluation.film(env, policy, rng, episodes=6, height=160, width=160)
+
+    # Other episodes than the evaluation's, taken as they come.
+    rng = jax.random.fold_in(factory.evaluation_key(config), 2)
+    first, frames, _ = jax.device_get(run(learner, rng))
+    captions = [env.caption(jax.tree.map(lambda x, i=i: x[i], first)) for i in range(6)]
+    clips = np.swapaxes(frames, 0, 1)
+    video = report.episodes_video(workdir / "episodes.mp4", clips, captions, fps=10, columns=3)
+    strip = report.episode_strip(workdir / "episode.png", clips[0], captions[0], count=5)
+    return [video, strip]
+
+
+def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Runs everything; returns the summary, or None if a SIGTERM interrupted it."""
+    started = time.perf_counter()
+    factory.check(config)
+    mesh = factory.make_mesh(config)
+    summary: dict[str, float] = {}
+    data, expert_success = factory.record_demonstrations(config)
+    print(f"{config.warm_start.episodes} demonstrations, expert success {expert_success:.3f}")
+    summary["expert/train/success"] = expert_success
+
+    cloning = factory.cloning_stage(config, mesh, data)
+    warm = loop.run(cloning, workdir=workdir / "warm_start", config=config)
+    if warm.interrupted:
+        return None
+    tuned = loop.run(
+        factory.ppo_stage(config, mesh, start=warm.carry.learner),
+        workdir=workdir / "ppo",
+        config=config,
+    )
+    if tuned.interrupted:
+        return None
+    # As long as PPO took, on the same demonstrations; the bound on updates is never reached.
+    more_updates = 100 * config.warm_start.updates
+    more = loop.run(
+        factory.cloning_stage(
+            config, mesh, data, name="more_cloning", updates=more_updates,
+            start=warm.carry.learner,
+        ),
+        workdir=workdir / "more_cloning",
+        config=config,
+        max_seconds=tuned.wall_s,
+    )
+    if more.interrupted and more.wall_s < tuned.wall_s:
+        return None
+
+    print(f"Success over {EPISODES} episodes, with 95 % intervals:")
+    split, splits = config.env.split, envs.splits(config.env.name)
+    evaluate_chance(summary, config)
+    evaluate_stage(summary, config, "warm_start", warm.carry.learner, splits=splits, hidden=())
+    evaluate_stage(
+        summary, config, "more_cloning", more.carry.learner, splits=(split,), hidden=()
+    )
+    evaluate_stage(
+        summary, config, "final", tuned.carry.learner, splits=splits,
+        hidden=("pixels", "instruction"),
+    )
+    for name in ("warm_start", "ppo", "more_cloning"):
+        axis = "progress/env_steps" if name == "ppo" else "progress/updates"
+        report.learning_curves(
+            workdir / name / "metrics.jsonl", workdir / name / "learning_curves.png", x=axis
+        )
+    written = film(config, tuned.carry.learner, workdir)
+    steps = config.run.updates * config.ppo.num_envs * config.ppo.unroll
+    summary |= {
+        "warm_start/wall_s": warm.wall_s,
+        "ppo/wall_s": tuned.wall_s,
+        "more_cloning/wall_s": more.wall_s,
+        "compile_s": warm.compile_s + tuned.compile_s + more.compile_s,
+        "env_steps": steps,
+        "env_steps_per_s": steps / tuned.wall_s,
+        "wall_s": time.perf_counter() - started,
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print("Written: " + ", ".join(str(p) for p in [workdir / "summary.json", *written]))
+    return summary
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
+    config = reach_ppo.get_config()
+    config.seed = FLAGS.seed
+    summary = quickstart(config, pathlib.Path(FLAGS.workdir))
+    if summary is None:
+        print("Interrupted; the same command goes on from the last checkpoint.")
+        return
+    print(
+        f"PPO took success on the training split from {summary['warm_start/train/success']:.1%} "
+        f"(warm start) to {summary['final/train/success']:.1%}; as much time of more cloning gives "
+        f"{summary['more_cloning/train/success']:.1%}. {summary['wall_s'] / 60:.1f} minutes.\n"
+        f"Look at {FLAGS.workdir}/episodes.mp4 and {FLAGS.workdir}/ppo/learning_curves.png."
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/quickstart", "Directory that gets all outputs.")
+    flags.DEFINE_integer("seed", 0, "Seed of the whole run.")
+    app.run(main)

@@ -1,0 +1,67 @@
+"""The device mesh and where arrays lie on it: environments and samples are split, the rest copied.
+
+One axis, 'data': every device holds B / devices environments and all parameters. Programs are
+plain `jit` over arrays placed here, and XLA inserts the collectives.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA = "data"
+
+
+def make_mesh(devices: int | None) -> Mesh:
+    """Returns a mesh with the one axis 'data'.
+
+    Args:
+      devices: how many of `jax.devices()` to use, the first ones; None: all of them.
+
+    Raises:
+      ValueError: there are fewer devices, or `devices` is not positive.
+    """
+    available = jax.devices()
+    count = len(available) if devices is None else devices
+    if not 1 <= count <= len(available):
+        raise ValueError(
+            f"devices={devices}, but JAX sees {len(available)}; ask for 1 to {len(available)}, or "
+            f"for all of them with None."
+        )
+    # Auto lets XLA propagate shardings; make_mesh's default would have every operation typed.
+    return jax.make_mesh((count,), (DATA,), axis_types=(AxisType.Auto,), devices=available[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
+    """Axis `axis_index` is split over the devices, e.g. 1 for B in [T, B, ...]; the rest is not."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, DATA))
+
+
+def shard_batch(tree: Any, mesh: Mesh, axis: int) -> Any:
+    """Places a pytree of arrays with its axis `axis` split over the devices.
+
+    Args:
+      tree: arrays that all have B as their axis `axis`, e.g. [B, ...] or [T, B, ...].
+      mesh: from `make_mesh`.
+      axis: index of B, 0 or more.
+
+    Returns:
+      The same values, placed.
+    """
+    return jax.device_put(tree, batch_sharding(mesh, axis))
+
+
+def check_divides(envs: int, mesh: Mesh) -> None:
+    """Raises ValueError unless `envs` environments can be split evenly over the mesh."""
+    devices = mesh.shape[DATA]
+    if envs <= 0 or envs % devices:
+        above = max(1, -(-envs // devices)) * devices
+        raise ValueError(
+            f"envs={envs} environments cannot be split evenly over {devices} devices; choose a "
+            f"multiple of {devices}, e.g. {above}, or another number of devices."
+        )

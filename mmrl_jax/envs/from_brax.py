@@ -1,0 +1,194 @@
+"""Any Brax or MuJoCo Playground environment, given an instruction and something to look at."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.envs import instructions, system_scene
+from mmrl_jax.envs.brax_api import Env, State, environment_names, get_environment
+from mmrl_jax.rendering import Camera, Scene, look_at
+
+INSTRUCTIONS = {
+    "ant": "run forward",
+    "fast": "go fast",
+    "halfcheetah": "run forward",
+    "hopper": "hop forward",
+    "humanoid": "run forward",
+    "humanoidstandup": "stand up",
+    "inverted_double_pendulum": "balance the poles",
+    "inverted_pendulum": "balance the pole",
+    "pusher": "push the object to the goal",
+    "reacher": "touch the target",
+    "swimmer": "swim forward",
+    "walker2d": "walk forward",
+}
+DIRECTION = (0.0, -0.8, 0.6)  # From the followed link to the camera by default, length 1.
+MARGIN = 1.2  # Room around the bodies in the default picture.
+
+
+class FromBrax(Env):
+    """A core environment made of another one, which keeps its dynamics, reward and metrics.
+
+    Observation: 'proprio' float32 [P], the other environment's flat observation (entry 'state' of
+    a dict), and 'instruction', one fixed sentence. Where the episode limit and not the environment
+    ends an episode, info['truncation'] is 1.
+
+    Args:
+      env: name of a registered Brax environment, or an environment: Brax's, or MuJoCo Playground's
+        (whose state holds MJX data).
+      instruction: the sentence; None for a flat observation, 'proprio' alone.
+      backend: physics pipeline, of an environment given by name.
+      episode_length: control steps until truncation.
+      link: index of the link that the camera follows, the torso of most.
+      camera_offset: m, from that link to the camera; None to take in all moving bodies, from the
+        side and above.
+      fovy: vertical field of view, degrees.
+
+    Raises:
+      ValueError: no environment is registered under the name, or its observation is neither flat
+        nor a dict with 'state'; from `scene`, if it has no geoms that the renderer can draw.
+    """
+
+    action_kind = "continuous"
+
+    def __init__(
+        self,
+        env: str | Any,
+        *,
+        instruction: str | None,
+        backend: str = "spring",
+        episode_length: int = 1000,
+        link: int = 0,
+        camera_offset: tuple[float, float, float] | None = None,
+        fovy: float = 45.0,
+    ):
+        if episode_length < 1:
+            raise ValueError(f"episode_length={episode_length}; give at least 1 control step.")
+        if isinstance(env, str):
+            if env not in environment_names():
+                raise ValueError(f"env={env!r} is none of Brax's {environment_names()}.")
+            env = get_environment(env, backend=backend)
+        self.env = env
+        self.episode_length = episode_length
+        self._link, self._offset, self._fovy = link, camera_offset, fovy
+        self._geometry: system_scene.Geometry | None = None
+        self._tokens = None
+        if instruction is not None:
+            words = instruction.lower().split()
+            self.vocabulary = instructions.Vocabulary(
+                words=tuple(sorted(set(words))), length=len(words)
+            )
+            self._tokens = self.vocabulary.encode(instruction)
+        inner = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+        # Playground's states call `data` what Brax's call `pipeline_state`.
+        self._physics = "pipeline_state" if hasattr(inner, "pipeline_state") else "data"
+        self._size = jax.eval_shape(_flat, inner.obs).shape[0]
+
+    @property
+    def observation_size(self) -> dict[str, Any]:
+        size: dict[str, Any] = {"proprio": (self._size,)}
+        if self._tokens is not None:
+            size["instruction"] = {"tokens": self._tokens.shape, "mask": self._tokens.shape}
+        return size
+
+    @property
+    def action_size(self) -> int:
+        return self.env.action_size
+
+    @property
+    def backend(self) -> str:
+        return getattr(self.env, "backend", "mjx")
+
+    def reset(self, rng: jax.Array) -> State:
+        zero = jnp.zeros(())
+        return self._wrap(self.env.reset(rng), steps=zero, truncation=zero)
+
+    def step(self, state: State, action: jax.Array) -> State:
+        inner = state.info["inner"].replace(**{self._physics: state.pipeline_state})
+        inner = self.env.step(inner, action)
+        steps = state.info["steps"] + 1
+        truncation = (steps >= self.episode_length) * (1 - inner.done.astype(jnp.float32))
+        return self._wrap(inner, steps=steps, truncation=truncation)
+
+    def scene(self, state: State) -> tuple[Scene, Camera]:
+        """What there is to see in `state`, which may have leading batch axes."""
+        if self._geometry is None:
+            self._geometry, self._offset = self._look()
+        physics = state.pipeline_state
+        if self._physics == "data":
+            scene = system_scene.scene(self._geometry, physics.xpos, physics.xquat)
+            centre = physics.xpos[..., self._link + 1, :]
+        else:
+            scene = system_scene.link_scene(self._geometry, physics.x)
+            centre = physics.x.pos[..., self._link, :]
+        return scene, look_at(centre + jnp.asarray(self._offset), centre, fovy=self._fovy)
+
+    def caption(self, state: State) -> str:
+        """The instruction of one state, as text; '' without one."""
+        return "" if self._tokens is None else self.vocabulary.decode(self._tokens)
+
+    def _look(self) -> tuple[system_scene.Geometry, Any]:
+        """The geoms to draw, and the camera's offset from the followed link, [3]."""
+        model = getattr(getattr(self.env, "sys", self.env), "mj_model", None)
+        if model is None:
+            raise ValueError(
+                f"env={type(self.env).__name__} has no bodies to draw; use it without pixels, "
+                f"height=0 and width=0."
+            )
+        geometry = system_scene.geometry(model)
+        if self._offset is not None:
+            return geometry, self._offset
+        radius = MARGIN * system_scene.reach(model, geometry, self._link + 1)
+        return geometry, np.array(DIRECTION) * radius / np.sin(np.deg2rad(self._fovy) / 2)
+
+    def _wrap(self, inner: Any, *, steps: jax.Array, truncation: jax.Array) -> State:
+        # Weak types and Python numbers would change a scan's carry from one step to the next.
+        inner = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.asarray(x).dtype), inner)
+        obs: dict[str, Any] = {"proprio": _flat(inner.obs)}
+        info = {
+            "steps": steps,
+            "truncation": truncation,
+            "privileged": {},
+            "inner": inner.replace(**{self._physics: None}),
+        }
+        if self._tokens is not None:
+            info["tokens"] = jnp.asarray(self._tokens)
+            obs["instruction"] = instructions.instruction(info["tokens"])
+        return State(
+            pipeline_state=getattr(inner, self._physics),
+            obs=obs,
+            reward=inner.reward.astype(jnp.float32),
+            done=jnp.maximum(inner.done.astype(jnp.float32), truncation),
+            metrics={k: v.astype(jnp.float32) for k, v in inner.metrics.items()},
+            info=info,
+        )
+
+
+def playground(name: str) -> Any:
+    """MuJoCo Playground's environment `name`, on MJX in JAX.
+
+    Raises:
+      ValueError: Playground is not installed, or has no such environment.
+    """
+    try:
+        from mujoco_playground import registry
+    except ImportError as error:
+        raise ValueError(
+            f"name='playground:{name}' needs MuJoCo Playground: pip install playground."
+        ) from error
+    if name not in registry.ALL_ENVS:
+        raise ValueError(f"env={name!r} is none of MuJoCo Playground's {registry.ALL_ENVS}.")
+    return registry.load(name, config_overrides={"impl": "jax"})
+
+
+def _flat(obs: Any) -> jax.Array:
+    """The flat observation float32 [P]."""
+    if isinstance(obs, dict):
+        if "state" not in obs:
+            raise ValueError(f"The observation has entries {sorted(obs)}, but no 'state'.")
+        obs = obs["state"]
+    if obs.ndim != 1:
+        raise ValueError(f"The observation has shape {obs.shape}; a flat one, [P], is needed.")
+    return obs.astype(jnp.float32)

@@ -1,0 +1,239 @@
+"""`language_locomotion`: Brax's ant, told in words where to run and how fast.
+
+Nothing but the instruction tells the commanded velocity: proprioception is the ant's own joints,
+height, orientation and velocities.
+"""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.envs import instructions, system_scene
+from mmrl_jax.envs.brax_api import PipelineEnv, State, get_environment
+from mmrl_jax.envs.language_reach import Physics
+from mmrl_jax.rendering import Camera, Scene, look_at
+
+Split = Literal[
+    "train", "heldout_direction_speed", "heldout_paraphrase", "heldout_physics", "heldout_camera"
+]
+SPLITS: tuple[str, ...] = get_args(Split)
+
+# Direction i points 45 i degrees from the world's x axis (east) towards its y axis (north).
+DIRECTIONS = (
+    "east", "northeast", "north", "northwest", "west", "southwest", "south", "southeast",
+)
+SPEEDS = np.array([1.0, 2.0, 3.0], np.float32)  # m/s
+PACES = ("walk", "trot", "run")  # Word i commands SPEEDS[i], as does
+MANNERS = ("slowly", "steadily", "quickly")  # this one.
+# Direction x speed pairs that are commanded in no training episode: two of each speed.
+HELDOUT = np.zeros((len(DIRECTIONS), len(SPEEDS)), bool)
+HELDOUT[[0, 1, 2, 4, 5, 7], [2, 0, 1, 0, 2, 1]] = True
+
+SENTENCES = (
+    "{pace} {direction}",
+    "{pace} to the {direction}",
+    "{pace} {manner} to the {direction}",
+    "go {direction} {manner}",
+    "head {manner} towards the {direction}",
+    "move to the {direction} {manner}",
+)
+HELDOUT_SENTENCES = (
+    "{manner} head {direction}",
+    "{pace} towards the {direction}",
+    "go {manner} to the {direction}",
+    "{pace} {direction} {manner}",
+)
+TEMPLATES = instructions.Templates(
+    SENTENCES + HELDOUT_SENTENCES,
+    {"direction": DIRECTIONS, "pace": PACES, "manner": MANNERS},
+)
+
+HEALTHY_HEIGHT = (0.2, 1.0)  # m, of the torso; outside it the ant has fallen or taken off.
+HEALTHY_REWARD = 1.0
+CONTROL_COST = 0.1
+SMOOTHING = 0.1  # Weight of a control step in the mean velocity: it remembers about 0.5 s.
+TOLERANCE = 0.3  # Of the commanded speed, for success.
+CAMERA_OFFSET = np.array([0.0, -3.2, 2.6], np.float32)  # m, from the ground under the torso.
+CAMERA_HEIGHT = 0.4  # m, of the point that is looked at.
+FOVY = 45.0
+
+
+class LanguageLocomotion(PipelineEnv):
+    """Run in the named direction at the named speed.
+
+    Observation: 'instruction', and 'proprio' float32 [27], as Brax's ant has it: height,
+    orientation (quaternion), 8 joint angles, and the velocities of all of these. `Pixels` adds
+    'pixels' of a camera that follows the torso without turning: up in the picture is north.
+    Action: float32 [8] in [-1, 1], joint torques over the full torque.
+    Reward per control step: c - |v - c| (c the commanded speed, v and c in the norm the velocities
+    in m/s: c if it runs as told, 0 standing still), plus 1 for not having fallen, minus 0.1 |a|^2.
+    Success (`metrics['success']`): the mean velocity of about the last 0.5 s is within 30 % of the
+    commanded speed of the commanded velocity, and it has not fallen.
+
+    An ant that falls ends its episode by termination, the episode limit by truncation.
+
+    Args:
+      split: which cases are drawn; held-out ones differ from 'train' in one respect each.
+      episode_length: control steps (of 0.05 s) until truncation.
+    """
+
+    action_kind = "continuous"
+
+    def __init__(self, split: Split = "train", episode_length: int = 200):
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
+        if episode_length < 1:
+            raise ValueError(f"episode_length={episode_length}; give at least 1 control step.")
+        ant = get_environment("ant", backend="spring")
+        super().__init__(sys=_with_true_mass(ant.sys), backend="spring", n_frames=ant._n_frames)
+        self.split = split
+        self.episode_length = episode_length
+        self.vocabulary = TEMPLATES.vocabulary
+        self._geometry = system_scene.geometry(self.sys.mj_model)
+        self._commands = np.argwhere(HELDOUT == (split == "heldout_direction_speed"))
+
+    @property
+    def observation_size(self) -> dict[str, Any]:
+        length = self.vocabulary.length
+        proprio = self.sys.q_size() - 2 + self.sys.qd_size()
+        return {"instruction": {"tokens": (length,), "mask": (length,)}, "proprio": (proprio,)}
+
+    def reset(self, rng: jax.Array) -> State:
+        """Draws command, instruction, physics, camera and the ant's pose from key `rng`."""
+        k_command, k_sentence, k_physics, k_camera, k_q, k_qd = jax.random.split(rng, 6)
+        drawn = jax.random.randint(k_command, (), 0, len(self._commands))
+        direction, speed = jnp.asarray(self._commands)[drawn]
+        tokens = TEMPLATES.fill(
+            self._draw_sentence(k_sentence), direction=direction, pace=speed, manner=speed
+        )
+        physics = self._draw_physics(k_physics)
+        # The same initial poses and velocities as Brax's ant.
+        q = self.sys.init_q + jax.random.uniform(k_q, (self.sys.q_size(),), minval=-0.1, maxval=0.1)
+        qd = 0.1 * jax.random.normal(k_qd, (self.sys.qd_size(),))
+        angle = direction * (2 * jnp.pi / len(DIRECTIONS))
+        command = jnp.asarray(SPEEDS)[speed] * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+        zero = jnp.zeros(())
+        info = {
+            "steps": zero,
+            "truncation": zero,
+            "direction": direction,
+            "speed": speed,
+            "command": command,
+            "velocity": jnp.zeros(2),
+            "physics": physics,
+            "camera": self._draw_camera(k_camera),
+            "tokens": tokens,
+            "privileged": {"command": command / SPEEDS[-1]},
+        }
+        pipeline_state = self._pipeline.init(self._system(physics), q, qd)
+        metrics = {"success": zero, "velocity_error": jnp.linalg.norm(command), "speed": zero}
+        state = State(pipeline_state, {}, zero, zero, metrics, info)
+        return state.replace(obs=self._observe(state))
+
+    def step(self, state: State, action: jax.Array) -> State:
+        """Applies `action` [8] for one control step."""
+        sys, command = self._system(state.info["physics"]), state.info["command"]
+
+        def substep(pipeline_state: Any, _: None) -> tuple[Any, None]:
+            return self._pipeline.step(sys, pipeline_state, action, False), None
+
+        pipeline_state, _ = jax.lax.scan(substep, state.pipeline_state, None, self._n_frames)
+        before, after = state.pipeline_state.x.pos[0], pipeline_state.x.pos[0]
+        velocity = (after - before)[:2] / self.dt
+        smooth = (1 - SMOOTHING) * state.info["velocity"] + SMOOTHING * velocity
+        speed = jnp.linalg.norm(command)
+        low, high = HEALTHY_HEIGHT
+        # Written so that a height that is not a number has fallen too.
+        fallen = 1 - ((after[2] >= low) & (after[2] <= high)).astype(jnp.float32)
+        steps = state.info["steps"] + 1
+        truncation = (steps >= self.episode_length) * (1 - fallen)
+        error = jnp.linalg.norm(smooth - command)
+        state = state.replace(
+            pipeline_state=pipeline_state,
+            reward=speed
+            - jnp.linalg.norm(velocity - command)
+            + HEALTHY_REWARD * (1 - fallen)
+            - CONTROL_COST * jnp.sum(action**2),
+            done=jnp.maximum(fallen, truncation),
+            metrics=state.metrics
+            | {
+                "success": (error < TOLERANCE * speed) * (1 - fallen),
+                "velocity_error": error,
+                "speed": jnp.dot(velocity, command) / speed,
+            },
+            info=state.info | {"steps": steps, "truncation": truncation, "velocity": smooth},
+        )
+        return state.replace(obs=self._observe(state))
+
+    def scene(self, state: State) -> tuple[Scene, Camera]:
+        """What there is to see in `state`, which may have leading batch axes."""
+        x = state.pipeline_state.x
+        ground = x.pos[..., 0, :] * jnp.array([1.0, 1.0, 0.0])
+        camera = look_at(
+            ground + state.info["camera"], ground + jnp.array([0, 0, CAMERA_HEIGHT]), fovy=FOVY
+        )
+        return system_scene.link_scene(self._geometry, x), camera
+
+    def caption(self, state: State) -> str:
+        """The instruction of one state, as text."""
+        return self.vocabulary.decode(np.asarray(state.info["tokens"]))
+
+    def _observe(self, state: State) -> dict[str, Any]:
+        q, qd = state.pipeline_state.q, state.pipeline_state.qd
+        return {
+            "instruction": instructions.instruction(state.info["tokens"]),
+            "proprio": jnp.concatenate([q[2:], qd]),
+        }
+
+    def _system(self, physics: Physics) -> Any:
+        inertia = self.sys.link.inertia
+        return self.sys.tree_replace({
+            "link.inertia.mass": inertia.mass * physics.mass,
+            "link.inertia.i": inertia.i * physics.mass,
+            "geom_friction": self.sys.geom_friction * physics.friction,
+            "actuator.gear": self.sys.actuator.gear * physics.gain,
+        })
+
+    def _draw_sentence(self, rng: jax.Array) -> jax.Array:
+        seen = len(SENTENCES)
+        if self.split == "heldout_paraphrase":
+            return jax.random.randint(rng, (), seen, seen + len(HELDOUT_SENTENCES))
+        return jax.random.randint(rng, (), 0, seen)
+
+    def _draw_physics(self, rng: jax.Array) -> Physics:
+        """Training: within 10 % of nominal. Held out: heavier, more slippery, weaker."""
+        factor = 1 + 0.1 * jax.random.uniform(rng, (3,), minval=-1, maxval=1)
+        if self.split == "heldout_physics":
+            factor = factor + jnp.array([0.5, -0.5, -0.4])
+        return Physics(*factor)
+
+    def _draw_camera(self, rng: jax.Array) -> jax.Array:
+        """The camera's offset, m, [3]; held out: turned about the ant by 20 to 40 degrees."""
+        offset = jnp.asarray(CAMERA_OFFSET)
+        if self.split == "heldout_camera":
+            k_angle, k_side = jax.random.split(rng)
+            angle = jnp.deg2rad(jax.random.uniform(k_angle, (), minval=20.0, maxval=40.0))
+            angle = angle * jax.random.rademacher(k_side, (), dtype=jnp.float32)
+            cosine, sine = jnp.cos(angle), jnp.sin(angle)
+            turn = jnp.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+            offset = turn @ offset
+        return offset
+
+
+def _with_true_mass(sys: Any) -> Any:
+    """The same dynamics on spring physics, but with masses and inertias that mean something.
+
+    That pipeline takes mass^(1 - spring_mass_scale) for the mass, and Brax's ant has a scale of 1:
+    whatever its masses are, it behaves as if each were 1 kg.
+    """
+    inertia = sys.link.inertia
+    mass = inertia.mass ** (1 - sys.spring_mass_scale)
+    diagonal = jnp.diagonal(inertia.i, axis1=-2, axis2=-1) ** (1 - sys.spring_inertia_scale)
+    return sys.tree_replace({
+        "link.inertia.mass": mass,
+        "link.inertia.i": diagonal[..., None] * jnp.eye(3),
+        "spring_mass_scale": jnp.zeros(()),
+        "spring_inertia_scale": jnp.zeros(()),
+    })

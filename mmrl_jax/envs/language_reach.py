@@ -1,0 +1,395 @@
+"""`language_reach`: a two-link arm, a table of objects, and a sentence that names one of them.
+
+Nothing but the pixels tells where the objects are, and nothing but the instruction tells which one
+is meant: proprioception is the arm's own joints and tip.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.envs import instructions
+from mmrl_jax.envs.brax_api import PipelineEnv, State, mjcf
+from mmrl_jax.rendering import Camera, Scene, look_at, project
+
+Split = Literal[
+    "train", "heldout_colour_shape", "heldout_paraphrase", "heldout_physics", "heldout_camera"
+]
+SPLITS: tuple[str, ...] = get_args(Split)
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+RGB = np.array(
+    [
+        [0.90, 0.10, 0.10],
+        [0.10, 0.70, 0.15],
+        [0.10, 0.25, 0.95],
+        [0.95, 0.85, 0.10],
+        [0.65, 0.15, 0.80],
+        [0.97, 0.97, 0.97],
+    ],
+    np.float32,
+)
+SHAPES = ("ball", "cube", "can")
+NOUNS = ("ball", "cube", "can", "sphere", "box", "cylinder")  # Noun i names shape i % 3.
+# Colour x shape pairs that exist in no training scene, one or two a shape.
+HELDOUT = np.zeros((len(COLOURS), len(SHAPES)), bool)
+HELDOUT[[0, 3, 1, 4, 2], [1, 0, 2, 0, 2]] = True
+
+SENTENCES = (
+    "touch the {colour} {shape}",
+    "reach for the {colour} {shape}",
+    "go to the {colour} {shape}",
+    "move to the {shape} that is {colour}",
+    "find the {colour} {shape} and touch it",
+    "put your hand on the {colour} {shape}",
+)
+HELDOUT_SENTENCES = (
+    "touch the {shape} that is {colour}",
+    "go and find the {colour} {shape}",
+    "reach for the {shape} that is {colour}",
+    "move your hand to the {colour} {shape}",
+)
+TEMPLATES = instructions.Templates(
+    SENTENCES + HELDOUT_SENTENCES, {"colour": COLOURS, "shape": NOUNS}
+)
+
+LINK = 0.5  # m, length of each of the two links.
+# m, sizes in the renderer's convention: a ball, a cube, and a can that is taller than wide, so that
+# they differ at 32 pixels too.
+SIZES = np.array([[0.1, 0.0, 0.0], [0.085, 0.085, 0.085], [0.06, 0.13, 0.0]], np.float32)
+HEIGHTS = np.array([0.1, 0.085, 0.13], np.float32)  # m, of the centres above the table.
+TOUCH = 0.1  # m, horizontal distance from tip to object at which it is touched.
+SLOTS_PER_SHAPE = 2
+OBJECTS = SLOTS_PER_SHAPE * len(SHAPES)
+AREA = np.array([[-0.62, 0.2], [0.62, 0.88]], np.float32)  # m, corners of the objects' area.
+NEAREST, FARTHEST = 0.38, 0.93  # m, an object's distance from the shoulder.
+CAMERA_POSITION = np.array([0.0, -0.35, 1.75], np.float32)
+CAMERA_TARGET = np.array([0.0, 0.46, 0.0], np.float32)
+FOVY = 42.0
+MAX_SPEED = 5.0  # rad/s, of a joint under the full action.
+
+XML = """
+<mujoco>
+  <compiler angle="radian" inertiafromgeom="true"/>
+  <option gravity="0 0 0" timestep="0.01"/>
+  <custom>
+    <numeric data="1.57 1.5" name="init_qpos"/>
+    <numeric data="0" name="ang_damping"/>
+    <numeric data="0" name="spring_mass_scale"/>
+    <numeric data="0" name="spring_inertia_scale"/>
+    <numeric data="10" name="matrix_inv_iterations"/>
+  </custom>
+  <worldbody>
+    <body name="upper" pos="0 0 0.12">
+      <joint name="shoulder" type="hinge" axis="0 0 1" damping="2"/>
+      <geom type="capsule" fromto="0 0 0 0.5 0 0" size="0.035" mass="0.4"
+            contype="0" conaffinity="0"/>
+      <body name="lower" pos="0.5 0 0">
+        <joint name="elbow" type="hinge" axis="0 0 1" damping="2"/>
+        <geom type="capsule" fromto="0 0 0 0.5 0 0" size="0.03" mass="0.3"
+              contype="0" conaffinity="0"/>
+      </body>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor joint="shoulder" gear="10" ctrllimited="true" ctrlrange="-1 1"/>
+    <motor joint="elbow" gear="10" ctrllimited="true" ctrlrange="-1 1"/>
+  </actuator>
+</mujoco>
+"""
+
+
+class Physics(NamedTuple):
+    """Per-episode factors on the nominal arm, float32 []; data, never constants of the program."""
+
+    mass: jax.Array
+    friction: jax.Array
+    gain: jax.Array
+
+
+class LanguageReach(PipelineEnv):
+    """Touch the named object, and be at it when the episode ends.
+
+    Observation: 'instruction', and 'proprio' float32 [8]: cosine and sine of the two joint angles,
+    joint velocities over the full speed, tip x and y in m. `Pixels` adds 'pixels'.
+    Action: float32 [2] in [-1, 1], torque of shoulder and elbow over the full torque; against the
+    joints' friction it acts much like a commanded velocity.
+    Reward: 'dense', twice the progress towards the object in m, plus 0.25 for each step at it;
+    'sparse', 1 for each step at it.
+    Success (`metrics['success']`): the tip is within 0.1 m of the named object after this step.
+
+    Args:
+      split: which cases are drawn; held-out ones differ from 'train' in one respect each.
+      reward: 'dense' or 'sparse'.
+      episode_length: control steps (of 0.05 s) until truncation, 16 to 32.
+      backend: Brax physics pipeline.
+    """
+
+    action_kind = "continuous"
+
+    def __init__(
+        self,
+        split: Split = "train",
+        reward: Literal["dense", "sparse"] = "dense",
+        episode_length: int = 24,
+        backend: str = "generalized",
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
+        if reward not in ("dense", "sparse"):
+            raise ValueError(f"reward={reward!r} is unknown; choose 'dense' or 'sparse'.")
+        if not 16 <= episode_length <= 32:
+            raise ValueError(f"episode_length={episode_length} is not in 16..32 control steps.")
+        super().__init__(sys=mjcf.loads(XML), backend=backend, n_frames=5)
+        self.split = split
+        self.reward = reward
+        self.episode_length = episode_length
+        self.vocabulary = TEMPLATES.vocabulary
+
+    @property
+    def observation_size(self) -> dict[str, Any]:
+        length = self.vocabulary.length
+        return {"instruction": {"tokens": (length,), "mask": (length,)}, "proprio": (8,)}
+
+    @property
+    def action_size(self) -> int:
+        return 2
+
+    def reset(self, rng: jax.Array) -> State:
+        """Draws objects, instruction, physics, camera and arm from key `rng`."""
+        keys = jax.random.split(rng, 7)
+        objects, target = self._draw_objects(keys[0])
+        tokens = self._draw_instruction(keys[1], objects, target)
+        physics = self._draw_physics(keys[2])
+        low, high = jnp.array([0.6, 1.4]), jnp.array([2.2, 2.4])
+        q = jax.random.uniform(keys[3], (2,), minval=low, maxval=high)
+        sys = self._system(physics)
+        pipeline_state = self._pipeline.init(sys, q, jnp.zeros(2))
+        zero = jnp.zeros(())
+        view = self._draw_camera(keys[4])
+        info = {
+            "steps": zero,
+            "truncation": zero,
+            "objects": objects,
+            "target": target,
+            "physics": physics,
+            "camera": view,
+            "tokens": tokens,
+            "privileged": {
+                "target_place": objects["position"][target, :2],
+                "target_pixel": project(_camera(view), objects["position"][target]),
+            },
+        }
+        state = State(pipeline_state, {}, zero, zero, {"success": zero, "distance": zero}, info)
+        distance = self.distance(state)
+        return state.replace(
+            obs=self._observe(state),
+            metrics={"success": (distance < TOUCH).astype(jnp.float32), "distance": distance},
+        )
+
+    def step(self, state: State, action: jax.Array) -> State:
+        """Applies `action` [2] for one control step."""
+        sys = self._system(state.info["physics"])
+
+        def substep(pipeline_state: Any, _: None) -> tuple[Any, None]:
+            return self._pipeline.step(sys, pipeline_state, action, False), None
+
+        before = self.distance(state)
+        pipeline_state, _ = jax.lax.scan(substep, state.pipeline_state, None, self._n_frames)
+        state = state.replace(pipeline_state=pipeline_state)
+        distance = self.distance(state)
+        touch = (distance < TOUCH).astype(jnp.float32)
+        reward = touch if self.reward == "sparse" else 2.0 * (before - distance) + 0.25 * touch
+        steps = state.info["steps"] + 1
+        ended = (steps >= self.episode_length).astype(jnp.float32)
+        return state.replace(
+            obs=self._observe(state),
+            reward=reward,
+            done=ended,
+            metrics=state.metrics | {"success": touch, "distance": distance},
+            info=state.info | {"steps": steps, "truncation": ended},
+        )
+
+    def tip(self, state: State) -> jax.Array:
+        """World x, y of the arm's tip, m, [2]."""
+        return forward_kinematics(state.pipeline_state.q)
+
+    def distance(self, state: State) -> jax.Array:
+        """Horizontal distance from the tip to the named object, m, []."""
+        return jnp.linalg.norm(self.tip(state) - state.info["privileged"]["target_place"])
+
+    def scene(self, state: State) -> tuple[Scene, Camera]:
+        """What there is to see in `state`, which may have leading batch axes."""
+        objects, q = state.info["objects"], state.pipeline_state.q
+        batch = q.shape[:-1]
+        angle = jnp.stack([q[..., 0], q[..., 0] + q[..., 1]], -1)
+        along = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)  # [..., 2 links, xy]
+        tip = LINK * along.sum(-2)
+        elbow = LINK * along[..., 0, :]
+        middle = jnp.stack([0.5 * elbow, 0.5 * (elbow + tip), tip], -2)
+        height = jnp.broadcast_to(jnp.array([0.22, 0.26, 0.26]), (*batch, 3))[..., None]
+        # A capsule lies along its local z: the quaternion turns z into the link's direction.
+        half = jnp.sqrt(0.5)
+        flat = jnp.stack([jnp.full_like(angle, half), -half * along[..., 1],
+                          half * along[..., 0], jnp.zeros_like(angle)], -1)
+        upright = jnp.broadcast_to(jnp.array([1.0, 0, 0, 0]), (*batch, 1, 4))
+        yaw = objects["yaw"][..., None] / 2
+        turned = jnp.concatenate([jnp.cos(yaw), 0 * yaw, 0 * yaw, jnp.sin(yaw)], -1)
+        shown = objects["active"][..., None]
+        table = jnp.zeros((*batch, 1, 3))
+        arm_size = jnp.array([[0.04, LINK / 2, 0], [0.032, LINK / 2, 0], [0.05, 0, 0]])
+        arm_colour = jnp.array([[0.25, 0.25, 0.28], [0.35, 0.35, 0.38], [1.0, 0.55, 0.1]])
+        expand = lambda x: jnp.broadcast_to(x, (*batch, *x.shape))  # noqa: E731
+        scene = Scene(
+            kind=("plane", "capsule", "capsule", "sphere")
+            + ("sphere",) * SLOTS_PER_SHAPE + ("box",) * SLOTS_PER_SHAPE
+            + ("cylinder",) * SLOTS_PER_SHAPE,
+            position=jnp.concatenate(
+                [table, jnp.concatenate([middle, height], -1), objects["position"]], -2),
+            rotation=jnp.concatenate([upright, flat, upright, turned], -2),
+            size=jnp.concatenate(
+                [table, expand(arm_size), shown * SIZES[np.arange(OBJECTS) // SLOTS_PER_SHAPE]], -2),
+            colour=jnp.concatenate(
+                [expand(jnp.array([[0.45, 0.38, 0.30]])), expand(arm_colour),
+                 jnp.asarray(RGB)[objects["colour"]]], -2),
+        )
+        return scene, _camera(state.info["camera"])
+
+    def caption(self, state: State) -> str:
+        """The instruction of one state, as text."""
+        return self.vocabulary.decode(np.asarray(state.info["tokens"]))
+
+    def _observe(self, state: State) -> dict[str, Any]:
+        q, qd = state.pipeline_state.q, state.pipeline_state.qd
+        return {
+            "instruction": instructions.instruction(state.info["tokens"]),
+            "proprio": jnp.concatenate(
+                [jnp.cos(q), jnp.sin(q), qd / MAX_SPEED, forward_kinematics(q)]
+            ),
+        }
+
+    def _system(self, physics: Physics) -> Any:
+        inertia = self.sys.link.inertia
+        return self.sys.tree_replace({
+            "link.inertia.mass": inertia.mass * physics.mass,
+            "link.inertia.i": inertia.i * physics.mass,
+            "dof.damping": self.sys.dof.damping * physics.friction,
+            "actuator.gear": self.sys.actuator.gear * physics.gain,
+        })
+
+    def _draw_objects(self, rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Draws three to five objects; returns them with the index of the one that is meant."""
+        k_count, k_order, k_place, k_colour, k_target, k_yaw, k_odd = jax.random.split(rng, 7)
+        count = jax.random.randint(k_count, (), 3, 6)
+        order = jax.random.permutation(k_order, OBJECTS)  # order[i]: which object is i-th placed.
+        rank = jnp.argsort(order)
+        active = rank < count
+        position = _spread(k_place)[rank]
+        shape = np.arange(OBJECTS) // SLOTS_PER_SHAPE
+        target = order[jax.random.randint(k_target, (), 0, count)]
+        # Two objects of one shape never share a colour, so that every name is unambiguous: a
+        # random order of the allowed colours (Gumbel), of which the slots take the first ones.
+        gumbel = jax.random.gumbel(k_colour, (len(SHAPES), len(COLOURS)))
+        ranked = jnp.argsort(jnp.where(HELDOUT.T, -jnp.inf, gumbel), axis=-1, descending=True)
+        colour = ranked[shape, np.arange(OBJECTS) % SLOTS_PER_SHAPE]
+        if self.split == "heldout_colour_shape":
+            odd = jnp.argmax(
+                jnp.where(HELDOUT.T, jax.random.gumbel(k_odd, HELDOUT.T.shape), -jnp.inf), axis=-1
+            )
+            colour = jnp.where(jnp.arange(OBJECTS) == target, odd[shape], colour)
+        objects = {
+            "active": active.astype(jnp.float32),
+            "position": jnp.concatenate([position, HEIGHTS[shape][:, None]], -1),
+            "yaw": jax.random.uniform(k_yaw, (OBJECTS,), maxval=2 * jnp.pi),
+            "colour": colour,
+            "shape": jnp.asarray(shape),
+        }
+        return objects, target
+
+    def _draw_instruction(
+        self, rng: jax.Array, objects: dict[str, jax.Array], target: jax.Array
+    ) -> jax.Array:
+        k_sentence, k_noun = jax.random.split(rng)
+        seen = len(SENTENCES)
+        low, high = (seen, seen + len(HELDOUT_SENTENCES)) if (
+            self.split == "heldout_paraphrase") else (0, seen)
+        synonym = jax.random.randint(k_noun, (), 0, len(NOUNS) // len(SHAPES))
+        return TEMPLATES.fill(
+            jax.random.randint(k_sentence, (), low, high),
+            colour=objects["colour"][target],
+            shape=objects["shape"][target] + len(SHAPES) * synonym,
+        )
+
+    def _draw_physics(self, rng: jax.Array) -> Physics:
+        """Training: within 10 % of nominal. Held out: heavier, stickier or weaker, by 40 to 60 %."""
+        u = jax.random.uniform(rng, (3,), minval=-1, maxval=1)
+        factor = 1 + 0.1 * u
+        if self.split == "heldout_physics":
+            factor = 1 + jnp.array([0.5, 0.5, -0.5]) + 0.1 * u
+        return Physics(*factor)
+
+    def _draw_camera(self, rng: jax.Array) -> dict[str, jax.Array]:
+        position, target = jnp.asarray(CAMERA_POSITION), jnp.asarray(CAMERA_TARGET)
+        if self.split == "heldout_camera":
+            side, shift = jax.random.uniform(rng, (2,), minval=0.15, maxval=0.3)
+            position = position + jnp.array([side, shift - 0.2, 0.0])
+        return {"position": position, "target": target}
+
+
+def _camera(view: dict[str, jax.Array]) -> Camera:
+    return look_at(view["position"], view["target"], fovy=FOVY)
+
+
+def forward_kinematics(q: jax.Array) -> jax.Array:
+    """Tip x, y [..., 2], m, of joint angles q [..., 2], rad."""
+    a, b = q[..., 0], q[..., 0] + q[..., 1]
+    return LINK * jnp.stack([jnp.cos(a) + jnp.cos(b), jnp.sin(a) + jnp.sin(b)], -1)
+
+
+def inverse_kinematics(place: jax.Array) -> jax.Array:
+    """Joint angles [..., 2] that put the tip at `place` [..., 2], elbow bent by a positive angle."""
+    x, y = place[..., 0], place[..., 1]
+    cosine = (x**2 + y**2) / (2 * LINK**2) - 1
+    elbow = jnp.arccos(jnp.clip(cosine, -1, 1))
+    return jnp.stack([jnp.arctan2(y, x) - elbow / 2, elbow], -1)
+
+
+def expert_action(
+    state: State, rng: jax.Array, *, gain: float, undershoot: float, noise: float
+) -> jax.Array:
+    """An imperfect scripted expert: a weak proportional controller that stops short of the object.
+
+    It knows the object's place (which no policy sees), but was tuned for another arm.
+
+    Args:
+      state: of `LanguageReach`, one or batched.
+      rng: key of the noise.
+      gain: action per rad of error.
+      undershoot: fraction of the object's distance from the shoulder by which it stops short.
+      noise: standard deviation of the action's Gaussian noise.
+
+    Returns:
+      float32 [..., 2] in [-1, 1].
+    """
+    goal = inverse_kinematics((1 - undershoot) * state.info["privileged"]["target_place"])
+    error = goal - state.pipeline_state.q
+    error = jnp.mod(error + jnp.pi, 2 * jnp.pi) - jnp.pi
+    action = gain * error + noise * jax.random.normal(rng, error.shape)
+    return jnp.clip(action, -1, 1)
+
+
+def _spread(rng: jax.Array) -> jax.Array:
+    """Places [OBJECTS, 2] far from each other: Mitchell's best candidate, 24 candidates each."""
+    low, high = AREA
+    candidates = jax.random.uniform(rng, (OBJECTS, 24, 2), minval=low, maxval=high)
+    radius = jnp.linalg.norm(candidates, axis=-1, keepdims=True)
+    candidates = candidates * jnp.clip(radius, NEAREST, FARTHEST) / radius
+    places = [candidates[0, 0]]
+    for i in range(1, OBJECTS):
+        apart = jnp.linalg.norm(candidates[i][:, None] - jnp.stack(places), axis=-1).min(-1)
+        # Enough is enough: among candidates that are far enough the first is taken, so that
+        # objects do not all end up at the rim of the table.
+        places.append(candidates[i][jnp.argmax(jnp.minimum(apart, 0.27))])
+    return jnp.stack(places)

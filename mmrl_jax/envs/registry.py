@@ -1,0 +1,100 @@
+"""Environments by name: the one place where core environments and wrappers are put together."""
+
+from collections.abc import Callable
+import difflib
+import inspect
+from typing import Any
+
+from mmrl_jax.envs import from_brax, language_locomotion, language_reach
+from mmrl_jax.envs.brax_api import Env, environment_names
+from mmrl_jax.envs.from_brax import FromBrax
+from mmrl_jax.envs.language_locomotion import LanguageLocomotion
+from mmrl_jax.envs.language_reach import LanguageReach
+from mmrl_jax.envs.memory import Recall
+from mmrl_jax.envs.wrappers import AutoReset, History, Pixels
+
+_CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {
+    "language_reach": (LanguageReach, language_reach.SPLITS),
+    "language_locomotion": (LanguageLocomotion, language_locomotion.SPLITS),
+    "recall": (Recall, ("train",)),
+}
+NAMES = tuple(_CORES)  # And 'brax:<name>', 'playground:<name>'.
+_WRAPPED = ("train",)  # An environment of someone else has no held-out cases.
+
+
+def create(
+    name: str, *, split: str, height: int, width: int, history: int, **options: Any
+) -> Env:
+    """Makes a batched environment that resets itself: `reset` takes keys [B, 2].
+
+    Args:
+      name: one of `NAMES`, 'brax:<name>' for a registered Brax environment, or 'playground:<name>'
+        for one of MuJoCo Playground, if that is installed.
+      split: one of `splits(name)`.
+      height: of the pixels; with `width` 0 for none. A wrapped environment without pixels has no
+        instruction either, unless `options` gives one: its observation is 'proprio' alone.
+      width: of the pixels.
+      history: K, the frames that an observation holds; 1 adds no axis.
+      **options: further arguments of the core environment.
+
+    Raises:
+      ValueError: the name, the split or an option is unknown, or a number is impossible.
+    """
+    if split not in splits(name):
+        raise ValueError(f"split={split!r} is unknown; {name!r} has {splits(name)}.")
+    if min(height, width) < 0 or (height == 0) != (width == 0):
+        raise ValueError(
+            f"height={height}, width={width}; give both in pixels, or 0 and 0 for no pixels."
+        )
+    if history < 1:
+        raise ValueError(f"history={history}; give at least 1 frame.")
+    env: Env = AutoReset(_core(name, split, pixels=height > 0, options=options))
+    if height:
+        env = Pixels(env, height=height, width=width)
+    if history > 1:
+        env = History(env, frames=history)
+    return env
+
+
+def splits(name: str) -> tuple[str, ...]:
+    """The splits of environment `name`, the one to train on first.
+
+    Raises:
+      ValueError: there is no such environment; the message has the nearest name.
+    """
+    if name in _CORES:
+        return _CORES[name][1]
+    kind, _, wrapped = name.partition(":")
+    if kind == "playground" and wrapped:
+        return _WRAPPED
+    known = (*NAMES, *(f"brax:{n}" for n in environment_names()))
+    if name in known:
+        return _WRAPPED
+    raise ValueError(f"name={name!r} is no environment.{_nearest(name, known)}")
+
+
+def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> Env:
+    kind, _, wrapped = name.partition(":")
+    if not wrapped:
+        make, known = _CORES[name]
+        arguments = options | ({"split": split} if len(known) > 1 else {})
+        return _call(name, make, arguments)
+    instruction = from_brax.INSTRUCTIONS.get(wrapped, "do the task") if pixels else None
+    env = from_brax.playground(wrapped) if kind == "playground" else wrapped
+    return _call(name, FromBrax, {"env": env, "instruction": instruction} | options)
+
+
+def _call(name: str, make: Callable[..., Env], arguments: dict[str, Any]) -> Env:
+    """`make` with keyword arguments, of which an unknown one raises ValueError."""
+    known = tuple(inspect.signature(make).parameters)
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(
+                f"{argument!r} is no option of {name!r}.{_nearest(argument, known)}"
+            )
+    return make(**arguments)
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" There are {known}."

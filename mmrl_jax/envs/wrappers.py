@@ -1,0 +1,156 @@
+"""Wrappers with Brax's own Env interface."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmrl_jax.envs.brax_api import Env, State, Wrapper
+from mmrl_jax.rendering import render
+
+
+def where(condition: jax.Array, x: Any, y: Any) -> Any:
+    """Leaf by leaf, x where `condition` [B], else y; leaves are [B, ...]."""
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+
+    return jax.tree.map(pick, x, y)
+
+
+class AutoReset(Wrapper):
+    """A batch of environments, each of which resets itself in the step after its episode's end.
+
+    `reset` takes keys [B, 2]; environment i draws its episode n from fold_in(key_i, n), so that what
+    it draws depends neither on the other environments nor on the device that holds it.
+
+    The last state of an episode is returned as it is (done = 1). The next step ignores the action,
+    returns the first state of a new episode with reward 0, and marks itself with
+    `info['was_reset']` = 1. So the value of a truncated state is had without rendering it twice.
+    `metrics['episode_return']` and `['episode_length']` tell of the episode so far.
+    """
+
+    INFO = ("key", "episode", "was_reset")
+    METRICS = ("episode_return", "episode_length")
+
+    def reset(self, rng: jax.Array) -> State:
+        """Starts B environments from keys [B, 2]."""
+        episode = jnp.zeros(rng.shape[0], jnp.int32)
+        state = self._start(rng, episode)
+        return self._mark(state, rng, episode, was_reset=jnp.zeros(rng.shape[0]))
+
+    def step(self, state: State, action: jax.Array) -> State:
+        """Steps the B environments with actions [B, A], or resets those that had ended."""
+        ended = state.done > 0
+        rng, episode = state.info["key"], state.info["episode"] + ended
+        inner = state.replace(
+            info={k: v for k, v in state.info.items() if k not in self.INFO},
+            metrics={k: v for k, v in state.metrics.items() if k not in self.METRICS},
+        )
+        stepped = jax.vmap(self.env.step)(inner, action)
+        episode_return = state.metrics["episode_return"] + stepped.reward
+        episode_length = state.metrics["episode_length"] + 1
+        state = where(ended, self._start(rng, episode), stepped)
+        return self._mark(
+            state,
+            rng,
+            episode,
+            was_reset=ended.astype(jnp.float32),
+            episode_return=jnp.where(ended, 0.0, episode_return),
+            episode_length=jnp.where(ended, 0.0, episode_length),
+        )
+
+    def _mark(
+        self,
+        state: State,
+        rng: jax.Array,
+        episode: jax.Array,
+        *,
+        was_reset: jax.Array,
+        episode_return: jax.Array | float = 0.0,
+        episode_length: jax.Array | float = 0.0,
+    ) -> State:
+        zero = jnp.zeros(rng.shape[0])
+        return state.replace(
+            info=state.info | dict(zip(self.INFO, (rng, episode, was_reset), strict=True)),
+            metrics=state.metrics
+            | {"episode_return": zero + episode_return, "episode_length": zero + episode_length},
+        )
+
+    def _start(self, rng: jax.Array, episode: jax.Array) -> State:
+        return jax.vmap(self.env.reset)(jax.vmap(jax.random.fold_in)(rng, episode))
+
+
+class Pixels(Wrapper):
+    """Adds obs['pixels'], uint8 [..., H, W, 3], rendered from `env.scene(state)`.
+
+    It works for one environment and for a batch; outside `AutoReset` each frame is rendered once.
+    """
+
+    def __init__(self, env: Env, *, height: int, width: int):
+        super().__init__(env)
+        self.height, self.width = height, width
+
+    @property
+    def observation_size(self) -> dict[str, Any]:
+        return dict(self.env.observation_size) | {"pixels": (self.height, self.width, 3)}
+
+    def reset(self, rng: jax.Array) -> State:
+        return self._see(self.env.reset(rng))
+
+    def step(self, state: State, action: jax.Array) -> State:
+        blind = state.replace(obs={k: v for k, v in state.obs.items() if k != "pixels"})
+        return self._see(self.env.step(blind, action))
+
+    def _see(self, state: State) -> State:
+        scene, camera = self.env.scene(state)
+        pixels = render(scene, camera, height=self.height, width=self.width)
+        return state.replace(obs=state.obs | {"pixels": pixels})
+
+
+class History(Wrapper):
+    """Makes obs['pixels'] and obs['proprio'] hold the last K frames, oldest first.
+
+    Pixels [..., H, W, 3] become [..., K, H, W, 3] and proprioception [..., P] becomes [..., K, P].
+    The first observation of an episode fills all K places, so that nothing of the episode before
+    is left: it goes outside `AutoReset`, whose `info['was_reset']` tells, and outside `Pixels`.
+    """
+
+    AXES = {"pixels": -4, "proprio": -2}
+
+    def __init__(self, env: Env, *, frames: int):
+        super().__init__(env)
+        if frames < 1:
+            raise ValueError(f"frames={frames}; give at least 1.")
+        self.frames = frames
+
+    @property
+    def observation_size(self) -> dict[str, Any]:
+        size = dict(self.env.observation_size)
+        return size | {k: (self.frames, *size[k]) for k in self.AXES if k in size}
+
+    def reset(self, rng: jax.Array) -> State:
+        state = self.env.reset(rng)
+        return state.replace(obs=state.obs | self._fill(state.obs))
+
+    def step(self, state: State, action: jax.Array) -> State:
+        axes = {k: axis for k, axis in self.AXES.items() if k in state.obs}
+        before = {k: state.obs[k] for k in axes}
+        last = {k: jnp.take(x, -1, axis=axes[k]) for k, x in before.items()}
+        state = self.env.step(state.replace(obs=state.obs | last), action)
+        filled, frames = self._fill(state.obs), {}
+        for k, axis in axes.items():
+            kept = jax.lax.slice_in_dim(before[k], 1, None, axis=axis)
+            new = jnp.expand_dims(state.obs[k], axis)
+            frames[k] = jnp.concatenate([kept, new], axis)
+        if "was_reset" in state.info:
+            frames = where(state.info["was_reset"] > 0, filled, frames)
+        return state.replace(obs=state.obs | frames)
+
+    def _fill(self, obs: dict[str, Any]) -> dict[str, jax.Array]:
+        """The entries with an axis of K frames, all of them the one in `obs`."""
+        return {
+            k: jnp.repeat(jnp.expand_dims(obs[k], axis), self.frames, axis)
+            for k, axis in self.AXES.items()
+            if k in obs
+        }

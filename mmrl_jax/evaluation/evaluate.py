@@ -1,0 +1,103 @@
+"""Evaluation of a policy: whole episodes, each counted once, and modalities hidden in turn."""
+
+from typing import Literal
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.rendering import render
+from mmrl_jax.rollouts.unroll import PolicyFunction, unroll
+
+Modality = Literal["pixels", "instruction", "proprio"]
+
+
+@struct.dataclass
+class Episodes:
+    """One finished episode an environment, float32 [N] each.
+
+    Attributes:
+      success: the environment's success metric at the episode's last step (0 if it has none).
+      episode_return: sum of rewards.
+      length: steps.
+    """
+
+    success: jax.Array
+    episode_return: jax.Array
+    length: jax.Array
+
+
+def evaluate(env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int) -> Episodes:
+    """Runs N = `episodes` environments side by side, each until its first episode ends.
+
+    Args:
+      env: batched, as `envs.create` makes it.
+      policy: see `rollouts.unroll`.
+      rng: key; environment i starts from fold_in(rng, i) whatever the number of episodes.
+      episodes: N.
+    """
+    start_key, policy_key = jax.random.split(rng)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(start_key, jnp.arange(episodes))
+    _, batch = unroll(env, env.reset(keys), policy, policy_key, env.episode_length)
+    done = batch.terminated + batch.truncated
+    before = jnp.cumsum(done, axis=0) - done  # Ends before step t.
+    running = (before == 0).astype(jnp.float32)
+    success = batch.metrics.get("success", jnp.zeros_like(done))
+    return Episodes(
+        success=jnp.sum(success * done * running, axis=0),
+        episode_return=jnp.sum(batch.reward * running, axis=0),
+        length=jnp.sum(running, axis=0),
+    )
+
+
+def hide(policy: PolicyFunction, modality: Modality) -> PolicyFunction:
+    """The policy, given another environment's input for one modality.
+
+    A real input of another episode hides the right one without leaving the distribution of
+    inputs, as a blank picture would.
+
+    Raises:
+      ValueError: the observation has no such modality.
+    """
+
+    def blind(state: State, rng: jax.Array) -> object:
+        if modality not in state.obs:
+            raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
+        other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), state.obs[modality])
+        return policy(state.replace(obs=state.obs | {modality: other}), rng)
+
+    return blind
+
+
+def film(
+    env: Env,
+    policy: PolicyFunction,
+    rng: jax.Array,
+    *,
+    episodes: int,
+    height: int,
+    width: int,
+) -> tuple[State, jax.Array, jax.Array]:
+    """Pictures of whole episodes, at another resolution than the policy's.
+
+    Returns:
+      The first state [N, ...], frames uint8 [T + 1, N, H, W, 3], and done float32 [T + 1, N].
+    """
+    start_key, policy_key = jax.random.split(rng)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(start_key, jnp.arange(episodes))
+    first = env.reset(keys)
+
+    def picture(state: State) -> jax.Array:
+        return render(*env.scene(state), height=height, width=width)
+
+    def step(state: State, t: jax.Array) -> tuple:
+        decision = policy(state, jax.random.fold_in(policy_key, t))
+        state = env.step(state, decision.environment_action)
+        return state, (picture(state), state.done)
+
+    _, (frames, done) = jax.lax.scan(step, first, jnp.arange(env.episode_length))
+    frames = jnp.concatenate([picture(first)[None], frames])
+    return first, frames, jnp.concatenate([first.done[None], done])
+
+

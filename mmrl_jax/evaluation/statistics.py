@@ -1,0 +1,196 @@
+"""Statistics of results: intervals for success rates, IQM over runs, comparison of intervals.
+
+Everything is numpy on the host and deterministic for a given seed. A result without an interval
+is not reported anywhere in this project.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+Interval = tuple[float, float, float]
+_CHUNK_ELEMENTS = 4_000_000
+
+
+def bootstrap_interval(
+    values: np.ndarray | Sequence[float],
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Returns the mean with its percentile bootstrap interval.
+
+    Hazard: where all values are equal, so are all resamples, and the interval has no width. For
+    success rates near 0 or 1 use `wilson_interval`.
+
+    Args:
+        values: One number for each episode, `[N]`, N at least 1.
+        confidence: Probability mass of the interval, in (0, 1).
+        resamples: Number of bootstrap resamples, at least 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        (mean, low, high).
+
+    Raises:
+        ValueError: An argument out of range, or values that are not finite.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    values = _checked(values, ndim=1)
+    _check_bootstrap(confidence, resamples)
+    rng = np.random.default_rng(seed)
+    n = len(values)
+    means = _in_chunks(
+        resamples, n, lambda count: values[rng.integers(0, n, (count, n))].mean(axis=1)
+    )
+    low, high = _percentiles(means, confidence)
+    return float(values.mean()), low, high
+
+
+def wilson_interval(successes: np.ndarray | Sequence[float], *, confidence: float) -> Interval:
+    """Returns a success rate with Wilson's score interval, which has width at 0 and 1 too.
+
+    With p the rate, n the number of episodes and z the normal quantile of the confidence:
+
+        centre = (p + z^2 / 2n) / (1 + z^2 / n)
+        half   = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2)
+
+    Args:
+        successes: 0 or 1 for each episode, `[N]`, N at least 1; bools too.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        (rate, low, high), all in [0, 1].
+
+    Raises:
+        ValueError: A value other than 0 and 1, or a confidence out of range.
+
+    Source: Wilson, Probable inference, the law of succession, JASA 22, 1927.
+    """
+    values = _checked(successes, ndim=1)
+    if not np.isin(values, (0.0, 1.0)).all():
+        raise ValueError("successes must be 0 or 1: use bootstrap_interval for other values.")
+    _check_confidence(confidence)
+    n, rate = len(values), float(values.mean())
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    shrink = 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # Rounding must not leave the rate outside its own interval at 0 and 1.
+    return rate, min(max(centre - half, 0.0), rate), max(min(centre + half, 1.0), rate)
+
+
+def iqm(scores: np.ndarray | Sequence[float]) -> float:
+    """Returns the interquartile mean: the mean of the middle half of all scores.
+
+    The lowest and the highest quarter of the scores are left out, each rounded down to whole
+    scores, as in `scipy.stats.trim_mean(scores, 0.25)` and rliable.
+
+    Args:
+        scores: Any shape, for example `[runs, tasks]`; not empty.
+
+    Raises:
+        ValueError: No scores, or scores that are not finite.
+
+    Source: Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice,
+    NeurIPS 2021.
+    """
+    return float(_iqm_rows(_checked(scores, ndim=None).reshape(1, -1))[0])
+
+
+def stratified_bootstrap_interval(
+    scores: np.ndarray | Sequence[Sequence[float]],
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Returns the IQM over runs and tasks with its stratified percentile bootstrap interval.
+
+    Runs are resampled within each task, so each resample has every task as often as the data.
+
+    Args:
+        scores: One score for each run of each task, `[runs, tasks]`.
+        confidence: Probability mass of the interval, in (0, 1).
+        resamples: Number of bootstrap resamples, at least 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        (IQM, low, high).
+
+    Raises:
+        ValueError: An argument out of range, or scores of another shape or not finite.
+
+    Source: Agarwal et al., NeurIPS 2021, section 4.
+    """
+    scores = _checked(scores, ndim=2)
+    _check_bootstrap(confidence, resamples)
+    rng = np.random.default_rng(seed)
+    runs, tasks = scores.shape
+
+    def draw(count: int) -> np.ndarray:
+        chosen = rng.integers(0, runs, (count, runs, tasks))
+        return _iqm_rows(scores[chosen, np.arange(tasks)].reshape(count, -1))
+
+    low, high = _percentiles(_in_chunks(resamples, runs * tasks, draw), confidence)
+    return iqm(scores), low, high
+
+
+def disjoint(first: Interval, second: Interval) -> bool:
+    """Says whether two (value, low, high) intervals have no point in common.
+
+    Raises:
+        ValueError: An interval whose low is above its high.
+    """
+    for name, interval in (("first", first), ("second", second)):
+        if not interval[1] <= interval[2]:
+            raise ValueError(f"{name} is {interval}, but must be (value, low, high), low <= high.")
+    return first[2] < second[1] or second[2] < first[1]
+
+
+def _iqm_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns the IQM of each row of `[rows, N]`."""
+    n = rows.shape[1]
+    cut = n // 4
+    return np.sort(rows, axis=1)[:, cut : n - cut].mean(axis=1)
+
+
+def _in_chunks(resamples: int, width: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Returns `[resamples]` values of `draw(count)`; bounds the memory of one call."""
+    chunk = max(1, _CHUNK_ELEMENTS // width)
+    counts = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    return np.concatenate([draw(count) for count in counts])
+
+
+def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(values, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def _checked(
+    values: np.ndarray | Sequence[float] | Sequence[Sequence[float]], *, ndim: int | None
+) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"values have shape {array.shape}, but must have {ndim} axes.")
+    if not array.size:
+        raise ValueError("values are empty: give at least one.")
+    if not np.isfinite(array).all():
+        raise ValueError("values must be finite: leave out or repair the runs that diverged.")
+    return array
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, but must be in (0, 1), for example 0.95.")
+
+
+def _check_bootstrap(confidence: float, resamples: int) -> None:
+    _check_confidence(confidence)
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, but must be at least 1, for example 2000.")

@@ -1,0 +1,97 @@
+"""What all learners of control policies share: their state and how they run the network."""
+
+from collections.abc import Callable
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmrl_jax.envs.brax_api import State
+from mmrl_jax.models.heads import PolicyOutput
+from mmrl_jax.rl import losses, normalisation
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
+from mmrl_jax.types import Metrics, Observation, Params
+
+Apply = Callable[[Params, Observation], PolicyOutput]
+
+
+@struct.dataclass
+class LearnerState:
+    """Everything a learner carries from update to update.
+
+    Attributes:
+      params: float32 pytree of the network.
+      opt_state: state of the optax optimiser.
+      statistics: running statistics of proprioception; acting and learning normalise with them.
+      steps: int32 [], optimiser steps taken.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    statistics: normalisation.RunningStatistics
+    steps: jax.Array
+
+
+def init(
+    params: Params, *, optimiser: optax.GradientTransformation, proprio_size: int
+) -> LearnerState:
+    """A fresh learner around initialised parameters."""
+    return LearnerState(
+        params=params,
+        opt_state=optimiser.init(params),
+        statistics=normalisation.init(proprio_size),
+        steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def run_network(apply: Apply, state: LearnerState, observation: Observation) -> PolicyOutput:
+    """Runs the network on observations [B, ...] with proprioception normalised."""
+    proprio = normalisation.normalise(state.statistics, observation["proprio"])
+    return apply(state.params, observation | {"proprio": proprio})
+
+
+def policy_function(apply: Apply, state: LearnerState, *, deterministic: bool) -> PolicyFunction:
+    """The learner's policy for `rollouts.unroll`; it reads observations and nothing else."""
+
+    def policy(env_state: State, rng: jax.Array) -> Decision:
+        output = run_network(apply, state, env_state.obs)
+        distribution = output.distribution
+        action = distribution.mode() if deterministic else distribution.sample(rng)
+        return Decision(
+            environment_action=distribution.action(action),
+            action=action,
+            log_prob=distribution.log_prob(action),
+            value=output.value,
+        )
+
+    return policy
+
+
+def auxiliary_losses(
+    output: PolicyOutput, privileged: dict[str, jax.Array], valid: jax.Array
+) -> Metrics:
+    """Masked mean errors [] of the predicted privileged targets.
+
+    'loss/auxiliary' sums the squared errors of vectors, 'loss/pointing' the cross-entropies of
+    places in the picture. Targets are compared with, and are never an input.
+    """
+    parts = {"loss/auxiliary": jnp.zeros(()), "loss/pointing": jnp.zeros(())}
+    for name, prediction in output.auxiliary.items():
+        if prediction.ndim == 3:
+            error = losses.pointing_loss(prediction, privileged[name])
+            parts["loss/pointing"] += losses.masked_mean(error, valid)
+        else:
+            error = jnp.sum((prediction - privileged[name]) ** 2, axis=-1)
+            parts["loss/auxiliary"] += losses.masked_mean(error, valid)
+    return parts
+
+
+def apply_gradients(
+    state: LearnerState, gradients: Params, optimiser: optax.GradientTransformation
+) -> tuple[LearnerState, Metrics]:
+    """One optimiser step; returns the new state and the gradient's norm."""
+    updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = state.replace(params=params, opt_state=opt_state, steps=state.steps + 1)
+    return new, {"grad/norm": optax.global_norm(gradients)}

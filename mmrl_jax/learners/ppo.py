@@ -1,0 +1,175 @@
+"""Proximal policy optimisation (Schulman et al., 2017, arXiv 1707.06347)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmrl_jax.learners.learner import (
+    Apply,
+    LearnerState,
+    apply_gradients,
+    auxiliary_losses,
+    run_network,
+)
+from mmrl_jax.models.heads import PolicyOutput
+from mmrl_jax.rl import advantages, losses, normalisation
+from mmrl_jax.types import Metrics, Observation, Params, Transition
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """PPO's hyperparameters.
+
+    Attributes:
+      discount: per control step, in [0, 1].
+      gae_lambda: in [0, 1].
+      clip: half width of the policy's trust interval, > 0.
+      value_clip: of the value loss, > 0, or None for the plain squared error.
+      value_weight, entropy_weight, auxiliary_weight, pointing_weight: of the losses' parts.
+      epochs: passes over a batch.
+      minibatches: optimiser steps a pass; must divide T * B.
+      target_kl: skip what is left of the update once a minibatch's KL exceeds it; None: never.
+    """
+
+    discount: float
+    gae_lambda: float
+    clip: float
+    value_clip: float | None
+    value_weight: float
+    entropy_weight: float
+    auxiliary_weight: float
+    pointing_weight: float
+    epochs: int
+    minibatches: int
+    target_kl: float | None
+
+
+def loss(
+    output: PolicyOutput,
+    batch: Transition,
+    advantage: jax.Array,
+    target: jax.Array,
+    rng: jax.Array,
+    *,
+    hyperparameters: Hyperparameters,
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """The parts of PPO's loss, unweighted, and what to log, over samples [N] that are valid."""
+    h, valid = hyperparameters, batch.valid
+    log_ratio = output.distribution.log_prob(batch.action) - batch.log_prob
+    policy = losses.clipped_policy_loss(log_ratio, advantage, h.clip)
+    value = losses.value_loss(output.value, target, batch.value, h.value_clip)
+    entropy = losses.masked_mean(output.distribution.entropy(rng), valid)
+    parts = {
+        "loss/policy": losses.masked_mean(policy, valid),
+        "loss/value": losses.masked_mean(value, valid),
+        "loss/entropy": -entropy,
+    } | auxiliary_losses(output, batch.privileged, valid)
+    clipped = (jnp.abs(jnp.expm1(log_ratio)) > h.clip).astype(jnp.float32)
+    metrics = {
+        "policy/kl": losses.masked_mean(losses.approximate_kl(log_ratio), valid),
+        "policy/clip_fraction": losses.masked_mean(clipped, valid),
+        "policy/entropy": entropy,
+    }
+    return parts, metrics
+
+
+def weighted_sum(parts: dict[str, jax.Array], hyperparameters: Hyperparameters) -> jax.Array:
+    """The scalar that is minimised."""
+    h = hyperparameters
+    return (
+        parts["loss/policy"]
+        + h.value_weight * parts["loss/value"]
+        + h.entropy_weight * parts["loss/entropy"]
+        + h.auxiliary_weight * parts["loss/auxiliary"]
+        + h.pointing_weight * parts["loss/pointing"]
+    )
+
+
+def update(
+    state: LearnerState,
+    batch: Transition,
+    last_observation: Observation,
+    rng: jax.Array,
+    *,
+    apply: Apply,
+    optimiser: optax.GradientTransformation,
+    hyperparameters: Hyperparameters,
+) -> tuple[LearnerState, Metrics]:
+    """Epochs of minibatch steps on one batch of transitions.
+
+    Args:
+      state: the learner; its parameters and statistics are those that acted.
+      batch: [T, B, ...].
+      last_observation: [B, ...], after the last transition.
+      rng: key of the shuffles.
+      apply: (params, observation) -> PolicyOutput.
+      optimiser: the one whose state the learner holds.
+      hyperparameters: see there.
+
+    Returns:
+      The new learner, and metrics (means over the minibatch steps that were taken).
+    """
+    h = hyperparameters
+    advantage, target = advantages.generalised_advantages(
+        reward=batch.reward,
+        value=batch.value,
+        last_value=run_network(apply, state, last_observation).value,
+        terminated=batch.terminated,
+        truncated=batch.truncated,
+        discount=h.discount,
+        lambda_=h.gae_lambda,
+    )
+    valid = batch.valid
+    samples = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]),
+        (batch, losses.normalise(advantage, valid), target),
+    )
+    size = valid.size
+    # Acting normalised with these statistics: normalising the same way here makes the first
+    # ratio exactly 1. They take in the new batch at the end.
+    statistics = state.statistics
+
+    def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
+        minibatch, advantage, target = jax.tree.map(lambda x: x[indices], samples)
+
+        def total(params: Params) -> tuple[jax.Array, Metrics]:
+            output = run_network(apply, state.replace(params=params), minibatch.observation)
+            parts, metrics = loss(output, minibatch, advantage, target, rng, hyperparameters=h)
+            return weighted_sum(parts, h), metrics | parts
+
+        (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
+        state, step_metrics = apply_gradients(state, gradients, optimiser)
+        return state, metrics | step_metrics | {"loss/total": value}
+
+    def maybe_step(carry: tuple, x: tuple) -> tuple:
+        state, stop = carry
+        shapes = jax.eval_shape(take_step, state, *x)[1]
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        state, metrics = jax.lax.cond(stop, lambda s, *_: (s, nothing), take_step, state, *x)
+        taken = 1.0 - stop
+        if h.target_kl is not None:
+            stop = stop | (metrics["policy/kl"] > h.target_kl)
+        return (state, stop), (metrics, taken)
+
+    keys = jax.random.split(rng, h.epochs + 1)
+    steps = h.epochs * h.minibatches
+    order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys[1:])
+    order = order.reshape(steps, size // h.minibatches)
+    (state, _), (metrics, taken) = jax.lax.scan(
+        maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
+    )
+    total_taken = jnp.sum(taken)
+    metrics = {name: jnp.sum(x) / total_taken for name, x in metrics.items()}
+    variance = losses.masked_mean((target - losses.masked_mean(target, valid)) ** 2, valid)
+    residual = losses.masked_mean((target - batch.value) ** 2, valid)
+    metrics |= {
+        "update/steps": total_taken,
+        "value/explained_variance": 1 - residual / jnp.maximum(variance, 1e-8),
+    }
+    proprio = batch.observation["proprio"]
+    frames = proprio.shape[2:-1]
+    mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
+    state = state.replace(statistics=normalisation.update(statistics, proprio, mask))
+    return state, metrics

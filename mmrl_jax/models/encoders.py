@@ -1,0 +1,114 @@
+"""Encoders of one modality each: raw arrays to tokens of the stack's width."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.models.transformer import Dense, Transformer
+
+
+def patchify(pixels: jax.Array, patch: int) -> jax.Array:
+    """Cuts uint8 [B, H, W, 3] into float32 [B, H/patch * W/patch, patch*patch*3] in [-1, 1].
+
+    A reshape, not a convolution: inside `scan` XLA's CPU convolutions run on a slow path.
+
+    Raises:
+      ValueError: H or W is not divisible by `patch`.
+    """
+    batch, height, width, channels = pixels.shape
+    if height % patch or width % patch:
+        raise ValueError(
+            f"An image of {height}x{width} is not divisible into patches of {patch}; "
+            f"choose a patch that divides both."
+        )
+    x = pixels.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    x = jnp.swapaxes(x, 2, 3).reshape(batch, -1, patch * patch * channels)
+    return x.astype(jnp.float32) / 127.5 - 1.0
+
+
+def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
+    """Sine-cosine embedding of a grid, float32 [rows * columns, width] (MAE, He et al., 2022)."""
+    frequency = np.exp(np.linspace(np.log(np.pi / 2), np.log(8 * np.pi), width // 4))
+    parts = []
+    for position, count in ((np.repeat(np.arange(rows), columns), rows),
+                            (np.tile(np.arange(columns), rows), columns)):
+        angle = ((position + 0.5) / count)[:, None] * frequency[None]
+        parts += [np.sin(angle), np.cos(angle)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+class VisionEncoder(nn.Module):
+    """Pixels to patch tokens, optionally modulated by the instruction (FiLM) and self-attending.
+
+    Each patch goes through a two-layer perceptron, so that a token can already say 'red and
+    round here'. FiLM (Perez et al., 2018) scales and shifts the hidden layer by the instruction:
+    'is what was asked for here?' is then answered per patch.
+    """
+
+    width: int
+    patch: int
+    hidden: int
+    layers: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Maps uint8 [B, H, W, 3] and condition [B, D] or None to [B, patches, D]."""
+        rows, columns = pixels.shape[1] // self.patch, pixels.shape[2] // self.patch
+        x = patchify(pixels, self.patch)
+        x = Dense(self.hidden, self.dtype, name="patch_in")(x)
+        if condition is not None:
+            film = Dense(2 * self.hidden, self.dtype, name="film")(condition)[:, None]
+            scale, shift = jnp.split(film, 2, axis=-1)
+            x = x * (1 + scale) + shift
+        x = Dense(self.width, self.dtype, name="patch_out")(nn.gelu(x))
+        place = self.param(
+            "place",
+            lambda _, shape: jnp.asarray(sincos_2d(rows, columns, self.width)).reshape(shape),
+            (rows * columns, self.width),
+        )
+        x = x + place.astype(self.dtype)
+        if self.layers:
+            mask = jnp.ones((1, 1, 1), bool)
+            x = Transformer(self.layers, self.heads, dtype=self.dtype, name="stack")(x, mask)
+        return x
+
+
+class TextEncoder(nn.Module):
+    """Instruction tokens to word tokens of width D."""
+
+    width: int
+    vocabulary: int
+    layers: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps int32 [B, L] and bool [B, L] to [B, L, D]."""
+        length = tokens.shape[1]
+        normal = nn.initializers.normal(1.0)
+        table = self.param("words", normal, (self.vocabulary, self.width))
+        place = self.param("place", nn.initializers.normal(0.1), (length, self.width))
+        # A one-hot matmul: its gradient is a matmul too, not a slow scatter.
+        x = jax.nn.one_hot(tokens, self.vocabulary, dtype=self.dtype) @ table.astype(self.dtype)
+        x = x + place.astype(self.dtype)
+        if self.layers:
+            x = Transformer(self.layers, self.heads, dtype=self.dtype, name="stack")(
+                x, mask[:, None, :]
+            )
+        return x
+
+
+class ProprioEncoder(nn.Module):
+    """Joint readings float32 [B, P] to one token [B, 1, D]."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, proprio: jax.Array) -> jax.Array:
+        x = nn.gelu(Dense(self.width, self.dtype, name="hidden")(proprio))
+        return Dense(self.width, self.dtype, name="token")(x)[:, None]

@@ -1,0 +1,35 @@
+"""A plain actor-critic for flat observations."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
+from mmrl_jax.models.transformer import Dense
+from mmrl_jax.types import Observation
+
+
+class MLPPolicy(nn.Module):
+    """Separate swish MLPs for policy and value over obs['proprio'] [B, P], as in Brax's PPO."""
+
+    kind: ActionKind
+    actions: int
+    policy_layers: Sequence[int] = (32, 32, 32, 32)
+    value_layers: Sequence[int] = (256, 256, 256, 256, 256)
+
+    @nn.compact
+    def __call__(self, observation: Observation) -> PolicyOutput:
+        def mlp(x: jax.Array, layers: Sequence[int], name: str) -> jax.Array:
+            for i, features in enumerate(layers):
+                init = nn.initializers.lecun_uniform()
+                x = nn.swish(Dense(features, kernel_init=init, name=f"{name}_{i}")(x))
+            return x
+
+        x = observation["proprio"].reshape(observation["proprio"].shape[0], -1)
+        features = mlp(x, self.policy_layers, "policy")
+        return PolicyOutput(
+            distribution=PolicyHead(self.kind, self.actions, name="policy_head")(features),
+            value=ValueHead(name="value_head")(mlp(x, self.value_layers, "value")),
+            auxiliary={},
+        )

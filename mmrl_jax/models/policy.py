@@ -1,0 +1,167 @@
+"""The multimodal transformer policy: pixels, an instruction and joints to actions and a value."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.models.encoders import ProprioEncoder, TextEncoder, VisionEncoder
+from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
+from mmrl_jax.models.transformer import Dense, Transformer
+from mmrl_jax.types import Observation
+
+MODALITIES = ("instruction", "pixels", "proprio", "readout")
+READOUTS = 2  # One for the policy (and auxiliary predictions), one for the value.
+
+
+class TokenLayout(NamedTuple):
+    """Where each token of the sequence comes from.
+
+    Attributes:
+      modality: int32 [S], index into MODALITIES.
+      frame: int32 [S], frame of the history, 0 the oldest; -1 where there is none.
+      place: int32 [S], word, patch (row-major), or readout index within its frame.
+    """
+
+    modality: np.ndarray
+    frame: np.ndarray
+    place: np.ndarray
+
+
+def token_layout(*, words: int, frames: int, patches: int) -> TokenLayout:
+    """Returns the layout of the sequence that `MultimodalPolicy` builds."""
+    rows = [(0, -1, i) for i in range(words)]
+    for k in range(frames):
+        rows += [(1, k, i) for i in range(patches)] + [(2, k, 0)]
+    rows += [(3, -1, i) for i in range(READOUTS)]
+    return TokenLayout(*np.array(rows, np.int32).T)
+
+
+def attention_mask(words: jax.Array, layout: TokenLayout) -> jax.Array:
+    """Who may read whom: bool [B, S, S], from words bool [B, L] and the layout.
+
+    Nobody reads padding words or a readout; a readout reads everything and itself; a frame reads
+    the instruction, its own frame and older ones; a word reads words only, so that the
+    instruction's tokens are the same in every frame.
+    """
+    modality, frame = layout.modality, layout.frame
+    is_readout = modality == 3
+    allowed = frame[None, :] <= frame[:, None]
+    allowed = (allowed | is_readout[:, None]) & ~is_readout[None, :]
+    allowed = allowed | np.eye(len(modality), dtype=bool)
+    present = jnp.concatenate(
+        [words, jnp.ones((words.shape[0], len(modality) - words.shape[1]), bool)], axis=1
+    )
+    return jnp.asarray(allowed)[None] & present[:, None, :]
+
+
+class MultimodalPolicy(nn.Module):
+    """A transformer over the tokens of all modalities, with one readout for policy and one for value.
+
+    The sequence for L words, K frames of P patches (K = 1 without a history):
+
+      [w_1 .. w_L | p_1 .. p_P j | ... | p_1 .. p_P j | r_policy r_value]
+       instruction   frame 0             frame K-1       readouts
+
+    and its attention mask (rows read columns; x = yes, w = words that are not padding):
+
+                     words  frame 0  frame 1  r_policy r_value
+        words          w       .        .        .        .
+        frame 0        w       x        .        .        .
+        frame 1        w       x        x        .        .
+        r_policy       w       x        x        x        .
+        r_value        w       x        x        .        x
+
+    Every token carries a learned embedding of its modality; frames carry one of their age, patches
+    and words one of their place. `token_layout` gives the same for every position as data.
+
+    Attributes:
+      kind, actions: see `PolicyHead`.
+      vocabulary: number of token ids of the instruction.
+      width, layers, heads, mlp_ratio: of the fusion stack.
+      patch: edge of an image patch, pixels; must divide the image's height and width.
+      patch_hidden: hidden units of the per-patch perceptron.
+      vision_layers, text_layers: blocks of self-attention inside one modality before fusion.
+      film: modulate patches by the instruction (FiLM) before fusion.
+      auxiliary: name -> size of privileged targets predicted from the policy's readout.
+      pointing: name of a privileged place in the newest picture; the patch tokens then also say, by
+        one logit each, whether they are where it is.
+      dtype: compute dtype; parameters, heads and softmax statistics stay float32.
+      remat: recompute activations of the stack in the backward pass.
+    """
+
+    kind: ActionKind
+    actions: int
+    vocabulary: int
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    mlp_ratio: int = 4
+    patch: int = 8
+    patch_hidden: int = 128
+    vision_layers: int = 0
+    text_layers: int = 0
+    film: bool = True
+    auxiliary: tuple[tuple[str, int], ...] = ()
+    pointing: str | None = None
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, observation: Observation) -> PolicyOutput:
+        """Maps a batch of observations (see `types.Observation`) to a PolicyOutput of batch [B]."""
+        instruction = observation["instruction"]
+        pixels, proprio = observation["pixels"], observation["proprio"]
+        if pixels.ndim == 4:
+            pixels, proprio = pixels[:, None], proprio[:, None]
+        batch, frames = pixels.shape[:2]
+        words = TextEncoder(
+            self.width, self.vocabulary, self.text_layers, self.heads, self.dtype, name="text"
+        )(instruction["tokens"], instruction["mask"])
+        condition = None
+        if self.film:
+            present = instruction["mask"][..., None]
+            summary = jnp.sum(words * present, 1) / jnp.maximum(jnp.sum(present, 1), 1)
+            condition = nn.gelu(Dense(self.width, self.dtype, name="condition")(summary))
+            condition = jnp.repeat(condition, frames, axis=0)
+        patches = VisionEncoder(
+            self.width, self.patch, self.patch_hidden, self.vision_layers, self.heads,
+            self.dtype, name="vision",
+        )(pixels.reshape(-1, *pixels.shape[2:]), condition)
+        joints = ProprioEncoder(self.width, self.dtype, name="proprio")(
+            proprio.reshape(batch * frames, -1)
+        )
+        frame_tokens = jnp.concatenate([patches, joints], axis=1)
+        if frames > 1:
+            age = self.param("frame", nn.initializers.normal(0.1), (frames, 1, self.width))
+            frame_tokens = frame_tokens.reshape(batch, frames, -1, self.width) + age
+        frame_tokens = frame_tokens.reshape(batch, -1, self.width)
+        readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
+        readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))
+        x = jnp.concatenate([words, frame_tokens, readouts], axis=1)
+
+        layout = token_layout(
+            words=words.shape[1], frames=frames, patches=patches.shape[1]
+        )
+        modality = self.param(
+            "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
+        )
+        x = x + modality[layout.modality].astype(self.dtype)
+        x = Transformer(
+            self.layers, self.heads, self.mlp_ratio, self.dtype, self.remat, name="fusion"
+        )(x, attention_mask(instruction["mask"], layout), readouts=READOUTS)
+        policy, value = x[:, 0], x[:, 1]
+        auxiliary = {
+            name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary
+        }
+        if self.pointing is not None:
+            newest = patches.reshape(batch, frames, -1, self.width)[:, -1]
+            logits = Dense(1, name="pointing")(newest.astype(jnp.float32))
+            auxiliary[self.pointing] = logits.reshape(batch, pixels.shape[2] // self.patch, -1)
+        return PolicyOutput(
+            distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
+            value=ValueHead(name="value_head")(value),
+            auxiliary=auxiliary,
+        )

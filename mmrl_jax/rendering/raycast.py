@@ -1,0 +1,439 @@
+"""Pictures of a scene by casting one ray per pixel, as one elementwise program.
+
+A ray is `camera + depth * d`, `d = x * right + y * up - backward`: `d` has length 1 along the
+line of sight, so `depth` is the distance along the optical axis (what a z-buffer holds) and
+`|d|^2 = 1 + x^2 + y^2` is the same for all scenes. Every quantity that an intersection needs is a
+scalar product `v . d` with some vector `v` of the primitive, and so
+`(v . right) * x + (v . up) * y - v . backward`: three numbers per primitive, two multiply-adds per
+pixel. All that depends on the primitive alone is computed once per scene (`_Primitive`), the loop
+over primitives is unrolled, and only the nearest hit so far is carried along, so that XLA makes one
+loop over the pixels of it which keeps everything in registers: no array `[..., primitives, pixels]`
+exists and nothing is gathered.
+
+Surfaces are seen from their front side only, as with face culling in OpenGL: a camera inside a
+solid or behind a plane looks through it. The hot path uses comparisons and selects instead of
+`jnp.maximum` and `jnp.minimum`, which cost more because they have to propagate NaN.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.rendering.camera import Camera
+from mmrl_jax.rendering.scene import KINDS, Scene
+
+FAR = 1000.0  # m along the optical axis; what is further away is not drawn.
+BACKGROUND = (166, 178, 191)  # red, green, blue of a ray that hits nothing.
+
+# Brightness of a surface with normal n: AMBIENT + HEADLIGHT * cos(n, to the camera)
+# + SUN * cos(n, to the sun). They add up to 1, so that no colour overflows. The three components of
+# the sun's direction differ, so that the faces of a box do.
+AMBIENT, HEADLIGHT, SUN = 0.35, 0.3, 0.35
+SUN_DIRECTION = np.asarray([0.36, -0.48, 0.8], np.float32)
+_NO_FUSION = 2**24 + 43  # a prime larger than any packed colour; see `render`.
+_DARK_SQUARE = 0.7  # brightness of every other square of a checker.
+
+# Smallest squared sine of the angle between a ray and the axis of a cylinder: float32 knows
+# 1 - cos^2 no better.
+_MIN_SIN2 = 1e-7
+
+
+class _Rays(NamedTuple):
+    """What the rays of a camera share, all broadcastable to `[..., height, width]`.
+
+    x, y: the ray's right and up component at depth 1; square: |d|^2; inv_length: 1 / |d|;
+    sun: d . SUN_DIRECTION; pixel: height of a pixel at depth 1.
+    """
+
+    x: chex.Array
+    y: chex.Array
+    square: chex.Array
+    inv_square: chex.Array
+    inv_length: chex.Array
+    sun: chex.Array
+    pixel: chex.Array
+
+
+class _Primitive(NamedTuple):
+    """What one primitive is to one camera; every entry is `[..., 1, 1]` or a tuple of such.
+
+    along: for each local axis, its (right, up, backward) components; `_dot` makes `axis . d` of it.
+    origin: the camera in the local frame, x, y, z.
+    towards: (right, up, backward) components of the camera's position relative to the centre.
+    moment: the same of that position x local z: its product with d is the distance of the ray
+        from the axis, times the sine of their angle.
+    distance2: squared distance between the camera and the centre.
+    size, sun: the size, and the sun's direction in the local frame, x, y, z.
+    sun_origin: the camera's position relative to the centre . SUN_DIRECTION.
+    checker: edge of the squares, None where no plane of the scene has them.
+    """
+
+    along: tuple[tuple[chex.Array, ...], ...]
+    origin: tuple[chex.Array, ...]
+    towards: tuple[chex.Array, ...]
+    moment: tuple[chex.Array, ...]
+    distance2: chex.Array
+    size: tuple[chex.Array, ...]
+    sun: tuple[chex.Array, ...]
+    sun_origin: chex.Array
+    checker: chex.Array | None
+
+
+def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Array:
+    """Draws the scene with flat colours under a headlight and a fixed sun, without shadows.
+
+    Args:
+        scene: primitives, with any leading batch axes.
+        camera: its leading axes broadcast against the scene's.
+        height: pixels.
+        width: pixels, which are square: the horizontal field of view follows.
+
+    Returns:
+        uint8 `[..., height, width, 3]`, red, green, blue; row 0 is the top, column 0 the left.
+
+    Raises:
+        ValueError: a kind is unknown, or a shape does not fit.
+    """
+    rays, primitives = _prepare(scene, camera, height, width)
+    # One number per pixel carries the three colours, so that a hit selects one value, not three.
+    colours = _pack(jnp.round(255.0 * jnp.clip(scene.colour, 0.0, 1.0)).astype(jnp.int32))
+    nearest, colour, light = jnp.float32(FAR), jnp.int32(_pack(np.asarray(BACKGROUND))), 1.0
+    for g, (kind, primitive) in enumerate(zip(scene.kind, primitives, strict=True)):
+        depth, brightness = _INTERSECT[kind](primitive, rays)
+        closer = depth < nearest
+        nearest = jnp.where(closer, depth, nearest)
+        colour = jnp.where(closer, colours[..., g, None, None], colour)
+        light = jnp.where(closer, brightness, light)
+    light = jnp.where(light < 1.0, light, 1.0)  # rounding must not carry into the next channel.
+    shape = (*_batch(scene, camera), height, width)
+    channels = [
+        ((colour >> shift & 255).astype(jnp.float32) * light + 0.5).astype(jnp.int32) << shift
+        for shift in (0, 8, 16)
+    ]
+    packed = jnp.broadcast_to(channels[0] | channels[1] | channels[2], shape)
+    # The remainder changes nothing, but XLA's CPU backend takes it for an expensive operation and
+    # so keeps the program that casts the rays apart from the one that copies each pixel's three
+    # channels out; fused, the rays would be cast once per channel (7 times slower).
+    packed = packed % _NO_FUSION
+    shifts = jnp.arange(0, 24, 8, dtype=jnp.int32)
+    return (packed[..., None] >> shifts & 255).astype(jnp.uint8)
+
+
+def depth_and_index(
+    scene: Scene, camera: Camera, *, height: int, width: int
+) -> tuple[chex.Array, chex.Array]:
+    """Finds the first primitive on each ray.
+
+    Args:
+        scene: primitives, with any leading batch axes.
+        camera: its leading axes broadcast against the scene's.
+        height: pixels.
+        width: pixels.
+
+    Returns:
+        distance from the camera along the ray, float32 `[..., height, width]`, m, inf where there
+        is nothing, and the primitive's position in `scene.kind`, int32 `[..., height, width]`, -1
+        where there is nothing.
+
+    Raises:
+        ValueError: a kind is unknown, or a shape does not fit.
+    """
+    rays, primitives = _prepare(scene, camera, height, width)
+    nearest, index = jnp.float32(FAR), jnp.int32(-1)
+    for g, (kind, primitive) in enumerate(zip(scene.kind, primitives, strict=True)):
+        depth, _ = _INTERSECT[kind](primitive, rays)
+        index = jnp.where(depth < nearest, g, index)
+        nearest = jnp.where(depth < nearest, depth, nearest)
+    distance = jnp.where(index < 0, jnp.inf, nearest * rays.square * rays.inv_length)
+    shape = (*_batch(scene, camera), height, width)
+    return jnp.broadcast_to(distance, shape), jnp.broadcast_to(index, shape)
+
+
+def _sphere(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
+    """Smaller root of |origin + depth d|^2 = radius^2; the normal is the hit over the radius."""
+    radius = p.size[0]
+    b = _dot(p.towards, rays)
+    # Rounding would let a ray through the centre hit a sphere of size 0.
+    c = jnp.where(radius > 0, p.distance2 - radius * radius, jnp.inf)
+    disc = b * b - rays.square * c
+    root = _root(disc)
+    depth = (-b - root) * rays.inv_square
+    depth = jnp.where((disc > 0) & (depth > 0), depth, jnp.inf)
+    inv_radius = 1.0 / radius
+    sun = (p.sun_origin + depth * rays.sun) * inv_radius
+    return depth, _light(root * inv_radius * rays.inv_length, sun)
+
+
+def _capsule(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
+    """Enters the endless cylinder: there on the straight part, or else only the cap of that side.
+
+    After Inigo Quilez, "capsule - intersection" (iquilezles.org/articles/intersectors). Whichever
+    part is hit, the normal is (hit - nearest point of the axis) / radius, and its product with -d
+    is the root of that part's discriminant / radius.
+    """
+    radius, half = p.size[0], p.size[1]
+    dz, b = _dot(p.along[2], rays), _dot(p.towards, rays)
+    sin2, b_side, disc_side = _endless_cylinder(p, rays, dz, b)
+    root_side = _root(disc_side)
+    depth_side = (-b_side - root_side) * (1.0 / sin2)
+    z = p.origin[2] + depth_side * dz
+    top = z > 0
+    b_cap = b - jnp.where(top, half, -half) * dz
+    c = p.distance2 + half * half - radius * radius
+    shift = 2.0 * half * p.origin[2]
+    disc_cap = b_cap * b_cap - rays.square * jnp.where(top, c - shift, c + shift)
+    side = jnp.abs(z) < half
+    disc = jnp.where(side, disc_side, disc_cap)
+    root = jnp.where(side, root_side, _root(disc_cap))
+    depth = jnp.where(side, depth_side, (-b_cap - root) * rays.inv_square)
+    depth = jnp.where((disc_side > 0) & (disc > 0) & (depth > 0), depth, jnp.inf)
+    inv_radius = 1.0 / radius
+    axis = jnp.where(side, z, jnp.where(top, half, -half))
+    sun = (p.sun_origin + depth * rays.sun - axis * p.sun[2]) * inv_radius
+    return depth, _light(root * inv_radius * rays.inv_length, sun)
+
+
+def _cylinder(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
+    """The interval inside the endless cylinder cut with the interval between the two caps."""
+    radius, half = p.size[0], p.size[1]
+    dz, b = _dot(p.along[2], rays), _dot(p.towards, rays)
+    sin2, b_side, disc = _endless_cylinder(p, rays, dz, b)
+    # A ray that misses has root 0, and so an empty interval.
+    root = _root(disc)
+    inv_sin2 = 1.0 / sin2
+    side_in, side_out = (-b_side - root) * inv_sin2, (-b_side + root) * inv_sin2
+    cap_in, cap_out, cap_sun = _slab(dz, p.origin[2], half, p.sun[2])
+    on_cap = cap_in > side_in
+    depth = jnp.where(on_cap, cap_in, side_in)
+    leave = jnp.where(cap_out < side_out, cap_out, side_out)
+    depth = jnp.where((depth < leave) & (depth > 0), depth, jnp.inf)
+    inv_radius = 1.0 / radius
+    z = p.origin[2] + depth * dz
+    side_sun = (p.sun_origin + depth * rays.sun - z * p.sun[2]) * inv_radius
+    facing = jnp.where(on_cap, jnp.abs(dz), root * inv_radius)
+    return depth, _light(facing * rays.inv_length, jnp.where(on_cap, cap_sun, side_sun))
+
+
+def _box(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
+    """The intervals between the three pairs of faces cut with each other (the slab method)."""
+    dx, dy, dz = (_dot(axis, rays) for axis in p.along)
+    depth, leave, sun = _slab(dx, p.origin[0], p.size[0], p.sun[0])
+    facing = jnp.abs(dx)
+    for d, origin, half, direction in ((dy, *_at(p, 1)), (dz, *_at(p, 2))):
+        enter_i, leave_i, sun_i = _slab(d, origin, half, direction)
+        later = enter_i > depth
+        depth = jnp.where(later, enter_i, depth)
+        sun = jnp.where(later, sun_i, sun)
+        facing = jnp.where(later, jnp.abs(d), facing)
+        leave = jnp.where(leave_i < leave, leave_i, leave)
+    depth = jnp.where((depth < leave) & (depth > 0), depth, jnp.inf)
+    return depth, _light(facing * rays.inv_length, sun)
+
+
+def _plane(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
+    """Where the local z is 0, for a camera above it and within the extents."""
+    dx, dy, dz = (_dot(axis, rays) for axis in p.along)
+    depth = p.origin[2] * (-1.0 / dz)
+    x, y = p.origin[0] + depth * dx, p.origin[1] + depth * dy
+    half_x, half_y = (jnp.where(half > 0, half, jnp.inf) for half in p.size[:2])
+    inside = (jnp.abs(x) < half_x) & (jnp.abs(y) < half_y)
+    depth = jnp.where((dz < 0) & (depth > 0) & inside, depth, jnp.inf)
+    facing = -dz * rays.inv_length
+    light = _light(facing, p.sun[2])
+    if p.checker is None:
+        return depth, light
+    chequered = p.checker > 0
+    inv_edge = jnp.where(chequered, 1.0 / p.checker, 1.0)
+    odd = (jnp.floor(x * inv_edge) + jnp.floor(y * inv_edge)) * 0.5
+    sign = jnp.where(odd == jnp.floor(odd), 1.0, -1.0)
+    # Where a pixel covers more than half a square, the squares fade into their mean.
+    covered = depth * rays.pixel * inv_edge / (facing * rays.inv_length)
+    contrast = _positive(1.0 - _positive(covered - 0.5) * 2.0)
+    mean, half_step = 0.5 * (1.0 + _DARK_SQUARE), 0.5 * (1.0 - _DARK_SQUARE)
+    return depth, light * jnp.where(chequered, mean + half_step * contrast * sign, 1.0)
+
+
+_INTERSECT = {
+    "sphere": _sphere,
+    "capsule": _capsule,
+    "box": _box,
+    "cylinder": _cylinder,
+    "plane": _plane,
+}
+
+
+def _endless_cylinder(
+    p: _Primitive, rays: _Rays, dz: chex.Array, b: chex.Array
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """Coefficients a, b and discriminant of the equation for the cylinder around the local z.
+
+    `b^2 - a c` is written as `a radius^2 - (moment . d)^2`, which does not cancel.
+    """
+    sin2 = rays.square - dz * dz
+    moment = _dot(p.moment, rays)
+    radius2 = p.size[0] * p.size[0]
+    disc = sin2 * radius2 - moment * moment
+    # A ray along the axis keeps the camera's distance from it.
+    camera2 = p.origin[0] * p.origin[0] + p.origin[1] * p.origin[1]
+    oblique = sin2 > _MIN_SIN2
+    disc = jnp.where(oblique, disc, _MIN_SIN2 * (radius2 - camera2))
+    return jnp.where(oblique, sin2, _MIN_SIN2), b - p.origin[2] * dz, disc
+
+
+def _slab(
+    d: chex.Array, origin: chex.Array, half: chex.Array, sun: chex.Array
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """Depths at which a ray enters and leaves |coordinate| < half, and the sun on the face entered.
+
+    A ray along the faces (d = 0) gives -inf, inf between them, and an empty interval outside. With
+    half = 0 the two depths are the same number, and the interval empty.
+    """
+    forward = d > 0
+    inv = jnp.abs(1.0 / d)
+    gap = jnp.where(forward, -origin - half, origin - half)
+    # A product on its own: with `gap * inv + 2 * half * inv`, inf - inf would be NaN.
+    return gap * inv, (gap + 2.0 * half) * inv, jnp.where(forward, -sun, sun)
+
+
+def _at(p: _Primitive, axis: int) -> tuple[chex.Array, chex.Array, chex.Array]:
+    return p.origin[axis], p.size[axis], p.sun[axis]
+
+
+def _light(facing: chex.Array, sun: chex.Array) -> chex.Array:
+    """Brightness in [AMBIENT, 1] for the cosines of the normal to the camera and to the sun."""
+    return AMBIENT + HEADLIGHT * facing + SUN * _positive(sun)
+
+
+def _root(x: chex.Array) -> chex.Array:
+    """Square root, 0 for negative arguments.
+
+    The root is inside the select because XLA's CPU backend does not fuse what leads to an expensive
+    operation with several users; this way the root has one, and the select has the others.
+    """
+    return jnp.where(x > 0, jnp.sqrt(x), 0.0)
+
+
+def _positive(x: chex.Array) -> chex.Array:
+    return jnp.where(x > 0, x, 0.0)
+
+
+def _dot(components: tuple[chex.Array, ...], rays: _Rays) -> chex.Array:
+    """`v . d` for the (right, up, backward) components of v."""
+    return components[0] * rays.x + (components[1] * rays.y - components[2])
+
+
+def _pack(colour: chex.Array) -> chex.Array:
+    """Integers in [0, 255] `[..., 3]` as one `[...]`: red in the lowest byte."""
+    return colour[..., 0] | colour[..., 1] << 8 | colour[..., 2] << 16
+
+
+def _prepare(
+    scene: Scene, camera: Camera, height: int, width: int
+) -> tuple[_Rays, list[_Primitive]]:
+    """The rays, and what each primitive is to the camera."""
+    _check(scene, camera, height, width)
+    high = jax.lax.Precision.HIGHEST  # GPU and TPU would multiply at ten bits or less.
+    view = camera.rotation
+    local = _matrix(scene.rotation)  # [..., G, 3, 3], columns: local axes in the world
+    towards = camera.position[..., None, :] - scene.position
+    towards = jnp.broadcast_to(towards, jnp.broadcast_shapes(towards.shape, local.shape[:-1]))
+    origin = jnp.einsum("...gij,...gi->...gj", local, towards, precision=high)
+    moment = jnp.cross(towards, local[..., 2])
+    axes = jnp.broadcast_to(jnp.moveaxis(local, -1, -2), (*towards.shape[:-1], 3, 3))
+    vectors = jnp.concatenate([axes, towards[..., None, :], moment[..., None, :]], axis=-2)
+    components = jnp.einsum("...gvi,...ij->...gvj", vectors, view, precision=high)
+    sun = jnp.einsum("...gij,i->...gj", local, SUN_DIRECTION, precision=high)
+    sun_origin = jnp.einsum("...gi,i->...g", towards, SUN_DIRECTION, precision=high)
+    distance2 = jnp.sum(towards * towards, axis=-1)
+    sun_view = jnp.einsum("...ij,i->...j", view, SUN_DIRECTION, precision=high)
+    tan = jnp.tan(jnp.deg2rad(camera.fovy) * 0.5)
+
+    def scalars(array: chex.Array) -> tuple[chex.Array, ...]:
+        return tuple(array[..., i, None, None] for i in range(array.shape[-1]))
+
+    tan = tan[..., None, None]
+    x = (np.arange(width, dtype=np.float32) + 0.5) * 2.0 / height - width / height
+    y = 1.0 - (np.arange(height, dtype=np.float32)[:, None] + 0.5) * 2.0 / height
+    x, y = tan * x, tan * y
+    square = 1.0 + x * x + y * y
+    inv_length = jax.lax.rsqrt(square)
+    s = scalars(sun_view)
+    rays = _Rays(
+        x=x,
+        y=y,
+        square=square,
+        inv_square=inv_length * inv_length,
+        inv_length=inv_length,
+        sun=s[0] * x + (s[1] * y - s[2]),
+        pixel=tan * (2.0 / height),
+    )
+    primitives = []
+    for g in range(len(scene.kind)):
+        vector = [scalars(components[..., g, v, :]) for v in range(5)]
+        primitives.append(
+            _Primitive(
+                along=tuple(vector[:3]),
+                origin=scalars(origin[..., g, :]),
+                towards=vector[3],
+                moment=vector[4],
+                distance2=distance2[..., g, None, None],
+                size=scalars(scene.size[..., g, :]),
+                sun=scalars(sun[..., g, :]),
+                sun_origin=sun_origin[..., g, None, None],
+                checker=None if scene.checker is None else scene.checker[..., g, None, None],
+            )
+        )
+    return rays, primitives
+
+
+def _matrix(quaternion: chex.Array) -> chex.Array:
+    """Rotation matrices `[..., 3, 3]` of unit quaternions w, x, y, z `[..., 4]`."""
+    w, x, y, z = jnp.moveaxis(quaternion, -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def _batch(scene: Scene, camera: Camera) -> tuple[int, ...]:
+    return jnp.broadcast_shapes(
+        scene.position.shape[:-2],
+        scene.rotation.shape[:-2],
+        scene.size.shape[:-2],
+        scene.colour.shape[:-2],
+        () if scene.checker is None else scene.checker.shape[:-1],
+        camera.position.shape[:-1],
+        camera.rotation.shape[:-2],
+        camera.fovy.shape,
+    )
+
+
+def _check(scene: Scene, camera: Camera, height: int, width: int) -> None:
+    for kind in scene.kind:
+        if kind not in KINDS:
+            raise ValueError(f"scene.kind holds {kind!r}: use one of {', '.join(KINDS)}.")
+    for name, value in (("height", height), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: use at least one pixel.")
+    count = len(scene.kind)
+    wanted = {
+        "scene.position": (scene.position, (count, 3)),
+        "scene.rotation": (scene.rotation, (count, 4)),
+        "scene.size": (scene.size, (count, 3)),
+        "scene.colour": (scene.colour, (count, 3)),
+        "camera.position": (camera.position, (3,)),
+        "camera.rotation": (camera.rotation, (3, 3)),
+    }
+    if scene.checker is not None:
+        wanted["scene.checker"] = (scene.checker, (count,))
+    for name, (array, shape) in wanted.items():
+        if tuple(array.shape[-len(shape) :]) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(array.shape)}: its last axes must be {shape} for the "
+                f"{count} kinds of the scene."
+            )

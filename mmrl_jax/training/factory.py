@@ -1,0 +1,520 @@
+"""Builds a run from its config: the only module that reads a ConfigDict.
+
+Everything below it takes explicit arguments. What every key means is in `SCHEMA`.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from mmrl_jax import envs
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.envs import language_reach
+from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.evaluation import statistics
+from mmrl_jax.evaluation.evaluate import Episodes, evaluate
+from mmrl_jax.learners import bc, learner as learner_lib, ppo
+from mmrl_jax.learners.learner import LearnerState, policy_function
+from mmrl_jax.models.mlp import MLPPolicy
+from mmrl_jax.models.policy import MultimodalPolicy
+from mmrl_jax.rl import losses, normalisation
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
+from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.types import Metrics, Transition
+
+MODELS = ("multimodal", "mlp")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+SCHEMA: config_lib.Schema = {
+    "seed": non_negative(int, "of every random draw of the run"),
+    "algorithm": one_of(("bc", "ppo"), "'ppo' clones first if warm_start.updates is above 0"),
+    "devices": non_negative(int, "of the mesh; 0 for all there are"),
+    "env": {
+        "name": anything(str, "of an environment, see mmrl_jax.envs.NAMES, or 'brax:<name>'"),
+        "split": anything(str, "that is trained on"),
+        "height": non_negative(int, "of the pixels; 0 for an environment without pixels"),
+        "width": non_negative(int, "of the pixels"),
+        "history": positive(int, "frames that the policy sees"),
+        "options": anything(dict, "further arguments of the environment"),
+    },
+    "model": {
+        "kind": one_of(MODELS, "'mlp' sees proprioception only"),
+        "width": positive(int, "of the tokens"),
+        "layers": positive(int, "blocks of the fusion stack"),
+        "heads": positive(int, "attention heads; must divide the width"),
+        "mlp_ratio": positive(int, "hidden width of a block's MLP over the width"),
+        "patch": positive(int, "edge of an image patch, pixels; must divide height and width"),
+        "patch_hidden": positive(int, "hidden units of the per-patch perceptron"),
+        "vision_layers": non_negative(int, "blocks among the patches before fusion"),
+        "text_layers": non_negative(int, "blocks among the words before fusion"),
+        "film": anything(bool, "modulate patches by the instruction before fusion"),
+        "auxiliary": anything(tuple, "((name, size), ...) of privileged targets to predict"),
+        "pointing": anything((str, type(None)), "privileged place in the picture to point at"),
+        "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
+        "remat": anything(bool, "recompute activations in the backward pass"),
+    },
+    "warm_start": {
+        "updates": non_negative(int, "optimiser steps of cloning; 0 for none"),
+        "episodes": positive(int, "demonstrated episodes, a fixed set"),
+        "expert": {
+            "gain": positive(float, "action per rad of error"),
+            "undershoot": between(float, 0, 1, "fraction of the way that it stops short"),
+            "noise": non_negative(float, "standard deviation of its actions' noise"),
+        },
+        "batch_size": positive(int, "samples an optimiser step"),
+        "learning_rate": positive(float, "of Adam"),
+        "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
+        "value_weight": non_negative(float, "of the value loss"),
+        "auxiliary_weight": non_negative(float, "of the squared errors of privileged targets"),
+        "pointing_weight": non_negative(float, "of the cross-entropy of pointing"),
+        "updates_per_dispatch": positive(int, "updates in one compiled call"),
+        "eval_interval": positive(int, "updates between evaluations"),
+        "checkpoint_interval": positive(int, "updates between checkpoints"),
+    },
+    "ppo": {
+        "num_envs": positive(int, "environments side by side; the mesh must divide them"),
+        "unroll": positive(int, "steps of each environment an update"),
+        "learning_rate": positive(float, "of Adam, at the start"),
+        "schedule": one_of(("constant", "linear"), "of the learning rate; linear falls to 0"),
+        "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
+        "discount": between(float, 0, 1, "per step"),
+        "gae_lambda": between(float, 0, 1, "of the advantage estimate"),
+        "clip": positive(float, "half width of the trust interval of the ratio"),
+        "value_clip": Field(
+            (float, type(None)), lambda x: x > 0, "greater than 0, or None", "of the value loss"
+        ),
+        "value_weight": non_negative(float, "of the value loss"),
+        "entropy_weight": non_negative(float, "of the entropy bonus"),
+        "auxiliary_weight": non_negative(float, "of the squared errors of privileged targets"),
+        "pointing_weight": non_negative(float, "of the cross-entropy of pointing"),
+        "epochs": positive(int, "passes over a batch"),
+        "minibatches": positive(int, "optimiser steps a pass"),
+        "target_kl": Field(
+            (float, type(None)), lambda x: x > 0, "greater than 0, or None", "stops an update early"
+        ),
+        "initial_std": positive(float, "of the unsquashed Gaussian, when PPO begins"),
+    },
+    "run": {
+        "updates": positive(int, "where PPO ends"),
+        "updates_per_dispatch": positive(int, "updates in one compiled call; divides updates"),
+        "eval_interval": positive(int, "updates between evaluations"),
+        "eval_episodes": positive(int, "episodes of an evaluation during training"),
+        "checkpoint_interval": positive(int, "updates between checkpoints"),
+        "keep": Field(int, lambda x: x >= 2, "at least 2, so that a damaged one has one before it",
+                      "newest checkpoints kept"),
+    },
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot run, before anything is compiled.
+
+    Raises:
+      ValueError: names the field, its value and the remedy.
+    """
+    config_lib.check_config(config, SCHEMA)
+    env, model, warm, p, run = config.env, config.model, config.warm_start, config.ppo, config.run
+    _known_env(config)
+    devices = config.devices or jax.device_count()
+    if devices > jax.device_count():
+        raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
+    if model.kind == "multimodal":
+        if not env.height or not env.width:
+            raise ValueError(
+                f"env.height={env.height}, env.width={env.width}: the multimodal model needs pixels; "
+                f"give both a size, or model.kind='mlp'."
+            )
+        if env.height % model.patch or env.width % model.patch:
+            raise ValueError(
+                f"env.height={env.height} and env.width={env.width} are not both divisible by "
+                f"model.patch={model.patch}."
+            )
+        if model.width % model.heads:
+            raise ValueError(
+                f"model.width={model.width} is not divisible by model.heads={model.heads}."
+            )
+        if model.width % 4:
+            raise ValueError(f"model.width={model.width} is not divisible by 4.")
+    if (p.num_envs * p.unroll) % p.minibatches:
+        raise ValueError(
+            f"ppo.minibatches={p.minibatches} does not divide ppo.num_envs * ppo.unroll = "
+            f"{p.num_envs * p.unroll}."
+        )
+    if p.num_envs % devices:
+        raise ValueError(f"ppo.num_envs={p.num_envs} is not divisible by {devices} devices.")
+    if run.updates % run.updates_per_dispatch:
+        raise ValueError(
+            f"run.updates_per_dispatch={run.updates_per_dispatch} does not divide "
+            f"run.updates={run.updates}."
+        )
+    if warm.updates % warm.updates_per_dispatch:
+        raise ValueError(
+            f"warm_start.updates_per_dispatch={warm.updates_per_dispatch} does not divide "
+            f"warm_start.updates={warm.updates}."
+        )
+    if config.algorithm == "bc" and not warm.updates:
+        raise ValueError("warm_start.updates=0, but algorithm='bc' is nothing else; raise it.")
+    if warm.updates and env.name != "language_reach":
+        raise ValueError(
+            f"warm_start.updates={warm.updates}, but env.name={env.name!r} has no scripted expert; "
+            f"set warm_start.updates to 0."
+        )
+
+
+def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """The mesh that the run uses."""
+    return mesh_lib.make_mesh(config.devices or None)
+
+
+def make_env(config: ml_collections.ConfigDict, *, split: str | None = None) -> Env:
+    """The batched environment of the config, on `split` (by default the one trained on)."""
+    env = config.env
+    return envs.create(
+        env.name,
+        split=split or env.split,
+        height=env.height,
+        width=env.width,
+        history=env.history,
+        **env.options.to_dict(),
+    )
+
+
+def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
+    """The policy network for an environment."""
+    m = config.model
+    if m.kind == "mlp":
+        return MLPPolicy(kind=env.action_kind, actions=env.action_size)
+    return MultimodalPolicy(
+        kind=env.action_kind,
+        actions=env.action_size,
+        vocabulary=env.vocabulary.size,
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        mlp_ratio=m.mlp_ratio,
+        patch=m.patch,
+        patch_hidden=m.patch_hidden,
+        vision_layers=m.vision_layers,
+        text_layers=m.text_layers,
+        film=m.film,
+        auxiliary=tuple((name, size) for name, size in m.auxiliary),
+        pointing=m.pointing,
+        dtype=DTYPES[m.dtype],
+        remat=m.remat,
+    )
+
+
+def fresh_learner(
+    config: ml_collections.ConfigDict, env: Env, optimiser: optax.GradientTransformation
+) -> LearnerState:
+    """A learner with newly initialised parameters."""
+    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
+    observation = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
+    params = jax.jit(make_network(config, env).init)(key, zeros)
+    return learner_lib.init(
+        params, optimiser=optimiser, proprio_size=observation["proprio"].shape[-1]
+    )
+
+
+def adam(learning_rate: float | optax.Schedule, max_grad_norm: float) -> Any:
+    """Adam behind a clip of the global gradient norm."""
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate, eps=1e-5))
+
+
+def expert(config: ml_collections.ConfigDict) -> PolicyFunction:
+    """The imperfect scripted expert, as a policy function that reads privileged state."""
+    options = config.warm_start.expert.to_dict()
+
+    def policy(state: State, rng: jax.Array) -> Decision:
+        action = language_reach.expert_action(state, rng, **options)
+        zero = jnp.zeros(action.shape[0])
+        return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+
+    return policy
+
+
+def record_demonstrations(config: ml_collections.ConfigDict) -> tuple[bc.Demonstrations, float]:
+    """Records the fixed set of whole episodes; the same seed gives the same set.
+
+    Returns:
+      The samples, and the fraction of episodes in which the expert succeeded.
+    """
+    env = make_env(config)
+    episodes = config.warm_start.episodes
+
+    @jax.jit
+    def record(rng: jax.Array) -> tuple[bc.Demonstrations, jax.Array]:
+        reset_key, rng = jax.random.split(rng)
+        state = env.reset(jax.random.split(reset_key, episodes))
+        _, batch = unroll(env, state, expert(config), rng, env.episode_length)
+        ended = batch.terminated + batch.truncated
+        success = losses.masked_mean(batch.metrics["success"], ended)
+        return bc.demonstrations(batch, batch.action, discount=config.ppo.discount), success
+
+    data, success = record(jax.random.fold_in(jax.random.PRNGKey(config.seed), 1))
+    return data, float(success)
+
+
+def cloning_stage(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    data: bc.Demonstrations,
+    *,
+    name: str = "warm_start",
+    updates: int | None = None,
+    start: LearnerState | None = None,
+) -> Stage:
+    """Behaviour cloning of `data`, from scratch or from the learner `start`.
+
+    Args:
+      config: of the run.
+      mesh: to run on.
+      data: recorded demonstrations.
+      name: of the stage.
+      updates: where it ends; by default the config's warm_start.updates.
+      start: learner to go on from, with its optimiser.
+    """
+    warm, env = config.warm_start, make_env(config)
+    optimiser = adam(warm.learning_rate, warm.max_grad_norm)
+    step = functools.partial(
+        bc.update,
+        apply=make_network(config, env).apply,
+        optimiser=optimiser,
+        hyperparameters=bc.Hyperparameters(
+            batch_size=warm.batch_size,
+            value_weight=warm.value_weight,
+            auxiliary_weight=warm.auxiliary_weight,
+            pointing_weight=warm.pointing_weight,
+        ),
+    )
+
+    def init() -> Carry:
+        learner = start
+        if learner is None:
+            learner = fresh_learner(config, env, optimiser)
+            proprio = data.observation["proprio"]
+            counted = jnp.ones(proprio.shape[:-1])
+            seen = normalisation.update(learner.statistics, proprio, counted)
+            learner = learner.replace(statistics=seen)
+        rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 2 if start is None else 3)
+        return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
+
+    def update(carry: Carry, data: bc.Demonstrations) -> tuple[Carry, Metrics]:
+        rng = jax.random.fold_in(carry.rng, carry.updates)
+        learner, metrics = step(carry.learner, data, rng)
+        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
+
+    return Stage(
+        name=name,
+        init=init,
+        update=update,
+        data=jax.device_put(data, mesh_lib.replicated(mesh)),
+        updates=updates or warm.updates,
+        updates_per_dispatch=warm.updates_per_dispatch,
+        env_steps_per_update=0,
+        samples_per_update=warm.batch_size,
+        evaluate=_periodic_evaluation(config),
+        eval_interval=warm.eval_interval,
+        checkpoint_interval=warm.checkpoint_interval,
+        keep=config.run.keep,
+        best_metric=_best_metric(config),
+        console=("loss/cloning", "loss/pointing", _best_metric(config), "time/samples_per_s"),
+        shardings=functools.partial(_shardings, mesh=mesh),
+    )
+
+
+def ppo_stage(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: LearnerState | None = None
+) -> Stage:
+    """PPO, from scratch or from the parameters and statistics of a cloned learner."""
+    p, env = config.ppo, make_env(config)
+    apply = make_network(config, env).apply
+    steps = config.run.updates * p.epochs * p.minibatches
+    rate = {
+        "constant": p.learning_rate,
+        "linear": optax.linear_schedule(p.learning_rate, 0.0, steps),
+    }[p.schedule]
+    optimiser = adam(rate, p.max_grad_norm)
+    hyperparameters = ppo.Hyperparameters(
+        discount=p.discount,
+        gae_lambda=p.gae_lambda,
+        clip=p.clip,
+        value_clip=p.value_clip,
+        value_weight=p.value_weight,
+        entropy_weight=p.entropy_weight,
+        auxiliary_weight=p.auxiliary_weight,
+        pointing_weight=p.pointing_weight,
+        epochs=p.epochs,
+        minibatches=p.minibatches,
+        target_kl=p.target_kl,
+    )
+
+    def init() -> Carry:
+        learner = fresh_learner(config, env, optimiser)
+        if start is not None:
+            learner = learner.replace(
+                params=start.params,
+                opt_state=optimiser.init(start.params),
+                statistics=start.statistics,
+            )
+        learner = learner.replace(params=_with_std(learner.params, p.initial_std))
+        rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 4)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.fold_in(rng, 0), jnp.arange(p.num_envs)
+        )
+        env_state = jax.jit(env.reset)(keys)
+        return Carry(learner, env_state, jax.random.fold_in(rng, 1), jnp.zeros((), jnp.int32))
+
+    def update(carry: Carry, _: None) -> tuple[Carry, Metrics]:
+        act_key, learn_key = jax.random.split(jax.random.fold_in(carry.rng, carry.updates))
+        policy = policy_function(apply, carry.learner, deterministic=False)
+        env_state, batch = unroll(env, carry.env_state, policy, act_key, p.unroll)
+        learner, metrics = ppo.update(
+            carry.learner,
+            batch,
+            env_state.obs,
+            learn_key,
+            apply=apply,
+            optimiser=optimiser,
+            hyperparameters=hyperparameters,
+        )
+        carry = carry.replace(learner=learner, env_state=env_state, updates=carry.updates + 1)
+        return carry, metrics | rollout_metrics(batch)
+
+    return Stage(
+        name="ppo",
+        init=init,
+        update=update,
+        data=None,
+        updates=config.run.updates,
+        updates_per_dispatch=config.run.updates_per_dispatch,
+        env_steps_per_update=p.num_envs * p.unroll,
+        samples_per_update=p.num_envs * p.unroll,
+        evaluate=_periodic_evaluation(config),
+        eval_interval=config.run.eval_interval,
+        checkpoint_interval=config.run.checkpoint_interval,
+        keep=config.run.keep,
+        best_metric=_best_metric(config),
+        console=("episode/return", "episode/success", _best_metric(config), "time/samples_per_s"),
+        shardings=functools.partial(_shardings, mesh=mesh),
+    )
+
+
+def stored_learner(config: ml_collections.ConfigDict) -> LearnerState:
+    """Shapes and dtypes of the learner that a finished run of this config holds."""
+    if config.algorithm == "bc":
+        warm, env = config.warm_start, make_env(config)
+        optimiser = adam(warm.learning_rate, warm.max_grad_norm)
+        return jax.eval_shape(lambda: fresh_learner(config, env, optimiser))
+    return jax.eval_shape(ppo_stage(config, make_mesh(config)).init).learner
+
+
+def rollout_metrics(batch: Transition) -> Metrics:
+    """What to log of an unroll; NaN where no episode ended in it."""
+    ended = batch.terminated + batch.truncated
+
+    def at_end(x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.any(ended > 0), losses.masked_mean(x, ended), jnp.nan)
+
+    metrics = {
+        "episode/return": at_end(batch.metrics["episode_return"]),
+        "episode/length": at_end(batch.metrics["episode_length"]),
+        "rollout/reward": losses.masked_mean(batch.reward, batch.valid),
+        "rollout/valid_fraction": jnp.mean(batch.valid),
+    }
+    if "success" in batch.metrics:
+        metrics["episode/success"] = at_end(batch.metrics["success"])
+    return metrics
+
+
+def make_evaluator(
+    config: ml_collections.ConfigDict,
+    *,
+    split: str,
+    episodes: int,
+    wrap: Callable[[PolicyFunction], PolicyFunction] = lambda policy: policy,
+) -> Callable[[LearnerState, jax.Array], Episodes]:
+    """A compiled evaluation of a learner's deterministic policy on `split`.
+
+    Args:
+      config: of the run.
+      split: of the environment.
+      episodes: how many.
+      wrap: changes the policy, e.g. hides a modality.
+    """
+    env = make_env(config, split=split)
+    apply = make_network(config, env).apply
+
+    @jax.jit
+    def evaluator(learner: LearnerState, rng: jax.Array) -> Episodes:
+        policy = wrap(policy_function(apply, learner, deterministic=True))
+        return evaluate(env, policy, rng, episodes=episodes)
+
+    return evaluator
+
+
+def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
+    """The key of every evaluation of a run: the same episodes for whatever is compared."""
+    return jax.random.fold_in(jax.random.PRNGKey(config.seed), 5)
+
+
+def _periodic_evaluation(
+    config: ml_collections.ConfigDict,
+) -> Callable[[LearnerState], dict[str, float]]:
+    split, episodes = config.env.split, config.run.eval_episodes
+    evaluator = make_evaluator(config, split=split, episodes=episodes)
+    # Other episodes than those of the reported evaluations: the best checkpoint is chosen by it.
+    key = jax.random.fold_in(evaluation_key(config), 1)
+
+    def evaluation(learner: LearnerState) -> dict[str, float]:
+        result = jax.device_get(evaluator(learner, key))
+        mean, low, high = statistics.bootstrap_interval(
+            result.success, confidence=0.95, resamples=2000, seed=0
+        )
+        return {
+            f"eval/{split}/success": mean,
+            f"eval/{split}/success_lo": low,
+            f"eval/{split}/success_hi": high,
+            f"eval/{split}/return": float(np.mean(result.episode_return)),
+            f"eval/{split}/length": float(np.mean(result.length)),
+        }
+
+    return evaluation
+
+
+def _best_metric(config: ml_collections.ConfigDict) -> str:
+    return f"eval/{config.env.split}/return"
+
+
+def _known_env(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError if there is no such environment or split."""
+    splits = envs.splits(config.env.name)
+    if config.env.split not in splits:
+        raise ValueError(f"env.split={config.env.split!r} is unknown; choose one of {splits}.")
+
+
+def _with_std(params: Any, std: float) -> Any:
+    """Parameters with the policy head's log std set; those without one as they are."""
+
+    def visit(path: tuple, x: jax.Array) -> jax.Array:
+        return jnp.full_like(x, np.log(std)) if path[-1].key == "log_std" else x
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def _shardings(carry: Carry, *, mesh: Mesh) -> Carry:
+    """Environments over the mesh's data axis, the rest replicated."""
+    everywhere = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
+    by_env = jax.tree.map(lambda _: mesh_lib.batch_sharding(mesh, 0), carry.env_state)
+    return everywhere.replace(env_state=by_env)

@@ -1,0 +1,377 @@
+"""Metrics: one glossary of every logged name, and one writer for files, TensorBoard and console.
+
+    workdir/metrics.jsonl     one JSON object a line: {"step": 12, "episode/success": 0.5, ...}
+    workdir/tensorboard/      the same as TensorBoard events
+
+Every name is in `GLOSSARY`, with its unit, meaning and healthy range; a name that is not there is
+an error, so the glossary in the README is complete. A part in angle brackets, as in
+`eval/<split>/success`, stands for any single part of a name.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from mmrl_jax.training import config as config_lib
+
+
+class Metric(NamedTuple):
+    """What a logged name means."""
+
+    unit: str
+    meaning: str
+    healthy: str
+
+
+GLOSSARY: dict[str, Metric] = {
+    "loss/total": Metric("1", "Sum of the weighted losses that the optimiser descends", "finite"),
+    "loss/policy": Metric(
+        "1",
+        "Clipped surrogate of PPO, mean over valid steps, no sign of progress",
+        "-0.1 to 0.1",
+    ),
+    "loss/value": Metric("return^2", "Squared error of the value, before its weight", "falls"),
+    "loss/entropy": Metric("nats", "Negative entropy, before its weight", "rises slowly"),
+    "loss/auxiliary": Metric(
+        "1", "Error of predicting privileged targets, before its weight", "falls"
+    ),
+    "loss/pointing": Metric(
+        "nats", "Cross-entropy of the patch that holds the named object", "falls from log(patches)"
+    ),
+    "loss/cloning": Metric(
+        "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
+    ),
+    "policy/kl": Metric(
+        "nats", "KL from the policy that acted to the updated one, per step", "0.001 to 0.05"
+    ),
+    "policy/clip_fraction": Metric(
+        "fraction", "Steps whose probability ratio lies outside the clip range", "0.02 to 0.3"
+    ),
+    "policy/entropy": Metric("nats", "Entropy of the action distribution", "falls slowly"),
+    "value/explained_variance": Metric(
+        "1", "1 - Var(return - value) / Var(return) on the data just gathered", "0.3 to 1"
+    ),
+    "grad/norm": Metric(
+        "1", "Global norm of the gradient before clipping", "stable, mostly under the clip"
+    ),
+    "episode/return": Metric("reward", "Mean return of the episodes that ended", "rises"),
+    "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
+    "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
+    "rollout/reward": Metric("reward", "Mean reward of a step", "rises"),
+    "time/samples_per_s": Metric(
+        "1/s", "Environment (cloning: demonstrated) steps a second, without compile time", "constant"
+    ),
+    "time/wall_s": Metric("s", "Wall time of the stage so far, compile time left out", "grows"),
+    "time/update_s": Metric("s", "Wall time of one update, compile time left out", "constant"),
+    "time/compile_s": Metric("s", "Time to compile the update; logged once", "under 60"),
+    "time/eval_s": Metric("s", "Wall time of one evaluation", "small beside the updates"),
+    "progress/env_steps": Metric("steps", "Environment steps since the start", "grows"),
+    "progress/updates": Metric("updates", "Updates since the start", "grows"),
+    "rollout/valid_fraction": Metric(
+        "fraction", "Steps of the rollout that the update may use", "1; less means bad physics"
+    ),
+    "update/steps": Metric(
+        "steps", "Optimiser steps before the KL stop", "all; fewer often: lower the learning rate"
+    ),
+    "eval/<split>/success": Metric("fraction", "Success over the evaluation episodes", "rises"),
+    "eval/<split>/success_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/success_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/return": Metric("reward", "Mean return over the evaluation episodes", "rises"),
+    "eval/<split>/length": Metric("steps", "Mean length of the evaluation episodes", "-"),
+}
+
+JSONL_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+
+
+def lookup(name: str) -> Metric:
+    """Returns the glossary's entry for a logged name.
+
+    Raises:
+        ValueError: The name is not in the glossary; names the nearest one.
+    """
+    if name in GLOSSARY:
+        return GLOSSARY[name]
+    for pattern, metric in GLOSSARY.items():
+        if matches(pattern, name):
+            return metric
+    guess = config_lib.nearest(name, GLOSSARY)
+    raise ValueError(
+        f"Metric '{name}' is not in the glossary; the nearest name there is '{guess}'. Use that, "
+        "or add yours to GLOSSARY in mmrl_jax/training/metrics.py."
+    )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Says whether a name fits a glossary name, whose `<parts>` stand for one part each."""
+    fixed = re.split(r"<[^>]*>", pattern)
+    return re.fullmatch("[^/]+".join(re.escape(part) for part in fixed), name) is not None
+
+
+def glossary_markdown(names: Iterable[str] | None = None) -> str:
+    """Returns the glossary, or the rows of some names in it, as a Markdown table."""
+    chosen = GLOSSARY if names is None else {name: lookup(name) for name in names}
+    rows = [
+        f"| `{name}` | {metric.unit} | {metric.meaning} | {metric.healthy} |"
+        for name, metric in chosen.items()
+    ]
+    return "\n".join(["| name | unit | meaning | healthy |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics file; the half line that a killed run leaves is left out."""
+    rows = []
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
+        # Each line is written whole, with its end; one without an end was cut off.
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+class MetricWriter:
+    """Writes metrics of one run to JSONL, TensorBoard and the console.
+
+    The console gets a bar that is redrawn on a terminal, and elsewhere (a file, a CI log) a line
+    now and then.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        resume_step: int | None,
+        console_names: Sequence[str],
+        console_interval_s: float,
+        label: str = "",
+        active: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Opens the files of a run, and cuts off what a resumed run will write again.
+
+        Args:
+            workdir: Directory of the run; made if absent.
+            total_steps: Step at which the run ends, for the bar and the time left; at least 1.
+            resume_step: Step of the restored checkpoint: later lines are removed. None for a run
+                from the start: all earlier lines are removed.
+            console_names: Metrics to show on the console, in order.
+            console_interval_s: Least seconds between two lines where there is no terminal.
+            label: Name of the stage, at the start of the console line.
+            active: False makes every method do nothing: the other hosts of a multi-host run.
+            stream: Console; None for standard error.
+            clock: Seconds; only differences are used.
+
+        Raises:
+            ValueError: `total_steps` below 1, or a console name that is not in the glossary.
+        """
+        if total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}, but must be at least 1.")
+        for name in console_names:
+            lookup(name)
+        self._active = active
+        if not active:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / JSONL_NAME
+        _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        # Imported here: a core installation runs without it until something is logged.
+        from tensorboardX import SummaryWriter
+
+        first = 0 if resume_step is None else resume_step + 1
+        if resume_step is None:
+            shutil.rmtree(workdir / TENSORBOARD_NAME, ignore_errors=True)
+        self._board = SummaryWriter(str(workdir / TENSORBOARD_NAME), purge_step=first)
+        self._console = _Console(
+            stream=sys.stderr if stream is None else stream,
+            total=total_steps,
+            start=resume_step or 0,
+            names=console_names,
+            interval_s=console_interval_s,
+            label=label,
+            clock=clock,
+        )
+        self._last_step: int | None = resume_step
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line, flushed, so that a killed run has all it logged.
+
+        Args:
+            step: Step that the values belong to; at least the last one.
+            values: Name to scalar (Python, numpy or jax). A value that is not finite becomes
+                `null` in the file, which JSON requires; TensorBoard keeps it.
+
+        Raises:
+            ValueError: A name that is not in the glossary, a value that is not a scalar, or a step
+                before the last one.
+        """
+        scalars = {name: _scalar(name, value) for name, value in values.items()}
+        for name in scalars:
+            lookup(name)
+        if not self._active:
+            return
+        if self._last_step is not None and step < self._last_step:
+            raise ValueError(
+                f"step is {step}, but {self._last_step} was already written: write in order, and "
+                "give resume_step when a run goes on."
+            )
+        self._last_step = step
+        row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        self._console.update(step, scalars)
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own on the console, above the bar."""
+        if self._active:
+            self._console.message(text)
+
+    def close(self) -> None:
+        """Ends the console line and closes the files."""
+        if self._active:
+            self._console.close()
+            self._file.close()
+            self._board.close()
+
+
+class _Console:
+    """A bar with progress, rate, time left and a few metrics.
+
+    The rate counts from the first update on, which leaves the first compile out.
+    """
+
+    _BAR = 20
+
+    def __init__(
+        self,
+        *,
+        stream: TextIO,
+        total: int,
+        start: int,
+        names: Sequence[str],
+        interval_s: float,
+        label: str,
+        clock: Callable[[], float],
+    ):
+        self._stream = stream
+        self._total = total
+        self._names = names
+        self._interval = interval_s
+        self._label = label
+        self._clock = clock
+        self._tty = stream.isatty()
+        self._step = start
+        self._first: tuple[int, float] | None = None
+        self._shown_at: float | None = None
+        self._values: dict[str, float] = {}
+        self._shown_step: int | None = None
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        now = self._clock()
+        self._step = step
+        self._values.update({name: values[name] for name in self._names if name in values})
+        if self._first is None:
+            self._first = (step, now)
+        due = self._shown_at is None or now - self._shown_at >= self._interval
+        if self._tty or due or step >= self._total:
+            self._show(now)
+
+    def message(self, text: str) -> None:
+        if self._tty:
+            self._stream.write("\r\x1b[K")
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._shown_at is not None:
+            if self._tty:
+                self._stream.write("\n")
+            elif self._shown_step != self._step:
+                self._show(self._clock())
+        self._stream.flush()
+
+    def _show(self, now: float) -> None:
+        line = self._line(now)
+        if self._tty:
+            # One column is left free: a full line would wrap, and the next \r not undo it.
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[K{line[:width]}")
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+        self._shown_at, self._shown_step = now, self._step
+
+    def _line(self, now: float) -> str:
+        done = min(max(self._step / self._total, 0.0), 1.0)
+        filled = int(done * self._BAR)
+        parts = [
+            f"{self._label + ' ' if self._label else ''}"
+            f"[{'#' * filled}{'-' * (self._BAR - filled)}] {100 * done:3.0f} %"
+            f" {self._step:,}/{self._total:,}"
+        ]
+        assert self._first is not None
+        steps, seconds = self._step - self._first[0], now - self._first[1]
+        if steps > 0 and seconds > 0:
+            rate = steps / seconds
+            left = max(self._total - self._step, 0) / rate
+            parts.append(f"{_short(rate)} steps/s, {_duration(left)} left")
+        shown = [f"{name} {_short(value)}" for name, value in self._values.items()]
+        return " | ".join([*parts, *([", ".join(shown)] if shown else [])])
+
+
+def _scalar(name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if array.shape != ():
+        raise ValueError(
+            f"Metric '{name}' has shape {array.shape}, but must be a scalar: take its mean first."
+        )
+    return float(array)
+
+
+def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
+    """Removes the lines after `resume_step`, in one atomic replacement."""
+    if not path.exists():
+        return
+    rows = [] if resume_step is None else read_jsonl(path)
+    kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text(
+        "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept), encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def _short(value: float) -> str:
+    """Returns about three digits: 0.0123, 4.5, 12,300."""
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Returns 0:09, 12:05 or 3:02:10."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

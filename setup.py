@@ -1,0 +1,50 @@
+"""Packaging of mmrl_jax. `make setup` installs it from the lock; see README.md."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name="mmrl_jax",
+    version="0.1.0",
+    description="Fine-tune large multimodal transformers with reinforcement learning in JAX.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=setuptools.find_packages(include=["mmrl_jax", "mmrl_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "chex>=0.1.92",
+        "transformers>=5.17",
+        "tensorflow-datasets>=4.9.10",
+        "brax>=0.14.2",
+        "ml-collections>=1.1.0",
+        "absl-py>=2.3",
+        "numpy>=2.0",
+        "array-record>=0.8",
+        "imageio[ffmpeg]>=2.37",
+        "matplotlib>=3.10",
+        "pillow>=11",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "dev": [
+            "import-linter>=2.5",
+            "mypy>=1.18",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.30",
+            "pytest>=8.4",
+            "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
+            "ruff>=0.14",
+        ],
+    },
+)

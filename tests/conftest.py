@@ -1,0 +1,37 @@
+"""Settings of every test: a CPU that looks like eight devices, and a cache of compiled programs."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICES = 8
+SLOW_TIMEOUT_S = 3600
+
+# JAX reads these when it is first imported, and a test process has only one such moment. Eight
+# simulated devices cost the other tests about a tenth of their time.
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could choose its devices")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# MuJoCo chooses its renderer when it is first imported; this one needs no display.
+os.environ.setdefault("MUJOCO_GL", "osmesa")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers."""
+    config.addinivalue_line("markers", "slow: takes minutes; run by `make test-slow`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives slow tests, unless they name their own, a longer limit than pyproject.toml's."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))

@@ -1,0 +1,181 @@
+"""Tests of mmrl_jax.learners.bc on toy demonstrations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmrl_jax.learners import bc, learner
+from mmrl_jax.models.heads import PolicyOutput
+from mmrl_jax.rl import normalisation
+from mmrl_jax.rl.distributions import Categorical, TanhNormal
+from mmrl_jax.types import Transition
+
+SAMPLES, PROPRIO = 64, 3
+
+HYPERPARAMETERS = bc.Hyperparameters(
+    batch_size=32, value_weight=0.5, auxiliary_weight=0.3, pointing_weight=0.7
+)
+
+
+def apply(params, observation):
+    """Linear heads on proprioception; discrete where there is no log_std."""
+    x = observation["proprio"]
+    mean = x @ params["policy"]
+    if "log_std" in params:
+        distribution = TanhNormal(mean, jnp.broadcast_to(params["log_std"], mean.shape))
+    else:
+        distribution = Categorical(mean)
+    auxiliary = {"place": x @ params["place"], "target": (x @ params["target"]).reshape(-1, 1, 2)}
+    return PolicyOutput(distribution, x @ params["value"], auxiliary)
+
+
+def problem(kind):
+    """Zero parameters, and demonstrations that linear heads can imitate exactly."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SAMPLES, PROPRIO))
+    score = x @ [1.0, -1.0, 0.5]
+    if kind == "continuous":
+        action = jnp.asarray(np.tanh(np.stack([0.5 * score, -x[:, 0]], 1)), jnp.float32)
+    else:
+        action = jnp.asarray(score > 0, jnp.int32)
+    data = bc.Demonstrations(
+        observation={"proprio": jnp.asarray(x, jnp.float32)},
+        action=action,
+        value_target=jnp.asarray(2 * x[:, 1], jnp.float32),
+        privileged={
+            "place": jnp.asarray(x[:, :2] - x[:, 2:], jnp.float32),
+            "target": jnp.asarray(np.stack([x[:, 0] > 0, 0 * score], 1), jnp.float32),
+        },
+    )
+    params = {
+        "policy": jnp.zeros((PROPRIO, 2)),
+        "value": jnp.zeros(PROPRIO),
+        "place": jnp.zeros((PROPRIO, 2)),
+        "target": jnp.zeros((PROPRIO, 2)),
+    }
+    if kind == "continuous":
+        params["log_std"] = jnp.array([-0.3, 0.2])
+    return params, data
+
+
+@functools.cache
+def compiled(optimiser):
+    return jax.jit(
+        functools.partial(
+            bc.update, apply=apply, optimiser=optimiser, hyperparameters=HYPERPARAMETERS
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_every_part_of_the_loss_falls(kind):
+    optimiser = optax.adam(0.05)
+    params, data = problem(kind)
+    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    history = []
+    for i in range(150):
+        state, metrics = compiled(optimiser)(state, data, jax.random.key(i))
+        history.append(metrics)
+    first, last = history[0], history[-1]
+    for name in ("cloning", "value", "auxiliary", "pointing", "total"):
+        assert float(last[f"loss/{name}"]) < 0.4 * float(first[f"loss/{name}"]), name
+    assert int(state.steps) == 150
+    if kind == "continuous":
+        # The deterministic action is cloned; the spread is not.
+        np.testing.assert_array_equal(state.params["log_std"], params["log_std"])
+
+
+def test_one_step_by_hand():
+    # One sample, repeated: x = (1, 0, 0), action (0.5, 0), value target 2, place (1, -1), and the
+    # target in the first of two patches. From zero parameters, with learning rate 1:
+    #   cloning   (0 - 0.5)^2 + 0 = 0.25;  d/dmean = 2 (0 - 0.5) * (1 - tanh(0)^2) = -1
+    #   value     0.5 * (0 - 2)^2 = 2;     d/dv = -2, times the weight 0.5 = -1
+    #   auxiliary 1 + 1 = 2;               d/dplace = 2 (0 - (1, -1)), times 0.3 = (-0.6, 0.6)
+    #   pointing  -log 1/2 = 0.6931472;    d/dlogits = (1/2 - 1, 1/2), times 0.7 = (-0.35, 0.35)
+    params, data = problem("continuous")
+    one = bc.Demonstrations(
+        observation={"proprio": jnp.array([[1.0, 0.0, 0.0]])},
+        action=jnp.array([[0.5, 0.0]]),
+        value_target=jnp.array([2.0]),
+        privileged={"place": jnp.array([[1.0, -1.0]]), "target": jnp.array([[0.2, 0.5]])},
+    )
+    optimiser = optax.sgd(1.0)
+    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    state, metrics = compiled(optimiser)(state, one, jax.random.key(0))
+    expected = {"cloning": 0.25, "value": 2.0, "auxiliary": 2.0, "pointing": 0.6931472}
+    expected["total"] = 0.25 + 0.5 * 2 + 0.3 * 2 + 0.7 * 0.6931472
+    for name, value in expected.items():
+        assert float(metrics[f"loss/{name}"]) == pytest.approx(value, rel=1e-5), name
+    first_row = {"policy": [1, 0], "value": 1, "place": [0.6, -0.6], "target": [0.35, -0.35]}
+    for name, row in first_row.items():
+        np.testing.assert_allclose(state.params[name][0], row, rtol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(state.params[name][1:], 0)
+
+
+def test_minibatches_are_drawn_from_all_of_the_data_by_the_key():
+    params, data = problem("discrete")
+    optimiser = optax.sgd(0.1)
+    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    once, again, other = (
+        compiled(optimiser)(state, data, jax.random.key(seed))[0].params["policy"]
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(once, again)
+    assert np.abs(once - other).max() > 1e-4
+
+
+def test_it_normalises_with_the_statistics_and_keeps_them():
+    params, data = problem("discrete")
+    optimiser = optax.sgd(0.1)
+    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    rows = data.observation["proprio"]
+    scaled = bc.Demonstrations(
+        {"proprio": 7 * rows + 3}, data.action, data.value_target, data.privileged
+    )
+
+    def trained(data):
+        rows = data.observation["proprio"]
+        statistics = normalisation.update(state.statistics, rows, jnp.ones(SAMPLES))
+        after, _ = compiled(optimiser)(
+            state.replace(statistics=statistics), data, jax.random.key(0)
+        )
+        jax.tree.map(np.testing.assert_array_equal, after.statistics, statistics)
+        return after.params
+
+    # Readings in other units are the same readings.
+    for a, b in zip(*map(jax.tree.leaves, (trained(data), trained(scaled))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_demonstrations_by_hand():
+    # T = 3, B = 2, discount 0.5. Environment 0: rewards 1 2 4, cut at the end: returns
+    # 1 + 0.5 * 4 = 3, 2 + 0.5 * 4 = 4, 4. Environment 1: rewards 1 1 1, terminated after the
+    # second step: 1.5, 1, and 1 for the third.
+    terminated = jnp.zeros((3, 2)).at[1, 1].set(1)
+    truncated = jnp.zeros((3, 2)).at[2].set(1)
+    zeros = jnp.zeros((3, 2))
+    action = jnp.arange(6.0).reshape(3, 2, 1)
+    data = bc.demonstrations(
+        Transition(
+            observation={"proprio": jnp.arange(6.0).reshape(3, 2, 1)},
+            action=action,
+            log_prob=zeros,
+            value=zeros,
+            reward=jnp.array([[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]]),
+            terminated=terminated,
+            truncated=truncated,
+            valid=zeros + 1,
+            privileged={"place": 10 * action},
+            metrics={},
+        ),
+        jnp.tanh(action),
+        discount=0.5,
+    )
+    np.testing.assert_array_equal(data.value_target, [3.0, 1.5, 4.0, 1.0, 4.0, 1.0])
+    np.testing.assert_array_equal(data.observation["proprio"][:, 0], np.arange(6))
+    np.testing.assert_array_equal(data.privileged["place"][:, 0], 10 * np.arange(6))
+    np.testing.assert_allclose(data.action[:, 0], np.tanh(np.arange(6)), rtol=1e-6)

@@ -1,0 +1,203 @@
+"""Tests of mmrl_jax.training.config."""
+
+import json
+
+import ml_collections
+import pytest
+
+from mmrl_jax.training import config as config_lib
+
+SCHEMA = {
+    "seed": config_lib.non_negative(int, "seed of every random draw"),
+    "updates": config_lib.positive(int, "number of updates"),
+    "ppo": {
+        "clip": config_lib.between(float, 0.0, 1.0, "clip range of the ratio", closed=False),
+        "gamma": config_lib.between(float, 0.0, 1.0, "discount"),
+        "normalise": config_lib.anything(bool, "normalise advantages"),
+    },
+    "model": {
+        "name": config_lib.one_of(("mlp", "transformer"), "kind of network"),
+        "sizes": config_lib.Field(tuple, len, "not empty", "hidden sizes"),
+        "warm_start": config_lib.anything((str, type(None)), "workdir to start from"),
+    },
+    "env": {"arguments": config_lib.anything(dict, "passed to the environment")},
+}
+
+
+def _config():
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "updates": 100,
+            "ppo": {"clip": 0.2, "gamma": 0.97, "normalise": True},
+            "model": {"name": "mlp", "sizes": (64, 64), "warm_start": None},
+            "env": {"arguments": {}},
+        }
+    )
+
+
+def _message(call, *arguments, **keywords):
+    with pytest.raises(ValueError) as caught:
+        call(*arguments, **keywords)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.ppo.clp=0.1", "Unknown config key 'ppo.clp'. Did you mean 'ppo.clip'?"),
+        ("-config.ppo.clp=0.1", "Unknown config key 'ppo.clp'. Did you mean 'ppo.clip'?"),
+        ("--config.clip=0.1", "Unknown config key 'clip'. Did you mean 'ppo.clip'?"),
+        ("--config.pp.gamma=1", "Unknown config key 'pp.gamma'. Did you mean 'ppo.gamma'?"),
+        ("--config.update=3", "Unknown config key 'update'. Did you mean 'updates'?"),
+        ("--config.ppo.normalize", "Unknown config key 'ppo.normalize'. Did you mean 'ppo.norm"),
+        ("--noconfig.ppo.normalize", "Unknown config key 'ppo.normalize'. Did you mean 'ppo.norm"),
+        ("--config.model=mlp", "Config key 'model' is a group and takes no value. Set one of its "),
+    ],
+)
+def test_misspelt_override(argument, message):
+    argv = ["train.py", "--workdir=runs/a", argument, "--seed=1"]
+    assert _message(config_lib.validate_overrides, argv, _config()).startswith(message)
+
+
+def test_nearest_looks_at_the_last_part_too():
+    assert config_lib.nearest("clip", ["clap", "optimiser.gradient.clip"]) == (
+        "optimiser.gradient.clip"
+    )
+    assert config_lib.nearest("clip", []) is None
+
+
+def test_right_overrides_pass():
+    argv = [
+        "train.py",
+        "--config=configs/a.py",
+        "--config.ppo.clip=0.1",
+        "--config.updates",
+        "3",
+        "--noconfig.ppo.normalise",
+        "--config.env.arguments={}",
+        "--configuration.x=1",
+        "--",
+        "--config.after.the.end=1",
+    ]
+    config_lib.validate_overrides(argv, _config())
+
+
+def test_overrides_are_checked_against_the_config_file_named(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(
+        "import ml_collections\n"
+        "def get_config(size='big'):\n"
+        "    return ml_collections.ConfigDict({size: {'clip': 0.2}})\n"
+    )
+    validate = config_lib.validate_overrides
+    validate([f"--config={path}", "--config.big.clip=1"])
+    validate(["--config", f"{path}:tiny", "--config.tiny.clip=1"])
+    validate(["--config.unknown=1"])  # No config named: absl reports that.
+    message = _message(validate, [f"--config={path}:tiny", "--config.tiny.clop=1"])
+    assert "Did you mean 'tiny.clip'?" in message
+    message = _message(validate, [f"--config={tmp_path}/smal.py"])
+    assert f"Did you mean '{path}'?" in message
+    (tmp_path / "other.py").write_text("")
+    assert "no get_config" in _message(config_lib.load_config, f"{tmp_path}/other.py")
+
+
+def test_check_known_keys():
+    config_lib.check_known_keys(_config(), _config())
+    changed = _config()
+    changed.ppo.clpi = 1
+    message = _message(config_lib.check_known_keys, changed, _config())
+    assert message == "Unknown config key 'ppo.clpi'. Did you mean 'ppo.clip'?"
+
+
+def _changed(path, value):
+    config = _config().to_dict()
+    *groups, last = path.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    node[last] = value
+    return ml_collections.ConfigDict(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("ppo.clp", 0.1, "Unknown config key 'ppo.clp'. Did you mean 'ppo.clip'?"),
+        ("pppo", {}, "Unknown config key 'pppo'. Did you mean 'ppo.clip'?"),
+        ("seed", 1.5, "Config key 'seed' is 1.5 (float), but must be int: seed of every random"),
+        ("seed", -1, "Config key 'seed' is -1, but must be at least 0: seed"),
+        ("updates", True, "Config key 'updates' is True (bool), but must be int"),
+        ("updates", 0, "Config key 'updates' is 0, but must be greater than 0: number of updates."),
+        ("updates", None, "Config key 'updates' is None (NoneType), but must be int"),
+        ("ppo.clip", 1.0, "Config key 'ppo.clip' is 1.0, but must be in (0.0, 1.0): clip range"),
+        ("ppo.clip", "0.2", "Config key 'ppo.clip' is '0.2' (str), but must be float"),
+        ("ppo.gamma", float("nan"), "Config key 'ppo.gamma' is nan, but must be in [0.0, 1.0]"),
+        ("ppo.normalise", 1, "Config key 'ppo.normalise' is 1 (int), but must be bool"),
+        ("ppo", 3, "Config key 'ppo' is 3, but must be a group with the fields clip, gamma, norm"),
+        ("model.name", "cnn", "Config key 'model.name' is 'cnn', but must be one of 'mlp', 'tran"),
+        ("model.sizes", (), "Config key 'model.sizes' is (), but must be not empty"),
+        ("model.warm_start", 1, "Config key 'model.warm_start' is 1 (int), but must be str or No"),
+        ("env.arguments", 1, "Config key 'env.arguments' is 1 (int), but must be dict"),
+    ],
+)
+def test_bad_config(path, value, message):
+    assert _message(config_lib.check_config, _changed(path, value), SCHEMA).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("ppo.gamma", 1),  # An int where a float is asked for.
+        ("model.sizes", [8]),  # A list where a tuple is asked for.
+        ("model.warm_start", "runs/bc"),
+        ("env.arguments", {"anything": {"goes": 1}}),
+    ],
+)
+def test_good_config(path, value):
+    config_lib.check_config(_config(), SCHEMA)
+    config_lib.check_config(_changed(path, value), SCHEMA)
+
+
+def test_missing_keys_and_all_mistakes_at_once():
+    config = _config().to_dict()
+    del config["ppo"]["clip"]
+    del config["model"]
+    config["seed"] = -1
+    lines = _message(config_lib.check_config, ml_collections.ConfigDict(config), SCHEMA).split("\n")
+    assert lines == [
+        "Config key 'seed' is -1, but must be at least 0: seed of every random draw.",
+        "Config key 'ppo.clip' is missing (clip range of the ratio): add it to the config.",
+        "Config key 'model' is missing (a group of fields): add it to the config.",
+    ]
+
+
+def test_describe_schema_lines_up():
+    lines = config_lib.describe_schema(SCHEMA).split("\n")
+    assert len(lines) == 9
+    clip = next(line for line in lines if line.startswith("ppo.clip"))
+    assert clip.split() == "ppo.clip float in (0.0, 1.0) clip range of the ratio".split()
+
+
+def test_json_round_trip():
+    back = config_lib.from_json(config_lib.to_json(_config()))
+    assert back.to_dict() == _config().to_dict()
+    assert back.model.sizes == (64, 64) and isinstance(back.model.sizes, tuple)
+    with pytest.raises(AttributeError):
+        back.ppo.clp = 1  # Locked.
+    assert json.loads(config_lib.to_json(_config()))["env"] == {"arguments": {}}
+    assert "'x.f'" in _message(config_lib.to_json, ml_collections.ConfigDict({"x": {"f": {1}}}))
+    assert "restore it or delete it" in _message(config_lib.from_json, "{")
+
+
+def test_diff_configs():
+    assert config_lib.diff_configs(_config(), _config()) == {}
+    # A list equals the tuple, an int does not equal the float or the bool.
+    assert config_lib.diff_configs(_config(), _changed("model.sizes", [64, 64])) == {}
+    assert config_lib.diff_configs(_config(), _changed("seed", False)) == {"seed": (0, False)}
+    changed = _changed("ppo.clip", 0.3)
+    del changed.updates
+    assert config_lib.diff_configs(_config(), changed) == {
+        "ppo.clip": (0.2, 0.3),
+        "updates": (100, "(absent)"),
+    }

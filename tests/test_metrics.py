@@ -1,0 +1,167 @@
+"""Tests of mmrl_jax.training.metrics."""
+
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrl_jax.training import metrics
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class _Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def _open(workdir, **changes):
+    arguments = {
+        "total_steps": 10,
+        "resume_step": None,
+        "console_names": ("episode/success",),
+        "console_interval_s": 30.0,
+        "stream": io.StringIO(),
+    }
+    return metrics.MetricWriter(workdir, **(arguments | changes))
+
+
+def _events(workdir):
+    """Returns {tag: [(step, value), ...]} of the TensorBoard files, in the order of their files."""
+    from tensorboardX import proto
+
+    found = {}
+    for path in sorted((workdir / metrics.TENSORBOARD_NAME).iterdir()):
+        data = path.read_bytes()
+        while data:
+            # A TFRecord: length uint64, its crc uint32, the data, the data's crc uint32.
+            length = int.from_bytes(data[:8], "little")
+            event = proto.event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_jsonl_and_tensorboard_hold_what_was_written(tmp_path):
+    with _open(tmp_path) as writer:
+        writer.write(1, {"loss/total": jnp.float32(0.5), "episode/success": np.float64(0.25)})
+        # Flushed: a killed run keeps the line.
+        assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss/total"] == 0.5
+        writer.write(2, {"eval/heldout_colour_shape/success": 1, "loss/total": math.nan})
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss/total": 0.5, "episode/success": 0.25},
+        {"step": 2, "eval/heldout_colour_shape/success": 1.0, "loss/total": None},
+    ]
+    events = _events(tmp_path)
+    assert events["episode/success"] == [(1, 0.25)]
+    assert events["loss/total"][0] == (1, 0.5) and math.isnan(events["loss/total"][1][1])
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_resume_leaves_no_duplicate_steps(tmp_path, cut_off):
+    with _open(tmp_path) as writer:
+        for step in (1, 2, 3, 4):
+            writer.write(step, {"loss/total": step})
+    path = tmp_path / "metrics.jsonl"
+    if cut_off:
+        path.write_text(path.read_text() + '{"step": 5, "loss/to')
+    # The checkpoint was of step 2: steps 3 and 4 are done again.
+    with _open(tmp_path, resume_step=2) as writer:
+        for step in (3, 4, 5):
+            writer.write(step, {"loss/total": 10 * step})
+    rows = metrics.read_jsonl(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["loss/total"] for row in rows] == [1, 2, 30, 40, 50]
+
+
+def test_fresh_start_forgets_the_lines_of_a_run_without_checkpoint(tmp_path):
+    with _open(tmp_path) as writer:
+        writer.write(0, {"loss/total": 1})
+    (events,) = (tmp_path / metrics.TENSORBOARD_NAME).iterdir()
+    events.rename(events.with_name(f"{events.name}.1"))  # Named by the second it is opened in.
+    with _open(tmp_path) as writer:
+        writer.write(0, {"loss/total": 2})
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "loss/total": 2.0}]
+    assert _events(tmp_path)["loss/total"] == [(0, 2.0)]
+
+
+def test_unknown_names_are_refused_with_the_nearest(tmp_path):
+    with _open(tmp_path) as writer:
+        with pytest.raises(ValueError, match="nearest name there is 'policy/clip_fraction'"):
+            writer.write(1, {"policy/clip_frac": 0.1})
+        with pytest.raises(ValueError, match="nearest name there is 'eval/<split>/success'"):
+            writer.write(1, {"eval/train/sucess": 0.1})
+        # The place of a split is one part, not two.
+        with pytest.raises(ValueError, match="not in the glossary"):
+            writer.write(1, {"eval/train/again/success": 0.1})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    with pytest.raises(ValueError, match="episode/success"):
+        _open(tmp_path, console_names=("episode/succes",))
+
+
+def test_bad_values(tmp_path):
+    with pytest.raises(ValueError, match="total_steps is 0"):
+        _open(tmp_path, total_steps=0)
+    with _open(tmp_path, resume_step=4) as writer:
+        with pytest.raises(ValueError, match=r"shape \(2,\)"):
+            writer.write(5, {"loss/total": np.zeros(2)})
+        with pytest.raises(ValueError, match="write in order"):
+            writer.write(3, {"loss/total": 0})
+
+
+def test_console_without_terminal_prints_now_and_then(tmp_path):
+    stream, clock = io.StringIO(), _Clock()
+    with _open(tmp_path, stream=stream, clock=clock, total_steps=100) as writer:
+        writer.write(10, {"episode/success": 0.25})
+        for step, seconds in ((20, 10), (30, 20), (40, 40), (50, 50)):
+            clock.now = 100 + seconds
+            writer.write(step, {"episode/success": step / 100, "loss/total": 9})
+    # Lines at 0 s, at 40 s (the first after 30 s), and the last. Since the first line: 30 steps
+    # in 40 s = 0.75 a second, 60 left = 80 s; 40 steps in 50 s = 0.8 a second, 50 left = 62.5 s.
+    assert stream.getvalue().splitlines() == [
+        "[##------------------]  10 % 10/100 | episode/success 0.25",
+        "[########------------]  40 % 40/100 | 0.75 steps/s, 1:20 left | episode/success 0.4",
+        "[##########----------]  50 % 50/100 | 0.8 steps/s, 1:02 left | episode/success 0.5",
+    ]
+
+
+def test_console_on_a_terminal_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = _Terminal()
+    with _open(tmp_path, stream=stream, label="ppo") as writer:
+        writer.write(1, {"episode/success": 0.1})
+        writer.message("saved")
+        writer.write(10, {"episode/success": 0.9})
+    text = stream.getvalue()
+    assert text.count("\n") == 2  # The message and the end.
+    lines = text.replace("\n", "\r").split("\r")
+    assert "\x1b[Kppo [##------------------]  10 % 1/10" in [line.rstrip(" |") for line in lines]
+    assert all(len(line.replace("\x1b[K", "")) < 40 for line in lines)
+
+
+def test_inactive_writer_writes_nothing(tmp_path):
+    with _open(tmp_path / "run", active=False) as writer:
+        writer.write(1, {"loss/total": 1})
+        writer.message("x")
+        with pytest.raises(ValueError, match="glossary"):
+            writer.write(1, {"loss/totl": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_glossary_is_complete_and_becomes_a_table():
+    table = metrics.glossary_markdown().splitlines()
+    assert len(table) == len(metrics.GLOSSARY) + 2
+    assert all(line.count("|") == 5 for line in table)  # No cell holds a bar.
+    assert all(all(entry) for entry in metrics.GLOSSARY.values())
+    chosen = metrics.glossary_markdown(["lr", "eval/train/success"]).splitlines()
+    assert [line.split("`")[1] for line in chosen[2:]] == ["lr", "eval/train/success"]

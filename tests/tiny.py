@@ -1,0 +1,35 @@
+"""The public configs at a size that trains in seconds."""
+
+import ml_collections
+
+from mmrl_jax.training import config as config_lib
+
+CONFIGS = ("reach_ppo", "reach_bc", "reach_ppo_scratch", "mlp_ppo")
+
+
+def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.ConfigDict:
+    """configs/<name>.py, shrunk; overrides are given as group__field=value."""
+    tiny = config_lib.load_config(f"configs/{name}.py")
+    if tiny.model.kind == "multimodal":
+        tiny.env.height = tiny.env.width = 16
+        tiny.env.options.episode_length = 16
+        tiny.model.width, tiny.model.layers, tiny.model.heads = 16, 1, 2
+        tiny.model.patch_hidden = 16
+    else:
+        tiny.env.options.episode_length = 10
+    warm = tiny.warm_start
+    warm.updates = min(warm.updates, 4)
+    warm.episodes, warm.batch_size = 8, 16
+    warm.updates_per_dispatch = warm.eval_interval = warm.checkpoint_interval = 2
+    ppo = tiny.ppo
+    ppo.num_envs, ppo.unroll, ppo.epochs, ppo.minibatches = 8, 4, 1, 2
+    run = tiny.run
+    run.updates, run.updates_per_dispatch, run.eval_interval = 4, 1, 2
+    run.eval_episodes, run.checkpoint_interval = 4, 1
+    for key, value in overrides.items():
+        group, _, field = key.partition("__")
+        if field:
+            tiny[group][field] = value
+        else:
+            tiny[group] = value
+    return tiny
