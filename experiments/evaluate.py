@@ -10,14 +10,14 @@ import json
 import pathlib
 import sys
 
-from absl import app, flags
-import jax
+from absl import app, flags, logging
 import ml_collections
 import numpy as np
 
 from mmrl_jax import envs
 from mmrl_jax.learners.learner import LearnerState
-from mmrl_jax.training import config as config_lib, factory
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import factory
 from mmrl_jax.training.assessment import assess, interval
 from mmrl_jax.training.checkpoint import restore_params
 
@@ -39,6 +39,7 @@ def restore(workdir: pathlib.Path, which: str) -> tuple[ml_collections.ConfigDic
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     workdir = pathlib.Path(FLAGS.workdir)
@@ -58,11 +59,18 @@ def main(argv: list[str]) -> None:
         for name, episodes in evaluated.items():
             mean, low, high = interval(episodes.success)
             mean_return = float(np.mean(episodes.episode_return))
-            print(f"{split:24} {name or '-':12} {mean:8.3f}  [{low:.3f}, {high:.3f}]"
-                  f"  {mean_return:8.3f}", flush=True)
+            print(
+                f"{split:24} {name or '-':12} {mean:8.3f}  [{low:.3f}, {high:.3f}]"
+                f"  {mean_return:8.3f}",
+                flush=True,
+            )
             prefix = "/".join(part for part in (split, name) if part)
-            table |= {f"{prefix}/success": mean, f"{prefix}/success_lo": low,
-                      f"{prefix}/success_hi": high, f"{prefix}/return": mean_return}
+            table |= {
+                f"{prefix}/success": mean,
+                f"{prefix}/success_lo": low,
+                f"{prefix}/success_hi": high,
+                f"{prefix}/return": mean_return,
+            }
     (workdir / "evaluation.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(f"Written: {workdir / 'evaluation.json'}")
 
@@ -72,4 +80,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "all", "Split to evaluate, or 'all'.")
     flags.DEFINE_integer("episodes", 512, "Episodes a row.", lower_bound=1)
     flags.DEFINE_enum("which", "latest", ["latest", "best"], "Checkpoint to evaluate.")
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

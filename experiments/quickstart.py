@@ -12,12 +12,13 @@ Writes to the workdir:
 Interrupted, the same command goes on where it stopped.
 """
 
+import functools
 import json
 import pathlib
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -63,7 +64,11 @@ def goes_to(choose: str) -> PolicyFunction:
 def record(summary: dict[str, float], prefix: str, success: np.ndarray) -> None:
     """Adds mean and interval of episodes' success to the summary, and prints them."""
     mean, low, high = interval(np.asarray(success))
-    summary |= {f"{prefix}/success": mean, f"{prefix}/success_lo": low, f"{prefix}/success_hi": high}
+    summary |= {
+        f"{prefix}/success": mean,
+        f"{prefix}/success_lo": low,
+        f"{prefix}/success_hi": high,
+    }
     print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
 
 
@@ -88,12 +93,8 @@ def evaluate_chance(summary: dict[str, float], config: ml_collections.ConfigDict
     """Success of going to a random or to a fixed object, on the training split."""
     env = factory.make_env(config)
     for choose in ("random_object", "fixed_object"):
-        run = jax.jit(
-            lambda key, policy=goes_to(choose): evaluation.evaluate(
-                env, policy, key, episodes=EPISODES
-            )
-        )
-        success = run(factory.evaluation_key(config)).success
+        run = functools.partial(evaluation.evaluate, env, goes_to(choose), episodes=EPISODES)
+        success = jax.jit(run)(factory.evaluation_key(config)).success
         record(summary, f"chance/{config.env.split}/{choose}", jax.device_get(success))
 
 
@@ -144,7 +145,11 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     more_updates = 100 * config.warm_start.updates
     more = loop.run(
         factory.cloning_stage(
-            config, mesh, data, name="more_cloning", updates=more_updates,
+            config,
+            mesh,
+            data,
+            name="more_cloning",
+            updates=more_updates,
             start=warm.carry.learner,
         ),
         workdir=workdir / "more_cloning",
@@ -158,11 +163,13 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     split, splits = config.env.split, envs.splits(config.env.name)
     evaluate_chance(summary, config)
     evaluate_stage(summary, config, "warm_start", warm.carry.learner, splits=splits, hidden=())
+    evaluate_stage(summary, config, "more_cloning", more.carry.learner, splits=(split,), hidden=())
     evaluate_stage(
-        summary, config, "more_cloning", more.carry.learner, splits=(split,), hidden=()
-    )
-    evaluate_stage(
-        summary, config, "final", tuned.carry.learner, splits=splits,
+        summary,
+        config,
+        "final",
+        tuned.carry.learner,
+        splits=splits,
         hidden=("pixels", "instruction"),
     )
     for name in ("warm_start", "ppo", "more_cloning"):
@@ -187,6 +194,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     config = reach_ppo.get_config()
@@ -206,4 +214,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/quickstart", "Directory that gets all outputs.")
     flags.DEFINE_integer("seed", 0, "Seed of the whole run.")
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

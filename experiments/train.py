@@ -11,13 +11,14 @@ import dataclasses
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
-from mmrl_jax.training import config as config_lib, factory, loop, report
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import factory, loop, report
 from mmrl_jax.training.loop import Result
 
 FLAGS = flags.FLAGS
@@ -61,13 +62,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
         )
     if config.algorithm == "ppo" and not (warm is not None and warm.interrupted):
         start = warm.carry.learner if warm is not None else None
-        tuned = loop.run(factory.ppo_stage(config, mesh, start=start), workdir=workdir,
-                         config=config)
+        tuned = loop.run(
+            factory.ppo_stage(config, mesh, start=start), workdir=workdir, config=config
+        )
         report.learning_curves(workdir / "metrics.jsonl", workdir / "learning_curves.png")
     return Trained(data, warm, tuned)
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     try:
@@ -86,4 +89,5 @@ if __name__ == "__main__":
         config_lib.validate_overrides(sys.argv)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

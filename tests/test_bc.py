@@ -14,6 +14,9 @@ from mmrl_jax.rl import normalisation
 from mmrl_jax.rl.distributions import Categorical, TanhNormal
 from mmrl_jax.types import Transition
 
+# Compiled quickly: nothing here runs for long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 SAMPLES, PROPRIO = 64, 3
 
 HYPERPARAMETERS = bc.Hyperparameters(
@@ -64,7 +67,7 @@ def problem(kind):
 
 @functools.cache
 def compiled(optimiser):
-    return jax.jit(
+    return jit(
         functools.partial(
             bc.update, apply=apply, optimiser=optimiser, hyperparameters=HYPERPARAMETERS
         )

@@ -17,6 +17,9 @@ from mmrl_jax.rl.distributions import TanhNormal
 from mmrl_jax.rollouts.unroll import Decision, unroll
 from mmrl_jax.types import Transition
 
+# Compiled quickly: nothing here runs for long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 STEPS, ENVS, WORDS, PROPRIO, ACTIONS = 5, 16, 3, 4, 2
 OPTIMISER_STEPS = 10
 
@@ -91,10 +94,10 @@ def test_environments_draw_the_same_wherever_they_lie():
     def experience(devices):
         mesh = meshes.make_mesh(devices)
         keys = meshes.shard_batch(jax.random.split(jax.random.key(0), ENVS), mesh, 0)
-        start = jax.jit(env.reset)(keys)
+        start = jit(env.reset)(keys)
         assert start.obs["proprio"].sharding.is_equivalent_to(meshes.batch_sharding(mesh, 0), 2)
         rng = jax.device_put(jax.random.key(1), meshes.replicated(mesh))
-        end, transitions = jax.jit(functools.partial(unroll, env, policy=policy, length=8))(
+        end, transitions = jit(functools.partial(unroll, env, policy=policy, length=8))(
             start, rng=rng
         )
         assert len(end.obs["proprio"].sharding.device_set) == devices
@@ -139,7 +142,7 @@ def record(state, model):
         }
 
     seen = observation(STEPS * ENVS)
-    output = jax.jit(functools.partial(learner.run_network, model.apply))(state, seen)
+    output = jit(functools.partial(learner.run_network, model.apply))(state, seen)
     action = output.distribution.sample(jax.random.key(0))
     log_prob = output.distribution.log_prob(action)
 
@@ -190,10 +193,10 @@ def test_ten_optimiser_steps_on_eight_devices_are_those_on_one():
         },
         "proprio": jnp.zeros((1, PROPRIO)),
     }
-    params = jax.jit(model.init)(jax.random.key(0), observation)
+    params = jit(model.init)(jax.random.key(0), observation)
     state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
     batch, last = record(state, model)
-    update = jax.jit(
+    update = jit(
         functools.partial(
             ppo.update, apply=model.apply, optimiser=optimiser, hyperparameters=hyperparameters
         )

@@ -14,6 +14,9 @@ from mmrl_jax.models.policy import MODALITIES, MultimodalPolicy, token_layout
 from mmrl_jax.models.transformer import Transformer
 from mmrl_jax.rl.distributions import Categorical, TanhNormal
 
+# Compiled quickly: nothing here runs for long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 BATCH, WORDS, VOCABULARY, EDGE, PROPRIO, ACTIONS = 3, 4, 7, 8, 5, 2
 PADDING = 6  # A token id that only stands in padding here.
 
@@ -70,7 +73,7 @@ def initialised(frames=None, **changes):
     """The compiled network, and parameters."""
     model = network(**changes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), observe(frames=frames))
-    return jax.jit(model.apply), filled(shapes)
+    return jit(model.apply), filled(shapes)
 
 
 @functools.cache
@@ -81,7 +84,7 @@ def compiled_gradient(**changes):
         output = network(**changes).apply(params, observation)
         return output.distribution.mean.sum() + output.value.sum()
 
-    return jax.jit(jax.grad(total))
+    return jit(jax.grad(total))
 
 
 def mean_and_value(apply, params, observation):
@@ -147,7 +150,7 @@ def test_gradients_flow_along_the_attention_mask_and_nowhere_else():
     x = jax.random.normal(jax.random.key(0), (1, length, 8))
     params = filled(jax.eval_shape(model.init, jax.random.key(1), x, mask))
     weight = jax.random.normal(jax.random.key(2), (8,))
-    jacobian = jax.jit(jax.jacrev(lambda x: model.apply(params, x, mask)[0] @ weight))(x)[:, 0]
+    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, mask)[0] @ weight))(x)[:, 0]
     reaches = np.abs(jacobian).max(-1) > 0
     modality, frame = layout.modality, layout.frame
     others = ~np.eye(length, dtype=bool)
@@ -232,7 +235,7 @@ def test_auxiliary_predictions_are_no_input_of_action_or_value():
     plain = network(auxiliary=(), pointing=None)
     rest = {k: v for k, v in params["params"].items() if k not in heads}
     np.testing.assert_allclose(
-        mean_and_value(jax.jit(plain.apply), {"params": rest}, observe()),
+        mean_and_value(jit(plain.apply), {"params": rest}, observe()),
         mean_and_value(apply, params, observe()),
         rtol=1e-5,
         atol=1e-6,
@@ -258,7 +261,7 @@ def test_pointing_logits_lie_as_the_patches_do():
     model = network(vision_layers=0, film=False)
     observation = observe(height=8, width=12)
     params = filled(jax.eval_shape(model.init, jax.random.key(0), observation))
-    point = jax.jit(lambda o: model.apply(params, o).auxiliary["target"])
+    point = jit(lambda o: model.apply(params, o).auxiliary["target"])
     before = point(observation)
     assert before.shape == (BATCH, 2, 3)
     pixels = observation["pixels"].at[:, 4:, 8:].set(0)  # The patch in row 1, column 2.
@@ -268,8 +271,8 @@ def test_pointing_logits_lie_as_the_patches_do():
 
 def test_discrete_actions():
     model = network(kind="discrete", actions=5)
-    params = jax.jit(model.init)(jax.random.key(0), observe())
-    output = jax.jit(model.apply)(params, observe())
+    params = jit(model.init)(jax.random.key(0), observe())
+    output = jit(model.apply)(params, observe())
     assert isinstance(output.distribution, Categorical)
     assert output.distribution.logits.shape == (BATCH, 5)
     # It starts near uniform: entropy near log 5.
@@ -280,8 +283,8 @@ def test_discrete_actions():
 
 def test_the_policy_starts_in_the_centre_of_the_action_range():
     model = network()
-    params = jax.jit(model.init)(jax.random.key(0), observe())
-    distribution = jax.jit(model.apply)(params, observe()).distribution
+    params = jit(model.init)(jax.random.key(0), observe())
+    distribution = jit(model.apply)(params, observe()).distribution
     assert np.abs(distribution.mean).max() < 0.3
     np.testing.assert_allclose(np.exp(distribution.log_std), 0.5, rtol=1e-5)
 
@@ -319,7 +322,7 @@ def test_bfloat16_keeps_float32_parameters_heads_and_meaning():
     model = network(dtype=jnp.bfloat16)
     fresh = jax.eval_shape(model.init, jax.random.key(0), observe(frames=2))
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
-    output = jax.jit(model.apply)(params, observe())
+    output = jit(model.apply)(params, observe())
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
     # Means are of size 1, and bfloat16 keeps 8 bits of what they are computed from.
     np.testing.assert_allclose(
@@ -330,7 +333,7 @@ def test_bfloat16_keeps_float32_parameters_heads_and_meaning():
 def test_remat_changes_no_output():
     apply, params = initialised()
     np.testing.assert_allclose(
-        mean_and_value(jax.jit(network(remat=True).apply), params, observe()),
+        mean_and_value(jit(network(remat=True).apply), params, observe()),
         mean_and_value(apply, params, observe()),
         rtol=1e-5,
         atol=1e-5,
@@ -354,7 +357,7 @@ def test_a_policy_of_the_size_of_vit_large_has_its_parameters():
 def test_the_mlp_reads_proprioception_alone(kind):
     model = MLPPolicy(kind=kind, actions=ACTIONS, policy_layers=(8,), value_layers=(8, 8))
     params = filled(jax.eval_shape(model.init, jax.random.key(0), observe()))
-    run = jax.jit(model.apply)
+    run = jit(model.apply)
     output, other = run(params, observe()), observe(1)
     assert output.value.shape == (BATCH,)
     assert output.distribution.mode().shape[0] == BATCH
@@ -362,7 +365,7 @@ def test_the_mlp_reads_proprioception_alone(kind):
     jax.tree.map(np.testing.assert_array_equal, same_joints, output)
     assert not np.allclose(output.value, run(params, other).value)
     # Policy and value share no layer.
-    gradient = jax.jit(jax.grad(lambda p: model.apply(p, observe()).value.sum()))(params)["params"]
+    gradient = jit(jax.grad(lambda p: model.apply(p, observe()).value.sum()))(params)["params"]
     for name, part in gradient.items():
         if name.startswith("policy"):
             assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(part)), name

@@ -16,6 +16,9 @@ from mmrl_jax.rl import normalisation
 from mmrl_jax.rl.distributions import Categorical, TanhNormal
 from mmrl_jax.types import Transition
 
+# Compiled quickly: nothing here runs for long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 STEPS, BATCH, PROPRIO, ACTIONS = 6, 4, 3, 2
 
 PLAIN = ppo.Hyperparameters(
@@ -103,7 +106,7 @@ def record(state, seed=1, network=apply):
 
 @functools.cache
 def compiled(network, optimiser, hyperparameters):
-    return jax.jit(
+    return jit(
         functools.partial(
             ppo.update, apply=network, optimiser=optimiser, hyperparameters=hyperparameters
         )
@@ -239,7 +242,7 @@ def test_the_first_ratio_is_1_and_a_rate_of_0_changes_nothing(kind):
 
 def test_the_first_ratio_of_a_flax_network_is_1():
     model = MLPPolicy(kind="continuous", actions=ACTIONS, policy_layers=(8,), value_layers=(8,))
-    params = jax.jit(model.init)(jax.random.key(0), {"proprio": jnp.zeros((1, PROPRIO))})
+    params = jit(model.init)(jax.random.key(0), {"proprio": jnp.zeros((1, PROPRIO))})
     optimiser = optax.sgd(0.0)
     state = learner_state(optimiser, params)
     batch, last = record(state, network=model.apply)

@@ -1,11 +1,16 @@
 """Tests of mmrl_jax.models.transformer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmrl_jax.models.transformer import Dense, Transformer, attention
+
+# Compiled quickly: nothing here runs for long.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 BATCH, LENGTH, WIDTH = 2, 5, 8
 
@@ -31,7 +36,7 @@ def stack(**changes):
 
 
 def initialised(model, mask):
-    return jax.jit(model.init)(jax.random.key(0), tokens(), mask)
+    return jit(model.init)(jax.random.key(0), tokens(), mask)
 
 
 def test_dense_is_a_product_over_the_last_axis():
@@ -70,7 +75,7 @@ def test_attention_equals_jax():
 def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
     model = stack(layers=layers)
     params = initialised(model, some_mask())
-    run = jax.jit(model.apply, static_argnames="readouts")
+    run = jit(model.apply, static_argnames="readouts")
     whole = run(params, tokens(), some_mask())
     last = run(params, tokens(), some_mask(), readouts=readouts)
     assert last.shape == (BATCH, readouts, WIDTH)
@@ -87,7 +92,7 @@ def test_remat_changes_no_gradient(readouts):
         def loss(params):
             return jnp.sum(model.apply(params, tokens(), some_mask(), readouts=readouts) @ weight)
 
-        return jax.jit(jax.grad(loss))(params)
+        return jit(jax.grad(loss))(params)
 
     plain, rematerialised = gradients(False), gradients(True)
     assert any(np.abs(g).max() > 0.01 for g in jax.tree.leaves(plain))
@@ -100,8 +105,8 @@ def test_bfloat16_keeps_float32_parameters_and_is_near_float32():
     model = stack(dtype=jnp.bfloat16)
     params = initialised(model, some_mask())
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    half = jax.jit(model.apply)(params, tokens(), some_mask())
-    full = jax.jit(stack().apply)(params, tokens(), some_mask())
+    half = jit(model.apply)(params, tokens(), some_mask())
+    full = jit(stack().apply)(params, tokens(), some_mask())
     assert half.dtype == jnp.float32
     # bfloat16 keeps 8 bits: 0.004 relative; outputs of the last norm are of size 1.
     np.testing.assert_allclose(half, full, atol=0.06)
@@ -117,9 +122,7 @@ def test_a_token_depends_on_what_its_mask_allows_and_on_nothing_else():
     model = stack()
     params = initialised(model, mask)
     weight = jax.random.normal(jax.random.key(1), (WIDTH,))
-    jacobian = jax.jit(jax.jacrev(lambda x: model.apply(params, x, mask)[0] @ weight))(tokens())[
-        :, 0
-    ]
+    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, mask)[0] @ weight))(tokens())[:, 0]
     np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 0, mask[0])
 
 
@@ -131,7 +134,7 @@ def test_rows_that_may_read_nothing_are_finite():
     def loss(params, x):
         return jnp.sum(model.apply(params, x, mask) ** 3)
 
-    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, tokens())
+    value, gradients = jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, tokens())
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 

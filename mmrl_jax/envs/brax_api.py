@@ -1,7 +1,7 @@
 """The only module that imports Brax: should Brax stop being maintained, this is what to replace."""
 
-import brax.envs
 from brax.base import System
+import brax.envs
 from brax.envs import get_environment, register_environment
 from brax.envs.base import Env, PipelineEnv, State, Wrapper
 from brax.io import mjcf

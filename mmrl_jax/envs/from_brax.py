@@ -1,6 +1,6 @@
 """Any Brax or MuJoCo Playground environment, given an instruction and something to look at."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,16 @@ INSTRUCTIONS = {
     "swimmer": "swim forward",
     "walker2d": "walk forward",
 }
-DIRECTION = (0.0, -0.8, 0.6)  # From the followed link to the camera by default, length 1.
+DIRECTION = (0.0, -0.8, 0.6)  # To the camera by default, length 1.
 MARGIN = 1.2  # Room around the bodies in the default picture.
+
+
+class _View(NamedTuple):
+    """What is drawn; m, [3]: the camera's target from the followed link, the camera from that."""
+
+    geometry: system_scene.Geometry
+    target: np.ndarray
+    camera: np.ndarray
 
 
 class FromBrax(Env):
@@ -42,8 +50,9 @@ class FromBrax(Env):
       backend: physics pipeline, of an environment given by name.
       episode_length: control steps until truncation.
       link: index of the link that the camera follows, the torso of most.
-      camera_offset: m, from that link to the camera; None to take in all moving bodies, from the
-        side and above.
+      camera_offset: m, to the camera from what it looks at: the followed link's place, at half the
+        height of the moving bodies; None for where it takes in all of these, from the side and
+        above.
       fovy: vertical field of view, degrees.
 
     Raises:
@@ -73,8 +82,8 @@ class FromBrax(Env):
         self.env = env
         self.episode_length = episode_length
         self._link, self._offset, self._fovy = link, camera_offset, fovy
-        self._geometry: system_scene.Geometry | None = None
-        self._tokens = None
+        self._view: _View | None = None
+        self._tokens: np.ndarray | None = None
         if instruction is not None:
             words = instruction.lower().split()
             self.vocabulary = instructions.Vocabulary(
@@ -114,23 +123,22 @@ class FromBrax(Env):
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
         """What there is to see in `state`, which may have leading batch axes."""
-        if self._geometry is None:
-            self._geometry, self._offset = self._look()
+        self._view = view = self._view or self._look()
         physics = state.pipeline_state
         if self._physics == "data":
-            scene = system_scene.scene(self._geometry, physics.xpos, physics.xquat)
-            centre = physics.xpos[..., self._link + 1, :]
+            scene = system_scene.scene(view.geometry, physics.xpos, physics.xquat)
+            place = physics.xpos[..., self._link + 1, :]
         else:
-            scene = system_scene.link_scene(self._geometry, physics.x)
-            centre = physics.x.pos[..., self._link, :]
-        return scene, look_at(centre + jnp.asarray(self._offset), centre, fovy=self._fovy)
+            scene = system_scene.link_scene(view.geometry, physics.x)
+            place = physics.x.pos[..., self._link, :]
+        target = place + jnp.asarray(view.target)
+        return scene, look_at(target + jnp.asarray(view.camera), target, fovy=self._fovy)
 
     def caption(self, state: State) -> str:
         """The instruction of one state, as text; '' without one."""
-        return "" if self._tokens is None else self.vocabulary.decode(self._tokens)
+        return "" if self._tokens is None else self.vocabulary.decode(self._tokens.tolist())
 
-    def _look(self) -> tuple[system_scene.Geometry, Any]:
-        """The geoms to draw, and the camera's offset from the followed link, [3]."""
+    def _look(self) -> _View:
         model = getattr(getattr(self.env, "sys", self.env), "mj_model", None)
         if model is None:
             raise ValueError(
@@ -138,10 +146,12 @@ class FromBrax(Env):
                 f"height=0 and width=0."
             )
         geometry = system_scene.geometry(model)
-        if self._offset is not None:
-            return geometry, self._offset
-        radius = MARGIN * system_scene.reach(model, geometry, self._link + 1)
-        return geometry, np.array(DIRECTION) * radius / np.sin(np.deg2rad(self._fovy) / 2)
+        height, radius = system_scene.extent(model, geometry, self._link + 1)
+        camera = self._offset
+        if camera is None:
+            distance = MARGIN * radius / np.sin(np.deg2rad(self._fovy) / 2)
+            camera = np.array(DIRECTION) * distance
+        return _View(geometry, np.array([0, 0, height]), np.asarray(camera))
 
     def _wrap(self, inner: Any, *, steps: jax.Array, truncation: jax.Array) -> State:
         # Weak types and Python numbers would change a scan's carry from one step to the next.

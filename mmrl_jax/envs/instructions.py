@@ -43,7 +43,7 @@ class Vocabulary:
         tokens[: len(words)] = [self.words.index(w) + 1 for w in words]
         return tokens
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the words of int [L] `tokens`, without padding."""
         return " ".join(self.words[int(t) - 1] for t in tokens if int(t) != PAD)
 
@@ -94,5 +94,7 @@ class Templates:
         """Returns int32 [L] tokens of template `sentence` (int []) with slot -> word index."""
         tokens = jnp.asarray(self._table)[sentence]
         for i, name in enumerate(self.slots):
-            tokens = jnp.where(tokens == -1 - i, jnp.asarray(self._tokens[name])[words[name]], tokens)
+            tokens = jnp.where(
+                tokens == -1 - i, jnp.asarray(self._tokens[name])[words[name]], tokens
+            )
         return tokens

@@ -101,6 +101,24 @@ XML = """
 """
 
 
+# How many uniform numbers in [0, 1) a reset draws for what.
+CANDIDATES = 24
+DRAWS = {
+    "count": 1,
+    "order": OBJECTS,
+    "target": 1,
+    "place": OBJECTS * CANDIDATES * 2,
+    "colour": len(COLOURS) * len(SHAPES),
+    "yaw": OBJECTS,
+    "sentence": 1,
+    "noun": 1,
+    "physics": 3,
+    "camera": 2,
+    "arm": 2,
+}
+_ENDS = np.cumsum(list(DRAWS.values()))
+
+
 class Physics(NamedTuple):
     """Per-episode factors on the nominal arm, float32 []; data, never constants of the program."""
 
@@ -159,16 +177,18 @@ class LanguageReach(PipelineEnv):
 
     def reset(self, rng: jax.Array) -> State:
         """Draws objects, instruction, physics, camera and arm from key `rng`."""
-        keys = jax.random.split(rng, 7)
-        objects, target = self._draw_objects(keys[0])
-        tokens = self._draw_instruction(keys[1], objects, target)
-        physics = self._draw_physics(keys[2])
+        # One call for all random numbers: on CPU each further one costs seconds of compile time.
+        numbers = jnp.split(jax.random.uniform(rng, (_ENDS[-1],)), _ENDS[:-1])
+        u = dict(zip(DRAWS, numbers, strict=True))
+        objects, target = self._draw_objects(u)
+        tokens = self._draw_instruction(u, objects, target)
+        physics = self._draw_physics(u)
         low, high = jnp.array([0.6, 1.4]), jnp.array([2.2, 2.4])
-        q = jax.random.uniform(keys[3], (2,), minval=low, maxval=high)
+        q = low + (high - low) * u["arm"]
         sys = self._system(physics)
         pipeline_state = self._pipeline.init(sys, q, jnp.zeros(2))
         zero = jnp.zeros(())
-        view = self._draw_camera(keys[4])
+        view = self._draw_camera(u)
         info = {
             "steps": zero,
             "truncation": zero,
@@ -232,8 +252,15 @@ class LanguageReach(PipelineEnv):
         height = jnp.broadcast_to(jnp.array([0.22, 0.26, 0.26]), (*batch, 3))[..., None]
         # A capsule lies along its local z: the quaternion turns z into the link's direction.
         half = jnp.sqrt(0.5)
-        flat = jnp.stack([jnp.full_like(angle, half), -half * along[..., 1],
-                          half * along[..., 0], jnp.zeros_like(angle)], -1)
+        flat = jnp.stack(
+            [
+                jnp.full_like(angle, half),
+                -half * along[..., 1],
+                half * along[..., 0],
+                jnp.zeros_like(angle),
+            ],
+            -1,
+        )
         upright = jnp.broadcast_to(jnp.array([1.0, 0, 0, 0]), (*batch, 1, 4))
         yaw = objects["yaw"][..., None] / 2
         turned = jnp.concatenate([jnp.cos(yaw), 0 * yaw, 0 * yaw, jnp.sin(yaw)], -1)
@@ -244,16 +271,24 @@ class LanguageReach(PipelineEnv):
         expand = lambda x: jnp.broadcast_to(x, (*batch, *x.shape))  # noqa: E731
         scene = Scene(
             kind=("plane", "capsule", "capsule", "sphere")
-            + ("sphere",) * SLOTS_PER_SHAPE + ("box",) * SLOTS_PER_SHAPE
+            + ("sphere",) * SLOTS_PER_SHAPE
+            + ("box",) * SLOTS_PER_SHAPE
             + ("cylinder",) * SLOTS_PER_SHAPE,
             position=jnp.concatenate(
-                [table, jnp.concatenate([middle, height], -1), objects["position"]], -2),
+                [table, jnp.concatenate([middle, height], -1), objects["position"]], -2
+            ),
             rotation=jnp.concatenate([upright, flat, upright, turned], -2),
             size=jnp.concatenate(
-                [table, expand(arm_size), shown * SIZES[np.arange(OBJECTS) // SLOTS_PER_SHAPE]], -2),
+                [table, expand(arm_size), shown * SIZES[np.arange(OBJECTS) // SLOTS_PER_SHAPE]], -2
+            ),
             colour=jnp.concatenate(
-                [expand(jnp.array([[0.45, 0.38, 0.30]])), expand(arm_colour),
-                 jnp.asarray(RGB)[objects["colour"]]], -2),
+                [
+                    expand(jnp.array([[0.45, 0.38, 0.30]])),
+                    expand(arm_colour),
+                    jnp.asarray(RGB)[objects["colour"]],
+                ],
+                -2,
+            ),
         )
         return scene, _camera(state.info["camera"])
 
@@ -272,68 +307,67 @@ class LanguageReach(PipelineEnv):
 
     def _system(self, physics: Physics) -> Any:
         inertia = self.sys.link.inertia
-        return self.sys.tree_replace({
-            "link.inertia.mass": inertia.mass * physics.mass,
-            "link.inertia.i": inertia.i * physics.mass,
-            "dof.damping": self.sys.dof.damping * physics.friction,
-            "actuator.gear": self.sys.actuator.gear * physics.gain,
-        })
+        return self.sys.tree_replace(
+            {
+                "link.inertia.mass": inertia.mass * physics.mass,
+                "link.inertia.i": inertia.i * physics.mass,
+                "dof.damping": self.sys.dof.damping * physics.friction,
+                "actuator.gear": self.sys.actuator.gear * physics.gain,
+            }
+        )
 
-    def _draw_objects(self, rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    def _draw_objects(self, u: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         """Draws three to five objects; returns them with the index of the one that is meant."""
-        k_count, k_order, k_place, k_colour, k_target, k_yaw, k_odd = jax.random.split(rng, 7)
-        count = jax.random.randint(k_count, (), 3, 6)
-        order = jax.random.permutation(k_order, OBJECTS)  # order[i]: which object is i-th placed.
-        rank = jnp.argsort(order)
+        count = _integer(u["count"], 3, 6)
+        # rank[i]: when object i is placed; those beyond the count are not.
+        rank = jnp.sum(u["order"][:, None] > u["order"][None], axis=1)
         active = rank < count
-        position = _spread(k_place)[rank]
+        target = jnp.argmax(rank == _integer(u["target"], 0, count))
         shape = np.arange(OBJECTS) // SLOTS_PER_SHAPE
-        target = order[jax.random.randint(k_target, (), 0, count)]
-        # Two objects of one shape never share a colour, so that every name is unambiguous: a
-        # random order of the allowed colours (Gumbel), of which the slots take the first ones.
-        gumbel = jax.random.gumbel(k_colour, (len(SHAPES), len(COLOURS)))
-        ranked = jnp.argsort(jnp.where(HELDOUT.T, -jnp.inf, gumbel), axis=-1, descending=True)
-        colour = ranked[shape, np.arange(OBJECTS) % SLOTS_PER_SHAPE]
+        # Two objects of one shape never share a colour, so that every name is unambiguous: the
+        # first takes the colour with the highest number, the second the next.
+        number = jnp.where(HELDOUT.T, -1.0, u["colour"].reshape(HELDOUT.T.shape))
+        first = jnp.argmax(number, axis=1)
+        second = jnp.argmax(jnp.where(np.arange(len(COLOURS)) == first[:, None], -1, number), 1)
+        colour = jnp.stack([first, second], axis=1).reshape(OBJECTS)
         if self.split == "heldout_colour_shape":
-            odd = jnp.argmax(
-                jnp.where(HELDOUT.T, jax.random.gumbel(k_odd, HELDOUT.T.shape), -jnp.inf), axis=-1
-            )
-            colour = jnp.where(jnp.arange(OBJECTS) == target, odd[shape], colour)
+            number = jnp.where(HELDOUT.T, u["colour"].reshape(HELDOUT.T.shape), -1.0)
+            odd = jnp.argmax(number, axis=1)[shape]
+            colour = jnp.where(jnp.arange(OBJECTS) == target, odd, colour)
+        position = _spread(u["place"].reshape(OBJECTS, CANDIDATES, 2))[rank]
         objects = {
             "active": active.astype(jnp.float32),
             "position": jnp.concatenate([position, HEIGHTS[shape][:, None]], -1),
-            "yaw": jax.random.uniform(k_yaw, (OBJECTS,), maxval=2 * jnp.pi),
+            "yaw": 2 * jnp.pi * u["yaw"],
             "colour": colour,
             "shape": jnp.asarray(shape),
         }
         return objects, target
 
     def _draw_instruction(
-        self, rng: jax.Array, objects: dict[str, jax.Array], target: jax.Array
+        self, u: dict[str, jax.Array], objects: dict[str, jax.Array], target: jax.Array
     ) -> jax.Array:
-        k_sentence, k_noun = jax.random.split(rng)
-        seen = len(SENTENCES)
-        low, high = (seen, seen + len(HELDOUT_SENTENCES)) if (
-            self.split == "heldout_paraphrase") else (0, seen)
-        synonym = jax.random.randint(k_noun, (), 0, len(NOUNS) // len(SHAPES))
+        seen, every = len(SENTENCES), len(TEMPLATES.sentences)
+        low, high = (seen, every) if self.split == "heldout_paraphrase" else (0, seen)
+        synonym = _integer(u["noun"], 0, len(NOUNS) // len(SHAPES))
         return TEMPLATES.fill(
-            jax.random.randint(k_sentence, (), low, high),
+            _integer(u["sentence"], low, high),
             colour=objects["colour"][target],
             shape=objects["shape"][target] + len(SHAPES) * synonym,
         )
 
-    def _draw_physics(self, rng: jax.Array) -> Physics:
-        """Training: within 10 % of nominal. Held out: heavier, stickier or weaker, by 40 to 60 %."""
-        u = jax.random.uniform(rng, (3,), minval=-1, maxval=1)
-        factor = 1 + 0.1 * u
+    def _draw_physics(self, u: dict[str, jax.Array]) -> Physics:
+        """Training: within 10 % of nominal. Held out: heavier, stickier, weaker by 40 to 60 %."""
+        jitter = 0.1 * (2 * u["physics"] - 1)
+        factor = 1 + jitter
         if self.split == "heldout_physics":
-            factor = 1 + jnp.array([0.5, 0.5, -0.5]) + 0.1 * u
+            factor = 1 + jnp.array([0.5, 0.5, -0.5]) + jitter
         return Physics(*factor)
 
-    def _draw_camera(self, rng: jax.Array) -> dict[str, jax.Array]:
+    def _draw_camera(self, u: dict[str, jax.Array]) -> dict[str, jax.Array]:
         position, target = jnp.asarray(CAMERA_POSITION), jnp.asarray(CAMERA_TARGET)
         if self.split == "heldout_camera":
-            side, shift = jax.random.uniform(rng, (2,), minval=0.15, maxval=0.3)
+            side, shift = 0.15 + 0.15 * u["camera"]
             position = position + jnp.array([side, shift - 0.2, 0.0])
         return {"position": position, "target": target}
 
@@ -349,7 +383,7 @@ def forward_kinematics(q: jax.Array) -> jax.Array:
 
 
 def inverse_kinematics(place: jax.Array) -> jax.Array:
-    """Joint angles [..., 2] that put the tip at `place` [..., 2], elbow bent by a positive angle."""
+    """Joint angles [..., 2] that put the tip at `place` [..., 2], elbow angle in [0, pi]."""
     x, y = place[..., 0], place[..., 1]
     cosine = (x**2 + y**2) / (2 * LINK**2) - 1
     elbow = jnp.arccos(jnp.clip(cosine, -1, 1))
@@ -380,16 +414,22 @@ def expert_action(
     return jnp.clip(action, -1, 1)
 
 
-def _spread(rng: jax.Array) -> jax.Array:
-    """Places [OBJECTS, 2] far from each other: Mitchell's best candidate, 24 candidates each."""
-    low, high = AREA
-    candidates = jax.random.uniform(rng, (OBJECTS, 24, 2), minval=low, maxval=high)
+def _integer(u: jax.Array, low: int, high: int | jax.Array) -> jax.Array:
+    """An integer in [low, high), int32 [], from a uniform number u [1] in [0, 1)."""
+    return low + jnp.floor(u[0] * (high - low)).astype(jnp.int32)
+
+
+def _spread(u: jax.Array) -> jax.Array:
+    """Places [OBJECTS, 2] far from each other, from u [OBJECTS, CANDIDATES, 2] in [0, 1).
+
+    Mitchell's best-candidate sampling; but enough is enough: among candidates that are far enough
+    the first is taken, so that objects do not all end up at the rim of the table.
+    """
+    candidates = AREA[0] + u * (AREA[1] - AREA[0])
     radius = jnp.linalg.norm(candidates, axis=-1, keepdims=True)
     candidates = candidates * jnp.clip(radius, NEAREST, FARTHEST) / radius
     places = [candidates[0, 0]]
     for i in range(1, OBJECTS):
         apart = jnp.linalg.norm(candidates[i][:, None] - jnp.stack(places), axis=-1).min(-1)
-        # Enough is enough: among candidates that are far enough the first is taken, so that
-        # objects do not all end up at the rim of the table.
         places.append(candidates[i][jnp.argmax(jnp.minimum(apart, 0.27))])
     return jnp.stack(places)

@@ -14,7 +14,9 @@ from mmrl_jax.envs import instructions
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.rendering import Camera, Scene, look_at
 
-RGB = np.array([[0.9, 0.1, 0.1], [0.1, 0.7, 0.15], [0.1, 0.25, 0.95], [0.95, 0.85, 0.1]], np.float32)
+RGB = np.array(
+    [[0.9, 0.1, 0.1], [0.1, 0.7, 0.15], [0.1, 0.25, 0.95], [0.95, 0.85, 0.1]], np.float32
+)
 INSTRUCTION = "name the colour that you saw"
 
 

@@ -22,9 +22,7 @@ NAMES = tuple(_CORES)  # And 'brax:<name>', 'playground:<name>'.
 _WRAPPED = ("train",)  # An environment of someone else has no held-out cases.
 
 
-def create(
-    name: str, *, split: str, height: int, width: int, history: int, **options: Any
-) -> Env:
+def create(name: str, *, split: str, height: int, width: int, history: int, **options: Any) -> Env:
     """Makes a batched environment that resets itself: `reset` takes keys [B, 2].
 
     Args:
@@ -89,9 +87,7 @@ def _call(name: str, make: Callable[..., Env], arguments: dict[str, Any]) -> Env
     known = tuple(inspect.signature(make).parameters)
     for argument in arguments:
         if argument not in known:
-            raise ValueError(
-                f"{argument!r} is no option of {name!r}.{_nearest(argument, known)}"
-            )
+            raise ValueError(f"{argument!r} is no option of {name!r}.{_nearest(argument, known)}")
     return make(**arguments)
 
 

@@ -4,9 +4,8 @@ A Brax `System` holds the MuJoCo model that it was made from (`sys.mj_model`), a
 backend gives the world transforms of its links, which are that model's bodies without the world.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -19,8 +18,7 @@ _DEFAULT_RGBA = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # What MuJoCo gives 
 _HIDDEN_GROUP = 3  # MuJoCo's own viewer shows groups 0 to 2: collision geoms are in 3.
 
 
-@struct.dataclass
-class Geometry:
+class Geometry(NamedTuple):
     """The visible geoms of a model; static, so that it is a constant of the program.
 
     Attributes:
@@ -30,16 +28,16 @@ class Geometry:
       rotation: float32 [G, 4], unit quaternion w, x, y, z, in the body's frame.
       size: float32 [G, 3], m, MuJoCo's convention.
       colour: float32 [G, 3] in [0, 1].
-      index: int [G], of the geoms in the model.
+      geom: int [G], of the geoms in the model.
     """
 
-    kind: tuple[str, ...] = struct.field(pytree_node=False)
-    body: np.ndarray = struct.field(pytree_node=False)
-    position: np.ndarray = struct.field(pytree_node=False)
-    rotation: np.ndarray = struct.field(pytree_node=False)
-    size: np.ndarray = struct.field(pytree_node=False)
-    colour: np.ndarray = struct.field(pytree_node=False)
-    index: np.ndarray = struct.field(pytree_node=False)
+    kind: tuple[str, ...]
+    body: np.ndarray
+    position: np.ndarray
+    rotation: np.ndarray
+    size: np.ndarray
+    colour: np.ndarray
+    geom: np.ndarray
 
 
 def geometry(model: mujoco.MjModel) -> Geometry:
@@ -69,7 +67,7 @@ def geometry(model: mujoco.MjModel) -> Geometry:
         rotation=np.asarray(model.geom_quat[shown], np.float32),
         size=np.asarray(model.geom_size[shown], np.float32),
         colour=rgba[shown, :3].astype(np.float32),
-        index=np.asarray(shown),
+        geom=np.asarray(shown),
     )
 
 
@@ -111,13 +109,22 @@ def link_scene(shown: Geometry, x: Any, *, checker: float = 1.0) -> Scene:
     )
 
 
-def reach(model: mujoco.MjModel, shown: Geometry, body: int) -> float:
-    """Distance, m, from `body` to the farthest moving visible geom, in the model's rest pose."""
+def extent(model: mujoco.MjModel, shown: Geometry, body: int) -> tuple[float, float]:
+    """How large the moving part of a model is about `body`, in the model's rest pose.
+
+    Returns:
+      Height, m, of its middle above `body` (negative: below), and the distance, m, from that point
+      to its farthest geom.
+    """
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
-    moving = shown.index[(shown.body > 0) & (model.geom_rbound[shown.index] > 0)]
-    away = np.linalg.norm(data.geom_xpos[moving] - data.xpos[body], axis=-1)
-    return float(np.max(away + model.geom_rbound[moving], initial=0.1))
+    moving = shown.geom[(shown.body > 0) & (model.geom_rbound[shown.geom] > 0)]
+    if not moving.size:
+        return 0.0, 1.0
+    away, bound = data.geom_xpos[moving] - data.xpos[body], model.geom_rbound[moving]
+    height = (np.max(away[:, 2] + bound) + np.min(away[:, 2] - bound)) / 2
+    radius = np.max(np.linalg.norm(away - [0, 0, height], axis=-1) + bound)
+    return float(height), float(radius)
 
 
 def _rgba(model: mujoco.MjModel, geom: int) -> np.ndarray:

@@ -13,7 +13,9 @@ def where(condition: jax.Array, x: Any, y: Any) -> Any:
     """Leaf by leaf, x where `condition` [B], else y; leaves are [B, ...]."""
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+        return jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        )
 
     return jax.tree.map(pick, x, y)
 
@@ -21,8 +23,8 @@ def where(condition: jax.Array, x: Any, y: Any) -> Any:
 class AutoReset(Wrapper):
     """A batch of environments, each of which resets itself in the step after its episode's end.
 
-    `reset` takes keys [B, 2]; environment i draws its episode n from fold_in(key_i, n), so that what
-    it draws depends neither on the other environments nor on the device that holds it.
+    `reset` takes keys [B, 2]; environment i draws its episode n from fold_in(key_i, n), so that
+    what it draws depends neither on the other environments nor on the device that holds it.
 
     The last state of an episode is returned as it is (done = 1). The next step ignores the action,
     returns the first state of a new episode with reward 0, and marks itself with

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.rendering import render
-from mmrl_jax.rollouts.unroll import PolicyFunction, unroll
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
 
 Modality = Literal["pixels", "instruction", "proprio"]
 
@@ -61,7 +61,7 @@ def hide(policy: PolicyFunction, modality: Modality) -> PolicyFunction:
       ValueError: the observation has no such modality.
     """
 
-    def blind(state: State, rng: jax.Array) -> object:
+    def blind(state: State, rng: jax.Array) -> Decision:
         if modality not in state.obs:
             raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
         other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), state.obs[modality])
@@ -99,5 +99,3 @@ def film(
     _, (frames, done) = jax.lax.scan(step, first, jnp.arange(env.episode_length))
     frames = jnp.concatenate([picture(first)[None], frames])
     return first, frames, jnp.concatenate([first.done[None], done])
-
-

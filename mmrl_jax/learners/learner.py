@@ -16,8 +16,7 @@ from mmrl_jax.types import Metrics, Observation, Params
 Apply = Callable[[Params, Observation], PolicyOutput]
 
 
-@struct.dataclass
-class LearnerState:
+class LearnerState(struct.PyTreeNode):
     """Everything a learner carries from update to update.
 
     Attributes:

@@ -31,8 +31,10 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
     """Sine-cosine embedding of a grid, float32 [rows * columns, width] (MAE, He et al., 2022)."""
     frequency = np.exp(np.linspace(np.log(np.pi / 2), np.log(8 * np.pi), width // 4))
     parts = []
-    for position, count in ((np.repeat(np.arange(rows), columns), rows),
-                            (np.tile(np.arange(columns), rows), columns)):
+    for position, count in (
+        (np.repeat(np.arange(rows), columns), rows),
+        (np.tile(np.arange(columns), rows), columns),
+    ):
         angle = ((position + 0.5) / count)[:, None] * frequency[None]
         parts += [np.sin(angle), np.cos(angle)]
     return np.concatenate(parts, axis=1).astype(np.float32)

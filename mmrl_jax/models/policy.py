@@ -58,7 +58,7 @@ def attention_mask(words: jax.Array, layout: TokenLayout) -> jax.Array:
 
 
 class MultimodalPolicy(nn.Module):
-    """A transformer over the tokens of all modalities, with one readout for policy and one for value.
+    """A transformer over the tokens of all modalities, with readouts for policy and value.
 
     The sequence for L words, K frames of P patches (K = 1 without a history):
 
@@ -127,8 +127,13 @@ class MultimodalPolicy(nn.Module):
             condition = nn.gelu(Dense(self.width, self.dtype, name="condition")(summary))
             condition = jnp.repeat(condition, frames, axis=0)
         patches = VisionEncoder(
-            self.width, self.patch, self.patch_hidden, self.vision_layers, self.heads,
-            self.dtype, name="vision",
+            self.width,
+            self.patch,
+            self.patch_hidden,
+            self.vision_layers,
+            self.heads,
+            self.dtype,
+            name="vision",
         )(pixels.reshape(-1, *pixels.shape[2:]), condition)
         joints = ProprioEncoder(self.width, self.dtype, name="proprio")(
             proprio.reshape(batch * frames, -1)
@@ -142,9 +147,7 @@ class MultimodalPolicy(nn.Module):
         readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))
         x = jnp.concatenate([words, frame_tokens, readouts], axis=1)
 
-        layout = token_layout(
-            words=words.shape[1], frames=frames, patches=patches.shape[1]
-        )
+        layout = token_layout(words=words.shape[1], frames=frames, patches=patches.shape[1])
         modality = self.param(
             "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
         )

@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), on the last `queries` tokens."""
+    """Pre-norm block, x + attention(norm(x)), then x + mlp(norm(x)), on the last `queries`."""
 
     heads: int
     mlp_ratio: int = 4

@@ -40,7 +40,7 @@ def value_loss(
 ) -> jax.Array:
     """0.5 * (v - target)^2, float32 [...]; with `clip`, PPO's pessimistic clipped form.
 
-      0.5 * max((v - target)^2, (v_old + clamp(v - v_old, -clip, clip) - target)^2)
+    0.5 * max((v - target)^2, (v_old + clamp(v - v_old, -clip, clip) - target)^2)
     """
     loss = (value - target) ** 2
     if clip is not None:

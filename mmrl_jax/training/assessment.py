@@ -3,13 +3,13 @@
 import functools
 
 import jax
-import ml_collections
 import numpy as np
 
 from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import Episodes, hide
+from mmrl_jax.evaluation.evaluate import Episodes, Modality, hide
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.training import factory
+from mmrl_jax.training.config import ConfigDict
 
 
 def interval(success: np.ndarray) -> tuple[float, float, float]:
@@ -18,8 +18,12 @@ def interval(success: np.ndarray) -> tuple[float, float, float]:
 
 
 def assess(
-    config: ml_collections.ConfigDict, learner: LearnerState, split: str, *, episodes: int,
-    hidden: tuple[str, ...],
+    config: ConfigDict,
+    learner: LearnerState,
+    split: str,
+    *,
+    episodes: int,
+    hidden: tuple[Modality, ...],
 ) -> dict[str, Episodes]:
     """Evaluates on `split` as it is ('') and with each of the `hidden` modalities ('no_<name>')."""
     key = factory.evaluation_key(config)

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 import ml_collections
 
+ConfigDict = ml_collections.ConfigDict
 ConfigLike: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
 
 

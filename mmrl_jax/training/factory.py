@@ -5,12 +5,12 @@ Everything below it takes explicit arguments. What every key means is in `SCHEMA
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 import optax
@@ -21,8 +21,9 @@ from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, evaluate
-from mmrl_jax.learners import bc, learner as learner_lib, ppo
-from mmrl_jax.learners.learner import LearnerState, policy_function
+from mmrl_jax.learners import bc, ppo
+from mmrl_jax.learners import learner as learner_lib
+from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.rl import losses, normalisation
@@ -110,8 +111,12 @@ SCHEMA: config_lib.Schema = {
         "eval_interval": positive(int, "updates between evaluations"),
         "eval_episodes": positive(int, "episodes of an evaluation during training"),
         "checkpoint_interval": positive(int, "updates between checkpoints"),
-        "keep": Field(int, lambda x: x >= 2, "at least 2, so that a damaged one has one before it",
-                      "newest checkpoints kept"),
+        "keep": Field(
+            int,
+            lambda x: x >= 2,
+            "at least 2, so that a damaged one has one before it",
+            "newest checkpoints kept",
+        ),
     },
 }
 
@@ -131,8 +136,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if model.kind == "multimodal":
         if not env.height or not env.width:
             raise ValueError(
-                f"env.height={env.height}, env.width={env.width}: the multimodal model needs pixels; "
-                f"give both a size, or model.kind='mlp'."
+                f"env.height={env.height}, env.width={env.width}: the multimodal model needs "
+                f"pixels; give both a size, or model.kind='mlp'."
             )
         if env.height % model.patch or env.width % model.patch:
             raise ValueError(
@@ -214,6 +219,11 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     )
 
 
+def make_apply(config: ml_collections.ConfigDict, env: Env) -> Apply:
+    """The policy network as a function of parameters and observations."""
+    return cast(Apply, make_network(config, env).apply)
+
+
 def fresh_learner(
     config: ml_collections.ConfigDict, env: Env, optimiser: optax.GradientTransformation
 ) -> LearnerState:
@@ -229,7 +239,9 @@ def fresh_learner(
 
 def adam(learning_rate: float | optax.Schedule, max_grad_norm: float) -> Any:
     """Adam behind a clip of the global gradient norm."""
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate, eps=1e-5))
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate, eps=1e-5)
+    )
 
 
 def expert(config: ml_collections.ConfigDict) -> PolicyFunction:
@@ -289,7 +301,7 @@ def cloning_stage(
     optimiser = adam(warm.learning_rate, warm.max_grad_norm)
     step = functools.partial(
         bc.update,
-        apply=make_network(config, env).apply,
+        apply=make_apply(config, env),
         optimiser=optimiser,
         hyperparameters=bc.Hyperparameters(
             batch_size=warm.batch_size,
@@ -339,7 +351,7 @@ def ppo_stage(
 ) -> Stage:
     """PPO, from scratch or from the parameters and statistics of a cloned learner."""
     p, env = config.ppo, make_env(config)
-    apply = make_network(config, env).apply
+    apply = make_apply(config, env)
     steps = config.run.updates * p.epochs * p.minibatches
     rate = {
         "constant": p.learning_rate,
@@ -454,7 +466,7 @@ def make_evaluator(
       wrap: changes the policy, e.g. hides a modality.
     """
     env = make_env(config, split=split)
-    apply = make_network(config, env).apply
+    apply = make_apply(config, env)
 
     @jax.jit
     def evaluator(learner: LearnerState, rng: jax.Array) -> Episodes:

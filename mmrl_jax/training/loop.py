@@ -1,4 +1,4 @@
-"""The loop of every stage of training: compile once, dispatch, log, evaluate, checkpoint, resume."""
+"""The loop of every stage: compile once, dispatch, log, evaluate, checkpoint, resume."""
 
 from collections.abc import Callable
 import dataclasses
@@ -23,8 +23,7 @@ from mmrl_jax.types import Metrics
 MAY_CHANGE = ("run",)
 
 
-@struct.dataclass
-class Carry:
+class Carry(struct.PyTreeNode):
     """All that a run needs to go on: a checkpoint of it is a checkpoint of the run.
 
     Attributes:
@@ -102,7 +101,7 @@ class Result:
     interrupted: bool
 
 
-def make_dispatch(update: Update, updates: int, shardings: Any) -> Callable:
+def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     """One compiled call of `updates` updates; the carry is donated.
 
     Returns:
@@ -156,14 +155,17 @@ def run(
     shardings = stage.shardings(fresh)
     carry = place(fresh, shardings)
     del fresh
-    with Checkpointer(
-        workdir,
-        config=config,
-        keep=stage.keep,
-        best_metric=stage.best_metric,
-        save_interval=stage.checkpoint_interval,
-        may_change=MAY_CHANGE,
-    ) as checkpointer, Terminated() as terminated:
+    with (
+        Checkpointer(
+            workdir,
+            config=config,
+            keep=stage.keep,
+            best_metric=stage.best_metric,
+            save_interval=stage.checkpoint_interval,
+            may_change=MAY_CHANGE,
+        ) as checkpointer,
+        Terminated() as terminated,
+    ):
         restored = checkpointer.restore_latest(carry)
         done, wall_s = 0, 0.0
         if restored is not None:
@@ -216,12 +218,9 @@ def run(
                     values |= stage.evaluate(carry.learner)
                     values["time/eval_s"] = time.perf_counter() - started
                 writer.write(done, values)
-                scores = {
-                    name: values[name] for name in (stage.best_metric,) if name in values
-                }
-                checkpointer.save(
-                    done, carry, extra={"wall_s": wall_s}, metrics=scores, force=last
-                )
+                best = stage.best_metric
+                scores = {best: values[best]} if best is not None and best in values else {}
+                checkpointer.save(done, carry, extra={"wall_s": wall_s}, metrics=scores, force=last)
             stopped = terminated()
             if done:
                 checkpointer.save(done, carry, extra={"wall_s": wall_s}, metrics={}, force=True)

@@ -68,7 +68,9 @@ GLOSSARY: dict[str, Metric] = {
     "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
     "rollout/reward": Metric("reward", "Mean reward of a step", "rises"),
     "time/samples_per_s": Metric(
-        "1/s", "Environment (cloning: demonstrated) steps a second, without compile time", "constant"
+        "1/s",
+        "Environment (or demonstrated) steps a second, compile time left out",
+        "constant",
     ),
     "time/wall_s": Metric("s", "Wall time of the stage so far, compile time left out", "grows"),
     "time/update_s": Metric("s", "Wall time of one update, compile time left out", "constant"),
