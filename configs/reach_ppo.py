@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.env.height = 32
     config.env.width = 32
     config.env.history = 1
-    config.env.options = ml_collections.ConfigDict({"reward": "dense", "episode_length": 24})
+    config.env.options = ml_collections.ConfigDict({"reward": "dense", "episode_length": 16})
 
     config.model = ml_collections.ConfigDict()
     config.model.kind = "multimodal"
@@ -39,8 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = False
 
     config.warm_start = ml_collections.ConfigDict()
-    config.warm_start.updates = 2400
-    config.warm_start.episodes = 4096
+    config.warm_start.updates = 1500
+    config.warm_start.episodes = 6144
     config.warm_start.expert = ml_collections.ConfigDict(
         {"gain": 1.5, "undershoot": 0.15, "noise": 0.2}
     )
@@ -51,13 +51,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.warm_start.auxiliary_weight = 2.0
     config.warm_start.pointing_weight = 0.2
     config.warm_start.updates_per_dispatch = 25
-    config.warm_start.eval_interval = 600
-    config.warm_start.checkpoint_interval = 600
+    config.warm_start.eval_interval = 500
+    config.warm_start.checkpoint_interval = 500
 
     config.ppo = ml_collections.ConfigDict()
-    config.ppo.num_envs = 256
-    config.ppo.unroll = 25
-    config.ppo.learning_rate = 3e-4
+    config.ppo.num_envs = 384
+    config.ppo.unroll = 17
+    config.ppo.learning_rate = 4e-4
     config.ppo.schedule = "linear"
     config.ppo.max_grad_norm = 1.0
     config.ppo.discount = 0.95
@@ -66,17 +66,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.value_clip = ml_collections.config_dict.placeholder(float)
     config.ppo.value_weight = 0.5
     config.ppo.entropy_weight = 0.0
-    config.ppo.auxiliary_weight = 2.0
-    config.ppo.pointing_weight = 0.2
+    config.ppo.auxiliary_weight = 4.0
+    config.ppo.pointing_weight = 0.5
     config.ppo.epochs = 2
     config.ppo.minibatches = 16
     config.ppo.target_kl = ml_collections.config_dict.placeholder(float)
     config.ppo.initial_std = 0.3
 
     config.run = ml_collections.ConfigDict()
-    config.run.updates = 100
+    config.run.updates = 110
     config.run.updates_per_dispatch = 1
-    config.run.eval_interval = 20
+    config.run.eval_interval = 22
     config.run.eval_episodes = 256
     config.run.checkpoint_interval = 10
     config.run.keep = 2

@@ -21,8 +21,7 @@ Metrics = dict[str, jax.Array]
 Observation = dict[str, Any]
 
 
-@struct.dataclass
-class Transition:
+class Transition(struct.PyTreeNode):
     """What one environment step leaves behind, time-major [T, B, ...] after an unroll.
 
     Attributes:

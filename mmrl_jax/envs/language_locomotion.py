@@ -67,8 +67,9 @@ class LanguageLocomotion(PipelineEnv):
     orientation (quaternion), 8 joint angles, and the velocities of all of these. `Pixels` adds
     'pixels' of a camera that follows the torso without turning: up in the picture is north.
     Action: float32 [8] in [-1, 1], joint torques over the full torque.
-    Reward per control step: c - |v - c| (c the commanded speed, v and c in the norm the velocities
-    in m/s: c if it runs as told, 0 standing still), plus 1 for not having fallen, minus 0.1 |a|^2.
+    Reward per control step: |u| - |v - u|, of the torso's horizontal velocity v and the commanded
+    one u in m/s (|u| if it runs as told, 0 standing still), plus 1 for not having fallen, minus
+    0.1 |action|^2.
     Success (`metrics['success']`): the mean velocity of about the last 0.5 s is within 30 % of the
     commanded speed of the commanded velocity, and it has not fallen.
 

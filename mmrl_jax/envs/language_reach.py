@@ -56,10 +56,10 @@ TEMPLATES = instructions.Templates(
 )
 
 LINK = 0.5  # m, length of each of the two links.
-# m, sizes in the renderer's convention: a ball, a cube, and a can that is taller than wide, so that
-# they differ at 32 pixels too.
-SIZES = np.array([[0.1, 0.0, 0.0], [0.085, 0.085, 0.085], [0.06, 0.13, 0.0]], np.float32)
-HEIGHTS = np.array([0.1, 0.085, 0.13], np.float32)  # m, of the centres above the table.
+# m, sizes in the renderer's convention. A small ball, a big cube and a tall can: at 32 pixels they
+# differ by size and outline, hardly by shading.
+SIZES = np.array([[0.065, 0.0, 0.0], [0.105, 0.105, 0.09], [0.045, 0.2, 0.0]], np.float32)
+HEIGHTS = np.array([0.065, 0.09, 0.2], np.float32)  # m, of the centres above the table.
 TOUCH = 0.1  # m, horizontal distance from tip to object at which it is touched.
 SLOTS_PER_SHAPE = 2
 OBJECTS = SLOTS_PER_SHAPE * len(SHAPES)

@@ -93,4 +93,4 @@ def apply_gradients(
     updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state, steps=state.steps + 1)
-    return new, {"grad/norm": optax.global_norm(gradients)}
+    return new, {"grad/norm": optax.tree.norm(gradients)}

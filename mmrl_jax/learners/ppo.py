@@ -112,6 +112,15 @@ def update(
       The new learner, and metrics (means over the minibatch steps that were taken).
     """
     h = hyperparameters
+    valid = batch.valid
+
+    def keep(x: jax.Array) -> jax.Array:
+        return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0, x, 0)
+
+    # A mask alone does not stop what is not finite: its gradient is 0 * nan. The value stays, as
+    # an invalid step's is what a truncated step before it is bootstrapped with.
+    masked = ("observation", "action", "log_prob", "reward", "privileged")
+    batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
     advantage, target = advantages.generalised_advantages(
         reward=batch.reward,
         value=batch.value,
@@ -121,7 +130,6 @@ def update(
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
-    valid = batch.valid
     samples = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]),
         (batch, losses.normalise(advantage, valid), target),

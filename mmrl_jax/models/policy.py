@@ -141,7 +141,9 @@ class MultimodalPolicy(nn.Module):
         frame_tokens = jnp.concatenate([patches, joints], axis=1)
         if frames > 1:
             age = self.param("frame", nn.initializers.normal(0.1), (frames, 1, self.width))
-            frame_tokens = frame_tokens.reshape(batch, frames, -1, self.width) + age
+            frame_tokens = frame_tokens.reshape(batch, frames, -1, self.width) + age.astype(
+                self.dtype
+            )
         frame_tokens = frame_tokens.reshape(batch, -1, self.width)
         readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
         readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))

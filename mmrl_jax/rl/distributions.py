@@ -4,9 +4,6 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-# A demonstrated action of exactly 1 has no preimage under tanh.
-CLONING_LIMIT = 0.999
-
 
 @struct.dataclass
 class TanhNormal:

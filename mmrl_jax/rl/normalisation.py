@@ -30,6 +30,7 @@ def update(statistics: RunningStatistics, x: jax.Array, mask: jax.Array) -> Runn
     weight = mask[..., None]
     axes = tuple(range(x.ndim - 1))
     count = jnp.sum(mask)
+    x = jnp.where(weight > 0, x, 0.0)
     mean = jnp.sum(x * weight, axes) / jnp.maximum(count, 1.0)
     m2 = jnp.sum(weight * (x - mean) ** 2, axes)
     total = jnp.maximum(statistics.count + count, 1.0)
