@@ -51,12 +51,10 @@ def test_every_config_trains(name, tmp_path):
 
 
 def test_two_plus_two_updates_are_four(tmp_path):
-    whole = train(tiny.config(), tmp_path / "whole")
-    first = tiny.config(warm_start__updates=4)
-    first.run.updates = 2
-    train(first, tmp_path / "parts")
-    second = tiny.config(warm_start__updates=4)
-    parts = train(second, tmp_path / "parts")
+    # A linear schedule depends on where the run ends, so that 2 updates are no half of 4.
+    whole = train(tiny.config(ppo__schedule="constant"), tmp_path / "whole")
+    train(tiny.config(ppo__schedule="constant", run__updates=2), tmp_path / "parts")
+    parts = train(tiny.config(ppo__schedule="constant"), tmp_path / "parts")
     assert parts.ppo.updates == 4
     bitwise_equal(whole.ppo.carry, parts.ppo.carry)
 

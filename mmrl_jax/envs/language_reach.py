@@ -238,7 +238,8 @@ class LanguageReach(PipelineEnv):
 
     def distance(self, state: State) -> jax.Array:
         """Horizontal distance from the tip to the named object, m, []."""
-        return jnp.linalg.norm(self.tip(state) - state.info["privileged"]["target_place"])
+        named = state.info["objects"]["position"][state.info["target"], :2]
+        return jnp.linalg.norm(self.tip(state) - named)
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
         """What there is to see in `state`, which may have leading batch axes."""
@@ -320,7 +321,8 @@ class LanguageReach(PipelineEnv):
         """Draws three to five objects; returns them with the index of the one that is meant."""
         count = _integer(u["count"], 3, 6)
         # rank[i]: when object i is placed; those beyond the count are not.
-        rank = jnp.sum(u["order"][:, None] > u["order"][None], axis=1)
+        order = u["order"] + 1e-6 * np.arange(OBJECTS)  # No two alike.
+        rank = jnp.sum(order[:, None] > order[None], axis=1)
         active = rank < count
         target = jnp.argmax(rank == _integer(u["target"], 0, count))
         shape = np.arange(OBJECTS) // SLOTS_PER_SHAPE
