@@ -4,10 +4,11 @@
 
 Writes to the workdir:
   summary.json          every number that is printed, flat
-  learning_curves.png   of the warm start, of PPO and of more cloning
+  success.png           success over wall time: warm start, PPO, and more cloning instead of PPO
   episodes.mp4          episodes of the final policy, their instruction as caption
   episode.png           one of them as a strip
-  warm_start/ ppo/ more_cloning/   checkpoints, metrics.jsonl and TensorBoard events of each stage
+  metrics.jsonl, tensorboard/, learning_curves.png, checkpoints/   of PPO
+  warm_start/, more_cloning/                                       the same of these stages
 
 Interrupted, the same command goes on where it stopped.
 """
@@ -16,7 +17,6 @@ import functools
 import json
 import pathlib
 import time
-from typing import Any
 
 from absl import app, flags, logging
 import jax
@@ -25,10 +25,12 @@ import ml_collections
 import numpy as np
 
 from configs import reach_ppo
+from experiments.train import train
 from mmrl_jax import envs
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import evaluate as evaluation
+from mmrl_jax.evaluation import statistics
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.training import factory, loop, report
@@ -120,64 +122,48 @@ def film(
     return [video, strip]
 
 
-def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float] | None:
     """Runs everything; returns the summary, or None if a SIGTERM interrupted it."""
     started = time.perf_counter()
-    factory.check(config)
-    mesh = factory.make_mesh(config)
-    summary: dict[str, float] = {}
-    data, expert_success = factory.record_demonstrations(config)
-    print(f"{config.warm_start.episodes} demonstrations, expert success {expert_success:.3f}")
-    summary["expert/train/success"] = expert_success
-
-    cloning = factory.cloning_stage(config, mesh, data)
-    warm = loop.run(cloning, workdir=workdir / "warm_start", config=config)
-    if warm.interrupted:
+    trained = train(config, workdir)
+    if trained.interrupted:
         return None
-    tuned = loop.run(
-        factory.ppo_stage(config, mesh, start=warm.carry.learner),
-        workdir=workdir / "ppo",
-        config=config,
-    )
-    if tuned.interrupted:
-        return None
+    warm, tuned = trained.warm_start, trained.ppo
     # As long as PPO took, on the same demonstrations; the bound on updates is never reached.
-    more_updates = 100 * config.warm_start.updates
+    stage = factory.cloning_stage(
+        config,
+        factory.make_mesh(config),
+        trained.demonstrations,
+        name="more_cloning",
+        updates=100 * config.warm_start.updates,
+        start=warm.carry.learner,
+    )
     more = loop.run(
-        factory.cloning_stage(
-            config,
-            mesh,
-            data,
-            name="more_cloning",
-            updates=more_updates,
-            start=warm.carry.learner,
-        ),
-        workdir=workdir / "more_cloning",
-        config=config,
-        max_seconds=tuned.wall_s,
+        stage, workdir=workdir / "more_cloning", config=config, max_seconds=tuned.wall_s
     )
     if more.interrupted and more.wall_s < tuned.wall_s:
         return None
 
+    summary = {"expert/train/success": trained.expert_success}
     print(f"Success over {EPISODES} episodes, with 95 % intervals:")
     split, splits = config.env.split, envs.splits(config.env.name)
     evaluate_chance(summary, config)
-    evaluate_stage(summary, config, "warm_start", warm.carry.learner, splits=splits, hidden=())
-    evaluate_stage(summary, config, "more_cloning", more.carry.learner, splits=(split,), hidden=())
-    evaluate_stage(
-        summary,
-        config,
-        "final",
-        tuned.carry.learner,
-        splits=splits,
-        hidden=("pixels", "instruction"),
+    for name, result, where, hidden in (
+        ("warm_start", warm, splits, ()),
+        ("more_cloning", more, (split,), ()),
+        ("final", tuned, splits, ("pixels", "instruction")),
+    ):
+        evaluate_stage(summary, config, name, result.carry.learner, splits=where, hidden=hidden)
+    curves = report.stage_curves(
+        {
+            "warm start (cloning)": [workdir / "warm_start"],
+            "then PPO": [workdir / "warm_start", workdir],
+            "then more cloning": [workdir / "warm_start", workdir / "more_cloning"],
+        },
+        workdir / "success.png",
+        metric=f"eval/{split}/success",
     )
-    for name in ("warm_start", "ppo", "more_cloning"):
-        axis = "progress/env_steps" if name == "ppo" else "progress/updates"
-        report.learning_curves(
-            workdir / name / "metrics.jsonl", workdir / name / "learning_curves.png", x=axis
-        )
-    written = film(config, tuned.carry.learner, workdir)
+    written = [curves, *film(config, tuned.carry.learner, workdir)]
     steps = config.run.updates * config.ppo.num_envs * config.ppo.unroll
     summary |= {
         "warm_start/wall_s": warm.wall_s,
@@ -193,6 +179,24 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     return summary
 
 
+def conclusion(summary: dict[str, float], workdir: str) -> str:
+    """What the run achieved, and where to look."""
+
+    def success(name: str) -> tuple[float, float, float]:
+        key = f"{name}/train/success"
+        return summary[key], summary[f"{key}_lo"], summary[f"{key}_hi"]
+
+    final, warm, more = success("final"), success("warm_start"), success("more_cloning")
+    apart = statistics.disjoint(final, warm) and statistics.disjoint(final, more)
+    return (
+        f"PPO took success on the training split from {warm[0]:.1%} (warm start) to {final[0]:.1%};"
+        f" as much time of more cloning gives {more[0]:.1%}. The intervals "
+        f"{'do not overlap' if apart else 'overlap'}. {summary['wall_s'] / 60:.1f} minutes.\n"
+        f"Look at {workdir}/episodes.mp4, {workdir}/success.png and {workdir}/learning_curves.png; "
+        f"or: tensorboard --logdir {workdir}"
+    )
+
+
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
@@ -203,12 +207,7 @@ def main(argv: list[str]) -> None:
     if summary is None:
         print("Interrupted; the same command goes on from the last checkpoint.")
         return
-    print(
-        f"PPO took success on the training split from {summary['warm_start/train/success']:.1%} "
-        f"(warm start) to {summary['final/train/success']:.1%}; as much time of more cloning gives "
-        f"{summary['more_cloning/train/success']:.1%}. {summary['wall_s'] / 60:.1f} minutes.\n"
-        f"Look at {FLAGS.workdir}/episodes.mp4 and {FLAGS.workdir}/ppo/learning_curves.png."
-    )
+    print(conclusion(summary, FLAGS.workdir))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Trained:
     """What a run leaves in memory: the demonstrations and how each stage ended."""
 
     demonstrations: Demonstrations | None
+    expert_success: float | None
     warm_start: Result | None
     ppo: Result | None
 
@@ -47,7 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     factory.check(config)
     workdir = pathlib.Path(workdir)
     mesh = factory.make_mesh(config)
-    data, warm, tuned = None, None, None
+    data, expert_success, warm, tuned = None, None, None, None
     if config.warm_start.updates:
         place = workdir if config.algorithm == "bc" else workdir / "warm_start"
         data, expert_success = factory.record_demonstrations(config)
@@ -66,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
             factory.ppo_stage(config, mesh, start=start), workdir=workdir, config=config
         )
         report.learning_curves(workdir / "metrics.jsonl", workdir / "learning_curves.png")
-    return Trained(data, warm, tuned)
+    return Trained(data, expert_success, warm, tuned)
 
 
 def main(argv: list[str]) -> None:

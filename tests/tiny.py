@@ -4,7 +4,15 @@ import ml_collections
 
 from mmrl_jax.training import config as config_lib
 
-CONFIGS = ("reach_ppo", "reach_bc", "reach_ppo_scratch", "mlp_ppo")
+CONFIGS = (
+    "reach_ppo",
+    "reach_bc",
+    "reach_ppo_scratch",
+    "mlp_ppo",
+    "locomotion_ppo",
+    "recall_ppo",
+    "pixels_ppo",
+)
 
 
 def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.ConfigDict:

@@ -354,7 +354,7 @@ def ppo_stage(
     apply = make_apply(config, env)
     steps = config.run.updates * p.epochs * p.minibatches
     rate = {
-        "constant": p.learning_rate,
+        "constant": optax.constant_schedule(p.learning_rate),
         "linear": optax.linear_schedule(p.learning_rate, 0.0, steps),
     }[p.schedule]
     optimiser = adam(rate, p.max_grad_norm)
@@ -401,8 +401,9 @@ def ppo_stage(
             optimiser=optimiser,
             hyperparameters=hyperparameters,
         )
+        metrics |= rollout_metrics(batch) | {"lr": jnp.asarray(rate(learner.steps), jnp.float32)}
         carry = carry.replace(learner=learner, env_state=env_state, updates=carry.updates + 1)
-        return carry, metrics | rollout_metrics(batch)
+        return carry, metrics
 
     return Stage(
         name="ppo",

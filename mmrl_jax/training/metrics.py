@@ -63,6 +63,7 @@ GLOSSARY: dict[str, Metric] = {
     "grad/norm": Metric(
         "1", "Global norm of the gradient before clipping", "stable, mostly under the clip"
     ),
+    "lr": Metric("1", "Learning rate after the update", "as the schedule says"),
     "episode/return": Metric("reward", "Mean return of the episodes that ended", "rises"),
     "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
     "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),

@@ -4,7 +4,7 @@ matplotlib, imageio and PIL are imported inside the functions, so that a trainin
 of them until it draws.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 import os
 import pathlib
@@ -92,6 +92,60 @@ def learning_curves(
             axis.set_ylim(-0.03, 1.03)
         if len(series) > 1:
             axis.legend(fontsize=7)
+    return _saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
+
+
+def stage_curves(
+    lines: Mapping[str, Sequence[str | os.PathLike[str]]],
+    out_png: str | os.PathLike[str],
+    *,
+    metric: str,
+) -> pathlib.Path:
+    """Draws one metric over wall time for stages that follow each other, in one panel.
+
+    Args:
+        lines: Label to the workdirs of a stage and of those before it, the earliest first. The last
+            one's values are drawn, to the right of the wall time that the others took, from where
+            the one before it ended.
+        out_png: Picture to write; its directory is made if absent.
+        metric: Name of the metric; where `<metric>_lo` and `<metric>_hi` were logged too, they are
+            drawn as a band.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: A stage logged no value of the metric.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    wanted = (metric, f"{metric}_lo", f"{metric}_hi")
+    for label, workdirs in lines.items():
+        before_s, points = 0.0, np.empty((0, 4))
+        for workdir in workdirs:
+            rows = metrics.read_jsonl(pathlib.Path(workdir) / metrics.JSONL_NAME)
+            found = [
+                (before_s + row["time/wall_s"], *(row.get(name, row[metric]) for name in wanted))
+                for row in rows
+                if row.get(metric) is not None
+            ]
+            if not found:
+                raise ValueError(f"{workdir} logged no {metric}: nothing to draw for '{label}'.")
+            points = np.concatenate([points[-1:], np.array(found, float)])
+            before_s += rows[-1]["time/wall_s"]
+        minutes, middle, low, high = points.T
+        (line,) = axis.plot(minutes / 60, middle, label=label, marker="o", markersize=3)
+        axis.fill_between(minutes / 60, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axis.set_xlabel("wall time, compile time left out (minutes)")
+    axis.set_ylabel(metric)
+    if metrics.lookup(metric).unit == "fraction":
+        axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+    axis.legend()
     return _saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 

@@ -1,0 +1,72 @@
+"""Learning itself, on small tasks: minutes each, so all of them are slow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.train import train
+from mmrl_jax.envs.brax_api import State
+from mmrl_jax.evaluation import statistics
+from mmrl_jax.evaluation.evaluate import Episodes, evaluate
+from mmrl_jax.rollouts.unroll import Decision
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import factory
+
+pytestmark = pytest.mark.slow
+EPISODES = 128
+
+
+def trained_episodes(config, workdir) -> Episodes:
+    """Trains as the config says, and evaluates the mode of the policy."""
+    result = train(config, workdir).ppo
+    evaluator = factory.make_evaluator(config, split="train", episodes=EPISODES)
+    return jax.device_get(evaluator(result.carry.learner, jax.random.PRNGKey(1)))
+
+
+def random_episodes(config) -> Episodes:
+    """Evaluates uniformly random actions."""
+    env = factory.make_env(config)
+
+    def policy(state: State, rng: jax.Array) -> Decision:
+        zero = jnp.zeros(EPISODES)
+        action = jax.random.uniform(rng, (EPISODES, env.action_size), minval=-1, maxval=1)
+        return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+
+    run = jax.jit(lambda rng: evaluate(env, policy, rng, episodes=EPISODES))
+    return jax.device_get(run(jax.random.PRNGKey(1)))
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    return statistics.bootstrap_interval(values, confidence=0.99, resamples=2000, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_mlp_solves_inverted_pendulum(seed, tmp_path):
+    config = config_lib.load_config("configs/mlp_ppo.py")
+    config.seed = seed
+    # The pole stands for 1000 steps, which is all there are, at a reward of 1 each.
+    assert np.mean(trained_episodes(config, tmp_path).episode_return) > 950
+
+
+@pytest.mark.parametrize("spec", ["configs/locomotion_ppo.py", "configs/pixels_ppo.py"])
+def test_twenty_updates_beat_random_actions(spec, tmp_path):
+    config = config_lib.load_config(spec)
+    config.run.updates = config.run.eval_interval = 20
+    trained = interval(trained_episodes(config, tmp_path).episode_return)
+    random = interval(random_episodes(config).episode_return)
+    print(f"{spec}: {trained} trained, {random} random")
+    assert trained[1] > random[2]
+
+
+def test_recall_needs_its_history(tmp_path):
+    success = {}
+    for frames in (4, 1):
+        config = config_lib.load_config("configs/recall_ppo.py")
+        config.env.history = frames
+        episodes = trained_episodes(config, tmp_path / str(frames))
+        success[frames] = float(np.mean(episodes.success))
+    # Four colours: without a memory the best there is is one in four, here of 128 episodes, whose
+    # standard deviation is 0.038.
+    assert success[4] > 0.95
+    assert success[1] < 0.25 + 4 * 0.038
