@@ -25,6 +25,7 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.10",
         "brax>=0.14.2",
         "ml-collections>=1.1.0",
+        "mujoco>=3.3",
         "absl-py>=2.3",
         "numpy>=2.0",
         "array-record>=0.8",

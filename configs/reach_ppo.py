@@ -26,9 +26,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.kind = "multimodal"
     config.model.width = 64
     config.model.layers = 2
-    config.model.heads = 2
-    config.model.mlp_ratio = 4
+    config.model.heads = 1
+    config.model.mlp_ratio = 2
     config.model.patch = 8
+    config.model.patch_margin = 4
     config.model.patch_hidden = 128
     config.model.vision_layers = 0
     config.model.text_layers = 0

@@ -10,7 +10,7 @@ from configs import reach_ppo
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """A history of four frames; with `--config.env.history=1` nothing better than chance is left."""
+    """Four frames; with `--config.env.history=1` no policy does better than chance."""
     config = reach_ppo.get_config()
     config.env.name = "recall"
     config.env.height = config.env.width = 16

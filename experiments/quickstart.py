@@ -3,18 +3,20 @@
   python -m experiments.quickstart --workdir=runs/quickstart
 
 Writes to the workdir:
-  summary.json          every number that is printed, flat
-  success.png           success over wall time: warm start, PPO, and more cloning instead of PPO
+  summary.json          every number that is printed, flat, before the pictures are drawn:
+                        <stage>/<split>/[no_<modality>/]success with its 95 % interval _lo, _hi, of
+                        expert, chance, warm_start, more_cloning and final (PPO); times; steps
+  success.png           success over time: warm start, PPO, and more cloning instead of PPO
   episodes.mp4          episodes of the final policy, their instruction as caption
   episode.png           one of them as a strip
   metrics.jsonl, tensorboard/, learning_curves.png, checkpoints/   of PPO
   warm_start/, more_cloning/                                       the same of these stages
 
-Interrupted, the same command goes on where it stopped.
+Ctrl-C or SIGTERM saves and stops; the same command goes on where it stopped.
 """
 
+from collections.abc import Mapping
 import functools
-import json
 import pathlib
 import time
 
@@ -25,19 +27,29 @@ import ml_collections
 import numpy as np
 
 from configs import reach_ppo
-from experiments.train import train
+from experiments.train import (
+    FAILURES,
+    clean_exit,
+    draw_curves,
+    prepare,
+    totals,
+    train,
+    write_json,
+)
 from mmrl_jax import envs
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import evaluate as evaluation
 from mmrl_jax.evaluation import statistics
+from mmrl_jax.evaluation.evaluate import Episodes, Modality, describe
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.training import factory, loop, report
-from mmrl_jax.training.assessment import assess, interval
+from mmrl_jax.training.assessment import assessor
 
 FLAGS = flags.FLAGS
 EPISODES = 512
+HIDDEN: tuple[Modality, ...] = ("pixels", "instruction")  # From the final policy.
 
 
 def goes_to(choose: str) -> PolicyFunction:
@@ -63,41 +75,47 @@ def goes_to(choose: str) -> PolicyFunction:
     return policy
 
 
-def record(summary: dict[str, float], prefix: str, success: np.ndarray) -> None:
+def record(summary: dict[str, float], prefix: str, episodes: Episodes) -> None:
     """Adds mean and interval of episodes' success to the summary, and prints them."""
-    mean, low, high = interval(np.asarray(success))
-    summary |= {
-        f"{prefix}/success": mean,
-        f"{prefix}/success_lo": low,
-        f"{prefix}/success_hi": high,
-    }
+    ends = ("success", "success_lo", "success_hi")
+    described = describe(episodes)
+    summary |= {f"{prefix}/{end}": described[end] for end in ends}
+    mean, low, high = (described[end] for end in ends)
     print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
 
 
-def evaluate_stage(
+def evaluate_policies(summary: dict[str, float], config: ml_collections.ConfigDict) -> None:
+    """Success of the expert and of chance, on the training split."""
+    env, split = factory.make_env(config), config.env.split
+    policies = {
+        f"expert/{split}": factory.expert(config),
+        f"chance/{split}/random_object": goes_to("random_object"),
+        f"chance/{split}/fixed_object": goes_to("fixed_object"),
+    }
+    for name, policy in policies.items():
+        run = functools.partial(evaluation.evaluate, env, policy, episodes=EPISODES)
+        record(summary, name, jax.device_get(jax.jit(run)(factory.evaluation_key(config))))
+
+
+def evaluate_stages(
     summary: dict[str, float],
     config: ml_collections.ConfigDict,
-    stage: str,
-    learner: LearnerState,
-    *,
-    splits: tuple[str, ...],
-    hidden: tuple[str, ...],
+    learners: Mapping[str, LearnerState],
 ) -> None:
-    """Evaluates a stage's learner on splits, with modalities hidden on the training split."""
-    for split in splits:
-        names = hidden if split == config.env.split else ()
-        result = assess(config, learner, split, episodes=EPISODES, hidden=names)
-        for name, episodes in result.items():
-            record(summary, "/".join(p for p in (stage, split, name) if p), episodes.success)
+    """Success of the stages' learners: warm_start and final on all splits, more_cloning on one.
 
-
-def evaluate_chance(summary: dict[str, float], config: ml_collections.ConfigDict) -> None:
-    """Success of going to a random or to a fixed object, on the training split."""
-    env = factory.make_env(config)
-    for choose in ("random_object", "fixed_object"):
-        run = functools.partial(evaluation.evaluate, env, goes_to(choose), episodes=EPISODES)
-        success = jax.jit(run)(factory.evaluation_key(config)).success
-        record(summary, f"chance/{config.env.split}/{choose}", jax.device_get(success))
+    On the training split the final one is evaluated with modalities hidden too. A split's program
+    is compiled once, for all learners.
+    """
+    for split in envs.splits(config.env.name):
+        trained_on = split == config.env.split
+        assess = assessor(config, split, episodes=EPISODES, hidden=HIDDEN if trained_on else ())
+        for stage, learner in learners.items():
+            if stage == "more_cloning" and not trained_on:
+                continue
+            for name, episodes in assess(learner).items():
+                if stage == "final" or not name:
+                    record(summary, "/".join(p for p in (stage, split, name) if p), episodes)
 
 
 def film(
@@ -123,7 +141,7 @@ def film(
 
 
 def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float] | None:
-    """Runs everything; returns the summary, or None if a SIGTERM interrupted it."""
+    """Runs everything; returns the summary, or None if a signal interrupted it."""
     started = time.perf_counter()
     trained = train(config, workdir)
     if trained.interrupted:
@@ -141,19 +159,21 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     more = loop.run(
         stage, workdir=workdir / "more_cloning", config=config, max_seconds=tuned.wall_s
     )
-    if more.interrupted and more.wall_s < tuned.wall_s:
+    draw_curves(workdir / "more_cloning", x="progress/updates")
+    if more.interrupted:
         return None
 
-    summary = {"expert/train/success": trained.expert_success}
+    summary: dict[str, float] = {}
     print(f"Success over {EPISODES} episodes, with 95 % intervals:")
-    split, splits = config.env.split, envs.splits(config.env.name)
-    evaluate_chance(summary, config)
-    for name, result, where, hidden in (
-        ("warm_start", warm, splits, ()),
-        ("more_cloning", more, (split,), ()),
-        ("final", tuned, splits, ("pixels", "instruction")),
-    ):
-        evaluate_stage(summary, config, name, result.carry.learner, splits=where, hidden=hidden)
+    evaluate_policies(summary, config)
+    results = {"warm_start": warm, "more_cloning": more, "final": tuned}
+    evaluate_stages(summary, config, {name: r.carry.learner for name, r in results.items()})
+    summary |= {
+        "warm_start/wall_s": warm.wall_s,
+        "ppo/wall_s": tuned.wall_s,
+        "more_cloning/wall_s": more.wall_s,
+    } | totals((warm, tuned, more), started)
+    write_json(workdir / "summary.json", summary)
     curves = report.stage_curves(
         {
             "warm start (cloning)": [workdir / "warm_start"],
@@ -161,21 +181,10 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
             "then more cloning": [workdir / "warm_start", workdir / "more_cloning"],
         },
         workdir / "success.png",
-        metric=f"eval/{split}/success",
+        metric=f"eval/{config.env.split}/success",
     )
-    written = [curves, *film(config, tuned.carry.learner, workdir)]
-    steps = config.run.updates * config.ppo.num_envs * config.ppo.unroll
-    summary |= {
-        "warm_start/wall_s": warm.wall_s,
-        "ppo/wall_s": tuned.wall_s,
-        "more_cloning/wall_s": more.wall_s,
-        "compile_s": warm.compile_s + tuned.compile_s + more.compile_s,
-        "env_steps": steps,
-        "env_steps_per_s": steps / tuned.wall_s,
-        "wall_s": time.perf_counter() - started,
-    }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print("Written: " + ", ".join(str(p) for p in [workdir / "summary.json", *written]))
+    written = [workdir / "summary.json", curves, *film(config, tuned.carry.learner, workdir)]
+    print("Written: " + ", ".join(str(path) for path in written))
     return summary
 
 
@@ -203,7 +212,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     config = reach_ppo.get_config()
     config.seed = FLAGS.seed
-    summary = quickstart(config, pathlib.Path(FLAGS.workdir))
+    workdir = pathlib.Path(FLAGS.workdir)
+    with clean_exit(ValueError):
+        prepare(config, workdir)
+    with clean_exit(*FAILURES):
+        summary = quickstart(config, workdir)
     if summary is None:
         print("Interrupted; the same command goes on from the last checkpoint.")
         return

@@ -1,15 +1,26 @@
-"""Trains a policy as a config says; the same command again goes on from the last checkpoint.
+r"""Trains a policy as a config says; the same command again goes on from the last checkpoint.
 
   python -m experiments.train --config=configs/reach_ppo.py --workdir=runs/reach \
       [--config.ppo.clip=0.1] [--config.seed=1]
 
-Writes checkpoints, metrics.jsonl, TensorBoard events, learning_curves.png and config.json to the
-workdir; a warm start has a workdir of its own inside it, warm_start/.
+Writes to the workdir:
+  summary.json          final success (return, where an environment has no success) on the training
+                        split with its 95 % interval, from the last evaluation; times; steps
+  metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
+  checkpoints/          the newest ones and the best
+  config.json           the config; a workdir of another config is refused
+  warm_start/           the same of a warm start before PPO
+
+Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
 """
 
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
+import json
 import pathlib
 import sys
+import time
 
 from absl import app, flags, logging
 import jax
@@ -17,11 +28,18 @@ import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
+from mmrl_jax.training import checkpoint, factory, loop, metrics, report
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import factory, loop, report
 from mmrl_jax.training.loop import Result
 
 FLAGS = flags.FLAGS
+# What can end a run through no fault of the code: the message says all, a stack nothing.
+FAILURES = (
+    FloatingPointError,
+    checkpoint.CheckpointDamaged,
+    checkpoint.CheckpointMismatch,
+    checkpoint.CheckpointWriteError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,66 +47,144 @@ class Trained:
     """What a run leaves in memory: the demonstrations and how each stage ended."""
 
     demonstrations: Demonstrations | None
-    expert_success: float | None
     warm_start: Result | None
     ppo: Result | None
 
     @property
+    def results(self) -> tuple[Result, ...]:
+        """Of the stages that ran, in order."""
+        return tuple(r for r in (self.warm_start, self.ppo) if r is not None)
+
+    @property
     def interrupted(self) -> bool:
-        """A SIGTERM ended it before its time."""
-        return any(r is not None and r.interrupted for r in (self.warm_start, self.ppo))
+        """A SIGTERM or SIGINT came: nothing more should be started."""
+        return any(result.interrupted for result in self.results)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Checks the config and claims the workdir for it.
+
+    Raises:
+      ValueError: the config cannot run, or the workdir is another config's or cannot be written.
+    """
+    factory.check(config)
+    checkpoint.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Trained:
     """Runs the stages of a config, each resumed from its newest checkpoint.
 
+    Writes what the module's docstring lists; summary.json only if nothing interrupted it.
+
     Raises:
-      ValueError: the config cannot run, or the workdir is another config's.
+      ValueError: see `prepare`.
+      FloatingPointError: training diverged.
     """
-    factory.check(config)
+    started = time.perf_counter()
     workdir = pathlib.Path(workdir)
+    prepare(config, workdir)
     mesh = factory.make_mesh(config)
-    data, expert_success, warm, tuned = None, None, None, None
+    data, warm, tuned = None, None, None
     if config.warm_start.updates:
         place = workdir if config.algorithm == "bc" else workdir / "warm_start"
-        data, expert_success = factory.record_demonstrations(config)
+        data, success = factory.record_demonstrations(config)
         print(
             f"{config.warm_start.episodes} demonstrated episodes of an expert that succeeds in "
-            f"{expert_success:.0%} of them.",
+            f"{success:.0%} of them.",
             flush=True,
         )
         warm = loop.run(factory.cloning_stage(config, mesh, data), workdir=place, config=config)
-        report.learning_curves(
-            place / "metrics.jsonl", place / "learning_curves.png", x="progress/updates"
-        )
+        draw_curves(place, x="progress/updates")
     if config.algorithm == "ppo" and not (warm is not None and warm.interrupted):
         start = warm.carry.learner if warm is not None else None
         tuned = loop.run(
             factory.ppo_stage(config, mesh, start=start), workdir=workdir, config=config
         )
-        report.learning_curves(workdir / "metrics.jsonl", workdir / "learning_curves.png")
-    return Trained(data, expert_success, warm, tuned)
+        draw_curves(workdir, x="progress/env_steps")
+    trained = Trained(data, warm, tuned)
+    if not trained.interrupted and jax.process_index() == 0:
+        summary = final_evaluation(workdir, config.env.split) | totals(trained.results, started)
+        write_json(workdir / "summary.json", summary)
+    return trained
+
+
+def draw_curves(workdir: pathlib.Path, *, x: str) -> None:
+    """Draws a stage's learning_curves.png; not of a stage stopped before it logged anything."""
+    path = workdir / metrics.JSONL_NAME
+    if jax.process_index() == 0 and metrics.read_jsonl(path):
+        report.learning_curves(path, workdir / "learning_curves.png", x=x)
+
+
+def final_evaluation(workdir: pathlib.Path, split: str) -> dict[str, float]:
+    """'final/<split>/success' (or 'return'), '_lo' and '_hi', as a stage last logged them."""
+    rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
+    row = next(row for row in reversed(rows) if f"eval/{split}/return" in row)
+    name = f"{split}/success" if f"eval/{split}/success" in row else f"{split}/return"
+    return {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
+
+
+def totals(results: Sequence[Result], started: float) -> dict[str, float]:
+    """Times and steps of a run of several stages.
+
+    Args:
+      results: of the stages.
+      started: time.perf_counter() when this process began the run.
+
+    Returns:
+      wall_s: all that this process took, and what earlier ones took for the stages, up to the
+        checkpoints from which this one went on.
+      compile_s: of initialising and compiling the stages, of all processes.
+      env_steps: decisions of the policy in environments while training; a step that only resets
+        is none.
+      env_steps_per_s: env_steps over the time of the updates that took them; 0 without any.
+    """
+    acting = [result for result in results if result.counters.env_steps]
+    steps = sum(result.counters.env_steps for result in acting)
+    return {
+        "wall_s": time.perf_counter() - started + sum(result.earlier_s for result in results),
+        "compile_s": sum(result.counters.compile_s for result in results),
+        "env_steps": steps,
+        "env_steps_per_s": steps / sum(result.wall_s for result in acting) if acting else 0.0,
+    }
+
+
+def write_json(path: pathlib.Path, values: dict[str, float]) -> None:
+    """Writes a flat dictionary in one atomic replacement."""
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def clean_exit(*errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors into 'error: <message>' on standard error and exit code 1."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"error: {error}")
 
 
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    try:
-        trained = train(FLAGS.config, FLAGS.workdir)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    workdir = pathlib.Path(FLAGS.workdir)
+    # A ValueError from training itself would be a fault of the code, and keeps its stack.
+    with clean_exit(ValueError):
+        prepare(FLAGS.config, workdir)
+    with clean_exit(*FAILURES):
+        trained = train(FLAGS.config, workdir)
     ended = "interrupted; the same command goes on" if trained.interrupted else "done"
-    print(f"Training {ended}. Outputs: {FLAGS.workdir} (devices: {jax.device_count()})")
+    print(f"Training {ended}. Outputs: {workdir}")
 
 
 if __name__ == "__main__":
+    keys = config_lib.describe_schema(factory.SCHEMA)
+    __doc__ = f"{__doc__}\nKeys, each set by --config.<key>=<value>:\n\n{keys}\n"
     config_flags.DEFINE_config_file("config", None, "File of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
     flags.mark_flags_as_required(["config", "workdir"])
-    try:
+    with clean_exit(ValueError):
         config_lib.validate_overrides(sys.argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -23,9 +23,6 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-# MuJoCo chooses its renderer when it is first imported; this one needs no display.
-os.environ.setdefault("MUJOCO_GL", "osmesa")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the markers."""

@@ -169,9 +169,9 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         checkpointer.restore_latest(_carry())
         checkpointer.save(6, _carry(6), extra={}, metrics={"eval/train/success": 0.8})
     assert checkpoint.saved_steps(tmp_path) == [2, 5, 6]
-    part, step = checkpoint.restore_params(tmp_path, _carry().params, prefix="params", which="best")
+    parts, step = checkpoint.restore_parts(tmp_path, {"params": _carry().params}, which="best")
     assert step == 2
-    _assert_same_bits(part, _carry(2).params)
+    _assert_same_bits(parts["params"], _carry(2).params)
 
 
 def test_save_interval_and_force(tmp_path):
@@ -269,10 +269,10 @@ def test_every_byte_of_the_arrays_is_covered(tmp_path):
         damaged[place] ^= 0x01
         path.write_bytes(damaged)
         try:
-            restored, _ = checkpoint.restore_params(tmp_path, _carry(), prefix="", which="latest")
+            restored, _ = checkpoint.restore_parts(tmp_path, {"": _carry()}, which="latest")
         except checkpoint.CheckpointDamaged:
             continue
-        _assert_same_bits(restored, _carry(1))  # A byte that nothing reads.
+        _assert_same_bits(restored[""], _carry(1))  # A byte that nothing reads.
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path):
@@ -346,7 +346,8 @@ def test_kills_at_any_moment_leave_a_whole_checkpoint(tmp_path):
         time.sleep(rng.uniform(0, 0.05))
         child.kill()
         child.wait()
-        carry, step = checkpoint.restore_params(tmp_path, like, prefix="", which="latest")
+        parts, step = checkpoint.restore_parts(tmp_path, {"": like}, which="latest")
+        carry = parts[""]
         # The save before the last begun one was waited for, so it is whole.
         assert step >= begun - 1 > reached
         assert int(carry["n"]) == step and (np.asarray(carry["w"]) == step).all()
@@ -354,22 +355,29 @@ def test_kills_at_any_moment_leave_a_whole_checkpoint(tmp_path):
     assert not (tmp_path / "damaged_checkpoints").exists()
 
 
-def test_restore_params_takes_a_part(tmp_path):
+def test_restore_parts_takes_some_and_leaves_the_rest(tmp_path):
     _save(tmp_path, [1, 2])
-    wanted = jax.eval_shape(lambda: _carry().params["dense"])
-    part, step = checkpoint.restore_params(tmp_path, wanted, prefix="params/dense", which=1)
-    assert step == 1
-    _assert_same_bits(part, _carry(1).params["dense"])
+    like = jax.eval_shape(_carry)
+    wanted = {"params/dense": like.params["dense"], "environment": like.environment}
+    parts, step = checkpoint.restore_parts(tmp_path, wanted, which=1)
+    assert step == 1 and list(parts) == list(wanted)
+    _assert_same_bits(parts["params/dense"], _carry(1).params["dense"])
+    _assert_same_bits(parts["environment"], _carry(1).environment)
     with pytest.raises(ValueError, match=r"there are \[1, 2\]"):
-        checkpoint.restore_params(tmp_path, wanted, prefix="params/dense", which=7)
+        checkpoint.restore_parts(tmp_path, wanted, which=7)
     with pytest.raises(ValueError, match="has a score"):
-        checkpoint.restore_params(tmp_path, wanted, prefix="params/dense", which="best")
+        checkpoint.restore_parts(tmp_path, wanted, which="best")
     with pytest.raises(ValueError, match="latest"):
-        checkpoint.restore_params(tmp_path, wanted, prefix="params/dense", which="newest")
+        checkpoint.restore_parts(tmp_path, wanted, which="newest")
+    misplaced = {"params": like.params["dense"]}
     with pytest.raises(checkpoint.CheckpointMismatch, match="params/kernel: absent in the ch"):
-        checkpoint.restore_params(tmp_path, wanted, prefix="params", which="latest")
+        checkpoint.restore_parts(tmp_path, misplaced, which="latest")
+    # A part that lacks a leaf of the checkpoint is another model's too.
+    lacking = {"environment": like.environment, "params/dense": {"bias": jnp.zeros(5)}}
+    with pytest.raises(checkpoint.CheckpointMismatch, match=r"dense/kernel: .* absent in the mo"):
+        checkpoint.restore_parts(tmp_path, lacking, which="latest")
     with pytest.raises(ValueError, match="No checkpoint in"):
-        checkpoint.restore_params(tmp_path / "empty", wanted, prefix="params", which="latest")
+        checkpoint.restore_parts(tmp_path / "empty", wanted, which="latest")
 
 
 def test_unwritable_workdir(tmp_path):

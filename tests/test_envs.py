@@ -68,6 +68,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, nearest):
         ({"history": 0}, "history=0"),
         ({"episode_lenght": 3}, "'episode_lenght'.*'episode_length'"),
         ({"episode_length": 0}, "episode_length=0"),
+        ({"env": "ant"}, "'env' is no option"),
     ],
 )
 def test_impossible_arguments_are_refused(change, message):

@@ -79,6 +79,11 @@ def test_the_heldout_pairs_are_what_that_split_names(resets):
     at = np.arange(EPISODES), info["target"]
     named = set(zip(info["objects"]["colour"][at], info["objects"]["shape"][at], strict=True))
     assert named == HELDOUT_PAIRS
+    # The others are of all pairs, so that the named one is not known by being odd.
+    others = info["objects"]["active"].copy()
+    others[at] = 0
+    found = pairs({"objects": info["objects"] | {"active": others}})
+    assert found == {(c, s) for c in range(len(reach.COLOURS)) for s in range(len(reach.SHAPES))}
 
 
 def test_heldout_sentences_are_disjoint(resets):
@@ -167,8 +172,10 @@ def test_objects_are_apart_within_reach_and_in_view(resets):
         assert away.max() < 2 * reach.LINK
         apart = np.linalg.norm(place[:, :, None] - place[:, None], axis=-1)
         both = active[:, :, None] & active[:, None] & ~np.eye(reach.OBJECTS, dtype=bool)
-        # Wider than the two widest objects, so that no two overlap, and only one can be touched.
+        # Farther than two cubes are wide, and only one object can be touched at a time; in all but
+        # a few scenes even cubes that stand corner to corner do not meet.
         assert apart[both].min() > 2 * reach.TOUCH
+        assert (apart[both] < 2 * np.sqrt(2) * reach.SIZES[1, 0]).mean() < 0.02
         pixel = project(
             jax.tree.map(lambda x: x[:, None], reach._camera(info["camera"])),
             objects["position"],
@@ -218,7 +225,8 @@ def test_privileged_targets_are_no_input(batched):
     told = state.replace(info=state.info | {"privileged": lie})
     action = jnp.full((BATCH, 2), 0.3)
     after, after_lie = step(state, action), step(told, action)
-    jax.tree.map(np.testing.assert_array_equal, after.obs, after_lie.obs)
+    for part in ("obs", "reward", "done", "metrics"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(after_lie, part))
     pictures = [env.env.scene(jax.tree.map(lambda x: x[0], s)) for s in (state, told)]
     jax.tree.map(np.testing.assert_array_equal, *pictures)
 
@@ -301,6 +309,48 @@ def test_dense_reward_and_success_by_hand(batched):
     touch = (distance < 0.1).astype(np.float32)
     np.testing.assert_array_equal(after.metrics["success"], touch)
     np.testing.assert_allclose(after.reward, 2 * (before - distance) + 0.25 * touch, atol=1e-5)
+
+
+def test_the_arm_is_stable_in_every_physics(batched):
+    env, reset, step = batched
+    factors = [[0.9, 1.1, 1.1], [0.9, 1.1, 0.9], [1.1, 0.9, 1.1], [1.4, 1.6, 0.4], [1.6, 1.6, 0.6]]
+    # Nearly straight, where it once blew up, is elbow = 0; it is held there against kicks.
+    grid = [(f, elbow) for f in factors for elbow in (0.0, 0.2, 0.75)]
+    state = reset(keys(len(grid)))
+    physics = reach.Physics(*jnp.array([f for f, _ in grid]).T)
+    hold = jnp.stack([jnp.full(len(grid), 1.2), jnp.array([e for _, e in grid])], -1)
+    init = jax.jit(jax.vmap(env.env._pipeline.init, (None, 0, 0)))
+    state = state.replace(
+        info=state.info | {"physics": physics},
+        pipeline_state=init(env.env.sys, hold, jnp.zeros_like(hold)),
+    )
+    for t in range(STEPS - 1):
+        kick = 0.3 * (t % 5 == 0)
+        state = step(state, jnp.clip(4 * (hold - state.pipeline_state.q) + kick, -1, 1))
+        assert np.abs(state.pipeline_state.qd).max() < reach.MAX_SPEED
+
+
+def test_each_physics_factor_matters(batched):
+    env, reset, step = batched
+    state = reset(keys(4))
+    # The same arm four times: nominal, heavier, stickier, weaker.
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], 4, 0), state.pipeline_state)
+    factors = 1 + 0.3 * jnp.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, -1.0]])
+    physics = reach.Physics(*factors.T)
+    state = state.replace(pipeline_state=same, info=state.info | {"physics": physics})
+    for _ in range(3):
+        state = step(state, jnp.full((4, 2), 0.7))
+    q = np.asarray(state.pipeline_state.q)
+    for other in q[1:]:
+        assert np.abs(other - q[0]).max() > 5e-3
+
+
+def test_the_sparse_reward_is_the_touch(batched):
+    _, reset, step = batched
+    sparse = AutoReset(LanguageReach(episode_length=STEPS, reward="sparse"))
+    state = reset(keys(BATCH))
+    after = jax.jit(sparse.step)(state, jnp.zeros((BATCH, 2)))
+    np.testing.assert_array_equal(after.reward, after.metrics["success"])
 
 
 def test_a_good_expert_succeeds_and_an_idle_one_does_not():

@@ -42,15 +42,6 @@ def test_a_number_of_devices_that_cannot_be_is_refused(devices):
         meshes.make_mesh(devices)
 
 
-def test_environments_must_divide():
-    mesh = meshes.make_mesh(8)
-    meshes.check_divides(16, mesh)
-    with pytest.raises(ValueError, match="envs=20 .* 8 devices; choose a multiple of 8, e.g. 24"):
-        meshes.check_divides(20, mesh)
-    with pytest.raises(ValueError, match="envs=0 .* 8 devices; choose a multiple of 8, e.g. 8"):
-        meshes.check_divides(0, mesh)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_each_device_holds_its_part(axis):
     mesh = meshes.make_mesh(8)
@@ -196,25 +187,33 @@ def test_ten_optimiser_steps_on_eight_devices_are_those_on_one():
     params = jit(model.init)(jax.random.key(0), observation)
     state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
     batch, last = record(state, model)
-    update = jit(
-        functools.partial(
-            ppo.update, apply=model.apply, optimiser=optimiser, hyperparameters=hyperparameters
-        )
-    )
 
     def updated(devices):
         mesh = meshes.make_mesh(devices)
+        update = functools.partial(
+            ppo.update,
+            apply=model.apply,
+            optimiser=optimiser,
+            hyperparameters=hyperparameters,
+            shard=functools.partial(meshes.constrain_batch, mesh=mesh),
+        )
         state_there, rng = jax.device_put((state, jax.random.key(7)), meshes.replicated(mesh))
-        after, metrics = update(
+        arguments = (
             state_there,
             meshes.shard_batch(batch, mesh, 1),
             meshes.shard_batch(last, mesh, 0),
             rng,
         )
+        compiled = jit(update).lower(*arguments).compile()
+        after, metrics = compiled(*arguments)
         assert len(jax.tree.leaves(after.params)[0].sharding.device_set) == devices
-        return after, metrics
+        return after, metrics, compiled.cost_analysis()["flops"]
 
-    (one, one_metrics), (eight, eight_metrics) = updated(1), updated(8)
+    one, one_metrics, one_work = updated(1)
+    eight, eight_metrics, eight_work = updated(8)
+    # A device does its part of each minibatch, and not all of it; what every device has to do (the
+    # optimiser, the shuffles, padding) keeps it above an eighth.
+    assert eight_work < one_work / 4
     assert int(one.steps) == OPTIMISER_STEPS
     for name, value in one_metrics.items():
         np.testing.assert_allclose(eight_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ class _Clock:
 def _open(workdir, **changes):
     arguments = {
         "total_steps": 10,
+        "max_wall_s": None,
         "resume_step": None,
         "console_names": ("episode/success",),
         "console_interval_s": 30.0,
@@ -122,16 +124,35 @@ def test_bad_values(tmp_path):
 def test_console_without_terminal_prints_now_and_then(tmp_path):
     stream, clock = io.StringIO(), _Clock()
     with _open(tmp_path, stream=stream, clock=clock, total_steps=100) as writer:
-        writer.write(10, {"episode/success": 0.25})
+        writer.write(10, {"episode/success": 0.25, "time/wall_s": 5})
         for step, seconds in ((20, 10), (30, 20), (40, 40), (50, 50)):
             clock.now = 100 + seconds
-            writer.write(step, {"episode/success": step / 100, "loss/total": 9})
-    # Lines at 0 s, at 40 s (the first after 30 s), and the last. Since the first line: 30 steps
-    # in 40 s = 0.75 a second, 60 left = 80 s; 40 steps in 50 s = 0.8 a second, 50 left = 62.5 s.
+            writer.write(step, {"episode/success": step / 100, "time/wall_s": 5 + seconds / 2})
+    # Lines at 0 s, at 40 s (the first after 30 s), and the last. Half of the time goes into
+    # evaluations, which the rate leaves out. Since the first line: 30 steps in 20 s = 1.5 a second,
+    # 60 left = 40 s; 40 steps in 25 s = 1.6 a second, 50 left = 31.25 s.
     assert stream.getvalue().splitlines() == [
         "[##------------------]  10 % 10/100 | episode/success 0.25",
-        "[########------------]  40 % 40/100 | 0.75 steps/s, 1:20 left | episode/success 0.4",
-        "[##########----------]  50 % 50/100 | 0.8 steps/s, 1:02 left | episode/success 0.5",
+        "[########------------]  40 % 40/100 | 1.5 steps/s, 0:40 left | episode/success 0.4",
+        "[##########----------]  50 % 50/100 | 1.6 steps/s, 0:31 left | episode/success 0.5",
+    ]
+
+
+def test_console_shows_the_limit_that_ends_first(tmp_path):
+    stream = io.StringIO()
+    with _open(
+        tmp_path, stream=stream, console_interval_s=0, total_steps=1000, max_wall_s=200
+    ) as writer:
+        writer.write(100, {"time/wall_s": 40})
+        writer.write(200, {"time/wall_s": 60})
+        writer.write(400, {"time/wall_s": 75})
+    # 40 of 200 s are 20 %, more than 100 of 1000 steps. Then 60 of 200 s are 30 %, at 100 steps in
+    # 20 s = 5 a second, and 140 s are left (by steps: 160 s). Last 75 of 200 s are 37.5 %, less
+    # than 400 of 1000 steps: 300 steps in 35 s = 8.57 a second, 600 left = 70 s.
+    assert stream.getvalue().splitlines() == [
+        "[####----------------]  20 % 0:40/3:20, step 100",
+        "[######--------------]  30 % 1:00/3:20, step 200 | 5 steps/s, 2:20 left",
+        "[########------------]  40 % 400/1,000 | 8.57 steps/s, 1:10 left",
     ]
 
 
@@ -165,3 +186,11 @@ def test_glossary_is_complete_and_becomes_a_table():
     assert all(all(entry) for entry in metrics.GLOSSARY.values())
     chosen = metrics.glossary_markdown(["lr", "eval/train/success"]).splitlines()
     assert [line.split("`")[1] for line in chosen[2:]] == ["lr", "eval/train/success"]
+
+
+def test_readme_holds_the_glossary():
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    _, _, after = readme.partition("<!-- glossary -->\n")
+    table, end, _ = after.partition("<!-- /glossary -->")
+    assert end, "README.md has no <!-- glossary --> and <!-- /glossary --> around the table"
+    assert table.strip() == metrics.glossary_markdown().strip()

@@ -96,13 +96,23 @@ def test_patchify_by_hand():
     # Image of 4 x 4 with pixel values 0..47, patches of 2: the first patch holds rows 0 and 1,
     # columns 0 and 1: values 0-5 and 12-17; the second one columns 2 and 3: 6-11 and 18-23.
     pixels = jnp.arange(48, dtype=jnp.uint8).reshape(1, 4, 4, 3)
-    patches = patchify(pixels, 2)
+    patches = patchify(pixels, 2, 0)
     assert patches.shape == (1, 4, 12)
     first = np.array([*range(0, 6), *range(12, 18)])
     np.testing.assert_allclose(patches[0, 0], first / 127.5 - 1, rtol=1e-6)
     np.testing.assert_allclose(patches[0, 1], (first + 6) / 127.5 - 1, rtol=1e-6)
     np.testing.assert_allclose(patches[0, 2], (first + 24) / 127.5 - 1, rtol=1e-6)
-    assert float(patchify(jnp.full((1, 2, 2, 3), 255, jnp.uint8), 2).max()) == 1.0
+    assert float(patchify(jnp.full((1, 2, 2, 3), 255, jnp.uint8), 2, 0).max()) == 1.0
+
+
+def test_a_margin_shows_the_surroundings_and_repeats_the_edge_of_the_image():
+    # Image of 4 x 4, one number a pixel, 0..15; patches of 2 with a margin of 1 are windows of 4.
+    pixels = jnp.repeat(jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1), 3, axis=-1)
+    windows = patchify(pixels, 2, 1).reshape(4, 4, 4, 3)[..., 0]
+    first = [[0, 0, 1, 2], [0, 0, 1, 2], [4, 4, 5, 6], [8, 8, 9, 10]]
+    last = [[5, 6, 7, 7], [9, 10, 11, 11], [13, 14, 15, 15], [13, 14, 15, 15]]
+    np.testing.assert_allclose(windows[0], np.array(first) / 127.5 - 1, rtol=1e-6)
+    np.testing.assert_allclose(windows[3], np.array(last) / 127.5 - 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("height,width", [(8, 10), (10, 8)])
@@ -286,7 +296,7 @@ def test_the_policy_starts_in_the_centre_of_the_action_range():
     params = jit(model.init)(jax.random.key(0), observe())
     distribution = jit(model.apply)(params, observe()).distribution
     assert np.abs(distribution.mean).max() < 0.3
-    np.testing.assert_allclose(np.exp(distribution.log_std), 0.5, rtol=1e-5)
+    np.testing.assert_array_equal(distribution.log_std, 0)
 
 
 def test_a_history_is_read_and_its_order_matters():
@@ -324,13 +334,28 @@ def test_bfloat16_keeps_float32_parameters_heads_and_meaning():
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     output = jit(model.apply)(params, observe())
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    # The products run in bfloat16, and in the stacks of one modality too.
+    deep = network(dtype=jnp.bfloat16, vision_layers=1, text_layers=1)
+    jaxpr = jax.make_jaxpr(deep.init)(jax.random.key(0), observe(frames=2))
+    products = [line for line in str(jaxpr).splitlines() if "dot_general" in line]
+    low = [line for line in products if ":bf16" in line]
+    # Those in float32 are the four heads (action, value, auxiliary, pointing) and the attention
+    # scores of three blocks.
+    assert len(products) - len(low) == 4 + 3 < len(low)
     # Means are of size 1, and bfloat16 keeps 8 bits of what they are computed from.
     np.testing.assert_allclose(
         output.distribution.mean, apply(params, observe()).distribution.mean, atol=0.3
     )
 
 
-def test_remat_changes_no_output():
+def test_remat_covers_every_block_of_every_stack_and_changes_no_output():
+    def remats(**changes):
+        deep = network(layers=2, vision_layers=3, text_layers=1, **changes)
+        params = jax.eval_shape(deep.init, jax.random.key(0), observe())
+        jaxpr = str(jax.make_jaxpr(deep.apply)(params, observe()))
+        return jaxpr.count("checkpoint[") + jaxpr.count("remat2[")
+
+    assert remats(remat=True) == 2 + 3 + 1 and remats() == 0
     apply, params = initialised()
     np.testing.assert_allclose(
         mean_and_value(jit(network(remat=True).apply), params, observe()),

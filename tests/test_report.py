@@ -62,7 +62,7 @@ def test_tiled_puts_clips_row_by_row():
 
 def test_mp4_reads_back(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    path = report.write_video(tmp_path / "new" / "one", _frames(5), ["red"] * 5, 10)
+    path = report.episodes_video(tmp_path / "new" / "one", _frames(5)[None], ["red"], 10, 1)
     assert path == tmp_path / "new" / "one.mp4"
     reader = ffmpeg.read_frames(str(path))
     info = next(reader)
@@ -137,11 +137,11 @@ def test_learning_curves_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: report.write_video(p, _frames()[0], ["a"], 9), r"uint8 \[T, H, W, 3\]"),
-        (lambda p: report.write_video(p, _frames() / 255.0, ["a"] * 3, 9), "float64"),
-        (lambda p: report.write_video(p, _frames(), ["a"], 9), "1 captions for 3 frames"),
-        (lambda p: report.write_video(p, _frames(), ["a"] * 3, 0), "fps is 0"),
-        (lambda p: report.write_video(p, _frames()[:0], [], 9), "at least one frame"),
+        (lambda p: report.captioned(_frames()[0], ["a"]), r"uint8 \[T, H, W, 3\]"),
+        (lambda p: report.captioned(_frames() / 255.0, ["a"] * 3), "float64"),
+        (lambda p: report.captioned(_frames(), ["a"]), "1 captions for 3 frames"),
+        (lambda p: report.captioned(_frames()[:0], []), "at least one frame"),
+        (lambda p: report.episodes_video(p, _frames()[None], ["a"], 0, 1), "fps is 0"),
         (lambda p: report.episodes_video(p, _frames()[None], [], 9, 1), "for 1 episodes"),
         (lambda p: report.episodes_video(p, _frames()[None], ["a"], 9, 0), "columns is 0"),
         (lambda p: report.episode_strip(p, _frames(), "a", count=0), "count is 0"),

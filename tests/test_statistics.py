@@ -50,26 +50,6 @@ def test_bootstrap_of_equal_values_has_no_width():
     assert interval == (1.0, 1.0, 1.0)
 
 
-def test_wilson_by_hand():
-    # 9 of 10, z = 1.96, z^2 = 3.8415: shrink = 1.38415; centre = (0.9 + 0.192073) / 1.38415
-    # = 0.788985; half = 1.96 / 1.38415 * sqrt(0.009 + 0.00960365) = 1.416017 * 0.136395
-    # = 0.193137. Interval [0.5958, 0.9821].
-    rate, low, high = statistics.wilson_interval([1] * 9 + [0], confidence=0.95)
-    assert rate == 0.9
-    assert low == pytest.approx(0.5958, abs=1e-4)
-    assert high == pytest.approx(0.9821, abs=1e-4)
-
-
-def test_wilson_at_the_ends():
-    # 0 of n: low 0, high = z^2 / n / (1 + z^2 / n) = z^2 / (n + z^2) = 3.8415 / 103.8415.
-    rate, low, high = statistics.wilson_interval([False] * 100, confidence=0.95)
-    assert (rate, low) == (0.0, 0.0)
-    assert high == pytest.approx(3.8415 / 103.8415, abs=1e-5)
-    rate, low, high = statistics.wilson_interval([True] * 100, confidence=0.95)
-    assert (rate, high) == (1.0, 1.0)
-    assert low == pytest.approx(100 / 103.8415, abs=1e-5)
-
-
 def test_stratified_bootstrap_resamples_within_tasks():
     # Two tasks without any noise, 0 and 10, of 4 runs: every resample holds four 0s and four 10s,
     # whose middle half is two of each, IQM 5. Resampling over all eight would mix the tasks and
@@ -114,7 +94,6 @@ def test_disjoint():
         (lambda f: f.bootstrap_interval([[1]], confidence=0.9, resamples=9, seed=0), "1 axes"),
         (lambda f: f.bootstrap_interval([1], confidence=95, resamples=9, seed=0), "confidence"),
         (lambda f: f.bootstrap_interval([1], confidence=0.9, resamples=0, seed=0), "resamples"),
-        (lambda f: f.wilson_interval([0.5], confidence=0.9), "0 or 1"),
         (lambda f: f.iqm([1, float("nan")]), "finite"),
         (
             lambda f: f.stratified_bootstrap_interval([1], confidence=0.9, resamples=9, seed=0),

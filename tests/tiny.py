@@ -1,17 +1,13 @@
 """The public configs at a size that trains in seconds."""
 
+import pathlib
+
 import ml_collections
 
 from mmrl_jax.training import config as config_lib
 
-CONFIGS = (
-    "reach_ppo",
-    "reach_bc",
-    "reach_ppo_scratch",
-    "mlp_ppo",
-    "locomotion_ppo",
-    "recall_ppo",
-    "pixels_ppo",
+CONFIGS = tuple(
+    sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__")
 )
 
 
@@ -20,11 +16,10 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
     tiny = config_lib.load_config(f"configs/{name}.py")
     if tiny.model.kind == "multimodal":
         tiny.env.height = tiny.env.width = 16
-        tiny.env.options.episode_length = 16
         tiny.model.width, tiny.model.layers, tiny.model.heads = 16, 1, 2
         tiny.model.patch_hidden = 16
-    else:
-        tiny.env.options.episode_length = 10
+    if "episode_length" in tiny.env.options:  # `recall` is of one length, and has no such option.
+        tiny.env.options.episode_length = 16 if tiny.model.kind == "multimodal" else 10
     warm = tiny.warm_start
     warm.updates = min(warm.updates, 4)
     warm.episodes, warm.batch_size = 8, 16

@@ -56,12 +56,10 @@ def shard_batch(tree: Any, mesh: Mesh, axis: int) -> Any:
     return jax.device_put(tree, batch_sharding(mesh, axis))
 
 
-def check_divides(envs: int, mesh: Mesh) -> None:
-    """Raises ValueError unless `envs` environments can be split evenly over the mesh."""
-    devices = mesh.shape[DATA]
-    if envs <= 0 or envs % devices:
-        above = max(1, -(-envs // devices)) * devices
-        raise ValueError(
-            f"envs={envs} environments cannot be split evenly over {devices} devices; choose a "
-            f"multiple of {devices}, e.g. {above}, or another number of devices."
-        )
+def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
+    """Inside `jit`: splits axis 0 of a batch [N, ...] over the devices, each learns its part.
+
+    Without it a minibatch that is gathered by index lies whole on every device, and every device
+    does all of the work.
+    """
+    return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh, 0))

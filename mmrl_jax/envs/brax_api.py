@@ -8,7 +8,7 @@ import warnings
 with contextlib.redirect_stdout(io.StringIO()):
     from brax.base import System
     import brax.envs
-    from brax.envs import get_environment, register_environment
+    from brax.envs import get_environment
     from brax.envs.base import Env, PipelineEnv, State, Wrapper
     from brax.io import mjcf
 
@@ -24,7 +24,6 @@ __all__ = [
     "environment_names",
     "get_environment",
     "mjcf",
-    "register_environment",
 ]
 
 

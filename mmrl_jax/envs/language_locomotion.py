@@ -153,10 +153,10 @@ class LanguageLocomotion(PipelineEnv):
         steps = state.info["steps"] + 1
         truncation = (steps >= self.episode_length) * (1 - fallen)
         error = jnp.linalg.norm(smooth - command)
+        progress = speed - jnp.linalg.norm(velocity - command)
         state = state.replace(
             pipeline_state=pipeline_state,
-            reward=speed
-            - jnp.linalg.norm(velocity - command)
+            reward=jnp.where(jnp.isfinite(progress), progress, 0.0)
             + HEALTHY_REWARD * (1 - fallen)
             - CONTROL_COST * jnp.sum(action**2),
             done=jnp.maximum(fallen, truncation),
@@ -223,7 +223,7 @@ class LanguageLocomotion(PipelineEnv):
             angle = angle * jax.random.rademacher(k_side, (), dtype=jnp.float32)
             cosine, sine = jnp.cos(angle), jnp.sin(angle)
             turn = jnp.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
-            offset = turn @ offset
+            offset = jnp.matmul(turn, offset, precision=jax.lax.Precision.HIGHEST)
         return offset
 
 

@@ -58,18 +58,21 @@ TEMPLATES = instructions.Templates(
 LINK = 0.5  # m, length of each of the two links.
 # m, sizes in the renderer's convention. A small ball, a big cube and a tall can: at 32 pixels they
 # differ by size and outline, hardly by shading.
-SIZES = np.array([[0.065, 0.0, 0.0], [0.105, 0.105, 0.09], [0.045, 0.2, 0.0]], np.float32)
+SIZES = np.array([[0.065, 0.0, 0.0], [0.095, 0.095, 0.09], [0.045, 0.2, 0.0]], np.float32)
 HEIGHTS = np.array([0.065, 0.09, 0.2], np.float32)  # m, of the centres above the table.
 TOUCH = 0.1  # m, horizontal distance from tip to object at which it is touched.
 SLOTS_PER_SHAPE = 2
 OBJECTS = SLOTS_PER_SHAPE * len(SHAPES)
 AREA = np.array([[-0.62, 0.2], [0.62, 0.88]], np.float32)  # m, corners of the objects' area.
+APART = 0.28  # m, wished for between two objects' centres.
 NEAREST, FARTHEST = 0.38, 0.93  # m, an object's distance from the shoulder.
 CAMERA_POSITION = np.array([0.0, -0.35, 1.75], np.float32)
 CAMERA_TARGET = np.array([0.0, 0.46, 0.0], np.float32)
 FOVY = 42.0
 MAX_SPEED = 5.0  # rad/s, of a joint under the full action.
 
+# Armature (kg m^2) is the motors' own inertia; without it the damping of a straight arm, which is
+# integrated explicitly, is unstable.
 XML = """
 <mujoco>
   <compiler angle="radian" inertiafromgeom="true"/>
@@ -83,11 +86,11 @@ XML = """
   </custom>
   <worldbody>
     <body name="upper" pos="0 0 0.12">
-      <joint name="shoulder" type="hinge" axis="0 0 1" damping="2"/>
+      <joint name="shoulder" type="hinge" axis="0 0 1" damping="2" armature="0.05"/>
       <geom type="capsule" fromto="0 0 0 0.5 0 0" size="0.035" mass="0.4"
             contype="0" conaffinity="0"/>
       <body name="lower" pos="0.5 0 0">
-        <joint name="elbow" type="hinge" axis="0 0 1" damping="2"/>
+        <joint name="elbow" type="hinge" axis="0 0 1" damping="2" armature="0.05"/>
         <geom type="capsule" fromto="0 0 0 0.5 0 0" size="0.03" mass="0.3"
               contype="0" conaffinity="0"/>
       </body>
@@ -142,7 +145,6 @@ class LanguageReach(PipelineEnv):
       split: which cases are drawn; held-out ones differ from 'train' in one respect each.
       reward: 'dense' or 'sparse'.
       episode_length: control steps (of 0.05 s) until truncation, 16 to 32.
-      backend: Brax physics pipeline.
     """
 
     action_kind = "continuous"
@@ -152,7 +154,6 @@ class LanguageReach(PipelineEnv):
         split: Split = "train",
         reward: Literal["dense", "sparse"] = "dense",
         episode_length: int = 24,
-        backend: str = "generalized",
     ):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
@@ -160,7 +161,8 @@ class LanguageReach(PipelineEnv):
             raise ValueError(f"reward={reward!r} is unknown; choose 'dense' or 'sparse'.")
         if not 16 <= episode_length <= 32:
             raise ValueError(f"episode_length={episode_length} is not in 16..32 control steps.")
-        super().__init__(sys=mjcf.loads(XML), backend=backend, n_frames=5)
+        # The other pipelines leave out some of the factors in `Physics`.
+        super().__init__(sys=mjcf.loads(XML), backend="generalized", n_frames=5)
         self.split = split
         self.reward = reward
         self.episode_length = episode_length
@@ -325,24 +327,32 @@ class LanguageReach(PipelineEnv):
         rank = jnp.sum(order[:, None] > order[None], axis=1)
         active = rank < count
         target = jnp.argmax(rank == _integer(u["target"], 0, count))
-        shape = np.arange(OBJECTS) // SLOTS_PER_SHAPE
+        shape = jnp.arange(OBJECTS) // SLOTS_PER_SHAPE
         # Two objects of one shape never share a colour, so that every name is unambiguous: the
         # first takes the colour with the highest number, the second the next.
-        number = jnp.where(HELDOUT.T, -1.0, u["colour"].reshape(HELDOUT.T.shape))
+        number = u["colour"].reshape(HELDOUT.T.shape)
+        if self.split == "heldout_colour_shape":
+            # The named object is a held-out pair; any other may be one too, so that it is not the
+            # only odd one out.
+            is_named = np.arange(len(SHAPES)) == shape[target]
+            number = jnp.where(HELDOUT.T & is_named[:, None], 1 + number, number)
+        else:
+            number = jnp.where(HELDOUT.T, -1.0, number)
         first = jnp.argmax(number, axis=1)
-        second = jnp.argmax(jnp.where(np.arange(len(COLOURS)) == first[:, None], -1, number), 1)
+        second = jnp.argmax(jnp.where(np.arange(len(COLOURS)) == first[:, None], -2, number), 1)
         colour = jnp.stack([first, second], axis=1).reshape(OBJECTS)
         if self.split == "heldout_colour_shape":
-            number = jnp.where(HELDOUT.T, u["colour"].reshape(HELDOUT.T.shape), -1.0)
-            odd = jnp.argmax(number, axis=1)[shape]
-            colour = jnp.where(jnp.arange(OBJECTS) == target, odd, colour)
+            # The first colour of its shape is the named object's, whichever slot it lies in.
+            partner = target ^ 1
+            colour = colour.at[target].set(first[shape[target]])
+            colour = colour.at[partner].set(second[shape[target]])
         position = _spread(u["place"].reshape(OBJECTS, CANDIDATES, 2))[rank]
         objects = {
             "active": active.astype(jnp.float32),
-            "position": jnp.concatenate([position, HEIGHTS[shape][:, None]], -1),
+            "position": jnp.concatenate([position, jnp.asarray(HEIGHTS)[shape][:, None]], -1),
             "yaw": 2 * jnp.pi * u["yaw"],
             "colour": colour,
-            "shape": jnp.asarray(shape),
+            "shape": shape,
         }
         return objects, target
 
@@ -433,5 +443,5 @@ def _spread(u: jax.Array) -> jax.Array:
     places = [candidates[0, 0]]
     for i in range(1, OBJECTS):
         apart = jnp.linalg.norm(candidates[i][:, None] - jnp.stack(places), axis=-1).min(-1)
-        places.append(candidates[i][jnp.argmax(jnp.minimum(apart, 0.27))])
+        places.append(candidates[i][jnp.argmax(jnp.minimum(apart, APART))])
     return jnp.stack(places)

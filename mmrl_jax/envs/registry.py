@@ -75,20 +75,24 @@ def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> En
     kind, _, wrapped = name.partition(":")
     if not wrapped:
         make, known = _CORES[name]
-        arguments = options | ({"split": split} if len(known) > 1 else {})
-        return _call(name, make, arguments)
+        _check_options(name, make, options, fixed=("split",))
+        return make(**options, **({"split": split} if len(known) > 1 else {}))
+    # The name says which environment; Playground's brings its own physics.
+    fixed = ("env", "backend") if kind == "playground" else ("env",)
+    _check_options(name, FromBrax, options, fixed=fixed)
     instruction = from_brax.INSTRUCTIONS.get(wrapped, "do the task") if pixels else None
     env = from_brax.playground(wrapped) if kind == "playground" else wrapped
-    return _call(name, FromBrax, {"env": env, "instruction": instruction} | options)
+    return FromBrax(env, **({"instruction": instruction} | options))
 
 
-def _call(name: str, make: Callable[..., Env], arguments: dict[str, Any]) -> Env:
-    """`make` with keyword arguments, of which an unknown one raises ValueError."""
-    known = tuple(inspect.signature(make).parameters)
-    for argument in arguments:
-        if argument not in known:
-            raise ValueError(f"{argument!r} is no option of {name!r}.{_nearest(argument, known)}")
-    return make(**arguments)
+def _check_options(
+    name: str, make: Callable[..., Env], options: dict[str, Any], *, fixed: tuple[str, ...]
+) -> None:
+    """Raises ValueError for an option that `make` does not have, or that is `fixed` by the name."""
+    known = tuple(k for k in inspect.signature(make).parameters if k not in fixed)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option!r} is no option of {name!r}.{_nearest(option, known)}")
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:

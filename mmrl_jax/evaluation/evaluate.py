@@ -5,12 +5,15 @@ from typing import Literal
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.evaluation import statistics
 from mmrl_jax.rendering import render
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
 
 Modality = Literal["pixels", "instruction", "proprio"]
+MODALITIES: tuple[Modality, ...] = ("pixels", "instruction", "proprio")
 
 
 @struct.dataclass
@@ -18,12 +21,12 @@ class Episodes:
     """One finished episode an environment, float32 [N] each.
 
     Attributes:
-      success: the environment's success metric at the episode's last step (0 if it has none).
+      success: the environment's success metric at the episode's last step; None if it has none.
       episode_return: sum of rewards.
       length: steps.
     """
 
-    success: jax.Array
+    success: jax.Array | None
     episode_return: jax.Array
     length: jax.Array
 
@@ -43,29 +46,61 @@ def evaluate(env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int)
     done = batch.terminated + batch.truncated
     before = jnp.cumsum(done, axis=0) - done  # Ends before step t.
     running = (before == 0).astype(jnp.float32)
-    success = batch.metrics.get("success", jnp.zeros_like(done))
+    success = batch.metrics.get("success")
     return Episodes(
-        success=jnp.sum(success * done * running, axis=0),
+        success=None if success is None else jnp.sum(success * done * running, axis=0),
         episode_return=jnp.sum(batch.reward * running, axis=0),
         length=jnp.sum(running, axis=0),
     )
 
 
-def hide(policy: PolicyFunction, modality: Modality) -> PolicyFunction:
+def describe(episodes: Episodes) -> dict[str, float]:
+    """Mean 'success' (where the environment has it), 'return' and 'length' of episodes.
+
+    Of the first two also the ends '<name>_lo' and '<name>_hi' of the 95 % bootstrap interval; NaN
+    where an episode's number is not finite.
+    """
+    described = {}
+    for name, values in (("success", episodes.success), ("return", episodes.episode_return)):
+        if values is None:
+            continue
+        interval = (float(np.mean(values)), np.nan, np.nan)
+        if np.isfinite(values).all():
+            interval = statistics.bootstrap_interval(
+                np.asarray(values), confidence=0.95, resamples=10_000, seed=0
+            )
+        described |= dict(zip((name, f"{name}_lo", f"{name}_hi"), interval, strict=True))
+    return described | {"length": float(np.mean(episodes.length))}
+
+
+def hide(
+    policy: PolicyFunction, modality: Modality, when: jax.Array | bool = True
+) -> PolicyFunction:
     """The policy, given another environment's input for one modality.
 
     A real input of another episode hides the right one without leaving the distribution of
     inputs, as a blank picture would.
 
+    Args:
+      policy: see `rollouts.unroll`.
+      modality: the one to hide.
+      when: bool [], may be traced: one compiled program then serves with and without.
+
     Raises:
-      ValueError: the observation has no such modality.
+      ValueError: the observation has no such modality, or the batch no other environment.
     """
 
     def blind(state: State, rng: jax.Array) -> Decision:
         if modality not in state.obs:
             raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
-        other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), state.obs[modality])
-        return policy(state.replace(obs=state.obs | {modality: other}), rng)
+        right = state.obs[modality]
+        if jax.tree.leaves(right)[0].shape[0] < 2:
+            raise ValueError(
+                f"{modality!r} cannot be hidden in a batch of 1, which has no other environment's "
+                f"input: evaluate at least 2 episodes."
+            )
+        given = jax.tree.map(lambda x: jnp.where(when, jnp.roll(x, 1, axis=0), x), right)
+        return policy(state.replace(obs=state.obs | {modality: given}), rng)
 
     return blind
 

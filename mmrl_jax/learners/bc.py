@@ -10,6 +10,7 @@ import optax
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
+    Shard,
     apply_gradients,
     auxiliary_losses,
     run_network,
@@ -75,6 +76,7 @@ def update(
     apply: Apply,
     optimiser: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
+    shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
     """One optimiser step on a random minibatch of the demonstrations.
 
@@ -83,7 +85,7 @@ def update(
     """
     h = hyperparameters
     indices = jax.random.randint(rng, (h.batch_size,), 0, data.value_target.shape[0])
-    batch = jax.tree.map(lambda x: x[indices], data)
+    batch = shard(jax.tree.map(lambda x: x[indices], data))
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
         output = run_network(apply, state.replace(params=params), batch.observation)

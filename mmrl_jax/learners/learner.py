@@ -1,7 +1,9 @@
 """What all learners of control policies share: their state and how they run the network."""
 
 from collections.abc import Callable
+from typing import Any
 
+import chex
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.types import Metrics, Observation, Params
 
 Apply = Callable[[Params, Observation], PolicyOutput]
+# Places a minibatch [N, ...] on the mesh; the identity on one device.
+Shard = Callable[[Any], Any]
 
 
 class LearnerState(struct.PyTreeNode):
@@ -81,6 +85,7 @@ def auxiliary_losses(
             error = losses.pointing_loss(prediction, privileged[name])
             parts["loss/pointing"] += losses.masked_mean(error, valid)
         else:
+            chex.assert_equal_shape([prediction, privileged[name]])  # They would broadcast.
             error = jnp.sum((prediction - privileged[name]) ** 2, axis=-1)
             parts["loss/auxiliary"] += losses.masked_mean(error, valid)
     return parts

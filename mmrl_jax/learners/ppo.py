@@ -9,6 +9,7 @@ import optax
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
+    Shard,
     apply_gradients,
     auxiliary_losses,
     run_network,
@@ -58,6 +59,7 @@ def loss(
     """The parts of PPO's loss, unweighted, and what to log, over samples [N] that are valid."""
     h, valid = hyperparameters, batch.valid
     log_ratio = output.distribution.log_prob(batch.action) - batch.log_prob
+    log_ratio = jnp.where(valid > 0, log_ratio, 0.0)  # Not even an overflow there may count.
     policy = losses.clipped_policy_loss(log_ratio, advantage, h.clip)
     value = losses.value_loss(output.value, target, batch.value, h.value_clip)
     entropy = losses.masked_mean(output.distribution.entropy(rng), valid)
@@ -96,6 +98,7 @@ def update(
     apply: Apply,
     optimiser: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
+    shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
     """Epochs of minibatch steps on one batch of transitions.
 
@@ -107,6 +110,7 @@ def update(
       apply: (params, observation) -> PolicyOutput.
       optimiser: the one whose state the learner holds.
       hyperparameters: see there.
+      shard: places a minibatch on the mesh.
 
     Returns:
       The new learner, and metrics (means over the minibatch steps that were taken).
@@ -115,7 +119,8 @@ def update(
     valid = batch.valid
 
     def keep(x: jax.Array) -> jax.Array:
-        return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0, x, 0)
+        mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0
+        return jnp.where(mask, x, jnp.zeros_like(x))
 
     # A mask alone does not stop what is not finite: its gradient is 0 * nan. The value stays, as
     # an invalid step's is what a truncated step before it is bootstrapped with.
@@ -140,7 +145,7 @@ def update(
     statistics = state.statistics
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
-        minibatch, advantage, target = jax.tree.map(lambda x: x[indices], samples)
+        minibatch, advantage, target = shard(jax.tree.map(lambda x: x[indices], samples))
 
         def total(params: Params) -> tuple[jax.Array, Metrics]:
             output = run_network(apply, state.replace(params=params), minibatch.observation)

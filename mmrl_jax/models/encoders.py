@@ -8,22 +8,36 @@ import numpy as np
 from mmrl_jax.models.transformer import Dense, Transformer
 
 
-def patchify(pixels: jax.Array, patch: int) -> jax.Array:
-    """Cuts uint8 [B, H, W, 3] into float32 [B, H/patch * W/patch, patch*patch*3] in [-1, 1].
+def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
+    """Cuts an image into one window a patch: the patch and `margin` pixels of its surroundings.
 
-    A reshape, not a convolution: inside `scan` XLA's CPU convolutions run on a slow path.
+    With a margin of 0 these are the patches of a vision transformer. With one, what lies across
+    the edge of two patches is seen whole by both. Beyond the image its edge is repeated.
+
+    A gather, not a convolution: inside `scan` XLA's CPU convolutions run on a slow path.
+
+    Args:
+      pixels: uint8 [B, H, W, 3].
+      patch: edge of a patch, pixels.
+      margin: pixels on each side.
+
+    Returns:
+      float32 [B, H/patch * W/patch, (patch + 2 margin)^2 * 3] in [-1, 1], row by row.
 
     Raises:
       ValueError: H or W is not divisible by `patch`.
     """
-    batch, height, width, channels = pixels.shape
+    batch, height, width, _ = pixels.shape
     if height % patch or width % patch:
         raise ValueError(
             f"An image of {height}x{width} is not divisible into patches of {patch}; "
             f"choose a patch that divides both."
         )
-    x = pixels.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    x = jnp.swapaxes(x, 2, 3).reshape(batch, -1, patch * patch * channels)
+    window = np.arange(-margin, patch + margin)
+    rows = np.clip(np.arange(0, height, patch)[:, None] + window, 0, height - 1)
+    columns = np.clip(np.arange(0, width, patch)[:, None] + window, 0, width - 1)
+    x = pixels[:, rows[:, None, :, None], columns[None, :, None, :]]
+    x = x.reshape(batch, len(rows) * len(columns), -1)
     return x.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -50,16 +64,19 @@ class VisionEncoder(nn.Module):
 
     width: int
     patch: int
+    margin: int
     hidden: int
     layers: int
     heads: int
+    mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array, condition: jax.Array | None) -> jax.Array:
         """Maps uint8 [B, H, W, 3] and condition [B, D] or None to [B, patches, D]."""
         rows, columns = pixels.shape[1] // self.patch, pixels.shape[2] // self.patch
-        x = patchify(pixels, self.patch)
+        x = patchify(pixels, self.patch, self.margin)
         x = Dense(self.hidden, self.dtype, name="patch_in")(x)
         if condition is not None:
             film = Dense(2 * self.hidden, self.dtype, name="film")(condition)[:, None]
@@ -74,7 +91,9 @@ class VisionEncoder(nn.Module):
         x = x + place.astype(self.dtype)
         if self.layers:
             mask = jnp.ones((1, 1, 1), bool)
-            x = Transformer(self.layers, self.heads, dtype=self.dtype, name="stack")(x, mask)
+            x = Transformer(
+                self.layers, self.heads, self.mlp_ratio, self.dtype, self.remat, name="stack"
+            )(x, mask)
         return x
 
 
@@ -85,7 +104,9 @@ class TextEncoder(nn.Module):
     vocabulary: int
     layers: int
     heads: int
+    mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -98,9 +119,9 @@ class TextEncoder(nn.Module):
         x = jax.nn.one_hot(tokens, self.vocabulary, dtype=self.dtype) @ table.astype(self.dtype)
         x = x + place.astype(self.dtype)
         if self.layers:
-            x = Transformer(self.layers, self.heads, dtype=self.dtype, name="stack")(
-                x, mask[:, None, :]
-            )
+            x = Transformer(
+                self.layers, self.heads, self.mlp_ratio, self.dtype, self.remat, name="stack"
+            )(x, mask[:, None, :])
         return x
 
 

@@ -33,14 +33,13 @@ class PolicyHead(nn.Module):
     """Features to an action distribution; starts near the centre of the action range.
 
     Attributes:
-      kind: 'continuous' (tanh-normal, one learned log std a dimension) or 'discrete'.
+      kind: 'continuous' (tanh-normal, one learned log std a dimension,
+        0 at first) or 'discrete'.
       actions: number of action dimensions, or of discrete actions.
-      initial_std: of the unsquashed Gaussian.
     """
 
     kind: ActionKind
     actions: int
-    initial_std: float = 0.5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Distribution:
@@ -49,9 +48,7 @@ class PolicyHead(nn.Module):
         out = Dense(self.actions, kernel_init=small, name="mean")(x.astype(jnp.float32))
         if self.kind == "discrete":
             return Categorical(out)
-        log_std = self.param(
-            "log_std", nn.initializers.constant(jnp.log(self.initial_std)), (self.actions,)
-        )
+        log_std = self.param("log_std", nn.initializers.zeros, (self.actions,))
         return TanhNormal(out, jnp.broadcast_to(log_std, out.shape))
 
 

@@ -1,6 +1,6 @@
 """The multimodal transformer policy: pixels, an instruction and joints to actions and a value."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -80,8 +80,11 @@ class MultimodalPolicy(nn.Module):
     Attributes:
       kind, actions: see `PolicyHead`.
       vocabulary: number of token ids of the instruction.
-      width, layers, heads, mlp_ratio: of the fusion stack.
+      width, layers: of the fusion stack.
+      heads, mlp_ratio: of every stack.
+      remat: recompute the activations of every stack in the backward pass.
       patch: edge of an image patch, pixels; must divide the image's height and width.
+      patch_margin: pixels around a patch that its token sees too.
       patch_hidden: hidden units of the per-patch perceptron.
       vision_layers, text_layers: blocks of self-attention inside one modality before fusion.
       film: modulate patches by the instruction (FiLM) before fusion.
@@ -89,7 +92,6 @@ class MultimodalPolicy(nn.Module):
       pointing: name of a privileged place in the newest picture; the patch tokens then also say, by
         one logit each, whether they are where it is.
       dtype: compute dtype; parameters, heads and softmax statistics stay float32.
-      remat: recompute activations of the stack in the backward pass.
     """
 
     kind: ActionKind
@@ -100,6 +102,7 @@ class MultimodalPolicy(nn.Module):
     heads: int = 2
     mlp_ratio: int = 4
     patch: int = 8
+    patch_margin: int = 0
     patch_hidden: int = 128
     vision_layers: int = 0
     text_layers: int = 0
@@ -117,8 +120,14 @@ class MultimodalPolicy(nn.Module):
         if pixels.ndim == 4:
             pixels, proprio = pixels[:, None], proprio[:, None]
         batch, frames = pixels.shape[:2]
+        stack: dict[str, Any] = {
+            "heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "dtype": self.dtype,
+            "remat": self.remat,
+        }
         words = TextEncoder(
-            self.width, self.vocabulary, self.text_layers, self.heads, self.dtype, name="text"
+            self.width, self.vocabulary, layers=self.text_layers, **stack, name="text"
         )(instruction["tokens"], instruction["mask"])
         condition = None
         if self.film:
@@ -129,10 +138,10 @@ class MultimodalPolicy(nn.Module):
         patches = VisionEncoder(
             self.width,
             self.patch,
+            self.patch_margin,
             self.patch_hidden,
-            self.vision_layers,
-            self.heads,
-            self.dtype,
+            layers=self.vision_layers,
+            **stack,
             name="vision",
         )(pixels.reshape(-1, *pixels.shape[2:]), condition)
         joints = ProprioEncoder(self.width, self.dtype, name="proprio")(
@@ -154,9 +163,9 @@ class MultimodalPolicy(nn.Module):
             "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
         )
         x = x + modality[layout.modality].astype(self.dtype)
-        x = Transformer(
-            self.layers, self.heads, self.mlp_ratio, self.dtype, self.remat, name="fusion"
-        )(x, attention_mask(instruction["mask"], layout), readouts=READOUTS)
+        x = Transformer(self.layers, **stack, name="fusion")(
+            x, attention_mask(instruction["mask"], layout), readouts=READOUTS
+        )
         policy, value = x[:, 0], x[:, 1]
         auxiliary = {
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary

@@ -18,17 +18,15 @@ class Dense(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
-    use_bias: bool = True
     kernel_init: Callable = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)
+        y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -53,6 +51,18 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     return jnp.swapaxes(jnp.matmul(weights.astype(value.dtype), value), 1, 2)
 
 
+def normalise(x: jax.Array) -> jax.Array:
+    """Layer norm without scale and bias (Ba et al., 2016), [..., D], float32 statistics.
+
+    Every use of it feeds dense layers, which can express both; on XLA's CPU backend applying them
+    here took half of the time of the norm and the matmul after it.
+    """
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x[:, -queries:]` over all of `x`."""
 
@@ -73,7 +83,6 @@ class Attention(nn.Module):
         key = split(Dense(width, self.dtype, name="key")(x))
         value = split(Dense(width, self.dtype, name="value")(x))
         mixed = attention(query, key, value, mask)
-        self.sow("intermediates", "attended", mixed)
         return Dense(width, self.dtype, name="out")(mixed.reshape(*mixed.shape[:2], width))
 
 
@@ -88,11 +97,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, queries: int) -> jax.Array:
         """Maps x [B, S, D] and mask [B, queries, S] to [B, queries, D]."""
         width = x.shape[-1]
-        y = nn.LayerNorm(dtype=self.dtype, name="attention_norm")(x)
-        y = Attention(self.heads, self.dtype, name="attention")(y, mask, queries)
+        y = Attention(self.heads, self.dtype, name="attention")(normalise(x), mask, queries)
         x = x[:, x.shape[1] - queries :] + y
-        y = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
-        y = nn.gelu(Dense(self.mlp_ratio * width, self.dtype, name="mlp_in")(y))
+        y = nn.gelu(Dense(self.mlp_ratio * width, self.dtype, name="mlp_in")(normalise(x)))
         return x + Dense(width, self.dtype, name="mlp_out")(y)
 
 
@@ -137,4 +144,4 @@ class Transformer(nn.Module):
             )
         if readouts is not None:
             x = x[:, x.shape[1] - readouts :]
-        return nn.LayerNorm(dtype=jnp.float32, name="norm")(x)
+        return normalise(x.astype(jnp.float32))

@@ -74,7 +74,12 @@ def project(camera: Camera, points: chex.Array, aspect: float = 1.0) -> chex.Arr
         float32 `[..., 2]`, fractions of the picture's width from the left and of its height from
         the top; in [0, 1] where the point is in view.
     """
-    local = jnp.einsum("...ji,...j->...i", camera.rotation, points - camera.position)
+    local = jnp.einsum(
+        "...ji,...j->...i",
+        camera.rotation,
+        points - camera.position,
+        precision=jax.lax.Precision.HIGHEST,  # GPU and TPU would multiply at ten bits or less.
+    )
     half = jnp.tan(jnp.deg2rad(camera.fovy) / 2)
     x, y = local[..., 0] / (-local[..., 2] * half * aspect), local[..., 1] / (-local[..., 2] * half)
     return jnp.stack([(1 + x) / 2, (1 - y) / 2], axis=-1)

@@ -36,7 +36,8 @@ def generalised_advantages(
       advantages float32 [T, B], and the value targets A_t + v_t, float32 [T, B].
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
-    delta = reward + discount * (1 - terminated) * next_value - value
+    # A select, not a product: the value of a state that ended the task need not be a number.
+    delta = reward + discount * jnp.where(terminated > 0, 0.0, next_value) - value
     decay = discount * lambda_ * (1 - terminated) * (1 - truncated)
 
     def step(advantage_tp1: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple:

@@ -1,36 +1,28 @@
-"""Success of a learner per split, and with modalities hidden, with confidence intervals."""
+"""Assessment of a learner: per split, as it is and with modalities hidden."""
 
-import functools
+from collections.abc import Callable
 
 import jax
-import numpy as np
 
-from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import Episodes, Modality, hide
+from mmrl_jax.evaluation.evaluate import Episodes, Modality
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.training import factory
 from mmrl_jax.training.config import ConfigDict
 
 
-def interval(success: np.ndarray) -> tuple[float, float, float]:
-    """Mean success and its 95 % bootstrap interval."""
-    return statistics.bootstrap_interval(success, confidence=0.95, resamples=10_000, seed=0)
+def assessor(
+    config: ConfigDict, split: str, *, episodes: int, hidden: tuple[Modality, ...]
+) -> Callable[[LearnerState], dict[str, Episodes]]:
+    """A function that evaluates a learner on `split`, always on the same episodes.
 
-
-def assess(
-    config: ConfigDict,
-    learner: LearnerState,
-    split: str,
-    *,
-    episodes: int,
-    hidden: tuple[Modality, ...],
-) -> dict[str, Episodes]:
-    """Evaluates on `split` as it is ('') and with each of the `hidden` modalities ('no_<name>')."""
+    It returns the episodes of the learner as it is ('') and with each of the `hidden` modalities
+    hidden ('no_<name>'). All of that, for every learner it is called with, is one program.
+    """
     key = factory.evaluation_key(config)
-    result = {"": factory.make_evaluator(config, split=split, episodes=episodes)(learner, key)}
-    for modality in hidden:
-        evaluator = factory.make_evaluator(
-            config, split=split, episodes=episodes, wrap=functools.partial(hide, modality=modality)
-        )
-        result[f"no_{modality}"] = evaluator(learner, key)
-    return jax.device_get(result)
+    evaluator = factory.make_evaluator(config, split=split, episodes=episodes, hideable=hidden)
+    names = ("", *(f"no_{modality}" for modality in hidden))
+
+    def assess(learner: LearnerState) -> dict[str, Episodes]:
+        return {name: jax.device_get(evaluator(learner, key, i)) for i, name in enumerate(names)}
+
+    return assess

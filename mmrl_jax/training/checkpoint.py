@@ -232,16 +232,16 @@ class Checkpointer:
         steps = saved_steps(self._workdir)
         damaged: list[tuple[int, Exception]] = []
         for step in reversed(steps):
-            restored, error = _try_load(self._directory, step, target_like, prefix="")
+            restored, error = _try_load(self._directory, step, {"": target_like})
             if error is not None:
                 damaged.append((step, error))
                 continue
             assert restored is not None
             if damaged:
                 self._set_aside(damaged, used=step)
-            carry, body = restored
+            carries, body = restored
             self._last_step = step
-            return carry, body["extra"], step
+            return carries[""], body["extra"], step
         if damaged:
             raise _all_damaged(self._directory, damaged)
         return None
@@ -345,28 +345,24 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
-def restore_params(
-    workdir: str | os.PathLike[str],
-    target_like: PyTree,
-    *,
-    prefix: str,
-    which: str | int,
-) -> tuple[PyTree, int]:
-    """Restores a part of a carry, for evaluation or a warm start; changes nothing on disk.
+def restore_parts(
+    workdir: str | os.PathLike[str], parts: Mapping[str, PyTree], *, which: str | int
+) -> tuple[dict[str, PyTree], int]:
+    """Restores parts of a carry, for evaluation or a warm start; changes nothing on disk.
 
     Args:
         workdir: Directory of a run.
-        target_like: As in `Checkpointer.restore_latest`, of the part's structure.
-        prefix: Path of the part in the carry, for example "learner/params"; "" for all of it.
+        parts: Path of a part in the carry, for example "learner/params" ("" for all of it), to a
+            pytree of its structure, as `target_like` in `Checkpointer.restore_latest`.
         which: "latest" (a damaged one is passed over with a warning), "best" (by the
             `best_metric` of that run), or a step.
 
     Returns:
-        (the part, the step of its checkpoint).
+        (the parts by their paths, the step of their checkpoint).
 
     Raises:
         ValueError: No checkpoint there, none that is `which`, or an unknown `which`.
-        CheckpointMismatch: The part differs from `target_like` (lists the differing paths).
+        CheckpointMismatch: A part differs from what is given (lists the differing paths).
         CheckpointDamaged: It cannot be read.
     """
     directory = pathlib.Path(workdir).absolute() / _CHECKPOINTS
@@ -389,7 +385,7 @@ def restore_params(
         raise ValueError(f"which is {which!r}, but must be 'latest', 'best' or a step.")
     damaged: list[tuple[int, Exception]] = []
     for step in candidates:
-        restored, error = _try_load(directory, step, target_like, prefix=prefix)
+        restored, error = _try_load(directory, step, parts)
         if error is not None:
             damaged.append((step, error))
             continue
@@ -520,15 +516,15 @@ def _score_on_disk(directory: pathlib.Path, step: int) -> float | None:
 
 
 def _try_load(
-    directory: pathlib.Path, step: int, target_like: PyTree, *, prefix: str
-) -> tuple[tuple[PyTree, dict[str, Any]] | None, Exception | None]:
-    """Returns ((tree, record), None), or (None, the error) for a damaged checkpoint.
+    directory: pathlib.Path, step: int, parts: Mapping[str, PyTree]
+) -> tuple[tuple[dict[str, PyTree], dict[str, Any]] | None, Exception | None]:
+    """Returns ((trees by path, record), None), or (None, the error) for a damaged checkpoint.
 
     All processes get the same answer: where one of them cannot read, all fall back.
     """
     restored, error = None, None
     try:
-        restored = _load(directory, step, target_like, prefix)
+        restored = _load(directory, step, parts)
     except (CheckpointMismatch, MemoryError, PermissionError):
         raise
     except Exception as caught:
@@ -543,12 +539,20 @@ def _try_load(
 
 
 def _load(
-    directory: pathlib.Path, step: int, target_like: PyTree, prefix: str
-) -> tuple[PyTree, dict[str, Any]]:
+    directory: pathlib.Path, step: int, parts: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
     body = _read_record(directory, step)
-    start = f"{prefix}/" if prefix else ""
-    targets = {f"{start}{path}": leaf for path, leaf in _named_leaves(target_like).items()}
-    layout = {path: entry for path, entry in body["layout"].items() if path.startswith(start)}
+    starts = {prefix: f"{prefix}/" if prefix else "" for prefix in parts}
+    targets = {
+        f"{starts[prefix]}{path}": leaf
+        for prefix, tree in parts.items()
+        for path, leaf in _named_leaves(tree).items()
+    }
+    layout = {
+        path: entry
+        for path, entry in body["layout"].items()
+        if path.startswith(tuple(starts.values()))
+    }
     _check_layout(layout, targets, place=directory / str(step))
     like, arguments = {}, {}
     for path, target in targets.items():
@@ -567,11 +571,18 @@ def _load(
             directory / str(step) / "carry",
             args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=True),
         )
-    leaves = [
-        _finish_leaf(path, arrays.get(path), target, layout[path])
+    leaves = {
+        path: _finish_leaf(path, arrays.get(path), target, layout[path])
         for path, target in targets.items()
-    ]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(target_like), leaves), body
+    }
+    trees = {
+        prefix: jax.tree.unflatten(
+            jax.tree.structure(tree),
+            [leaves[f"{starts[prefix]}{path}"] for path in _named_leaves(tree)],
+        )
+        for prefix, tree in parts.items()
+    }
+    return trees, body
 
 
 def _target_sharding(target: Any) -> jax.sharding.Sharding | None:

@@ -5,7 +5,6 @@ command line changes single fields (`--config.ppo.clip=0.1`). This module makes 
 that an error that names the field, its value and the remedy, before the first compile:
 
     validate_overrides(argv)           a misspelt key on the command line
-    check_known_keys(config, ref)      a misspelt key in a dictionary
     check_config(config, schema)       unknown and missing keys, wrong types, impossible values
 
 Nothing here knows what the fields mean: the schema comes from the factory.
@@ -18,12 +17,14 @@ import importlib.util
 import json
 import math
 import pathlib
+import textwrap
 from typing import Any, TypeAlias
 
 import ml_collections
 
 ConfigDict = ml_collections.ConfigDict
 ConfigLike: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
+_ANYTHING = "anything"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def one_of(choices: Collection[str | int], meaning: str) -> Field:
 
 def anything(kind: type | tuple[type, ...], meaning: str) -> Field:
     """Returns a field of which only the type is checked."""
-    return Field(kind, lambda x: True, "anything", meaning)
+    return Field(kind, lambda x: True, _ANYTHING, meaning)
 
 
 def flatten(config: ConfigLike) -> dict[str, Any]:
@@ -115,23 +116,6 @@ def unknown_key_message(key: str, known: Iterable[str]) -> str:
     guess = nearest(key, known)
     hint = f" Did you mean '{guess}'?" if guess is not None else ""
     return f"Unknown config key '{key}'.{hint}"
-
-
-def check_known_keys(config: ConfigLike, reference: ConfigLike) -> None:
-    """Checks that every key of `config` exists in `reference`.
-
-    Raises:
-        ValueError: One line for each unknown key, with the nearest known one.
-    """
-    known = flatten(reference)
-    groups = _group_names(known)
-    errors = [
-        unknown_key_message(key, known)
-        for key, value in flatten(config).items()
-        if key not in known and not (_is_group(value) and key in groups)
-    ]
-    if errors:
-        raise ValueError("\n".join(errors))
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -242,16 +226,24 @@ def check_config(config: ConfigLike, schema: Schema) -> None:
 
 
 def describe_schema(schema: Schema) -> str:
-    """Returns one line for each field: name, type, allowed values, meaning; for `--help`."""
-    rows = [
-        (name, _kind_name(field.kind), field.requirement, field.meaning)
-        for name, field in _flatten_schema(schema).items()
-    ]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    )
+    """Returns name, meaning, type and allowed values of each field, for `--help`.
+
+    The meanings start in one column, and go on there in further lines: 100 columns in all.
+    """
+    fields = _flatten_schema(schema)
+    column = 2 + max(map(len, fields), default=0)
+    lines = []
+    for name, field in fields.items():
+        demands = [_kind_name(field.kind)]
+        if field.requirement != _ANYTHING:
+            demands.append(field.requirement)
+        lines += textwrap.wrap(
+            f"{name.ljust(column)}{field.meaning} ({', '.join(demands)})",
+            width=100,
+            subsequent_indent=" " * column,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
 
 
 def to_json(config: ConfigLike) -> str:

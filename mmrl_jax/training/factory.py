@@ -19,8 +19,7 @@ from mmrl_jax import envs
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import Env, State
-from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import Episodes, evaluate
+from mmrl_jax.evaluation.evaluate import Episodes, Modality, describe, evaluate, hide
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
@@ -55,6 +54,7 @@ SCHEMA: config_lib.Schema = {
         "heads": positive(int, "attention heads; must divide the width"),
         "mlp_ratio": positive(int, "hidden width of a block's MLP over the width"),
         "patch": positive(int, "edge of an image patch, pixels; must divide height and width"),
+        "patch_margin": non_negative(int, "pixels around a patch that its token sees too"),
         "patch_hidden": positive(int, "hidden units of the per-patch perceptron"),
         "vision_layers": non_negative(int, "blocks among the patches before fusion"),
         "text_layers": non_negative(int, "blocks among the words before fusion"),
@@ -133,6 +133,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
         raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
+    if model.kind == "mlp" and env.height:
+        raise ValueError(
+            f"env.height={env.height}, but model.kind='mlp' sees no pixels; set env.height and "
+            f"env.width to 0, or model.kind='multimodal'."
+        )
     if model.kind == "multimodal":
         if not env.height or not env.width:
             raise ValueError(
@@ -155,8 +160,15 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"ppo.minibatches={p.minibatches} does not divide ppo.num_envs * ppo.unroll = "
             f"{p.num_envs * p.unroll}."
         )
-    if p.num_envs % devices:
-        raise ValueError(f"ppo.num_envs={p.num_envs} is not divisible by {devices} devices.")
+    for name, size in (
+        ("ppo.num_envs", p.num_envs),
+        ("the minibatch ppo.num_envs * ppo.unroll / ppo.minibatches", _minibatch(config)),
+        ("warm_start.batch_size", warm.batch_size if warm.updates else 0),
+    ):
+        if size % devices:
+            raise ValueError(
+                f"devices={devices} do not divide {name} = {size}; change one of them."
+            )
     if run.updates % run.updates_per_dispatch:
         raise ValueError(
             f"run.updates_per_dispatch={run.updates_per_dispatch} does not divide "
@@ -174,6 +186,37 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"warm_start.updates={warm.updates}, but env.name={env.name!r} has no scripted expert; "
             f"set warm_start.updates to 0."
         )
+    if model.kind == "multimodal":
+        _check_observation(config)
+
+
+def _minibatch(config: ml_collections.ConfigDict) -> int:
+    """Samples of one optimiser step of PPO."""
+    return config.ppo.num_envs * config.ppo.unroll // config.ppo.minibatches
+
+
+def _check_observation(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError unless the environment gives what the multimodal model reads and predicts."""
+    model = config.model
+    for entry in model.auxiliary:
+        if len(entry) != 2 or not isinstance(entry[0], str) or not isinstance(entry[1], int):
+            raise ValueError(f"model.auxiliary holds {entry!r}, but must hold (name, size).")
+    wanted: dict[str, tuple[int, ...]] = {name: (size,) for name, size in model.auxiliary}
+    if model.pointing is not None:
+        wanted[model.pointing] = (2,)
+    state = jax.eval_shape(make_env(config).reset, jnp.zeros((1, 2), jnp.uint32))
+    if "instruction" not in state.obs:
+        raise ValueError(
+            f"env.name={config.env.name!r} with env.options={config.env.options.to_dict()} gives "
+            f"no instruction, which the multimodal model needs; give one in env.options."
+        )
+    there = {name: x.shape[1:] for name, x in state.info["privileged"].items()}
+    for name, shape in wanted.items():
+        if there.get(name) != shape:
+            raise ValueError(
+                f"model.auxiliary or model.pointing names {name!r} of shape {shape}, but "
+                f"{config.env.name!r} has the privileged targets {there}."
+            )
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
@@ -208,6 +251,7 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
         heads=m.heads,
         mlp_ratio=m.mlp_ratio,
         patch=m.patch,
+        patch_margin=m.patch_margin,
         patch_hidden=m.patch_hidden,
         vision_layers=m.vision_layers,
         text_layers=m.text_layers,
@@ -303,6 +347,7 @@ def cloning_stage(
         bc.update,
         apply=make_apply(config, env),
         optimiser=optimiser,
+        shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         hyperparameters=bc.Hyperparameters(
             batch_size=warm.batch_size,
             value_weight=warm.value_weight,
@@ -385,7 +430,7 @@ def ppo_stage(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(rng, 0), jnp.arange(p.num_envs)
         )
-        env_state = jax.jit(env.reset)(keys)
+        env_state = jax.jit(env.reset)(mesh_lib.shard_batch(keys, mesh, 0))
         return Carry(learner, env_state, jax.random.fold_in(rng, 1), jnp.zeros((), jnp.int32))
 
     def update(carry: Carry, _: None) -> tuple[Carry, Metrics]:
@@ -400,6 +445,7 @@ def ppo_stage(
             apply=apply,
             optimiser=optimiser,
             hyperparameters=hyperparameters,
+            shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         metrics |= rollout_metrics(batch) | {"lr": jnp.asarray(rate(learner.steps), jnp.float32)}
         carry = carry.replace(learner=learner, env_state=env_state, updates=carry.updates + 1)
@@ -425,12 +471,12 @@ def ppo_stage(
 
 
 def stored_learner(config: ml_collections.ConfigDict) -> LearnerState:
-    """Shapes and dtypes of the learner that a finished run of this config holds."""
-    if config.algorithm == "bc":
-        warm, env = config.warm_start, make_env(config)
-        optimiser = adam(warm.learning_rate, warm.max_grad_norm)
-        return jax.eval_shape(lambda: fresh_learner(config, env, optimiser))
-    return jax.eval_shape(ppo_stage(config, make_mesh(config)).init).learner
+    """Shapes and dtypes of what a learner of this config acts with: it has no optimiser's state.
+
+    They are those of every stage, whatever it learned with and on however many devices.
+    """
+    env = make_env(config)
+    return jax.eval_shape(lambda: fresh_learner(config, env, optax.identity()))
 
 
 def rollout_metrics(batch: Transition) -> Metrics:
@@ -456,23 +502,32 @@ def make_evaluator(
     *,
     split: str,
     episodes: int,
-    wrap: Callable[[PolicyFunction], PolicyFunction] = lambda policy: policy,
-) -> Callable[[LearnerState, jax.Array], Episodes]:
+    hideable: tuple[Modality, ...] = (),
+) -> Callable[..., Episodes]:
     """A compiled evaluation of a learner's deterministic policy on `split`.
 
     Args:
       config: of the run.
       split: of the environment.
       episodes: how many.
-      wrap: changes the policy, e.g. hides a modality.
+      hideable: modalities that can be hidden.
+
+    Returns:
+      (learner, key, hidden=0) -> Episodes, with nothing hidden for 0, and hideable[i] for i + 1.
     """
     env = make_env(config, split=split)
     apply = make_apply(config, env)
 
     @jax.jit
-    def evaluator(learner: LearnerState, rng: jax.Array) -> Episodes:
-        policy = wrap(policy_function(apply, learner, deterministic=True))
+    def run(learner: LearnerState, rng: jax.Array, hidden: jax.Array) -> Episodes:
+        policy = policy_function(apply, learner, deterministic=True)
+        for i, modality in enumerate(hideable, start=1):
+            policy = hide(policy, modality, hidden == i)
         return evaluate(env, policy, rng, episodes=episodes)
+
+    def evaluator(learner: LearnerState, rng: jax.Array, hidden: int = 0) -> Episodes:
+        # Learners of all stages differ in their optimiser's state only, and share the program.
+        return run(learner.replace(opt_state=()), rng, jnp.int32(hidden))
 
     return evaluator
 
@@ -491,17 +546,8 @@ def _periodic_evaluation(
     key = jax.random.fold_in(evaluation_key(config), 1)
 
     def evaluation(learner: LearnerState) -> dict[str, float]:
-        result = jax.device_get(evaluator(learner, key))
-        mean, low, high = statistics.bootstrap_interval(
-            result.success, confidence=0.95, resamples=2000, seed=0
-        )
-        return {
-            f"eval/{split}/success": mean,
-            f"eval/{split}/success_lo": low,
-            f"eval/{split}/success_hi": high,
-            f"eval/{split}/return": float(np.mean(result.episode_return)),
-            f"eval/{split}/length": float(np.mean(result.length)),
-        }
+        described = describe(jax.device_get(evaluator(learner, key)))
+        return {f"eval/{split}/{name}": value for name, value in described.items()}
 
     return evaluation
 

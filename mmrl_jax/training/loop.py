@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
+import os
 import pathlib
 import signal
 import time
@@ -10,13 +12,12 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.training.checkpoint import Checkpointer
 from mmrl_jax.training.config import ConfigLike
-from mmrl_jax.training.metrics import MetricWriter
+from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter
 from mmrl_jax.types import Metrics
 
 # What a resumed run may change: how long it goes on and how often it reports.
@@ -49,12 +50,12 @@ class Stage:
     Attributes:
       name: for the console and the reports.
       init: () -> Carry, fresh.
-      update: (carry, data) -> (carry, metrics), metrics float32 [], NaN where there is nothing to
-        report.
+      update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'loss/total' and
+        'grad/norm'; 'episode/*' is NaN where no episode ended.
       data: pytree given to every update, or None; never donated.
       updates: where the stage ends.
-      updates_per_dispatch: updates in one compiled call.
-      env_steps_per_update: environment steps (0 for a stage without environments).
+      updates_per_dispatch: updates in one compiled call; the last one may have fewer.
+      env_steps_per_update: steps of the unroll, resets among them (0 without environments).
       samples_per_update: samples learned from in one update, for the rate on the console.
       evaluate: learner -> metrics to log, or None.
       eval_interval: updates between evaluations.
@@ -83,35 +84,66 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Counters:
+    """What a stage counts on the host; it is stored with the checkpoints and goes on from there.
+
+    Attributes:
+      wall_s: time of the updates; initialisation, compilation and evaluations are left out.
+      compile_s: time of initialisation and compilation, of all processes.
+      total_s: all the time in `run`, of all processes.
+      env_steps: decisions taken in environments; a step that only resets is none.
+    """
+
+    wall_s: float = 0.0
+    compile_s: float = 0.0
+    total_s: float = 0.0
+    env_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """How a stage ended.
 
     Attributes:
       carry: the last one.
       updates: updates done, those before a resume included.
-      wall_s: wall time, compile time left out, those before a resume included.
-      compile_s: time to compile the dispatch, this time.
-      interrupted: a SIGTERM ended it before its time; the checkpoint is saved.
+      counters: see there; those before a resume included.
+      earlier_s: the part of counters.total_s that was spent before this process resumed the stage.
+      interrupted: a SIGTERM or SIGINT came, even if only in the last update: nothing more should
+        be started. The checkpoint is saved.
     """
 
     carry: Carry
     updates: int
-    wall_s: float
-    compile_s: float
+    counters: Counters
+    earlier_s: float
     interrupted: bool
+
+    @property
+    def wall_s(self) -> float:
+        """Time of the updates."""
+        return self.counters.wall_s
 
 
 def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     """One compiled call of `updates` updates; the carry is donated.
 
     Returns:
-      (carry, data) -> (carry, metrics), metrics averaged over the updates in which they are finite
-      numbers (an update in which no episode ended has no episode metrics).
+      (carry, data) -> (carry, metrics). Metrics are means over the updates; those of 'episode/*'
+      over the updates in which an episode ended. 'finite' is a bool []: the loss and the norm of
+      the gradient were finite in every update, and what the learner acts with is at the end.
     """
 
     def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
-        return carry, jax.tree.map(_mean_of_numbers, metrics)
+        acts = (carry.learner.params, carry.learner.statistics)
+        watched = [metrics["loss/total"], metrics["grad/norm"], *jax.tree.leaves(acts)]
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in watched]))
+        means = {
+            name: _mean_of_numbers(x) if name.startswith("episode/") else jnp.mean(x)
+            for name, x in metrics.items()
+        }
+        return carry, means | {"finite": finite}
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -139,22 +171,28 @@ def run(
 ) -> Result:
     """Runs a stage to its end in `workdir`, from its newest checkpoint if there is one.
 
+    The stage ends at exactly `stage.updates`, or at the first dispatch after `max_seconds`, with an
+    evaluation and a checkpoint; one that had ended before is returned as it is. Each evaluation
+    that gives the best metric is followed by a checkpoint, so that the best can be restored.
+
     Args:
       stage: what to run.
       workdir: gets checkpoints, metrics.jsonl and TensorBoard events.
       config: of the run, stored with it; a workdir of another config is refused.
-      max_seconds: ends the stage early once its wall time (without compile time) reaches this.
+      max_seconds: ends the stage early once its updates have taken this long.
       log_interval_s: least time between two console lines where there is no terminal.
 
     Raises:
       ValueError: see `Checkpointer`.
-      FloatingPointError: the loss or a parameter is not finite.
+      FloatingPointError: the loss, the gradient or a parameter is not finite; nothing of that
+        dispatch is saved.
     """
-    compile_start = time.perf_counter()
+    started = time.perf_counter()
     fresh = stage.init()
     shardings = stage.shardings(fresh)
     carry = place(fresh, shardings)
     del fresh
+    init_s = time.perf_counter() - started
     with (
         Checkpointer(
             workdir,
@@ -167,84 +205,136 @@ def run(
         Terminated() as terminated,
     ):
         restored = checkpointer.restore_latest(carry)
-        done, wall_s = 0, 0.0
+        done, counters = 0, Counters()
         if restored is not None:
             carry, extra, done = restored
-            wall_s = extra["wall_s"]
-        size = min(stage.updates_per_dispatch, max(stage.updates - done, 1))
-        compiled = make_dispatch(stage.update, size, shardings).lower(carry, stage.data).compile()
-        compile_s = time.perf_counter() - compile_start
-        writer = MetricWriter(
+            counters = Counters(**extra)
+        earlier_s = counters.total_s
+
+        def over() -> bool:
+            late = max_seconds is not None and counters.wall_s >= max_seconds
+            return late or done >= stage.updates
+
+        def add(**more: float) -> Counters:
+            total = earlier_s + time.perf_counter() - started
+            sums = {name: getattr(counters, name) + x for name, x in more.items()}
+            return dataclasses.replace(counters, total_s=total, **sums)
+
+        if over():
+            return Result(carry, done, counters, earlier_s, terminated())
+        counters = add(compile_s=init_s)
+        programs: dict[int, Any] = {}
+        with MetricWriter(
             workdir,
             total_steps=stage.updates,
+            max_wall_s=max_seconds,
             resume_step=done if restored is not None else None,
             console_names=stage.console,
             console_interval_s=log_interval_s,
             label=stage.name,
             active=jax.process_index() == 0,
-        )
-        with writer:
-            while done + size <= stage.updates and not terminated():
-                if max_seconds is not None and wall_s >= max_seconds:
-                    break
-                started = time.perf_counter()
+        ) as writer:
+            while not (over() or terminated()):
+                size = min(stage.updates_per_dispatch, stage.updates - done)
+                if size not in programs:
+                    writer.message(f"{stage.name}: compiling ...")
+                    compile_start = time.perf_counter()
+                    dispatch = make_dispatch(stage.update, size, shardings)
+                    programs[size] = dispatch.lower(carry, stage.data).compile()
+                    compile_s = time.perf_counter() - compile_start
+                    counters = add(compile_s=compile_s)
+                    writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
+                    continue  # A signal may have come meanwhile.
+                update_start = time.perf_counter()
                 with jax.transfer_guard("disallow"):
-                    carry, metrics = compiled(carry, stage.data)
+                    carry, metrics = programs[size](carry, stage.data)
                     jax.block_until_ready(carry.updates)
-                seconds = time.perf_counter() - started
-                wall_s += seconds
+                seconds = time.perf_counter() - update_start
                 before, done = done, done + size
-                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                values = {k: v for k, v in values.items() if not np.isnan(v)}
-                if not np.isfinite(values.get("loss/total", np.nan)):
-                    raise FloatingPointError(
-                        f"The loss of stage {stage.name!r} is not finite after update {done}. The "
-                        f"last checkpoint in {workdir} is intact; lower the learning rate, or look "
-                        f"at loss/* and grad/norm in metrics.jsonl."
-                    )
+                metrics = jax.device_get(metrics)
+                finite = bool(metrics.pop("finite"))
+                valid = float(metrics.get("rollout/valid_fraction", 1.0))
+                steps = size * stage.env_steps_per_update * valid
+                counters = add(wall_s=seconds, env_steps=round(steps) if finite else 0)
+                values = {name: float(x) for name, x in metrics.items() if not _absent(name, x)}
                 values |= {
                     "time/update_s": seconds / size,
-                    "time/compile_s": compile_s,
+                    "time/compile_s": counters.compile_s,
                     "time/samples_per_s": size * stage.samples_per_update / seconds,
-                    "time/wall_s": wall_s,
+                    "time/wall_s": counters.wall_s,
                     "progress/updates": done,
-                    "progress/env_steps": done * stage.env_steps_per_update,
+                    "progress/env_steps": counters.env_steps,
                 }
-                last = done + size > stage.updates
+                if not finite:
+                    writer.write(done, values)
+                    raise FloatingPointError(_diverged(stage.name, workdir, before, done))
+                last = over()
                 if stage.evaluate is not None and (
                     last or done // stage.eval_interval > before // stage.eval_interval
                 ):
-                    started = time.perf_counter()
+                    eval_start = time.perf_counter()
                     values |= stage.evaluate(carry.learner)
-                    values["time/eval_s"] = time.perf_counter() - started
+                    values["time/eval_s"] = time.perf_counter() - eval_start
                 writer.write(done, values)
                 best = stage.best_metric
                 scores = {best: values[best]} if best is not None and best in values else {}
-                checkpointer.save(done, carry, extra={"wall_s": wall_s}, metrics=scores, force=last)
-            stopped = terminated()
+                checkpointer.save(
+                    done,
+                    carry,
+                    extra=dataclasses.asdict(add()),
+                    metrics=scores,
+                    force=last or bool(scores),
+                )
             if done:
-                checkpointer.save(done, carry, extra={"wall_s": wall_s}, metrics={}, force=True)
+                checkpointer.save(
+                    done, carry, extra=dataclasses.asdict(add()), metrics={}, force=True
+                )
         checkpointer.wait()
-    return Result(carry, done, wall_s, compile_s, stopped and done < stage.updates)
+        return Result(carry, done, add(), earlier_s, terminated())
+
+
+def _absent(name: str, value: float) -> bool:
+    """An episode metric of a dispatch in which no episode ended."""
+    return name.startswith("episode/") and math.isnan(value)
+
+
+def _diverged(name: str, workdir: str | pathlib.Path, before: int, done: int) -> str:
+    return (
+        f"Stage {name!r} diverged in updates {before + 1} to {done}: loss/total, grad/norm or a "
+        f"parameter is not finite. Nothing of them is saved. The same command would come to the "
+        f"same point again: start in a fresh workdir with a lower learning rate, or look at loss/* "
+        f"and grad/norm in {pathlib.Path(workdir) / JSONL_NAME}."
+    )
 
 
 class Terminated:
-    """Notes a SIGTERM, so that the loop can save and stop between two dispatches."""
+    """Notes a SIGTERM or SIGINT, so that the loop can save and stop between two dispatches.
+
+    A SIGINT after that raises KeyboardInterrupt: who presses Ctrl-C twice does not want to wait.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __enter__(self) -> "Terminated":
         self._seen = False
+        self._previous: dict[int, Any] = {}
         try:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
         except ValueError:  # Not the main thread: signals are somebody else's.
-            self._previous = None
+            pass
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self._seen
 
-    def _note(self, *unused: object) -> None:
+    def _note(self, number: int, _: object) -> None:
+        if self._seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._seen = True
+        # Not print: the signal may have come inside of one.
+        os.write(2, b"\nStopping after the updates under way; Ctrl-C to stop at once.\n")

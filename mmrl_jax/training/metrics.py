@@ -39,7 +39,9 @@ GLOSSARY: dict[str, Metric] = {
         "Clipped surrogate of PPO, mean over valid steps, no sign of progress",
         "-0.1 to 0.1",
     ),
-    "loss/value": Metric("return^2", "Squared error of the value, before its weight", "falls"),
+    "loss/value": Metric(
+        "return^2", "Half the squared error of the value, before its weight", "falls"
+    ),
     "loss/entropy": Metric("nats", "Negative entropy, before its weight", "rises slowly"),
     "loss/auxiliary": Metric(
         "1", "Error of predicting privileged targets, before its weight", "falls"
@@ -58,7 +60,9 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "policy/entropy": Metric("nats", "Entropy of the action distribution", "falls slowly"),
     "value/explained_variance": Metric(
-        "1", "1 - Var(return - value) / Var(return) on the data just gathered", "0.3 to 1"
+        "1",
+        "1 - mean((target - value)^2) / Var(target) on the data just gathered, before the update",
+        "0.3 to 1; below 0 is worse than a constant",
     ),
     "grad/norm": Metric(
         "1", "Global norm of the gradient before clipping", "stable, mostly under the clip"
@@ -67,28 +71,46 @@ GLOSSARY: dict[str, Metric] = {
     "episode/return": Metric("reward", "Mean return of the episodes that ended", "rises"),
     "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
     "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
-    "rollout/reward": Metric("reward", "Mean reward of a step", "rises"),
+    "rollout/reward": Metric("reward", "Mean reward of a valid step", "rises"),
     "time/samples_per_s": Metric(
         "1/s",
-        "Environment (or demonstrated) steps a second, compile time left out",
+        "Steps of the unroll, resets among them, or demonstrated steps, a second of time/wall_s",
         "constant",
     ),
-    "time/wall_s": Metric("s", "Wall time of the stage so far, compile time left out", "grows"),
-    "time/update_s": Metric("s", "Wall time of one update, compile time left out", "constant"),
-    "time/compile_s": Metric("s", "Time to compile the update; logged once", "under 60"),
-    "time/eval_s": Metric("s", "Wall time of one evaluation", "small beside the updates"),
-    "progress/env_steps": Metric("steps", "Environment steps since the start", "grows"),
+    "time/wall_s": Metric(
+        "s",
+        "Time of the stage's updates so far; initialisation, compilation and evaluations left out",
+        "grows",
+    ),
+    "time/update_s": Metric("s", "Time of one update, as time/wall_s", "constant"),
+    "time/compile_s": Metric(
+        "s",
+        "Time of initialising and compiling the stage so far, on every line",
+        "constant; grows where a run is resumed",
+    ),
+    "time/eval_s": Metric(
+        "s", "Time of one evaluation; the first compiles", "small beside the updates"
+    ),
+    "progress/env_steps": Metric(
+        "steps", "Environment steps since the start; a step that only resets is none", "grows"
+    ),
     "progress/updates": Metric("updates", "Updates since the start", "grows"),
     "rollout/valid_fraction": Metric(
-        "fraction", "Steps of the rollout that the update may use", "1; less means bad physics"
+        "fraction",
+        "Steps of the rollout that the update may use; one that only resets is none",
+        "L / (L + 1) for episodes of length L; less means bad physics",
     ),
     "update/steps": Metric(
-        "steps", "Optimiser steps before the KL stop", "all; fewer often: lower the learning rate"
+        "steps",
+        "Optimiser steps of an update, before the KL stop if there is one",
+        "epochs * minibatches; fewer often: lower the learning rate",
     ),
     "eval/<split>/success": Metric("fraction", "Success over the evaluation episodes", "rises"),
     "eval/<split>/success_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
     "eval/<split>/success_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
     "eval/<split>/return": Metric("reward", "Mean return over the evaluation episodes", "rises"),
+    "eval/<split>/return_lo": Metric("reward", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/return_hi": Metric("reward", "Upper end of its 95 % interval", "-"),
     "eval/<split>/length": Metric("steps", "Mean length of the evaluation episodes", "-"),
 }
 
@@ -153,6 +175,7 @@ class MetricWriter:
         workdir: str | os.PathLike[str],
         *,
         total_steps: int,
+        max_wall_s: float | None,
         resume_step: int | None,
         console_names: Sequence[str],
         console_interval_s: float,
@@ -166,6 +189,7 @@ class MetricWriter:
         Args:
             workdir: Directory of the run; made if absent.
             total_steps: Step at which the run ends, for the bar and the time left; at least 1.
+            max_wall_s: Value of `time/wall_s` at which it ends if that comes first, or None.
             resume_step: Step of the restored checkpoint: later lines are removed. None for a run
                 from the start: all earlier lines are removed.
             console_names: Metrics to show on the console, in order.
@@ -200,6 +224,7 @@ class MetricWriter:
         self._console = _Console(
             stream=sys.stderr if stream is None else stream,
             total=total_steps,
+            max_wall_s=max_wall_s,
             start=resume_step or 0,
             names=console_names,
             interval_s=console_interval_s,
@@ -260,7 +285,8 @@ class MetricWriter:
 class _Console:
     """A bar with progress, rate, time left and a few metrics.
 
-    The rate counts from the first update on, which leaves the first compile out.
+    Progress and time left are of the limit, steps or time, that will be met first. Rate and time
+    left are of `time/wall_s`, which leaves compilation and evaluations out.
     """
 
     _BAR = 20
@@ -270,6 +296,7 @@ class _Console:
         *,
         stream: TextIO,
         total: int,
+        max_wall_s: float | None,
         start: int,
         names: Sequence[str],
         interval_s: float,
@@ -278,12 +305,14 @@ class _Console:
     ):
         self._stream = stream
         self._total = total
+        self._max_wall_s = max_wall_s
         self._names = names
         self._interval = interval_s
         self._label = label
         self._clock = clock
         self._tty = stream.isatty()
         self._step = start
+        self._wall_s: float | None = None
         self._first: tuple[int, float] | None = None
         self._shown_at: float | None = None
         self._values: dict[str, float] = {}
@@ -293,10 +322,11 @@ class _Console:
         now = self._clock()
         self._step = step
         self._values.update({name: values[name] for name in self._names if name in values})
-        if self._first is None:
-            self._first = (step, now)
+        self._wall_s = values.get("time/wall_s", self._wall_s)
+        if self._first is None and self._wall_s is not None:
+            self._first = (step, self._wall_s)
         due = self._shown_at is None or now - self._shown_at >= self._interval
-        if self._tty or due or step >= self._total:
+        if self._tty or due or max(self._by_step(), self._by_time()) >= 1:
             self._show(now)
 
     def message(self, text: str) -> None:
@@ -313,8 +343,16 @@ class _Console:
                 self._show(self._clock())
         self._stream.flush()
 
+    def _by_step(self) -> float:
+        return min(max(self._step / self._total, 0.0), 1.0)
+
+    def _by_time(self) -> float:
+        if self._max_wall_s is None or self._wall_s is None:
+            return 0.0
+        return min(self._wall_s / self._max_wall_s, 1.0) if self._max_wall_s > 0 else 1.0
+
     def _show(self, now: float) -> None:
-        line = self._line(now)
+        line = self._line()
         if self._tty:
             # One column is left free: a full line would wrap, and the next \r not undo it.
             width = shutil.get_terminal_size().columns - 1
@@ -324,20 +362,28 @@ class _Console:
         self._stream.flush()
         self._shown_at, self._shown_step = now, self._step
 
-    def _line(self, now: float) -> str:
-        done = min(max(self._step / self._total, 0.0), 1.0)
+    def _line(self) -> str:
+        timed = self._by_time() > self._by_step()
+        done = self._by_time() if timed else self._by_step()
         filled = int(done * self._BAR)
+        progress = f"{self._step:,}/{self._total:,}"
+        if timed:
+            assert self._wall_s is not None and self._max_wall_s is not None
+            progress = (
+                f"{_duration(self._wall_s)}/{_duration(self._max_wall_s)}, step {self._step:,}"
+            )
         parts = [
             f"{self._label + ' ' if self._label else ''}"
-            f"[{'#' * filled}{'-' * (self._BAR - filled)}] {100 * done:3.0f} %"
-            f" {self._step:,}/{self._total:,}"
+            f"[{'#' * filled}{'-' * (self._BAR - filled)}] {100 * done:3.0f} % {progress}"
         ]
-        assert self._first is not None
-        steps, seconds = self._step - self._first[0], now - self._first[1]
-        if steps > 0 and seconds > 0:
-            rate = steps / seconds
-            left = max(self._total - self._step, 0) / rate
-            parts.append(f"{_short(rate)} steps/s, {_duration(left)} left")
+        if self._first is not None and self._wall_s is not None:
+            steps, seconds = self._step - self._first[0], self._wall_s - self._first[1]
+            if steps > 0 and seconds > 0:
+                rate = steps / seconds
+                left = (self._total - self._step) / rate
+                if timed and self._max_wall_s is not None:
+                    left = self._max_wall_s - self._wall_s
+                parts.append(f"{_short(rate)} steps/s, {_duration(max(left, 0))} left")
         shown = [f"{name} {_short(value)}" for name, value in self._values.items()]
         return " | ".join([*parts, *([", ".join(shown)] if shown else [])])
 

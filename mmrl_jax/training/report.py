@@ -24,7 +24,7 @@ _TEXT = (240, 240, 240)
 # One panel each; a name may hold a `<part>` as in the glossary. Panels without data are left out.
 CURVES: dict[str, tuple[str, ...]] = {
     "success": ("episode/success", "eval/<split>/success"),
-    "return": ("episode/return",),
+    "return": ("episode/return", "eval/<split>/return"),
     "total loss": ("loss/total",),
     "policy loss": ("loss/policy",),
     "value loss": ("loss/value",),
@@ -101,11 +101,11 @@ def stage_curves(
     *,
     metric: str,
 ) -> pathlib.Path:
-    """Draws one metric over wall time for stages that follow each other, in one panel.
+    """Draws one metric over the time of the updates, of stages that follow each other.
 
     Args:
         lines: Label to the workdirs of a stage and of those before it, the earliest first. The last
-            one's values are drawn, to the right of the wall time that the others took, from where
+            one's values are drawn, to the right of the time that the others took, from where
             the one before it ended.
         out_png: Picture to write; its directory is made if absent.
         metric: Name of the metric; where `<metric>_lo` and `<metric>_hi` were logged too, they are
@@ -140,7 +140,7 @@ def stage_curves(
         minutes, middle, low, high = points.T
         (line,) = axis.plot(minutes / 60, middle, label=label, marker="o", markersize=3)
         axis.fill_between(minutes / 60, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axis.set_xlabel("wall time, compile time left out (minutes)")
+    axis.set_xlabel("time of the updates (minutes)")
     axis.set_ylabel(metric)
     if metrics.lookup(metric).unit == "fraction":
         axis.set_ylim(-0.03, 1.03)
@@ -199,27 +199,6 @@ def tiled(clips: np.ndarray, *, columns: int) -> np.ndarray:
     return grid
 
 
-def write_video(
-    path: str | os.PathLike[str], frames: np.ndarray, captions: Sequence[str], fps: float
-) -> pathlib.Path:
-    """Writes one clip with captions, as mp4 where ffmpeg is there, else as gif.
-
-    Args:
-        path: File to write; its suffix becomes `.mp4` or `.gif`. A path that ends in `.gif` is
-            always written as gif.
-        frames: uint8 `[T, H, W, 3]`.
-        captions: One text for each frame, drawn beneath it.
-        fps: Frames per second, over 0.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: As `captioned`; or fps not over 0.
-    """
-    return _write_frames(pathlib.Path(path), captioned(frames, captions), fps)
-
-
 def episodes_video(
     path: str | os.PathLike[str],
     frames: np.ndarray,
@@ -227,10 +206,11 @@ def episodes_video(
     fps: float,
     columns: int,
 ) -> pathlib.Path:
-    """Writes several episodes side by side, each with its own caption; else as `write_video`.
+    """Writes episodes side by side, each with its caption, as mp4 where ffmpeg is there, or gif.
 
     Args:
-        path: File to write.
+        path: File to write; its suffix becomes `.mp4` or `.gif`. A path that ends in `.gif` is
+            always written as gif.
         frames: uint8 `[N, T, H, W, 3]`.
         captions: One text for each episode.
         fps: Frames per second, over 0.

@@ -1,0 +1,119 @@
+"""Tests of mmrl_jax.evaluation.evaluate; expected values derived by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.evaluation.evaluate import MODALITIES, Episodes, describe, evaluate, hide
+from mmrl_jax.rollouts.unroll import Decision
+
+
+class Staircase(Env):
+    """Environment i ends after i + 1 steps, in the next step resets itself, and so on.
+
+    Reward i + 1 a step, 0 for the reset; success for odd i.
+    """
+
+    episode_length = 4
+    observation_size = {}
+    action_size = 1
+    backend = "none"
+
+    def __init__(self, metric: str = "success"):
+        self.metric = metric
+
+    def reset(self, rng: jax.Array) -> State:
+        zero = jnp.zeros(rng.shape[0])
+        info = {"t": zero, "truncation": zero, "was_reset": zero, "privileged": {}}
+        return State(None, {}, zero, zero, {self.metric: zero}, info)
+
+    def step(self, state: State, action: jax.Array) -> State:
+        i = jnp.arange(state.done.shape[0], dtype=jnp.float32)
+        t = jnp.where(state.done > 0, 0.0, state.info["t"] + 1)
+        done = (t == i + 1).astype(jnp.float32)
+        return state.replace(
+            reward=(1 - state.done) * (i + 1),
+            done=done,
+            metrics={self.metric: done * (i % 2)},
+            info=state.info | {"t": t, "was_reset": state.done},
+        )
+
+
+def nothing(state: State, rng: jax.Array) -> Decision:
+    zero = jnp.zeros(state.done.shape[0])
+    return Decision(zero, zero, zero, zero)
+
+
+def test_every_environment_counts_for_its_first_episode():
+    # In 4 steps environment 0 ends at steps 1 and 3, environment 1 at step 2 and begins anew at
+    # step 4, environment 2 ends at 3, environment 3 at 4. Return: (i + 1) steps of reward i + 1.
+    run = jax.jit(lambda rng: evaluate(Staircase(), nothing, rng, episodes=4))
+    episodes = run(jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(episodes.length, [1, 2, 3, 4])
+    np.testing.assert_array_equal(episodes.episode_return, [1, 4, 9, 16])
+    np.testing.assert_array_equal(episodes.success, [0, 1, 0, 1])
+
+
+def test_success_is_not_made_up():
+    episodes = evaluate(Staircase("height"), nothing, jax.random.PRNGKey(0), episodes=2)
+    assert episodes.success is None
+    assert set(describe(episodes)) == {"return", "return_lo", "return_hi", "length"}
+
+
+def test_describe():
+    # 100 successes in 400: standard deviation of the mean sqrt(0.25 * 0.75 / 400) = 0.02165, so
+    # the interval is 0.25 -+ 0.0424. Returns are twice that, lengths have none.
+    success = np.repeat([1.0, 0.0], [100, 300])
+    described = describe(Episodes(success, 2 * success, np.full(400, 7.0)))
+    assert described["success"] == 0.25 and described["return"] == 0.5
+    assert described["success_lo"] == pytest.approx(0.2076, abs=0.005)
+    assert described["return_hi"] == pytest.approx(2 * 0.2924, abs=0.01)
+    assert described["length"] == 7
+    # One bad episode makes its numbers unknown, and does not end a training run.
+    returns = np.array([1.0, np.nan])
+    described = describe(Episodes(np.ones(2), returns, np.ones(2)))
+    assert np.isnan([described[f"return{end}"] for end in ("", "_lo", "_hi")]).all()
+    assert described["success"] == 1
+
+
+def observed(batch: int) -> State:
+    obs = {
+        "pixels": jnp.arange(batch * 12, dtype=jnp.uint8).reshape(batch, 2, 2, 3),
+        "instruction": {
+            "tokens": jnp.arange(batch * 2).reshape(batch, 2),
+            "mask": jnp.arange(batch * 2).reshape(batch, 2) > 2,
+        },
+        "proprio": jnp.arange(batch * 3.0).reshape(batch, 3),
+    }
+    return State(None, obs, jnp.zeros(batch), jnp.zeros(batch), {}, {})
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_hide_swaps_exactly_one_modality(modality):
+    seen = []
+
+    def look(state: State, rng: jax.Array) -> Decision:
+        seen.append(state.obs)
+        return nothing(state, rng)
+
+    state = observed(3)
+    for when in (True, False):
+        hide(look, modality, jnp.bool_(when))(state, jax.random.PRNGKey(0))
+    hidden, shown = seen
+    jax.tree.map(np.testing.assert_array_equal, shown, state.obs)
+    for name, right in state.obs.items():
+        # Environment i sees what environment i - 1 should: 2, 0, 1.
+        order = np.array([2, 0, 1]) if name == modality else np.arange(3)
+        expected = jax.tree.map(lambda x, order=order: np.asarray(x)[order], right)
+        jax.tree.map(np.testing.assert_array_equal, hidden[name], expected)
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), hidden[name], right)
+
+
+def test_hide_refuses_what_it_cannot_hide():
+    rng = jax.random.PRNGKey(0)
+    with pytest.raises(ValueError, match="batch of 1.*at least 2 episodes"):
+        hide(nothing, "pixels")(observed(1), rng)
+    with pytest.raises(ValueError, match="'touch' is none of"):
+        hide(nothing, "touch")(observed(2), rng)

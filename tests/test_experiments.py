@@ -1,0 +1,197 @@
+"""The scripts of experiments/, end to end at a tiny size."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+from experiments import evaluate, quickstart
+from experiments import train as train_script
+from mmrl_jax import envs
+from mmrl_jax.training import checkpoint, factory, loop
+from mmrl_jax.training import config as config_lib
+from tests import tiny
+
+SPLITS = envs.splits("language_reach")[:2]  # Each has a program of its own to compile.
+ENDS = ("", "_lo", "_hi")
+pytestmark = pytest.mark.timeout(900)  # Where nothing is cached, the first compiles for minutes.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, summary, environments evaluated when a program was traced) of one quickstart."""
+    workdir = tmp_path_factory.mktemp("quickstart")
+    traced = []
+    evaluation = factory.evaluate
+
+    def counted(env, *arguments, **keywords):
+        traced.append(env)
+        return evaluation(env, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "EPISODES", 4)
+        patch.setattr(factory, "evaluate", counted)
+        patch.setattr(envs, "splits", lambda name: SPLITS)
+        summary = quickstart.quickstart(tiny.config(), workdir)
+    return workdir, summary, traced
+
+
+def test_quickstart_writes_every_number(finished):
+    workdir, summary, traced = finished
+    measured = [
+        "expert/train",
+        "chance/train/random_object",
+        "chance/train/fixed_object",
+        *(f"warm_start/{split}" for split in SPLITS),
+        "more_cloning/train",
+        *(f"final/{split}" for split in SPLITS),
+        "final/train/no_pixels",
+        "final/train/no_instruction",
+    ]
+    stages = ("warm_start", "ppo", "more_cloning")
+    times = {"wall_s", "compile_s", *(f"{stage}/wall_s" for stage in stages)}
+    expected = {f"{name}/success{end}" for name in measured for end in ENDS} | times
+    assert set(summary) == expected | {"env_steps", "env_steps_per_s"}
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    for name in measured:
+        value, low, high = (summary[f"{name}/success{end}"] for end in ENDS)
+        assert 0 <= low <= value <= high <= 1
+    assert summary["wall_s"] > summary["compile_s"] + sum(summary[f"{s}/wall_s"] for s in stages)
+    assert summary["env_steps_per_s"] == summary["env_steps"] / summary["ppo/wall_s"]
+    # 4 updates of 4 steps, which are one episode of 16, in 8 environments: none only reset.
+    assert summary["env_steps"] == 128
+    # One program for the evaluations during each stage, and one a split for all stages' learners.
+    assert len(traced) == 3 + len(SPLITS)
+
+
+def test_quickstart_draws_every_picture(finished):
+    workdir = finished[0]
+    places = (workdir, workdir / "warm_start", workdir / "more_cloning")
+    curves = [place / "learning_curves.png" for place in places]
+    for path in (*curves, workdir / "success.png", workdir / "episode.png"):
+        assert path.stat().st_size > 1000
+    assert (workdir / "episodes.mp4").exists() or (workdir / "episodes.gif").exists()
+
+
+def test_quickstart_again_trains_nothing(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "again"
+    shutil.copytree(finished[0], workdir)
+    before = {p: p.read_bytes() for p in workdir.rglob("metrics.jsonl")}
+    for name in ("evaluate_policies", "evaluate_stages"):
+        monkeypatch.setattr(quickstart, name, lambda *_: None)
+    monkeypatch.setattr(loop, "make_dispatch", lambda *_: pytest.fail("a dispatch was made"))
+    # The numbers are safe before a picture is drawn.
+    (workdir / "summary.json").unlink()
+    written = []
+
+    def film(*_) -> list:
+        written.append(json.loads((workdir / "summary.json").read_text()))
+        return []
+
+    monkeypatch.setattr(quickstart, "film", film)
+    trained = train_script.train(tiny.config(), workdir)
+    monkeypatch.setattr(quickstart, "train", lambda *_: trained)
+    summary = quickstart.quickstart(tiny.config(), workdir)
+    assert written == [summary]
+    same = ("env_steps", "compile_s", "warm_start/wall_s", "ppo/wall_s", "more_cloning/wall_s")
+    assert {name: summary[name] for name in same} == {name: finished[1][name] for name in same}
+    # The times of the process before are not lost.
+    assert summary["wall_s"] > sum(summary[name] for name in same[1:])
+    assert {p: p.read_bytes() for p in before} == before
+    # A signal in the last stage, even at its end, stops all that would follow.
+    run = loop.run
+    monkeypatch.setattr(
+        loop, "run", lambda *a, **k: dataclasses.replace(run(*a, **k), interrupted=True)
+    )
+    assert quickstart.quickstart(tiny.config(), workdir) is None and len(written) == 1
+
+
+def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0] / "warm_start", workdir)
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    config.devices = 64
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    chosen = {"workdir": str(workdir), "episodes": 4, "split": "train", "which": "best"}
+
+    def table(**changes) -> dict:
+        monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**(chosen | changes)))
+        evaluate.main(["evaluate"])
+        return json.loads((workdir / "evaluation.json").read_text())
+
+    first = table()
+    rows = ("train", "train/no_pixels", "train/no_instruction", "train/no_proprio")
+    names = {f"{name}{end}" for name in ("success", "return") for end in ENDS}
+    names |= {"length", "checkpoint", "episodes"}
+    assert set(first) == {f"{row}/{name}" for row in rows for name in names}
+    assert first["train/checkpoint"] in checkpoint.saved_steps(workdir)
+    assert "train                    no_pixels       success" in capsys.readouterr().out
+    # Another call adds to it.
+    other = SPLITS[1]
+    both = table(split=other, which="4")
+    assert both.items() > first.items() and both[f"{other}/checkpoint"] == 4
+    for changes, message in (
+        ({"split": "tran"}, "--split='tran' is unknown"),
+        ({"which": "3"}, r"No checkpoint 3 in .* there are"),
+        ({"which": "newest"}, "which is 'newest'"),
+        ({"workdir": str(tmp_path)}, "holds no run"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            table(**changes)
+    # A config that this version does not know is named, instead of failing somewhere below.
+    stored = json.loads(config_lib.to_json(config))
+    stored["ppo"]["clpi"] = stored["ppo"].pop("clip")
+    (workdir / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="error: Unknown config key 'ppo.clpi'"):
+        table()
+
+
+def train_main(monkeypatch, config, workdir) -> None:
+    flags = types.SimpleNamespace(config=config, workdir=str(workdir))
+    monkeypatch.setattr(train_script, "FLAGS", flags)
+    train_script.main(["train"])
+
+
+@pytest.mark.parametrize("error", train_script.FAILURES)
+def test_failures_of_a_run_are_errors_without_a_stack(error, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error("what happened")
+
+    monkeypatch.setattr(train_script, "train", fail)
+    with pytest.raises(SystemExit, match="error: what happened"):
+        train_main(monkeypatch, tiny.config(), tmp_path)
+
+
+def test_only_the_check_of_the_config_may_hide_a_stack(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: .*ppo\.minibatches=5"):
+        train_main(monkeypatch, tiny.config(ppo__minibatches=5), tmp_path / "a")
+    # Another config's workdir.
+    checkpoint.claim_workdir(tmp_path / "b", tiny.config(ppo__clip=0.1))
+    with pytest.raises(SystemExit, match=r"error: .*belongs to a run of another config"):
+        train_main(monkeypatch, tiny.config(), tmp_path / "b")
+
+    def fail(*_):
+        raise ValueError("a fault of the code")
+
+    monkeypatch.setattr(train_script, "train", fail)
+    with pytest.raises(ValueError, match="a fault of the code"):
+        train_main(monkeypatch, tiny.config(), tmp_path / "c")
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "quickstart"])
+def test_help(script):
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", f"experiments.{script}", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout
+    assert f"python -m experiments.{script}" in text and "--workdir:" in text
+    assert max(map(len, text.splitlines())) <= 100
+    if script == "train":
+        listed = {line.split()[0] for line in text.splitlines() if line[:1].strip()}
+        keys = set(config_lib.flatten(tiny.config()))
+        options = {key for key in keys if key.startswith("env.options.")}
+        assert listed >= keys - options | {"env.options"}
