@@ -372,7 +372,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         ({"model__heads": 3}, "model.heads=3"),
         ({"ppo__minibatches": 5}, "ppo.minibatches=5"),
         ({"devices": 9}, "devices=9"),
-        ({"devices": 8, "ppo__num_envs": 12, "ppo__unroll": 2}, "ppo.num_envs=12"),
+        ({"devices": 8, "ppo__num_envs": 12, "ppo__unroll": 2}, "ppo.num_envs = 12"),
         ({"run__updates": 5, "run__updates_per_dispatch": 2}, "updates_per_dispatch=2"),
         ({"env__split": "heldout_colours"}, "heldout_colours"),
         ({"env__height": 0}, "env.height=0"),

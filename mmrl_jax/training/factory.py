@@ -196,7 +196,7 @@ def _minibatch(config: ml_collections.ConfigDict) -> int:
 
 
 def _check_observation(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError unless the environment gives what the multimodal model reads and predicts."""
+    """Raises ValueError unless the environment has what the model reads and predicts."""
     model = config.model
     for entry in model.auxiliary:
         if len(entry) != 2 or not isinstance(entry[0], str) or not isinstance(entry[1], int):
