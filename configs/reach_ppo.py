@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.heads = 1
     config.model.mlp_ratio = 2
     config.model.patch = 8
-    config.model.patch_margin = 4
+    config.model.patch_margin = 2
     config.model.patch_hidden = 128
     config.model.vision_layers = 0
     config.model.text_layers = 0
@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = False
 
     config.warm_start = ml_collections.ConfigDict()
-    config.warm_start.updates = 1500
-    config.warm_start.episodes = 6144
+    config.warm_start.updates = 1000
+    config.warm_start.episodes = 12288
     config.warm_start.expert = ml_collections.ConfigDict(
         {"gain": 1.5, "undershoot": 0.15, "noise": 0.2}
     )
@@ -56,9 +56,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.warm_start.checkpoint_interval = 500
 
     config.ppo = ml_collections.ConfigDict()
-    config.ppo.num_envs = 384
+    config.ppo.num_envs = 512
     config.ppo.unroll = 17
-    config.ppo.learning_rate = 4e-4
+    config.ppo.learning_rate = 1e-3
     config.ppo.schedule = "linear"
     config.ppo.max_grad_norm = 1.0
     config.ppo.discount = 0.95
@@ -67,17 +67,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.value_clip = ml_collections.config_dict.placeholder(float)
     config.ppo.value_weight = 0.5
     config.ppo.entropy_weight = 0.0
-    config.ppo.auxiliary_weight = 4.0
-    config.ppo.pointing_weight = 0.5
-    config.ppo.epochs = 2
+    # The policy's gradient is noisy: over minibatches of 544 samples its standard deviation is 4.8,
+    # against 0.5 of the auxiliary loss at weight 4. These weights keep perception learning.
+    config.ppo.auxiliary_weight = 40.0
+    config.ppo.pointing_weight = 4.0
+    config.ppo.epochs = 1
     config.ppo.minibatches = 16
     config.ppo.target_kl = ml_collections.config_dict.placeholder(float)
     config.ppo.initial_std = 0.3
 
     config.run = ml_collections.ConfigDict()
-    config.run.updates = 110
+    config.run.updates = 140
     config.run.updates_per_dispatch = 1
-    config.run.eval_interval = 22
+    config.run.eval_interval = 28
     config.run.eval_episodes = 256
     config.run.checkpoint_interval = 10
     config.run.keep = 2

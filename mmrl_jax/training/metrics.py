@@ -53,10 +53,14 @@ GLOSSARY: dict[str, Metric] = {
         "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
     ),
     "policy/kl": Metric(
-        "nats", "KL from the policy that acted to the updated one, per step", "0.001 to 0.05"
+        "nats",
+        "KL from the policy that acted to the updated one, per step",
+        "0.001 to 0.05; up to 0.2 where auxiliary losses move the features",
     ),
     "policy/clip_fraction": Metric(
-        "fraction", "Steps whose probability ratio lies outside the clip range", "0.02 to 0.3"
+        "fraction",
+        "Steps whose probability ratio lies outside the clip range",
+        "0.02 to 0.3; more where auxiliary losses move the features",
     ),
     "policy/entropy": Metric("nats", "Entropy of the action distribution", "falls slowly"),
     "value/explained_variance": Metric(
@@ -64,9 +68,7 @@ GLOSSARY: dict[str, Metric] = {
         "1 - mean((target - value)^2) / Var(target) on the data just gathered, before the update",
         "0.3 to 1; below 0 is worse than a constant",
     ),
-    "grad/norm": Metric(
-        "1", "Global norm of the gradient before clipping", "stable, mostly under the clip"
-    ),
+    "grad/norm": Metric("1", "Global norm of the gradient before clipping", "stable"),
     "lr": Metric("1", "Learning rate after the update", "as the schedule says"),
     "episode/return": Metric("reward", "Mean return of the episodes that ended", "rises"),
     "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
