@@ -132,7 +132,7 @@ def film(
 
     # Other episodes than the evaluation's, taken as they come.
     rng = jax.random.fold_in(factory.evaluation_key(config), 2)
-    first, frames, _ = jax.device_get(run(learner, rng))
+    first, frames = jax.device_get(run(learner, rng))
     captions = [env.caption(jax.tree.map(lambda x, i=i: x[i], first)) for i in range(6)]
     clips = np.swapaxes(frames, 0, 1)
     video = report.episodes_video(workdir / "episodes.mp4", clips, captions, fps=10, columns=3)

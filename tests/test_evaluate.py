@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mmrl_jax.envs.brax_api import Env, State
-from mmrl_jax.evaluation.evaluate import MODALITIES, Episodes, describe, evaluate, hide
+from mmrl_jax.evaluation.evaluate import MODALITIES, Episodes, describe, evaluate, film, hide
+from mmrl_jax.rendering import Scene, look_at
 from mmrl_jax.rollouts.unroll import Decision
 
 
@@ -54,6 +55,26 @@ def test_every_environment_counts_for_its_first_episode():
     np.testing.assert_array_equal(episodes.length, [1, 2, 3, 4])
     np.testing.assert_array_equal(episodes.episode_return, [1, 4, 9, 16])
     np.testing.assert_array_equal(episodes.success, [0, 1, 0, 1])
+
+
+def test_a_film_stands_still_once_its_episode_ended():
+    class Seen(Staircase):
+        """A floor whose redness is the step of the episode."""
+
+        def scene(self, state: State) -> tuple:
+            red = state.info["t"][:, None, None] / 4 * jnp.array([1.0, 0, 0])
+            unit = jnp.ones((state.done.shape[0], 1, 1))
+            turn = unit * jnp.array([1.0, 0, 0, 0])
+            return Scene(("plane",), 0 * red, turn, 0 * red, red), look_at((0, 0, 1), (0, 0, 0))
+
+    first, frames = film(Seen(), nothing, jax.random.PRNGKey(0), episodes=2, height=4, width=4)
+    assert frames.shape == (5, 2, 4, 4, 3) and (first.info["t"] == 0).all()
+    redness = np.asarray(frames[..., 0], float).mean((2, 3))
+    # Environment 0 ends at step 1 and environment 1 at step 2; what comes after is not shown.
+    assert (redness[0] == 0).all() and (redness[1] > 20).all()
+    np.testing.assert_array_equal(redness[1:, 0], redness[1, 0])
+    assert redness[2, 1] > 1.5 * redness[1, 1]
+    np.testing.assert_array_equal(redness[2:, 1], redness[2, 1])
 
 
 def test_success_is_not_made_up():

@@ -343,13 +343,17 @@ def test_eight_devices_start_and_draw_as_one():
     chex.assert_trees_all_close(outcomes[1], outcomes[3], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_whole_update_lowers_for_accelerators(platform):
-    stage = stage_of(tiny.config("reach_ppo_scratch"))
+@pytest.mark.parametrize("name", ["reach_ppo_scratch", "recall_ppo", "reach_bc"])
+def test_the_whole_update_lowers_for_accelerators(name):
+    config = tiny.config(name)
+    stage = stage_of(config)
+    if config.algorithm == "bc":
+        data, _ = factory.record_demonstrations(config)
+        stage = factory.cloning_stage(config, factory.make_mesh(config), data)
     carry = jax.eval_shape(stage.init)
-    step = jax.jit(lambda c: stage.update(c, None))
-    exported = jax.export.export(step, platforms=[platform])(carry)
-    assert exported.platforms == (platform,)
+    for platform in ("tpu", "cuda"):
+        exported = jax.export.export(jax.jit(stage.update), platforms=[platform])(carry, stage.data)
+        assert exported.platforms == (platform,)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -41,8 +41,9 @@ def evaluate(env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int)
       episodes: N.
     """
     start_key, policy_key = jax.random.split(rng)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(start_key, jnp.arange(episodes))
-    _, batch = unroll(env, env.reset(keys), policy, policy_key, env.episode_length)
+    _, batch = unroll(
+        env, env.reset(_keys(start_key, episodes)), policy, policy_key, env.episode_length
+    )
     done = batch.terminated + batch.truncated
     before = jnp.cumsum(done, axis=0) - done  # Ends before step t.
     running = (before == 0).astype(jnp.float32)
@@ -113,24 +114,32 @@ def film(
     episodes: int,
     height: int,
     width: int,
-) -> tuple[State, jax.Array, jax.Array]:
+) -> tuple[State, jax.Array]:
     """Pictures of whole episodes, at another resolution than the policy's.
 
     Returns:
-      The first state [N, ...], frames uint8 [T + 1, N, H, W, 3], and done float32 [T + 1, N].
+      The first state [N, ...], and frames uint8 [T + 1, N, H, W, 3]; an episode that has ended
+      stands still.
     """
     start_key, policy_key = jax.random.split(rng)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(start_key, jnp.arange(episodes))
-    first = env.reset(keys)
+    first = env.reset(_keys(start_key, episodes))
 
     def picture(state: State) -> jax.Array:
         return render(*env.scene(state), height=height, width=width)
 
-    def step(state: State, t: jax.Array) -> tuple:
+    def step(carry: tuple, t: jax.Array) -> tuple:
+        state, frame, over = carry
         decision = policy(state, jax.random.fold_in(policy_key, t))
         state = env.step(state, decision.environment_action)
-        return state, (picture(state), state.done)
+        frame = jnp.where(over[:, None, None, None], frame, picture(state))
+        return (state, frame, over | (state.done > 0)), frame
 
-    _, (frames, done) = jax.lax.scan(step, first, jnp.arange(env.episode_length))
-    frames = jnp.concatenate([picture(first)[None], frames])
-    return first, frames, jnp.concatenate([first.done[None], done])
+    start = picture(first)
+    carry = (first, start, jnp.zeros(episodes, bool))
+    _, frames = jax.lax.scan(step, carry, jnp.arange(env.episode_length))
+    return first, jnp.concatenate([start[None], frames])
+
+
+def _keys(rng: jax.Array, episodes: int) -> jax.Array:
+    """Keys [N, 2] of N environments; the i-th does not depend on N."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(episodes))
