@@ -2,6 +2,8 @@
 
 Command:   python -m experiments.train --config=configs/reach_bc.py --workdir=runs/reach_bc
 Hardware:  two CPU cores.
+Time:      1.6 minutes, half a minute of compilation.
+Result:    success on the training split 0.24 (seed 0), of an expert's 0.38.
 """
 
 import ml_collections

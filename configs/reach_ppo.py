@@ -2,6 +2,8 @@
 
 Command:   python -m experiments.train --config=configs/reach_ppo.py --workdir=runs/reach_ppo
 Hardware:  two CPU cores.
+Time:      1.6 minutes of cloning and 6.1 of PPO (1.15M decisions), 1.5 minutes of compilation.
+Result:    success on the training split 0.24 after cloning, 0.92 after PPO (seed 0).
 """
 
 import ml_collections
