@@ -2,6 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/locomotion_ppo.py --workdir=runs/ant
 Hardware:  two CPU cores.
+Time and result: not run.
 """
 
 import ml_collections

@@ -3,6 +3,9 @@
 Command:   python -m experiments.train --config=configs/mlp_ppo.py --workdir=runs/pendulum
            python -m experiments.train --config=configs/mlp_ppo.py:reacher --workdir=runs/reacher
 Hardware:  two CPU cores.
+Time:      about 2 minutes, with another run beside it.
+Result:    return 1000 of 1000 on inverted_pendulum after 0.92M steps (seed 0); other seeds and
+           environments: not run.
 """
 
 import ml_collections
@@ -24,12 +27,15 @@ def get_config(name: str = "inverted_pendulum") -> ml_collections.ConfigDict:
     config.ppo.unroll = 20
     config.ppo.minibatches = 8
     config.ppo.epochs = 4
-    config.ppo.learning_rate = 3e-4
+    config.ppo.learning_rate = 2e-3
+    # No clipping, as in Brax: values of 33 give gradients whose clip would leave nothing of the
+    # policy's.
+    config.ppo.max_grad_norm = 1e9
     config.ppo.discount = 0.97
-    config.ppo.entropy_weight = 0.01
+    config.ppo.entropy_weight = 1e-3
     config.ppo.initial_std = 0.5
-    config.run.updates = 60
+    config.run.updates = 180
     config.run.updates_per_dispatch = 5
     config.run.eval_episodes = 64
-    config.run.eval_interval = 60
+    config.run.eval_interval = 45
     return config

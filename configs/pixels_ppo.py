@@ -4,6 +4,7 @@ Command:   python -m experiments.train --config=configs/pixels_ppo.py --workdir=
            python -m experiments.train --config=configs/pixels_ppo.py:brax:reacher \
                --workdir=runs/reacher_pixels
 Hardware:  two CPU cores.
+Time and result: not run.
 """
 
 import ml_collections

@@ -3,7 +3,7 @@
 Command:   python -m experiments.train --config=configs/reach_ppo_scratch.py \
                --workdir=runs/reach_ppo_scratch
 Hardware:  two CPU cores.
-Time:      about 12 minutes. Result: not run.
+Time and result: not run.
 """
 
 import ml_collections

@@ -2,6 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/recall_ppo.py --workdir=runs/recall
 Hardware:  two CPU cores.
+Time and result: not run.
 """
 
 import ml_collections
