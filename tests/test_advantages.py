@@ -189,6 +189,14 @@ def test_equals_brax_without_truncation(lambda_):
         np.testing.assert_allclose(advantage, brax_advantage, rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_that_follows_an_end_needs_to_be_a_number():
+    reward, value = np.ones((3, 1)), np.array([[1.0], [2.0], [np.nan]])
+    terminated, truncated = np.array([[0.0], [1.0], [0.0]]), np.zeros((3, 1))
+    advantage, _ = estimate(reward, value, np.ones(1), terminated, truncated)
+    # delta_1 = 1 - 2, delta_0 = 1 + 0.9 * 2 - 1; A_0 = 1.8 + 0.63 * -1.
+    np.testing.assert_allclose(advantage[:2, 0], [1.17, -1.0], rtol=1e-5)
+
+
 def test_discounted_returns_by_hand():
     # discount 0.5, r = 1 2 4, and 8 after the last step.
     # No end: 4 + 4 = 8, 2 + 4 = 6, 1 + 3 = 4. An end of either kind at 1: 8; 2; 1 + 1 = 2.

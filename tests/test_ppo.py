@@ -289,6 +289,24 @@ def test_invalid_samples_have_no_influence(kind):
     assert difference(run(state, changed, last, SGD, **everything)[0].params, before.params) > 1e-3
 
 
+def test_an_environment_that_exploded_poisons_nothing():
+    # It terminated with an observation that is no number; in the invalid step that resets it, the
+    # acting policy's value of that observation is none either.
+    state, batch, last = prepared()
+    weights = {"entropy_weight": 0.1, "auxiliary_weight": 0.7, "value_clip": 0.1, "epochs": 2}
+    before, metrics = run(state, batch, last, SGD, **weights)
+    assert batch.terminated[2, 1] == 1 and batch.valid[3, 1] == 0
+    proprio = batch.observation["proprio"].at[3, 1].set(jnp.nan)
+    exploded = batch.replace(
+        observation=batch.observation | {"proprio": proprio},
+        value=batch.value.at[3, 1].set(jnp.nan),
+        log_prob=batch.log_prob.at[3, 1].set(jnp.nan),
+    )
+    after, other_metrics = run(state, exploded, last, SGD, **weights)
+    assert_equal(after, before)
+    assert_equal(other_metrics, metrics)
+
+
 def test_the_value_of_a_reset_step_bootstraps_the_truncated_step_before_it():
     state, batch, last = prepared()
     before, _ = run(state, batch, last, SGD)

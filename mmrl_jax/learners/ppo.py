@@ -122,8 +122,8 @@ def update(
         mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0
         return jnp.where(mask, x, jnp.zeros_like(x))
 
-    # A mask alone does not stop what is not finite: its gradient is 0 * nan. The value stays, as
-    # an invalid step's is what a truncated step before it is bootstrapped with.
+    # A mask alone does not stop what is not finite: its gradient is 0 * nan. The value stays until
+    # the advantages are known: an invalid step's bootstraps a truncated step before it.
     masked = ("observation", "action", "log_prob", "reward", "privileged")
     batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
     advantage, target = advantages.generalised_advantages(
@@ -135,6 +135,8 @@ def update(
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
+    advantage, target, value = keep(advantage), keep(target), keep(batch.value)
+    batch = batch.replace(value=value)
     samples = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]),
         (batch, losses.normalise(advantage, valid), target),

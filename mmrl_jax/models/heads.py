@@ -33,8 +33,7 @@ class PolicyHead(nn.Module):
     """Features to an action distribution; starts near the centre of the action range.
 
     Attributes:
-      kind: 'continuous' (tanh-normal, one learned log std a dimension,
-        0 at first) or 'discrete'.
+      kind: 'continuous' (tanh-normal; one learned log std a dimension, 0 at first) or 'discrete'.
       actions: number of action dimensions, or of discrete actions.
     """
 

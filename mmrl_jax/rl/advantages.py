@@ -36,13 +36,13 @@ def generalised_advantages(
       advantages float32 [T, B], and the value targets A_t + v_t, float32 [T, B].
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
-    # A select, not a product: the value of a state that ended the task need not be a number.
+    # Selects, not products: what follows an end need not be a number.
     delta = reward + discount * jnp.where(terminated > 0, 0.0, next_value) - value
     decay = discount * lambda_ * (1 - terminated) * (1 - truncated)
 
     def step(advantage_tp1: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple:
         delta_t, decay_t = x
-        advantage_t = delta_t + decay_t * advantage_tp1
+        advantage_t = delta_t + jnp.where(decay_t > 0, decay_t * advantage_tp1, 0.0)
         return advantage_t, advantage_t
 
     _, advantage = jax.lax.scan(step, jnp.zeros_like(last_value), (delta, decay), reverse=True)

@@ -162,7 +162,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     for name, size in (
         ("ppo.num_envs", p.num_envs),
-        ("the minibatch ppo.num_envs * ppo.unroll / ppo.minibatches", _minibatch(config)),
+        (
+            "the minibatch ppo.num_envs * ppo.unroll / ppo.minibatches",
+            p.num_envs * p.unroll // p.minibatches,
+        ),
         ("warm_start.batch_size", warm.batch_size if warm.updates else 0),
     ):
         if size % devices:
@@ -188,11 +191,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if model.kind == "multimodal":
         _check_observation(config)
-
-
-def _minibatch(config: ml_collections.ConfigDict) -> int:
-    """Samples of one optimiser step of PPO."""
-    return config.ppo.num_envs * config.ppo.unroll // config.ppo.minibatches
 
 
 def _check_observation(config: ml_collections.ConfigDict) -> None:
