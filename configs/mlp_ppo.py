@@ -3,9 +3,10 @@
 Command:   python -m experiments.train --config=configs/mlp_ppo.py --workdir=runs/pendulum
            python -m experiments.train --config=configs/mlp_ppo.py:reacher --workdir=runs/reacher
 Hardware:  two CPU cores.
-Time:      about 2 minutes, with another run beside it.
-Result:    return 1000 of 1000 on inverted_pendulum after 0.92M steps (seed 0); other seeds and
-           environments: not run.
+Time:      2.2 minutes.
+Result:    return on inverted_pendulum after 1.2M steps 916, 1000 and 684 of 1000 (seeds 0 to 2; the
+           latter two side by side); seeds 1 and 2 reached 1000 on the way. Not solved reliably.
+           Other environments: not run.
 """
 
 import ml_collections
@@ -23,19 +24,19 @@ def get_config(name: str = "inverted_pendulum") -> ml_collections.ConfigDict:
     config.model.auxiliary = ()
     config.model.pointing = None
     config.warm_start.updates = 0
-    config.ppo.num_envs = 256
-    config.ppo.unroll = 20
-    config.ppo.minibatches = 8
+    config.ppo.num_envs = 1024
+    config.ppo.unroll = 10
+    config.ppo.minibatches = 16
     config.ppo.epochs = 4
-    config.ppo.learning_rate = 2e-3
-    # No clipping, as in Brax: values of 33 give gradients whose clip would leave nothing of the
+    config.ppo.learning_rate = 1e-3
+    # No clipping, as in Brax: values of 100 give gradients whose clip would leave nothing of the
     # policy's.
     config.ppo.max_grad_norm = 1e9
-    config.ppo.discount = 0.97
+    config.ppo.discount = 0.99
     config.ppo.entropy_weight = 1e-3
     config.ppo.initial_std = 0.5
-    config.run.updates = 180
+    config.run.updates = 120
     config.run.updates_per_dispatch = 5
     config.run.eval_episodes = 64
-    config.run.eval_interval = 45
+    config.run.eval_interval = 30
     return config
