@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/locomotion_ppo.py --workdir=runs/ant
 Hardware:  two CPU cores.
-Time and result: not run at full length; twenty updates beat random actions (tests/test_learning.py).
+Result:    twenty updates beat random actions (tests/test_learning.py); full length: not run.
 """
 
 import ml_collections

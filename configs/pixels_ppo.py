@@ -4,7 +4,7 @@ Command:   python -m experiments.train --config=configs/pixels_ppo.py --workdir=
            python -m experiments.train --config=configs/pixels_ppo.py:brax:reacher \
                --workdir=runs/reacher_pixels
 Hardware:  two CPU cores.
-Time and result: not run at full length; twenty updates beat random actions (tests/test_learning.py).
+Result:    twenty updates beat random actions (tests/test_learning.py); full length: not run.
 """
 
 import ml_collections

