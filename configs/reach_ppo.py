@@ -82,7 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.run.updates = 140
     config.run.updates_per_dispatch = 1
     config.run.eval_interval = 28
-    config.run.eval_episodes = 256
+    config.run.eval_episodes = 512
     config.run.checkpoint_interval = 10
     config.run.keep = 2
     return config

@@ -25,7 +25,6 @@ from mmrl_jax.evaluation.evaluate import MODALITIES, describe
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.training import checkpoint, factory
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training.assessment import assessor
 
 FLAGS = flags.FLAGS
 
@@ -72,14 +71,15 @@ def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) ->
     if split not in (*known, "all"):
         raise ValueError(f"--split={split!r} is unknown; choose one of {known} or 'all'.")
     observed = factory.make_env(config).observation_size
-    hidden = tuple(modality for modality in MODALITIES if modality in observed)
+    modalities = tuple(modality for modality in MODALITIES if modality in observed)
+    evaluator = factory.make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
     print(f"{workdir}: checkpoint {step}; mean [95 % interval] of {episodes} episodes")
     path = workdir / "evaluation.json"
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in known if split == "all" else (split,):
-        assess = assessor(config, part, episodes=episodes, hidden=hidden)
-        for name, finished in assess(learner).items():
-            row = describe(finished)
+        for hidden in (None, *modalities):
+            row = describe(evaluator(learner, part, hidden))
+            name = f"no_{hidden}" if hidden else ""
             shown = (
                 f"{measure} {row[measure]:8.3f} [{row[f'{measure}_lo']:.3f}, "
                 f"{row[f'{measure}_hi']:.3f}]"

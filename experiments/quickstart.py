@@ -41,36 +41,40 @@ from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import evaluate as evaluation
 from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import Episodes, Modality, describe
+from mmrl_jax.evaluation.evaluate import Episodes, Evaluator, Modality, describe
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.training import factory, loop, report
-from mmrl_jax.training.assessment import assessor
 
 FLAGS = flags.FLAGS
-EPISODES = 512
 HIDDEN: tuple[Modality, ...] = ("pixels", "instruction")  # From the final policy.
+SCRIPTED = ("expert/{split}", "chance/{split}/random_object", "chance/{split}/fixed_object")
 
 
-def goes_to(choose: str) -> PolicyFunction:
-    """A perfect controller that does not know which object is meant: success by chance.
+def scripted(config: ml_collections.ConfigDict, which: jax.Array) -> PolicyFunction:
+    """The policy that SCRIPTED[which] names: the demonstrations' expert, or success by chance.
 
-    It goes to an object drawn at random ('random_object'), or to the first that is on the table
-    ('fixed_object').
+    Chance is a perfect controller that does not know which object is meant: it goes to one drawn
+    at random, or to the first that is on the table.
+
+    Args:
+      config: of the run.
+      which: int32 [], may be traced.
     """
+    expert = factory.expert(config)
 
     def policy(state: State, rng: jax.Array) -> Decision:
         active = state.info["objects"]["active"]
-        if choose == "random_object":
-            # One draw an episode: the environment's own key and episode number.
-            keys = jax.vmap(jax.random.fold_in)(state.info["key"], state.info["episode"] + 1)
-            active = active * jax.vmap(lambda k: jax.random.uniform(k, active.shape[1:]))(keys)
-        chosen = jnp.argmax(active, axis=1)
+        # One draw an episode: the environment's own key and episode number.
+        keys = jax.vmap(jax.random.fold_in)(state.info["key"], state.info["episode"] + 1)
+        drawn = active * jax.vmap(lambda k: jax.random.uniform(k, active.shape[1:]))(keys)
+        chosen = jnp.argmax(jnp.where(which == 1, drawn, active), axis=1)
         places = state.info["objects"]["position"][jnp.arange(chosen.shape[0]), chosen, :2]
         aimed = state.replace(info=state.info | {"privileged": {"target_place": places}})
-        action = language_reach.expert_action(aimed, rng, gain=4.0, undershoot=0.0, noise=0.0)
-        zero = jnp.zeros(action.shape[0])
-        return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+        blind = language_reach.expert_action(aimed, rng, gain=4.0, undershoot=0.0, noise=0.0)
+        decision = expert(state, rng)
+        action = jnp.where(which == 0, decision.action, blind)
+        return decision._replace(environment_action=action, action=action)
 
     return policy
 
@@ -84,17 +88,17 @@ def record(summary: dict[str, float], prefix: str, episodes: Episodes) -> None:
     print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
 
 
-def evaluate_policies(summary: dict[str, float], config: ml_collections.ConfigDict) -> None:
+def evaluate_scripted(summary: dict[str, float], config: ml_collections.ConfigDict) -> None:
     """Success of the expert and of chance, on the training split."""
-    env, split = factory.make_env(config), config.env.split
-    policies = {
-        f"expert/{split}": factory.expert(config),
-        f"chance/{split}/random_object": goes_to("random_object"),
-        f"chance/{split}/fixed_object": goes_to("fixed_object"),
-    }
-    for name, policy in policies.items():
-        run = functools.partial(evaluation.evaluate, env, policy, episodes=EPISODES)
-        record(summary, name, jax.device_get(jax.jit(run)(factory.evaluation_key(config))))
+    split = config.env.split
+    evaluator = Evaluator(
+        lambda split: factory.make_env(config, split=split),
+        functools.partial(scripted, config),
+        factory.evaluation_key(config),
+        episodes=config.run.eval_episodes,
+    )
+    for i, name in enumerate(SCRIPTED):
+        record(summary, name.format(split=split), evaluator(jnp.int32(i), split))
 
 
 def evaluate_stages(
@@ -104,18 +108,20 @@ def evaluate_stages(
 ) -> None:
     """Success of the stages' learners: warm_start and final on all splits, more_cloning on one.
 
-    On the training split the final one is evaluated with modalities hidden too. A split's program
-    is compiled once, for all learners.
+    On the training split the final one is evaluated with modalities hidden too.
     """
+    evaluator = factory.make_evaluator(
+        config, factory.evaluation_key(config), episodes=config.run.eval_episodes
+    )
     for split in envs.splits(config.env.name):
         trained_on = split == config.env.split
-        assess = assessor(config, split, episodes=EPISODES, hidden=HIDDEN if trained_on else ())
         for stage, learner in learners.items():
             if stage == "more_cloning" and not trained_on:
                 continue
-            for name, episodes in assess(learner).items():
-                if stage == "final" or not name:
-                    record(summary, "/".join(p for p in (stage, split, name) if p), episodes)
+            hide = HIDDEN if stage == "final" and trained_on else ()
+            for hidden in (None, *hide):
+                name = f"{stage}/{split}" + (f"/no_{hidden}" if hidden else "")
+                record(summary, name, evaluator(learner.without_optimiser(), split, hidden))
 
 
 def film(
@@ -164,8 +170,8 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
         return None
 
     summary: dict[str, float] = {}
-    print(f"Success over {EPISODES} episodes, with 95 % intervals:")
-    evaluate_policies(summary, config)
+    print(f"Success over {config.run.eval_episodes} episodes, with 95 % intervals:")
+    evaluate_scripted(summary, config)
     results = {"warm_start": warm, "more_cloning": more, "final": tuned}
     evaluate_stages(summary, config, {name: r.carry.learner for name, r in results.items()})
     summary |= {

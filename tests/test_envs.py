@@ -10,6 +10,8 @@ from mmrl_jax import envs
 from mmrl_jax.envs import from_brax, system_scene
 from mmrl_jax.envs.brax_api import Env, State, environment_names, get_environment
 from mmrl_jax.envs.from_brax import FromBrax
+from mmrl_jax.envs.language_locomotion import LanguageLocomotion
+from mmrl_jax.envs.language_reach import LanguageReach
 from mmrl_jax.envs.memory import Recall
 from mmrl_jax.rendering import project
 
@@ -381,3 +383,19 @@ def test_recall_tells_the_cue_in_the_picture_only():
     assert len({int(s.info["cue"]) for s in states}) > 1
     for state in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, state.obs, states[0].obs)
+
+
+@pytest.mark.parametrize("core", [LanguageReach, LanguageLocomotion])
+def test_a_split_decides_what_reset_draws_and_nothing_else(core):
+    # Evaluators step the states of all splits with the environment of one.
+    programs = []
+    splits = envs.splits("language_reach" if core is LanguageReach else "language_locomotion")
+    for split in splits:
+        env = core(split=split)
+        state = jax.eval_shape(env.reset, jnp.zeros(2, jnp.uint32))
+        programs.append(jax.make_jaxpr(env.step)(state, jnp.zeros(env.action_size)))
+    assert len(programs) == 5
+    for program in programs[1:]:
+        assert str(program.jaxpr) == str(programs[0].jaxpr)
+        for ours, first in zip(program.consts, programs[0].consts, strict=True):
+            np.testing.assert_array_equal(ours, first)

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from mmrl_jax.envs.brax_api import Env, State
-from mmrl_jax.evaluation.evaluate import MODALITIES, Episodes, describe, evaluate, film, hide
+from mmrl_jax.evaluation.evaluate import (
+    MODALITIES,
+    Episodes,
+    Evaluator,
+    describe,
+    evaluate,
+    film,
+    hide,
+    start,
+)
 from mmrl_jax.rendering import Scene, look_at
 from mmrl_jax.rollouts.unroll import Decision
 
@@ -50,8 +59,8 @@ def nothing(state: State, rng: jax.Array) -> Decision:
 def test_every_environment_counts_for_its_first_episode():
     # In 4 steps environment 0 ends at steps 1 and 3, environment 1 at step 2 and begins anew at
     # step 4, environment 2 ends at 3, environment 3 at 4. Return: (i + 1) steps of reward i + 1.
-    run = jax.jit(lambda rng: evaluate(Staircase(), nothing, rng, episodes=4))
-    episodes = run(jax.random.PRNGKey(0))
+    env, rng = Staircase(), jax.random.PRNGKey(0)
+    episodes = jax.jit(lambda s: evaluate(env, s, nothing, rng))(start(env, rng, episodes=4))
     np.testing.assert_array_equal(episodes.length, [1, 2, 3, 4])
     np.testing.assert_array_equal(episodes.episode_return, [1, 4, 9, 16])
     np.testing.assert_array_equal(episodes.success, [0, 1, 0, 1])
@@ -78,7 +87,8 @@ def test_a_film_stands_still_once_its_episode_ended():
 
 
 def test_success_is_not_made_up():
-    episodes = evaluate(Staircase("height"), nothing, jax.random.PRNGKey(0), episodes=2)
+    env, rng = Staircase("height"), jax.random.PRNGKey(0)
+    episodes = evaluate(env, start(env, rng, episodes=2), nothing, rng)
     assert episodes.success is None
     assert set(describe(episodes)) == {"return", "return_lo", "return_hi", "length"}
 
@@ -138,3 +148,52 @@ def test_hide_refuses_what_it_cannot_hide():
         hide(nothing, "pixels")(observed(1), rng)
     with pytest.raises(ValueError, match="'touch' is none of"):
         hide(nothing, "touch")(observed(2), rng)
+
+
+class Guess(Staircase):
+    """One step; success where the policy says what is in the pixels, which the split decides."""
+
+    episode_length = 1
+
+    def __init__(self, split: str):
+        super().__init__()
+        self.split = split
+
+    def reset(self, rng: jax.Array) -> State:
+        number = jnp.arange(rng.shape[0], dtype=jnp.float32) + {"low": 0, "high": 10}[self.split]
+        return super().reset(rng).replace(obs={"pixels": number})
+
+    def step(self, state: State, action: jax.Array) -> State:
+        right = (action == state.obs["pixels"]).astype(jnp.float32)
+        return state.replace(done=jnp.ones_like(right), metrics={"success": right})
+
+
+def test_one_program_evaluates_all_policies_splits_and_modalities():
+    compiled = []
+
+    def see_and_add(added: jax.Array):
+        compiled.append(added)
+
+        def policy(state: State, rng: jax.Array) -> Decision:
+            return nothing(state, rng)._replace(environment_action=state.obs["pixels"] + added)
+
+        return policy
+
+    evaluator = Evaluator(Guess, see_and_add, jax.random.PRNGKey(0), episodes=3)
+    for split in ("low", "high"):
+        # Right as it is, wrong by one, and as wrong with another environment's picture.
+        np.testing.assert_array_equal(evaluator(jnp.float32(0), split).success, [1, 1, 1])
+        np.testing.assert_array_equal(evaluator(jnp.float32(1), split).success, [0, 0, 0])
+        np.testing.assert_array_equal(evaluator(jnp.float32(0), split, "pixels").success, [0, 0, 0])
+    # Environment i sees i - 1, and adds 1; environment 0 sees the last.
+    np.testing.assert_array_equal(evaluator(jnp.float32(1), "low", "pixels").success, [0, 1, 1])
+    assert len(compiled) == 1
+    with pytest.raises(ValueError, match="'proprio' is none of"):
+        evaluator(jnp.float32(0), "low", "proprio")
+
+
+def test_an_evaluator_of_one_episode_hides_nothing():
+    evaluator = Evaluator(Guess, lambda _: nothing, jax.random.PRNGKey(0), episodes=1)
+    np.testing.assert_array_equal(evaluator(None, "low").success, [1])
+    with pytest.raises(ValueError, match="batch of 1"):
+        evaluator(None, "low", "pixels")

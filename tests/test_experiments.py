@@ -13,32 +13,32 @@ import pytest
 from experiments import evaluate, quickstart
 from experiments import train as train_script
 from mmrl_jax import envs
-from mmrl_jax.training import checkpoint, factory, loop
+from mmrl_jax.evaluation import evaluate as evaluation_lib
+from mmrl_jax.training import checkpoint, loop
 from mmrl_jax.training import config as config_lib
 from tests import tiny
 
-SPLITS = envs.splits("language_reach")[:2]  # Each has a program of its own to compile.
+SPLITS = envs.splits("language_reach")[:2]  # Each compiles a reset of its own.
 ENDS = ("", "_lo", "_hi")
 pytestmark = pytest.mark.timeout(900)  # Where nothing is cached, the first compiles for minutes.
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(workdir, summary, environments evaluated when a program was traced) of one quickstart."""
+    """(workdir, summary, how often an evaluation was traced) of one quickstart."""
     workdir = tmp_path_factory.mktemp("quickstart")
     traced = []
-    evaluation = factory.evaluate
+    evaluation = evaluation_lib.evaluate
 
-    def counted(env, *arguments, **keywords):
-        traced.append(env)
-        return evaluation(env, *arguments, **keywords)
+    def counted(*arguments):
+        traced.append(arguments)
+        return evaluation(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "EPISODES", 4)
-        patch.setattr(factory, "evaluate", counted)
+        patch.setattr(evaluation_lib, "evaluate", counted)
         patch.setattr(envs, "splits", lambda name: SPLITS)
         summary = quickstart.quickstart(tiny.config(), workdir)
-    return workdir, summary, traced
+    return workdir, summary, len(traced)
 
 
 def test_quickstart_writes_every_number(finished):
@@ -65,8 +65,8 @@ def test_quickstart_writes_every_number(finished):
     assert summary["env_steps_per_s"] == summary["env_steps"] / summary["ppo/wall_s"]
     # 4 updates of 4 steps, which are one episode of 16, in 8 environments: none only reset.
     assert summary["env_steps"] == 128
-    # One program for the evaluations during each stage, and one a split for all stages' learners.
-    assert len(traced) == 3 + len(SPLITS)
+    # One program during each stage, one for all learners at the end, one for scripted policies.
+    assert traced == 3 + 2
 
 
 def test_quickstart_draws_every_picture(finished):
@@ -82,7 +82,7 @@ def test_quickstart_again_trains_nothing(finished, tmp_path, monkeypatch):
     workdir = tmp_path / "again"
     shutil.copytree(finished[0], workdir)
     before = {p: p.read_bytes() for p in workdir.rglob("metrics.jsonl")}
-    for name in ("evaluate_policies", "evaluate_stages"):
+    for name in ("evaluate_scripted", "evaluate_stages"):
         monkeypatch.setattr(quickstart, name, lambda *_: None)
     monkeypatch.setattr(loop, "make_dispatch", lambda *_: pytest.fail("a dispatch was made"))
     # The numbers are safe before a picture is drawn.

@@ -8,7 +8,7 @@ import pytest
 from experiments.train import train
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import Episodes, evaluate
+from mmrl_jax.evaluation.evaluate import Episodes, Evaluator
 from mmrl_jax.rollouts.unroll import Decision
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory
@@ -20,8 +20,8 @@ EPISODES = 128
 def trained_episodes(config, workdir) -> Episodes:
     """Trains as the config says, and evaluates the mode of the policy."""
     result = train(config, workdir).ppo
-    evaluator = factory.make_evaluator(config, split="train", episodes=EPISODES)
-    return jax.device_get(evaluator(result.carry.learner, jax.random.PRNGKey(1)))
+    evaluator = factory.make_evaluator(config, jax.random.PRNGKey(1), episodes=EPISODES)
+    return evaluator(result.carry.learner, "train")
 
 
 def random_episodes(config) -> Episodes:
@@ -33,8 +33,8 @@ def random_episodes(config) -> Episodes:
         action = jax.random.uniform(rng, (EPISODES, env.action_size), minval=-1, maxval=1)
         return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
 
-    run = jax.jit(lambda rng: evaluate(env, policy, rng, episodes=EPISODES))
-    return jax.device_get(run(jax.random.PRNGKey(1)))
+    evaluator = Evaluator(lambda _: env, lambda _: policy, jax.random.PRNGKey(1), episodes=EPISODES)
+    return evaluator(None, "train")
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ def create(name: str, *, split: str, height: int, width: int, history: int, **op
     Args:
       name: one of `NAMES`, 'brax:<name>' for a registered Brax environment, or 'playground:<name>'
         for one of MuJoCo Playground, if that is installed.
-      split: one of `splits(name)`.
+      split: one of `splits(name)`; it decides what `reset` draws, and nothing about `step`.
       height: of the pixels; with `width` 0 for none. A wrapped environment without pixels has no
         instruction either, unless `options` gives one: its observation is 'proprio' alone.
       width: of the pixels.

@@ -1,6 +1,8 @@
 """Evaluation of a policy: whole episodes, each counted once, and modalities hidden in turn."""
 
-from typing import Literal
+from collections.abc import Callable
+import functools
+from typing import Any, Literal
 
 from flax import struct
 import jax
@@ -31,19 +33,21 @@ class Episodes:
     length: jax.Array
 
 
-def evaluate(env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int) -> Episodes:
-    """Runs N = `episodes` environments side by side, each until its first episode ends.
+def start(env: Env, rng: jax.Array, *, episodes: int) -> State:
+    """N = `episodes` environments at the start of an episode; the i-th does not depend on N."""
+    return env.reset(jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(episodes)))
+
+
+def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Episodes:
+    """Runs environments side by side from the start of an episode, each until that ends.
 
     Args:
       env: batched, as `envs.create` makes it.
+      state: of N environments, see `start`; of any split, for all of them step alike.
       policy: see `rollouts.unroll`.
-      rng: key; environment i starts from fold_in(rng, i) whatever the number of episodes.
-      episodes: N.
+      rng: key of the policy.
     """
-    start_key, policy_key = jax.random.split(rng)
-    _, batch = unroll(
-        env, env.reset(_keys(start_key, episodes)), policy, policy_key, env.episode_length
-    )
+    _, batch = unroll(env, state, policy, rng, env.episode_length)
     done = batch.terminated + batch.truncated
     before = jnp.cumsum(done, axis=0) - done  # Ends before step t.
     running = (before == 0).astype(jnp.float32)
@@ -53,6 +57,56 @@ def evaluate(env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int)
         episode_return=jnp.sum(batch.reward * running, axis=0),
         length=jnp.sum(running, axis=0),
     )
+
+
+class Evaluator:
+    """Evaluates policies of one kind on the splits of an environment, each on the same episodes.
+
+    A split decides what `reset` draws and nothing else, and what a policy is made of is data: one
+    compiled program serves all policies, splits and hidden modalities.
+
+    Args:
+      make_env: split -> batched environment.
+      policy: what a policy is made of -> policy function; a learner, say.
+      rng: key of the episodes and of the policy.
+      episodes: N.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[str], Env],
+        policy: Callable[[Any], PolicyFunction],
+        rng: jax.Array,
+        *,
+        episodes: int,
+    ):
+        self._make_env, self._policy, self._episodes = make_env, policy, episodes
+        self._start_key, self._policy_key = jax.random.split(rng)
+        self._starts: dict[str, State] = {}
+        self._run: Any = None
+
+    def __call__(self, made_of: Any, split: str, hidden: Modality | None = None) -> Episodes:
+        """Runs the policy on `split`; see `hide` for `hidden`. Returns numpy arrays."""
+        if split not in self._starts:
+            env = self._make_env(split)
+            begin = functools.partial(start, env, episodes=self._episodes)
+            self._starts[split] = jax.jit(begin)(self._start_key)
+            self._run = self._run or jax.jit(functools.partial(self._evaluate, env))
+        state = self._starts[split]
+        if hidden is not None:
+            _check_hideable(state, hidden)
+        index = jnp.int32(-1 if hidden is None else MODALITIES.index(hidden))
+        return jax.device_get(self._run(state, made_of, self._policy_key, index))
+
+    def _evaluate(
+        self, env: Env, state: State, made_of: Any, rng: jax.Array, hidden: jax.Array
+    ) -> Episodes:
+        policy = self._policy(made_of)
+        if self._episodes > 1:
+            for i, modality in enumerate(MODALITIES):
+                if modality in state.obs:
+                    policy = hide(policy, modality, hidden == i)
+        return evaluate(env, state, policy, rng)
 
 
 def describe(episodes: Episodes) -> dict[str, float]:
@@ -92,14 +146,8 @@ def hide(
     """
 
     def blind(state: State, rng: jax.Array) -> Decision:
-        if modality not in state.obs:
-            raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
+        _check_hideable(state, modality)
         right = state.obs[modality]
-        if jax.tree.leaves(right)[0].shape[0] < 2:
-            raise ValueError(
-                f"{modality!r} cannot be hidden in a batch of 1, which has no other environment's "
-                f"input: evaluate at least 2 episodes."
-            )
         given = jax.tree.map(lambda x: jnp.where(when, jnp.roll(x, 1, axis=0), x), right)
         return policy(state.replace(obs=state.obs | {modality: given}), rng)
 
@@ -122,7 +170,7 @@ def film(
       stands still.
     """
     start_key, policy_key = jax.random.split(rng)
-    first = env.reset(_keys(start_key, episodes))
+    first = start(env, start_key, episodes=episodes)
 
     def picture(state: State) -> jax.Array:
         return render(*env.scene(state), height=height, width=width)
@@ -134,12 +182,17 @@ def film(
         frame = jnp.where(over[:, None, None, None], frame, picture(state))
         return (state, frame, over | (state.done > 0)), frame
 
-    start = picture(first)
-    carry = (first, start, jnp.zeros(episodes, bool))
+    frame = picture(first)
+    carry = (first, frame, jnp.zeros(episodes, bool))
     _, frames = jax.lax.scan(step, carry, jnp.arange(env.episode_length))
-    return first, jnp.concatenate([start[None], frames])
+    return first, jnp.concatenate([frame[None], frames])
 
 
-def _keys(rng: jax.Array, episodes: int) -> jax.Array:
-    """Keys [N, 2] of N environments; the i-th does not depend on N."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(episodes))
+def _check_hideable(state: State, modality: Modality) -> None:
+    if modality not in state.obs:
+        raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
+    if state.done.shape[0] < 2:
+        raise ValueError(
+            f"{modality!r} cannot be hidden in a batch of 1, which has no other environment's "
+            f"input: evaluate at least 2 episodes."
+        )

@@ -35,6 +35,10 @@ class LearnerState(struct.PyTreeNode):
     statistics: normalisation.RunningStatistics
     steps: jax.Array
 
+    def without_optimiser(self) -> "LearnerState":
+        """What the learner acts with: of one structure, whatever it was trained with."""
+        return self.replace(opt_state=())
+
 
 def init(
     params: Params, *, optimiser: optax.GradientTransformation, proprio_size: int

@@ -19,7 +19,7 @@ from mmrl_jax import envs
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import Env, State
-from mmrl_jax.evaluation.evaluate import Episodes, Modality, describe, evaluate, hide
+from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
@@ -496,38 +496,15 @@ def rollout_metrics(batch: Transition) -> Metrics:
 
 
 def make_evaluator(
-    config: ml_collections.ConfigDict,
-    *,
-    split: str,
-    episodes: int,
-    hideable: tuple[Modality, ...] = (),
-) -> Callable[..., Episodes]:
-    """A compiled evaluation of a learner's deterministic policy on `split`.
+    config: ml_collections.ConfigDict, rng: jax.Array, *, episodes: int
+) -> Evaluator:
+    """Evaluates the deterministic policies of learners of this config."""
+    apply = make_apply(config, make_env(config))
 
-    Args:
-      config: of the run.
-      split: of the environment.
-      episodes: how many.
-      hideable: modalities that can be hidden.
+    def policy(learner: LearnerState) -> PolicyFunction:
+        return policy_function(apply, learner, deterministic=True)
 
-    Returns:
-      (learner, key, hidden=0) -> Episodes, with nothing hidden for 0, and hideable[i] for i + 1.
-    """
-    env = make_env(config, split=split)
-    apply = make_apply(config, env)
-
-    @jax.jit
-    def run(learner: LearnerState, rng: jax.Array, hidden: jax.Array) -> Episodes:
-        policy = policy_function(apply, learner, deterministic=True)
-        for i, modality in enumerate(hideable, start=1):
-            policy = hide(policy, modality, hidden == i)
-        return evaluate(env, policy, rng, episodes=episodes)
-
-    def evaluator(learner: LearnerState, rng: jax.Array, hidden: int = 0) -> Episodes:
-        # Learners of all stages differ in their optimiser's state only, and share the program.
-        return run(learner.replace(opt_state=()), rng, jnp.int32(hidden))
-
-    return evaluator
+    return Evaluator(lambda split: make_env(config, split=split), policy, rng, episodes=episodes)
 
 
 def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
@@ -538,13 +515,13 @@ def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
 def _periodic_evaluation(
     config: ml_collections.ConfigDict,
 ) -> Callable[[LearnerState], dict[str, float]]:
-    split, episodes = config.env.split, config.run.eval_episodes
-    evaluator = make_evaluator(config, split=split, episodes=episodes)
+    split = config.env.split
     # Other episodes than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(evaluation_key(config), 1)
+    evaluator = make_evaluator(config, key, episodes=config.run.eval_episodes)
 
     def evaluation(learner: LearnerState) -> dict[str, float]:
-        described = describe(jax.device_get(evaluator(learner, key)))
+        described = describe(evaluator(learner.without_optimiser(), split))
         return {f"eval/{split}/{name}": value for name, value in described.items()}
 
     return evaluation
