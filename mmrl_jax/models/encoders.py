@@ -14,7 +14,8 @@ def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
     With a margin of 0 these are the patches of a vision transformer. With one, what lies across
     the edge of two patches is seen whole by both. Beyond the image its edge is repeated.
 
-    A gather, not a convolution: inside `scan` XLA's CPU convolutions run on a slow path.
+    Slices, not a convolution or a gather: on XLA's CPU backend the first runs on a slow path inside
+    `scan`, and the second takes three times as long.
 
     Args:
       pixels: uint8 [B, H, W, 3].
@@ -33,11 +34,12 @@ def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
             f"An image of {height}x{width} is not divisible into patches of {patch}; "
             f"choose a patch that divides both."
         )
-    window = np.arange(-margin, patch + margin)
-    rows = np.clip(np.arange(0, height, patch)[:, None] + window, 0, height - 1)
-    columns = np.clip(np.arange(0, width, patch)[:, None] + window, 0, width - 1)
-    x = pixels[:, rows[:, None, :, None], columns[None, :, None, :]]
-    x = x.reshape(batch, len(rows) * len(columns), -1)
+    padding = (margin, margin)
+    x = jnp.pad(pixels, ((0, 0), padding, padding, (0, 0)), mode="edge")
+    size = patch + 2 * margin
+    x = jnp.stack([x[:, i : i + size] for i in range(0, height, patch)], axis=1)
+    x = jnp.stack([x[:, :, :, j : j + size] for j in range(0, width, patch)], axis=2)
+    x = x.reshape(batch, x.shape[1] * x.shape[2], -1)
     return x.astype(jnp.float32) / 127.5 - 1.0
 
 
