@@ -5,7 +5,7 @@ Everything below it takes explicit arguments. What every key means is in `SCHEMA
 
 from collections.abc import Callable
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.loop import Carry, Stage
-from mmrl_jax.types import Metrics, Transition
+from mmrl_jax.types import Metrics, Observation, Transition
 
 MODELS = ("multimodal", "mlp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -389,10 +389,24 @@ def cloning_stage(
     )
 
 
-def ppo_stage(
-    config: ml_collections.ConfigDict, mesh: Mesh, *, start: LearnerState | None = None
-) -> Stage:
-    """PPO, from scratch or from the parameters and statistics of a cloned learner."""
+class PPOParts(NamedTuple):
+    """The two halves of an update of PPO, and the optimiser that they go with.
+
+    Attributes:
+      act: (learner, env_state, key) -> (env_state, transitions [T, B, ...]).
+      learn: (learner, transitions, last observation, key) -> (learner, metrics).
+      optimiser: whose state the learner holds.
+    """
+
+    act: Callable[[LearnerState, State, jax.Array], tuple[State, Transition]]
+    learn: Callable[
+        [LearnerState, Transition, Observation, jax.Array], tuple[LearnerState, Metrics]
+    ]
+    optimiser: optax.GradientTransformation
+
+
+def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
+    """Rollout and learning of PPO."""
     p, env = config.ppo, make_env(config)
     apply = make_apply(config, env)
     steps = config.run.updates * p.epochs * p.minibatches
@@ -415,6 +429,35 @@ def ppo_stage(
         target_kl=p.target_kl,
     )
 
+    def act(learner: LearnerState, env_state: State, key: jax.Array) -> tuple[State, Transition]:
+        policy = policy_function(apply, learner, deterministic=False)
+        return unroll(env, env_state, policy, key, p.unroll)
+
+    def learn(
+        learner: LearnerState, batch: Transition, last: Observation, key: jax.Array
+    ) -> tuple[LearnerState, Metrics]:
+        learner, metrics = ppo.update(
+            learner,
+            batch,
+            last,
+            key,
+            apply=apply,
+            optimiser=optimiser,
+            hyperparameters=hyperparameters,
+            shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
+        )
+        return learner, metrics | {"lr": jnp.asarray(rate(learner.steps), jnp.float32)}
+
+    return PPOParts(act, learn, optimiser)
+
+
+def ppo_stage(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: LearnerState | None = None
+) -> Stage:
+    """PPO, from scratch or from the parameters and statistics of a cloned learner."""
+    p, env = config.ppo, make_env(config)
+    act, learn, optimiser = ppo_parts(config, mesh)
+
     def init() -> Carry:
         learner = fresh_learner(config, env, optimiser)
         if start is not None:
@@ -433,21 +476,10 @@ def ppo_stage(
 
     def update(carry: Carry, _: None) -> tuple[Carry, Metrics]:
         act_key, learn_key = jax.random.split(jax.random.fold_in(carry.rng, carry.updates))
-        policy = policy_function(apply, carry.learner, deterministic=False)
-        env_state, batch = unroll(env, carry.env_state, policy, act_key, p.unroll)
-        learner, metrics = ppo.update(
-            carry.learner,
-            batch,
-            env_state.obs,
-            learn_key,
-            apply=apply,
-            optimiser=optimiser,
-            hyperparameters=hyperparameters,
-            shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
-        )
-        metrics |= rollout_metrics(batch) | {"lr": jnp.asarray(rate(learner.steps), jnp.float32)}
+        env_state, batch = act(carry.learner, carry.env_state, act_key)
+        learner, metrics = learn(carry.learner, batch, env_state.obs, learn_key)
         carry = carry.replace(learner=learner, env_state=env_state, updates=carry.updates + 1)
-        return carry, metrics
+        return carry, metrics | rollout_metrics(batch)
 
     return Stage(
         name="ppo",

@@ -1,0 +1,56 @@
+"""Speed against peers: alternating runs on this machine, compile time apart, medians.
+
+  python -m experiments.benchmark --suite=render [--runs=7]
+
+Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
+{name, ours, peer, ratio, unit, runs, hardware}. Suites:
+
+  ppo_vs_brax   PPO updates of flat observations, against Brax's own PPO
+  render        frames of the reach scene, against a naive ray caster and MuJoCo's software renderer
+  model         gradients of the policy network, against its matmuls alone and naive Flax
+  loop          where the time of one update of the main job goes
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+from absl import app, flags, logging
+
+from experiments.benchmarks.harness import Row
+
+FLAGS = flags.FLAGS
+SUITES = ("ppo_vs_brax", "render", "model", "loop")
+
+
+def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
+    """Runs a suite; prints each row as it comes, and writes those there are after each."""
+    module = importlib.import_module(f"experiments.benchmarks.{suite}")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{suite}.json"
+    rows: list[Row] = []
+    print(f"{'':44} {'ours':>12} {'peer':>12} {'ratio':>7}  unit")
+    for row in module.rows(runs):
+        rows.append(row)
+        peer = "-" if row.peer is None else f"{row.peer:,.4g}"
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        print(f"{row.name:44} {row.ours:12,.4g} {peer:>12} {ratio:>7}  {row.unit}", flush=True)
+        path.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
+    print(f"Medians of {runs} runs on {rows[0].hardware}. Written: {path}")
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
+    benchmark(FLAGS.suite, pathlib.Path(FLAGS.directory), runs=FLAGS.runs)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("suite", None, SUITES, "What to measure.", required=True)
+    flags.DEFINE_integer("runs", 7, "Measurements of each side.", lower_bound=1)
+    flags.DEFINE_string("directory", "runs/benchmarks", "Directory that gets <suite>.json.")
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)

@@ -1,0 +1,80 @@
+"""Where the time of one update of the main job goes: each part alone, against the whole."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from configs import reach_ppo
+from experiments.benchmarks.harness import Row, compare, hardware, seconds
+from mmrl_jax.envs.brax_api import State
+from mmrl_jax.learners.learner import policy_function
+from mmrl_jax.rendering import render
+from mmrl_jax.training import factory, loop
+
+
+def rows(runs: int) -> Iterator[Row]:
+    """Measures physics, rendering, policy and learning; then what the whole takes beside them."""
+    config = reach_ppo.get_config()
+    mesh, env = factory.make_mesh(config), factory.make_env(config)
+    blind, steps = env.env, config.ppo.unroll  # Without `Pixels`.
+    stage, parts = factory.ppo_stage(config, mesh), factory.ppo_parts(config, mesh)
+    fresh = stage.init()
+    shardings = stage.shardings(fresh)
+    carry = loop.place(fresh, shardings)
+    start, learner = jax.tree.map(jnp.copy, (carry.env_state, carry.learner))
+    key = jax.random.PRNGKey(0)
+    unseen = start.replace(obs={k: v for k, v in start.obs.items() if k != "pixels"})
+    actions = jax.random.uniform(key, (steps, config.ppo.num_envs, 2), minval=-1.0)
+    after, batch = jax.jit(parts.act)(learner, start, key)
+    # The scenes that rendering draws, and the observations that the policy reads, step by step.
+    _, states = jax.jit(lambda s, a: repeat(blind.step, s, a, keep=True))(unseen, actions)
+
+    def draw(_: Any, state: State) -> tuple[Any, jax.Array]:
+        return _, render(*env.scene(state), height=config.env.height, width=config.env.width)
+
+    act = policy_function(factory.make_apply(config, env), learner, deterministic=False)
+
+    def decide(_: Any, observation: Any) -> tuple[Any, Any]:
+        return _, act(start.replace(obs=observation), key)
+
+    dispatch = loop.make_dispatch(stage.update, 1, shardings)
+
+    def whole() -> jax.Array:
+        nonlocal carry
+        carry, _ = dispatch(carry, None)
+        return carry.updates
+
+    programs: dict[str, tuple[Callable[..., Any], tuple]] = {
+        "physics": (jax.jit(lambda s, a: repeat(blind.step, s, a)), (unseen, actions)),
+        "rendering": (jax.jit(lambda x: jax.lax.scan(draw, 0, x)[1]), (states,)),
+        "policy": (jax.jit(lambda x: jax.lax.scan(decide, 0, x)[1]), (batch.observation,)),
+        "learning": (jax.jit(parts.learn), (learner, batch, after.obs, key)),
+    }
+    outside = []
+    for name, (program, arguments) in programs.items():
+        row = compare(
+            f"{name} / whole update",
+            lambda program=program, arguments=arguments: seconds(program, *arguments),
+            lambda: seconds(whole),
+            unit="s",
+            runs=runs,
+        )
+        outside.append(row)
+        yield row
+    total = sum(row.peer for row in outside if row.peer is not None) / len(outside)
+    rest = total - sum(row.ours for row in outside)
+    yield Row("all else / whole update", rest, total, rest / total, "s", runs, hardware())
+
+
+def repeat(
+    step: Callable[[State, jax.Array], State], state: State, actions: jax.Array, keep: bool = False
+) -> tuple[State, State | None]:
+    """Steps the environments with actions [T, B, A]; keeps all states, or only the last."""
+
+    def body(state: State, action: jax.Array) -> tuple[State, State | None]:
+        state = step(state, action)
+        return state, state if keep else None
+
+    return jax.lax.scan(body, state, actions)

@@ -1,0 +1,142 @@
+"""Gradients of the policy network, against its matmuls alone and against a naive Flax network."""
+
+from collections import Counter
+from collections.abc import Iterator
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+from configs import reach_ppo
+from experiments.benchmarks.harness import Measure, Row, compare, rate
+from mmrl_jax.models.policy import MultimodalPolicy
+from mmrl_jax.training import factory
+from mmrl_jax.types import Observation, Params
+
+# Width, layers, heads of the vision transformers (Dosovitskiy et al., 2021), and a batch.
+SIZES = {"ViT-S/16": (384, 12, 6, 8), "ViT-B/16": (768, 12, 12, 4)}
+
+
+def rows(runs: int) -> Iterator[Row]:
+    """Measures the quickstart's network, and ViT sizes on 224x224 pictures."""
+    config = reach_ppo.get_config()
+    env = factory.make_env(config)
+    network = factory.make_network(config, env)
+    shapes = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
+    observation = fill(shapes, 1024, env.vocabulary.size)
+    parameters = jax.jit(network.init)(jax.random.PRNGKey(0), observation)
+    ours = rate(1024, gradient(network), parameters, observation)
+    alone = matmuls(gradient(network), parameters, observation, samples=1024)
+    name = "quickstart's network, batch 1024"
+    yield compare(f"{name} / its matmuls alone", ours, alone, unit="samples/s", runs=runs)
+    naive = Naive(vocabulary=env.vocabulary.size, width=config.model.width)
+    theirs = jax.jit(naive.init)(jax.random.PRNGKey(0), observation)
+    peer = rate(1024, gradient(naive), theirs, observation)
+    yield compare(f"{name} / naive Flax", ours, peer, unit="samples/s", runs=runs)
+    for size, (width, layers, heads, batch) in SIZES.items():
+        big = MultimodalPolicy(
+            kind="continuous",
+            actions=env.action_size,
+            vocabulary=env.vocabulary.size,
+            width=width,
+            layers=layers,
+            heads=heads,
+            patch=16,
+            patch_hidden=width,
+        )
+        large = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)
+        observation = fill(shapes | {"pixels": large}, batch, env.vocabulary.size)
+        parameters = jax.jit(big.init)(jax.random.PRNGKey(0), observation)
+        ours = rate(batch, gradient(big), parameters, observation)
+        alone = matmuls(gradient(big), parameters, observation, samples=batch)
+        name = f"{size}, 224x224, batch {batch} / its matmuls alone"
+        yield compare(name, ours, alone, unit="samples/s", runs=runs)
+
+
+def fill(shapes: Any, batch: int, vocabulary: int) -> Observation:
+    """A random batch of observations of these shapes [1, ...]."""
+    rng = np.random.default_rng(0)
+
+    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
+        shape = (batch, *x.shape[1:])
+        if x.dtype == bool:
+            return jnp.ones(shape, bool)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            top = 256 if x.dtype == jnp.uint8 else vocabulary
+            return jnp.asarray(rng.integers(0, top, shape), x.dtype)
+        return jnp.asarray(rng.normal(size=shape), x.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def gradient(network: nn.Module) -> jax.stages.Wrapped:
+    """(parameters, observation) -> gradient of a loss that every output has a part in."""
+
+    def loss(parameters: Params, observation: Observation) -> jax.Array:
+        floats = jax.tree.leaves(network.apply(parameters, observation))
+        return sum((jnp.mean(x**2) for x in floats), jnp.zeros(()))
+
+    return jax.jit(jax.grad(loss))
+
+
+def matmuls(program: jax.stages.Wrapped, *arguments: Any, samples: int) -> Measure:
+    """Samples a second if a program consisted of its matmuls alone, each as fast as it can be."""
+    counts = Counter(dots(jax.make_jaxpr(program)(*arguments).jaxpr))
+    work = []
+    for (left, right, dimensions), count in counts.items():
+        call = jax.jit(functools.partial(jax.lax.dot_general, dimension_numbers=dimensions))
+        work.append((call, jnp.ones(left), jnp.ones(right), count))
+
+    def run() -> list[jax.Array]:
+        return [call(a, b) for call, a, b, count in work for _ in range(count)]
+
+    return rate(samples, run)
+
+
+def dots(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple]:
+    """Shapes and dimension numbers of all matmuls in a jaxpr and those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            left, right = (v.aval.shape for v in equation.invars)
+            yield left, right, equation.params["dimension_numbers"]
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from dots(inner)
+
+
+class Naive(nn.Module):
+    """The quickstart's network as one would first write it with Flax's own layers."""
+
+    vocabulary: int
+    width: int
+
+    @nn.compact
+    def __call__(self, observation: Observation) -> tuple[jax.Array, ...]:
+        words = nn.Embed(self.vocabulary, self.width)(observation["instruction"]["tokens"])
+        mask = observation["instruction"]["mask"]
+        pixels = observation["pixels"].astype(jnp.float32) / 127.5 - 1
+        patches = nn.Conv(128, (12, 12), strides=(8, 8))(pixels)
+        patches = patches.reshape(patches.shape[0], -1, 128)
+        scale, shift = jnp.split(nn.Dense(256)(words.mean(1))[:, None], 2, axis=-1)
+        patches = nn.Dense(self.width)(nn.gelu(patches * (1 + scale) + shift))
+        joints = nn.Dense(self.width)(nn.gelu(nn.Dense(self.width)(observation["proprio"])))
+        readouts = self.param("readouts", nn.initializers.normal(1.0), (2, self.width))
+        readouts = jnp.broadcast_to(readouts, (words.shape[0], 2, self.width))
+        x = jnp.concatenate([words, patches, joints[:, None], readouts], axis=1)
+        x = x + self.param("place", nn.initializers.normal(0.1), x.shape[1:])
+        present = jnp.ones((x.shape[0], x.shape[1] - words.shape[1]), bool)
+        keys = jnp.concatenate([mask, present], axis=1)[:, None, None, :]
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=1)(nn.LayerNorm()(x), mask=keys)
+            hidden = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(hidden)
+        x = nn.LayerNorm()(x)
+        pointing = nn.Dense(1)(patches)
+        return nn.Dense(2)(x[:, -2]), nn.Dense(2)(x[:, -2]), nn.Dense(1)(x[:, -1]), pointing
