@@ -87,6 +87,24 @@ def test_disjoint():
         statistics.disjoint((0.1, 0.0, 0.3), (0.5, 0.6, 0.3))
 
 
+def test_probability_of_improvement():
+    def of(first, second):
+        return statistics.probability_of_improvement(
+            first, second, confidence=0.95, resamples=2000, seed=0
+        )
+
+    # Pairs above: 3 > 1, 3 > 2, and 2 > 1; 2 and 2 are equal: (3 + 1 / 2) / 4.
+    value, low, high = of([3, 2], [1, 2])
+    assert value == 0.875 and low < 0.875 < high <= 1.0
+    assert of([1, 2], [3, 2])[0] == 0.125
+    assert of([5, 6, 7], [1, 2]) == (1.0, 1.0, 1.0)
+    # 50 runs of each of one distribution: the standard deviation of the statistic is
+    # sqrt((n + m + 1) / (12 n m)) = sqrt(101 / 30000) = 0.058.
+    first, second = np.random.default_rng(1).normal(size=(2, 50))
+    value, low, high = of(first, second)
+    assert abs(value - 0.5) < 4 * 0.058 and high - low == pytest.approx(4 * 0.058, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -149,6 +149,55 @@ def stage_curves(
     return _saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
+def study_figure(
+    intervals: Mapping[str, tuple[float, float, float]],
+    scores: Mapping[str, Sequence[float]],
+    out_png: str | os.PathLike[str],
+    *,
+    metric: str,
+) -> pathlib.Path:
+    """Draws a study: each variant's interval, and the fraction of its runs above every score.
+
+    Args:
+        intervals: Variant -> (interquartile mean, low, high).
+        scores: Variant -> one score for each run.
+        out_png: Picture to write; its directory is made if absent.
+        metric: What the scores are, for the axes.
+
+    Returns:
+        The path written.
+
+    Source: performance profiles are those of Agarwal et al., NeurIPS 2021, section 4.2.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.5 + 0.5 * max(4, len(intervals))), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for i, (variant, (mean, low, high)) in enumerate(intervals.items()):
+        colour = f"C{i}"
+        left.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=colour)
+        runs = np.sort(np.asarray(scores[variant], float))
+        above = 1 - np.arange(len(runs) + 1) / len(runs)
+        right.stairs(
+            above,
+            [min(0.0, runs[0]), *runs, max(1.0, runs[-1])],
+            baseline=None,
+            color=colour,
+            label=variant,
+        )
+    left.set_yticks(range(len(intervals)), intervals)
+    left.invert_yaxis()
+    left.set_xlabel(f"{metric}, IQM with 95 % interval")
+    left.grid(axis="x", alpha=0.3)
+    right.set_xlabel(f"score in {metric}")
+    right.set_ylabel("fraction of runs above it")
+    right.legend()
+    right.grid(alpha=0.3)
+    return _saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
+
+
 def captioned(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """Returns the frames enlarged to at least 256 pixels, each with its caption beneath.
 

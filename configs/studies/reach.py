@@ -1,0 +1,45 @@
+"""What the parts of `reach_ppo` are worth: each left out or changed, at the size of a study.
+
+Command:   python -m experiments.study --study=configs/studies/reach.py
+           python -m experiments.train --config=configs/studies/reach.py:no_auxiliary --workdir=DIR
+Hardware:  two CPU cores.
+Time:      not run
+Result:    not run
+"""
+
+from typing import Any
+
+import ml_collections
+
+from configs import reach_ppo
+
+SEEDS = 5
+MAIN = "final/train/success"
+
+# What a variant changes of the baseline.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "no_auxiliary": {
+        "warm_start.auxiliary_weight": 0.0,
+        "warm_start.pointing_weight": 0.0,
+        "ppo.auxiliary_weight": 0.0,
+        "ppo.pointing_weight": 0.0,
+    },
+    "no_warm_start": {"warm_start.updates": 0},
+    "no_film": {"model.film": False},
+    "pixels_24": {"env.height": 24, "env.width": 24},
+}
+
+
+def get_config(variant: str = "baseline") -> ml_collections.ConfigDict:
+    """The config of a variant; a third of the cloning and a third of the PPO of `reach_ppo`.
+
+    Raises:
+      KeyError: there is no such variant.
+    """
+    config = reach_ppo.get_config()
+    config.warm_start.updates = 300
+    config.warm_start.eval_interval = config.warm_start.checkpoint_interval = 300
+    config.run.updates = config.run.eval_interval = 40
+    config.update_from_flattened_dict(VARIANTS[variant])
+    return config

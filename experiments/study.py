@@ -1,0 +1,225 @@
+"""Evidence: variants of a config over several seeds, with confidence intervals.
+
+  python -m experiments.study --study=configs/studies/reach.py [--variants=baseline,no_film]
+
+A study is a config file that takes a variant's name, with VARIANTS, SEEDS and MAIN, the metric that
+the variants are compared by. Its runs go one after another, seed by seed, so that whatever has been
+done so far can be compared; on CPU, seeds side by side in one program are no faster, for XLA's
+batched matmuls are slow there. The same command goes on where it was stopped, days later too.
+
+Writes to runs/studies/<study>, anew after every run:
+  table.csv     variant, metric, iqm, lo, hi, seeds: interquartile means with 95 % intervals
+  table.md      the main metric, how likely a variant is better than the first, and what produced it
+  study.png     means with intervals, and the performance profiles
+  <variant>/<seed>/result.json    the metrics of a run, its commit, hardware and times
+"""
+
+from collections.abc import Mapping, Sequence
+import csv
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+from typing import Any
+
+from absl import app, flags, logging
+import numpy as np
+
+from experiments.benchmarks.harness import hardware
+from experiments.train import FAILURES, clean_exit, train, write_json
+from mmrl_jax import envs
+from mmrl_jax.evaluation import statistics
+from mmrl_jax.evaluation.evaluate import describe
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import factory, report
+
+FLAGS = flags.FLAGS
+RESULT = "result.json"
+# Of a result, what is no metric.
+PROVENANCE = ("commit", "hardware")
+
+# Variant -> seed -> what its result.json holds.
+Results = dict[str, dict[int, dict[str, Any]]]
+
+
+def load_study(path: pathlib.Path) -> types.ModuleType:
+    """The study's module.
+
+    Raises:
+      ValueError: no such file, or it is no study.
+    """
+    config_lib.load_config(str(path))  # Says what is wrong with the file.
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("VARIANTS", "SEEDS", "MAIN"):
+        if not hasattr(module, name):
+            raise ValueError(f"{path} has no {name}: a study needs VARIANTS, SEEDS and MAIN.")
+    return module
+
+
+def run(
+    study: types.ModuleType, workdir: pathlib.Path, variants: Sequence[str], seeds: Sequence[int]
+) -> bool:
+    """Does the runs that are missing, and writes the tables after each; False if interrupted."""
+    for seed in seeds:
+        for variant in variants:
+            place = workdir / variant / str(seed)
+            if not (place / RESULT).is_file():
+                print(f"{variant}, seed {seed}", flush=True)
+                result = run_one(study.get_config(variant), seed, place)
+                if result is None:
+                    return False
+                write_json(place / RESULT, result)
+            write_tables(load_results(workdir), study, workdir)
+    return True
+
+
+def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Trains and evaluates on every split; None if a signal came first."""
+    config.seed = seed
+    trained = train(config, workdir)
+    if trained.interrupted:
+        return None
+    learner = trained.results[-1].carry.learner.without_optimiser()
+    evaluator = factory.make_evaluator(
+        config, factory.evaluation_key(config), episodes=config.run.eval_episodes
+    )
+    result: dict[str, Any] = {}
+    for split in envs.splits(config.env.name):
+        described = describe(evaluator(learner, split))
+        for name in ("success", "return"):
+            if name in described:
+                result[f"final/{split}/{name}"] = described[name]
+    times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
+    return result | {"commit": commit(), "hardware": hardware()}
+
+
+def commit() -> str:
+    """The short hash of the checkout's commit, with '+' after it where files differ from it."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    try:
+        name, changed = (
+            subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+            for more in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.strip() + ("+" if changed.strip() else "")
+
+
+def load_results(workdir: pathlib.Path) -> Results:
+    """All results there are."""
+    results: Results = {}
+    for path in sorted(workdir.glob(f"*/*/{RESULT}")):
+        variant, seed = path.parent.parent.name, int(path.parent.name)
+        results.setdefault(variant, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Path) -> None:
+    """Writes table.csv, table.md and study.png of the results."""
+    variants = [variant for variant in study.VARIANTS if variant in results]
+    rows = [
+        (variant, metric, *interval(values), len(values))
+        for variant in variants
+        for metric, values in metrics(results[variant]).items()
+    ]
+    with (workdir / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("variant", "metric", "iqm", "lo", "hi", "seeds"))
+        writer.writerows(rows)
+    main = {variant: metrics(results[variant])[study.MAIN] for variant in variants}
+    text = markdown(
+        main, results, study, command=" ".join(["python -m experiments.study", *sys.argv[1:]])
+    )
+    (workdir / "table.md").write_text(text, encoding="utf-8")
+    report.study_figure(
+        {variant: interval(values) for variant, values in main.items()},
+        main,
+        workdir / "study.png",
+        metric=study.MAIN,
+    )
+
+
+def metrics(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Metric -> one value a seed."""
+    first = next(iter(runs.values()))
+    names = [name for name in first if name not in PROVENANCE]
+    return {name: [float(run[name]) for run in runs.values()] for name in names}
+
+
+def interval(values: Sequence[float]) -> statistics.Interval:
+    """IQM over the seeds with its 95 % interval."""
+    scores = np.asarray(values)[:, None]
+    return statistics.stratified_bootstrap_interval(
+        scores, confidence=0.95, resamples=10_000, seed=0
+    )
+
+
+def markdown(
+    main: Mapping[str, Sequence[float]], results: Results, metric: str, *, command: str
+) -> str:
+    """The table of the main metric, and what produced it."""
+    first = next(iter(main))
+    lines = [
+        f"| variant | {metric}, IQM [95 %] | better than {first} | seeds | minutes a run |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, values in main.items():
+        mean, low, high = interval(values)
+        better = "-"
+        if variant != first:
+            p, p_low, p_high = statistics.probability_of_improvement(
+                values, main[first], confidence=0.95, resamples=10_000, seed=0
+            )
+            better = f"{p:.2f} [{p_low:.2f}, {p_high:.2f}]"
+        minutes = np.median([run["wall_s"] for run in results[variant].values()]) / 60
+        lines.append(
+            f"| {variant} | {mean:.3f} [{low:.3f}, {high:.3f}] | {better} | {len(values)} | "
+            f"{minutes:.1f} |"
+        )
+    every = [run for runs in results.values() for run in runs.values()]
+    made = {name: ", ".join(sorted({run[name] for run in every})) for name in PROVENANCE}
+    hours = sum(run["wall_s"] for run in every) / 3600
+    lines.append(
+        f"\n`{command}`; commit {made['commit']}; {made['hardware']}; {hours:.1f} hours of runs."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
+    path = pathlib.Path(FLAGS.study)
+    workdir = pathlib.Path(FLAGS.directory) / path.stem
+    with clean_exit(ValueError):
+        study = load_study(path)
+        variants = FLAGS.variants or list(study.VARIANTS)
+        for variant in variants:
+            if variant not in study.VARIANTS:
+                raise ValueError(
+                    f"--variants has {variant!r}, but {path} has {list(study.VARIANTS)}."
+                )
+            factory.check(study.get_config(variant))
+    with clean_exit(*FAILURES):
+        finished = run(study, workdir, variants, range(study.SEEDS))
+    if not finished:
+        print("Interrupted; the same command goes on from the last checkpoint.")
+        return
+    print((workdir / "table.md").read_text(encoding="utf-8"))
+    print(f"Written: {workdir}/table.csv, table.md, study.png")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("study", None, "File of the study.", required=True)
+    flags.DEFINE_list("variants", None, "Variants to run; by default all.")
+    flags.DEFINE_string("directory", "runs/studies", "Directory that gets a folder a study.")
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)
