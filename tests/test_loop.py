@@ -391,17 +391,52 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         ({"ppo__clip": -0.1}, "ppo.clip"),
         ({"ppo__clip": "wide"}, "ppo.clip"),
         ({"algorithm": "dpo"}, "algorithm"),
+        ({"seed": -1}, "seed"),
+        ({"devices": -1}, "devices"),
+        ({"algorithm": "bc", "warm_start__updates": 0}, "warm_start.updates=0"),
+        ({"env__name": "language_rech"}, "Did you mean 'language_reach'"),
+        ({"env__name": "brax:antt"}, "Did you mean 'brax:ant'"),
+        ({"env__name": "recall", "env__split": "train"}, "no scripted expert"),
+        ({"env__history": 0}, "env.history"),
+        ({"env__height": 16.0}, "env.height"),
+        ({"env__width": 20}, "env.width=20"),
+        ({"env__options": {"reward": "danse"}}, "reward='danse'"),
+        ({"env__options": {"rewards": "dense"}}, "Did you mean 'reward'"),
+        ({"env__options": {"episode_length": 8}}, "episode_length=8"),
+        ({"model__kind": "transformer"}, "model.kind"),
+        ({"model__width": 18}, "model.width=18"),
+        ({"model__layers": 0}, "model.layers"),
+        ({"model__patch_margin": -1}, "model.patch_margin"),
+        ({"model__film": 1}, "model.film"),
+        ({"model__dtype": "float8"}, "model.dtype"),
+        ({"model__pointing": 3}, "model.pointing"),
+        ({"warm_start__episodes": 0}, "warm_start.episodes"),
+        ({"warm_start__expert__undershoot": 1.5}, "warm_start.expert.undershoot"),
+        ({"warm_start__expert__gain": 0.0}, "warm_start.expert.gain"),
+        ({"warm_start__expert__gian": 1.0}, "Did you mean 'warm_start.expert.gain'"),
+        ({"warm_start__learning_rate": 0.0}, "warm_start.learning_rate"),
+        ({"warm_start__updates_per_dispatch": 3}, "warm_start.updates_per_dispatch=3"),
+        ({"ppo__discount": 1.01}, "ppo.discount"),
+        ({"ppo__gae_lambda": float("nan")}, "ppo.gae_lambda"),
+        ({"ppo__schedule": "cosine"}, "ppo.schedule"),
+        ({"ppo__value_clip": 0.0}, "ppo.value_clip"),
+        ({"ppo__target_kl": -0.1}, "ppo.target_kl"),
+        ({"ppo__epochs": 0}, "ppo.epochs"),
+        ({"ppo__num_envs": True}, "ppo.num_envs"),
+        ({"ppo__clp": 0.1}, "Did you mean 'ppo.clip'"),
+        ({"run__eval_episodes": 0}, "run.eval_episodes"),
+        ({"run__keep": 0}, "run.keep"),
     ],
 )
 def test_impossible_configs_are_refused_before_any_compile(override, message, tmp_path):
     config = tiny.config()
-    with config.ignore_type():
-        for key, value in override.items():
-            group, _, field = key.partition("__")
-            if field:
-                config[group][field] = value
-            else:
-                config[group] = value
+    for key, value in override.items():
+        *groups, field = key.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        with node.unlocked(), node.ignore_type():
+            node[field] = value
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         train(config, pathlib.Path(tmp_path) / "never")
     assert not (tmp_path / "never").exists()
