@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo = ml_collections.ConfigDict()
     config.ppo.num_envs = 512
     config.ppo.unroll = 17
-    config.ppo.learning_rate = 1e-3
+    config.ppo.learning_rate = 1.5e-3
     config.ppo.schedule = "linear"
     config.ppo.max_grad_norm = 1.0
     config.ppo.discount = 0.95
@@ -79,9 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.initial_std = 0.3
 
     config.run = ml_collections.ConfigDict()
-    config.run.updates = 140
+    config.run.updates = 120
     config.run.updates_per_dispatch = 1
-    config.run.eval_interval = 28
+    config.run.eval_interval = 30
     config.run.eval_episodes = 512
     config.run.checkpoint_interval = 10
     config.run.keep = 2

@@ -43,7 +43,8 @@ def toy(update=lambda n, w: {}, **changes) -> loop.Stage:
 
     def step(carry: loop.Carry, data: None) -> tuple:
         n, w = carry.updates + 1, carry.learner.params["w"] + 1
-        logged = {"loss/total": 1.0 / n, "grad/norm": jnp.float32(1)} | update(n, w)
+        logged = {"loss/total": 1.0 / n, "update/steps": 1.0, "update/skipped": 0.0}
+        logged = jax.tree.map(jnp.float32, logged) | update(n, w)
         learner = carry.learner.replace(params={"w": logged.pop("w", w)})
         return carry.replace(learner=learner, updates=n), logged
 
@@ -177,25 +178,41 @@ def test_the_best_evaluated_update_can_be_restored(tmp_path):
     assert stored(tmp_path, "latest") == (9.0, 9)
 
 
+def skipping(*numbers):
+    """Metrics of updates of one optimiser step each, skipped in those of these numbers."""
+
+    def update(n, w):
+        skipped = jnp.isin(n, jnp.array(numbers)).astype(jnp.float32)
+        loss = jnp.where(skipped > 0, jnp.nan, 1.0 * n)
+        return {"loss/total": loss, "update/steps": 1 - skipped, "update/skipped": skipped}
+
+    return update
+
+
 @pytest.mark.parametrize(
-    "bad",
+    "update",
     [
-        lambda here, w: {"loss/total": jnp.where(here, jnp.nan, 1.0)},
-        lambda here, w: {"grad/norm": jnp.where(here, jnp.inf, 1.0)},
-        lambda here, w: {"w": w + jnp.where(here, jnp.array([0.0, jnp.nan]), 0.0)},
+        lambda n, w: {"w": w + jnp.where(n == 5, jnp.array([0.0, jnp.nan]), 0.0)},
+        skipping(4, 6),
     ],
-    ids=["loss", "gradient", "parameter"],
+    ids=["parameter", "skipped"],
 )
-def test_what_is_not_finite_in_any_update_is_never_saved(bad, tmp_path):
-    # Update 5, in the middle of the dispatch of 4 to 6; loss and gradient are finite after it.
-    stage = toy(
-        lambda n, w: bad(n == 5, w), updates=9, updates_per_dispatch=3, checkpoint_interval=1
-    )
+def test_a_run_that_diverged_is_not_saved(update, tmp_path):
+    # In the dispatch of updates 4 to 6.
+    stage = toy(update, updates=9, updates_per_dispatch=3, checkpoint_interval=1)
     with pytest.raises(FloatingPointError, match=r"'toy' diverged in updates 4 to 6.*fresh workd"):
         run(stage, tmp_path)
     assert checkpoint.saved_steps(tmp_path) == [3]
     # What led to it can be looked at.
     assert [row["step"] for row in rows(tmp_path)] == [3, 6]
+
+
+def test_few_skipped_steps_are_counted_and_do_no_harm(tmp_path):
+    run(toy(skipping(4), updates=6, updates_per_dispatch=3), tmp_path)
+    first, second = rows(tmp_path)
+    assert (first["update/skipped"], first["loss/total"]) == (0, 2)
+    # Means over the updates 4, 5 and 6, and of the loss over 5 and 6.
+    assert second["update/skipped"] == pytest.approx(1 / 3) and second["loss/total"] == 5.5
 
 
 def test_only_episode_metrics_may_have_nothing_to_report(tmp_path):

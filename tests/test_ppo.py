@@ -325,6 +325,22 @@ def test_a_batch_without_valid_samples_changes_no_parameter():
     assert all(np.isfinite(x) for x in metrics.values())
 
 
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted():
+    state, batch, last = prepared()
+    # One of the samples breaks the minibatch that it is in, in each of three epochs.
+    broken = batch.replace(log_prob=batch.log_prob.at[0, 0].set(jnp.nan))
+    after, metrics = run(state, broken, last, SGD, epochs=3, minibatches=4)
+    assert (metrics["update/skipped"], metrics["update/steps"]) == (3, 9)
+    assert after.steps == state.steps + 9
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, metrics)))
+    assert difference(after.params, state.params) > 1e-4
+    after, metrics = run(state, broken, last, SGD, epochs=3, minibatches=1)
+    assert (metrics["update/skipped"], metrics["update/steps"]) == (3, 0)
+    assert_equal(after.params, state.params)
+    assert_equal(after.opt_state, state.opt_state)
+    assert np.isnan(metrics["loss/total"])
+
+
 def test_early_stop_takes_the_step_that_exceeded_the_kl_and_no_more():
     # One minibatch an epoch. The first step's KL is 0; the second sees what the first did, exceeds
     # the target, and is the last: the same as two epochs.

@@ -98,8 +98,16 @@ def auxiliary_losses(
 def apply_gradients(
     state: LearnerState, gradients: Params, optimiser: optax.GradientTransformation
 ) -> tuple[LearnerState, Metrics]:
-    """One optimiser step; returns the new state and the gradient's norm."""
+    """One optimiser step, skipped where the gradient is not finite.
+
+    Returns:
+      The new state, and 'grad/norm', 'update/steps' and 'update/skipped' (one of them is 1).
+    """
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm)  # It is not as soon as one number of the gradient is not.
     updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state, steps=state.steps + 1)
-    return new, {"grad/norm": optax.tree.norm(gradients)}
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    taken = finite.astype(jnp.float32)
+    return new, {"grad/norm": norm, "update/steps": taken, "update/skipped": 1 - taken}

@@ -113,7 +113,8 @@ def update(
       shard: places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics (means over the minibatch steps that were taken).
+      The new learner, and metrics: means over the minibatch steps that were taken, NaN if none
+      was, and how many were taken and skipped.
     """
     h = hyperparameters
     valid = batch.valid
@@ -163,26 +164,25 @@ def update(
         shapes = jax.eval_shape(take_step, state, *x)[1]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         state, metrics = jax.lax.cond(stop, lambda s, *_: (s, nothing), take_step, state, *x)
-        taken = 1.0 - stop
         if h.target_kl is not None:
             stop = stop | (metrics["policy/kl"] > h.target_kl)
-        return (state, stop), (metrics, taken)
+        return (state, stop), metrics
 
     keys = jax.random.split(rng, h.epochs + 1)
     steps = h.epochs * h.minibatches
     order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys[1:])
     order = order.reshape(steps, size // h.minibatches)
-    (state, _), (metrics, taken) = jax.lax.scan(
+    (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )
-    total_taken = jnp.sum(taken)
-    metrics = {name: jnp.sum(x) / total_taken for name, x in metrics.items()}
+    counts = {name: metrics.pop(name) for name in ("update/steps", "update/skipped")}
+    taken = counts["update/steps"]
+    sums = {name: jnp.sum(jnp.where(taken > 0, x, 0.0)) for name, x in metrics.items()}
+    metrics = {name: x / jnp.sum(taken) for name, x in sums.items()}
+    metrics |= {name: jnp.sum(x) for name, x in counts.items()}
     variance = losses.masked_mean((target - losses.masked_mean(target, valid)) ** 2, valid)
     residual = losses.masked_mean((target - batch.value) ** 2, valid)
-    metrics |= {
-        "update/steps": total_taken,
-        "value/explained_variance": 1 - residual / jnp.maximum(variance, 1e-8),
-    }
+    metrics["value/explained_variance"] = 1 - residual / jnp.maximum(variance, 1e-8)
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])

@@ -22,6 +22,9 @@ from mmrl_jax.types import Metrics
 
 # What a resumed run may change: how long it goes on and how often it reports.
 MAY_CHANGE = ("run",)
+MAY_BE_ABSENT = ("episode/", "loss/", "grad/", "policy/")
+# The share of a dispatch's optimiser steps that may be skipped because a gradient is not finite.
+MAX_SKIPPED = 0.5
 
 
 class Carry(struct.PyTreeNode):
@@ -50,8 +53,9 @@ class Stage:
     Attributes:
       name: for the console and the reports.
       init: () -> Carry, fresh.
-      update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'loss/total' and
-        'grad/norm'; 'episode/*' is NaN where no episode ended.
+      update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'update/steps' and
+        'update/skipped'. 'episode/*' is NaN where no episode ended; what is of optimiser steps
+        ('loss/*', 'grad/*', 'policy/*') is NaN where all were skipped.
       data: pytree given to every update, or None; never donated.
       updates: where the stage ends.
       updates_per_dispatch: updates in one compiled call; the last one may have fewer.
@@ -129,21 +133,22 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     """One compiled call of `updates` updates; the carry is donated.
 
     Returns:
-      (carry, data) -> (carry, metrics). Metrics are means over the updates; those of 'episode/*'
-      over the updates in which an episode ended. 'finite' is a bool []: the loss and the norm of
-      the gradient were finite in every update, and what the learner acts with is at the end.
+      (carry, data) -> (carry, metrics). Metrics are means over the updates; those that may be NaN
+      (see `Stage.update`), over the updates in which they are not. 'sound' is a bool []: less than
+      MAX_SKIPPED of the optimiser steps were skipped, and what the learner acts with is finite.
     """
 
     def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
         acts = (carry.learner.params, carry.learner.statistics)
-        watched = [metrics["loss/total"], metrics["grad/norm"], *jax.tree.leaves(acts)]
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in watched]))
+        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
+        taken, skipped = (jnp.sum(metrics[f"update/{name}"]) for name in ("steps", "skipped"))
         means = {
-            name: _mean_of_numbers(x) if name.startswith("episode/") else jnp.mean(x)
+            name: _mean_of_numbers(x) if name.startswith(MAY_BE_ABSENT) else jnp.mean(x)
             for name, x in metrics.items()
         }
-        return carry, means | {"finite": finite}
+        sound = jnp.all(finite) & (skipped < MAX_SKIPPED * (taken + skipped))
+        return carry, means | {"sound": sound}
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -184,8 +189,8 @@ def run(
 
     Raises:
       ValueError: see `Checkpointer`.
-      FloatingPointError: the loss, the gradient or a parameter is not finite; nothing of that
-        dispatch is saved.
+      FloatingPointError: a parameter is not finite, or too many steps of a dispatch were skipped
+        because their gradients are not; nothing of that dispatch is saved.
     """
     started = time.perf_counter()
     fresh = stage.init()
@@ -252,10 +257,10 @@ def run(
                 seconds = time.perf_counter() - update_start
                 before, done = done, done + size
                 metrics = jax.device_get(metrics)
-                finite = bool(metrics.pop("finite"))
+                sound = bool(metrics.pop("sound"))
                 valid = float(metrics.get("rollout/valid_fraction", 1.0))
                 steps = size * stage.env_steps_per_update * valid
-                counters = add(wall_s=seconds, env_steps=round(steps) if finite else 0)
+                counters = add(wall_s=seconds, env_steps=round(steps) if sound else 0)
                 values = {name: float(x) for name, x in metrics.items() if not _absent(name, x)}
                 values |= {
                     "time/update_s": seconds / size,
@@ -265,7 +270,7 @@ def run(
                     "progress/updates": done,
                     "progress/env_steps": counters.env_steps,
                 }
-                if not finite:
+                if not sound:
                     writer.write(done, values)
                     raise FloatingPointError(_diverged(stage.name, workdir, before, done))
                 last = over()
@@ -294,16 +299,17 @@ def run(
 
 
 def _absent(name: str, value: float) -> bool:
-    """An episode metric of a dispatch in which no episode ended."""
-    return name.startswith("episode/") and math.isnan(value)
+    """A metric of what did not happen in a dispatch, as no episode ended in it."""
+    return name.startswith(MAY_BE_ABSENT) and math.isnan(value)
 
 
 def _diverged(name: str, workdir: str | pathlib.Path, before: int, done: int) -> str:
     return (
-        f"Stage {name!r} diverged in updates {before + 1} to {done}: loss/total, grad/norm or a "
-        f"parameter is not finite. Nothing of them is saved. The same command would come to the "
-        f"same point again: start in a fresh workdir with a lower learning rate, or look at loss/* "
-        f"and grad/norm in {pathlib.Path(workdir) / JSONL_NAME}."
+        f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
+        f"the gradients of half of the optimiser steps or more are not. Nothing of them is saved. "
+        f"The same command would come to the same point again: start in a fresh workdir with a "
+        f"lower learning rate, or look at update/skipped, loss/* and grad/norm in "
+        f"{pathlib.Path(workdir) / JSONL_NAME}."
     )
 
 

@@ -107,6 +107,11 @@ GLOSSARY: dict[str, Metric] = {
         "Optimiser steps of an update, before the KL stop if there is one",
         "epochs * minibatches; fewer often: lower the learning rate",
     ),
+    "update/skipped": Metric(
+        "steps",
+        "Optimiser steps of an update that were skipped, for their gradient is not finite",
+        "0; half of all steps stop the run",
+    ),
     "eval/<split>/success": Metric("fraction", "Success over the evaluation episodes", "rises"),
     "eval/<split>/success_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
     "eval/<split>/success_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
