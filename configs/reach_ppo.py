@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.vision_layers = 0
     config.model.text_layers = 0
     config.model.film = True
+    config.model.fusion = "joint"
     config.model.auxiliary = (("target_place", 2),)
     config.model.pointing = "target_pixel"
     config.model.dtype = "float32"

@@ -175,9 +175,10 @@ def test_gradients_flow_along_the_attention_mask_and_nowhere_else():
     assert not reaches[np.ix_(modality == 0, modality != 0)].any()
 
 
+@pytest.mark.parametrize("fusion", policies.FUSIONS)
 @pytest.mark.parametrize("frames", [None, 2])
-def test_padding_words_have_exactly_no_influence(frames):
-    apply, params = initialised(frames=frames)
+def test_padding_words_have_exactly_no_influence(frames, fusion):
+    apply, params = initialised(frames=frames, fusion=fusion)
     observation = observe(frames=frames)
     before = mean_and_value(apply, params, observation)
     tokens, mask = observation["instruction"]["tokens"], observation["instruction"]["mask"]
@@ -187,7 +188,7 @@ def test_padding_words_have_exactly_no_influence(frames):
     other = observation | {"instruction": {"tokens": (tokens + 1) % PADDING, "mask": mask}}
     assert np.abs(mean_and_value(apply, params, other) - before).max() > 1e-3
 
-    words = compiled_gradient()(params, observation)["params"]["text"]["words"]
+    words = compiled_gradient(fusion=fusion)(params, observation)["params"]["text"]["words"]
     words = np.abs(words).max(axis=1)
     assert words[PADDING] == 0.0
     assert words[np.unique(tokens[mask])].min() > 0
@@ -204,9 +205,10 @@ def test_an_empty_instruction_is_finite():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("fusion", policies.FUSIONS)
 @pytest.mark.parametrize("film", [True, False])
-def test_every_modality_reaches_action_and_value(film):
-    apply, params = initialised(film=film)
+def test_every_modality_reaches_action_and_value(film, fusion):
+    apply, params = initialised(film=film, fusion=fusion, layers=2)
     observation, other = observe(0), observe(1)
     before = mean_and_value(apply, params, observation)
     assert before.shape == (BATCH, ACTIONS + 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax.models.transformer import Dense, Transformer, attention
+from mmrl_jax.models.transformer import Block, Dense, Transformer, attention, normalise
 
 # Compiled quickly: nothing here runs for long.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -80,6 +80,20 @@ def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
     last = run(params, tokens(), some_mask(), readouts=readouts)
     assert last.shape == (BATCH, readouts, WIDTH)
     np.testing.assert_allclose(last, whole[:, -readouts:], rtol=1e-5, atol=1e-6)
+
+
+def test_only_readouts_change_in_cross_attention():
+    params, mask = initialised(stack(), some_mask()), some_mask()
+    # Two blocks, written out: what is read stays as it was, whatever a block made of it.
+    x = tokens()
+    for i in range(2):
+        block = Block(2, 2)
+        y = block.apply({"params": params["params"][f"block_{i}"]}, x, mask[:, -2:], 2)
+        x = jnp.concatenate([x[:, :-2], y], axis=1)
+    ours = stack().apply(params, tokens(), mask, readouts=2, only_readouts=True)
+    np.testing.assert_allclose(ours, normalise(x[:, -2:]), rtol=1e-5, atol=1e-5)
+    joint = stack().apply(params, tokens(), mask, readouts=2)
+    assert np.abs(ours - joint).max() > 0.01
 
 
 @pytest.mark.parametrize("readouts", [None, 2])

@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no_warm_start": {"warm_start.updates": 0},
     "no_film": {"model.film": False},
+    "cross_attention": {"model.fusion": "cross"},
+    "late_concatenation": {"model.fusion": "late"},
     "pixels_24": {"env.height": 24, "env.width": 24},
 }
 

@@ -1,6 +1,6 @@
 """The multimodal transformer policy: pixels, an instruction and joints to actions and a value."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -9,10 +9,12 @@ import numpy as np
 
 from mmrl_jax.models.encoders import ProprioEncoder, TextEncoder, VisionEncoder
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
-from mmrl_jax.models.transformer import Dense, Transformer
+from mmrl_jax.models.transformer import Dense, Transformer, normalise
 from mmrl_jax.types import Observation
 
 MODALITIES = ("instruction", "pixels", "proprio", "readout")
+Fusion = Literal["joint", "cross", "late"]
+FUSIONS: tuple[str, ...] = get_args(Fusion)
 READOUTS = 2  # One for the policy (and auxiliary predictions), one for the value.
 
 
@@ -88,6 +90,9 @@ class MultimodalPolicy(nn.Module):
       patch_hidden: hidden units of the per-patch perceptron.
       vision_layers, text_layers: blocks of self-attention inside one modality before fusion.
       film: modulate patches by the instruction (FiLM) before fusion.
+      fusion: 'joint', self-attention among all tokens; 'cross', only the readouts read, and the
+        other tokens stay as their encoders made them; 'late', no attention at all: a perceptron
+        over the concatenated tokens (of the words, their mean).
       auxiliary: name -> size of privileged targets predicted from the policy's readout.
       pointing: name of a privileged place in the newest picture; the patch tokens then also say, by
         one logit each, whether they are where it is.
@@ -107,6 +112,7 @@ class MultimodalPolicy(nn.Module):
     vision_layers: int = 0
     text_layers: int = 0
     film: bool = True
+    fusion: Fusion = "joint"
     auxiliary: tuple[tuple[str, int], ...] = ()
     pointing: str | None = None
     dtype: jnp.dtype = jnp.float32
@@ -129,10 +135,10 @@ class MultimodalPolicy(nn.Module):
         words = TextEncoder(
             self.width, self.vocabulary, layers=self.text_layers, **stack, name="text"
         )(instruction["tokens"], instruction["mask"])
+        present = instruction["mask"][..., None]
+        summary = jnp.sum(words * present, 1) / jnp.maximum(jnp.sum(present, 1), 1)
         condition = None
         if self.film:
-            present = instruction["mask"][..., None]
-            summary = jnp.sum(words * present, 1) / jnp.maximum(jnp.sum(present, 1), 1)
             condition = nn.gelu(Dense(self.width, self.dtype, name="condition")(summary))
             condition = jnp.repeat(condition, frames, axis=0)
         patches = VisionEncoder(
@@ -154,18 +160,26 @@ class MultimodalPolicy(nn.Module):
                 self.dtype
             )
         frame_tokens = frame_tokens.reshape(batch, -1, self.width)
-        readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
-        readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))
-        x = jnp.concatenate([words, frame_tokens, readouts], axis=1)
-
-        layout = token_layout(words=words.shape[1], frames=frames, patches=patches.shape[1])
-        modality = self.param(
-            "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
-        )
-        x = x + modality[layout.modality].astype(self.dtype)
-        x = Transformer(self.layers, **stack, name="fusion")(
-            x, attention_mask(instruction["mask"], layout), readouts=READOUTS
-        )
+        if self.fusion == "late":
+            x = jnp.concatenate([summary, frame_tokens.reshape(batch, -1)], axis=1)
+            x = nn.gelu(Dense(self.width, self.dtype, name="late_in")(x))
+            x = nn.gelu(Dense(READOUTS * self.width, self.dtype, name="late_out")(x))
+            x = normalise(x.astype(jnp.float32).reshape(batch, READOUTS, -1))
+        else:
+            readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
+            readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))
+            x = jnp.concatenate([words, frame_tokens, readouts], axis=1)
+            layout = token_layout(words=words.shape[1], frames=frames, patches=patches.shape[1])
+            modality = self.param(
+                "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
+            )
+            x = x + modality[layout.modality].astype(self.dtype)
+            x = Transformer(self.layers, **stack, name="fusion")(
+                x,
+                attention_mask(instruction["mask"], layout),
+                readouts=READOUTS,
+                only_readouts=self.fusion == "cross",
+            )
         policy, value = x[:, 0], x[:, 1]
         auxiliary = {
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary

@@ -121,7 +121,14 @@ class Transformer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, readouts: int | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        readouts: int | None = None,
+        *,
+        only_readouts: bool = False,
+    ) -> jax.Array:
         """Runs the stack.
 
         Args:
@@ -129,6 +136,8 @@ class Transformer(nn.Module):
           mask: bool [B, S, S] (or broadcastable), True where token q may read token s.
           readouts: when given, only the last `readouts` tokens are wanted, and the last block
             computes only those: their values are the same, half of a two-block stack is saved.
+          only_readouts: the other tokens stay as they come, and every block computes the
+            readouts alone: cross-attention.
 
         Returns:
           [B, S, D], or [B, readouts, D].
@@ -138,10 +147,12 @@ class Transformer(nn.Module):
         mask = jnp.broadcast_to(mask, (mask.shape[0], length, length))
         x = x.astype(self.dtype)
         for i in range(self.layers):
-            queries = length if readouts is None or i < self.layers - 1 else readouts
-            x = block(self.heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(
+            last = i == self.layers - 1
+            queries = length if readouts is None or not (last or only_readouts) else readouts
+            y = block(self.heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(
                 x, mask[:, length - queries :], queries
             )
+            x = y if last else jnp.concatenate([x[:, : length - queries], y], axis=1)
         if readouts is not None:
             x = x[:, x.shape[1] - readouts :]
         return normalise(x.astype(jnp.float32))

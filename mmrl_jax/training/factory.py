@@ -24,7 +24,7 @@ from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
 from mmrl_jax.models.mlp import MLPPolicy
-from mmrl_jax.models.policy import MultimodalPolicy
+from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
 from mmrl_jax.training import config as config_lib
@@ -59,6 +59,7 @@ SCHEMA: config_lib.Schema = {
         "vision_layers": non_negative(int, "blocks among the patches before fusion"),
         "text_layers": non_negative(int, "blocks among the words before fusion"),
         "film": anything(bool, "modulate patches by the instruction before fusion"),
+        "fusion": one_of(FUSIONS, "of the modalities, see MultimodalPolicy"),
         "auxiliary": anything(tuple, "((name, size), ...) of privileged targets to predict"),
         "pointing": anything((str, type(None)), "privileged place in the picture to point at"),
         "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
@@ -254,6 +255,7 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
         vision_layers=m.vision_layers,
         text_layers=m.text_layers,
         film=m.film,
+        fusion=m.fusion,
         auxiliary=tuple((name, size) for name, size in m.auxiliary),
         pointing=m.pointing,
         dtype=DTYPES[m.dtype],
