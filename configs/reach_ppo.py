@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.vision_layers = 0
     config.model.text_layers = 0
     config.model.film = True
-    config.model.fusion = "joint"
+    config.model.fusion = "cross"
     config.model.auxiliary = (("target_place", 2),)
     config.model.pointing = "target_pixel"
     config.model.dtype = "float32"
@@ -80,9 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.initial_std = 0.3
 
     config.run = ml_collections.ConfigDict()
-    config.run.updates = 120
+    config.run.updates = 180
     config.run.updates_per_dispatch = 1
-    config.run.eval_interval = 30
+    config.run.eval_interval = 36
     config.run.eval_episodes = 512
     config.run.checkpoint_interval = 10
     config.run.keep = 2
