@@ -3,7 +3,7 @@
 Command:   python -m experiments.train --config=configs/mlp_ppo.py --workdir=runs/pendulum
            python -m experiments.train --config=configs/mlp_ppo.py:reacher --workdir=runs/reacher
 Hardware:  two CPU cores.
-Time:      TIME
+Time:      1.2 minutes.
 Result:    return on inverted_pendulum 1000 of 1000 (seeds 0 to 2). Other environments: not run.
            With env.options.backend='spring', another and harder pendulum, 1.2M steps gave 916, 1000
            and 684.

@@ -17,7 +17,6 @@ def get_config(name: str = "brax:inverted_pendulum") -> ml_collections.ConfigDic
     config = reach_ppo.get_config()
     config.env.name = name
     config.env.options = ml_collections.ConfigDict({"episode_length": 1000})
-    config.model.fusion = "joint"
     config.model.auxiliary = ()
     config.model.pointing = None
     config.warm_start.updates = 0

@@ -19,7 +19,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.env.options = ml_collections.ConfigDict()
     config.model.width = 32
     config.model.patch_hidden = 32
-    config.model.fusion = "joint"
     config.model.auxiliary = ()
     config.model.pointing = None
     config.warm_start.updates = 0

@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no_warm_start": {"warm_start.updates": 0},
     "no_film": {"model.film": False},
-    "joint_attention": {"model.fusion": "joint"},
+    "cross_attention": {"model.fusion": "cross"},
     "late_concatenation": {"model.fusion": "late"},
     "pixels_24": {"env.height": 24, "env.width": 24},
 }
@@ -42,6 +42,6 @@ def get_config(variant: str = "baseline") -> ml_collections.ConfigDict:
     config = reach_ppo.get_config()
     config.warm_start.updates = 300
     config.warm_start.eval_interval = config.warm_start.checkpoint_interval = 300
-    config.run.updates = config.run.eval_interval = 60
+    config.run.updates = config.run.eval_interval = 40
     config.update_from_flattened_dict(VARIANTS[variant])
     return config

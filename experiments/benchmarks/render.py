@@ -30,6 +30,7 @@ geoms = "".join(
 model = mujoco.MjModel.from_xml_string(
     f'<mujoco><worldbody><light pos="0 0 3"/><geom type="plane" size="2 2 1"/>{geoms}'
     '<camera name="eye" pos="0 -0.35 1.75" xyaxes="1 0 0 0 0.9 0.4"/></worldbody></mujoco>')
+model.vis.quality.offsamples = 0  # Ours does not smooth edges either.
 data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
 renderer = mujoco.Renderer(model, pixels, pixels)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmrl_jax.envs import instructions, system_scene
 from mmrl_jax.envs.brax_api import PipelineEnv, State, get_environment
-from mmrl_jax.envs.language_reach import Physics
+from mmrl_jax.envs.physics import Physics
 from mmrl_jax.rendering import Camera, Scene, look_at
 
 Split = Literal[

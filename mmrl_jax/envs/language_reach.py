@@ -4,7 +4,7 @@ Nothing but the pixels tells where the objects are, and nothing but the instruct
 is meant: proprioception is the arm's own joints and tip.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from mmrl_jax.envs import instructions
 from mmrl_jax.envs.brax_api import PipelineEnv, State, mjcf
+from mmrl_jax.envs.physics import Physics
 from mmrl_jax.rendering import Camera, Scene, look_at, project
 
 Split = Literal[
@@ -120,14 +121,6 @@ DRAWS = {
     "arm": 2,
 }
 _ENDS = np.cumsum(list(DRAWS.values()))
-
-
-class Physics(NamedTuple):
-    """Per-episode factors on the nominal arm, float32 []; data, never constants of the program."""
-
-    mass: jax.Array
-    friction: jax.Array
-    gain: jax.Array
 
 
 class LanguageReach(PipelineEnv):
