@@ -122,13 +122,19 @@ def test_every_config_trains(name, tmp_path):
     assert max(jax.tree.leaves(moved)) > 1e-5
 
 
-def test_two_plus_two_updates_are_four(tmp_path):
+@pytest.mark.parametrize(("name", "devices"), [("reach_ppo", 1), ("reach_ppo_scratch", 8)])
+def test_two_plus_two_updates_are_four(name, devices, tmp_path):
     # A linear schedule depends on where the run ends, so that 2 updates are no half of 4.
-    whole = train(tiny.config(ppo__schedule="constant"), tmp_path / "whole")
-    train(tiny.config(ppo__schedule="constant", run__updates=2), tmp_path / "parts")
-    parts = train(tiny.config(ppo__schedule="constant"), tmp_path / "parts")
+    config = tiny.config(name, devices=devices, ppo__schedule="constant")
+    whole = train(config, tmp_path / "whole")
+    config.run.updates = 2
+    train(config, tmp_path / "parts")
+    config.run.updates = 4
+    parts = train(config, tmp_path / "parts")
     assert parts.ppo.updates == 4
     bitwise_equal(whole.ppo.carry, parts.ppo.carry)
+    placed = parts.ppo.carry.env_state.reward.sharding
+    assert len(placed.device_set) == devices
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):

@@ -584,5 +584,9 @@ def _with_std(params: Any, std: float) -> Any:
 def _shardings(carry: Carry, *, mesh: Mesh) -> Carry:
     """Environments over the mesh's data axis, the rest replicated."""
     everywhere = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
-    by_env = jax.tree.map(lambda _: mesh_lib.batch_sharding(mesh, 0), carry.env_state)
+    # XLA replicates arrays without elements, whatever is asked for.
+    by_env = jax.tree.map(
+        lambda x: mesh_lib.batch_sharding(mesh, 0) if x.size else mesh_lib.replicated(mesh),
+        carry.env_state,
+    )
     return everywhere.replace(env_state=by_env)
