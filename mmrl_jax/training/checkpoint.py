@@ -572,7 +572,7 @@ def _load(
             args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=True),
         )
     leaves = {
-        path: _finish_leaf(path, arrays.get(path), target, layout[path])
+        path: _finish_leaf(path, arrays.pop(path, None), target, layout[path])
         for path, target in targets.items()
     }
     trees = {
@@ -606,7 +606,13 @@ def _finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) -
             raise ValueError(f"the checksum of '{path}' is wrong")
     if isinstance(target, np.ndarray):
         return np.asarray(array)
-    array = jnp.asarray(array)
+    # A copy: JAX does not donate what numpy holds a view of, as it does since the checksum.
+    sharding = _target_sharding(target)
+    array = (
+        jnp.array(array, copy=True)
+        if sharding is None
+        else jax.device_put(array, sharding, may_alias=False)
+    )
     return jax.random.wrap_key_data(array, impl=entry["key"]) if "key" in entry else array
 
 
