@@ -6,7 +6,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
 {name, ours, peer, ratio, unit, runs, hardware}. Suites:
 
   ppo_vs_brax   PPO updates of flat observations, against Brax's own PPO
-  render        frames of the reach scene, against a naive ray caster and MuJoCo's software renderer
+  render        frames of the reach scene, against MuJoCo's software renderer
   model         gradients of the policy network, against its matmuls alone and naive Flax
   loop          where the time of one update of the main job goes
 """

@@ -66,16 +66,22 @@ def run(
     study: types.ModuleType, workdir: pathlib.Path, variants: Sequence[str], seeds: Sequence[int]
 ) -> bool:
     """Does the runs that are missing, and writes the tables after each; False if interrupted."""
-    for seed in seeds:
-        for variant in variants:
-            place = workdir / variant / str(seed)
-            if not (place / RESULT).is_file():
-                print(f"{variant}, seed {seed}", flush=True)
-                result = run_one(study.get_config(variant), seed, place)
-                if result is None:
-                    return False
-                write_json(place / RESULT, result)
-            write_tables(load_results(workdir), study, workdir)
+    missing = [
+        (seed, variant)
+        for seed in seeds
+        for variant in variants
+        if not (workdir / variant / str(seed) / RESULT).is_file()
+    ]
+    for seed, variant in missing:
+        print(f"{variant}, seed {seed}", flush=True)
+        place = workdir / variant / str(seed)
+        result = run_one(study.get_config(variant), seed, place)
+        if result is None:
+            return False
+        write_json(place / RESULT, result)
+        write_tables(load_results(workdir), study, workdir)
+    if not missing:  # The tables of another version of the study may lie there.
+        write_tables(load_results(workdir), study, workdir)
     return True
 
 
@@ -135,9 +141,8 @@ def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Pat
         writer.writerow(("variant", "metric", "iqm", "lo", "hi", "seeds"))
         writer.writerows(rows)
     main = {variant: metrics(results[variant])[study.MAIN] for variant in variants}
-    text = markdown(
-        main, results, study, command=" ".join(["python -m experiments.study", *sys.argv[1:]])
-    )
+    command = " ".join(["python -m experiments.study", *sys.argv[1:]])
+    text = markdown(main, results, study.MAIN, command=command)
     (workdir / "table.md").write_text(text, encoding="utf-8")
     report.study_figure(
         {variant: interval(values) for variant, values in main.items()},

@@ -76,6 +76,7 @@ def test_a_study_writes_its_tables(made_up, tmp_path):
     assert 0.1 <= float(first["lo"]) < 0.3 < float(first["hi"]) <= 0.6
     assert {row["metric"] for row in rows} == {module.MAIN, "wall_s"}
     text = (tmp_path / "table.md").read_text()
+    assert text.startswith(f"| variant | {module.MAIN}, IQM [95 %] | better than plain |")
     # 'better' is above 'plain' in 8 of 9 pairs: all but 0.5 against 0.6.
     assert "| better | 0.700 [" in text and "| 0.89 [" in text and "commit abc; a computer" in text
     assert (tmp_path / "study.png").stat().st_size > 1000
