@@ -341,6 +341,17 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted():
     assert np.isnan(metrics["loss/total"])
 
 
+def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too():
+    state = learner_state(SGD, initial_params())
+    gradients = jax.tree.map(jnp.ones_like, state.params)
+    after, metrics = learner.apply_gradients(state, jnp.float32(jnp.nan), gradients, SGD)
+    assert_equal(after, state)
+    assert (metrics["update/skipped"], metrics["update/steps"]) == (1, 0)
+    after, metrics = learner.apply_gradients(state, jnp.float32(1), gradients, SGD)
+    assert (metrics["update/skipped"], metrics["update/steps"]) == (0, 1)
+    assert difference(after.params, state.params) > 0 and metrics["loss/total"] == 1
+
+
 def test_early_stop_takes_the_step_that_exceeded_the_kl_and_no_more():
     # One minibatch an epoch. The first step's KL is 0; the second sees what the first did, exceeds
     # the target, and is the last: the same as two epochs.

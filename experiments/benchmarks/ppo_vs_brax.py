@@ -71,6 +71,7 @@ class BraxPPO:
             num_timesteps=1000 * UPDATES * ENVS * UNROLL,
             num_evals=1001,  # Calls progress_fn after every UPDATES updates.
             run_evals=False,
+            max_devices_per_host=1,
             num_envs=ENVS,
             episode_length=1000,
             unroll_length=UNROLL,

@@ -102,8 +102,8 @@ def update(
             + h.auxiliary_weight * parts["loss/auxiliary"]
             + h.pointing_weight * parts["loss/pointing"]
         )
-        return value, parts | {"loss/total": value}
+        return value, parts
 
-    gradients, metrics = jax.grad(total, has_aux=True)(state.params)
-    state, step_metrics = apply_gradients(state, gradients, optimiser)
-    return state, metrics | step_metrics
+    (loss, parts), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
+    state, metrics = apply_gradients(state, loss, gradients, optimiser)
+    return state, metrics | parts

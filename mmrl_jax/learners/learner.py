@@ -96,18 +96,27 @@ def auxiliary_losses(
 
 
 def apply_gradients(
-    state: LearnerState, gradients: Params, optimiser: optax.GradientTransformation
+    state: LearnerState,
+    loss: jax.Array,
+    gradients: Params,
+    optimiser: optax.GradientTransformation,
 ) -> tuple[LearnerState, Metrics]:
-    """One optimiser step, skipped where the gradient is not finite.
+    """One optimiser step, skipped where the loss [] or its gradient is not finite.
 
     Returns:
-      The new state, and 'grad/norm', 'update/steps' and 'update/skipped' (one of them is 1).
+      The new state, and 'loss/total', 'grad/norm', 'update/steps' and 'update/skipped' (one of
+      the last two is 1).
     """
-    norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm)  # It is not as soon as one number of the gradient is not.
+    norm = optax.tree.norm(gradients)  # Not finite as soon as one number of the gradient is not.
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state, steps=state.steps + 1)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     taken = finite.astype(jnp.float32)
-    return new, {"grad/norm": norm, "update/steps": taken, "update/skipped": 1 - taken}
+    return new, {
+        "loss/total": loss,
+        "grad/norm": norm,
+        "update/steps": taken,
+        "update/skipped": 1 - taken,
+    }

@@ -116,28 +116,8 @@ def update(
       The new learner, and metrics: means over the minibatch steps that were taken, NaN if none
       was, and how many were taken and skipped.
     """
-    h = hyperparameters
-    valid = batch.valid
-
-    def keep(x: jax.Array) -> jax.Array:
-        mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0
-        return jnp.where(mask, x, jnp.zeros_like(x))
-
-    # A mask alone does not stop what is not finite: its gradient is 0 * nan. The value stays until
-    # the advantages are known: an invalid step's bootstraps a truncated step before it.
-    masked = ("observation", "action", "log_prob", "reward", "privileged")
-    batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
-    advantage, target = advantages.generalised_advantages(
-        reward=batch.reward,
-        value=batch.value,
-        last_value=run_network(apply, state, last_observation).value,
-        terminated=batch.terminated,
-        truncated=batch.truncated,
-        discount=h.discount,
-        lambda_=h.gae_lambda,
-    )
-    advantage, target, value = keep(advantage), keep(target), keep(batch.value)
-    batch = batch.replace(value=value)
+    h, valid = hyperparameters, batch.valid
+    batch, advantage, target = _with_advantages(state, batch, last_observation, apply, h)
     samples = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]),
         (batch, losses.normalise(advantage, valid), target),
@@ -156,8 +136,8 @@ def update(
             return weighted_sum(parts, h), metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
-        state, step_metrics = apply_gradients(state, gradients, optimiser)
-        return state, metrics | step_metrics | {"loss/total": value}
+        state, step_metrics = apply_gradients(state, value, gradients, optimiser)
+        return state, metrics | step_metrics
 
     def maybe_step(carry: tuple, x: tuple) -> tuple:
         state, stop = carry
@@ -175,16 +155,61 @@ def update(
     (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )
-    counts = {name: metrics.pop(name) for name in ("update/steps", "update/skipped")}
-    taken = counts["update/steps"]
-    sums = {name: jnp.sum(jnp.where(taken > 0, x, 0.0)) for name, x in metrics.items()}
-    metrics = {name: x / jnp.sum(taken) for name, x in sums.items()}
-    metrics |= {name: jnp.sum(x) for name, x in counts.items()}
-    variance = losses.masked_mean((target - losses.masked_mean(target, valid)) ** 2, valid)
-    residual = losses.masked_mean((target - batch.value) ** 2, valid)
-    metrics["value/explained_variance"] = 1 - residual / jnp.maximum(variance, 1e-8)
+    metrics = _over_steps(metrics)
+    metrics["value/explained_variance"] = _explained_variance(batch.value, target, valid)
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
     state = state.replace(statistics=normalisation.update(statistics, proprio, mask))
     return state, metrics
+
+
+def _with_advantages(
+    state: LearnerState,
+    batch: Transition,
+    last_observation: Observation,
+    apply: Apply,
+    hyperparameters: Hyperparameters,
+) -> tuple[Transition, jax.Array, jax.Array]:
+    """The batch [T, B, ...] with zeros where it is not valid, advantages and value targets [T, B].
+
+    A mask alone does not stop what is not finite: its gradient is 0 * nan.
+    """
+    valid = batch.valid
+
+    def keep(x: jax.Array) -> jax.Array:
+        mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0
+        return jnp.where(mask, x, jnp.zeros_like(x))
+
+    masked = ("observation", "action", "log_prob", "reward", "privileged")
+    batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
+    # The value stays until here: an invalid step's bootstraps a truncated step before it.
+    advantage, target = advantages.generalised_advantages(
+        reward=batch.reward,
+        value=batch.value,
+        last_value=run_network(apply, state, last_observation).value,
+        terminated=batch.terminated,
+        truncated=batch.truncated,
+        discount=hyperparameters.discount,
+        lambda_=hyperparameters.gae_lambda,
+    )
+    return batch.replace(value=keep(batch.value)), keep(advantage), keep(target)
+
+
+def _over_steps(metrics: Metrics) -> Metrics:
+    """Of metrics [steps], the means over the steps taken, and the sums of what counts steps."""
+    taken = metrics["update/steps"]
+
+    def reduce(name: str, x: jax.Array) -> jax.Array:
+        if name.startswith("update/"):
+            return jnp.sum(x)
+        return jnp.sum(jnp.where(taken > 0, x, 0.0)) / jnp.sum(taken)
+
+    return {name: reduce(name, x) for name, x in metrics.items()}
+
+
+def _explained_variance(value: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """1 - mean((target - value)^2) / Var(target), [], over valid samples."""
+    variance = losses.masked_mean((target - losses.masked_mean(target, valid)) ** 2, valid)
+    residual = losses.masked_mean((target - value) ** 2, valid)
+    return 1 - residual / jnp.maximum(variance, 1e-8)

@@ -22,8 +22,9 @@ from mmrl_jax.types import Metrics
 
 # What a resumed run may change: how long it goes on and how often it reports.
 MAY_CHANGE = ("run",)
-MAY_BE_ABSENT = ("episode/", "loss/", "grad/", "policy/")
-# The share of a dispatch's optimiser steps that may be skipped because a gradient is not finite.
+# Metrics of optimiser steps: of an update that took none they say nothing.
+OF_STEPS = ("loss/", "grad/", "policy/")
+# The share of a dispatch's optimiser steps that may be skipped because they are not finite.
 MAX_SKIPPED = 0.5
 
 
@@ -54,8 +55,8 @@ class Stage:
       name: for the console and the reports.
       init: () -> Carry, fresh.
       update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'update/steps' and
-        'update/skipped'. 'episode/*' is NaN where no episode ended; what is of optimiser steps
-        ('loss/*', 'grad/*', 'policy/*') is NaN where all were skipped.
+        'update/skipped', the optimiser steps taken, and those skipped because the loss or its
+        gradient is not finite. 'episode/*' is NaN where no episode ended.
       data: pytree given to every update, or None; never donated.
       updates: where the stage ends.
       updates_per_dispatch: updates in one compiled call; the last one may have fewer.
@@ -133,30 +134,33 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     """One compiled call of `updates` updates; the carry is donated.
 
     Returns:
-      (carry, data) -> (carry, metrics). Metrics are means over the updates; those that may be NaN
-      (see `Stage.update`), over the updates in which they are not. 'sound' is a bool []: less than
-      MAX_SKIPPED of the optimiser steps were skipped, and what the learner acts with is finite.
+      (carry, data) -> (carry, metrics). Metrics are means over the updates; those of 'episode/*'
+      over the updates in which an episode ended, those in OF_STEPS over the updates that took a
+      step. 'sound' is a bool []: less than MAX_SKIPPED of the optimiser steps were skipped, and
+      what the learner acts with is finite.
     """
 
     def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
         acts = (carry.learner.params, carry.learner.statistics)
         finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
-        taken, skipped = (jnp.sum(metrics[f"update/{name}"]) for name in ("steps", "skipped"))
-        means = {
-            name: _mean_of_numbers(x) if name.startswith(MAY_BE_ABSENT) else jnp.mean(x)
-            for name, x in metrics.items()
-        }
-        sound = jnp.all(finite) & (skipped < MAX_SKIPPED * (taken + skipped))
+        taken, skipped = metrics["update/steps"], metrics["update/skipped"]
+
+        def mean(name: str, x: jax.Array) -> jax.Array:
+            if name.startswith("episode/"):
+                return _mean_where(~jnp.isnan(x), x)
+            return _mean_where(taken > 0, x) if name.startswith(OF_STEPS) else jnp.mean(x)
+
+        means = {name: mean(name, x) for name, x in metrics.items()}
+        sound = jnp.all(finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
         return carry, means | {"sound": sound}
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _mean_of_numbers(x: jax.Array) -> jax.Array:
-    counted = ~jnp.isnan(x)
-    total = jnp.sum(jnp.where(counted, x, 0.0))
-    return jnp.where(jnp.any(counted), total / jnp.sum(counted), jnp.nan)
+def _mean_where(counted: jax.Array, x: jax.Array) -> jax.Array:
+    """NaN where nothing counts."""
+    return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.sum(counted)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -190,7 +194,7 @@ def run(
     Raises:
       ValueError: see `Checkpointer`.
       FloatingPointError: a parameter is not finite, or too many steps of a dispatch were skipped
-        because their gradients are not; nothing of that dispatch is saved.
+        because their loss or gradient is not; nothing of that dispatch is saved.
     """
     started = time.perf_counter()
     fresh = stage.init()
@@ -299,16 +303,16 @@ def run(
 
 
 def _absent(name: str, value: float) -> bool:
-    """A metric of what did not happen in a dispatch, as no episode ended in it."""
-    return name.startswith(MAY_BE_ABSENT) and math.isnan(value)
+    """An episode metric of a dispatch in which no episode ended."""
+    return name.startswith("episode/") and math.isnan(value)
 
 
 def _diverged(name: str, workdir: str | pathlib.Path, before: int, done: int) -> str:
     return (
         f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
-        f"the gradients of half of the optimiser steps or more are not. Nothing of them is saved. "
-        f"The same command would come to the same point again: start in a fresh workdir with a "
-        f"lower learning rate, or look at update/skipped, loss/* and grad/norm in "
+        f"the loss or gradient of half of the optimiser steps or more is not. Nothing of them is "
+        f"saved. The same command would come to the same point again: start in a fresh workdir "
+        f"with a lower learning rate, or look at update/skipped, loss/* and grad/norm in "
         f"{pathlib.Path(workdir) / JSONL_NAME}."
     )
 
