@@ -24,12 +24,6 @@ def stage_of(config, devices: int = 1) -> loop.Stage:
     return factory.ppo_stage(config, factory.make_mesh(config))
 
 
-def start(stage: loop.Stage) -> tuple:
-    fresh = stage.init()
-    shardings = stage.shardings(fresh)
-    return loop.place(fresh, shardings), shardings
-
-
 def toy(update=lambda n, w: {}, **changes) -> loop.Stage:
     """A stage that counts: its parameters are the updates done. It compiles in no time.
 
@@ -326,7 +320,7 @@ def test_a_limit_of_time_ends_a_stage_with_an_evaluation(tmp_path, capsys):
 
 def test_nothing_recompiles_and_nothing_is_transferred():
     stage = stage_of(tiny.config("reach_ppo_scratch"))
-    carry, shardings = start(stage)
+    carry, shardings = loop.start(stage)
     traces = []
     counted = loop.make_dispatch(
         lambda c, d: (traces.append(1), stage.update(c, d))[1], 1, shardings
@@ -343,7 +337,7 @@ def test_nothing_recompiles_and_nothing_is_transferred():
 
 def test_the_carry_is_donated():
     stage = stage_of(tiny.config("reach_ppo_scratch"))
-    carry, shardings = start(stage)
+    carry, shardings = loop.start(stage)
     loop.make_dispatch(stage.update, 1, shardings)(carry, None)
     assert all(x.is_deleted() for x in jax.tree.leaves(carry.learner.params))
 
@@ -354,19 +348,12 @@ def test_eight_devices_start_and_draw_as_one():
     outcomes = []
     for devices in (1, 8):
         stage = stage_of(config, devices)
-        carry, shardings = start(stage)
+        carry, shardings = loop.start(stage)
         outcomes.append(jax.device_get(carry.env_state))
         assert len(carry.env_state.reward.sharding.device_set) == devices
         carry, metrics = loop.make_dispatch(stage.update, 2, shardings)(carry, None)
         outcomes.append(jax.device_get((carry.learner.params, metrics)))
-    # What was drawn is the same; but a batch of another size is compiled in another way, so that
-    # what was computed from it may be rounded to a neighbour, a colour too.
-    first, other = outcomes[0], outcomes[2]
-    pixels = [state.obs.pop("pixels").astype(int) for state in (first, other)]
-    assert np.abs(pixels[0] - pixels[1]).max() <= 1
-    for drawn in ("key", "target", "tokens", "physics"):
-        bitwise_equal(first.info[drawn], other.info[drawn])
-    chex.assert_trees_all_close(first, other, rtol=1e-5, atol=1e-6)
+    bitwise_equal(outcomes[0], outcomes[2])
     chex.assert_trees_all_close(outcomes[1], outcomes[3], rtol=1e-3, atol=1e-4)
 
 

@@ -46,7 +46,7 @@ def test_a_number_of_devices_that_cannot_be_is_refused(devices):
 def test_each_device_holds_its_part(axis):
     mesh = meshes.make_mesh(8)
     x = np.arange(16 * 16 * 2).reshape(16, 16, 2)
-    placed = meshes.shard_batch({"x": x}, mesh, axis)["x"]
+    placed = jax.device_put(x, meshes.batch_sharding(mesh, axis))
     np.testing.assert_array_equal(placed, x)
     assert len(placed.addressable_shards) == 8
     for i, shard in enumerate(placed.addressable_shards):
@@ -84,7 +84,9 @@ def test_environments_draw_the_same_wherever_they_lie():
 
     def experience(devices):
         mesh = meshes.make_mesh(devices)
-        keys = meshes.shard_batch(jax.random.split(jax.random.key(0), ENVS), mesh, 0)
+        keys = jax.device_put(
+            jax.random.split(jax.random.key(0), ENVS), meshes.batch_sharding(mesh, 0)
+        )
         start = jit(env.reset)(keys)
         assert start.obs["proprio"].sharding.is_equivalent_to(meshes.batch_sharding(mesh, 0), 2)
         rng = jax.device_put(jax.random.key(1), meshes.replicated(mesh))
@@ -200,8 +202,8 @@ def test_ten_optimiser_steps_on_eight_devices_are_those_on_one():
         state_there, rng = jax.device_put((state, jax.random.key(7)), meshes.replicated(mesh))
         arguments = (
             state_there,
-            meshes.shard_batch(batch, mesh, 1),
-            meshes.shard_batch(last, mesh, 0),
+            jax.device_put(batch, meshes.batch_sharding(mesh, 1)),
+            jax.device_put(last, meshes.batch_sharding(mesh, 0)),
             rng,
         )
         compiled = jit(update).lower(*arguments).compile()

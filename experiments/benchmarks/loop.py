@@ -20,9 +20,7 @@ def rows(runs: int) -> Iterator[Row]:
     mesh, env = factory.make_mesh(config), factory.make_env(config)
     blind, steps = env.env, config.ppo.unroll  # Without `Pixels`.
     stage, parts = factory.ppo_stage(config, mesh), factory.ppo_parts(config, mesh)
-    fresh = stage.init()
-    shardings = stage.shardings(fresh)
-    carry = loop.place(fresh, shardings)
+    carry, shardings = loop.start(stage)
     start, learner = jax.tree.map(jnp.copy, (carry.env_state, carry.learner))
     key = jax.random.PRNGKey(0)
     unseen = start.replace(obs={k: v for k, v in start.obs.items() if k != "pixels"})

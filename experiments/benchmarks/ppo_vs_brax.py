@@ -39,9 +39,7 @@ def our_updates(name: str, backend: str | None) -> Measure:
     config.ppo.minibatches, config.ppo.epochs = MINIBATCHES, EPOCHS
     factory.check(config)
     stage = factory.ppo_stage(config, factory.make_mesh(config))
-    fresh = stage.init()
-    shardings = stage.shardings(fresh)
-    carry = loop.place(fresh, shardings)
+    carry, shardings = loop.start(stage)
     dispatch = loop.make_dispatch(stage.update, UPDATES, shardings)
     metrics: dict[str, jax.Array] = {}
 

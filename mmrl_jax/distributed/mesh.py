@@ -42,20 +42,6 @@ def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, DATA))
 
 
-def shard_batch(tree: Any, mesh: Mesh, axis: int) -> Any:
-    """Places a pytree of arrays with its axis `axis` split over the devices.
-
-    Args:
-      tree: arrays that all have B as their axis `axis`, e.g. [B, ...] or [T, B, ...].
-      mesh: from `make_mesh`.
-      axis: index of B, 0 or more.
-
-    Returns:
-      The same values, placed.
-    """
-    return jax.device_put(tree, batch_sharding(mesh, axis))
-
-
 def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
     """Inside `jit`: splits axis 0 of a batch [N, ...] over the devices, each learns its part.
 

@@ -473,7 +473,8 @@ def ppo_stage(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(rng, 0), jnp.arange(p.num_envs)
         )
-        env_state = jax.jit(env.reset)(mesh_lib.shard_batch(keys, mesh, 0))
+        # Not sharded: by batches of another size, other roundings would start the environments.
+        env_state = jax.jit(env.reset)(keys)
         return Carry(learner, env_state, jax.random.fold_in(rng, 1), jnp.zeros((), jnp.int32))
 
     def update(carry: Carry, _: None) -> tuple[Carry, Metrics]:

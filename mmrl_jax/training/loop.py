@@ -163,11 +163,16 @@ def _mean_where(counted: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.sum(counted)
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Puts a fresh carry on the devices, as arrays of strong types (so that nothing recompiles)."""
-    strong = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
+def start(stage: Stage) -> tuple[Carry, Any]:
+    """A fresh carry on the stage's devices, and its shardings.
+
+    Its arrays are of strong types, so that nothing recompiles.
+    """
+    fresh = stage.init()
+    shardings = stage.shardings(fresh)
+    strong = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), fresh)
     # A copy: two leaves of a fresh state may be one buffer, which cannot be donated twice.
-    return jax.tree.map(jnp.copy, jax.device_put(strong, shardings))
+    return jax.tree.map(jnp.copy, jax.device_put(strong, shardings)), shardings
 
 
 def run(
@@ -197,10 +202,7 @@ def run(
         because their loss or gradient is not; nothing of that dispatch is saved.
     """
     started = time.perf_counter()
-    fresh = stage.init()
-    shardings = stage.shardings(fresh)
-    carry = place(fresh, shardings)
-    del fresh
+    carry, shardings = start(stage)
     init_s = time.perf_counter() - started
     with (
         Checkpointer(

@@ -109,7 +109,7 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "update/skipped": Metric(
         "steps",
-        "Optimiser steps of an update that were skipped, for the loss or its gradient is not finite",
+        "Optimiser steps of an update, skipped because the loss or its gradient is not finite",
         "0; half of all steps stop the run",
     ),
     "eval/<split>/success": Metric("fraction", "Success over the evaluation episodes", "rises"),
