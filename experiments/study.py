@@ -16,11 +16,8 @@ Writes to runs/studies/<study>, anew after every run:
 
 from collections.abc import Mapping, Sequence
 import csv
-import importlib.util
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import types
 from typing import Any
@@ -28,7 +25,7 @@ from typing import Any
 from absl import app, flags, logging
 import numpy as np
 
-from experiments.benchmarks.harness import hardware
+from experiments.provenance import commit, hardware
 from experiments.train import FAILURES, clean_exit, train, write_json
 from mmrl_jax import envs
 from mmrl_jax.evaluation import statistics
@@ -51,11 +48,7 @@ def load_study(path: pathlib.Path) -> types.ModuleType:
     Raises:
       ValueError: no such file, or it is no study.
     """
-    config_lib.load_config(str(path))  # Says what is wrong with the file.
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = config_lib.load_module(path)
     for name in ("VARIANTS", "SEEDS", "MAIN"):
         if not hasattr(module, name):
             raise ValueError(f"{path} has no {name}: a study needs VARIANTS, SEEDS and MAIN.")
@@ -104,19 +97,6 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
     times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
     return result | {"commit": commit(), "hardware": hardware()}
-
-
-def commit() -> str:
-    """The short hash of the checkout's commit, with '+' after it where files differ from it."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    try:
-        name, changed = (
-            subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
-            for more in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.strip() + ("+" if changed.strip() else "")
 
 
 def load_results(workdir: pathlib.Path) -> Results:

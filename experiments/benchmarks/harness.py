@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 import dataclasses
-import os
-import pathlib
-import platform
-import re
 import time
 from typing import Any
 
 import jax
 import numpy as np
+
+from experiments.provenance import hardware
 
 # Measures once, after everything is compiled: a rate or a time.
 Measure = Callable[[], float]
@@ -68,16 +66,3 @@ def seconds(call: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     return time.perf_counter() - start
-
-
-def hardware() -> str:
-    """The devices and, of a CPU, its model and the cores this process may use."""
-    devices = jax.devices()
-    if devices[0].platform != "cpu":
-        return f"{len(devices)} x {devices[0].device_kind}"
-    model, cpuinfo = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
-        model = named.group(1) if named else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {model}"

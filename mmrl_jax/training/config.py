@@ -18,6 +18,7 @@ import json
 import math
 import pathlib
 import textwrap
+import types
 from typing import Any, TypeAlias
 
 import ml_collections
@@ -124,8 +125,17 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     Raises:
         ValueError: No such file (names the nearest one beside it), or no `get_config` in it.
     """
-    path_text, _, argument = spec.partition(":")
-    path = pathlib.Path(path_text)
+    path, _, argument = spec.partition(":")
+    module = load_module(pathlib.Path(path))
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def load_module(path: pathlib.Path) -> types.ModuleType:
+    """Executes a config file.
+
+    Raises:
+        ValueError: No such file (names the nearest one beside it), or no `get_config` in it.
+    """
     if not path.is_file():
         beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         guess = nearest(str(path), beside)
@@ -138,7 +148,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"Config file '{path}' has no get_config(): add one.")
-    return module.get_config(argument) if argument else module.get_config()
+    return module
 
 
 def validate_overrides(

@@ -108,7 +108,7 @@ SCHEMA: config_lib.Schema = {
     },
     "run": {
         "updates": positive(int, "where PPO ends"),
-        "updates_per_dispatch": positive(int, "updates in one compiled call; divides updates"),
+        "updates_per_dispatch": positive(int, "updates in one compiled call"),
         "eval_interval": positive(int, "updates between evaluations"),
         "eval_episodes": positive(int, "episodes of an evaluation during training"),
         "checkpoint_interval": positive(int, "updates between checkpoints"),
@@ -129,7 +129,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: names the field, its value and the remedy.
     """
     config_lib.check_config(config, SCHEMA)
-    env, model, warm, p, run = config.env, config.model, config.warm_start, config.ppo, config.run
+    env, model, warm, p = config.env, config.model, config.warm_start, config.ppo
     _known_env(config)
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
@@ -173,16 +173,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(
                 f"devices={devices} do not divide {name} = {size}; change one of them."
             )
-    if run.updates % run.updates_per_dispatch:
-        raise ValueError(
-            f"run.updates_per_dispatch={run.updates_per_dispatch} does not divide "
-            f"run.updates={run.updates}."
-        )
-    if warm.updates % warm.updates_per_dispatch:
-        raise ValueError(
-            f"warm_start.updates_per_dispatch={warm.updates_per_dispatch} does not divide "
-            f"warm_start.updates={warm.updates}."
-        )
     if config.algorithm == "bc" and not warm.updates:
         raise ValueError("warm_start.updates=0, but algorithm='bc' is nothing else; raise it.")
     if warm.updates and env.name != "language_reach":
