@@ -3,13 +3,15 @@
   python -m experiments.study --study=configs/studies/reach.py [--variants=baseline,no_film]
 
 A study is a config file that takes a variant's name, with VARIANTS, SEEDS and MAIN, the metric that
-the variants are compared by. Its runs go one after another, seed by seed, so that whatever has been
+the variants are compared by; RUNNERS may name what makes a variant's runs instead of `run_one`, as
+a peer's trainer does. Its runs go one after another, seed by seed, so that whatever has been
 done so far can be compared; on CPU, seeds side by side in one program are no faster, for XLA's
 batched matmuls are slow there. The same command goes on where it was stopped, days later too.
 
 Writes to runs/studies/<study>, anew after every run:
   table.csv     variant, metric, iqm, lo, hi, seeds: interquartile means with 95 % intervals
-  table.md      the main metric, how likely a variant is better than the first, and what produced it
+  table.md      the main metric, the ratio of a variant's to the first's, how likely the variant is
+                better, and what produced it
   study.png     means with intervals, and the performance profiles
   <variant>/<seed>/result.json    the metrics of a run, its commit, hardware and times
 """
@@ -68,7 +70,8 @@ def run(
     for seed, variant in missing:
         print(f"{variant}, seed {seed}", flush=True)
         place = workdir / variant / str(seed)
-        result = run_one(study.get_config(variant), seed, place)
+        runner = getattr(study, "RUNNERS", {}).get(variant, run_one)
+        result = runner(study.get_config(variant), seed, place)
         if result is None:
             return False
         write_json(place / RESULT, result)
@@ -153,21 +156,24 @@ def markdown(
     """The table of the main metric, and what produced it."""
     first = next(iter(main))
     lines = [
-        f"| variant | {metric}, IQM [95 %] | better than {first} | seeds | minutes a run |",
-        "|---|---|---|---|---|",
+        f"| variant | {metric}, IQM [95 %] | ratio to {first} | better than {first} | seeds | "
+        "minutes a run |",
+        "|---|---|---|---|---|---|",
     ]
     for variant, values in main.items():
-        mean, low, high = interval(values)
-        better = "-"
+        against = ["-", "-"]
         if variant != first:
-            p, p_low, p_high = statistics.probability_of_improvement(
-                values, main[first], confidence=0.95, resamples=10_000, seed=0
-            )
-            better = f"{p:.2f} [{p_low:.2f}, {p_high:.2f}]"
+            against = [
+                "{:.2f} [{:.2f}, {:.2f}]".format(
+                    *compare(values, main[first], confidence=0.95, resamples=10_000, seed=0)
+                )
+                for compare in (statistics.ratio_of_iqms, statistics.probability_of_improvement)
+            ]
         minutes = np.median([run["wall_s"] for run in results[variant].values()]) / 60
         lines.append(
-            f"| {variant} | {mean:.3f} [{low:.3f}, {high:.3f}] | {better} | {len(values)} | "
-            f"{minutes:.1f} |"
+            "| {} | {:.4g} [{:.4g}, {:.4g}] | {} | {} | {} | {:.1f} |".format(
+                variant, *interval(values), *against, len(values), minutes
+            )
         )
     every = [run for runs in results.values() for run in runs.values()]
     made = {name: ", ".join(sorted({run[name] for run in every})) for name in PROVENANCE}

@@ -66,6 +66,24 @@ def test_every_environment_counts_for_its_first_episode():
     np.testing.assert_array_equal(episodes.success, [0, 1, 0, 1])
 
 
+def test_an_environment_that_breaks_has_no_success():
+    class Fragile(Staircase):
+        """Environment 3, which would end in success at step 4, breaks in step 3."""
+
+        def step(self, state: State, action: jax.Array) -> State:
+            state = super().step(state, action)
+            breaks = (jnp.arange(4) == 3) & (state.info["t"] == 3)
+            was_reset = jnp.where(breaks, 1.0, state.info["was_reset"])
+            info = state.info | {"was_reset": was_reset}
+            return state.replace(reward=jnp.where(breaks, 0.0, state.reward), info=info)
+
+    env, rng = Fragile(), jax.random.PRNGKey(0)
+    episodes = evaluate(env, start(env, rng, episodes=4), nothing, rng)
+    np.testing.assert_array_equal(episodes.length, [1, 2, 3, 2])
+    np.testing.assert_array_equal(episodes.episode_return, [1, 4, 9, 8])
+    np.testing.assert_array_equal(episodes.success, [0, 1, 0, 0])
+
+
 def test_a_film_stands_still_once_its_episode_ended():
     class Seen(Staircase):
         """A floor whose redness is the step of the episode."""

@@ -116,10 +116,13 @@ def test_every_config_trains(name, tmp_path):
     assert max(jax.tree.leaves(moved)) > 1e-5
 
 
-@pytest.mark.parametrize(("name", "devices"), [("reach_ppo", 1), ("reach_ppo_scratch", 8)])
-def test_two_plus_two_updates_are_four(name, devices, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "devices", "changes"),
+    [("reach_ppo", 1, {}), ("mlp_ppo", 8, tiny.FAST)],
+)
+def test_two_plus_two_updates_are_four(name, devices, changes, tmp_path):
     # A linear schedule depends on where the run ends, so that 2 updates are no half of 4.
-    config = tiny.config(name, devices=devices, ppo__schedule="constant")
+    config = tiny.config(name, devices=devices, ppo__schedule="constant", **changes)
     whole = train(config, tmp_path / "whole")
     config.run.updates = 2
     train(config, tmp_path / "parts")

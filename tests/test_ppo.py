@@ -316,6 +316,24 @@ def test_the_value_of_a_reset_step_bootstraps_the_truncated_step_before_it():
     assert_equal(run(state, terminated, last, SGD)[0].params, before.params)
 
 
+def test_nothing_after_a_broken_step_reaches_the_episode_before_it():
+    # Environment 0 broke at step 3, without an end before: the first state of another episode
+    # stands there, and the value of the last whole one bootstraps step 2.
+    state, batch, last = prepared()
+    batch = batch.replace(valid=batch.valid.at[3, 0].set(0), reward=batch.reward.at[3, 0].set(0))
+    arguments = (state, batch, last, apply, PLAIN)
+    _, advantage, _ = ppo._with_advantages(*arguments)
+    value, reward = batch.value[:, 0], batch.reward[:, 0]
+    assert float(advantage[2, 0]) == pytest.approx(
+        float(reward[2] + 0.9 * value[3] - value[2]), rel=1e-5
+    )
+    assert advantage[3, 0] == 0
+    later = batch.replace(reward=batch.reward.at[4, 0].add(5.0))
+    _, other, _ = ppo._with_advantages(state, later, *arguments[2:])
+    np.testing.assert_array_equal(other[:4, 0], advantage[:4, 0])
+    assert float(other[4, 0] - advantage[4, 0]) == pytest.approx(5.0, rel=1e-5)
+
+
 def test_a_batch_without_valid_samples_changes_no_parameter():
     state, batch, last = prepared()
     batch = batch.replace(valid=jnp.zeros_like(batch.valid))

@@ -105,6 +105,23 @@ def test_probability_of_improvement():
     assert abs(value - 0.5) < 4 * 0.058 and high - low == pytest.approx(4 * 0.058, rel=0.2)
 
 
+def test_ratio_of_iqms():
+    def of(first, second):
+        return statistics.ratio_of_iqms(first, second, confidence=0.95, resamples=5000, seed=0)
+
+    # The IQMs leave out the lowest and the highest of 4: (2 + 4) / 2 over (1 + 2) / 2.
+    value, low, high = of([100, 2, 4, 0], [1, 2, 1, 50])
+    assert value == 2.0 and low < 2.0 < high
+    assert of([3, 3, 3], [2, 2, 2]) == (1.5, 1.5, 1.5)
+    # 400 runs each of N(2, 0.2) and N(1, 0.1), both with a relative standard error of the IQM near
+    # 0.1 * 1.1 / sqrt(400) = 0.0055: that of the ratio is sqrt(2) times that.
+    rng = np.random.default_rng(1)
+    value, low, high = of(rng.normal(2, 0.2, 400), rng.normal(1, 0.1, 400))
+    assert abs(value - 2) < 4 * 0.016 and high - low == pytest.approx(4 * 0.016, rel=0.2)
+    # Of a peer that gained nothing there is no multiple.
+    assert np.isnan(of([1, 2], [1, 0])).all()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

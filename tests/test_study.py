@@ -14,6 +14,11 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory
 from tests import tiny
 
+# vs_brax.py is what some of them share.
+STUDIES = sorted(
+    {path.stem for path in pathlib.Path("configs/studies").glob("*.py")} - {"__init__", "vs_brax"}
+)
+
 
 @pytest.fixture
 def made_up(monkeypatch):
@@ -76,9 +81,11 @@ def test_a_study_writes_its_tables(made_up, tmp_path):
     assert 0.1 <= float(first["lo"]) < 0.3 < float(first["hi"]) <= 0.6
     assert {row["metric"] for row in rows} == {module.MAIN, "wall_s"}
     text = (tmp_path / "table.md").read_text()
-    assert text.startswith(f"| variant | {module.MAIN}, IQM [95 %] | better than plain |")
+    columns = f"| variant | {module.MAIN}, IQM [95 %] | ratio to plain | better than plain |"
+    assert text.startswith(columns)
     # 'better' is above 'plain' in 8 of 9 pairs: all but 0.5 against 0.6.
-    assert "| better | 0.700 [" in text and "| 0.89 [" in text and "commit abc; a computer" in text
+    assert "| better | 0.7 [" in text and "| 0.89 [" in text and "commit abc; a computer" in text
+    assert "| 2.33 [" in text  # 0.7 / 0.3.
     assert (tmp_path / "study.png").stat().st_size > 1000
 
 
@@ -93,10 +100,19 @@ def test_a_run_of_a_study_measures_every_split(tmp_path, monkeypatch):
     assert result["env_steps"] == 64 and result["commit"] and result["hardware"]
 
 
-def test_the_public_study_is_sound():
-    module = study.load_study(pathlib.Path("configs/studies/reach.py"))
-    assert next(iter(module.VARIANTS)) == "baseline" and not module.VARIANTS["baseline"]
-    baseline = module.get_config()
+def test_a_variant_may_have_a_runner_of_its_own(made_up, tmp_path):
+    module, ran = made_up
+    module.RUNNERS = {"better": lambda config, seed, workdir: None}
+    assert not study.run(module, tmp_path, ["better"], [0]) and not ran
+    assert study.run(module, tmp_path, ["plain"], [0]) and ran == [("plain", 0)]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_public_studies_are_sound(name):
+    module = study.load_study(pathlib.Path("configs/studies") / f"{name}.py")
+    first = next(iter(module.VARIANTS))
+    assert not module.VARIANTS[first]
+    baseline = module.get_config(first)
     for variant, changes in module.VARIANTS.items():
         config = module.get_config(variant)
         factory.check(config)

@@ -116,6 +116,37 @@ def test_every_episode_is_drawn_afresh(states):
     assert len(np.unique(numbers)) == len(numbers)
 
 
+@pytest.mark.parametrize("what", ["obs", "reward"])
+def test_an_environment_that_breaks_is_reset_alone(keys, states, what):
+    class Fragile(Counter):
+        """Breaks in the first step of an episode whose number is above 0.9."""
+
+        def step(self, state, action):
+            state = super().step(state, action)
+            breaks = (state.info["number"] > 0.9) & (state.info["steps"] == 1)
+            worse = jax.tree.map(lambda x: jnp.where(breaks, jnp.nan, x), getattr(state, what))
+            return state.replace(**{what: worse})
+
+    after = run(AutoReset(Fragile()), keys, 40)
+    broken = after.metrics["broken"]
+    assert 3 < broken.sum() < 40
+    assert all(np.isfinite(x).all() for x in (after.obs["proprio"], after.reward))
+    # In the very step stands the first state of another episode, of which nothing is decided yet.
+    was_reset = broken > 0
+    assert (after.info["was_reset"][was_reset] == 1).all()
+    for name, x in (("done", after.done), ("steps", after.info["steps"]), ("reward", after.reward)):
+        np.testing.assert_array_equal(x[was_reset], 0, err_msg=name)
+    np.testing.assert_array_equal(after.metrics["episode_return"][was_reset], 0)
+    np.testing.assert_array_equal(after.info["was_reset"][1:], after.done[:-1] + broken[1:])
+    assert (after.info["number"][:-1][broken[1:] > 0] > 0.9).all()
+    numbers = after.info["number"][(after.info["was_reset"] > 0) | (np.arange(41)[:, None] == 0)]
+    assert len(np.unique(numbers)) == len(numbers)
+    # Those that never broke are as they would have been.
+    whole = broken.sum(axis=0) == 0
+    np.testing.assert_array_equal(after.obs["proprio"][:, whole], states.obs["proprio"][:, whole])
+    assert whole.any()
+
+
 def test_pixels_show_the_state_that_is_returned(keys):
     env = Pixels(AutoReset(Counter()), height=4, width=6)
     states = run(env, keys, 10)

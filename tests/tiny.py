@@ -10,6 +10,9 @@ CONFIGS = tuple(
     sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__")
 )
 
+# Brax's environment that compiles in no time.
+FAST = {"env__name": "brax:fast", "env__options": {"episode_length": 10}}
+
 
 def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.ConfigDict:
     """configs/<name>.py, shrunk; overrides are given as group__field=value."""

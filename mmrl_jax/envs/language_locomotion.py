@@ -148,17 +148,14 @@ class LanguageLocomotion(PipelineEnv):
         smooth = (1 - SMOOTHING) * state.info["velocity"] + SMOOTHING * velocity
         speed = jnp.linalg.norm(command)
         low, high = HEALTHY_HEIGHT
-        # Written so that a height that is not a number has fallen too.
-        fallen = 1 - ((after[2] >= low) & (after[2] <= high)).astype(jnp.float32)
+        fallen = ((after[2] < low) | (after[2] > high)).astype(jnp.float32)
         steps = state.info["steps"] + 1
         truncation = (steps >= self.episode_length) * (1 - fallen)
         error = jnp.linalg.norm(smooth - command)
         progress = speed - jnp.linalg.norm(velocity - command)
         state = state.replace(
             pipeline_state=pipeline_state,
-            reward=jnp.where(jnp.isfinite(progress), progress, 0.0)
-            + HEALTHY_REWARD * (1 - fallen)
-            - CONTROL_COST * jnp.sum(action**2),
+            reward=progress + HEALTHY_REWARD * (1 - fallen) - CONTROL_COST * jnp.sum(action**2),
             done=jnp.maximum(fallen, truncation),
             metrics=state.metrics
             | {

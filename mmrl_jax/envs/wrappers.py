@@ -20,6 +20,12 @@ def where(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(pick, x, y)
 
 
+def _finite(tree: Any) -> jax.Array:
+    """Whether all numbers of each environment are finite, bool [B], of leaves [B, ...]."""
+    leaves = [jnp.isfinite(x.reshape(x.shape[0], -1)).all(axis=1) for x in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all(axis=0)
+
+
 class AutoReset(Wrapper):
     """A batch of environments, each of which resets itself in the step after its episode's end.
 
@@ -30,10 +36,14 @@ class AutoReset(Wrapper):
     returns the first state of a new episode with reward 0, and marks itself with
     `info['was_reset']` = 1. So the value of a truncated state is had without rendering it twice.
     `metrics['episode_return']` and `['episode_length']` tell of the episode so far.
+
+    An environment whose observation or reward is no longer finite is broken: its step returns the
+    first state of a new episode at once, marked as a reset, and `metrics['broken']` = 1. The
+    episode has no end; the others do not notice.
     """
 
     INFO = ("key", "episode", "was_reset")
-    METRICS = ("episode_return", "episode_length")
+    METRICS = ("episode_return", "episode_length", "broken")
 
     def reset(self, rng: jax.Array) -> State:
         """Starts B environments from keys [B, 2]."""
@@ -44,7 +54,6 @@ class AutoReset(Wrapper):
     def step(self, state: State, action: jax.Array) -> State:
         """Steps the B environments with actions [B, A], or resets those that had ended."""
         ended = state.done > 0
-        rng, episode = state.info["key"], state.info["episode"] + ended
         inner = state.replace(
             info={k: v for k, v in state.info.items() if k not in self.INFO},
             metrics={k: v for k, v in state.metrics.items() if k not in self.METRICS},
@@ -52,14 +61,18 @@ class AutoReset(Wrapper):
         stepped = jax.vmap(self.env.step)(inner, action)
         episode_return = state.metrics["episode_return"] + stepped.reward
         episode_length = state.metrics["episode_length"] + 1
-        state = where(ended, self._start(rng, episode), stepped)
+        broken = ~_finite((stepped.obs, stepped.reward)) & ~ended
+        over = ended | broken
+        rng, episode = state.info["key"], state.info["episode"] + over
+        state = where(over, self._start(rng, episode), stepped)
         return self._mark(
             state,
             rng,
             episode,
-            was_reset=ended.astype(jnp.float32),
-            episode_return=jnp.where(ended, 0.0, episode_return),
-            episode_length=jnp.where(ended, 0.0, episode_length),
+            was_reset=over.astype(jnp.float32),
+            episode_return=jnp.where(over, 0.0, episode_return),
+            episode_length=jnp.where(over, 0.0, episode_length),
+            broken=broken.astype(jnp.float32),
         )
 
     def _mark(
@@ -71,12 +84,13 @@ class AutoReset(Wrapper):
         was_reset: jax.Array,
         episode_return: jax.Array | float = 0.0,
         episode_length: jax.Array | float = 0.0,
+        broken: jax.Array | float = 0.0,
     ) -> State:
         zero = jnp.zeros(rng.shape[0])
+        metrics = (zero + episode_return, zero + episode_length, zero + broken)
         return state.replace(
             info=state.info | dict(zip(self.INFO, (rng, episode, was_reset), strict=True)),
-            metrics=state.metrics
-            | {"episode_return": zero + episode_return, "episode_length": zero + episode_length},
+            metrics=state.metrics | dict(zip(self.METRICS, metrics, strict=True)),
         )
 
     def _start(self, rng: jax.Array, episode: jax.Array) -> State:

@@ -41,6 +41,8 @@ def start(env: Env, rng: jax.Array, *, episodes: int) -> State:
 def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Episodes:
     """Runs environments side by side from the start of an episode, each until that ends.
 
+    An episode whose environment breaks has no success, and the return and length until then.
+
     Args:
       env: batched, as `envs.create` makes it.
       state: of N environments, see `start`; of any split, for all of them step alike.
@@ -49,7 +51,8 @@ def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> 
     """
     _, batch = unroll(env, state, policy, rng, env.episode_length)
     done = batch.terminated + batch.truncated
-    before = jnp.cumsum(done, axis=0) - done  # Ends before step t.
+    # No end before step t, and until then not a step that only reset: the environment broke there.
+    before = jnp.cumsum(done, axis=0) - done + jnp.cumsum(1 - batch.valid, axis=0)
     running = (before == 0).astype(jnp.float32)
     success = batch.metrics.get("success")
     return Episodes(

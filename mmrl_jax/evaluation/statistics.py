@@ -146,6 +146,45 @@ def probability_of_improvement(
     return float(above.mean()), low, high
 
 
+def ratio_of_iqms(
+    first: np.ndarray | Sequence[float],
+    second: np.ndarray | Sequence[float],
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Returns IQM(first) / IQM(second) with its percentile bootstrap interval.
+
+    Args:
+        first: One score for each run, `[N]`.
+        second: One score for each run, `[M]`; positive, or the ratio says nothing.
+        confidence: Probability mass of the interval, in (0, 1).
+        resamples: Number of bootstrap resamples of the runs of both, at least 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        (ratio, low, high); all three NaN where a score of `second` is not positive.
+
+    Raises:
+        ValueError: An argument out of range, or scores that are not finite.
+    """
+    first, second = _checked(first, ndim=1), _checked(second, ndim=1)
+    _check_bootstrap(confidence, resamples)
+    if second.min() <= 0:
+        return np.nan, np.nan, np.nan
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> np.ndarray:
+        above, below = (
+            _iqm_rows(rng.choice(scores, (count, len(scores)))) for scores in (first, second)
+        )
+        return above / below
+
+    low, high = _percentiles(_in_chunks(resamples, len(first) + len(second), draw), confidence)
+    return iqm(first) / iqm(second), low, high
+
+
 def disjoint(first: Interval, second: Interval) -> bool:
     """Says whether two (value, low, high) intervals have no point in common.
 

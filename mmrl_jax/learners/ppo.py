@@ -183,13 +183,17 @@ def _with_advantages(
 
     masked = ("observation", "action", "log_prob", "reward", "privileged")
     batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
+    # Without an end of its own, an episode whose next step is not valid broke there: what it was
+    # worth until then is all that is known.
+    next_valid = jnp.concatenate([valid[1:], jnp.ones_like(valid[:1])])
+    broke = valid * (1 - next_valid) * (1 - batch.terminated)
     # The value stays until here: an invalid step's bootstraps a truncated step before it.
     advantage, target = advantages.generalised_advantages(
         reward=batch.reward,
         value=batch.value,
         last_value=run_network(apply, state, last_observation).value,
         terminated=batch.terminated,
-        truncated=batch.truncated,
+        truncated=jnp.maximum(batch.truncated, broke),
         discount=hyperparameters.discount,
         lambda_=hyperparameters.gae_lambda,
     )

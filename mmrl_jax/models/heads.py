@@ -35,10 +35,12 @@ class PolicyHead(nn.Module):
     Attributes:
       kind: 'continuous' (tanh-normal; one learned log std a dimension, 0 at first) or 'discrete'.
       actions: number of action dimensions, or of discrete actions.
+      state_std: the log std depends on the features too.
     """
 
     kind: ActionKind
     actions: int
+    state_std: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Distribution:
@@ -48,6 +50,8 @@ class PolicyHead(nn.Module):
         if self.kind == "discrete":
             return Categorical(out)
         log_std = self.param("log_std", nn.initializers.zeros, (self.actions,))
+        if self.state_std:
+            log_std += Dense(self.actions, kernel_init=small, name="std")(x.astype(jnp.float32))
         return TanhNormal(out, jnp.broadcast_to(log_std, out.shape))
 
 

@@ -11,7 +11,10 @@ from mmrl_jax.types import Observation
 
 
 class MLPPolicy(nn.Module):
-    """Separate swish MLPs for policy and value over obs['proprio'] [B, P], as in Brax's PPO."""
+    """Separate swish MLPs for policy and value over obs['proprio'] [B, P], as in Brax's PPO.
+
+    As there, the standard deviation of the actions depends on the state.
+    """
 
     kind: ActionKind
     actions: int
@@ -28,8 +31,9 @@ class MLPPolicy(nn.Module):
 
         x = observation["proprio"].reshape(observation["proprio"].shape[0], -1)
         features = mlp(x, self.policy_layers, "policy")
+        policy_head = PolicyHead(self.kind, self.actions, state_std=True, name="policy_head")
         return PolicyOutput(
-            distribution=PolicyHead(self.kind, self.actions, name="policy_head")(features),
+            distribution=policy_head(features),
             value=ValueHead(name="value_head")(mlp(x, self.value_layers, "value")),
             auxiliary={},
         )

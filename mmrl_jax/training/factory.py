@@ -514,6 +514,7 @@ def rollout_metrics(batch: Transition) -> Metrics:
         "episode/length": at_end(batch.metrics["episode_length"]),
         "rollout/reward": losses.masked_mean(batch.reward, batch.valid),
         "rollout/valid_fraction": jnp.mean(batch.valid),
+        "rollout/broken": jnp.sum(batch.metrics["broken"]),
     }
     if "success" in batch.metrics:
         metrics["episode/success"] = at_end(batch.metrics["success"])

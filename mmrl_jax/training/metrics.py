@@ -100,7 +100,12 @@ GLOSSARY: dict[str, Metric] = {
     "rollout/valid_fraction": Metric(
         "fraction",
         "Steps of the rollout that the update may use; one that only resets is none",
-        "L / (L + 1) for episodes of length L; less means bad physics",
+        "L / (L + 1) for episodes of length L",
+    ),
+    "rollout/broken": Metric(
+        "steps",
+        "Steps after which an environment's observation or reward was not finite: it was reset",
+        "0",
     ),
     "update/steps": Metric(
         "steps",

@@ -1,0 +1,58 @@
+"""The comparison with Brax's own PPO: the same evaluation and the same hyperparameters."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import brax_ppo
+from mmrl_jax.training import factory
+from tests import tiny
+
+
+def config_of():
+    config = tiny.config("mlp_ppo", ppo__schedule="constant", **tiny.FAST)
+    factory.check(config)
+    return config
+
+
+def test_both_are_run_and_measured_alike(tmp_path):
+    config = config_of()
+    ours = brax_ppo.run_ours(config_of(), 1, tmp_path / "ours")
+    theirs = brax_ppo.run_brax(config_of(), 1, tmp_path / "brax")
+    for result in (ours, theirs):
+        config.seed = 1
+        random = brax_ppo.random_return(config)
+        assert result["gain"] == pytest.approx(result["final/train/return"] - random, abs=1e-6)
+        assert random > 0
+        assert result["wall_s"] > 0
+    assert theirs["env_steps"] == 4 * 8 * 4
+
+
+def test_random_actions_are_uniform(monkeypatch):
+    seen = {}
+
+    def mean_return(config, policy, made_of):
+        state = type("State", (), {"done": np.zeros(4000)})
+        seen["action"] = policy(made_of)(state, jax.random.key(0)).environment_action
+        return 0.0
+
+    monkeypatch.setattr(brax_ppo, "_mean_return", mean_return)
+    brax_ppo.random_return(config_of())
+    action = np.asarray(seen["action"])
+    # Of 4000 draws from U(-1, 1): standard errors of 0.577 / 63 and about 0.005.
+    assert action.shape == (4000, 1) and abs(action.mean()) < 0.04
+    assert action.std() == pytest.approx(3**-0.5, abs=0.02) and np.abs(action).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ppo.schedule": "linear"}, "ppo.schedule='linear'"),
+        ({"ppo.target_kl": 0.1}, "target_kl"),
+    ],
+)
+def test_what_brax_cannot_do_is_refused(changes, words):
+    config = config_of()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=words):
+        brax_ppo.trainer(config)
