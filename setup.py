@@ -45,6 +45,7 @@ setuptools.setup(
             "pytest>=8.4",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
+            "rlax>=0.1.9",
             "ruff>=0.14",
         ],
     },
