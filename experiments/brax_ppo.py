@@ -17,7 +17,7 @@ from experiments import study
 from experiments.provenance import commit, hardware
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation.evaluate import Evaluator
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
 from mmrl_jax.training import factory
 
 GAIN = "gain"
@@ -89,7 +89,7 @@ def run_brax(config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
 
     def policy(params: Any) -> PolicyFunction:
         act = make_policy(params, deterministic=True)
-        return lambda state, rng: _decision(act(state.obs["proprio"], rng)[0])
+        return lambda state, rng: scripted(act(state.obs["proprio"], rng)[0])
 
     mean = _mean_return(config, policy, params)
     return {
@@ -107,7 +107,7 @@ def random_return(config: ml_collections.ConfigDict) -> float:
     size = factory.make_env(config).action_size
 
     def policy(state: State, rng: jax.Array) -> Decision:
-        return _decision(jax.random.uniform(rng, (*state.done.shape, size), minval=-1.0))
+        return scripted(jax.random.uniform(rng, (*state.done.shape, size), minval=-1.0))
 
     return _mean_return(config, lambda _: policy, None)
 
@@ -122,8 +122,3 @@ def _mean_return(
         episodes=config.run.eval_episodes,
     )
     return float(np.mean(evaluator(made_of, "train").episode_return))
-
-
-def _decision(action: jax.Array) -> Decision:
-    zero = jnp.zeros(action.shape[0])
-    return Decision(environment_action=action, action=action, log_prob=zero, value=zero)

@@ -1,7 +1,6 @@
 """Learning itself, on small tasks: minutes each, so all of them are slow."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +8,7 @@ from experiments.train import train
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, Evaluator
-from mmrl_jax.rollouts.unroll import Decision
+from mmrl_jax.rollouts.unroll import Decision, scripted
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory
 
@@ -29,9 +28,7 @@ def random_episodes(config) -> Episodes:
     env = factory.make_env(config)
 
     def policy(state: State, rng: jax.Array) -> Decision:
-        zero = jnp.zeros(EPISODES)
-        action = jax.random.uniform(rng, (EPISODES, env.action_size), minval=-1, maxval=1)
-        return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+        return scripted(jax.random.uniform(rng, (EPISODES, env.action_size), minval=-1, maxval=1))
 
     evaluator = Evaluator(lambda _: env, lambda _: policy, jax.random.PRNGKey(1), episodes=EPISODES)
     return evaluator(None, "train")

@@ -29,6 +29,12 @@ class Decision(NamedTuple):
 PolicyFunction = Callable[[State, jax.Array], Decision]
 
 
+def scripted(action: jax.Array) -> Decision:
+    """A decision for `action` [B, A] or [B] of who knows no probabilities and no values: 0."""
+    zero = jnp.zeros(action.shape[0])
+    return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+
+
 def unroll(
     env: Env, state: State, policy: PolicyFunction, rng: jax.Array, length: int
 ) -> tuple[State, Transition]:

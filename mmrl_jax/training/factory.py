@@ -26,7 +26,7 @@ from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
 from mmrl_jax.rl import losses, normalisation
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.loop import Carry, Stage
@@ -283,9 +283,7 @@ def expert(config: ml_collections.ConfigDict) -> PolicyFunction:
     options = config.warm_start.expert.to_dict()
 
     def policy(state: State, rng: jax.Array) -> Decision:
-        action = language_reach.expert_action(state, rng, **options)
-        zero = jnp.zeros(action.shape[0])
-        return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+        return scripted(language_reach.expert_action(state, rng, **options))
 
     return policy
 
