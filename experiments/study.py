@@ -1,10 +1,12 @@
 """Evidence: variants of a config over several seeds, with confidence intervals.
 
   python -m experiments.study --study=configs/studies/reach.py [--variants=baseline,no_film]
+  python -m experiments.study --study=configs/studies/vs_brax.py:reacher
 
 A study is a config file that takes a variant's name, with VARIANTS, SEEDS and MAIN, the metric that
 the variants are compared by; RUNNERS may name what makes a variant's runs instead of `run_one`, as
-a peer's trainer does. Its runs go one after another, seed by seed, so that whatever has been
+a peer's trainer does. What follows a colon goes to its `get_config` too, and into the name of its
+folder. Its runs go one after another, seed by seed, so that whatever has been
 done so far can be compared; on CPU, seeds side by side in one program are no faster, for XLA's
 batched matmuls are slow there. The same command goes on where it was stopped, days later too.
 
@@ -18,6 +20,7 @@ Writes to runs/studies/<study>, anew after every run:
 
 from collections.abc import Mapping, Sequence
 import csv
+import functools
 import json
 import pathlib
 import sys
@@ -44,16 +47,19 @@ PROVENANCE = ("commit", "hardware")
 Results = dict[str, dict[int, dict[str, Any]]]
 
 
-def load_study(path: pathlib.Path) -> types.ModuleType:
-    """The study's module.
+def load_study(spec: str) -> types.ModuleType:
+    """The module of a study, 'file' or 'file:argument'; its `get_config` takes a variant alone.
 
     Raises:
       ValueError: no such file, or it is no study.
     """
-    module = config_lib.load_module(path)
+    path, _, argument = spec.partition(":")
+    module = config_lib.load_module(pathlib.Path(path))
     for name in ("VARIANTS", "SEEDS", "MAIN"):
         if not hasattr(module, name):
             raise ValueError(f"{path} has no {name}: a study needs VARIANTS, SEEDS and MAIN.")
+    if argument:
+        module.get_config = functools.partial(module.get_config, argument)
     return module
 
 
@@ -188,15 +194,16 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    path = pathlib.Path(FLAGS.study)
-    workdir = pathlib.Path(FLAGS.directory) / path.stem
+    file, _, argument = FLAGS.study.partition(":")
+    name = "_".join(filter(None, (pathlib.Path(file).stem, argument)))
+    workdir = pathlib.Path(FLAGS.directory) / name
     with clean_exit(ValueError):
-        study = load_study(path)
+        study = load_study(FLAGS.study)
         variants = FLAGS.variants or list(study.VARIANTS)
         for variant in variants:
             if variant not in study.VARIANTS:
                 raise ValueError(
-                    f"--variants has {variant!r}, but {path} has {list(study.VARIANTS)}."
+                    f"--variants has {variant!r}, but {FLAGS.study} has {list(study.VARIANTS)}."
                 )
             factory.check(study.get_config(variant))
     with clean_exit(*FAILURES):
@@ -209,7 +216,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("study", None, "File of the study.", required=True)
+    flags.DEFINE_string("study", None, "File of the study[:argument].", required=True)
     flags.DEFINE_list("variants", None, "Variants to run; by default all.")
     flags.DEFINE_string("directory", "runs/studies", "Directory that gets a folder a study.")
     logging.set_verbosity(logging.WARNING)

@@ -14,10 +14,11 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory
 from tests import tiny
 
-# vs_brax.py is what some of them share.
-STUDIES = sorted(
-    {path.stem for path in pathlib.Path("configs/studies").glob("*.py")} - {"__init__", "vs_brax"}
-)
+# File -> arguments that it is run with.
+STUDIES = {
+    "reach": [""],
+    "vs_brax": [":inverted_pendulum", ":reacher", ":hopper", ":halfcheetah"],
+}
 
 
 @pytest.fixture
@@ -107,23 +108,31 @@ def test_a_variant_may_have_a_runner_of_its_own(made_up, tmp_path):
     assert study.run(module, tmp_path, ["plain"], [0]) and ran == [("plain", 0)]
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_the_public_studies_are_sound(name):
-    module = study.load_study(pathlib.Path("configs/studies") / f"{name}.py")
+def test_every_public_study_is_tested():
+    files = {path.stem for path in pathlib.Path("configs/studies").glob("*.py")}
+    assert files - {"__init__"} == set(STUDIES)
+
+
+@pytest.mark.parametrize(
+    "spec", [f"configs/studies/{name}.py{a}" for name, many in STUDIES.items() for a in many]
+)
+def test_the_public_studies_are_sound(spec):
+    module = study.load_study(spec)
     first = next(iter(module.VARIANTS))
     assert not module.VARIANTS[first]
     baseline = module.get_config(first)
     for variant, changes in module.VARIANTS.items():
         config = module.get_config(variant)
         factory.check(config)
+        assert config.env.name.endswith(spec.partition(":")[2])
         assert set(config_lib.diff_configs(baseline, config)) == set(changes)
 
 
 def test_what_is_no_study_is_refused():
     with pytest.raises(ValueError, match="has no VARIANTS"):
-        study.load_study(pathlib.Path("configs/reach_ppo.py"))
+        study.load_study("configs/reach_ppo.py")
     with pytest.raises(ValueError, match="Did you mean 'configs/studies/reach.py'"):
-        study.load_study(pathlib.Path("configs/studies/rech.py"))
+        study.load_study("configs/studies/rech.py")
 
 
 def test_comparisons_alternate_after_a_warm_up():
