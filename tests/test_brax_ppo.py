@@ -28,6 +28,26 @@ def test_both_are_run_and_measured_alike(tmp_path):
     assert theirs["env_steps"] == 4 * 8 * 4
 
 
+def test_brax_gets_our_hyperparameters():
+    config = config_of()
+    ppo = {
+        "learning_rate": 0.002, "max_grad_norm": 3.0, "discount": 0.91, "gae_lambda": 0.92,
+        "clip": 0.23, "value_clip": 0.24, "value_weight": 0.45, "entropy_weight": 0.006,
+        "num_envs": 12, "unroll": 5, "minibatches": 4, "epochs": 3,
+    }  # fmt: skip
+    config.ppo.update(ppo)
+    config.seed = 7
+    given = brax_ppo.trainer(config).keywords
+    names = (
+        "learning_rate", "max_grad_norm", "discounting", "gae_lambda", "clipping_epsilon",
+        "clipping_epsilon_value", "vf_loss_coefficient", "entropy_cost", "num_envs",
+        "unroll_length", "num_minibatches", "num_updates_per_batch",
+    )  # fmt: skip
+    assert [given[name] for name in names] == list(ppo.values())
+    # Minibatches of whole environments: 12 / 4, as many steps as ours have.
+    assert (given["batch_size"], given["episode_length"], given["seed"]) == (3, 10, 7)
+
+
 def test_random_actions_are_uniform(monkeypatch):
     seen = {}
 

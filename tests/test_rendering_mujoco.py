@@ -284,4 +284,6 @@ def test_the_reach_scene_from_random_cameras(tmp_path):
     mjcf = tmp_path / "reach.xml"
     mjcf.write_text(f"<mujoco><worldbody>{''.join(geoms)}</worldbody></mujoco>")
     ours, theirs, kind = compare(mjcf, "camera", tmp_path, seed=2)
+    # The table, the arm of two links with its tip, and three objects at least.
+    assert kind[:4] == ("plane", "capsule", "capsule", "sphere") and len(kind) >= 7
     check(ours, theirs, kind)
