@@ -11,7 +11,7 @@ from mmrl_jax.models import policy as policies
 from mmrl_jax.models.encoders import patchify, sincos_2d
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import MODALITIES, MultimodalPolicy, token_layout
-from mmrl_jax.models.transformer import Transformer
+from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
 from mmrl_jax.rl.distributions import Categorical, TanhNormal
 
 # Compiled quickly: nothing here runs for long.
@@ -155,12 +155,12 @@ def test_attention_mask_by_hand():
 def test_gradients_flow_along_the_attention_mask_and_nowhere_else():
     layout = token_layout(words=3, frames=3, patches=2)
     length = len(layout.modality)
-    mask = policies.attention_mask(jnp.array([[True, True, False]]), layout)
-    model = Transformer(layers=3, heads=2, mlp_ratio=2, dtype=jnp.float32, remat=False)
+    context = Context(policies.attention_mask(jnp.array([[True, True, False]]), layout))
+    model = Transformer(layers=3, block=BlockSpec(heads=2, hidden=16))
     x = jax.random.normal(jax.random.key(0), (1, length, 8))
-    params = filled(jax.eval_shape(model.init, jax.random.key(1), x, mask))
+    params = filled(jax.eval_shape(model.init, jax.random.key(1), x, context))
     weight = jax.random.normal(jax.random.key(2), (8,))
-    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, mask)[0] @ weight))(x)[:, 0]
+    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, context)[0] @ weight))(x)[:, 0]
     reaches = np.abs(jacobian).max(-1) > 0
     modality, frame = layout.modality, layout.frame
     others = ~np.eye(length, dtype=bool)

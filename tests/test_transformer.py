@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax.models.transformer import Block, Dense, Transformer, attention, normalise
+from mmrl_jax.models.transformer import (
+    Block,
+    BlockSpec,
+    Context,
+    Dense,
+    Transformer,
+    attention,
+    normalise,
+)
 
 # Compiled quickly: nothing here runs for long.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -24,19 +32,12 @@ def some_mask():
     return jnp.asarray(mask | np.eye(LENGTH, dtype=bool))
 
 
-def stack(**changes):
-    arguments = {
-        "layers": 2,
-        "heads": 2,
-        "mlp_ratio": 2,
-        "dtype": jnp.float32,
-        "remat": False,
-    } | changes
-    return Transformer(**arguments)
+def stack(heads=2, **changes):
+    return Transformer(**{"layers": 2, "block": BlockSpec(heads, 2 * WIDTH)} | changes)
 
 
 def initialised(model, mask):
-    return jit(model.init)(jax.random.key(0), tokens(), mask)
+    return jit(model.init)(jax.random.key(0), tokens(), Context(mask))
 
 
 def test_dense_is_a_product_over_the_last_axis():
@@ -76,8 +77,8 @@ def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
     model = stack(layers=layers)
     params = initialised(model, some_mask())
     run = jit(model.apply, static_argnames="readouts")
-    whole = run(params, tokens(), some_mask())
-    last = run(params, tokens(), some_mask(), readouts=readouts)
+    whole = run(params, tokens(), Context(some_mask()))
+    last = run(params, tokens(), Context(some_mask()), readouts=readouts)
     assert last.shape == (BATCH, readouts, WIDTH)
     np.testing.assert_allclose(last, whole[:, -readouts:], rtol=1e-5, atol=1e-6)
 
@@ -87,12 +88,12 @@ def test_only_readouts_change_in_cross_attention():
     # Two blocks, written out: what is read stays as it was, whatever a block made of it.
     x = tokens()
     for i in range(2):
-        block = Block(2, 2)
-        y = block.apply({"params": params["params"][f"block_{i}"]}, x, mask[:, -2:], 2)
+        block = Block(stack().block)
+        y = block.apply({"params": params["params"][f"block_{i}"]}, x, Context(mask), 2)
         x = jnp.concatenate([x[:, :-2], y], axis=1)
-    ours = stack().apply(params, tokens(), mask, readouts=2, only_readouts=True)
+    ours = stack().apply(params, tokens(), Context(mask), readouts=2, only_readouts=True)
     np.testing.assert_allclose(ours, normalise(x[:, -2:]), rtol=1e-5, atol=1e-5)
-    joint = stack().apply(params, tokens(), mask, readouts=2)
+    joint = stack().apply(params, tokens(), Context(mask), readouts=2)
     assert np.abs(ours - joint).max() > 0.01
 
 
@@ -104,7 +105,9 @@ def test_remat_changes_no_gradient(readouts):
         weight = jax.random.normal(jax.random.key(1), (WIDTH,))
 
         def loss(params):
-            return jnp.sum(model.apply(params, tokens(), some_mask(), readouts=readouts) @ weight)
+            return jnp.sum(
+                model.apply(params, tokens(), Context(some_mask()), readouts=readouts) @ weight
+            )
 
         return jit(jax.grad(loss))(params)
 
@@ -119,13 +122,15 @@ def test_bfloat16_keeps_float32_parameters_and_is_near_float32():
     model = stack(dtype=jnp.bfloat16)
     params = initialised(model, some_mask())
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    half = jit(model.apply)(params, tokens(), some_mask())
-    full = jit(stack().apply)(params, tokens(), some_mask())
+    half = jit(model.apply)(params, tokens(), Context(some_mask()))
+    full = jit(stack().apply)(params, tokens(), Context(some_mask()))
     assert half.dtype == jnp.float32
     # bfloat16 keeps 8 bits: 0.004 relative; outputs of the last norm are of size 1.
     np.testing.assert_allclose(half, full, atol=0.06)
     assert np.abs(half - full).max() > 1e-6  # It did compute in bfloat16.
-    total = jax.grad(lambda params: model.apply(params, tokens(), some_mask())[..., 0].sum())
+    total = jax.grad(
+        lambda params: model.apply(params, tokens(), Context(some_mask()))[..., 0].sum()
+    )
     gradients = jax.eval_shape(total, params)
     assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
@@ -136,7 +141,9 @@ def test_a_token_depends_on_what_its_mask_allows_and_on_nothing_else():
     model = stack()
     params = initialised(model, mask)
     weight = jax.random.normal(jax.random.key(1), (WIDTH,))
-    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, mask)[0] @ weight))(tokens())[:, 0]
+    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, Context(mask))[0] @ weight))(
+        tokens()
+    )[:, 0]
     np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 0, mask[0])
 
 
@@ -146,7 +153,7 @@ def test_rows_that_may_read_nothing_are_finite():
     params = initialised(model, mask)
 
     def loss(params, x):
-        return jnp.sum(model.apply(params, x, mask) ** 3)
+        return jnp.sum(model.apply(params, x, Context(mask)) ** 3)
 
     value, gradients = jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, tokens())
     assert np.isfinite(value)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.models.transformer import Dense, Transformer
+from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer
 
 
 def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
@@ -92,10 +92,9 @@ class VisionEncoder(nn.Module):
         )
         x = x + place.astype(self.dtype)
         if self.layers:
-            mask = jnp.ones((1, 1, 1), bool)
-            x = Transformer(
-                self.layers, self.heads, self.mlp_ratio, self.dtype, self.remat, name="stack"
-            )(x, mask)
+            block = BlockSpec(self.heads, self.mlp_ratio * self.width)
+            stack = Transformer(self.layers, block, self.dtype, self.remat, name="stack")
+            x = stack(x, Context(jnp.ones((1, 1, 1), bool)))
         return x
 
 
@@ -121,9 +120,9 @@ class TextEncoder(nn.Module):
         x = jax.nn.one_hot(tokens, self.vocabulary, dtype=self.dtype) @ table.astype(self.dtype)
         x = x + place.astype(self.dtype)
         if self.layers:
-            x = Transformer(
-                self.layers, self.heads, self.mlp_ratio, self.dtype, self.remat, name="stack"
-            )(x, mask[:, None, :])
+            block = BlockSpec(self.heads, self.mlp_ratio * self.width)
+            stack = Transformer(self.layers, block, self.dtype, self.remat, name="stack")
+            x = stack(x, Context(mask[:, None, :]))
         return x
 
 

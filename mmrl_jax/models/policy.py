@@ -9,7 +9,7 @@ import numpy as np
 
 from mmrl_jax.models.encoders import ProprioEncoder, TextEncoder, VisionEncoder
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
-from mmrl_jax.models.transformer import Dense, Transformer, normalise
+from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer, normalise
 from mmrl_jax.types import Observation
 
 MODALITIES = ("instruction", "pixels", "proprio", "readout")
@@ -174,9 +174,10 @@ class MultimodalPolicy(nn.Module):
                 "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
             )
             x = x + modality[layout.modality].astype(self.dtype)
-            x = Transformer(self.layers, **stack, name="fusion")(
+            block = BlockSpec(self.heads, self.mlp_ratio * self.width)
+            x = Transformer(self.layers, block, self.dtype, self.remat, name="fusion")(
                 x,
-                attention_mask(instruction["mask"], layout),
+                Context(attention_mask(instruction["mask"], layout)),
                 readouts=READOUTS,
                 only_readouts=self.fusion == "cross",
             )

@@ -1,12 +1,77 @@
-"""The one transformer stack, used by every encoder and by the fusion of modalities."""
+"""The one transformer stack: of every encoder, of the fusion of modalities, of language models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 NEGATIVE = -1e30  # Finite, so that a row whose keys are all masked has finite gradients.
+
+NormKind = Literal["plain", "layer", "rms", "rms_offset"]
+Placement = Literal["pre", "post", "both"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """What the blocks of a stack are made of.
+
+    Attributes:
+      heads: attention heads.
+      hidden: hidden width of the MLP.
+      kv_heads: heads of keys and values, which must divide `heads`; None for as many.
+      head_size: of a head; None for width / heads.
+      norm: 'plain' (layer norm without scale and bias), 'layer', 'rms' (Zhang and Sennrich, 2019),
+        or 'rms_offset', whose scale is 1 + its parameter.
+      epsilon: of the norms.
+      placement: of the norms: 'pre', x + f(norm(x)); 'post', norm(x + f(x)); 'both',
+        x + norm(f(norm(x))).
+      activation: of the MLP.
+      gated: the MLP is out(activation(gate(x)) * in(x)) (Shazeer, 2020).
+      biases: which layers have one, of 'query', 'key', 'value', 'out' and 'mlp'.
+      qk_norm: queries and keys of each head are normalised before they are rotated.
+      scale: of the scores; None for 1 / sqrt(head_size).
+      softcap: scores are softcap * tanh(scores / softcap); None for as they are.
+    """
+
+    heads: int
+    hidden: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    norm: NormKind = "plain"
+    epsilon: float = 1e-6
+    placement: Placement = "pre"
+    activation: Activation = "gelu_tanh"
+    gated: bool = False
+    biases: tuple[str, ...] = ("query", "key", "value", "out", "mlp")
+    qk_norm: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+
+
+class Context(NamedTuple):
+    """What a block needs beside its tokens.
+
+    Attributes:
+      mask: bool [B, S, S] (or broadcastable), True where token q may read token s.
+      rotary: cos and sin of the angles by which queries and keys are turned, float32
+        [B, S, head_size / 2] (or broadcastable), see `rotate`; None for not at all.
+    """
+
+    mask: jax.Array
+    rotary: tuple[jax.Array, jax.Array] | None = None
 
 
 class Dense(nn.Module):
@@ -19,39 +84,73 @@ class Dense(nn.Module):
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: Callable = nn.initializers.xavier_uniform()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
-        y = y + bias.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax (Vaswani et al., 2017).
 
     Args:
       query: [B, Q, N, H], N heads of size H.
-      key: [B, S, N, H].
-      value: [B, S, N, H].
+      key: [B, S, K, H]; K divides N, and N / K neighbouring heads share a key head.
+      value: [B, S, K, H].
       mask: bool, broadcastable to [B, Q, S]; True where query q may read key s.
+      scale: of the scores, see `BlockSpec`.
+      softcap: of the scores, see `BlockSpec`.
 
     Returns:
       [B, Q, N, H], in the dtype of `value`. A query that may read nothing gets the mean value.
     """
+    batch, queries, heads, size = query.shape
+    groups, length = key.shape[2], key.shape[1]
     # Heads before tokens: XLA's CPU backend runs these as plain batched matmuls, forward and
     # backward in half the time of the einsum over [B, S, N, H].
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    query = query.reshape(batch, groups, -1, size)
     scores = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, NEGATIVE)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.swapaxes(jnp.matmul(weights.astype(value.dtype), value), 1, 2)
+    scores = scores.reshape(batch, heads, queries, length) * (scale or size**-0.5)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None], scores, NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.matmul(weights.reshape(batch, groups, -1, length), value)
+    return jnp.swapaxes(mixed.reshape(batch, heads, queries, size), 1, 2)
 
 
-def normalise(x: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (x_i, x_{i + H/2}) of each head (Su et al., 2021, RoPE), float32 inside.
+
+    Args:
+      x: [B, S, N, H].
+      rotary: cos and sin, float32 [B, S, H / 2] or broadcastable.
+
+    Returns:
+      [B, S, N, H], in the dtype of `x`.
+    """
+    cos, sin = (angle[:, :, None] for angle in rotary)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """Layer norm without scale and bias (Ba et al., 2016), [..., D], float32 statistics.
 
     Every use of it feeds dense layers, which can express both; on XLA's CPU backend applying them
@@ -59,100 +158,169 @@ def normalise(x: jax.Array) -> jax.Array:
     """
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
     return y.astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """A norm over the last axis, see `BlockSpec.norm`; float32 inside."""
+
+    kind: NormKind
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., D] to [..., D], in the dtype of `x`."""
+        if self.kind == "plain":
+            return normalise(x, self.epsilon)
+        y, width = x.astype(jnp.float32), x.shape[-1:]
+        offset = self.kind == "rms_offset"
+        init = nn.initializers.zeros if offset else nn.initializers.ones
+        scale = self.param("scale", init, width).astype(jnp.float32) + offset
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, width).astype(jnp.float32)
+            return (normalise(y, self.epsilon) * scale + bias).astype(x.dtype)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head attention of `x[:, -queries:]` over all of `x`."""
 
-    heads: int
+    spec: BlockSpec
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, queries: int) -> jax.Array:
-        """Maps x [B, S, D] and mask [B, queries, S] to [B, queries, D]."""
-        width = x.shape[-1]
-        if width % self.heads:
-            raise ValueError(f"width={width} is not divisible by heads={self.heads}.")
+    def __call__(self, x: jax.Array, context: Context, queries: int) -> jax.Array:
+        """Maps x [B, S, D] to [B, queries, D]; of the context, the last rows are used."""
+        s, width, first = self.spec, x.shape[-1], x.shape[1] - queries
+        groups = s.kv_heads or s.heads
+        if s.head_size is None and width % s.heads:
+            raise ValueError(f"width={width} is not divisible by heads={s.heads}.")
+        if s.heads % groups:
+            raise ValueError(f"heads={s.heads} is not divisible by kv_heads={groups}.")
+        size = s.head_size or width // s.heads
 
-        def split(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+        def project(y: jax.Array, heads: int, name: str) -> jax.Array:
+            y = Dense(heads * size, self.dtype, use_bias=name in s.biases, name=name)(y)
+            return y.reshape(*y.shape[:-1], heads, size)
 
-        query = split(Dense(width, self.dtype, name="query")(x[:, x.shape[1] - queries :]))
-        key = split(Dense(width, self.dtype, name="key")(x))
-        value = split(Dense(width, self.dtype, name="value")(x))
-        mixed = attention(query, key, value, mask)
-        return Dense(width, self.dtype, name="out")(mixed.reshape(*mixed.shape[:2], width))
+        query = project(x[:, first:], s.heads, "query")
+        key, value = (project(x, groups, name) for name in ("key", "value"))
+        if s.qk_norm:
+            query = Norm(s.norm, s.epsilon, name="query_norm")(query)
+            key = Norm(s.norm, s.epsilon, name="key_norm")(key)
+        if context.rotary is not None:
+            query = rotate(query, tuple(angle[:, first:] for angle in context.rotary))
+            key = rotate(key, context.rotary)
+        mask = context.mask[:, first:] if context.mask.shape[1] > 1 else context.mask
+        mixed = attention(query, key, value, mask, scale=s.scale, softcap=s.softcap)
+        mixed = mixed.reshape(*mixed.shape[:2], s.heads * size)
+        return Dense(width, self.dtype, use_bias="out" in s.biases, name="out")(mixed)
 
 
 class Block(nn.Module):
-    """Pre-norm block, x + attention(norm(x)), then x + mlp(norm(x)), on the last `queries`."""
+    """Attention and MLP, each with its norms and its residual, on the last `queries` tokens.
 
-    heads: int
-    mlp_ratio: int = 4
+    What it returns can be had from inside a stack: collection 'hidden', name 'out'.
+    """
+
+    spec: BlockSpec
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, queries: int) -> jax.Array:
-        """Maps x [B, S, D] and mask [B, queries, S] to [B, queries, D]."""
-        width = x.shape[-1]
-        y = Attention(self.heads, self.dtype, name="attention")(normalise(x), mask, queries)
-        x = x[:, x.shape[1] - queries :] + y
-        y = nn.gelu(Dense(self.mlp_ratio * width, self.dtype, name="mlp_in")(normalise(x)))
-        return x + Dense(width, self.dtype, name="mlp_out")(y)
+    def __call__(self, x: jax.Array, context: Context, queries: int) -> jax.Array:
+        """Maps x [B, S, D] to [B, queries, D]."""
+        s = self.spec
+
+        def before(y: jax.Array, name: str) -> jax.Array:
+            return y if s.placement == "post" else Norm(s.norm, s.epsilon, name=name)(y)
+
+        def after(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
+            if s.placement == "pre":
+                return x + y
+            norm = Norm(s.norm, s.epsilon, name=name)
+            return norm(x + y) if s.placement == "post" else x + norm(y)
+
+        y = Attention(s, self.dtype, name="attention")(
+            before(x, "attention_norm"), context, queries
+        )
+        x = after(x[:, x.shape[1] - queries :], y, "attention_out_norm")
+        y = self._mlp(before(x, "mlp_norm"))
+        x = after(x, y, "mlp_out_norm")
+        if not self.is_initializing():
+            self.sow("hidden", "out", x)
+        return x
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        s, activation = self.spec, ACTIVATIONS[self.spec.activation]
+        dense = functools.partial(Dense, dtype=self.dtype, use_bias="mlp" in s.biases)
+        y = dense(s.hidden, name="mlp_in")(x)
+        if s.gated:
+            y = activation(dense(s.hidden, name="mlp_gate")(x)) * y
+        else:
+            y = activation(y)
+        return dense(x.shape[-1], name="mlp_out")(y)
 
 
 class Transformer(nn.Module):
-    """A stack of pre-norm blocks and a final norm.
+    """A stack of blocks.
 
     Attributes:
       layers: number of blocks.
-      heads: attention heads; must divide the width of the input.
-      mlp_ratio: hidden width of the MLP over the width of the stack.
-      dtype: compute dtype; parameters and softmax statistics are float32.
+      block: what they are made of.
+      dtype: compute dtype; parameters, norms and softmax statistics are float32.
       remat: recompute each block's activations in the backward pass.
+      pattern: which of several contexts each layer uses; by default the first.
+      final_norm: normalise what the last block returns.
     """
 
     layers: int
-    heads: int
-    mlp_ratio: int = 4
+    block: BlockSpec
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    pattern: tuple[int, ...] | None = None
+    final_norm: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        contexts: Context | Sequence[Context],
         readouts: int | None = None,
         *,
         only_readouts: bool = False,
+        added: Sequence[jax.Array] = (),
     ) -> jax.Array:
         """Runs the stack.
 
         Args:
           x: [B, S, D] tokens.
-          mask: bool [B, S, S] (or broadcastable), True where token q may read token s.
+          contexts: of all layers, or several, see `pattern`.
           readouts: when given, only the last `readouts` tokens are wanted, and the last block
             computes only those: their values are the same, half of a two-block stack is saved.
           only_readouts: the other tokens stay as they come, and every block computes the
             readouts alone: cross-attention.
+          added: [B, S, D] each, added to the tokens after the first blocks (deepstack).
 
         Returns:
-          [B, S, D], or [B, readouts, D].
+          [B, S, D], or [B, readouts, D]; float32 after a final norm, else of `dtype`.
         """
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        if isinstance(contexts, Context):
+            contexts = (contexts,)
         length = x.shape[1]
-        mask = jnp.broadcast_to(mask, (mask.shape[0], length, length))
         x = x.astype(self.dtype)
         for i in range(self.layers):
             last = i == self.layers - 1
             queries = length if readouts is None or not (last or only_readouts) else readouts
-            y = block(self.heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(
-                x, mask[:, length - queries :], queries
-            )
+            context = contexts[self.pattern[i] if self.pattern else 0]
+            y = block(self.block, self.dtype, name=f"block_{i}")(x, context, queries)
             x = y if last else jnp.concatenate([x[:, : length - queries], y], axis=1)
+            if i < len(added):
+                x = x + added[i].astype(x.dtype)
         if readouts is not None:
             x = x[:, x.shape[1] - readouts :]
-        return normalise(x.astype(jnp.float32))
+        if self.final_norm:
+            x = Norm(self.block.norm, self.block.epsilon, name="norm")(x.astype(jnp.float32))
+        return x
