@@ -1,0 +1,148 @@
+"""Decoder-only language models: token ids to logits, on the one transformer stack."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al., 2021).
+
+    Attributes:
+      theta: base of the frequencies, theta^(-2i / size) for pair i.
+      size: of a head.
+      factor: positions are divided by it.
+      llama3: (low, high, original length) of Llama 3.1's scaling, which divides the frequencies
+        whose wavelength is above original / low by `factor`, leaves those below original / high as
+        they are, and goes smoothly between; None: `factor` is for all.
+    """
+
+    theta: float
+    size: int
+    factor: float = 1.0
+    llama3: tuple[float, float, int] | None = None
+
+    def frequencies(self) -> np.ndarray:
+        """Angles per position, float32 [size / 2]."""
+        base = 1.0 / self.theta ** (np.arange(0, self.size, 2, dtype=np.float32) / self.size)
+        if self.llama3 is None:
+            return (base / self.factor).astype(np.float32)
+        low, high, original = self.llama3
+        turns = original * base / (2 * math.pi)  # Of each pair within the original length.
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cos and sin, float32 [B, S, size / 2], of positions [B, S]."""
+        angle = positions[..., None].astype(jnp.float32) * self.frequencies()
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def causal_mask(present: jax.Array) -> jax.Array:
+    """Who may read whom: bool [B, S, S], the earlier tokens and itself, of present ones [B, S]."""
+    order = jnp.arange(present.shape[1])
+    return (order[None, :] <= order[:, None])[None] & present[:, None, :]
+
+
+class LanguageModel(nn.Module):
+    """Token ids to logits.
+
+    Attributes:
+      vocabulary: number of token ids.
+      width: of the stack.
+      layers: blocks of the stack.
+      block: what they are made of.
+      ropes: one for every kind of layer, see `pattern`.
+      pattern: kind of each layer; None where there is one.
+      windows: how far back a layer of each kind reads, in tokens, itself included; None: all.
+      embedding_scale: that embeddings are multiplied by.
+      tied: the output layer is the transposed embedding table.
+      softcap: of the logits, softcap * tanh(logits / softcap); None: as they are.
+      dtype: compute dtype.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    block: BlockSpec
+    ropes: tuple[Rope, ...]
+    pattern: tuple[int, ...] | None = None
+    windows: tuple[int | None, ...] = (None,)
+    embedding_scale: float = 1.0
+    tied: bool = True
+    softcap: float | None = None
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        normal = nn.initializers.normal(0.02)
+        self.table = self.param("table", normal, (self.vocabulary, self.width))
+        if not self.tied:
+            self.head = self.param("head", normal, (self.width, self.vocabulary))
+        self.stack = Transformer(
+            self.layers, self.block, self.dtype, self.remat, pattern=self.pattern
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        present: jax.Array,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits, float32 [B, S, V].
+
+        Args:
+          tokens: int32 [B, S].
+          present: bool [B, S], False for padding, on either side.
+          positions: int32 [B, S]; by default counted over the tokens that are present.
+        """
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
+        hidden = self.decode(self.embed(tokens), causal_mask(present), positions)
+        return self.logits(hidden)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings [B, S, D] of token ids [B, S]."""
+        table = self.table.astype(self.dtype)
+        return table[tokens] * jnp.asarray(self.embedding_scale, self.dtype)
+
+    def decode(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        added: Sequence[jax.Array] = (),
+    ) -> jax.Array:
+        """Features float32 [B, S, D] of embeddings [B, S, D].
+
+        Args:
+          x: embeddings, of tokens or of whatever else.
+          mask: bool [B, S, S], who may read whom; windows narrow it.
+          positions: int32 [B, S].
+          added: see `Transformer`.
+        """
+        order = jnp.arange(x.shape[1])
+        back = order[:, None] - order[None, :]
+        contexts = [
+            Context(mask if window is None else mask & (back < window), rope.angles(positions))
+            for rope, window in zip(self.ropes, self.windows, strict=True)
+        ]
+        return self.stack(x, contexts, added=added)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of features [..., D]."""
+        head = self.table.T if self.tied else self.head
+        rows = hidden.reshape(-1, self.width).astype(self.dtype)
+        logits = jnp.matmul(rows, head.astype(self.dtype), preferred_element_type=jnp.float32)
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        return logits.reshape(*hidden.shape[:-1], self.vocabulary)
