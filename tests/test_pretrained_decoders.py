@@ -55,7 +55,7 @@ def pair(family, directory):
     config = getattr(transformers, f"{name}{suffix}")(**TINY | changes)
     config._attn_implementation = "eager"
     theirs = hub.save(getattr(transformers, f"{name}ForCausalLM")(config), directory / family)
-    return theirs, ours.load(directory / family)
+    return theirs, ours.load_language_model(directory / family)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Models from local directories in the hub's format: config.json and safetensors."""
 
+from collections.abc import Mapping
 import pathlib
 from typing import Any, NamedTuple
 
@@ -7,10 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.models.towers import VisionTower
 from mmrl_jax.pretrained import weights
-from mmrl_jax.pretrained.families import decoders
+from mmrl_jax.pretrained.families import decoders, encoders
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+TEXT = ("bert", "clip", "clip_text_model", "siglip", "siglip_text_model")
+BUFFERS = (r".*\.inv_freq", r".*\.position_ids")
 
 
 class Pretrained(NamedTuple):
@@ -18,20 +23,20 @@ class Pretrained(NamedTuple):
 
     Attributes:
       model: the Linen module.
-      params: its parameters.
-      config: the hub's config, complete with defaults.
+      params: its variables, for `model.apply`.
+      config: the hub's config of the model, complete with defaults.
     """
 
     model: nn.Module
     params: Any
-    config: dict[str, Any]
+    config: Mapping[str, Any]
 
 
 def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
     """The config of a local directory, with transformers' defaults for what it leaves out.
 
     Raises:
-      ValueError: there is none, or it wants code of its own to be run.
+      ValueError: there is none, or it is of no model that transformers knows without running code.
     """
     from transformers import AutoConfig
 
@@ -45,27 +50,107 @@ def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
     return config.to_dict()
 
 
-def load(
+def load_language_model(
     directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
 ) -> Pretrained:
-    """Loads a model.
+    """Loads a decoder: Llama, Qwen2, Qwen3, Gemma 1 to 3.
 
     Args:
       directory: local, in the hub's format.
-      dtype: of the parameters and the computation.
+      dtype: of the parameters and of the computation.
       remat: recompute each block's activations in the backward pass.
 
     Raises:
       ValueError: the family is not supported, or see `weights.load`.
     """
     config = read_config(directory)
-    kind = config["model_type"]
-    if kind not in DECODERS:
-        raise ValueError(f"model_type={kind!r} is not supported; these are: {list(DECODERS)}.")
+    kind = _known(config, DECODERS)
     model = decoders.build(config, dtype=dtype, remat=remat)
-    zeros = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    like = jax.eval_shape(model.init, jax.random.key(0), zeros, jax.ShapeDtypeStruct((1, 2), bool))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like["params"])
-    ignored = (r".*\.inv_freq", *(("lm_head.weight",) if model.tied else ()))
-    params = weights.load(pathlib.Path(directory), like, decoders.keys(kind), ignored=ignored)
-    return Pretrained(model, {"params": params}, config)
+    tied = (r"lm_head\.weight",) if model.tied else ()
+    params = _load(directory, model, decoders.keys(kind), dtype, ignored=tied)
+    return Pretrained(model, params, config)
+
+
+def load_vision_tower(
+    directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
+) -> Pretrained:
+    """Loads the picture half of CLIP or SigLIP, from a directory of both halves or of that alone.
+
+    Args:
+      directory: local, in the hub's format.
+      dtype: of the parameters and of the computation.
+      remat: recompute each block's activations in the backward pass.
+
+    Raises:
+      ValueError: the family is not supported, or see `weights.load`.
+    """
+    whole = read_config(directory)
+    kind, config = _known(whole, VISION), whole.get("vision_config", whole)
+    both = "vision_config" in whole
+    projection = whole["projection_dim"] if kind == "clip" else None
+    model = encoders.build_vision(config, projection=projection, dtype=dtype, remat=remat)
+    keys = encoders.vision_keys(_prefix(directory, "vision_model."))
+    ignored = (r"text_.*", r"logit_.*") if both else ()
+    return Pretrained(model, _load(directory, model, keys, dtype, ignored=ignored), config)
+
+
+def load_text_tower(
+    directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
+) -> Pretrained:
+    """Loads a text encoder: BERT-type ones, or the text half of CLIP or SigLIP.
+
+    Args:
+      directory: local, in the hub's format.
+      dtype: of the parameters and of the computation.
+      remat: recompute each block's activations in the backward pass.
+
+    Raises:
+      ValueError: the family is not supported, or see `weights.load`.
+    """
+    whole = read_config(directory)
+    kind, config = _known(whole, TEXT), whole.get("text_config", whole)
+    if kind == "bert":
+        model = encoders.build_bert(config, dtype=dtype, remat=remat)
+        keys = encoders.bert_keys(_prefix(directory, "bert."))
+        # The pooler and the heads of pre-training are not part of a sentence encoder.
+        ignored: tuple[str, ...] = (r"(bert\.)?pooler\..*", r"cls\..*")
+    else:
+        projection = whole["projection_dim"] if kind == "clip" else None
+        model = encoders.build_text(config, projection=projection, dtype=dtype, remat=remat)
+        prefix = _prefix(directory, "text_model.")
+        head = "text_projection" if kind == "clip" else f"{prefix}head"
+        keys = encoders.text_keys(prefix, head)
+        ignored = (r"vision_.*", r"visual_.*", r"logit_.*") if "text_config" in whole else ()
+    return Pretrained(model, _load(directory, model, keys, dtype, ignored=ignored), config)
+
+
+def _known(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
+    kind = config["model_type"]
+    if kind not in kinds:
+        raise ValueError(f"model_type={kind!r} is not supported here; these are: {list(kinds)}.")
+    return kind
+
+
+def _prefix(directory: str | pathlib.Path, prefix: str) -> str:
+    """The prefix where the tensors have it; models saved by themselves have none."""
+    names = weights.files(pathlib.Path(directory))
+    return prefix if any(name.startswith(prefix) for name in names) else ""
+
+
+def _load(
+    directory: str | pathlib.Path,
+    model: nn.Module,
+    keys: Mapping[str, str],
+    dtype: jnp.dtype,
+    *,
+    ignored: tuple[str, ...],
+) -> Any:
+    if isinstance(model, VisionTower):
+        edge = model.patch * round(model.patches**0.5)
+        inputs: tuple = (jax.ShapeDtypeStruct((1, edge, edge, 3), jnp.float32),)
+    else:
+        inputs = tuple(jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, bool))
+    like = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
+    params = weights.load(pathlib.Path(directory), like, keys, ignored=(*BUFFERS, *ignored))
+    return {"params": params}

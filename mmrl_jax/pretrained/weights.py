@@ -1,10 +1,11 @@
 """The hub's safetensors and our parameters, by name: each tensor has exactly one counterpart."""
 
 from collections.abc import Callable, Iterable, Mapping
+import functools
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,34 +51,52 @@ def files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
-def counterparts(paths: Iterable[str], keys: Mapping[str, str]) -> dict[str, str]:
-    """Our parameter paths -> names of the hub's tensors.
+class Source(NamedTuple):
+    """Where a parameter of ours comes from.
+
+    Attributes:
+      name: of the hub's tensor.
+      part: which of `parts` equal blocks of its rows; fused layers hold several of ours.
+      parts: 1 for the whole tensor.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+def counterparts(paths: Iterable[str], keys: Mapping[str, str]) -> dict[str, Source]:
+    """Our parameter paths -> where they come from.
 
     Args:
       paths: ours, e.g. 'stack/block_3/attention/query/kernel'.
-      keys: the hub's module names -> our module paths, or whole paths of parameters without a
-        module; '{i}' stands for a number.
+      keys: the hub's module names -> our module paths, or its tensor names -> our parameter paths.
+        '{i}' stands for a number; '[k/n]' after a name of the hub's is block k of n of its rows.
 
     Raises:
       ValueError: a path that no key leads to.
     """
-    modules = {ours: theirs for theirs, ours in keys.items()}
+    theirs = {ours: name for name, ours in keys.items()}
 
     def lookup(path: str) -> str | None:
         number = re.search(r"_(\d+)/", path)
         template = path if number is None else path.replace(f"_{number[1]}/", "_{i}/", 1)
-        name = modules.get(template)
+        name = theirs.get(template)
         return name if name is None or number is None else name.replace("{i}", number[1])
 
     found = {}
     for path in paths:
         module, _, leaf = path.rpartition("/")
-        whole, part = lookup(path), lookup(module)
-        if whole is None and part is None:
+        name, suffix = lookup(path), ""
+        if name is None:
+            name, suffix = lookup(module), ".bias" if leaf == "bias" else ".weight"
+        if name is None:
             raise ValueError(f"The key map has no counterpart of our parameter {path!r}.")
-        found[path] = (
-            f"{whole}.weight" if whole else f"{part}.{'bias' if leaf == 'bias' else 'weight'}"
-        )
+        block = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", name)
+        if block is None:
+            found[path] = Source(name + suffix)
+        else:
+            found[path] = Source(block[1] + suffix, int(block[2]), int(block[3]))
     return found
 
 
@@ -118,31 +137,39 @@ def load(
     flat = {
         "/".join(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(like)
     }
-    names, where = counterparts(flat, keys), files(directory)
+    sources, where = counterparts(flat, keys), files(directory)
+    names = {source.name for source in sources.values()}
     unexpected = [
         name
         for name in where
-        if name not in names.values() and not any(re.fullmatch(p, name) for p in ignored)
+        if name not in names and not any(re.fullmatch(p, name) for p in ignored)
     ]
-    problems = [f"missing: {name}" for name in names.values() if name not in where]
+    problems = [f"missing: {name}" for name in sorted(names) if name not in where]
     problems += [f"unexpected: {name}" for name in unexpected]
     loaded: dict[str, Any] = {}
     by_file: dict[pathlib.Path, list[str]] = {}
-    for path, name in names.items():
-        if name in where:
-            by_file.setdefault(where[name], []).append(path)
+    for path, source in sources.items():
+        if source.name in where:
+            by_file.setdefault(where[source.name], []).append(path)
     for file_path, paths in by_file.items():
         with safe_open(file_path, framework="flax") as file:
             for path in paths:
-                shape, theirs = flat[path].shape, file.get_slice(names[path]).get_shape()
-                tensor = jax.eval_shape(
-                    lambda x, p=path: to_ours(p, x), jax.ShapeDtypeStruct(theirs, jnp.float32)
-                )
-                if tensor.shape != shape:
-                    problems.append(f"shape of {names[path]}: {theirs}, for our {path} {shape}")
+                source, want = sources[path], flat[path]
+                rows = file.get_slice(source.name)
+                shape = tuple(rows.get_shape())
+                if source.parts > 1:
+                    shape = (shape[0] // source.parts, *shape[1:])
+                if (
+                    jax.eval_shape(
+                        functools.partial(to_ours, path), jax.ShapeDtypeStruct(shape, want.dtype)
+                    ).shape
+                    != want.shape
+                ):
+                    problems.append(f"shape of {source.name}: {shape}, for our {path} {want.shape}")
                 elif not problems:
-                    x = to_ours(path, np.asarray(file.get_tensor(names[path])))
-                    loaded[path] = place(path, x.astype(flat[path].dtype))
+                    first = source.part * shape[0] if shape else 0
+                    x = rows[first : first + shape[0]] if shape else file.get_tensor(source.name)
+                    loaded[path] = place(path, to_ours(path, np.asarray(x)).astype(want.dtype))
     if problems:
         more = len(problems) - LISTED
         listed = "\n  ".join(problems[:LISTED])

@@ -37,9 +37,9 @@ def keys(model_type: str, prefix: str = "model.") -> dict[str, str]:
         for theirs, ours in block.items()
     }
     return layers | {
-        f"{prefix}embed_tokens": "table",
+        f"{prefix}embed_tokens.weight": "table",
         f"{prefix}norm": "stack/norm",
-        "lm_head": "head",
+        "lm_head.weight": "head",
     }
 
 
