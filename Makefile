@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-all lint format lock clean
+.PHONY: help setup setup-parity quickstart test test-slow test-all lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -28,13 +28,16 @@ help: ## list the targets
 setup: ## create .venv from requirements.lock (nothing to do the second time)
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh
 
+setup-parity: ## the same, with torch, peft, trl and pretrained weights, for the tests
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh parity
+
 quickstart: setup ## clone demonstrations, fine-tune with PPO, evaluate; see runs/quickstart
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
-test: setup ## the tests that take seconds each
+test: setup-parity ## the tests that take seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
-test-slow: setup ## the tests marked slow: minutes each
+test-slow: setup-parity ## the tests marked slow: minutes each
 	$(PYTEST) -m slow $(PYTEST_FLAGS)
 
 # One virtual environment per version, beside .venv.
@@ -61,6 +64,9 @@ format: setup ## let ruff format and fix what it can
 # LOCK_FLAGS=--upgrade takes the newest versions that setup.py allows.
 lock: ## resolve setup.py into requirements.lock for every platform and Python (needs uv)
 	uv pip compile --universal --python-version 3.11 --extra dev $(LOCK_FLAGS) setup.py -o requirements.lock
+	echo 'torch ; python_version < "3"' > .cache/no-torch.txt
+	uv pip compile --universal --python-version 3.11 --extra parity -c requirements.lock \
+		--override .cache/no-torch.txt $(LOCK_FLAGS) setup.py -o requirements-parity.lock
 
 clean: ## remove the virtual environments and every cache; runs/ stays
 	rm -rf .venv .venv-3.11 .venv-3.12 .cache .pytest_cache .mypy_cache .ruff_cache \

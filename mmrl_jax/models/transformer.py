@@ -211,7 +211,8 @@ class Attention(nn.Module):
             query = Norm(s.norm, s.epsilon, name="query_norm")(query)
             key = Norm(s.norm, s.epsilon, name="key_norm")(key)
         if context.rotary is not None:
-            query = rotate(query, tuple(angle[:, first:] for angle in context.rotary))
+            cos, sin = context.rotary
+            query = rotate(query, (cos[:, first:], sin[:, first:]))
             key = rotate(key, context.rotary)
         mask = context.mask[:, first:] if context.mask.shape[1] > 1 else context.mask
         mixed = attention(query, key, value, mask, scale=s.scale, softcap=s.softcap)
