@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -52,6 +53,18 @@ def causal_mask(present: jax.Array) -> jax.Array:
     return (order[None, :] <= order[:, None])[None] & present[:, None, :]
 
 
+class Cursor(NamedTuple):
+    """Where tokens stand that are read after a prefix.
+
+    Attributes:
+      slot: int32 [], slots of the cache that are taken.
+      positions: int32 [B, P + T], of the tokens of the prefix, and of those of the cache.
+    """
+
+    slot: jax.Array
+    positions: jax.Array
+
+
 class LanguageModel(nn.Module):
     """Token ids to logits.
 
@@ -62,7 +75,7 @@ class LanguageModel(nn.Module):
       block: what they are made of.
       ropes: one for every kind of layer, see `pattern`.
       pattern: kind of each layer; None where there is one.
-      windows: how far back a layer of each kind reads, in tokens, itself included; None: all.
+      windows: how far back a layer of each kind reads, in positions, itself included; None: all.
       embedding_scale: that embeddings are multiplied by.
       tied: the output layer is the transposed embedding table.
       softcap: of the logits, softcap * tanh(logits / softcap); None: as they are.
@@ -121,21 +134,25 @@ class LanguageModel(nn.Module):
         mask: jax.Array,
         positions: jax.Array,
         added: Sequence[jax.Array] = (),
+        cursor: Cursor | None = None,
     ) -> jax.Array:
         """Features float32 [B, S, D] of embeddings [B, S, D].
 
         Args:
           x: embeddings, of tokens or of whatever else.
-          mask: bool [B, S, S], who may read whom; windows narrow it.
+          mask: bool [B, S, S], who may read whom; windows narrow it. With a cursor [B, S, P + T],
+            over a prefix of P tokens and the T slots of the cache.
           positions: int32 [B, S].
           added: see `Transformer`.
+          cursor: where `x` stands behind a prefix that an earlier pass has kept, see `Attention`.
         """
-        order = jnp.arange(x.shape[1])
-        back = order[:, None] - order[None, :]
-        contexts = [
-            Context(mask if window is None else mask & (back < window), rope.angles(positions))
-            for rope, window in zip(self.ropes, self.windows, strict=True)
-        ]
+        slot, keys = (None, positions) if cursor is None else cursor
+        contexts = []
+        for rope, window in zip(self.ropes, self.windows, strict=True):
+            near = mask
+            if window is not None:
+                near = mask & (positions[:, :, None] - keys[:, None, :] < window)
+            contexts.append(Context(near, rope.angles(positions), slot))
         return self.stack(x, contexts, added=added)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -68,10 +68,12 @@ class Context(NamedTuple):
       mask: bool [B, S, S] (or broadcastable), True where token q may read token s.
       rotary: cos and sin of the angles by which queries and keys are turned, float32
         [B, S, head_size / 2] (or broadcastable), see `rotate`; None for not at all.
+      slot: int32 [], where in the cache the tokens go, see `Attention`; None: no cache is used.
     """
 
     mask: jax.Array
     rotary: tuple[jax.Array, jax.Array] | None = None
+    slot: jax.Array | None = None
 
 
 class Dense(nn.Module):
@@ -127,12 +129,63 @@ def attention(
     query = query.reshape(batch, groups, -1, size)
     scores = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, heads, queries, length) * (scale or size**-0.5)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, None], scores, NEGATIVE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = _softmax(scores, mask, softcap).astype(value.dtype)
     mixed = jnp.matmul(weights.reshape(batch, groups, -1, length), value)
     return jnp.swapaxes(mixed.reshape(batch, heads, queries, size), 1, 2)
+
+
+def cached_attention(
+    query: jax.Array,
+    prefix: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attention` over a prefix that G neighbouring samples share, and over their own keys.
+
+    Args:
+      query: [B * G, Q, N, H].
+      prefix: keys and values, [B, K, S, H] each.
+      own: keys and values, [B * G, K, T, H] each.
+      mask: bool, broadcastable to [B * G, Q, S + T].
+      scale: of the scores, see `BlockSpec`.
+      softcap: of the scores, see `BlockSpec`.
+
+    Returns:
+      [B * G, Q, N, H], in the dtype of the values.
+    """
+    samples, queries, heads, size = query.shape
+    batch, groups, length, _ = prefix[0].shape
+    rows = (heads // groups) * queries  # Of queries that read the same keys.
+    query = jnp.swapaxes(query, 1, 2).reshape(samples, groups, rows, size)
+
+    def shared(x: jax.Array) -> jax.Array:  # The samples of a group side by side.
+        x = jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+        return x.reshape(batch, groups, -1, x.shape[-1])
+
+    def apart(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(batch, groups, -1, rows, x.shape[-1]), 1, 2)
+        return x.reshape(samples, groups, rows, x.shape[-1])
+
+    def scores(q: jax.Array, keys: jax.Array) -> jax.Array:
+        return jnp.matmul(q, jnp.swapaxes(keys, 2, 3), preferred_element_type=jnp.float32)
+
+    both = [apart(scores(shared(query), prefix[0])), scores(query, own[0])]
+    score = jnp.concatenate(both, axis=-1).reshape(samples, heads, queries, -1)
+    weights = _softmax(score * (scale or size**-0.5), mask, softcap).astype(own[1].dtype)
+    weights = weights.reshape(samples, groups, rows, -1)
+    mixed = apart(jnp.matmul(shared(weights[..., :length]), prefix[1]))
+    mixed = mixed + jnp.matmul(weights[..., length:], own[1])
+    return jnp.swapaxes(mixed.reshape(samples, heads, queries, size), 1, 2)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
+    """Weights of scaled scores, float32 [B, N, Q, S]."""
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jax.nn.softmax(jnp.where(mask[:, None], scores, NEGATIVE), axis=-1)
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -185,7 +238,13 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x[:, -queries:]` over all of `x`."""
+    """Multi-head attention of `x[:, -queries:]` over all of `x`.
+
+    For generation, keys and values are kept, [B, K, S, H] each. A pass with mutable collection
+    'prefix' stores those of a prompt there. With a slot in the context, `x` is what follows: its
+    own are written into collection 'cache', [B * G, K, T, H] each, at the slot, and it reads the
+    prefix and the cache. G samples may follow each prompt; see `rollouts/generate.py`.
+    """
 
     spec: BlockSpec
     dtype: jnp.dtype = jnp.float32
@@ -215,9 +274,28 @@ class Attention(nn.Module):
             query = rotate(query, (cos[:, first:], sin[:, first:]))
             key = rotate(key, context.rotary)
         mask = context.mask[:, first:] if context.mask.shape[1] > 1 else context.mask
-        mixed = attention(query, key, value, mask, scale=s.scale, softcap=s.softcap)
+        how = {"scale": s.scale, "softcap": s.softcap}
+        if context.slot is None:
+            if self.is_mutable_collection("prefix") and not self.is_initializing():
+                self._keep("prefix", jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+            mixed = attention(query, key, value, mask, **how)
+        else:
+            write = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=2
+            )
+            keys, values = self._kept("cache")
+            own = write(keys, jnp.swapaxes(key, 1, 2)), write(values, jnp.swapaxes(value, 1, 2))
+            self._keep("cache", *own)
+            mixed = cached_attention(query, self._kept("prefix"), own, mask, **how)
         mixed = mixed.reshape(*mixed.shape[:2], s.heads * size)
         return Dense(width, self.dtype, use_bias="out" in s.biases, name="out")(mixed)
+
+    def _keep(self, collection: str, key: jax.Array, value: jax.Array) -> None:
+        self.put_variable(collection, "key", key)
+        self.put_variable(collection, "value", value)
+
+    def _kept(self, collection: str) -> tuple[jax.Array, jax.Array]:
+        return self.get_variable(collection, "key"), self.get_variable(collection, "value")
 
 
 class Block(nn.Module):

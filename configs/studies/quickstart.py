@@ -1,0 +1,41 @@
+"""The main job over five seeds, as `make quickstart` runs it.
+
+Command:   python -m experiments.study --study=configs/studies/quickstart.py
+Hardware:  two CPU cores.
+Time:      12 to 14 minutes a seed.
+Result:    not run
+"""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from configs import reach_ppo
+from experiments import quickstart
+from experiments.provenance import commit, hardware
+
+SEEDS = 5
+MAIN = "final/train/success"
+VARIANTS: dict[str, dict] = {"reach_ppo": {}}
+
+
+def run(
+    config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
+) -> dict[str, Any] | None:
+    """A whole quickstart; None if a signal came first."""
+    config.seed = seed
+    summary = quickstart.quickstart(config, workdir)
+    if summary is None:
+        return None
+    # The intervals over the episodes of one run say nothing over seeds.
+    means = {name: x for name, x in summary.items() if not name.endswith(("_lo", "_hi"))}
+    return means | {"commit": commit(), "hardware": hardware()}
+
+
+RUNNERS = {"reach_ppo": run}
+
+
+def get_config(_: str = "reach_ppo") -> ml_collections.ConfigDict:
+    """The config of the main job."""
+    return reach_ppo.get_config()

@@ -1,0 +1,258 @@
+"""Generation of tokens, in one compiled program: one pass over the prompts, then token by token.
+
+prefix [B, S]     <pad> <pad>  How  many  red  balls  ?        kept once for the G answers
+answers [B, G, T]                                        two  <end> <pad>  ...
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmrl_jax.models.language import Cursor, LanguageModel, causal_mask
+from mmrl_jax.models.vlm import VisionLanguageModel
+
+Variables = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: only the k most likely tokens; None: all.
+      top_p: only the most likely tokens that hold this probability together (Holtzman et al.,
+        2020); 1: all.
+      min_p: only tokens with at least this fraction of the most likely one's probability; 0: all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}.")
+
+
+class Prompt(NamedTuple):
+    """What a language model reads before it answers, see `text_prompt` and `image_prompt`.
+
+    Attributes:
+      x: float [B, S, D], embeddings with image features in place.
+      present: bool [B, S], False for padding, on either side.
+      positions: int32 [B, S], or [B, A, S].
+      mask: bool [B, S, S], who reads whom.
+      added: float [B, S, D] each, see `VisionFeatures.deep`.
+    """
+
+    x: jax.Array
+    present: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    added: tuple[jax.Array, ...] = ()
+
+
+class Generated(NamedTuple):
+    """G answers to each of B prompts, of up to T tokens.
+
+    Attributes:
+      tokens: int32 [B, G, T]; behind a stop token, which is the last of an answer, there is `pad`.
+      log_probs: float32 [B, G, T], of these tokens at the sampling's temperature (1 where that is
+        0), before top-k, top-p and min-p; 0 where there is none.
+      present: bool [B, G, T], the tokens of the answers, a stop token among them.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    present: jax.Array
+
+
+def text_prompt(
+    model: LanguageModel, variables: Variables, tokens: jax.Array, present: jax.Array
+) -> Prompt:
+    """The prompt of token ids int32 [B, S], of which bool [B, S] tells padding."""
+    apply: Callable[..., Any] = model.apply
+    x = apply(variables, tokens, method="embed")
+    positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
+    return Prompt(x, present, positions, causal_mask(present))
+
+
+def image_prompt(
+    model: VisionLanguageModel,
+    variables: Variables,
+    tokens: jax.Array,
+    present: jax.Array,
+    images: Any,
+    positions: jax.Array | None = None,
+) -> Prompt:
+    """The prompt of token ids and images, as `VisionLanguageModel` takes them."""
+    if positions is None:
+        positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
+    apply: Callable[..., Any] = functools.partial(model.apply, variables)
+    x, added = apply(tokens, apply(images, method="encode"), method="embed")
+    mask = apply(tokens, present, method="mask")
+    return Prompt(x, present, positions, mask, added)
+
+
+def language(model: VisionLanguageModel, variables: Variables) -> tuple[LanguageModel, Variables]:
+    """The language model within, and its variables."""
+    within = {name: tree["language"] for name, tree in variables.items() if "language" in tree}
+    return model.language, within
+
+
+def log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
+    """Log-probs float32 [..., V] at a temperature; 0 counts as 1."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0), axis=-1)
+
+
+def keep_likely(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
+    """`log_probs` [..., V], -inf for tokens that top-k, top-p or min-p leave out.
+
+    The most likely token stays in all cases. Ties at the edge of top-k stay too.
+    """
+    if sampling.top_k is not None and sampling.top_k < log_probs.shape[-1]:
+        kth = jax.lax.top_k(log_probs, sampling.top_k)[0][..., -1:]
+        log_probs = jnp.where(log_probs < kth, -jnp.inf, log_probs)
+    if sampling.top_p < 1:
+        falling = jnp.sort(log_probs, axis=-1, descending=True)
+        probs = jax.nn.softmax(falling, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        last = jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf), -1, keepdims=True)
+        log_probs = jnp.where(log_probs < last, -jnp.inf, log_probs)
+    if sampling.min_p > 0:
+        least = jnp.max(log_probs, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        log_probs = jnp.where(log_probs < least, -jnp.inf, log_probs)
+    return log_probs
+
+
+def choose(logits: jax.Array, rng: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [...] drawn from logits [..., V], and their log-probs, see `Generated`."""
+    log_probs = log_softmax(logits, sampling.temperature)
+    if sampling.temperature == 0:
+        token = jnp.argmax(log_probs, axis=-1)
+    else:
+        token = jax.random.categorical(rng, keep_likely(log_probs, sampling))
+    taken = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), taken
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    token: jax.Array  # int32 [B * G], the last one, not yet read.
+    running: jax.Array  # bool [B * G]
+    cache: Any
+    out: Generated  # [B * G, T]
+
+
+def generate(
+    model: LanguageModel,
+    variables: Variables,
+    prompt: Prompt,
+    rng: jax.Array,
+    *,
+    group: int,
+    length: int,
+    sampling: Sampling,
+    stop: tuple[int, ...] = (),
+    pad: int = 0,
+) -> Generated:
+    """Answers prompts; to be jitted, with everything but `variables`, `prompt`, `rng` static.
+
+    Stops early when every answer has ended.
+
+    Args:
+      model: the language model.
+      variables: its variables; keys and values are kept in its dtype.
+      prompt: of B samples.
+      rng: PRNG key.
+      group: G, answers to each prompt; they share the pass over it and what is kept of it.
+      length: T, the most tokens of an answer.
+      sampling: how tokens are chosen.
+      stop: token ids that end an answer.
+      pad: what stands behind the end.
+    """
+    batch, prefix_length = prompt.present.shape
+    samples = batch * group
+    apply: Callable[..., Any] = model.apply
+    hidden, kept = apply(
+        variables,
+        prompt.x,
+        prompt.mask,
+        prompt.positions,
+        prompt.added,
+        method="decode",
+        mutable=["prefix"],
+    )
+    prefix = kept["prefix"]
+    # The last token that is present, and what comes after it.
+    last = prefix_length - 1 - jnp.argmax(prompt.present[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    axes = prompt.positions.shape[1:-1]
+    place = prompt.positions.max(axis=1) if axes else prompt.positions
+    start = 1 + jnp.max(jnp.where(prompt.present, place, -1), axis=1)
+    place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
+    place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
+    logits = jnp.repeat(apply(variables, hidden, method="logits"), group, axis=0)
+
+    def put(state: _State, logits: jax.Array) -> _State:
+        """Chooses the tokens of a step and writes them down."""
+        # One key for every sample by its number, so that no mesh changes what is drawn.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.fold_in(rng, state.step), jnp.arange(samples)
+        )
+        token, log_prob = jax.vmap(functools.partial(choose, sampling=sampling))(logits, keys)
+        running = state.running
+        token = jnp.where(running, token, pad)
+        new = Generated(token, jnp.where(running, log_prob, 0.0), running)
+        out = jax.tree.map(lambda all_, x: all_.at[:, state.step].set(x), state.out, new)
+        ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(running))
+        return _State(state.step + 1, token, running & ~ends, state.cache, out)
+
+    def proceed(state: _State) -> _State:
+        """Reads the last tokens and chooses the next ones."""
+        slot = state.step - 1
+        own = jnp.broadcast_to(jnp.arange(length) <= slot, (samples, length))
+        mask = jnp.concatenate([present, own], axis=1)[:, None]
+        x = apply(variables, state.token[:, None], method="embed")
+        positions = jax.lax.dynamic_slice_in_dim(place, prefix_length + slot, 1, axis=1)
+        if axes:
+            positions = jnp.repeat(positions[:, None], axes[0], axis=1)
+        hidden, changed = apply(
+            {**variables, "prefix": prefix, "cache": state.cache},
+            x,
+            mask,
+            positions,
+            cursor=Cursor(slot, place),
+            method="decode",
+            mutable=["cache"],
+        )
+        logits = apply(variables, hidden[:, 0], method="logits")
+        return put(state._replace(cache=changed["cache"]), logits)
+
+    out = Generated(
+        tokens=jnp.full((samples, length), pad, jnp.int32),
+        log_probs=jnp.zeros((samples, length), jnp.float32),
+        present=jnp.zeros((samples, length), bool),
+    )
+    cache = jax.tree.map(
+        lambda x: jnp.zeros((samples, x.shape[1], length, x.shape[3]), x.dtype), prefix
+    )
+    state = _State(
+        jnp.zeros((), jnp.int32), jnp.zeros(samples, jnp.int32), jnp.ones(samples, bool), cache, out
+    )
+    state = jax.lax.while_loop(
+        lambda s: (s.step < length) & jnp.any(s.running), proceed, put(state, logits)
+    )
+    return jax.tree.map(lambda x: x.reshape(batch, group, length), state.out)

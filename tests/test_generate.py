@@ -1,0 +1,189 @@
+"""Generation: the cache against full passes, groups, ragged prompts, sampling, stopping."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrl_jax.models.language import LanguageModel, Rope
+from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.rollouts import generate as gen
+from mmrl_jax.rollouts.generate import Sampling
+
+VOCABULARY = 31
+GREEDY = Sampling(temperature=0.0)
+MODEL = LanguageModel(
+    vocabulary=VOCABULARY,
+    width=24,
+    layers=3,
+    block=BlockSpec(heads=4, hidden=40, kv_heads=2, norm="rms", gated=True, softcap=20.0),
+    ropes=(Rope(100.0, 6), Rope(1000.0, 6)),
+    pattern=(0, 1, 0),
+    windows=(None, 5),
+)
+
+
+@functools.cache
+def variables():
+    drawn = MODEL.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    leaves, structure = jax.tree.flatten(drawn)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [0.4 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def prompts(left=True):
+    tokens = np.random.default_rng(0).integers(1, VOCABULARY, (3, 7))
+    present = np.ones((3, 7), bool)
+    for row, absent in enumerate((0, 2, 5)):
+        present[row, :absent] = False
+    if not left:
+        present = present[:, ::-1].copy()
+    return jnp.asarray(np.where(present, tokens, 0)), jnp.asarray(present)
+
+
+def run(sampling=GREEDY, *, group=1, length=9, stop=(), left=True, seed=0, model=MODEL):
+    tokens, present = prompts(left)
+
+    @jax.jit
+    def program(variables, tokens, present, rng):
+        prompt = gen.text_prompt(model, variables, tokens, present)
+        return gen.generate(
+            model, variables, prompt, rng, group=group, length=length, sampling=sampling, stop=stop
+        )
+
+    return program(variables(), tokens, present, jax.random.key(seed))
+
+
+@jax.jit
+def full_logits(row, count):
+    """Of one sequence [16], of which `count` tokens are there, by a full pass."""
+    return MODEL.apply(variables(), row[None], (jnp.arange(16) < count)[None])[0]
+
+
+def next_logits(tokens):
+    """float32 [len(tokens), V]: the logits behind every token."""
+    row = np.pad(tokens, (0, 16 - len(tokens)))
+    return np.asarray(full_logits(jnp.asarray(row), len(tokens)))[: len(tokens)]
+
+
+def full_log_probs(generated, temperature=1.0, left=True):
+    """Of the generated tokens, by a full pass over prompt and answer without padding between."""
+    tokens, present = (np.asarray(x) for x in prompts(left))
+    result = np.zeros(generated.tokens.shape)
+    for b, g in np.ndindex(generated.tokens.shape[:2]):
+        prompt = tokens[b][present[b]]
+        row = np.concatenate([prompt, generated.tokens[b, g]])
+        log_probs = np.asarray(jax.nn.log_softmax(next_logits(row) / temperature))
+        at = np.arange(len(prompt) - 1, len(row) - 1)
+        result[b, g] = log_probs[at, row[at + 1]]
+    return result
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["padded left", "padded right"])
+def test_prefill_and_decode_equal_the_full_pass(left):
+    generated = run(group=2, left=left)
+    np.testing.assert_allclose(generated.log_probs, full_log_probs(generated, left=left), atol=2e-5)
+
+
+def test_a_shared_prefix_equals_one_of_its_own():
+    sampling = Sampling(temperature=0.7)
+    shared = run(sampling, group=3)
+    tokens, present = (jnp.repeat(x, 3, axis=0) for x in prompts())
+    prompt = gen.text_prompt(MODEL, variables(), tokens, present)
+    alone = gen.generate(
+        MODEL, variables(), prompt, jax.random.key(0), group=1, length=9, sampling=sampling
+    )
+    np.testing.assert_array_equal(shared.tokens.reshape(9, 9), alone.tokens.reshape(9, 9))
+    np.testing.assert_allclose(
+        shared.log_probs.reshape(9, 9), alone.log_probs.reshape(9, 9), atol=2e-5
+    )
+    assert len({tuple(row) for row in np.asarray(shared.tokens[0])}) == 3
+
+
+def test_greedy_takes_the_most_likely_token():
+    generated = run(length=4)
+    tokens, present = (np.asarray(x) for x in prompts())
+    for b in range(3):
+        row = tokens[b][present[b]]
+        for t in range(4):
+            assert np.argmax(next_logits(row)[-1]) == generated.tokens[b, 0, t]
+            row = np.append(row, generated.tokens[b, 0, t])
+
+
+def test_log_probs_are_those_of_the_tempered_distribution():
+    generated = run(Sampling(temperature=0.5, top_k=3), group=2)
+    np.testing.assert_allclose(
+        generated.log_probs, full_log_probs(generated, temperature=0.5), atol=5e-5
+    )
+
+
+def test_a_stop_token_ends_its_answer_alone():
+    free = run(Sampling(), group=4, length=12)
+    stop = int(free.tokens[0, 0, 3])
+    stopped = run(Sampling(), group=4, length=12, stop=(stop,))
+    tokens, present = np.asarray(stopped.tokens), np.asarray(stopped.present)
+    lengths = present.sum(axis=-1)
+    for b, g in np.ndindex(tokens.shape[:2]):
+        n = lengths[b, g]
+        np.testing.assert_array_equal(tokens[b, g, :n], free.tokens[b, g, :n])
+        assert not np.any(tokens[b, g, : n - 1] == stop)
+        assert n == 12 or tokens[b, g, n - 1] == stop
+        assert np.all(tokens[b, g, n:] == 0) and np.all(stopped.log_probs[b, g, n:] == 0)
+        assert np.all(present[b, g, :n])
+    assert 4 >= lengths[0, 0] and lengths.max() > lengths[0, 0]
+
+
+def test_generation_ends_when_all_answers_have():
+    # All steps would take a minute.
+    program = functools.partial(run, length=20_000, stop=tuple(range(VOCABULARY)))
+    program()
+    begin = time.perf_counter()
+    assert np.asarray(program().present).sum() == 3
+    assert time.perf_counter() - begin < 5
+
+
+LOG_PROBS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(), 5),
+        (Sampling(top_k=2), 2),
+        (Sampling(top_k=9), 5),
+        (Sampling(top_p=0.69), 2),  # 0.4 + 0.3 >= 0.69
+        (Sampling(top_p=0.71), 3),
+        (Sampling(top_p=1e-6), 1),
+        (Sampling(min_p=0.3), 3),  # At least 0.12.
+        (Sampling(min_p=1.0), 1),
+        (Sampling(top_k=4, min_p=0.3), 3),
+    ],
+)
+def test_which_tokens_are_kept(sampling, kept):
+    order = np.array([3, 0, 4, 1, 2])
+    likely = np.asarray(gen.keep_likely(jnp.asarray(LOG_PROBS[order]), sampling))
+    np.testing.assert_array_equal(np.isfinite(likely), order < kept)
+    np.testing.assert_array_equal(likely[order < kept], LOG_PROBS[order][order < kept])
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    sampling = Sampling(temperature=2.0, top_k=3)
+    tokens, log_probs = jax.vmap(lambda k: gen.choose(jnp.asarray(LOG_PROBS), k, sampling))(keys)
+    tempered = np.sqrt(np.exp(LOG_PROBS))
+    np.testing.assert_allclose(log_probs, np.log(tempered / tempered.sum())[tokens], rtol=1e-5)
+    wanted = tempered[:3] / tempered[:3].sum()
+    seen = np.bincount(tokens, minlength=5) / len(tokens)
+    np.testing.assert_allclose(seen, [*wanted, 0, 0], atol=0.015)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 2.0}]
+)
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* must be"):
+        Sampling(**wrong)
