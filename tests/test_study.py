@@ -16,6 +16,7 @@ from tests import tiny
 
 # File -> arguments that it is run with.
 STUDIES = {
+    "quickstart": [""],
     "reach": [""],
     "vs_brax": [":inverted_pendulum", ":reacher", ":hopper", ":halfcheetah"],
 }
