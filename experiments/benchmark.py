@@ -9,6 +9,8 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   render        frames of the reach scene, against MuJoCo's software renderer
   model         gradients of the policy network, against its matmuls alone and naive Flax
   loop          where the time of one update of the main job goes
+  generate      greedy tokens of SmolLM2-135M, against transformers' generate in torch
+  logprobs      log-probs of tokens by tiles of the vocabulary, against the plain ones
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from absl import app, flags, logging
 from experiments.benchmarks.harness import Row
 
 FLAGS = flags.FLAGS
-SUITES = ("ppo_vs_brax", "render", "model", "loop")
+SUITES = ("ppo_vs_brax", "render", "model", "loop", "generate", "logprobs")
 
 
 def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:

@@ -32,3 +32,16 @@ def error(ours: np.ndarray, theirs: torch.Tensor | np.ndarray, where: np.ndarray
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float(np.abs(ours - theirs)[where].max() / np.abs(theirs[where]).max())
+
+
+def compare_greedy(ours: np.ndarray, theirs: np.ndarray, logits: torch.Tensor) -> None:
+    """Asserts that tokens [B, T] agree, up to a first difference where the two best are level.
+
+    `logits` [B, T, V] are theirs; what comes after such a difference is not compared.
+    """
+    best = torch.topk(logits.float(), 2, dim=-1).values
+    gap = (best[..., 0] - best[..., 1]).numpy()
+    for b in np.flatnonzero(np.any(ours != theirs, axis=1)):
+        t = int(np.argmax(ours[b] != theirs[b]))
+        print(f"answer {b} differs first at token {t}, where the gap is {gap[b, t]:.2g}")
+        assert gap[b, t] < 1e-4, (b, t, gap[b, t], ours[b], theirs[b])

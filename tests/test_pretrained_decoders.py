@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mmrl_jax.pretrained import hub as ours
+from mmrl_jax.rollouts import generate as gen
 from tests import hub
 
 TINY = {
@@ -100,6 +101,33 @@ def largest_error(theirs, model, params):
 def test_every_layer_and_the_logits_are_torch_s(family, directory):
     theirs, (model, params, _) = pair(family, directory)
     assert largest_error(theirs, model, params) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_is_torch_s(family, directory):
+    theirs, (model, variables, _) = pair(family, directory)
+    tokens, present = (x[[0, 1, 3]] for x in prompts())  # Those padded on the left.
+    theirs.generation_config.eos_token_id = None
+    with torch.inference_mode():
+        expected = theirs.generate(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(present.astype(np.int64)),
+            max_new_tokens=32,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    @jax.jit
+    def answer(variables, tokens, present):
+        prompt = gen.text_prompt(model, variables, tokens, present)
+        sampling = gen.Sampling(temperature=0.0)
+        key = jax.random.key(0)
+        return gen.generate(model, variables, prompt, key, group=1, length=32, sampling=sampling)
+
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(answer(variables, tokens, present).tokens[:, 0])
+    hub.compare_greedy(ours, expected.sequences[:, 11:].numpy(), torch.stack(expected.logits, 1))
 
 
 def block(**changes):

