@@ -41,6 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.fusion = "joint"
     config.model.auxiliary = (("target_place", 2),)
     config.model.pointing = "target_pixel"
+    config.model.text_encoder = ml_collections.config_dict.placeholder(str)
+    config.model.vision_encoder = ml_collections.config_dict.placeholder(str)
+    config.model.frozen = ml_collections.config_dict.placeholder(str)
     config.model.dtype = "float32"
     config.model.remat = False
 

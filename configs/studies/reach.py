@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_film": {"model.film": False},
     "cross_attention": {"model.fusion": "cross"},
     "late_concatenation": {"model.fusion": "late"},
+    "minilm": {"model.text_encoder": "minilm"},
     "pixels_24": {"env.height": 24, "env.width": 24},
 }
 

@@ -87,7 +87,7 @@ class FromBrax(Env):
         if instruction is not None:
             words = instruction.lower().split()
             self.vocabulary = instructions.Vocabulary(
-                words=tuple(sorted(set(words))), length=len(words)
+                words=tuple(sorted(set(words))), length=len(words), sentences=(" ".join(words),)
             )
             self._tokens = self.vocabulary.encode(instruction)
         inner = jax.eval_shape(env.reset, jax.random.PRNGKey(0))

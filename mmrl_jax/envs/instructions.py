@@ -1,6 +1,7 @@
 """Instructions as word tokens: a vocabulary, and templates filled inside `jit`."""
 
 from collections.abc import Sequence
+import itertools
 
 from flax import struct
 import jax
@@ -17,10 +18,12 @@ class Vocabulary:
     Attributes:
       words: the words, lower case, without repetition.
       length: L, the length that instructions are padded to.
+      sentences: every instruction that may be given, held-out ones among them.
     """
 
     words: tuple[str, ...] = struct.field(pytree_node=False)
     length: int = struct.field(pytree_node=False)
+    sentences: tuple[str, ...] = struct.field(pytree_node=False)
 
     @property
     def size(self) -> int:
@@ -74,7 +77,9 @@ class Templates:
         self.sentences = tuple(sentences)
         self.slots = {name: tuple(words) for name, words in slots.items()}
         self.vocabulary = Vocabulary(
-            words=tuple(sorted(plain | filled)), length=length or max(map(len, split))
+            words=tuple(sorted(plain | filled)),
+            length=length or max(map(len, split)),
+            sentences=tuple(s for sentence in split for s in self._fillings(sentence)),
         )
         names = list(self.slots)
         table = np.full((len(split), self.vocabulary.length), PAD, np.int32)
@@ -89,6 +94,10 @@ class Templates:
             name: np.array([self.vocabulary.words.index(w) + 1 for w in words], np.int32)
             for name, words in self.slots.items()
         }
+
+    def _fillings(self, sentence: Sequence[str]) -> list[str]:
+        choices = [self.slots[w[1:-1]] if w.startswith("{") else (w,) for w in sentence]
+        return [" ".join(words) for words in itertools.product(*choices)]
 
     def fill(self, sentence: jax.Array, **words: jax.Array) -> jax.Array:
         """Returns int32 [L] tokens of template `sentence` (int []) with slot -> word index."""

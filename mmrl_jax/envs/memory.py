@@ -35,7 +35,9 @@ class Recall(Env):
 
     def __init__(self) -> None:
         words = INSTRUCTION.split()
-        self.vocabulary = instructions.Vocabulary(words=tuple(sorted(words)), length=len(words))
+        self.vocabulary = instructions.Vocabulary(
+            words=tuple(sorted(words)), length=len(words), sentences=(INSTRUCTION,)
+        )
 
     @property
     def observation_size(self) -> dict[str, Any]:

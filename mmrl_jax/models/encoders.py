@@ -56,12 +56,33 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def modulate(x: jax.Array, film: jax.Array) -> jax.Array:
+    """Scales and shifts features [B, S, F] by film [B, 2 F] (FiLM, Perez et al., 2018)."""
+    scale, shift = jnp.split(film[:, None], 2, axis=-1)
+    return x * (1 + scale) + shift
+
+
+class VisionProjection(nn.Module):
+    """Features of another encoder to patch tokens, optionally modulated by the instruction."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Maps [B, patches, E] and condition [B, D] or None to [B, patches, width]."""
+        x = Dense(self.width, self.dtype, name="project")(features)
+        if condition is not None:
+            x = modulate(x, Dense(2 * self.width, self.dtype, name="film")(condition))
+        return Dense(self.width, self.dtype, name="out")(nn.gelu(x))
+
+
 class VisionEncoder(nn.Module):
     """Pixels to patch tokens, optionally modulated by the instruction (FiLM) and self-attending.
 
     Each patch goes through a two-layer perceptron, so that a token can already say 'red and
-    round here'. FiLM (Perez et al., 2018) scales and shifts the hidden layer by the instruction:
-    'is what was asked for here?' is then answered per patch.
+    round here'. FiLM modulates the hidden layer by the instruction: 'is what was asked for here?'
+    is then answered per patch.
     """
 
     width: int
@@ -81,9 +102,7 @@ class VisionEncoder(nn.Module):
         x = patchify(pixels, self.patch, self.margin)
         x = Dense(self.hidden, self.dtype, name="patch_in")(x)
         if condition is not None:
-            film = Dense(2 * self.hidden, self.dtype, name="film")(condition)[:, None]
-            scale, shift = jnp.split(film, 2, axis=-1)
-            x = x * (1 + scale) + shift
+            x = modulate(x, Dense(2 * self.hidden, self.dtype, name="film")(condition))
         x = Dense(self.width, self.dtype, name="patch_out")(nn.gelu(x))
         place = self.param(
             "place",

@@ -1,5 +1,7 @@
 """The multimodal transformer policy: pixels, an instruction and joints to actions and a value."""
 
+from collections.abc import Callable
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -7,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.models.encoders import ProprioEncoder, TextEncoder, VisionEncoder
+from mmrl_jax.models.encoders import (
+    ProprioEncoder,
+    TextEncoder,
+    VisionEncoder,
+    VisionProjection,
+)
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
 from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer, normalise
 from mmrl_jax.types import Observation
@@ -96,6 +103,11 @@ class MultimodalPolicy(nn.Module):
       auxiliary: name -> size of privileged targets predicted from the policy's readout.
       pointing: name of a privileged place in the newest picture; the patch tokens then also say, by
         one logit each, whether they are where it is.
+      text_encoder: reads the instruction instead of our own encoder, and is followed by a
+        projection: tokens int32 [B, L], mask bool [B, L] to features [B, L', E], present
+        bool [B, L']. A function, or a module, whose parameters are then ours.
+      vision_encoder: sees the pictures instead of our own encoder, and is followed by a projection
+        with FiLM: uint8 [B, H, W, 3] to features [B, patches, E]. A function or a module.
       dtype: compute dtype; parameters, heads and softmax statistics stay float32.
     """
 
@@ -115,6 +127,8 @@ class MultimodalPolicy(nn.Module):
     fusion: Fusion = "joint"
     auxiliary: tuple[tuple[str, int], ...] = ()
     pointing: str | None = None
+    text_encoder: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
+    vision_encoder: Callable[[jax.Array], jax.Array] | None = None
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
@@ -132,24 +146,35 @@ class MultimodalPolicy(nn.Module):
             "dtype": self.dtype,
             "remat": self.remat,
         }
-        words = TextEncoder(
-            self.width, self.vocabulary, layers=self.text_layers, **stack, name="text"
-        )(instruction["tokens"], instruction["mask"])
-        present = instruction["mask"][..., None]
+        tokens, said = instruction["tokens"], instruction["mask"]
+        if self.text_encoder is None:
+            words = TextEncoder(
+                self.width, self.vocabulary, layers=self.text_layers, **stack, name="text"
+            )(tokens, said)
+        else:
+            features, said = self.text_encoder(tokens, said)
+            words = Dense(self.width, self.dtype, name="text_projection")(features)
+        present = said[..., None]
         summary = jnp.sum(words * present, 1) / jnp.maximum(jnp.sum(present, 1), 1)
         condition = None
         if self.film:
             condition = nn.gelu(Dense(self.width, self.dtype, name="condition")(summary))
             condition = jnp.repeat(condition, frames, axis=0)
-        patches = VisionEncoder(
-            self.width,
-            self.patch,
-            self.patch_margin,
-            self.patch_hidden,
-            layers=self.vision_layers,
-            **stack,
-            name="vision",
-        )(pixels.reshape(-1, *pixels.shape[2:]), condition)
+        pictures = pixels.reshape(-1, *pixels.shape[2:])
+        if self.vision_encoder is None:
+            patches = VisionEncoder(
+                self.width,
+                self.patch,
+                self.patch_margin,
+                self.patch_hidden,
+                layers=self.vision_layers,
+                **stack,
+                name="vision",
+            )(pictures, condition)
+        else:
+            patches = VisionProjection(self.width, self.dtype, name="vision_projection")(
+                self.vision_encoder(pictures), condition
+            )
         joints = ProprioEncoder(self.width, self.dtype, name="proprio")(
             proprio.reshape(batch * frames, -1)
         )
@@ -177,7 +202,7 @@ class MultimodalPolicy(nn.Module):
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             x = Transformer(self.layers, block, self.dtype, self.remat, name="fusion")(
                 x,
-                Context(attention_mask(instruction["mask"], layout)),
+                Context(attention_mask(said, layout)),
                 readouts=READOUTS,
                 only_readouts=self.fusion == "cross",
             )
@@ -188,7 +213,11 @@ class MultimodalPolicy(nn.Module):
         if self.pointing is not None:
             newest = patches.reshape(batch, frames, -1, self.width)[:, -1]
             logits = Dense(1, name="pointing")(newest.astype(jnp.float32))
-            auxiliary[self.pointing] = logits.reshape(batch, pixels.shape[2] // self.patch, -1)
+            # Another encoder's patches are taken for a square.
+            rows = math.isqrt(logits.shape[1])
+            if self.vision_encoder is None:
+                rows = pixels.shape[2] // self.patch
+            auxiliary[self.pointing] = logits.reshape(batch, rows, -1)
         return PolicyOutput(
             distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
             value=ValueHead(name="value_head")(value),

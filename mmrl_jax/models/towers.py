@@ -1,5 +1,6 @@
 """Vision and text towers: the encoders of CLIP, SigLIP and BERT, on the one transformer stack."""
 
+import math
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -119,6 +120,27 @@ class VisionTower(nn.Module):
             project = Dense(self.projection, self.dtype, use_bias=False, name="projection")
             pooled = project(pooled)
         return Encoded(x, pooled)
+
+
+class Pictures(nn.Module):
+    """A vision tower behind pictures of any size, as a control policy sees them.
+
+    Attributes:
+      tower: its tokens are the features, without a class token.
+      mean, std: of the normalisation, per channel, for values in [0, 1].
+    """
+
+    tower: VisionTower
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Maps uint8 [B, H, W, 3], resized to the square of the tower, to [B, patches, D]."""
+        edge = self.tower.patch * math.isqrt(self.tower.patches)
+        x = pixels.astype(jnp.float32) / 255.0
+        x = jax.image.resize(x, (len(x), edge, edge, 3), "bicubic")
+        x = (jnp.clip(x, 0.0, 1.0) - jnp.array(self.mean)) / jnp.array(self.std)
+        return self.tower(x).tokens[:, int(self.tower.class_token) :]
 
 
 class AttentionPool(nn.Module):

