@@ -80,7 +80,9 @@ class Dense(nn.Module):
     """A dense layer on the last axis, as one two-dimensional matmul.
 
     XLA's CPU backend runs [B, S, D] @ [D, F] at half the speed of [B*S, D] @ [D, F], so the
-    leading axes are flattened first. Parameters are float32; the product runs in `dtype`.
+    leading axes are flattened first. Parameters are float32; the product runs in `dtype`. A kernel
+    may be int8, with its scale beside it, and an adapter may be added, see `models.lora`: its
+    dropout is on where there is a random stream 'dropout'.
     """
 
     features: int
@@ -92,7 +94,13 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = rows @ kernel.astype(self.dtype)
+        if self.has_variable("params", "kernel_scale"):
+            y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
+        if self.has_variable("lora", "adapter"):
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            y = y + self.get_variable("lora", "adapter")(rows, key)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
