@@ -121,6 +121,7 @@ class LanguageModel(nn.Module):
         mask: jax.Array,
         positions: jax.Array,
         added: Sequence[jax.Array] = (),
+        ahead: jax.Array | None = None,
     ) -> jax.Array:
         """Features float32 [B, S, D] of embeddings [B, S, D].
 
@@ -129,11 +130,19 @@ class LanguageModel(nn.Module):
           mask: bool [B, S, S], who may read whom; windows narrow it.
           positions: int32 [B, S].
           added: see `Transformer`.
+          ahead: bool [B, S, S], of the mask what no window narrows.
         """
         order = jnp.arange(x.shape[1])
         back = order[:, None] - order[None, :]
+
+        def narrowed(window: int | None) -> jax.Array:
+            if window is None:
+                return mask
+            near = back < window
+            return mask & (near if ahead is None else near | ahead)
+
         contexts = [
-            Context(mask if window is None else mask & (back < window), rope.angles(positions))
+            Context(narrowed(window), rope.angles(positions))
             for rope, window in zip(self.ropes, self.windows, strict=True)
         ]
         return self.stack(x, contexts, added=added)
