@@ -13,7 +13,7 @@ import transformers
 
 from mmrl_jax.models import vlm
 from mmrl_jax.models.language import LanguageModel
-from mmrl_jax.models.tiles import Tiles
+from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.towers import cut_patches, stretched_positions
 from mmrl_jax.models.transformer import Context
 from mmrl_jax.pretrained import hub as ours
@@ -106,8 +106,30 @@ FAMILIES = {
             "multimodal_projector_bias": False,
         },
     ),
+    "llava_onevision": (
+        "LlavaOnevision",
+        {
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "vision_config": SIGLIP,
+            "image_token_index": IMAGE,
+            "video_token_index": 99,
+            "image_grid_pinpoints": [[32, 32], [32, 64], [64, 64], [64, 96], [96, 96], [96, 32]],
+            "vision_aspect_ratio": "anyres_max_4",
+        },
+    ),
 }
 SAMPLES, TILES = 3, np.array([2, 1, 3])  # Tiles of each sample.
+# Sizes of images and the grids that the pinpoints give them: as wide as it is, of another shape
+# than the grid, of more tiles than are kept, one tile; and several images, which have no grid.
+ANYRES = [
+    ((60, 60), (2, 2)),
+    ((50, 90), (2, 3)),
+    ((90, 90), (3, 3)),
+    ((70, 94), (3, 3)),
+    ((96, 20), (3, 1)),
+    ((20, 30), (1, 1)),
+    ((60, 40), (0, 0)),
+]
 
 
 @functools.cache
@@ -126,8 +148,10 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("hub")
 
 
-def pictures(family):
+def pictures(family, anyres=ANYRES[1]):
     """Tiles, of which Idefics3's are filled in part; what is not filled is 0."""
+    if family == "llava_onevision":
+        return anyres_pictures(*anyres)
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(SAMPLES, TILES.max(), 32, 32, 3)).astype(np.float32)
     present = np.arange(TILES.max()) < TILES[:, None]
@@ -141,37 +165,55 @@ def pictures(family):
     return Tiles(pixels, present)
 
 
-def prompts(per_tile):
+def anyres_pictures(size, grid):
+    """One image for each sample, with a grid, or several without."""
+    rng, counts = np.random.default_rng(0), np.array([2, 2, 3] if grid == (0, 0) else [1, 1, 1])
+    shape = (SAMPLES, counts.max(), grid[0] * grid[1] + 1, 32, 32, 3)
+    present = np.arange(counts.max()) < counts[:, None]
+    return AnyresTiles(rng.normal(size=shape).astype(np.float32), present, size, grid)
+
+
+def prompts(model, images):
     """Ragged, padded on the left, and on the right; images, words between them, words after."""
+    if isinstance(images, AnyresTiles):
+        count, present = model.vision.features_per_image(images.size, images.grid), images.present
+    else:
+        count = model.vision.features_per_tile()
+        present = images.present.reshape(*images.present.shape[:2], -1).any(axis=2)
     rng = np.random.default_rng(1)
     rows = []
-    for tiles in TILES:
+    for pieces in present.sum(axis=1):
         row = [1]
-        for _ in range(tiles):
-            row += [IMAGE] * per_tile + list(rng.integers(2, IMAGE, 2))
+        for _ in range(pieces):
+            row += [IMAGE] * count + list(rng.integers(2, IMAGE, 2))
         rows.append(row + list(rng.integers(2, IMAGE, 4)))
     length = max(map(len, rows)) + 1
     tokens = np.zeros((SAMPLES, length), np.int64)
     tokens[0, -len(rows[0]) :] = rows[0]
     tokens[1, : len(rows[1])] = rows[1]
-    tokens[2, 1:] = rows[2]
+    tokens[2, 1 : len(rows[2]) + 1] = rows[2]
     present = tokens > 0
     last = np.max(np.where(tokens == IMAGE, np.arange(length), 0), axis=1)
     prompt = np.arange(length) <= last[:, None] + 2  # The last two words are an answer.
     return tokens, present, prompt
 
 
-def expected(family, theirs, per_tile):
-    """Torch's outputs, and its image features."""
-    tokens, present, prompt = prompts(per_tile)
-    pixels, there = pictures(family)
+def expected(family, theirs, images, tokens, present, prompt):
+    """Torch's outputs."""
+    pixels, there = images.pixels, images.present
     inputs = {
         "input_ids": torch.tensor(tokens),
         "attention_mask": torch.tensor(present.astype(np.int64)),
         "position_ids": torch.tensor(np.maximum(np.cumsum(present, axis=1) - 1, 0)),
     }
-    torch_pixels = torch.tensor(pixels.transpose(0, 1, 4, 2, 3))
-    if there.ndim == 4:
+    torch_pixels = torch.tensor(np.moveaxis(pixels, -1, -3))
+    if family == "llava_onevision":
+        inputs |= {
+            "pixel_values": torch_pixels[torch.tensor(there)],
+            "image_sizes": torch.tensor([images.size] * there.sum()),
+            "batch_num_images": torch.tensor(there.sum(axis=1)),
+        }
+    elif there.ndim == 4:
         mask = np.kron(there, np.ones((8, 8), bool)).astype(np.int64)
         inputs |= {"pixel_values": torch_pixels, "pixel_attention_mask": torch.tensor(mask)}
     else:
@@ -179,16 +221,13 @@ def expected(family, theirs, per_tile):
     if "paligemma" in family:
         inputs["token_type_ids"] = torch.tensor((~prompt).astype(np.int64))
     with torch.no_grad():
-        out = theirs(**inputs, output_hidden_states=True)
-    return out, present
+        return theirs(**inputs, output_hidden_states=True)
 
 
-def largest_error(family, theirs, model, params):
+def largest_error(family, theirs, model, params, anyres=ANYRES[1]):
     """Over the layers of the decoder, the features and the logits."""
-    per_tile = model.vision.features_per_tile()
-    tokens, present, prompt = prompts(per_tile)
-    tokens = np.where(tokens == IMAGE, model.image_token, tokens)
-    images = pictures(family)
+    images = pictures(family, anyres)
+    tokens, present, prompt = prompts(model, images)
 
     def run(model, tokens, present, images, prompt):
         logits = model(tokens, present, images, prompt=prompt)
@@ -196,8 +235,9 @@ def largest_error(family, theirs, model, params):
 
     inputs = jax.tree.map(jnp.asarray, (tokens, present, images, prompt))
     with jax.default_matmul_precision("highest"):
-        (logits, features), seen = model.apply(params, *inputs, method=run, mutable=["hidden"])
-    out, present = expected(family, theirs, per_tile)
+        apply = jax.jit(functools.partial(model.apply, method=run, mutable=["hidden"]))
+        (logits, features), seen = apply(params, *inputs)
+    out = expected(family, theirs, images, tokens, present, prompt)
     image = out.image_hidden_states
     image = torch.cat(list(image.pooler_output)) if hasattr(image, "pooler_output") else image
     image = np.asarray(image).reshape(-1, 48)
@@ -214,6 +254,12 @@ def largest_error(family, theirs, model, params):
 def test_features_every_layer_and_the_logits_are_torch_s(family, directory):
     theirs, (model, params, _) = pair(family, directory)
     assert largest_error(family, theirs, model, params) < 1e-5
+
+
+@pytest.mark.parametrize("anyres", ANYRES, ids=str)
+def test_images_of_any_shape_are_torch_s(anyres, directory):
+    theirs, (model, params, _) = pair("llava_onevision", directory)
+    assert largest_error("llava_onevision", theirs, model, params, anyres) < 1e-5
 
 
 def tower(**changes):
@@ -322,8 +368,8 @@ def test_positions_in_a_part_filled_tile_are_torch_s(edge):
 
 def test_counts_that_disagree_raise_on_the_host_and_are_nan_inside_jit(directory):
     _, (model, params, _) = pair("llava", directory)
-    tokens, present, _ = prompts(model.vision.features_per_tile())
     images = pictures("llava")
+    tokens, present, _ = prompts(model, images)
     there = np.repeat(images.present, model.vision.features_per_tile(), axis=1)
     vlm.check_counts(tokens == IMAGE, there)
     where = np.argmax(tokens[1] == IMAGE)
@@ -400,8 +446,9 @@ def test_bfloat16_with_recomputation_has_finite_gradients(directory):
         directory / "smolvlm", dtype=jnp.bfloat16, remat=True
     )
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    tokens, present, _ = prompts(model.vision.features_per_tile())
-    inputs = jax.tree.map(jnp.asarray, (tokens, present, pictures("smolvlm")))
+    images = pictures("smolvlm")
+    tokens, present, _ = prompts(model, images)
+    inputs = jax.tree.map(jnp.asarray, (tokens, present, images))
     gradient = jax.jit(jax.grad(lambda p: jnp.mean(model.apply(p, *inputs) ** 2)))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(np.asarray(leaf, np.float32)).all(), path

@@ -131,7 +131,7 @@ def load_text_tower(
 def load_vision_language_model(
     directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
 ) -> Pretrained:
-    """Loads a vision-language model: Idefics3, SmolVLM, PaliGemma 1 and 2, LLaVA.
+    """Loads a vision-language model: Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision.
 
     Args:
       directory: local, in the hub's format.

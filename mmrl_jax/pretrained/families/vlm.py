@@ -1,4 +1,4 @@
-"""Vision-language models: Idefics3 and SmolVLM, PaliGemma, LLaVA. A family is one recipe."""
+"""Vision-language models: Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision: their recipes."""
 
 from collections.abc import Callable, Collection, Mapping
 import re
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.models.language import LanguageModel
-from mmrl_jax.models.tiles import TiledVision, Tiles
+from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
 from mmrl_jax.models.towers import VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained.families import decoders, encoders
@@ -68,9 +68,20 @@ def paligemma(
 
 
 def llava(
-    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any],
+    names: Collection[str],
+    dtype: jnp.dtype,
+    remat: bool,
+    path: str = "vision",
 ) -> Recipe:
     """CLIP or SigLIP up to one of its blocks, two dense layers, and a decoder (Liu et al., 2024).
+
+    Args:
+      config: the hub's.
+      names: the hub's tensors.
+      dtype: of the computation.
+      remat: recompute each block's activations in the backward pass.
+      path: ours, of what reads a tile.
 
     Raises:
       ValueError: the features are those of several layers.
@@ -91,10 +102,10 @@ def llava(
     language, token = _language(config, dtype, remat), config["image_token_index"]
     prefix = _tower_prefix(names)
     keys = (
-        _under("vision/tower", encoders.vision_keys(prefix))
+        _under(f"{path}/tower", encoders.vision_keys(prefix))
         | {
-            "multi_modal_projector.linear_1": "vision/projector",
-            "multi_modal_projector.linear_2": "vision/projector_out",
+            "multi_modal_projector.linear_1": f"{path}/projector",
+            "multi_modal_projector.linear_2": f"{path}/projector_out",
         }
         | _language_keys(config, "language_model.model.", "language_model.lm_head.weight")
     )
@@ -105,11 +116,38 @@ def llava(
     return Recipe(VisionLanguageModel(vision, language, token), keys, _images(tower), ignored)
 
 
+def llava_onevision(
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+) -> Recipe:
+    """LLaVA that reads an image whole and in tiles (Li et al., 2024, LLaVA-OneVision).
+
+    Raises:
+      ValueError: as `llava`, or tiles are put together in another way than 'anyres_max_N'.
+    """
+    ratio = re.fullmatch(r"anyres_max_(\d+)", config["vision_aspect_ratio"])
+    if ratio is None:
+        raise ValueError(f"vision_aspect_ratio={config['vision_aspect_ratio']!r} is not supported.")
+    tiled = llava(config, names, dtype, remat, "vision/tiles")
+    tiles: Any = tiled.model.vision
+    vision = AnyresVision(tiles, int(ratio[1]))
+
+    def image(tile: Tiles) -> AnyresTiles:
+        edge = tile.pixels.shape[2]
+        return AnyresTiles(tile.pixels[:, None], tile.present, (edge, edge), (0, 0))
+
+    return tiled._replace(
+        model=tiled.model.clone(vision=vision),
+        keys=tiled.keys | {"image_newline": "vision/newline"},
+        images=jax.eval_shape(image, tiled.images),
+    )
+
+
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, bool], Recipe]] = {
     "idefics3": idefics3,
     "smolvlm": idefics3,
     "paligemma": paligemma,
     "llava": llava,
+    "llava_onevision": llava_onevision,
 }
 
 
