@@ -134,6 +134,7 @@ class LanguageModel(nn.Module):
         mask: jax.Array,
         positions: jax.Array,
         added: Sequence[jax.Array] = (),
+        ahead: jax.Array | None = None,
         cursor: Cursor | None = None,
     ) -> jax.Array:
         """Features float32 [B, S, D] of embeddings [B, S, D].
@@ -144,15 +145,17 @@ class LanguageModel(nn.Module):
             over a prefix of P tokens and the T slots of the cache.
           positions: int32 [B, S].
           added: see `Transformer`.
+          ahead: bool [B, S, S], of the mask what no window narrows.
           cursor: where `x` stands behind a prefix that an earlier pass has kept, see `Attention`.
         """
         slot, keys = (None, positions) if cursor is None else cursor
         contexts = []
         for rope, window in zip(self.ropes, self.windows, strict=True):
-            near = mask
+            narrowed = mask
             if window is not None:
-                near = mask & (positions[:, :, None] - keys[:, None, :] < window)
-            contexts.append(Context(near, rope.angles(positions), slot))
+                near = positions[:, :, None] - keys[:, None, :] < window
+                narrowed = mask & (near if ahead is None else near | ahead)
+            contexts.append(Context(narrowed, rope.angles(positions), slot))
         return self.stack(x, contexts, added=added)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

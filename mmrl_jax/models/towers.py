@@ -47,6 +47,30 @@ def cut_patches(pixels: jax.Array, patch: int) -> jax.Array:
     return jnp.swapaxes(x, 2, 3).reshape(batch, -1, patch * patch * channels)
 
 
+def stretched_positions(present: jax.Array, edge: int) -> jax.Array:
+    """Positions of the patches of images that may fill their canvas in part only (Idefics3).
+
+    A patch takes the position of what lies in the same place of a full canvas, its fractional
+    coordinates (Dehghani et al., 2023, NaViT). transformers finds it in float32, which for some
+    edges that no model here has (19, 25, 29, 31, ...) puts it one too low.
+
+    Args:
+      present: bool [B, h, w], a rectangle from the top left; the others get position 0.
+      edge: of the table of positions, edge * edge.
+
+    Returns:
+      int32 [B, h * w].
+    """
+
+    def along(counts: jax.Array, length: int) -> jax.Array:
+        return jnp.arange(length) * edge // jnp.maximum(counts, 1)[:, None]
+
+    rows = along(jnp.sum(present[:, :, 0], axis=1), present.shape[1])
+    columns = along(jnp.sum(present[:, 0], axis=1), present.shape[2])
+    positions = rows[:, :, None] * edge + columns[:, None, :]
+    return jnp.where(present, positions, 0).reshape(present.shape[0], -1)
+
+
 class VisionTower(nn.Module):
     """A vision transformer (Dosovitskiy et al., 2021).
 
@@ -82,8 +106,13 @@ class VisionTower(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, pixels: jax.Array) -> Encoded:
+    def __call__(self, pixels: jax.Array, present: jax.Array | None = None) -> Encoded:
         """Encodes images, float [B, H, W, 3], normalised as the processor says.
+
+        Args:
+          pixels: the images.
+          present: bool [B, H / p, W / p], the patches that are no padding, which none reads, see
+            `stretched_positions`; without a class token only. By default all are.
 
         Raises:
           ValueError: the image has another number of patches than `patches`.
@@ -101,14 +130,18 @@ class VisionTower(nn.Module):
             token = self.param("class_embedding", normal, (self.width,)).astype(self.dtype)
             token = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
             x = jnp.concatenate([token, x], axis=1)
-        x = x + self.param("positions", normal, x.shape[1:]).astype(self.dtype)
+        positions = self.param("positions", normal, x.shape[1:]).astype(self.dtype)
+        mask = jnp.ones((1, 1, 1), bool)
+        if present is not None:
+            positions = positions[stretched_positions(present, round(self.patches**0.5))]
+            mask = present.reshape(present.shape[0], 1, -1)
+        x = x + positions
         if self.pre_norm:
             x = Norm(block.norm, block.epsilon, name="pre_norm")(x)
-        everything = Context(jnp.ones((1, 1, 1), bool))
         stack = Transformer(
             self.layers, block, self.dtype, self.remat, final_norm=False, name="stack"
         )
-        x = stack(x, everything)
+        x = stack(x, Context(mask))
         norm, pooled = Norm(block.norm, block.epsilon, name="norm"), None
         if self.norm_tokens:
             x = norm(x)

@@ -107,7 +107,8 @@ class VisionLanguageModel(nn.Module):
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
         x, added = self.embed(tokens, self.encode(images))
-        hidden = self.language.decode(x, self.mask(tokens, present, prompt), positions, added)
+        mask, ahead = self.mask(tokens, present, prompt), self.ahead(tokens, present, prompt)
+        hidden = self.language.decode(x, mask, positions, added, ahead)
         return self.language.logits(hidden)
 
     def encode(self, images: Any) -> VisionFeatures:
@@ -130,10 +131,16 @@ class VisionLanguageModel(nn.Module):
         self, tokens: jax.Array, present: jax.Array, prompt: jax.Array | None = None
     ) -> jax.Array:
         """Who may read whom, bool [B, S, S]."""
-        mask = causal_mask(present)
+        mask, ahead = causal_mask(present), self.ahead(tokens, present, prompt)
+        return mask if ahead is None else mask | ahead
+
+    def ahead(
+        self, tokens: jax.Array, present: jax.Array, prompt: jax.Array | None = None
+    ) -> jax.Array | None:
+        """Who read each other in both directions, whatever the windows, bool [B, S, S], or None."""
         if not self.sees_ahead:
-            return mask
+            return None
         if prompt is None:
             is_image = tokens == self.image_token
             prompt = jnp.cumsum(is_image[:, ::-1], axis=1)[:, ::-1] > 0
-        return mask | (prompt[:, :, None] & (prompt & present)[:, None, :])
+        return prompt[:, :, None] & (prompt & present)[:, None, :]

@@ -8,13 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.models.towers import VisionTower
 from mmrl_jax.pretrained import weights
-from mmrl_jax.pretrained.families import decoders, encoders
+from mmrl_jax.pretrained.families import decoders, encoders, vlm
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 TEXT = ("bert", "clip", "clip_text_model", "siglip", "siglip_text_model")
+TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
+WORDS = (jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_))
 BUFFERS = (r".*\.inv_freq", r".*\.position_ids")
 
 
@@ -67,7 +68,7 @@ def load_language_model(
     kind = _known(config, DECODERS)
     model = decoders.build(config, dtype=dtype, remat=remat)
     tied = (r"lm_head\.weight",) if model.tied else ()
-    params = _load(directory, model, decoders.keys(kind), dtype, ignored=tied)
+    params = _load(directory, model, decoders.keys(kind), dtype, WORDS, ignored=tied)
     return Pretrained(model, params, config)
 
 
@@ -91,7 +92,10 @@ def load_vision_tower(
     model = encoders.build_vision(config, projection=projection, dtype=dtype, remat=remat)
     keys = encoders.vision_keys(_prefix(directory, "vision_model."))
     ignored = (r"text_.*", r"logit_.*") if both else ()
-    return Pretrained(model, _load(directory, model, keys, dtype, ignored=ignored), config)
+    edge = model.patch * round(model.patches**0.5)
+    pixels = jax.ShapeDtypeStruct((1, edge, edge, 3), jnp.float32)
+    params = _load(directory, model, keys, dtype, (pixels,), ignored=ignored)
+    return Pretrained(model, params, config)
 
 
 def load_text_tower(
@@ -121,7 +125,34 @@ def load_text_tower(
         head = "text_projection" if kind == "clip" else f"{prefix}head"
         keys = encoders.text_keys(prefix, head)
         ignored = (r"vision_.*", r"visual_.*", r"logit_.*") if "text_config" in whole else ()
-    return Pretrained(model, _load(directory, model, keys, dtype, ignored=ignored), config)
+    return Pretrained(model, _load(directory, model, keys, dtype, WORDS, ignored=ignored), config)
+
+
+def load_vision_language_model(
+    directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
+) -> Pretrained:
+    """Loads a vision-language model: Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision.
+
+    Args:
+      directory: local, in the hub's format.
+      dtype: of the parameters and of the computation.
+      remat: recompute each block's activations in the backward pass.
+
+    Raises:
+      ValueError: the family, its tower or its decoder is not supported, or see `weights.load`.
+    """
+    config = read_config(directory)
+    kind = _known(config, tuple(vlm.FAMILIES))
+    _known(config["vision_config"], TOWERS)
+    _known(config["text_config"], DECODERS)
+    names = weights.files(pathlib.Path(directory))
+    recipe = vlm.FAMILIES[kind](config, names, dtype, remat)
+    ignored = recipe.ignored
+    if recipe.model.language.tied:
+        ignored += (r"(language_model\.)?lm_head\.weight",)
+    inputs = (*WORDS, recipe.images)
+    params = _load(directory, recipe.model, recipe.keys, dtype, inputs, ignored=ignored)
+    return Pretrained(recipe.model, params, config)
 
 
 def _known(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
@@ -142,14 +173,10 @@ def _load(
     model: nn.Module,
     keys: Mapping[str, str],
     dtype: jnp.dtype,
+    inputs: tuple,
     *,
     ignored: tuple[str, ...],
 ) -> Any:
-    if isinstance(model, VisionTower):
-        edge = model.patch * round(model.patches**0.5)
-        inputs: tuple = (jax.ShapeDtypeStruct((1, edge, edge, 3), jnp.float32),)
-    else:
-        inputs = tuple(jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, bool))
     like = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
     params = weights.load(pathlib.Path(directory), like, keys, ignored=(*BUFFERS, *ignored))

@@ -29,7 +29,7 @@ BOTH = {
 }
 
 
-def keys(model_type: str, prefix: str = "model.") -> dict[str, str]:
+def keys(model_type: str, prefix: str = "model.", head: str = "lm_head.weight") -> dict[str, str]:
     """The hub's module names -> ours."""
     block = BLOCK | (BOTH if model_type.startswith(("gemma2", "gemma3")) else PRE)
     layers = {
@@ -39,7 +39,7 @@ def keys(model_type: str, prefix: str = "model.") -> dict[str, str]:
     return layers | {
         f"{prefix}embed_tokens.weight": "table",
         f"{prefix}norm": "stack/norm",
-        "lm_head.weight": "head",
+        head: "head",
     }
 
 

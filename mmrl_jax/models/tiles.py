@@ -1,0 +1,157 @@
+"""Vision models that read images as square tiles, each on its own: Idefics3, LLaVA, PaliGemma."""
+
+import math
+from typing import NamedTuple
+
+from flax import struct
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmrl_jax.models.towers import VisionTower, cut_patches
+from mmrl_jax.models.transformer import ACTIVATIONS, Activation, Dense
+from mmrl_jax.models.vlm import VisionFeatures
+
+
+class Tiles(NamedTuple):
+    """The images of B samples, cut into N tiles, in the order of their image tokens.
+
+    Attributes:
+      pixels: float [B, N, H, W, 3], normalised as the processor says.
+      present: bool [B, N], False for what fills up samples with fewer tiles; or, where an image may
+        fill a tile in part, [B, N, H / p, W / p], its patches (see `VisionTower`).
+    """
+
+    pixels: jax.Array
+    present: jax.Array
+
+
+class TiledVision(nn.Module):
+    """A tower, and a projector from its tokens to the language model's width.
+
+    Attributes:
+      tower: reads a tile.
+      width: D, of the language model.
+      skip: tokens of the tower that are left out, from the first: a class token.
+      shuffle: edge of the square of tokens that are joined to one (pixel shuffle: Shi et al., 2016,
+        reversed).
+      activation: between two dense layers (Liu et al., 2024); None: there is one.
+      bias: the projector has biases.
+    """
+
+    tower: VisionTower
+    width: int
+    skip: int = 0
+    shuffle: int = 1
+    activation: Activation | None = None
+    bias: bool = True
+
+    def features_per_tile(self) -> int:
+        """How many image tokens a tile stands for."""
+        return (self.tower.patches + self.tower.class_token - self.skip) // self.shuffle**2
+
+    @nn.compact
+    def __call__(self, images: Tiles) -> VisionFeatures:
+        """Features of all tiles, [B, N * features_per_tile, D]."""
+        pixels, present = images
+        batch, tiles = pixels.shape[:2]
+        patches = present.reshape(-1, *present.shape[2:]) if present.ndim == 4 else None
+        x = self.tower(pixels.reshape(-1, *pixels.shape[2:]), patches).tokens[:, self.skip :]
+        if self.shuffle > 1:
+            edge = math.isqrt(x.shape[1])
+            x = cut_patches(x.reshape(-1, edge, edge, x.shape[-1]), self.shuffle)
+        dtype = self.tower.dtype
+        x = Dense(self.width, dtype, use_bias=self.bias, name="projector")(x)
+        if self.activation is not None:
+            x = ACTIVATIONS[self.activation](x)
+            x = Dense(self.width, dtype, use_bias=self.bias, name="projector_out")(x)
+        there = jnp.any(present.reshape(batch, tiles, -1), axis=2)
+        there = jnp.repeat(there, x.shape[1], axis=1)
+        return VisionFeatures(x.reshape(batch, -1, self.width), there)
+
+
+@struct.dataclass
+class AnyresTiles:
+    """Images of B samples, I for each, all of one size, cut into tiles (LLaVA-OneVision).
+
+    Attributes:
+      pixels: float [B, I, T, H, W, 3], normalised: the whole image, then a grid of tiles, row by
+        row, in whose middle the image lies as large as it fits.
+      present: bool [B, I].
+      size: of the images before, height and width in pixels.
+      grid: rows and columns; (0, 0) for the whole image alone.
+    """
+
+    pixels: jax.Array
+    present: jax.Array
+    size: tuple[int, int] = struct.field(pytree_node=False)
+    grid: tuple[int, int] = struct.field(pytree_node=False)
+
+
+class AnyresVision(nn.Module):
+    """Features of the whole image, then of its grid, rows ended by a newline (Li et al., 2024).
+
+    Attributes:
+      tiles: reads tiles.
+      most: tiles whose features are kept as they are; those of more are scaled down to about it.
+    """
+
+    tiles: TiledVision
+    most: int
+
+    def grid_shape(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, ...]:
+        """Of the grid's features: padding above and to the left, rows and columns, and scaled ones.
+
+        Args:
+          size: of the image.
+          grid: rows and columns of tiles.
+        """
+        edge = math.isqrt(self.tiles.features_per_tile())
+        rows, columns = (edge * n for n in grid)
+        above = left = 0
+        # transformers rounds in this order.
+        if size[1] / size[0] > columns / rows:
+            above = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
+        else:
+            left = (columns - int(round(size[1] * (rows / size[0]), 7))) // 2
+        rows, columns = rows - 2 * above, columns - 2 * left
+        ratio = math.sqrt(rows * columns / (self.most * edge**2))
+        scaled = (rows, columns) if ratio <= 1.1 else (int(rows // ratio), int(columns // ratio))
+        return above, left, rows, columns, *scaled
+
+    def features_per_image(self, size: tuple[int, int], grid: tuple[int, int]) -> int:
+        """How many image tokens an image stands for."""
+        whole = self.tiles.features_per_tile()
+        if grid == (0, 0):
+            return whole + 1
+        rows, columns = self.grid_shape(size, grid)[-2:]
+        return whole + rows * (columns + 1)
+
+    @nn.compact
+    def __call__(self, images: AnyresTiles) -> VisionFeatures:
+        """Features of all images, [B, I * features_per_image, D]."""
+        batch, count, tiles = images.pixels.shape[:3]
+        pixels = images.pixels.reshape(batch, count * tiles, *images.pixels.shape[3:])
+        present = jnp.repeat(images.present, tiles, axis=1)
+        x = self.tiles(Tiles(pixels, present)).tokens
+        width = x.shape[-1]
+        x = x.reshape(batch * count, tiles, -1, width)
+        newline = self.param("newline", nn.initializers.normal(width**-0.5), (width,))
+        newline = newline.astype(x.dtype)
+        whole, grid = x[:, 0], newline[None, None]
+        if images.grid != (0, 0):
+            above, left, rows, columns, *scaled = self.grid_shape(images.size, images.grid)
+            edge = math.isqrt(x.shape[2])
+            grid = x[:, 1:].reshape(-1, *images.grid, edge, edge, width)
+            grid = jnp.swapaxes(grid, 2, 3)
+            grid = grid.reshape(-1, images.grid[0] * edge, images.grid[1] * edge, width)
+            grid = grid[:, above : above + rows, left : left + columns]
+            if scaled != [rows, columns]:
+                shape = (len(grid), *scaled, width)
+                grid = jax.image.resize(grid, shape, "linear", antialias=False)
+            ends = jnp.broadcast_to(newline, (*grid.shape[:2], 1, width))
+            grid = jnp.concatenate([grid, ends], axis=2).reshape(len(grid), -1, width)
+        grid = jnp.broadcast_to(grid, (len(whole), *grid.shape[1:]))
+        x = jnp.concatenate([whole, grid], axis=1)
+        there = jnp.repeat(images.present, x.shape[1], axis=1)
+        return VisionFeatures(x.reshape(batch, -1, width), there)

@@ -1,0 +1,185 @@
+"""Vision-language models: Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision: their recipes."""
+
+from collections.abc import Callable, Collection, Mapping
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmrl_jax.models.language import LanguageModel
+from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
+from mmrl_jax.models.towers import VisionTower
+from mmrl_jax.models.vlm import VisionLanguageModel
+from mmrl_jax.pretrained.families import decoders, encoders
+
+
+class Recipe(NamedTuple):
+    """How to load a model.
+
+    Attributes:
+      model: with its attributes, without its parameters.
+      keys: the hub's module names -> ours, see `weights.counterparts`.
+      images: shapes and dtypes of one sample's.
+      ignored: patterns of the hub's tensors that the model has no use for.
+    """
+
+    model: VisionLanguageModel
+    keys: dict[str, str]
+    images: Any
+    ignored: tuple[str, ...] = ()
+
+
+def idefics3(
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+) -> Recipe:
+    """SigLIP, one dense layer on squares of its tokens, and Llama (Laurencon et al., 2024)."""
+    tower = _tower(config, dtype, remat)
+    vision = TiledVision(
+        tower, config["text_config"]["hidden_size"], shuffle=config["scale_factor"], bias=False
+    )
+    model = VisionLanguageModel(vision, _language(config, dtype, remat), config["image_token_id"])
+    keys = (
+        _under("vision/tower", encoders.vision_keys("model.vision_model."))
+        | {"model.connector.modality_projection.proj": "vision/projector"}
+        | _language_keys(config, "model.text_model.", "lm_head.weight")
+    )
+    return Recipe(model, keys, _images(tower))
+
+
+def paligemma(
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+) -> Recipe:
+    """SigLIP, one dense layer, and Gemma 1 or 2, whose prompt sees ahead (Beyer et al., 2024).
+
+    The embeddings of tokens are scaled, the features are not.
+    """
+    tower = _tower(config, dtype, remat)
+    vision = TiledVision(tower, config["text_config"]["hidden_size"])
+    language, token = _language(config, dtype, remat), config["image_token_index"]
+    model = VisionLanguageModel(vision, language, token, sees_ahead=True)
+    prefix = _tower_prefix(names)
+    keys = (
+        _under("vision/tower", encoders.vision_keys(prefix))
+        | {"multi_modal_projector.linear": "vision/projector"}
+        | _language_keys(config, "language_model.model.", "language_model.lm_head.weight")
+    )
+    return Recipe(model, keys, _images(tower), (re.escape(prefix) + r"head\..*",))
+
+
+def llava(
+    config: Mapping[str, Any],
+    names: Collection[str],
+    dtype: jnp.dtype,
+    remat: bool,
+    path: str = "vision",
+) -> Recipe:
+    """CLIP or SigLIP up to one of its blocks, two dense layers, and a decoder (Liu et al., 2024).
+
+    Args:
+      config: the hub's.
+      names: the hub's tensors.
+      dtype: of the computation.
+      remat: recompute each block's activations in the backward pass.
+      path: ours, of what reads a tile.
+
+    Raises:
+      ValueError: the features are those of several layers.
+    """
+    layer, layers = config["vision_feature_layer"], config["vision_config"]["num_hidden_layers"]
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer={layer} is not supported; a single one is.")
+    # Layer 0 is what goes into the first block, -1 what comes out of the last.
+    read = layer if layer >= 0 else layers + 1 + layer
+    tower = _tower(config, dtype, remat).clone(layers=read, norm_tokens=False)
+    vision = TiledVision(
+        tower,
+        config["text_config"]["hidden_size"],
+        skip=int(config["vision_feature_select_strategy"] == "default"),
+        activation=config["projector_hidden_act"],
+        bias=config["multimodal_projector_bias"],
+    )
+    language, token = _language(config, dtype, remat), config["image_token_index"]
+    prefix = _tower_prefix(names)
+    keys = (
+        _under(f"{path}/tower", encoders.vision_keys(prefix))
+        | {
+            "multi_modal_projector.linear_1": f"{path}/projector",
+            "multi_modal_projector.linear_2": f"{path}/projector_out",
+        }
+        | _language_keys(config, "language_model.model.", "language_model.lm_head.weight")
+    )
+    unread = [f"encoder.layers.{i}." for i in range(read, layers)]
+    ignored = tuple(
+        re.escape(prefix + name) + ".*" for name in ("head.", "post_layernorm.", *unread)
+    )
+    return Recipe(VisionLanguageModel(vision, language, token), keys, _images(tower), ignored)
+
+
+def llava_onevision(
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+) -> Recipe:
+    """LLaVA that reads an image whole and in tiles (Li et al., 2024, LLaVA-OneVision).
+
+    Raises:
+      ValueError: as `llava`, or tiles are put together in another way than 'anyres_max_N'.
+    """
+    ratio = re.fullmatch(r"anyres_max_(\d+)", config["vision_aspect_ratio"])
+    if ratio is None:
+        raise ValueError(f"vision_aspect_ratio={config['vision_aspect_ratio']!r} is not supported.")
+    tiled = llava(config, names, dtype, remat, "vision/tiles")
+    tiles: Any = tiled.model.vision
+    vision = AnyresVision(tiles, int(ratio[1]))
+
+    def image(tile: Tiles) -> AnyresTiles:
+        edge = tile.pixels.shape[2]
+        return AnyresTiles(tile.pixels[:, None], tile.present, (edge, edge), (0, 0))
+
+    return tiled._replace(
+        model=tiled.model.clone(vision=vision),
+        keys=tiled.keys | {"image_newline": "vision/newline"},
+        images=jax.eval_shape(image, tiled.images),
+    )
+
+
+FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, bool], Recipe]] = {
+    "idefics3": idefics3,
+    "smolvlm": idefics3,
+    "paligemma": paligemma,
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+}
+
+
+def _tower(config: Mapping[str, Any], dtype: jnp.dtype, remat: bool) -> VisionTower:
+    vision = config["vision_config"]
+    tower = encoders.build_vision(vision, projection=None, dtype=dtype, remat=remat)
+    return tower.clone(pool=None)
+
+
+def _language(config: Mapping[str, Any], dtype: jnp.dtype, remat: bool) -> LanguageModel:
+    # Whether the output layer is tied, the whole model's config says.
+    text = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
+    return decoders.build(text, dtype=dtype, remat=remat)
+
+
+def _language_keys(config: Mapping[str, Any], prefix: str, head: str) -> dict[str, str]:
+    kind = config["text_config"]["model_type"]
+    return _under("language", decoders.keys(kind, prefix, head))
+
+
+def _under(ours: str, keys: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: f"{ours}/{path}" for theirs, path in keys.items()}
+
+
+def _tower_prefix(names: Collection[str]) -> str:
+    """Of the tensors of a tower, that transformers 5 gave a shorter name."""
+    before = "vision_tower.vision_model."
+    return before if any(name.startswith(before) for name in names) else "vision_tower."
+
+
+def _images(tower: VisionTower) -> Any:
+    edge = tower.patch * round(tower.patches**0.5)
+    return jax.eval_shape(
+        lambda: Tiles(jnp.zeros((1, 1, edge, edge, 3)), jnp.ones((1, 1), jnp.bool_))
+    )

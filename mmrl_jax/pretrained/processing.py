@@ -1,0 +1,331 @@
+"""Images and prompts as a family's own processor makes them; images inside `jit`.
+
+prompt, with a mark for every image     "<image> How many red balls?"
+expanded, a mark for every feature      "<image><image><image><image> How many red balls?"
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.models.tiles import Tiles
+from mmrl_jax.models.vlm import check_counts
+from mmrl_jax.pretrained import hub
+from mmrl_jax.pretrained.families import vlm
+
+Size = tuple[int, int]  # Height and width, pixels.
+
+METHODS = {1: "lanczos3", 2: "linear", 3: "bicubic"}  # PIL's numbers, jax.image's names.
+LONGEST = 4096  # Pixels; Idefics3 scales what is longer once more.
+
+
+class Plan(NamedTuple):
+    """What becomes of an image.
+
+    Attributes:
+      resizes: sizes that it takes one after the other.
+      tile: size of a tile: where there are no rows, the image's centre; else the image is cut into
+        rows and columns of tiles, and comes once more as a whole, resized to the last tile.
+      rows: of tiles.
+      columns: of tiles.
+    """
+
+    resizes: tuple[Size, ...]
+    tile: Size
+    rows: int = 0
+    columns: int = 0
+
+
+class Family(NamedTuple):
+    """How a family's processor works.
+
+    Attributes:
+      plan: (config of the image processor, size of an image) -> what becomes of it.
+      tokens: (config of the processor, of the image processor, size of a tile) -> image tokens.
+      expand: (a plan, the image tokens of a tile) -> what the mark of an image becomes.
+      complete: (tokenizer, prompt with marks) -> the prompt with the family's own additions.
+      special: the tokenizer adds what it puts around any text.
+    """
+
+    plan: Callable[[Mapping[str, Any], Size], Plan]
+    tokens: Callable[[Mapping[str, Any], Mapping[str, Any], Size], int]
+    expand: Callable[[Plan, str], str]
+    complete: Callable[[Any, str, str], str]
+    special: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """Makes a model's inputs.
+
+    Attributes:
+      tokenizer: transformers'; it knows the chat template.
+      mark: stands for an image in a prompt, and is the image token's text.
+      features: of the vision model, for a tile.
+      family: how its family works.
+      config: the processor's, in the hub's format.
+      image: the image processor's.
+    """
+
+    tokenizer: Any
+    mark: str
+    features: int
+    family: Family
+    config: Mapping[str, Any]
+    image: Mapping[str, Any]
+
+    def pixels(self, images: jax.Array, present: jax.Array | None = None) -> Tiles:
+        """Tiles of images; a pure function.
+
+        Args:
+          images: uint8 [B, I, H, W, 3].
+          present: bool [B, I], False for what fills up samples with fewer images; by default all.
+
+        Raises:
+          ValueError: the images are not uint8.
+        """
+        if images.dtype != jnp.uint8:
+            raise ValueError(f"Images are {images.dtype}; give uint8, of 0 to 255.")
+        batch, count, height, width, _ = images.shape
+        x = images.reshape(-1, height, width, 3).astype(jnp.float32)
+        x = tiles(x, self.family.plan(self.image, (height, width)), METHODS[self.image["resample"]])
+        mean, std = (
+            np.asarray(self.image[f"image_{name}"], np.float32) for name in ("mean", "std")
+        )
+        x = (x / 255 - mean) / std
+        if present is None:
+            present = jnp.ones((batch, count), bool)
+        present = jnp.repeat(present, x.shape[1], axis=1)
+        return Tiles(x.reshape(batch, -1, *x.shape[2:]), present)
+
+    def prompts(
+        self,
+        texts: Sequence[str],
+        present: np.ndarray,
+        size: Size,
+        *,
+        length: int,
+        side: Literal["left", "right"],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [B, length], and bool [B, length], which tells them from padding.
+
+        Args:
+          texts: B prompts, with a mark for every image.
+          present: bool [B, I], which of I images each sample has.
+          size: of the images.
+          length: tokens with padding.
+          side: of the padding.
+
+        Raises:
+          ValueError: marks and images, or image tokens and features disagree, or a prompt is too
+            long: it is never cut, for that may cut an image.
+        """
+        plan = self.family.plan(self.image, size)
+        count = self.family.tokens(self.config, self.image, plan.tile)
+        expanded = self.family.expand(plan, self.mark * count)
+        tokens = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
+        there = np.zeros((len(texts), length), bool)
+        for i, text in enumerate(texts):
+            if text.count(self.mark) != np.sum(present[i]):
+                raise ValueError(
+                    f"Prompt {i} has {text.count(self.mark)} marks {self.mark!r}, but "
+                    f"{np.sum(present[i])} images."
+                )
+            text = self.family.complete(self.tokenizer, text, self.mark)
+            text = text.replace(self.mark, expanded)
+            ids = self.tokenizer(text, add_special_tokens=self.family.special)["input_ids"]
+            if len(ids) > length:
+                raise ValueError(f"Prompt {i} has {len(ids)} tokens, more than length={length}.")
+            where = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
+            tokens[i, where], there[i, where] = ids, True
+        features = (plan.rows * plan.columns + 1) * self.features
+        is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.mark)
+        check_counts(is_image, np.repeat(present, features, axis=1))
+        return tokens, there
+
+
+def resize(images: jax.Array, size: Size, method: str) -> jax.Array:
+    """Resizes float [B, H, W, C] of whole numbers in [0, 255], as PIL does.
+
+    PIL resizes rows first and rounds what it gets before it turns to columns.
+    """
+    for axis, length in ((2, size[1]), (1, size[0])):
+        if images.shape[axis] != length:
+            shape = (*images.shape[:axis], length, *images.shape[axis + 1 :])
+            images = jax.image.resize(images, shape, method, antialias=True)
+            images = jnp.clip(jnp.floor(images + 0.5), 0, 255)
+    return images
+
+
+def tiles(images: jax.Array, plan: Plan, method: str) -> jax.Array:
+    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: rows of tiles, then the whole."""
+    for size in plan.resizes:
+        images = resize(images, size, method)
+    height, width = plan.tile
+    if not plan.rows:
+        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+        return images[:, None, top : top + height, left : left + width]
+    x = images.reshape(-1, plan.rows, height, plan.columns, width, 3)
+    x = jnp.swapaxes(x, 2, 3).reshape(-1, plan.rows * plan.columns, height, width, 3)
+    return jnp.concatenate([x, resize(images, plan.tile, method)[:, None]], axis=1)
+
+
+def whole(config: Mapping[str, Any], size: Size) -> Plan:
+    """Of CLIP's and SigLIP's processors: resize, and take the centre if the config says so.
+
+    Raises:
+      ValueError: the centre would be larger than the image.
+    """
+    wanted = config["size"]
+    if "shortest_edge" in wanted:
+        edge, (height, width) = wanted["shortest_edge"], size
+        long = int(edge * max(size) / min(size))
+        resized = (edge, long) if height < width else (long, edge)
+    else:
+        resized = wanted["height"], wanted["width"]
+    tile = resized
+    if config.get("do_center_crop"):
+        tile = config["crop_size"]["height"], config["crop_size"]["width"]
+        if tile[0] > resized[0] or tile[1] > resized[1]:
+            raise ValueError(f"crop_size={tile} is larger than an image resized to {resized}.")
+    return Plan((resized,), tile)
+
+
+def split(config: Mapping[str, Any], size: Size) -> Plan:
+    """Of Idefics3's and SmolVLM's: scale to a longest edge, then to whole tiles."""
+    edge = config["max_image_size"]["longest_edge"]
+    height, width = scaled(size, config["size"]["longest_edge"])
+    if not config["do_image_splitting"]:
+        return Plan(((height, width), (edge, edge)), (edge, edge))
+    ratio = width / height
+    if width >= height:
+        columns = math.ceil(width / edge)
+        rows = math.ceil(int(columns * edge / ratio) / edge)
+    else:
+        rows = math.ceil(height / edge)
+        columns = math.ceil(int(rows * edge * ratio) / edge)
+    resizes = ((height, width), (rows * edge, columns * edge))
+    if rows == columns == 1:
+        return Plan(resizes, (edge, edge))
+    return Plan(resizes, (edge, edge), rows, columns)
+
+
+def scaled(size: Size, longest: int) -> Size:
+    """The size with its longest edge at `longest`, and the other even."""
+    height, width = size
+    ratio = width / height
+    if width >= height:
+        height, width = int(longest / ratio), longest
+        return max(height + height % 2, 1), width
+    height, width = longest, int(longest * ratio)
+    return height, max(width + width % 2, 1)
+
+
+def rows_and_whole(plan: Plan, words: str) -> str:
+    """Idefics3's text of an image: its tiles, row by row, with their places, then the whole."""
+    fake, text = "<fake_token_around_image>", ""
+    for row in range(plan.rows):
+        for column in range(plan.columns):
+            text += f"{fake}<row_{row + 1}_col_{column + 1}>{words}"
+        text += "\n"
+    if text:
+        text += "\n"
+    return f"{text}{fake}<global-img>{words}{fake}"
+
+
+def _with_start(tokenizer: Any, text: str, mark: str) -> str:
+    """PaliGemma's prompt: images, the start, words, a line's end."""
+    end = text.rfind(mark) + len(mark) if mark in text else 0
+    return f"{text[:end]}{tokenizer.bos_token}{text[end:]}\n"
+
+
+def _llava_tokens(config: Mapping[str, Any], image: Mapping[str, Any], tile: Size) -> int:
+    patch = config["patch_size"]
+    count = (tile[0] // patch) * (tile[1] // patch) + config["num_additional_image_tokens"]
+    return count - int(config["vision_feature_select_strategy"] == "default")
+
+
+IDEFICS3 = Family(
+    plan=split,
+    tokens=lambda config, image, tile: config["image_seq_len"],
+    expand=rows_and_whole,
+    complete=lambda tokenizer, text, mark: text,
+)
+FAMILIES = {
+    "idefics3": IDEFICS3,
+    "smolvlm": IDEFICS3,
+    "paligemma": Family(
+        plan=whole,
+        tokens=lambda config, image, tile: image["image_seq_length"],
+        expand=lambda plan, words: words,
+        complete=_with_start,
+        special=False,
+    ),
+    "llava": Family(
+        plan=whole,
+        tokens=_llava_tokens,
+        expand=lambda plan, words: words,
+        complete=lambda tokenizer, text, mark: text,
+    ),
+}
+
+
+def load_processor(directory: str | pathlib.Path) -> Processor:
+    """The processor of a vision-language model: Idefics3, SmolVLM, PaliGemma, LLaVA.
+
+    Args:
+      directory: local, in the hub's format, with the model's config, its processor's and its
+        tokenizer.
+
+    Raises:
+      ValueError: a config is missing, the family or what a config asks for is not supported, or
+        the tokenizer and the model's config disagree about the image token.
+    """
+    from transformers import AutoTokenizer
+
+    path, whole_config = pathlib.Path(directory), hub.read_config(directory)
+    kind = whole_config["model_type"]
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type={kind!r} is not supported; these are: {list(FAMILIES)}.")
+    config = _read(path / "processor_config.json")
+    image = config.get("image_processor") or _read(path / "preprocessor_config.json")
+    if not image:
+        raise ValueError(f"{path} has no image processor's config: preprocessor_config.json.")
+    _check(image)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    chat = _read(path / "chat_template.json")  # As it was before transformers 5.
+    if chat:
+        tokenizer.chat_template = chat["chat_template"]
+    mark = getattr(tokenizer, "image_token", "<image>")
+    model = vlm.FAMILIES[kind](whole_config, (), jnp.float32, False).model
+    found = tokenizer.convert_tokens_to_ids(mark)
+    if found != model.image_token:
+        raise ValueError(f"{mark!r} is token {found}, but the model's is {model.image_token}.")
+    features = model.vision.features_per_tile()
+    return Processor(tokenizer, mark, features, FAMILIES[kind], config, image)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _check(image: Mapping[str, Any]) -> None:
+    """Raises ValueError for what an image processor's config asks for and we do not do."""
+    done: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    done["rescale_factor"] = 1 / 255
+    if "max_image_size" not in image:
+        done["do_pad"] = False  # Idefics3 pads samples with fewer tiles, LLaVA pads to squares.
+    for name, value in done.items():
+        if image.get(name, value) not in (value, None):
+            raise ValueError(f"{name}={image[name]} of the image processor is not supported.")
+    if image["resample"] not in METHODS:
+        raise ValueError(f"resample={image['resample']} is not supported; {METHODS} are.")
+    if image["size"].get("longest_edge", 0) > LONGEST:
+        raise ValueError(f"size={image['size']} is not supported: the most is {LONGEST} pixels.")
