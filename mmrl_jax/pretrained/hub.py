@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from mmrl_jax.models.towers import VisionTower
 from mmrl_jax.pretrained import weights
-from mmrl_jax.pretrained.families import decoders, encoders
+from mmrl_jax.pretrained.families import decoders, encoders, qwen_vl
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 TEXT = ("bert", "clip", "clip_text_model", "siglip", "siglip_text_model")
+VISION_LANGUAGE = tuple(qwen_vl.DECODERS)
 BUFFERS = (r".*\.inv_freq", r".*\.position_ids")
 
 
@@ -124,6 +125,29 @@ def load_text_tower(
     return Pretrained(model, _load(directory, model, keys, dtype, ignored=ignored), config)
 
 
+def load_vision_language_model(
+    directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
+) -> Pretrained:
+    """Loads a vision-language model: Qwen2.5-VL, Qwen3-VL.
+
+    Args:
+      directory: local, in the hub's format.
+      dtype: of the parameters and of the computation.
+      remat: recompute each block's activations in the backward pass.
+
+    Raises:
+      ValueError: the family is not supported, or see `weights.load`.
+    """
+    config = read_config(directory)
+    kind = _known(config, VISION_LANGUAGE)
+    model = qwen_vl.build(config, dtype=dtype, remat=remat)
+    keys = qwen_vl.keys(kind, nested=bool(_prefix(directory, "model.visual.")))
+    tied = (r"lm_head\.weight",) if model.language.tied else ()
+    images = (qwen_vl.images_like(config),)
+    params = _load(directory, model, keys, dtype, ignored=tied, images=images)
+    return Pretrained(model, params, config)
+
+
 def _known(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
     kind = config["model_type"]
     if kind not in kinds:
@@ -144,12 +168,14 @@ def _load(
     dtype: jnp.dtype,
     *,
     ignored: tuple[str, ...],
+    images: tuple = (),
 ) -> Any:
     if isinstance(model, VisionTower):
         edge = model.patch * round(model.patches**0.5)
         inputs: tuple = (jax.ShapeDtypeStruct((1, edge, edge, 3), jnp.float32),)
     else:
         inputs = tuple(jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, bool))
+        inputs += images
     like = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
     params = weights.load(pathlib.Path(directory), like, keys, ignored=(*BUFFERS, *ignored))
