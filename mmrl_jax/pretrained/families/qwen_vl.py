@@ -24,7 +24,11 @@ _BLOCK = {
     "attn.proj": "attention/out",
 }
 _MLP = {
-    "qwen2_5_vl": {"mlp.gate_proj": "mlp_gate", "mlp.up_proj": "mlp_in", "mlp.down_proj": "mlp_out"},
+    "qwen2_5_vl": {
+        "mlp.gate_proj": "mlp_gate",
+        "mlp.up_proj": "mlp_in",
+        "mlp.down_proj": "mlp_out",
+    },
     "qwen3_vl": {"mlp.linear_fc1": "mlp_in", "mlp.linear_fc2": "mlp_out"},
 }
 _MERGER = {
