@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class Rope:
         turn = pair % len(sections)
         return np.where(pair // len(sections) < np.asarray(sections)[turn], turn, 0)
 
-    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def angles(self, positions: chex.Array) -> tuple[jax.Array, jax.Array]:
         """Cos and sin, float32 [B, S, size / 2].
 
         Args:
@@ -84,7 +85,7 @@ def causal_mask(present: jax.Array) -> jax.Array:
     return (order[None, :] <= order[:, None])[None] & present[:, None, :]
 
 
-def next_position(positions: jax.Array, present: jax.Array) -> jax.Array:
+def next_position(positions: chex.Array, present: chex.Array) -> jax.Array:
     """The position of the token that follows, on every axis: the largest one and 1.
 
     Args:

@@ -12,6 +12,7 @@ image, merge x merge neighbouring patches come one after the other, and become o
 
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,13 @@ class PatchImages(NamedTuple):
       columns: int32 [B, P], from the left of the image, in patches.
     """
 
-    patches: jax.Array
-    segment: jax.Array
-    rows: jax.Array
-    columns: jax.Array
+    patches: chex.Array
+    segment: chex.Array
+    rows: chex.Array
+    columns: chex.Array
 
 
-def hat(index: jax.Array, count: jax.Array, side: int) -> jax.Array:
+def hat(index: chex.Array, count: jax.Array, side: int) -> jax.Array:
     """Weights of linear interpolation between `side` points, float32 [..., side].
 
     Args:
@@ -126,10 +127,11 @@ class PatchTower(nn.Module):
             images.patches
         )
         if self.side is not None:
+            weights = self._places(images, same, self.side)
             table = self.param(
                 "positions", nn.initializers.normal(0.02), (self.side**2, self.width)
             )
-            x = x + self._places(images, same) @ table.astype(self.dtype)
+            x = x + (weights @ table).astype(x.dtype)
         contexts = self._contexts(images, same)
         pattern = tuple(int(i not in self.full_layers) for i in range(self.layers))
         stack = Transformer(
@@ -164,11 +166,11 @@ class PatchTower(nn.Module):
             masks.append(same)
         return tuple(Context(mask, (cos, sin)) for mask in masks)
 
-    def _places(self, images: PatchImages, same: jax.Array) -> jax.Array:
-        """Each patch's weights of the table of positions, [B, P, side * side]."""
+    def _places(self, images: PatchImages, same: jax.Array, side: int) -> jax.Array:
+        """Each patch's weights of the table of positions, float32 [B, P, side * side]."""
         rows, columns = (
-            hat(x, jnp.max(jnp.where(same, x[:, None, :], 0), axis=2) + 1, self.side)
+            hat(x, jnp.max(jnp.where(same, x[:, None, :], 0), axis=2) + 1, side)
             for x in (images.rows, images.columns)
         )
         weights = rows[..., :, None] * columns[..., None, :]
-        return weights.reshape(*weights.shape[:2], -1).astype(self.dtype)
+        return weights.reshape(*weights.shape[:2], -1)

@@ -143,7 +143,7 @@ def load_vision_language_model(
     model = qwen_vl.build(config, dtype=dtype, remat=remat)
     keys = qwen_vl.keys(kind, nested=bool(_prefix(directory, "model.visual.")))
     tied = (r"lm_head\.weight",) if model.language.tied else ()
-    images = (qwen_vl.images_like(config),)
+    images = qwen_vl.smallest_inputs(config)
     params = _load(directory, model, keys, dtype, ignored=tied, images=images)
     return Pretrained(model, params, config)
 

@@ -11,6 +11,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +105,7 @@ def cut_image(image: jax.Array, spec: PixelSpec) -> jax.Array:
 
     They come neighbourhood by neighbourhood, see `models.qwen_vision`.
     """
-    high, wide = smart_resize(*image.shape[:2], spec)
+    high, wide = smart_resize(image.shape[0], image.shape[1], spec)
     x = resize_bicubic(image, high, wide) / 255
     x = (x - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
     merge, patch = spec.merge, spec.patch
@@ -137,7 +138,7 @@ def pack(images: Sequence[Sequence[np.ndarray]], spec: PixelSpec, patches: int) 
     segment = np.full(shape, -1, np.int32)
     rows, columns = np.zeros((2, *shape), np.int32)
     for b, sample in enumerate(images):
-        sizes = [smart_resize(*image.shape[:2], spec) for image in sample]
+        sizes = [smart_resize(image.shape[0], image.shape[1], spec) for image in sample]
         ends = np.cumsum([0, *(high * wide // spec.patch**2 for high, wide in sizes)])
         if ends[-1] > patches:
             raise ValueError(
@@ -180,7 +181,7 @@ def axial_positions(
     edge = np.where(last, np.maximum(row, column) + 1, 0)
     which = np.maximum(np.cumsum(is_image, axis=1) - 1, 0)
 
-    def placed(features: np.ndarray) -> np.ndarray:
+    def placed(features: chex.Array) -> np.ndarray:
         return np.where(is_image, np.take_along_axis(features, which, axis=1), 0)
 
     step = np.where(is_image, placed(edge), present)
@@ -243,7 +244,7 @@ class Processor:
         if len(after) != len(images):
             raise ValueError(f"{len(images)} images for {len(after)} of {IMAGE!r} in {text!r}.")
         unit = self.pixels.patch * self.pixels.merge
-        sizes = (smart_resize(*image.shape[:2], self.pixels) for image in images)
+        sizes = (smart_resize(image.shape[0], image.shape[1], self.pixels) for image in images)
         counts = (high * wide // unit**2 for high, wide in sizes)
         return before + "".join(
             IMAGE * count + rest for count, rest in zip(counts, after, strict=True)

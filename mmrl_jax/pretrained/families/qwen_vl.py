@@ -4,8 +4,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmrl_jax.models.language import Rope
 from mmrl_jax.models.qwen_vision import PatchImages, PatchTower
@@ -89,6 +89,7 @@ def build_vision(
             heads=c["num_heads"],
             hidden=c["intermediate_size"],
             norm="layer" if third else "rms",
+            epsilon=1e-6,  # No config has it.
             activation="gelu_tanh" if activation == "gelu_pytorch_tanh" else activation,
             gated=not third,
         ),
@@ -105,11 +106,11 @@ def build_vision(
     )
 
 
-def images_like(config: Mapping[str, Any]) -> PatchImages:
-    """Shapes and dtypes of one sample with the smallest image."""
+def smallest_inputs(config: Mapping[str, Any]) -> tuple[PatchImages, np.ndarray]:
+    """An image of one feature, and the positions of two tokens; of zeros."""
     c = config["vision_config"]
     count = c["spatial_merge_size"] ** 2
     pixels = c["temporal_patch_size"] * c["patch_size"] ** 2 * c["in_channels"]
-    index = jax.ShapeDtypeStruct((1, count), jnp.int32)
-    patches = jax.ShapeDtypeStruct((1, count, pixels), jnp.float32)
-    return PatchImages(patches, index, index, index)
+    index = np.zeros((1, count), np.int32)
+    patches = np.zeros((1, count, pixels), np.float32)
+    return PatchImages(patches, index, index, index), np.zeros((1, 3, 2), np.int32)
