@@ -10,6 +10,7 @@ image, merge x merge neighbouring patches come one after the other, and become o
            10 11 14 15
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -57,15 +58,15 @@ class Merger(nn.Module):
       features: width of what comes out.
       group: patches to a feature.
       block: whose norm is used.
-      norm_merged: it is of the neighbours together, not of each.
       dtype: compute dtype.
+      norm_merged: it is of the neighbours together, not of each.
     """
 
     features: int
     group: int
     block: BlockSpec
+    dtype: jnp.dtype
     norm_merged: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -102,13 +103,13 @@ class PatchTower(nn.Module):
     features: int
     rope: Rope
     merge: int
-    window: int | None = None
-    full_layers: tuple[int, ...] = ()
-    side: int | None = None
-    deepstack: tuple[int, ...] = ()
-    patch_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    window: int | None
+    full_layers: tuple[int, ...]
+    side: int | None
+    deepstack: tuple[int, ...]
+    patch_bias: bool
+    dtype: jnp.dtype
+    remat: bool
 
     @nn.compact
     def __call__(self, images: PatchImages) -> VisionFeatures:
@@ -123,15 +124,12 @@ class PatchTower(nn.Module):
                 f"{images.segment.shape[1]} patches are not divisible by merge^2={group}; pad them."
             )
         same = images.segment[:, :, None] == images.segment[:, None, :]
-        x = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")(
-            images.patches
-        )
+        embed = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")
+        x = embed(images.patches)
         if self.side is not None:
-            weights = self._places(images, same, self.side)
-            table = self.param(
-                "positions", nn.initializers.normal(0.02), (self.side**2, self.width)
-            )
-            x = x + (weights @ table).astype(x.dtype)
+            normal = nn.initializers.normal(0.02)
+            table = self.param("positions", normal, (self.side**2, self.width))
+            x = x + (self._places(images, same, self.side) @ table).astype(x.dtype)
         contexts = self._contexts(images, same)
         pattern = tuple(int(i not in self.full_layers) for i in range(self.layers))
         stack = Transformer(
@@ -143,16 +141,13 @@ class PatchTower(nn.Module):
             final_norm=False,
             name="stack",
         )
+        merger = functools.partial(Merger, self.features, group, self.block, self.dtype)
         deep, done = [], 0
         for k, i in enumerate(self.deepstack):
             x, done = stack(x, contexts, span=range(done, i + 1)), i + 1
-            merger = Merger(
-                self.features, group, self.block, True, self.dtype, name=f"deep_merger_{k}"
-            )
-            deep.append(merger(x))
-        x = stack(x, contexts, span=range(done, self.layers))
-        merger = Merger(self.features, group, self.block, dtype=self.dtype, name="merger")
-        return VisionFeatures(merger(x), images.segment[:, ::group] >= 0, tuple(deep))
+            deep.append(merger(norm_merged=True, name=f"deep_merger_{k}")(x))
+        x = merger(name="merger")(stack(x, contexts, span=range(done, self.layers)))
+        return VisionFeatures(x, images.segment[:, ::group] >= 0, tuple(deep))
 
     def _contexts(self, images: PatchImages, same: jax.Array) -> tuple[Context, ...]:
         """Of layers that read the image, and of those that read their window."""

@@ -91,6 +91,7 @@ def resize_bicubic(image: jax.Array, height: int, width: int) -> jax.Array:
     """Resizes an image, uint8 [H, W, C], to whole numbers from 0 to 255, float32.
 
     As Pillow does it: the width, then the height, each rounded, and wider kernels to shrink.
+    Pillow 13 begins with the height of some images, whose levels then differ by the rounding.
     """
     x = image.astype(jnp.float32)
     for shape in ((x.shape[0], width, x.shape[2]), (height, width, x.shape[2])):
