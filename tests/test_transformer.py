@@ -83,6 +83,20 @@ def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
     np.testing.assert_allclose(last, whole[:, -readouts:], rtol=1e-5, atol=1e-6)
 
 
+def test_spans_one_after_the_other_are_the_whole_stack():
+    mask = some_mask()
+    model = stack(layers=3)
+    params = initialised(model, mask)
+    whole = jit(model.apply)(params, tokens(), Context(mask))
+    run = jit(model.apply, static_argnames="span")
+    first = run(params, tokens(), Context(mask), span=range(1))
+    both = run(params, first, Context(mask), span=range(1, 3))
+    np.testing.assert_allclose(both, whole, rtol=1e-5, atol=1e-6)
+    # No norm comes between: one block alone without a final norm is the same.
+    alone = jit(stack(layers=3, final_norm=False).apply, static_argnames="span")
+    np.testing.assert_array_equal(first, alone(params, tokens(), Context(mask), span=range(1)))
+
+
 def test_only_readouts_change_in_cross_attention():
     params, mask = initialised(stack(), some_mask()), some_mask()
     # Two blocks, written out: what is read stays as it was, whatever a block made of it.

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,18 @@ class Rope:
       llama3: (low, high, original length) of Llama 3.1's scaling, which divides the frequencies
         whose wavelength is above original / low by `factor`, leaves those below original / high as
         they are, and goes smoothly between; None: `factor` is for all.
+      sections: how many pairs turn with each axis of positions that have several (Wang et al.,
+        2024, Qwen2-VL's M-RoPE): size / 2 in all; None: there is one axis.
+      interleaved: the axes take turns, and the first one has what is left of the pairs (Qwen3-VL);
+        otherwise each has its pairs side by side.
     """
 
     theta: float
     size: int
     factor: float = 1.0
     llama3: tuple[float, float, int] | None = None
+    sections: tuple[int, ...] | None = None
+    interleaved: bool = False
 
     def frequencies(self) -> np.ndarray:
         """Angles per position, float32 [size / 2]."""
@@ -41,9 +48,35 @@ class Rope:
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
 
-    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cos and sin, float32 [B, S, size / 2], of positions [B, S]."""
-        angle = positions[..., None].astype(jnp.float32) * self.frequencies()
+    def axes(self) -> np.ndarray:
+        """The axis that each pair turns with, int [size / 2].
+
+        Raises:
+          ValueError: the sections are not of size / 2 pairs in all.
+        """
+        sections = self.sections or (self.size // 2,)
+        if sum(sections) != self.size // 2:
+            raise ValueError(
+                f"sections={sections} have {sum(sections)} pairs in all, but a head of "
+                f"{self.size} has {self.size // 2}."
+            )
+        if not self.interleaved:
+            return np.repeat(np.arange(len(sections)), sections)
+        pair = np.arange(self.size // 2)
+        turn = pair % len(sections)
+        return np.where(pair // len(sections) < np.asarray(sections)[turn], turn, 0)
+
+    def angles(self, positions: chex.Array) -> tuple[jax.Array, jax.Array]:
+        """Cos and sin, float32 [B, S, size / 2].
+
+        Args:
+          positions: [B, S], the same on every axis, or [B, A, S] on A axes, see `sections`.
+        """
+        if positions.ndim == 3:
+            positions = jnp.swapaxes(positions[:, self.axes()], 1, 2)
+        else:
+            positions = positions[..., None]
+        angle = positions.astype(jnp.float32) * self.frequencies()
         return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -63,6 +96,20 @@ class Cursor(NamedTuple):
 
     slot: jax.Array
     positions: jax.Array
+
+
+def next_position(positions: chex.Array, present: chex.Array) -> jax.Array:
+    """The position of the token that follows, on every axis: the largest one and 1.
+
+    Args:
+      positions: int32 [B, S], or [B, A, S] on A axes.
+      present: bool [B, S].
+
+    Returns:
+      int32 [B].
+    """
+    there = present if positions.ndim == 2 else present[:, None]
+    return jnp.max(jnp.where(there, positions, -1), axis=range(1, positions.ndim)) + 1
 
 
 class LanguageModel(nn.Module):
@@ -143,7 +190,7 @@ class LanguageModel(nn.Module):
           x: embeddings, of tokens or of whatever else.
           mask: bool [B, S, S], who may read whom; windows narrow it. With a cursor [B, S, P + T],
             over a prefix of P tokens and the T slots of the cache.
-          positions: int32 [B, S].
+          positions: int32 [B, S], or [B, A, S], see `Rope.angles`.
           added: see `Transformer`.
           ahead: bool [B, S, S], of the mask what no window narrows.
           cursor: where `x` stands behind a prefix that an earlier pass has kept, see `Attention`.

@@ -378,6 +378,7 @@ class Transformer(nn.Module):
         *,
         only_readouts: bool = False,
         added: Sequence[jax.Array] = (),
+        span: range | None = None,
     ) -> jax.Array:
         """Runs the stack.
 
@@ -389,6 +390,8 @@ class Transformer(nn.Module):
           only_readouts: the other tokens stay as they come, and every block computes the
             readouts alone: cross-attention.
           added: [B, S, D] each, added to the tokens after the first blocks (deepstack).
+          span: the blocks to run, for who wants the tokens between them too; None for all. The
+            final norm comes after the last of the stack.
 
         Returns:
           [B, S, D], or [B, readouts, D]; float32 after a final norm, else of `dtype`.
@@ -398,7 +401,7 @@ class Transformer(nn.Module):
             contexts = (contexts,)
         length = x.shape[1]
         x = x.astype(self.dtype)
-        for i in range(self.layers):
+        for i in range(self.layers) if span is None else span:
             last = i == self.layers - 1
             queries = length if readouts is None or not (last or only_readouts) else readouts
             context = contexts[self.pattern[i] if self.pattern else 0]
@@ -408,6 +411,6 @@ class Transformer(nn.Module):
                 x = x + added[i].astype(x.dtype)
         if readouts is not None:
             x = x[:, x.shape[1] - readouts :]
-        if self.final_norm:
+        if self.final_norm and (span is None or self.layers - 1 in span):
             x = Norm(self.block.norm, self.block.epsilon, name="norm")(x.astype(jnp.float32))
         return x

@@ -99,12 +99,17 @@ class VisionLanguageModel(nn.Module):
           tokens: int32 [B, S], an image token for every image feature.
           present: bool [B, S], False for padding, on either side.
           images: pytree, as `vision` takes it; leaves [B, ...].
-          positions: int32 [B, S], or [B, A, S] for a rotary embedding of A axes; by default counted
-            over the tokens that are present.
+          positions: int32 [B, S], or [B, A, S] for a rotary embedding of A axes, which must be
+            given; by default counted over the tokens that are present.
           prompt: bool [B, S], the tokens that see ahead, where `sees_ahead`; by default those up to
             the last image token's.
+
+        Raises:
+          ValueError: the rotary embedding has several axes, and there are no positions.
         """
         if positions is None:
+            if any(rope.sections for rope in self.language.ropes):
+                raise ValueError("positions=None, but this model's have axes: see its processor.")
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
         x, added = self.embed(tokens, self.encode(images))
         mask, ahead = self.mask(tokens, present, prompt), self.ahead(tokens, present, prompt)

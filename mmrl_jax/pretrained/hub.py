@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.pretrained import weights
-from mmrl_jax.pretrained.families import decoders, encoders, vlm
+from mmrl_jax.pretrained.families import decoders, encoders, qwen_vl, vlm
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
@@ -131,7 +131,9 @@ def load_text_tower(
 def load_vision_language_model(
     directory: str | pathlib.Path, *, dtype: jnp.dtype = jnp.float32, remat: bool = False
 ) -> Pretrained:
-    """Loads a vision-language model: Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision.
+    """Loads a vision-language model.
+
+    Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL.
 
     Args:
       directory: local, in the hub's format.
@@ -142,7 +144,9 @@ def load_vision_language_model(
       ValueError: the family, its tower or its decoder is not supported, or see `weights.load`.
     """
     config = read_config(directory)
-    kind = _known(config, tuple(vlm.FAMILIES))
+    kind = _known(config, (*vlm.FAMILIES, *qwen_vl.DECODERS))
+    if kind in qwen_vl.DECODERS:
+        return _load_qwen(directory, config, dtype, remat)
     _known(config["vision_config"], TOWERS)
     _known(config["text_config"], DECODERS)
     names = weights.files(pathlib.Path(directory))
@@ -153,6 +157,18 @@ def load_vision_language_model(
     inputs = (*WORDS, recipe.images)
     params = _load(directory, recipe.model, recipe.keys, dtype, inputs, ignored=ignored)
     return Pretrained(recipe.model, params, config)
+
+
+def _load_qwen(
+    directory: str | pathlib.Path, config: Mapping[str, Any], dtype: jnp.dtype, remat: bool
+) -> Pretrained:
+    model = qwen_vl.build(config, dtype=dtype, remat=remat)
+    nested = bool(_prefix(directory, "model.visual."))
+    keys = qwen_vl.keys(config["model_type"], nested=nested)
+    tied = (r"lm_head\.weight",) if model.language.tied else ()
+    inputs = (*WORDS, *qwen_vl.smallest_inputs(config))
+    params = _load(directory, model, keys, dtype, inputs, ignored=tied)
+    return Pretrained(model, params, config)
 
 
 def _known(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:

@@ -105,8 +105,8 @@ def to_ours(path: str, tensor: Any) -> Any:
     leaf = path.rpartition("/")[2]
     if leaf not in ("kernel", "head"):
         return tensor
-    if tensor.ndim == 4:  # [D, C, h, w] -> [h * w * C, D]
-        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+    if tensor.ndim > 2:  # [D, C, h, w] -> [h * w * C, D]; with frames, [D, C, t, h, w]
+        return tensor.transpose(*range(2, tensor.ndim), 1, 0).reshape(-1, tensor.shape[0])
     return tensor.T
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.models.language import Cursor, LanguageModel, causal_mask
+from mmrl_jax.models.language import Cursor, LanguageModel, causal_mask, next_position
 from mmrl_jax.models.vlm import VisionLanguageModel
 
 Variables = Mapping[str, Any]
@@ -55,6 +55,7 @@ class Prompt(NamedTuple):
       positions: int32 [B, S], or [B, A, S].
       mask: bool [B, S, S], who reads whom.
       added: float [B, S, D] each, see `VisionFeatures.deep`.
+      ahead: bool [B, S, S], see `VisionLanguageModel.ahead`; or None.
     """
 
     x: jax.Array
@@ -62,6 +63,7 @@ class Prompt(NamedTuple):
     positions: jax.Array
     mask: jax.Array
     added: tuple[jax.Array, ...] = ()
+    ahead: jax.Array | None = None
 
 
 class Generated(NamedTuple):
@@ -102,8 +104,8 @@ def image_prompt(
         positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
     x, added = apply(tokens, apply(images, method="encode"), method="embed")
-    mask = apply(tokens, present, method="mask")
-    return Prompt(x, present, positions, mask, added)
+    mask, ahead = (apply(tokens, present, method=name) for name in ("mask", "ahead"))
+    return Prompt(x, present, positions, mask, added, ahead)
 
 
 def language(model: VisionLanguageModel, variables: Variables) -> tuple[LanguageModel, Variables]:
@@ -192,6 +194,7 @@ def generate(
         prompt.mask,
         prompt.positions,
         prompt.added,
+        prompt.ahead,
         method="decode",
         mutable=["prefix"],
     )
@@ -201,7 +204,7 @@ def generate(
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     axes = prompt.positions.shape[1:-1]
     place = prompt.positions.max(axis=1) if axes else prompt.positions
-    start = 1 + jnp.max(jnp.where(prompt.present, place, -1), axis=1)
+    start = next_position(prompt.positions, prompt.present)
     place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
     place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
     logits = jnp.repeat(apply(variables, hidden, method="logits"), group, axis=0)

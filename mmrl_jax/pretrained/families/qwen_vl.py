@@ -1,0 +1,116 @@
+"""Qwen2.5-VL and Qwen3-VL: a tower for images of any size, and the decoders Qwen2 and Qwen3."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.models.language import Rope
+from mmrl_jax.models.qwen_vision import PatchImages, PatchTower
+from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.models.vlm import VisionLanguageModel
+from mmrl_jax.pretrained.families import decoders
+
+DECODERS = {"qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+
+_BLOCK = {
+    "norm1": "attention_norm",
+    "norm2": "mlp_norm",
+    "attn.qkv[0/3]": "attention/query",
+    "attn.qkv[1/3]": "attention/key",
+    "attn.qkv[2/3]": "attention/value",
+    "attn.proj": "attention/out",
+}
+_MLP = {
+    "qwen2_5_vl": {
+        "mlp.gate_proj": "mlp_gate",
+        "mlp.up_proj": "mlp_in",
+        "mlp.down_proj": "mlp_out",
+    },
+    "qwen3_vl": {"mlp.linear_fc1": "mlp_in", "mlp.linear_fc2": "mlp_out"},
+}
+_MERGER = {
+    "qwen2_5_vl": {"ln_q": "norm", "mlp.0": "mlp_in", "mlp.2": "mlp_out"},
+    "qwen3_vl": {"norm": "norm", "linear_fc1": "mlp_in", "linear_fc2": "mlp_out"},
+}
+
+
+def keys(model_type: str, *, nested: bool) -> dict[str, str]:
+    """The hub's names -> ours; `nested`: those of both halves begin with 'model.'."""
+    visual, text = ("model.visual.", "model.language_model.") if nested else ("visual.", "model.")
+    parts = {
+        "blocks.{i}.": ("stack/block_{i}/", _BLOCK | _MLP[model_type]),
+        "merger.": ("merger/", _MERGER[model_type]),
+        "deepstack_merger_list.{i}.": ("deep_merger_{i}/", _MERGER[model_type]),
+        "": ("", {"patch_embed.proj": "patch_embedding", "pos_embed.weight": "positions"}),
+    }
+    vision = {
+        f"{visual}{theirs}{name}": f"vision/{ours}{path}"
+        for theirs, (ours, names) in parts.items()
+        for name, path in names.items()
+    }
+    language = decoders.keys(DECODERS[model_type], text)
+    return vision | {name: f"language/{path}" for name, path in language.items()}
+
+
+def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> VisionLanguageModel:
+    """The model of a hub config, as `AutoConfig` completes it.
+
+    Raises:
+      ValueError: the config of the decoder asks for something that we do not know.
+    """
+    kind = config["model_type"]
+    text = config["text_config"] | {
+        "model_type": DECODERS[kind],
+        "tie_word_embeddings": config["tie_word_embeddings"],
+    }
+    language = decoders.build(text, dtype=dtype, remat=remat)
+    rope = dataclasses.replace(
+        language.ropes[0],
+        sections=tuple(text["rope_parameters"]["mrope_section"]),
+        interleaved=kind == "qwen3_vl",
+    )
+    vision = build_vision(config["vision_config"], kind, dtype=dtype, remat=remat)
+    return VisionLanguageModel(vision, language.clone(ropes=(rope,)), config["image_token_id"])
+
+
+def build_vision(
+    config: Mapping[str, Any], model_type: str, *, dtype: jnp.dtype, remat: bool
+) -> PatchTower:
+    """The tower of a vision config."""
+    c, third = config, model_type == "qwen3_vl"
+    merge, activation = c["spatial_merge_size"], c["hidden_act"]
+    return PatchTower(
+        width=c["hidden_size"],
+        layers=c["depth"],
+        block=BlockSpec(
+            heads=c["num_heads"],
+            hidden=c["intermediate_size"],
+            norm="layer" if third else "rms",
+            epsilon=1e-6,  # No config has it.
+            activation="gelu_tanh" if activation == "gelu_pytorch_tanh" else activation,
+            gated=not third,
+        ),
+        features=c["out_hidden_size"],
+        rope=Rope(c["rope_parameters"]["rope_theta"], c["hidden_size"] // c["num_heads"] // 2),
+        merge=merge,
+        window=None if third else c["window_size"] // merge // c["patch_size"] * merge,
+        full_layers=() if third else tuple(c["fullatt_block_indexes"]),
+        side=round(c["num_position_embeddings"] ** 0.5) if third else None,
+        deepstack=tuple(c["deepstack_visual_indexes"]) if third else (),
+        patch_bias=third,
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def smallest_inputs(config: Mapping[str, Any]) -> tuple[PatchImages, np.ndarray]:
+    """An image of one feature, and the positions of two tokens; of zeros."""
+    c = config["vision_config"]
+    count = c["spatial_merge_size"] ** 2
+    pixels = c["temporal_patch_size"] * c["patch_size"] ** 2 * c["in_channels"]
+    index = np.zeros((1, count), np.int32)
+    patches = np.zeros((1, count, pixels), np.float32)
+    return PatchImages(patches, index, index, index), np.zeros((1, 3, 2), np.int32)

@@ -1,0 +1,280 @@
+"""What Qwen2.5-VL and Qwen3-VL read: patches of images, and prompts with a token for each feature.
+
+Images keep their proportions, so their sizes differ; padding makes the shapes of a batch static.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.models.qwen_vision import PatchImages
+from mmrl_jax.models.vlm import check_counts
+
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+FILES = ("preprocessor_config.json", "processor_config.json")
+ELONGATION = 200  # The longest edge to the shortest one, at most.
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelSpec:
+    """How pixels become patches.
+
+    Attributes:
+      patch: edge of a patch, pixels.
+      frames: of a patch; a picture is repeated.
+      merge: edge of the neighbourhood that becomes a feature, patches.
+      smallest: size of an image, pixels.
+      largest: size of an image, pixels.
+      mean: of red, green and blue, of the range from 0 to 1.
+      std: of red, green and blue.
+    """
+
+    patch: int
+    frames: int
+    merge: int
+    smallest: int
+    largest: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Prompts(NamedTuple):
+    """A batch for `VisionLanguageModel`; arrays of NumPy.
+
+    Attributes:
+      tokens: int32 [B, S], padded on the left.
+      present: bool [B, S], False for padding.
+      positions: int32 [B, 3, S].
+      images: of at most P patches to a sample.
+    """
+
+    tokens: np.ndarray
+    present: np.ndarray
+    positions: np.ndarray
+    images: PatchImages
+
+
+def smart_resize(height: int, width: int, spec: PixelSpec) -> tuple[int, int]:
+    """The size that an image is given: edges of whole features, and an area within the limits.
+
+    As Qwen2-VL's processor does it (Wang et al., 2024), Python's rounding of halves included.
+
+    Raises:
+      ValueError: the image is too elongated.
+    """
+    if max(height, width) > ELONGATION * min(height, width):
+        raise ValueError(
+            f"An image of {height}x{width} is too elongated: one edge may be {ELONGATION} times "
+            "the other; crop it."
+        )
+    unit = spec.patch * spec.merge
+    high, wide = (round(x / unit) * unit for x in (height, width))
+    if high * wide > spec.largest:
+        shrink = math.sqrt(height * width / spec.largest)
+        high, wide = (max(unit, math.floor(x / shrink / unit) * unit) for x in (height, width))
+    elif high * wide < spec.smallest:
+        grow = math.sqrt(spec.smallest / (height * width))
+        high, wide = (math.ceil(x * grow / unit) * unit for x in (height, width))
+    return high, wide
+
+
+def resize_bicubic(image: jax.Array, height: int, width: int) -> jax.Array:
+    """Resizes an image, uint8 [H, W, C], to whole numbers from 0 to 255, float32.
+
+    As Pillow does it: the width, then the height, each rounded, and wider kernels to shrink.
+    Pillow 13 begins with the height of some images, whose levels then differ by the rounding.
+    """
+    x = image.astype(jnp.float32)
+    for shape in ((x.shape[0], width, x.shape[2]), (height, width, x.shape[2])):
+        x = jax.image.resize(x, shape, "cubic", antialias=True)
+        x = jnp.clip(jnp.floor(x + 0.5), 0, 255)
+    return x
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def cut_image(image: jax.Array, spec: PixelSpec) -> jax.Array:
+    """Patches, float32 [P, frames * patch * patch * 3], of an image, uint8 [H, W, 3].
+
+    They come neighbourhood by neighbourhood, see `models.qwen_vision`.
+    """
+    high, wide = smart_resize(image.shape[0], image.shape[1], spec)
+    x = resize_bicubic(image, high, wide) / 255
+    x = (x - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+    merge, patch = spec.merge, spec.patch
+    unit = merge * patch
+    x = x.reshape(high // unit, merge, patch, wide // unit, merge, patch, 3)
+    x = x.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, patch * patch * 3)
+    return jnp.tile(x, (1, spec.frames))
+
+
+def grid(height: int, width: int, merge: int) -> np.ndarray:
+    """Rows and columns, int32 [2, P], of the patches of an image of height x width patches."""
+    places = np.indices((height, width), np.int32)
+    places = places.reshape(2, height // merge, merge, width // merge, merge)
+    return places.transpose(0, 1, 3, 2, 4).reshape(2, -1)
+
+
+def pack(images: Sequence[Sequence[np.ndarray]], spec: PixelSpec, patches: int) -> PatchImages:
+    """Packs the images of each of B samples.
+
+    Args:
+      images: uint8 [H, W, 3] each, of any sizes.
+      spec: how they are cut.
+      patches: P of the result; the rest is padding.
+
+    Raises:
+      ValueError: a sample has more patches than that, or an image cannot be resized.
+    """
+    shape = (len(images), patches)
+    pixels = np.zeros((*shape, spec.frames * spec.patch**2 * 3), np.float32)
+    segment = np.full(shape, -1, np.int32)
+    rows, columns = np.zeros((2, *shape), np.int32)
+    for b, sample in enumerate(images):
+        sizes = [smart_resize(image.shape[0], image.shape[1], spec) for image in sample]
+        ends = np.cumsum([0, *(high * wide // spec.patch**2 for high, wide in sizes)])
+        if ends[-1] > patches:
+            raise ValueError(
+                f"The images of sample {b} have {ends[-1]} patches, more than patches={patches}; "
+                "allow more, or shrink the images."
+            )
+        for i, (image, (high, wide)) in enumerate(zip(sample, sizes, strict=True)):
+            here = slice(ends[i], ends[i + 1])
+            pixels[b, here] = cut_image(image, spec)
+            segment[b, here] = i
+            rows[b, here], columns[b, here] = grid(
+                high // spec.patch, wide // spec.patch, spec.merge
+            )
+    return PatchImages(pixels, segment, rows, columns)
+
+
+def axial_positions(
+    is_image: np.ndarray, present: np.ndarray, images: PatchImages, merge: int
+) -> np.ndarray:
+    """Positions of time, height and width, int32 [B, 3, S] (Wang et al., 2024, Qwen2-VL's M-RoPE).
+
+    Those of a text are counted, the same on every axis. An image is all at one time; its rows and
+    columns are counted from there, and the text goes on after the larger of both. Padding is at 0.
+
+    Args:
+      is_image: bool [B, S], image tokens.
+      present: bool [B, S].
+      images: one feature for each image token.
+      merge: edge of the neighbourhood that becomes a feature, patches.
+
+    Raises:
+      ValueError: image tokens and features do not agree.
+    """
+    first = slice(None, None, merge**2)
+    segment = images.segment[:, first]
+    row, column = images.rows[:, first] // merge, images.columns[:, first] // merge
+    check_counts(is_image, segment >= 0)
+    # An image's last feature is in its last row and column, so it knows both edges.
+    last = np.diff(segment, axis=1, append=-2) != 0
+    edge = np.where(last, np.maximum(row, column) + 1, 0)
+    which = np.maximum(np.cumsum(is_image, axis=1) - 1, 0)
+
+    def placed(features: chex.Array) -> np.ndarray:
+        return np.where(is_image, np.take_along_axis(features, which, axis=1), 0)
+
+    step = np.where(is_image, placed(edge), present)
+    start = np.cumsum(step, axis=1) - step
+    positions = [start, start + placed(row), start + placed(column)]
+    return np.where(present[:, None], np.stack(positions, axis=1), 0).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Makes batches of texts and images.
+
+    Attributes:
+      tokenizer: transformers' own.
+      pixels: how images are cut.
+    """
+
+    tokenizer: Any
+    pixels: PixelSpec
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[np.ndarray]],
+        *,
+        length: int,
+        patches: int,
+    ) -> Prompts:
+        """A batch of B samples.
+
+        Args:
+          texts: with one image token for each image.
+          images: of each text, uint8 [H, W, 3] each.
+          length: S, tokens.
+          patches: P, see `pack`.
+
+        Raises:
+          ValueError: texts and images disagree, a text has a video or too many tokens, or see
+            `pack`.
+        """
+        packed = pack(images, self.pixels, patches)
+        token = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        tokens = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
+        present = np.zeros(tokens.shape, bool)
+        for b, (text, sample) in enumerate(zip(texts, images, strict=True)):
+            ids = self.tokenizer(self._expanded(text, sample))["input_ids"]
+            if len(ids) > length:
+                raise ValueError(
+                    f"Text {b} has {len(ids)} tokens, more than length={length}; allow more."
+                )
+            tokens[b, length - len(ids) :], present[b, length - len(ids) :] = ids, True
+        positions = axial_positions(tokens == token, present, packed, self.pixels.merge)
+        return Prompts(tokens, present, positions, packed)
+
+    def _expanded(self, text: str, images: Sequence[np.ndarray]) -> str:
+        """The text with an image token for every feature."""
+        before, *after = text.split(IMAGE)
+        if VIDEO in text:
+            raise ValueError(f"Videos are not supported, but a text has {VIDEO!r}: {text!r}.")
+        if len(after) != len(images):
+            raise ValueError(f"{len(images)} images for {len(after)} of {IMAGE!r} in {text!r}.")
+        unit = self.pixels.patch * self.pixels.merge
+        sizes = (smart_resize(image.shape[0], image.shape[1], self.pixels) for image in images)
+        counts = (high * wide // unit**2 for high, wide in sizes)
+        return before + "".join(
+            IMAGE * count + rest for count, rest in zip(counts, after, strict=True)
+        )
+
+
+def load_processor(directory: str | pathlib.Path) -> Processor:
+    """The processor of a local directory in the hub's format.
+
+    Raises:
+      ValueError: it has no config of an image processor.
+    """
+    from transformers import AutoTokenizer
+
+    path = pathlib.Path(directory)
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if not found:
+        raise ValueError(f"{path} has neither of {', '.join(FILES)}.")
+    config = json.loads(found[0].read_text(encoding="utf-8"))
+    config = config.get("image_processor", config)
+    size = config.get("size") or {}
+    spec = PixelSpec(
+        patch=config["patch_size"],
+        frames=config["temporal_patch_size"],
+        merge=config["merge_size"],
+        smallest=config.get("min_pixels") or size["shortest_edge"],
+        largest=config.get("max_pixels") or size["longest_edge"],
+        mean=tuple(config["image_mean"]),
+        std=tuple(config["image_std"]),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return Processor(tokenizer, spec)
