@@ -2,8 +2,12 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
+
+from mmrl_jax.rollouts import generate as gen
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> None:
@@ -45,3 +49,41 @@ def compare_greedy(ours: np.ndarray, theirs: np.ndarray, logits: torch.Tensor) -
         t = int(np.argmax(ours[b] != theirs[b]))
         print(f"answer {b} differs first at token {t}, where the gap is {gap[b, t]:.2g}")
         assert gap[b, t] < 1e-4, (b, t, gap[b, t], ours[b], theirs[b])
+
+
+def generation_error(model, variables, tokens, present, images, positions=None) -> float:
+    """Largest difference of sampled log-probs from those of a full pass over prompt and answer.
+
+    Two answers of four tokens to each prompt; `positions` maps (tokens, present) to those of the
+    full pass, and is None where they are counted.
+    """
+    key, place = jax.random.key(1), None if positions is None else positions(tokens, present)
+    tokens, present = jnp.asarray(tokens), jnp.asarray(present)
+
+    @jax.jit
+    def answer(variables, tokens, present, images, place):
+        prompt = gen.image_prompt(model, variables, tokens, present, images, place)
+        within = gen.language(model, variables)
+        return gen.generate(*within, prompt, key, group=2, length=4, sampling=gen.Sampling())
+
+    with jax.default_matmul_precision("highest"):
+        generated = answer(variables, tokens, present, images, place)
+        assert not np.any(generated.tokens == model.image_token)  # It would want an image.
+        errors = []
+        for g in range(2):
+            whole = jnp.concatenate([tokens, generated.tokens[:, g]], axis=1)
+            there = jnp.concatenate([present, jnp.ones_like(generated.present[:, g])], axis=1)
+            place = None if positions is None else positions(np.asarray(whole), np.asarray(there))
+            logits = jax.jit(model.apply)(variables, whole, there, images, place)
+            last = tokens.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)
+            before = jnp.concatenate(
+                [
+                    last[:, None],
+                    jnp.arange(tokens.shape[1], whole.shape[1] - 1)[None].repeat(len(last), 0),
+                ],
+                axis=1,
+            )
+            log_probs = jax.nn.log_softmax(jnp.take_along_axis(logits, before[..., None], axis=1))
+            taken = jnp.take_along_axis(log_probs, generated.tokens[:, g, :, None], axis=2)[..., 0]
+            errors.append(np.abs(taken - generated.log_probs[:, g]).max())
+    return float(max(errors))

@@ -193,6 +193,21 @@ def test_every_layer_the_features_and_the_logits_are_torch_s(name, directory):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_generation_equals_the_full_pass(name, directory):
+    _, (model, params, _) = pair(name, directory)
+    tokens, present = prompts()
+    packed = images()[1]
+
+    def positions(tokens, present):
+        return jnp.asarray(qwen_processing.axial_positions(tokens == IMAGE, present, packed, 2))
+
+    found = hub.generation_error(
+        model, params, tokens, present, jax.tree.map(jnp.asarray, packed), positions
+    )
+    assert found < 2e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_positions_are_torch_s(name, directory):
     theirs, _ = pair(name, directory)
     tokens, present = prompts()

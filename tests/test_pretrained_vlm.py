@@ -256,6 +256,15 @@ def test_features_every_layer_and_the_logits_are_torch_s(family, directory):
     assert largest_error(family, theirs, model, params) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_the_full_pass(family, directory):
+    _, (model, params, _) = pair(family, directory)
+    images = pictures(family)
+    tokens, present, _ = prompts(model, images)
+    images = jax.tree.map(jnp.asarray, images)
+    assert hub.generation_error(model, params, tokens, present, images) < 2e-4
+
+
 @pytest.mark.parametrize("anyres", ANYRES, ids=str)
 def test_images_of_any_shape_are_torch_s(anyres, directory):
     theirs, (model, params, _) = pair("llava_onevision", directory)
