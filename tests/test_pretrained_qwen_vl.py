@@ -259,6 +259,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mutate"),
     [(n, m) for n, _, m in MUTATIONS],
@@ -284,6 +285,7 @@ def exchanged(params, one, other):
 BIASES = "params/vision/stack/block_1/attention/{}/bias"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "one", "other"),
     [

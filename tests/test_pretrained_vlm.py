@@ -311,6 +311,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mutate"),
     [(f, m) for f, _, m in MUTATIONS],
@@ -349,6 +350,7 @@ REPLACEMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name", "other"),
     [(f, n, o) for f, _, n, o in REPLACEMENTS],
