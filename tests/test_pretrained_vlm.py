@@ -20,7 +20,7 @@ from mmrl_jax.pretrained import hub as ours
 from mmrl_jax.pretrained import weights
 from tests import hub
 
-DECODE, PLACE = LanguageModel.decode, vlm.place
+DECODE, PLACE, SWAPAXES = LanguageModel.decode, vlm.place, jnp.swapaxes
 IMAGE = 100  # The id of the image token.
 TEXT = {
     "vocab_size": 101,
@@ -322,6 +322,26 @@ def test_a_mutation_is_noticed(family, mutate, directory):
     assert largest_error(family, theirs, mutate(model), params) > 1e-4
 
 
+def without_newline(model, params):
+    vision = params["params"]["vision"]
+    vision = vision | {"newline": jnp.zeros_like(vision["newline"])}
+    return model, {"params": params["params"] | {"vision": vision}}
+
+
+def before_the_last_block(model, params):
+    tower = model.vision.tiles.tower.clone(layers=2)
+    tiles = model.vision.tiles.clone(tower=tower)
+    return model.clone(vision=model.vision.clone(tiles=tiles)), params
+
+
+@pytest.mark.parametrize("anyres", [ANYRES[1], ANYRES[-1]], ids=str)
+@pytest.mark.parametrize("mutate", [without_newline, before_the_last_block])
+def test_a_mutation_is_noticed_for_images_of_any_shape(mutate, anyres, directory):
+    theirs, (model, params, _) = pair("llava_onevision", directory)
+    mutated = mutate(model, params)
+    assert largest_error("llava_onevision", theirs, *mutated, anyres) > 1e-4
+
+
 def columns_first(x, patch):
     return cut_patches(jnp.swapaxes(x, 1, 2), patch)
 
@@ -340,6 +360,12 @@ REPLACEMENTS = [
         "the prompt sees through windows",
         "vlm.LanguageModel.decode",
         lambda self, *args: DECODE(self, *args[:4]),
+    ),
+    (
+        "llava_onevision",
+        "order of the grid's tokens",
+        "tiles.jnp.swapaxes",
+        lambda x, *axes: x if axes == (2, 3) and x.ndim == 6 else SWAPAXES(x, *axes),
     ),
     (
         "llava",
