@@ -35,14 +35,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(variant: str = "baseline") -> ml_collections.ConfigDict:
-    """The config of a variant; a third of the cloning and a third of the PPO of `reach_ppo`.
+    """The config of a variant; three quarters of the cloning and of the PPO of `reach_ppo`.
 
     Raises:
       KeyError: there is no such variant.
     """
     config = reach_ppo.get_config()
-    config.warm_start.updates = 300
-    config.warm_start.eval_interval = config.warm_start.checkpoint_interval = 300
-    config.run.updates = config.run.eval_interval = 40
+    config.warm_start.updates = 750
+    config.warm_start.eval_interval = config.warm_start.checkpoint_interval = 750
+    config.run.updates = config.run.eval_interval = 90
     config.update_from_flattened_dict(VARIANTS[variant])
     return config
