@@ -78,6 +78,16 @@ def test_an_unknown_instruction_gives_no_features():
     assert np.isnan(reader(tokens, tokens != 0)[0]).all()
 
 
+def test_steps_that_do_not_count_stop_no_update():
+    config = small(text_encoder="minilm")
+    config.ppo.unroll = config.env.options.episode_length + 1  # The last step only resets.
+    stage = factory.ppo_stage(config, factory.make_mesh(config))
+    carry, shardings = loop.start(stage)
+    _, metrics = loop.make_dispatch(stage.update, 1, shardings)(carry, None)
+    assert float(metrics["rollout/valid_fraction"]) == pytest.approx(16 / 17)
+    assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (2, 0)
+
+
 def test_the_policy_reads_what_the_encoder_says():
     config = small(text_encoder="minilm")
     env, obs = observe(config)

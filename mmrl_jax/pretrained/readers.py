@@ -33,6 +33,7 @@ def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, 
 
     Returns:
       A function whose features of an unknown instruction are NaN: nothing may be learned from it.
+      No word at all is what a learner makes of a step that does not count: its features are 0.
 
     Raises:
       ImportError, ValueError: see `packages.minilm`, `hub.load_text_tower`.
@@ -51,8 +52,10 @@ def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, 
         same = jnp.all(said[:, None] == table, axis=-1)
         index = jnp.argmax(same, axis=1)
         found = jnp.asarray(features)[index]
-        found = jnp.where(jnp.any(same, axis=1)[:, None, None], found, jnp.nan)
-        return found, jnp.asarray(present)[index]
+        silent = ~jnp.any(mask, axis=1)
+        otherwise = jnp.where(silent, 0.0, jnp.nan)[:, None, None]
+        found = jnp.where(jnp.any(same, axis=1)[:, None, None], found, otherwise)
+        return found, jnp.asarray(present)[index] & ~silent[:, None]
 
     return reader
 
