@@ -22,9 +22,9 @@ VARIANTS: dict[str, dict] = {"brax": {}, "ours": {}}
 RUNNERS = {"brax": brax_ppo.run_brax, "ours": brax_ppo.run_ours}
 
 
-# Sizes at which Brax has converged: on seeds 100 to 102 inverted_pendulum is at 949 to 977 of at most
-# 1000 - 23 by 2.05M steps (with batches of 2560 steps it did not get there: 90 to 980 at 0.51M), on
-# seed 100 reacher has a return of -195, where random actions have -840. The others get 1.02M steps.
+# Sizes at which Brax has converged: on seeds 100 to 102 inverted_pendulum gains 949 to 977 in 2.05M
+# steps (90 to 980 in 0.51M with batches of 2560 steps), on seed 100 reacher has a return of -195,
+# where random actions have -840. The others get 1.02M steps.
 SIZES = {
     "inverted_pendulum": {
         "run.updates": 100,
