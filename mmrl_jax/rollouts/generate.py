@@ -150,6 +150,62 @@ def choose(logits: jax.Array, rng: jax.Array, sampling: Sampling) -> tuple[jax.A
     return token.astype(jnp.int32), taken
 
 
+class ReadPrompt(NamedTuple):
+    """What is kept of a prompt's pass, for G answers of up to T tokens to each of B prompts.
+
+    Attributes:
+      features: float32 [B, D], of the last token that is present.
+      prefix: keys and values of all layers, shared by the answers.
+      present: bool [B * G, S], of the prompt.
+      place: int32 [B * G, S + T], positions of the prompt and of what follows it.
+      axes: () or (A,), those of the prompt's positions.
+    """
+
+    features: jax.Array
+    prefix: Any
+    present: jax.Array
+    place: jax.Array
+    axes: tuple[int, ...]
+
+    def positions(self, slot: jax.Array, count: int) -> jax.Array:
+        """Of the `count` tokens from a slot of the answers on, [B * G, count] or with axes."""
+        first = self.present.shape[1] + slot
+        positions = jax.lax.dynamic_slice_in_dim(self.place, first, count, axis=1)
+        return jnp.repeat(positions[:, None], self.axes[0], axis=1) if self.axes else positions
+
+    def cache(self, slots: int) -> Any:
+        """An empty one, for the answers' own keys and values."""
+        samples = len(self.present)
+        return jax.tree.map(
+            lambda x: jnp.zeros((samples, x.shape[1], slots, x.shape[3]), x.dtype), self.prefix
+        )
+
+
+def read_prompt(
+    model: LanguageModel, variables: Variables, prompt: Prompt, *, group: int, length: int
+) -> ReadPrompt:
+    """Runs the model over prompts, for `group` answers of up to `length` tokens each."""
+    apply: Callable[..., Any] = model.apply
+    hidden, kept = apply(
+        variables,
+        prompt.x,
+        prompt.mask,
+        prompt.positions,
+        prompt.added,
+        prompt.ahead,
+        method="decode",
+        mutable=["prefix"],
+    )
+    last = prompt.present.shape[1] - 1 - jnp.argmax(prompt.present[:, ::-1], axis=1)
+    features = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    axes = prompt.positions.shape[1:-1]
+    place = prompt.positions.max(axis=1) if axes else prompt.positions
+    start = next_position(prompt.positions, prompt.present)
+    place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
+    place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
+    return ReadPrompt(features, kept["prefix"], present, place, axes)
+
+
 class _State(NamedTuple):
     step: jax.Array
     token: jax.Array  # int32 [B * G], the last one, not yet read.
@@ -185,29 +241,11 @@ def generate(
       stop: token ids that end an answer.
       pad: what stands behind the end.
     """
-    batch, prefix_length = prompt.present.shape
+    batch = len(prompt.present)
     samples = batch * group
     apply: Callable[..., Any] = model.apply
-    hidden, kept = apply(
-        variables,
-        prompt.x,
-        prompt.mask,
-        prompt.positions,
-        prompt.added,
-        prompt.ahead,
-        method="decode",
-        mutable=["prefix"],
-    )
-    prefix = kept["prefix"]
-    # The last token that is present, and what comes after it.
-    last = prefix_length - 1 - jnp.argmax(prompt.present[:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    axes = prompt.positions.shape[1:-1]
-    place = prompt.positions.max(axis=1) if axes else prompt.positions
-    start = next_position(prompt.positions, prompt.present)
-    place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
-    place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
-    logits = jnp.repeat(apply(variables, hidden, method="logits"), group, axis=0)
+    read = read_prompt(model, variables, prompt, group=group, length=length)
+    logits = jnp.repeat(apply(variables, read.features, method="logits"), group, axis=0)
 
     def put(state: _State, logits: jax.Array) -> _State:
         """Chooses the tokens of a step and writes them down."""
@@ -227,17 +265,12 @@ def generate(
         """Reads the last tokens and chooses the next ones."""
         slot = state.step - 1
         own = jnp.broadcast_to(jnp.arange(length) <= slot, (samples, length))
-        mask = jnp.concatenate([present, own], axis=1)[:, None]
-        x = apply(variables, state.token[:, None], method="embed")
-        positions = jax.lax.dynamic_slice_in_dim(place, prefix_length + slot, 1, axis=1)
-        if axes:
-            positions = jnp.repeat(positions[:, None], axes[0], axis=1)
         hidden, changed = apply(
-            {**variables, "prefix": prefix, "cache": state.cache},
-            x,
-            mask,
-            positions,
-            cursor=Cursor(slot, place),
+            {**variables, "prefix": read.prefix, "cache": state.cache},
+            apply(variables, state.token[:, None], method="embed"),
+            jnp.concatenate([read.present, own], axis=1)[:, None],
+            read.positions(slot, 1),
+            cursor=Cursor(slot, read.place),
             method="decode",
             mutable=["cache"],
         )
@@ -249,11 +282,12 @@ def generate(
         log_probs=jnp.zeros((samples, length), jnp.float32),
         present=jnp.zeros((samples, length), bool),
     )
-    cache = jax.tree.map(
-        lambda x: jnp.zeros((samples, x.shape[1], length, x.shape[3]), x.dtype), prefix
-    )
     state = _State(
-        jnp.zeros((), jnp.int32), jnp.zeros(samples, jnp.int32), jnp.ones(samples, bool), cache, out
+        step=jnp.zeros((), jnp.int32),
+        token=jnp.zeros(samples, jnp.int32),
+        running=jnp.ones(samples, bool),
+        cache=read.cache(length),
+        out=out,
     )
     state = jax.lax.while_loop(
         lambda s: (s.step < length) & jnp.any(s.running), proceed, put(state, logits)
