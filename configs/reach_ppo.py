@@ -71,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.max_grad_norm = 1.0
     config.ppo.discount = 0.95
     config.ppo.gae_lambda = 0.95
+    config.ppo.advantage = "gae"
     config.ppo.clip = 0.2
     config.ppo.value_clip = ml_collections.config_dict.placeholder(float)
     config.ppo.value_weight = 0.5

@@ -10,15 +10,13 @@ from mmrl_jax.rl import advantages
 DISCOUNT, LAMBDA = 0.9, 0.7
 
 
+def as_floats(*arrays):
+    names = ("reward", "value", "last_value", "terminated", "truncated")
+    return {name: jnp.asarray(x, jnp.float32) for name, x in zip(names, arrays, strict=True)}
+
+
 def estimate(reward, value, last_value, terminated, truncated, discount=DISCOUNT, lambda_=LAMBDA):
-    arrays = {
-        "reward": reward,
-        "value": value,
-        "last_value": last_value,
-        "terminated": terminated,
-        "truncated": truncated,
-    }
-    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    arrays = as_floats(reward, value, last_value, terminated, truncated)
     advantage, target = advantages.generalised_advantages(
         **arrays, discount=discount, lambda_=lambda_
     )
@@ -163,8 +161,7 @@ def test_with_lambda_1_the_target_is_the_bootstrapped_return_and_with_0_one_step
 @pytest.mark.parametrize("lambda_", [0.0, 0.7, 1.0])
 def test_equals_brax_without_truncation(lambda_):
     # Brax masks truncated steps out instead of bootstrapping them; elsewhere its value targets are
-    # ours. Its advantage is r + discount * target_{t+1} - v: ours with lambda = 1, and in general
-    # delta_t + discount * A_{t+1}, one factor lambda less.
+    # ours, and its advantage is r + discount * target_{t+1} - v.
     rng = np.random.default_rng(3)
     shape = (10, 16)
     reward, value, last_value = rng.normal(size=shape), rng.normal(size=shape), rng.normal(size=16)
@@ -180,13 +177,27 @@ def test_equals_brax_without_truncation(lambda_):
         discount=DISCOUNT,
     )
     np.testing.assert_allclose(target, brax_target, rtol=1e-5, atol=1e-5)
-    following = np.concatenate([advantage[1:], np.zeros((1, 16))])
-    delta, _ = estimate(reward, value, last_value, terminated, nothing, lambda_=0.0)
-    np.testing.assert_allclose(
-        delta + DISCOUNT * (1 - terminated) * following, brax_advantage, rtol=1e-5, atol=1e-5
+    ours = advantages.return_advantages(
+        **as_floats(reward, value, last_value, terminated, nothing),
+        target=jnp.asarray(target),
+        discount=DISCOUNT,
     )
+    np.testing.assert_allclose(ours, brax_advantage, rtol=1e-5, atol=1e-5)
     if lambda_ == 1.0:
         np.testing.assert_allclose(advantage, brax_advantage, rtol=1e-5, atol=1e-5)
+
+
+def test_return_advantages_by_hand():
+    # v = 1 2 3, v_T = 4, r = 1, discount 0.5, lambda 0.5, G_t = A_t + v_t.
+    # G_2 = 1 + 2 = 3; G_1 = 2 + (0.5 + 0.25 * (3 - 3)) = 2.5; A_1 = 1 + 0.5 * G_2 - 2 = 0.5.
+    # A_0: 1 + 0.5 * 2.5 - 1 = 1.25; truncated at 0: 1 + 0.5 * 2 - 1 = 1; terminated there: 0.
+    reward, value, last_value = np.ones((3, 3)), np.outer([1.0, 2, 3], np.ones(3)), np.full(3, 4.0)
+    terminated, truncated = np.zeros((3, 3)), np.zeros((3, 3))
+    truncated[0, 1] = terminated[0, 2] = 1
+    steps = as_floats(reward, value, last_value, terminated, truncated)
+    _, target = advantages.generalised_advantages(**steps, discount=0.5, lambda_=0.5)
+    found = advantages.return_advantages(**steps, target=target, discount=0.5)
+    np.testing.assert_allclose(found, [[1.25, 1, 0], [0.5] * 3, [0.0] * 3], atol=1e-6)
 
 
 def test_nothing_that_follows_an_end_needs_to_be_a_number():

@@ -175,7 +175,7 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
         gradient_recorder(), optax.clip_by_global_norm(1.0), optax.adam(1e-3, eps=1e-5)
     )
     hyperparameters = ppo.Hyperparameters(
-        discount=0.95, gae_lambda=0.9, clip=0.2, value_clip=0.2, value_weight=0.5,
+        discount=0.95, gae_lambda=0.9, advantage="gae", clip=0.2, value_clip=0.2, value_weight=0.5,
         entropy_weight=0.01, auxiliary_weight=0.5, pointing_weight=0.5,
         epochs=2, minibatches=5, target_kl=None,
     )  # fmt: skip

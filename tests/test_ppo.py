@@ -24,6 +24,7 @@ STEPS, BATCH, PROPRIO, ACTIONS = 6, 4, 3, 2
 PLAIN = ppo.Hyperparameters(
     discount=0.9,
     gae_lambda=0.8,
+    advantage="gae",
     clip=0.2,
     value_clip=None,
     value_weight=0.5,

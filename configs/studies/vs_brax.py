@@ -18,8 +18,9 @@ from experiments import brax_ppo
 
 SEEDS = 5
 MAIN = brax_ppo.GAIN
-VARIANTS: dict[str, dict] = {"brax": {}, "ours": {}}
-RUNNERS = {"brax": brax_ppo.run_brax, "ours": brax_ppo.run_ours}
+# Brax's advantages are not the generalised ones, see `ppo.advantage`; `ours` has Brax's.
+VARIANTS: dict[str, dict] = {"brax": {}, "ours": {}, "gae": {"ppo.advantage": "gae"}}
+RUNNERS = {"brax": brax_ppo.run_brax, "ours": brax_ppo.run_ours, "gae": brax_ppo.run_ours}
 
 
 # Sizes at which Brax has converged: on seeds 100 to 102 inverted_pendulum gains 949 to 977 in 2.05M
@@ -39,15 +40,16 @@ SIZES = {
 }
 
 
-def get_config(name: str, _: str = "ours") -> ml_collections.ConfigDict:
-    """The config of both variants on the environment `name`, episodes of 1000 steps."""
+def get_config(name: str, variant: str = "ours") -> ml_collections.ConfigDict:
+    """The config of a variant on the environment `name`, episodes of 1000 steps."""
     config = mlp_ppo.get_config(name)
     config.env.options.backend = "spring"
     config.ppo.learning_rate = 3e-4
     config.ppo.schedule = "constant"
+    config.ppo.advantage = "return"
     # Of Brax's networks at first: softplus(0).
     config.ppo.initial_std = 0.69
     config.run.eval_episodes = 128
-    config.update_from_flattened_dict(SIZES[name])
+    config.update_from_flattened_dict(SIZES[name] | VARIANTS[variant])
     config.run.eval_interval = config.run.updates
     return config

@@ -1,6 +1,7 @@
 """Proximal policy optimisation (Schulman et al., 2017, arXiv 1707.06347)."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses, normalisation
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
+Advantage = Literal["gae", "return"]
+ADVANTAGES: tuple[str, ...] = get_args(Advantage)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
@@ -26,6 +30,8 @@ class Hyperparameters:
     Attributes:
       discount: per control step, in [0, 1].
       gae_lambda: in [0, 1].
+      advantage: 'gae', generalised advantages; 'return', those of the lambda-return behind a step,
+        as in Brax. The targets of the value are the same.
       clip: half width of the policy's trust interval, > 0.
       value_clip: of the value loss, > 0, or None for the plain squared error.
       value_weight, entropy_weight, auxiliary_weight, pointing_weight: of the losses' parts.
@@ -36,6 +42,7 @@ class Hyperparameters:
 
     discount: float
     gae_lambda: float
+    advantage: Advantage
     clip: float
     value_clip: float | None
     value_weight: float
@@ -188,15 +195,19 @@ def _with_advantages(
     next_valid = jnp.concatenate([valid[1:], jnp.ones_like(valid[:1])])
     broke = valid * (1 - next_valid) * (1 - batch.terminated)
     # The value stays until here: an invalid step's bootstraps a truncated step before it.
+    discount = hyperparameters.discount
+    steps: dict[str, jax.Array] = {
+        "reward": batch.reward,
+        "value": batch.value,
+        "last_value": run_network(apply, state, last_observation).value,
+        "terminated": batch.terminated,
+        "truncated": jnp.maximum(batch.truncated, broke),
+    }
     advantage, target = advantages.generalised_advantages(
-        reward=batch.reward,
-        value=batch.value,
-        last_value=run_network(apply, state, last_observation).value,
-        terminated=batch.terminated,
-        truncated=jnp.maximum(batch.truncated, broke),
-        discount=hyperparameters.discount,
-        lambda_=hyperparameters.gae_lambda,
+        **steps, discount=discount, lambda_=hyperparameters.gae_lambda
     )
+    if hyperparameters.advantage == "return":
+        advantage = advantages.return_advantages(**steps, target=target, discount=discount)
     return batch.replace(value=keep(batch.value)), keep(advantage), keep(target)
 
 

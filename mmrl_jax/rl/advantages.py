@@ -49,6 +49,43 @@ def generalised_advantages(
     return advantage, advantage + value
 
 
+def return_advantages(
+    *,
+    reward: jax.Array,
+    value: jax.Array,
+    last_value: jax.Array,
+    target: jax.Array,
+    terminated: jax.Array,
+    truncated: jax.Array,
+    discount: float,
+) -> jax.Array:
+    """Advantages of one step and the lambda-return behind it, as IMPALA's and those of Brax's PPO.
+
+      A_t = r_t + discount * (1 - terminated_t) * G_{t+1} - v_t
+
+    (Espeholt et al., 2018, arXiv 1802.01561, section 4.2). Against generalised advantages the
+    errors after the first count 1 / lambda times as much: the value right behind the action, whose
+    error the action itself brings about, falls out.
+
+    Args:
+      reward: float32 [T, B].
+      value: float32 [T, B], estimates v_t.
+      last_value: float32 [B], v_T.
+      target: float32 [T, B], the lambda-returns G_t that `generalised_advantages` gives; behind a
+        truncated step, and behind the last one, the value stands for them.
+      terminated: float32 [T, B], 1 where the step ended the task.
+      truncated: float32 [T, B], 1 where the step reached a limit.
+      discount: in [0, 1].
+
+    Returns:
+      float32 [T, B].
+    """
+    behind = jnp.concatenate([target[1:], last_value[None]])
+    value_behind = jnp.concatenate([value[1:], last_value[None]])
+    behind = jnp.where(truncated > 0, value_behind, behind)
+    return reward + discount * jnp.where(terminated > 0, 0.0, behind) - value
+
+
 def discounted_returns(
     *,
     reward: jax.Array,

@@ -104,6 +104,7 @@ SCHEMA: config_lib.Schema = {
         "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
         "discount": between(float, 0, 1, "per step"),
         "gae_lambda": between(float, 0, 1, "of the advantage estimate"),
+        "advantage": one_of(ppo.ADVANTAGES, "'return' is Brax's, see rl/advantages.py"),
         "clip": positive(float, "half width of the trust interval of the ratio"),
         "value_clip": Field(
             (float, type(None)), lambda x: x > 0, "greater than 0, or None", "of the value loss"
@@ -477,6 +478,7 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
     hyperparameters = ppo.Hyperparameters(
         discount=p.discount,
         gae_lambda=p.gae_lambda,
+        advantage=p.advantage,
         clip=p.clip,
         value_clip=p.value_clip,
         value_weight=p.value_weight,
