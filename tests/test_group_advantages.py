@@ -1,0 +1,102 @@
+"""Advantages of groups: by hand, by brute force, and TRL's formulas."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from trl.trainer.utils import nanstd
+
+from mmrl_jax.rl import group_advantages as ga
+
+REWARD = jnp.array([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [1.0, 0.5, 0.0, 0.5]])
+ALL = jnp.ones((3, 4))
+
+
+def test_by_hand():
+    # Row 0: mean 1/4; std with n - 1: sqrt((9 + 3) / 16 / 3) = 1/2. Row 1: all equal.
+    np.testing.assert_allclose(ga.centred(REWARD, ALL)[0], [0.75, -0.25, -0.25, -0.25])
+    first = np.array([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4)
+    np.testing.assert_allclose(ga.standardised(REWARD, ALL)[0], first, rtol=1e-6)
+    # The others of the first have 0, those of the second 1/3.
+    np.testing.assert_allclose(
+        ga.leave_one_out(REWARD, ALL)[0], [1.0, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6
+    )
+    for estimator in (ga.centred, ga.standardised, ga.leave_one_out):
+        np.testing.assert_array_equal(estimator(REWARD, ALL)[1], np.zeros(4))
+    np.testing.assert_array_equal(ga.degenerate(REWARD, ALL), [False, True, False])
+
+
+def test_the_whole_batch_has_one_scale():
+    advantage = np.asarray(ga.batch_standardised(REWARD, ALL))
+    centred = np.asarray(ga.centred(REWARD, ALL))
+    np.testing.assert_allclose(advantage, centred / (centred.std(ddof=1) + 1e-4), rtol=1e-5)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_equal_trl(missing):
+    """Its lines in `_generate_and_score_completions` of the trainers of GRPO and RLOO."""
+    rng = np.random.default_rng(0)
+    reward = rng.normal(size=(5, 4)).astype(np.float32)
+    scored = np.ones((5, 4), np.float32)
+    if missing:
+        scored[0, 1] = scored[3, 0] = scored[3, 2] = 0
+    theirs = torch.tensor(np.where(scored > 0, reward, np.nan))
+    mean = torch.nanmean(theirs, dim=1, keepdim=True)
+    grpo = (theirs - mean) / (nanstd(theirs, dim=1)[:, None] + 1e-4)
+    there = torch.tensor(scored).sum(1, keepdim=True)
+    others = (torch.nansum(theirs, 1, keepdim=True) - theirs) / (there - 1)
+    ours = jnp.asarray(np.where(scored > 0, reward, 1e9))  # Whatever an error has left there.
+    for estimator, expected in ((ga.standardised, grpo), (ga.leave_one_out, theirs - others)):
+        np.testing.assert_allclose(
+            estimator(ours, jnp.asarray(scored)),
+            torch.nan_to_num(expected, nan=0.0).numpy(),
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "k", "good", "bad"),
+    [(8, 2, 4, 0.5222, -0.1741), (16, 1, 4, 1.7321, -0.1155), (8, 7, 4, 0.0, 0.0)],
+)
+def test_pass_at_k_has_the_published_values(answers, right, k, good, bad):
+    reward = jnp.asarray([[1.0] * right + [0.0] * (answers - right)])
+    advantage = ga.pass_at_k(reward, jnp.ones_like(reward), k=k)[0]
+    np.testing.assert_allclose(advantage[:right], good, atol=1e-4)
+    np.testing.assert_allclose(advantage[right:], bad, atol=1e-4)
+
+
+@pytest.mark.parametrize(("answers", "right", "k"), [(6, 2, 3), (5, 1, 2), (4, 3, 1), (6, 2, 4)])
+def test_pass_at_k_is_the_mean_over_all_sets(answers, right, k):
+    reward = np.array([1.0] * right + [0.0] * (answers - right))
+    sets = list(itertools.combinations(range(answers), k))
+    value = np.array([max(reward[list(s)]) for s in sets])
+    standard = (value - value.mean()) / value.std()
+    expected = [
+        np.mean([v for s, v in zip(sets, standard, strict=True) if i in s]) for i in range(answers)
+    ]
+    advantage = ga.pass_at_k(jnp.asarray(reward)[None], jnp.ones((1, answers)), k=k)[0]
+    np.testing.assert_allclose(advantage, expected, atol=1e-5)
+
+
+def test_pass_at_1_is_the_standard_score():
+    reward = jnp.array([[1.0, 0.0, 0.0, 1.0, 0.0]])
+    advantage = ga.pass_at_k(reward, jnp.ones_like(reward), k=1)
+    np.testing.assert_allclose(advantage, (reward - reward.mean()) / reward.std(), atol=1e-5)
+
+
+def test_k_has_to_fit():
+    with pytest.raises(ValueError, match=r"k=5 is not in \[1, 4\]"):
+        ga.pass_at_k(REWARD, ALL, k=5)
+
+
+@pytest.mark.parametrize("estimator", ga.ESTIMATORS.values(), ids=ga.ESTIMATORS)
+def test_what_is_not_scored_has_no_part(estimator):
+    scored = ALL.at[0, 3].set(0)
+    one = estimator(REWARD, scored)
+    other = estimator(REWARD.at[0, 3].set(jnp.nan), scored)
+    np.testing.assert_array_equal(one, other)
+    assert one[0, 3] == 0 and np.isfinite(one).all()
+    np.testing.assert_array_equal(estimator(REWARD, 0 * ALL), 0 * ALL)
+    assert np.asarray(ga.degenerate(REWARD.at[0, 0].set(jnp.nan), ALL.at[0, 0].set(0)))[0]
