@@ -1,0 +1,91 @@
+"""Flat pictures of coloured shapes on a grid, drawn in pure JAX.
+
+Every object lies within a cell of its own, so that a pixel asks after one object only, however many
+there are: a picture costs the same as one of a single shape in each cell.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+_RGB = np.array(
+    [[220, 40, 40], [40, 170, 60], [50, 80, 230], [230, 210, 50], [170, 60, 190], [235, 235, 235]],
+    np.float32,
+)
+
+
+class Objects(NamedTuple):
+    """What there is in each of the C cells of a grid, row by row; int32 and bool [C].
+
+    Attributes:
+      shape: index into SHAPES.
+      colour: index into COLOURS.
+      there: whether there is an object.
+    """
+
+    shape: jax.Array
+    colour: jax.Array
+    there: jax.Array
+
+
+def draw(rng: jax.Array, objects: Objects, *, rows: int, height: int, width: int) -> jax.Array:
+    """A picture, uint8 [H, W, 3], of `rows` x `rows` cells.
+
+    Places within the cells, sizes, shades and the dark background vary with `rng`; edges are
+    smooth over one pixel.
+
+    Raises:
+      ValueError: the picture is not divisible into cells, or they are smaller than 6 pixels, too
+        few to tell the shapes apart.
+    """
+    if height % rows or width % rows or min(height, width) < 6 * rows:
+        raise ValueError(
+            f"height={height} and width={width} do not divide into {rows}x{rows} cells of at least "
+            f"6 pixels."
+        )
+    place_key, size_key, shade_key, ground_key, noise_key = jax.random.split(rng, 5)
+    cells = rows * rows
+    radius = jax.random.uniform(size_key, (cells,), minval=0.30, maxval=0.42)  # Of a cell.
+    free = 0.5 - radius[:, None] - 0.04
+    centre = 0.5 + free * jax.random.uniform(place_key, (cells, 2), minval=-1.0)
+    shade = jax.random.uniform(shade_key, (cells, 1), minval=0.8, maxval=1.05)
+    colour = jnp.asarray(_RGB)[objects.colour] * shade
+    ground = jax.random.uniform(ground_key, (3,), minval=10.0, maxval=60.0)
+    noise = jax.random.uniform(noise_key, (height, width, 1), minval=-10.0, maxval=10.0)
+
+    def spread(x: jax.Array) -> jax.Array:
+        """Of every cell [C, ...], for all of its pixels: [rows, 1, rows, 1, ...]."""
+        return x.reshape(rows, 1, rows, 1, *x.shape[1:])
+
+    # Pixels are [rows, h, rows, w]: broadcasts, for gathers by pixel take ten times as long.
+    tall, wide = height // rows, width // rows
+    y = jnp.asarray((np.arange(tall) + 0.5) / tall, jnp.float32)[:, None, None]
+    x = jnp.asarray((np.arange(wide) + 0.5) / wide, jnp.float32)
+    size = spread(radius)
+    local_y = (y - spread(centre[:, 0])) / size  # An object fills [-1, 1].
+    local_x = (x - spread(centre[:, 1])) / size
+    covered = _inside(spread(objects.shape), local_y, local_x, tall * size)
+    covered = jnp.where(spread(objects.there), covered, 0.0)[..., None]
+    pixels = covered * spread(colour) + (1 - covered) * ground
+    pixels = pixels.reshape(height, width, 3) + noise
+    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+
+
+def _inside(shape: jax.Array, y: jax.Array, x: jax.Array, radius: jax.Array) -> jax.Array:
+    """How much of each pixel a shape covers, float32; places in radii, the radius in pixels."""
+    ax, ay = jnp.abs(x), jnp.abs(y)
+    distance = jnp.select(
+        [shape == 0, shape == 1, shape == 2],
+        [
+            jnp.sqrt(x * x + y * y) - 1.0,
+            jnp.maximum(ax, ay) - 0.85,
+            # From the tip above to the base below.
+            jnp.maximum((2 * ax - y - 1.0) / 5**0.5, y - 0.9),
+        ],
+        jnp.maximum(jnp.minimum(ax, ay) - 0.3, jnp.maximum(ax, ay) - 0.95),
+    )
+    return jnp.clip(0.5 - distance * radius, 0.0, 1.0)

@@ -1,0 +1,302 @@
+"""Questions about pictures of coloured shapes, with answers that the picture alone decides.
+
+    count     how many red circles ?                           0 .. the most
+    exists    is there a red circle ?                          yes, no
+    colour    what colour is the circle ?                      one of COLOURS
+    shape     what shape is red ?                              one of SHAPES
+    compare   are there more red circles than blue squares ?   yes, no
+    relation  is the red circle left of the blue square ?      yes, no
+
+Whatever the question's text, all of its answers are equally likely: who does not look is at chance.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmrl_jax.tasks.question import Question, Texts, Words, tokenise
+from mmrl_jax.tasks.scenes import COLOURS, SHAPES, Objects, draw
+
+KINDS = ("count", "exists", "colour", "shape", "compare", "relation")
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+)  # fmt: skip
+# Of each kind the last one is kept for the split 'heldout_template'.
+TEMPLATES = {
+    "count": ("how many {as_} ?", "count the {as_} .", "what is the number of {as_} ?"),
+    "exists": ("is there a {a} ?", "can you see a {a} ?", "does the picture show a {a} ?"),
+    "colour": ("what colour is the {s} ?", "name the colour of the {s} .", "the {s} is what ?"),
+    "shape": ("what shape is {c} ?", "name the shape that is {c} .", "the {c} one is what ?"),
+    "compare": (
+        "are there more {as_} than {bs} ?",
+        "do the {as_} outnumber the {bs} ?",
+        "is the number of {as_} greater than that of {bs} ?",
+    ),
+    "relation": (
+        "is the {a} left of the {b} ?",
+        "is the {b} right of the {a} ?",
+        "does the {a} stand to the left of the {b} ?",
+    ),
+}
+SPLITS = ("train", "heldout_pair", "heldout_count", "heldout_layout", "heldout_template")
+PAIRS = len(COLOURS) * len(SHAPES)
+# Colour and shape that no question of the training split is about, and no picture of it shows.
+HELDOUT_PAIR = np.array(
+    [(pair // len(SHAPES) + pair % len(SHAPES)) % 6 == 0 for pair in range(PAIRS)]
+)
+
+
+class Drawn(NamedTuple):
+    """A question before it has a picture.
+
+    Attributes:
+      pairs: int32 [C], colour and shape of a list of objects, as many as there are places.
+      number: int32 [], how many of the list there are.
+      text: int32 [], index among the texts of its kind.
+      answer: int32 [], index among all answers; of 'relation' the places decide.
+    """
+
+    pairs: jax.Array
+    number: jax.Array
+    text: jax.Array
+    answer: jax.Array
+
+
+def _name(pair: int) -> str:
+    return f"{COLOURS[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"
+
+
+def _plural(name: str) -> str:
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def _texts(kind: str) -> list[str]:
+    """Every text of a kind: template by template, then by the first and the second thing."""
+    names = [_name(pair) for pair in range(PAIRS)]
+    things = {
+        "colour": [{"s": shape} for shape in SHAPES],
+        "shape": [{"c": colour} for colour in COLOURS],
+    }.get(kind, [{"a": name, "as_": _plural(name)} for name in names])
+    if kind in ("compare", "relation"):
+        things = [
+            {"a": a, "as_": _plural(a), "b": b, "bs": _plural(b)} for a in names for b in names
+        ]
+    return [template.format(**thing) for template in TEMPLATES[kind] for thing in things]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The task, see `make`.
+
+    Attributes:
+      texts: every question and answer.
+      kinds: of questions, drawn with equal chances.
+      rows: of the grid of places; at most rows * rows objects.
+      height, width: of the pictures, pixels.
+      counts: the least and the most that 'count' asks for, both included.
+      seen: the counts of the training split; those out of it are the split 'heldout_count'.
+      distractors: the most objects that a question is not about.
+    """
+
+    texts: Texts
+    kinds: tuple[str, ...]
+    rows: int
+    height: int
+    width: int
+    counts: tuple[int, int]
+    seen: tuple[int, int]
+    distractors: int
+
+    def sample(self, rng: jax.Array, count: int, split: str) -> Question:
+        """Draws `count` questions of a split; the i-th does not depend on how many.
+
+        Raises:
+          ValueError: there is no such split, or no count is held out.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is none of {SPLITS}.")
+        if split == "heldout_count" and not self._asked(split).size:
+            raise ValueError(
+                f"split='heldout_count', but seen={self.seen} leaves none of counts={self.counts}."
+            )
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
+        images, text, answer, kind = jax.vmap(functools.partial(self._one, split=split))(keys)
+        return self.texts.ask(images, text, answer, kind)
+
+    def _asked(self, split: str) -> np.ndarray:
+        """The counts that a split asks for."""
+        counts = np.arange(self.counts[0], self.counts[1] + 1)
+        known = (counts >= self.seen[0]) & (counts <= self.seen[1])
+        return counts[~known] if split == "heldout_count" else counts[known]
+
+    def _one(self, rng: jax.Array, *, split: str) -> tuple[jax.Array, ...]:
+        """Picture, text, answer and kind of one question."""
+        kind_key, question_key, place_key, draw_key = jax.random.split(rng, 4)
+        chosen = ("count",) if split == "heldout_count" else self.kinds
+        which = jax.random.randint(kind_key, (), 0, len(chosen))
+        branches = [functools.partial(self._draw, kind=kind, split=split) for kind in chosen]
+        drawn = jax.lax.switch(which, branches, question_key)
+        places = self._places(place_key, split)
+        order = jnp.argsort(places)  # Of each cell, which of the list lies there.
+        pair = drawn.pairs[order]
+        objects = Objects(pair % len(SHAPES), pair // len(SHAPES), order < drawn.number)
+        picture = draw(draw_key, objects, rows=self.rows, height=self.height, width=self.width)
+        column = places % self.rows
+        left = jnp.where(column[0] < column[1], self._answer("yes"), self._answer("no"))
+        numbers = np.array([self.kinds.index(kind) for kind in chosen])
+        first = np.cumsum([0] + [len(_texts(kind)) for kind in self.kinds])[numbers]
+        is_relation = jnp.array([kind == "relation" for kind in chosen])[which]
+        return (
+            picture,
+            jnp.asarray(first)[which] + drawn.text,
+            jnp.where(is_relation, left, drawn.answer),
+            jnp.asarray(numbers)[which],
+        )
+
+    def _answer(self, text: str) -> int:
+        return self.texts.answers.index(text)
+
+    def _places(self, rng: jax.Array, split: str) -> jax.Array:
+        """The cell of each of the list, int32 [C]; the first two are in different columns."""
+        cells = self.rows**2
+        half_key, order_key = jax.random.split(rng)
+        score = jax.random.uniform(order_key, (cells,))
+        column = np.arange(cells) % self.rows
+        if split == "heldout_layout":  # All to one side, as far as there is room.
+            right = jax.random.bernoulli(half_key)
+            score += (column >= self.rows / 2) == right
+        places = jnp.argsort(score)
+        apart = jnp.asarray(column)[places] != jnp.asarray(column)[places[0]]
+        second = jnp.argmax(apart)
+        return places.at[1].set(places[second]).at[second].set(places[1])
+
+    def _draw(self, rng: jax.Array, *, kind: str, split: str) -> Drawn:
+        pair_key, number_key, others_key, distractor_key, template_key, side_key = jax.random.split(
+            rng, 6
+        )
+        cells, pairs = self.rows**2, np.arange(PAIRS)
+        known = jnp.asarray(~HELDOUT_PAIR)
+        wanted = jnp.asarray(HELDOUT_PAIR) if split == "heldout_pair" else known
+
+        def pick(key: jax.Array, mask: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+            return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf), shape=shape)
+
+        a_key, b_key = jax.random.split(pair_key)
+        a = pick(a_key, wanted)
+        b = pick(b_key, wanted & (pairs != a))
+        colour, shape = pairs // len(SHAPES), pairs % len(SHAPES)
+        yes = jax.random.bernoulli(side_key).astype(jnp.int32)
+        extra = jax.random.randint(distractor_key, (), 0, self.distractors + 1)
+        yes_no = jnp.where(yes > 0, self._answer("yes"), self._answer("no"))
+        other, number_b = pairs != a, jnp.zeros((), jnp.int32)
+        if kind == "count":
+            number_a = jax.random.choice(number_key, jnp.asarray(self._asked(split)))
+            thing, answer = a, number_a - self.counts[0]
+        elif kind == "exists":
+            # As many objects, whichever the answer is.
+            number_a, extra, thing, answer = yes, extra + 1 - yes, a, yes_no
+        elif kind == "colour":
+            number_a, thing, other = jnp.ones((), jnp.int32), shape_of(a), shape != shape_of(a)
+            answer = self._answer(COLOURS[0]) + colour_of(a)
+        elif kind == "shape":
+            number_a, thing, other = jnp.ones((), jnp.int32), colour_of(a), colour != colour_of(a)
+            answer = self._answer(SHAPES[0]) + shape_of(a)
+        else:
+            thing, other, answer = a * PAIRS + b, (pairs != a) & (pairs != b), yes_no
+            number_a = number_b = jnp.ones((), jnp.int32)
+            if kind == "compare":
+                most = jax.random.randint(number_key, (), 1, self.counts[1] + 1)
+                least = jax.random.randint(others_key, (), 0, most)
+                number_a = jnp.where(yes > 0, most, least)
+                number_b = most + least - number_a
+        listed = jnp.arange(cells)
+        objects = pick(jax.random.fold_in(others_key, 1), known & other, (cells,))
+        objects = jnp.where(listed < number_a + number_b, b, objects)
+        objects = jnp.where(listed < number_a, a, objects)
+        things = len(_texts(kind)) // len(TEMPLATES[kind])
+        last = len(TEMPLATES[kind]) - 1
+        template = jax.random.randint(template_key, (), 0, last)
+        if split == "heldout_template":
+            template = jnp.full((), last)
+        return Drawn(objects, number_a + number_b + extra, template * things + thing, answer)
+
+
+def colour_of(pair: jax.Array) -> jax.Array:
+    """Index into COLOURS of an index of a colour and a shape."""
+    return pair // len(SHAPES)
+
+
+def shape_of(pair: jax.Array) -> jax.Array:
+    """Index into SHAPES of an index of a colour and a shape."""
+    return pair % len(SHAPES)
+
+
+def make(
+    *,
+    kinds: Sequence[str],
+    rows: int,
+    height: int,
+    width: int,
+    counts: tuple[int, int],
+    seen: tuple[int, int],
+    distractors: int,
+    encode_prompt: Callable[[str], Sequence[int]] | None = None,
+    encode_answer: Callable[[str], Sequence[int]] | None = None,
+    pad: int = Words.PAD,
+    image_tokens: int = 0,
+) -> Shapes:
+    """Makes the task.
+
+    Args:
+      kinds: of KINDS.
+      rows: of the grid of places.
+      height: of the pictures, pixels.
+      width: of the pictures, pixels.
+      counts: the least and the most that 'count' asks for.
+      seen: the counts of the training split.
+      distractors: the most objects that a question is not about.
+      encode_prompt: text -> ids with image tokens; by default `image_tokens` of them and `Words`.
+      encode_answer: text -> ids, the stop token as last; by default by `Words`.
+      pad: id that stands for no token.
+      image_tokens: of every picture, for the default.
+
+    Raises:
+      ValueError: an unknown kind, impossible counts, or more objects than places.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kinds has {kind!r}, which is none of {KINDS}.")
+    if not kinds:
+        raise ValueError(f"kinds is empty; choose of {KINDS}.")
+    if not 0 <= counts[0] <= seen[0] <= seen[1] <= counts[1] < len(NUMBERS):
+        raise ValueError(
+            f"counts={counts} and seen={seen} must be 0 <= counts[0] <= seen[0] <= seen[1] <= "
+            f"counts[1] <= {len(NUMBERS) - 1}."
+        )
+    most = max(2 * counts[1] - 1 if "compare" in kinds else counts[1], 2) + distractors
+    if most > rows**2:
+        raise ValueError(
+            f"counts={counts} and distractors={distractors} may want {most} objects, but "
+            f"rows={rows} has {rows**2} places."
+        )
+    prompts = [text for kind in kinds for text in _texts(kind)]
+    answers = list(NUMBERS[counts[0] : counts[1] + 1]) if "count" in kinds else []
+    answers += [*COLOURS, *SHAPES, "yes", "no"]
+    words = Words([*prompts, *answers])
+
+    def ask(text: str) -> list[int]:
+        return [Words.IMAGE] * image_tokens + words.encode(text)
+
+    texts = tokenise(
+        prompts,
+        answers,
+        encode_prompt or ask,
+        encode_answer or (lambda text: [*words.encode(text), Words.STOP]),
+        pad=pad,
+    )
+    return Shapes(texts, tuple(kinds), rows, height, width, counts, seen, distractors)
