@@ -1,7 +1,7 @@
 """What all learners of control policies share: their state and how they run the network."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import chex
 from flax import struct
@@ -16,6 +16,8 @@ from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.types import Metrics, Observation, Params
 
 Apply = Callable[[Params, Observation], PolicyOutput]
+# A learner's state with `params`, `opt_state` and `steps`.
+AnyState = TypeVar("AnyState", bound=Any)
 # Places a minibatch [N, ...] on the mesh; the identity on one device.
 Shard = Callable[[Any], Any]
 
@@ -96,11 +98,11 @@ def auxiliary_losses(
 
 
 def apply_gradients(
-    state: LearnerState,
+    state: AnyState,
     loss: jax.Array,
     gradients: Params,
     optimiser: optax.GradientTransformation,
-) -> tuple[LearnerState, Metrics]:
+) -> tuple[AnyState, Metrics]:
     """One optimiser step, skipped where the loss [] or its gradient is not finite.
 
     Returns:
@@ -120,3 +122,15 @@ def apply_gradients(
         "update/steps": taken,
         "update/skipped": 1 - taken,
     }
+
+
+def over_steps(metrics: Metrics) -> Metrics:
+    """Of metrics [steps], the means [] over the steps taken, and the sums of what counts steps."""
+    taken = metrics["update/steps"]
+
+    def reduce(name: str, x: jax.Array) -> jax.Array:
+        if name.startswith("update/"):
+            return jnp.sum(x)
+        return jnp.sum(jnp.where(taken > 0, x, 0.0)) / jnp.sum(taken)
+
+    return {name: reduce(name, x) for name, x in metrics.items()}

@@ -13,6 +13,7 @@ from mmrl_jax.learners.learner import (
     Shard,
     apply_gradients,
     auxiliary_losses,
+    over_steps,
     run_network,
 )
 from mmrl_jax.models.heads import PolicyOutput
@@ -162,7 +163,7 @@ def update(
     (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )
-    metrics = _over_steps(metrics)
+    metrics = over_steps(metrics)
     metrics["value/explained_variance"] = _explained_variance(batch.value, target, valid)
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
@@ -209,18 +210,6 @@ def _with_advantages(
     if hyperparameters.advantage == "return":
         advantage = advantages.return_advantages(**steps, target=target, discount=discount)
     return batch.replace(value=keep(batch.value)), keep(advantage), keep(target)
-
-
-def _over_steps(metrics: Metrics) -> Metrics:
-    """Of metrics [steps], the means over the steps taken, and the sums of what counts steps."""
-    taken = metrics["update/steps"]
-
-    def reduce(name: str, x: jax.Array) -> jax.Array:
-        if name.startswith("update/"):
-            return jnp.sum(x)
-        return jnp.sum(jnp.where(taken > 0, x, 0.0)) / jnp.sum(taken)
-
-    return {name: reduce(name, x) for name, x in metrics.items()}
 
 
 def _explained_variance(value: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:

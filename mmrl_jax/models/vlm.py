@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmrl_jax.models.encoders import VisionEncoder
 from mmrl_jax.models.language import LanguageModel, causal_mask
 
 
@@ -149,3 +150,18 @@ class VisionLanguageModel(nn.Module):
             is_image = tokens == self.image_token
             prompt = jnp.cumsum(is_image[:, ::-1], axis=1)[:, ::-1] > 0
         return prompt[:, :, None] & (prompt & present)[:, None, :]
+
+
+class PatchVision(nn.Module):
+    """The vision model of small models: pictures of one size, a feature for every patch.
+
+    Attributes:
+      encoder: our own encoder of patches, of the width of the language model.
+    """
+
+    encoder: VisionEncoder
+
+    def __call__(self, pixels: jax.Array) -> VisionFeatures:
+        """Encodes uint8 [B, H, W, 3]."""
+        tokens = self.encoder(pixels, None)
+        return VisionFeatures(tokens, jnp.ones(tokens.shape[:2], bool))

@@ -1,0 +1,180 @@
+"""Policy optimisation from groups of answers: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++.
+
+They differ in the advantage and in the loss alone, see `rl.group_advantages` and `rl.token_losses`:
+
+    questions [B] -> answers [B, G, T] -> rewards [B, G] -> advantages [B, G]
+                                                         -> epochs of minibatch steps
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmrl_jax.learners.learner import Shard, apply_gradients, over_steps
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.rl import group_advantages
+from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
+from mmrl_jax.rollouts.generate import Generated
+from mmrl_jax.tasks.question import Question
+from mmrl_jax.types import Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """GRPO's hyperparameters.
+
+    Attributes:
+      advantage: of `group_advantages.ESTIMATORS`.
+      loss: see there.
+      temperature: at which the answers were drawn.
+      epochs: passes over a batch.
+      minibatches: optimiser steps a pass; must divide B.
+      accumulate: parts of a minibatch whose gradients are added up; must divide B / minibatches.
+    """
+
+    advantage: str
+    loss: TokenLoss
+    temperature: float
+    epochs: int
+    minibatches: int
+    accumulate: int
+
+
+class Experience(NamedTuple):
+    """Answers to B questions, and what came of them.
+
+    Attributes:
+      question: of B samples.
+      answers: [B, G, T].
+      reward: float32 [B, G].
+      scored: float32 [B, G], 0 for answers that could not be scored.
+    """
+
+    question: Question
+    answers: Generated
+    reward: jax.Array
+    scored: jax.Array
+
+
+class _Sample(NamedTuple):
+    question: Question
+    answers: Generated
+    advantage: jax.Array  # [B, G]
+    old: jax.Array  # [B, G, T], log-probs before the update.
+    reference: jax.Array  # [B, G, T]
+
+
+def update(
+    state: TokenState,
+    frozen: Any,
+    experience: Experience,
+    rng: jax.Array,
+    *,
+    policy: TokenPolicy,
+    optimiser: optax.GradientTransformation,
+    hyperparameters: Hyperparameters,
+    shard: Shard = lambda batch: batch,
+) -> tuple[TokenState, Metrics]:
+    """Epochs of minibatch steps on one batch of answers.
+
+    Args:
+      state: the learner, whose parameters drew the answers.
+      frozen: the other half of the model's variables.
+      experience: of B questions.
+      rng: key of the shuffles.
+      policy: the model.
+      optimiser: the one whose state the learner holds.
+      hyperparameters: see there.
+      shard: places a minibatch on the mesh.
+
+    Returns:
+      The new learner, and metrics: means over the optimiser steps that were taken.
+    """
+    h, answers = hyperparameters, experience.answers
+    advantage = group_advantages.ESTIMATORS[h.advantage](experience.reward, experience.scored)
+    drawn = answers.log_probs
+
+    def log_probs(params: Params, sample: Any) -> Any:
+        return policy.log_probs(
+            params,
+            frozen,
+            sample.question,
+            sample.answers.tokens,
+            sample.answers.present,
+            temperature=h.temperature,
+        )
+
+    def in_parts(params: Params) -> jax.Array:
+        """Log-probs of the whole batch, no more of it at a time than a part."""
+        parts = h.minibatches * h.accumulate
+        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), experience)
+        found = jax.lax.map(lambda part: log_probs(params, part).log_prob, cut)
+        return found.reshape(drawn.shape)
+
+    old = drawn if h.loss.max_correction is None else in_parts(state.params)
+    reference = in_parts(state.reference) if h.loss.kl_weight else jnp.zeros_like(drawn)
+    samples = _Sample(experience.question, answers, advantage, old, reference)
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    def part_loss(
+        params: Params, part: _Sample, whole: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+        """The part's share of the loss of a minibatch, whose divisor is `whole`."""
+        found = log_probs(params, part)
+        mask = flat(part.answers.present).astype(jnp.float32)
+        sums = token_loss_sums(
+            flat(found.log_prob),
+            flat(part.old),
+            flat(part.advantage),
+            mask,
+            h.loss,
+            reference_log_prob=flat(part.reference),
+            rollout_log_prob=flat(part.answers.log_probs),
+        )
+        entropy = jnp.sum(jnp.where(mask > 0, flat(found.entropy), 0.0))
+        return sums.loss / whole, (sums.metrics | {"policy/entropy": entropy}, sums.tokens)
+
+    def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
+        minibatch = shard(jax.tree.map(lambda x: x[indices], samples))
+        mask = flat(minibatch.answers.present).astype(jnp.float32)
+        whole = jnp.maximum(divisor(mask, h.loss.reduction), 1.0)
+        gradient = jax.value_and_grad(part_loss, has_aux=True)
+
+        def add(total: Any, part: _Sample) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.params, part, whole)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(h.accumulate, -1, *x.shape[1:]), minibatch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradient, state.params, first, whole),
+        )
+        ((loss, (metrics, tokens)), gradients), _ = jax.lax.scan(add, zeros, parts)
+        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
+        means = {name: x / jnp.maximum(tokens, 1.0) for name, x in metrics.items()}
+        return state, means | {"loss/policy": loss} | step_metrics
+
+    batch = len(advantage)
+    keys = jax.random.split(rng, h.epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, batch))(keys)
+    order = order.reshape(h.epochs * h.minibatches, batch // h.minibatches)
+    state, metrics = jax.lax.scan(take_step, state, order)
+    return state, over_steps(metrics) | describe(experience)
+
+
+def describe(experience: Experience) -> Metrics:
+    """What the answers of an update were like."""
+    reward, scored = experience.reward, experience.scored
+    mean = jnp.sum(jnp.where(scored > 0, reward, 0.0)) / jnp.maximum(jnp.sum(scored), 1.0)
+    present = experience.answers.present.astype(jnp.float32)
+    degenerate = group_advantages.degenerate(reward, scored)
+    return {
+        "answer/reward": mean,
+        "answer/length": jnp.mean(jnp.sum(present, axis=-1)),
+        "answer/degenerate_groups": jnp.mean(degenerate.astype(jnp.float32)),
+    }
