@@ -191,7 +191,7 @@ def test_an_interrupted_run_goes_on_bitwise(trained, tmp_path):
 
 def test_what_acts_can_be_stored_and_restored_without_the_optimiser(trained):
     _, config, _, result, _ = trained
-    like = factory.stored_learner(config)
+    like = factory.stored_learner(config).without_optimiser()
     learner = result.carry.learner.without_optimiser()
     assert jax.tree.structure(learner) == jax.tree.structure(like)
     described = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (learner, like)]
