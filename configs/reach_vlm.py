@@ -7,7 +7,7 @@ prompt is that of SmolVLM-Instruct; other models want `--config.model.prompt`.
 
 Command:   python -m experiments.train --config=configs/reach_vlm.py --workdir=runs/reach_vlm
                --config.model.directory=DIRECTORY
-Hardware:  meant for one GPU; a tiny random model trains on two CPU cores (tests/test_loop.py).
+Hardware:  meant for one GPU; a tiny random model trains on two CPU cores (make test-slow).
 Time:      not run
 Result:    not run
 """

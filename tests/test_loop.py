@@ -87,7 +87,11 @@ def bitwise_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    # tests/test_vlm_policy.py trains such a model faster.
+    [pytest.param(n, marks=pytest.mark.slow) if n == "reach_vlm" else n for n in tiny.CONFIGS],
+)
 def test_every_config_trains(name, tmp_path):
     config = tiny.config(name)
     if config.model.kind == "vlm":
