@@ -16,7 +16,7 @@ from mmrl_jax import envs
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.rl import normalisation
 from mmrl_jax.training import checkpoint, factory, loop, metrics
-from tests import tiny
+from tests import processors, tiny
 
 
 def stage_of(config, devices: int = 1) -> loop.Stage:
@@ -87,9 +87,15 @@ def bitwise_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    # tests/test_vlm_policy.py trains such a model faster.
+    [pytest.param(n, marks=pytest.mark.slow) if n == "reach_vlm" else n for n in tiny.CONFIGS],
+)
 def test_every_config_trains(name, tmp_path):
     config = tiny.config(name)
+    if config.model.kind == "vlm":
+        config.model.directory = processors.save_model("smolvlm", tmp_path / "model")
     trained = train(config, tmp_path)
     result = trained.warm_start if config.algorithm == "bc" else trained.ppo
     assert result.updates == 4 and not result.interrupted

@@ -10,97 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
-import tokenizers
-import transformers
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from mmrl_jax.pretrained import hub, processing
 from mmrl_jax.pretrained.families import vlm
+from tests.processors import FAMILIES
 
-TEXT = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-SPLIT = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
-SPECIAL = ["<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"]
-SPECIAL += ["<end_of_utterance>"]
-SPECIAL += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
-
-
-def tokenizer():
-    """Of bytes, whose two line ends in a row are one token, and which puts <s> first."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate([*letters, "ĊĊ"])}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ċ", "Ċ")]))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.add_special_tokens(SPECIAL)
-    start = inner.token_to_id("<s>")
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", start)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-
-
-def idefics3(images, config):
-    words = tokenizer()
-    token = words.convert_tokens_to_ids("<image>")
-    config = getattr(transformers, config)(
-        text_config=TEXT | {"model_type": "llama"},
-        vision_config=VISION,
-        scale_factor=2,
-        image_token_id=token,
-    )
-    # SmolVLM's processor needs a package for videos; it treats images as Idefics3's does.
-    return transformers.Idefics3Processor(images, words, image_seq_len=4), config
-
-
-def paligemma():
-    words = tokenizer()
-    words.add_bos_token = False
-    config = transformers.PaliGemmaConfig(
-        text_config=TEXT | {"model_type": "gemma"},
-        vision_config=VISION | {"model_type": "siglip_vision_model"},
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        projection_dim=16,
-    )
-    images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_seq_length=16)
-    return transformers.PaliGemmaProcessor(images, words), config
-
-
-def llava(**images):
-    words = tokenizer()
-    config = transformers.LlavaConfig(
-        text_config=TEXT | {"model_type": "llama"},
-        vision_config=VISION | {"model_type": "clip_vision_model"},
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-    )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **images
-    )
-    processor = transformers.LlavaProcessor(
-        images,
-        words,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    return processor, config
-
-
-FAMILIES = {
-    "idefics3": lambda: idefics3(Idefics3ImageProcessorPil(**SPLIT), "Idefics3Config"),
-    "idefics3_whole": lambda: idefics3(
-        Idefics3ImageProcessorPil(**SPLIT, do_image_splitting=False), "Idefics3Config"
-    ),
-    "smolvlm": lambda: idefics3(SmolVLMImageProcessorPil(**SPLIT), "SmolVLMConfig"),
-    "paligemma": paligemma,
-    "llava": llava,
-}
 RESIZE = processing.resize
 SIZES = [(48, 80), (80, 60), (32, 32), (21, 96)]
 

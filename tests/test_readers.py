@@ -78,6 +78,7 @@ def test_an_unknown_instruction_gives_no_features():
     assert np.isnan(reader(tokens, tokens != 0)[0]).all()
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_count_stop_no_update():
     config = small(text_encoder="minilm")
     config.ppo.unroll = config.env.options.episode_length + 1  # The last step only resets.
@@ -86,6 +87,14 @@ def test_steps_that_do_not_count_stop_no_update():
     _, metrics = loop.make_dispatch(stage.update, 1, shardings)(carry, None)
     assert float(metrics["rollout/valid_fraction"]) == pytest.approx(16 / 17)
     assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (2, 0)
+
+
+def test_no_instruction_at_all_is_finite():
+    # Learners put zeros in place of what is observed at a step that only resets.
+    vocabulary = factory.make_env(small()).vocabulary
+    reader = readers.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
+    tokens = jnp.zeros((1, vocabulary.length), jnp.int32)
+    assert np.isfinite(reader(tokens, tokens != 0)[0]).all()
 
 
 def test_the_policy_reads_what_the_encoder_says():
@@ -122,6 +131,10 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
         inputs = torch.tensor(np.moveaxis(pixels, -1, 1), dtype=torch.float32)
         expected = theirs(inputs).last_hidden_state.numpy()[:, 1:]
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+    # Who evaluates a run asks for its learner's shapes before anything else.
+    readers.vision_encoder.cache_clear()
+    shapes = jax.tree.map(jnp.shape, factory.stored_learner(config).params)
+    assert shapes == jax.tree.map(jnp.shape, learner.params)
     # Where to point is asked of its 3x3 patches.
     output = factory.make_apply(config, env)(learner.params, obs)
     assert output.auxiliary["target_pixel"].shape == (2, 3, 3)

@@ -17,12 +17,12 @@ FAST = {"env__name": "brax:fast", "env__options": {"episode_length": 10}}
 def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.ConfigDict:
     """configs/<name>.py, shrunk; overrides are given as group__field=value."""
     tiny = config_lib.load_config(f"configs/{name}.py")
-    if tiny.model.kind == "multimodal":
+    if tiny.model.kind != "mlp":
         tiny.env.height = tiny.env.width = 16
         tiny.model.width, tiny.model.layers, tiny.model.heads = 16, 1, 2
         tiny.model.patch_hidden = 16
     if "episode_length" in tiny.env.options:  # `recall` is of one length, and has no such option.
-        tiny.env.options.episode_length = 16 if tiny.model.kind == "multimodal" else 10
+        tiny.env.options.episode_length = 10 if tiny.model.kind == "mlp" else 16
     warm = tiny.warm_start
     warm.updates = min(warm.updates, 4)
     warm.episodes, warm.batch_size = 8, 16

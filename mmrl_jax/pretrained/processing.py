@@ -111,7 +111,7 @@ class Processor:
         present: np.ndarray,
         size: Size,
         *,
-        length: int,
+        length: int | None,
         side: Literal["left", "right"],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [B, length], and bool [B, length], which tells them from padding.
@@ -120,7 +120,7 @@ class Processor:
           texts: B prompts, with a mark for every image.
           present: bool [B, I], which of I images each sample has.
           size: of the images.
-          length: tokens with padding.
+          length: tokens with padding; None for as many as the longest prompt has.
           side: of the padding.
 
         Raises:
@@ -130,8 +130,7 @@ class Processor:
         plan = self.family.plan(self.image, size)
         count = self.family.tokens(self.config, self.image, plan.tile)
         expanded = self.family.expand(plan, self.mark * count)
-        tokens = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
-        there = np.zeros((len(texts), length), bool)
+        rows = []
         for i, text in enumerate(texts):
             if text.count(self.mark) != np.sum(present[i]):
                 raise ValueError(
@@ -140,9 +139,15 @@ class Processor:
                 )
             text = self.family.complete(self.tokenizer, text, self.mark)
             text = text.replace(self.mark, expanded)
-            ids = self.tokenizer(text, add_special_tokens=self.family.special)["input_ids"]
-            if len(ids) > length:
-                raise ValueError(f"Prompt {i} has {len(ids)} tokens, more than length={length}.")
+            rows.append(self.tokenizer(text, add_special_tokens=self.family.special)["input_ids"])
+            if length is not None and len(rows[i]) > length:
+                raise ValueError(
+                    f"Prompt {i} has {len(rows[i])} tokens, more than length={length}."
+                )
+        length = max(map(len, rows)) if length is None else length
+        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int32)
+        there = np.zeros((len(rows), length), bool)
+        for i, ids in enumerate(rows):
             where = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
             tokens[i, where], there[i, where] = ids, True
         features = (plan.rows * plan.columns + 1) * self.features

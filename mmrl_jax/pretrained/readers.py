@@ -1,8 +1,13 @@
-"""Pretrained encoders as parts of control policies: sentence encoders and vision towers."""
+"""Pretrained models as control policies or parts of them.
+
+Sentence encoders, vision towers, and whole vision-language models.
+"""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple, cast
 
@@ -11,8 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmrl_jax.models.tiles import TiledVision, Tiles
 from mmrl_jax.models.towers import Pictures, VisionTower
-from mmrl_jax.pretrained import hub, packages
+from mmrl_jax.models.vlm import VisionLanguageModel
+from mmrl_jax.pretrained import hub, packages, processing
+from mmrl_jax.pretrained.families import vlm
 
 # (tokens int32 [B, L], mask bool [B, L]) -> features [B, L', E], present bool [B, L'].
 Reader = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -39,25 +47,36 @@ def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, 
       ImportError, ValueError: see `packages.minilm`, `hub.load_text_tower`.
     """
     features, present = read(encoder, sentences)
-    tokens = [[words.index(word) + 1 for word in sentence.split()] for sentence in sentences]
-    known = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
-    for row, ids in zip(known, tokens, strict=True):
-        row[: len(ids)] = ids
+    find = _finder(sentences, words)
 
     def reader(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        said = jnp.where(mask, tokens, 0)
-        length = max(said.shape[1], known.shape[1])
-        said = jnp.pad(said, ((0, 0), (0, length - said.shape[1])))
-        table = np.pad(known, ((0, 0), (0, length - known.shape[1])))
-        same = jnp.all(said[:, None] == table, axis=-1)
-        index = jnp.argmax(same, axis=1)
-        found = jnp.asarray(features)[index]
-        silent = ~jnp.any(mask, axis=1)
-        otherwise = jnp.where(silent, 0.0, jnp.nan)[:, None, None]
-        found = jnp.where(jnp.any(same, axis=1)[:, None, None], found, otherwise)
-        return found, jnp.asarray(present)[index] & ~silent[:, None]
+        index, known = find(tokens, mask)
+        found = jnp.where(known[:, None, None], jnp.asarray(features)[index], jnp.nan)
+        return found, jnp.asarray(present)[index]
 
     return reader
+
+
+def _finder(sentences: Sequence[str], words: Sequence[str]) -> Reader:
+    """(tokens, mask) -> index int32 [B] of the sentence, and bool [B], whether it is one of them.
+
+    Padding alone counts as the first: learners put zeros in place of observations that do not
+    count, and one that is NaN would spoil the gradient of all others.
+    """
+    tokens = [[words.index(word) + 1 for word in sentence.split()] for sentence in sentences]
+    rows = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
+    for row, ids in zip(rows, tokens, strict=True):
+        row[: len(ids)] = ids
+
+    def find(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        said = jnp.where(mask, tokens, 0)
+        length = max(said.shape[1], rows.shape[1])
+        said = jnp.pad(said, ((0, 0), (0, length - said.shape[1])))
+        table = np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
+        same = jnp.all(said[:, None] == table, axis=-1)
+        return jnp.argmax(same, axis=1), jnp.any(same, axis=1) | ~jnp.any(said, axis=1)
+
+    return find
 
 
 def read(encoder: str, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -100,3 +119,93 @@ def vision_encoder(directory: str, dtype: jnp.dtype, remat: bool) -> Encoder:
         kept.pop("norm")
     module = Pictures(tower, tuple(how["image_mean"]), tuple(how["image_std"]))
     return Encoder(module, {"tower": kept})
+
+
+class ControlModel(NamedTuple):
+    """What `VLMPolicy` needs of a vision-language model.
+
+    Attributes:
+      model: the module.
+      pictures: frames uint8 [B, 1, H, W, 3] to the tiles that it sees, a pure function.
+      prompts: instructions to its tokens int32 [B, S] and bool [B, S], where they are.
+      grid: its image features are a square grid over the whole frame.
+    """
+
+    model: VisionLanguageModel
+    pictures: Callable[[jax.Array], Tiles]
+    prompts: Reader
+    grid: bool
+
+
+@functools.lru_cache(maxsize=2)
+def vision_language_model(
+    directory: str,
+    prompt: str,
+    sentences: tuple[str, ...],
+    words: tuple[str, ...],
+    size: tuple[int, int],
+    dtype: jnp.dtype,
+    remat: bool,
+) -> ControlModel:
+    """A vision-language model behind an environment that knows a closed set of sentences.
+
+    All prompts are made once, here; in the policy an instruction's is looked up. Parameters are
+    not read, see `vision_language_params`.
+
+    A frame is seen as one tile: Idefics3 and SmolVLM would enlarge it to their longest edge and cut
+    it into many, which show nothing more of a small frame and cost as much each.
+
+    Args:
+      directory: local, in the hub's format, see `processing.load_processor`.
+      prompt: what the model reads, with '{image}' and '{instruction}'.
+      sentences: every instruction, of `words`.
+      words: word i has token i + 1; 0 is padding.
+      size: of a frame, height and width in pixels.
+      dtype: of the computation.
+      remat: recompute each block's activations in the backward pass.
+
+    Returns:
+      See there. The prompt of an unknown instruction has no image token, so that what is made of it
+      is NaN.
+
+    Raises:
+      ValueError: the family is not supported, or image tokens and features disagree.
+    """
+    processor = processing.load_processor(directory)
+    image = processor.image
+    if "max_image_size" in image:
+        processor = dataclasses.replace(processor, image={**image, "size": image["max_image_size"]})
+    texts = [
+        prompt.replace("{image}", processor.mark).replace("{instruction}", sentence)
+        for sentence in sentences
+    ]
+    ids, present = processor.prompts(
+        texts, np.ones((len(texts), 1), bool), size, length=None, side="right"
+    )
+    config = hub.read_config(directory)
+    model = vlm.FAMILIES[config["model_type"]](config, (), dtype, remat).model
+    # Without an output layer of its own, for no token is predicted.
+    model = model.clone(language=model.language.clone(tied=True))
+    nothing = int(model.image_token == 0)  # Any other token.
+    find = _finder(sentences, words)
+
+    def prompts(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        index, known = find(tokens, mask)
+        found = jnp.where(known[:, None], jnp.asarray(ids)[index], nothing)
+        return found, jnp.asarray(present)[index]
+
+    plan = processor.family.plan(processor.image, size)
+    features = cast(TiledVision, model.vision).features_per_tile()
+    grid = plan.resizes[-1] == plan.tile and math.isqrt(features) ** 2 == features
+    return ControlModel(model, processor.pixels, prompts, grid)
+
+
+def vision_language_params(directory: str) -> Any:
+    """The pretrained parameters of `vision_language_model`, float32.
+
+    Raises:
+      ValueError: see `hub.load_vision_language_model`.
+    """
+    params = dict(hub.load_vision_language_model(directory).params["params"])
+    language = {name: x for name, x in params["language"].items() if name != "head"}
+    return params | {"language": language}

@@ -24,9 +24,11 @@ from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
+from mmrl_jax.models import lora
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
+from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import readers
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
@@ -35,7 +37,7 @@ from mmrl_jax.training.config import Field, anything, between, non_negative, one
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
-MODELS = ("multimodal", "mlp")
+MODELS = ("multimodal", "vlm", "mlp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 SCHEMA: config_lib.Schema = {
@@ -51,7 +53,12 @@ SCHEMA: config_lib.Schema = {
         "options": anything(dict, "further arguments of the environment"),
     },
     "model": {
-        "kind": one_of(MODELS, "'mlp' sees proprioception only"),
+        "kind": one_of(
+            MODELS,
+            "'vlm' is a whole vision-language model, of which 'directory', 'prompt', 'auxiliary', "
+            "'pointing', 'frozen', 'lora', 'dtype' and 'remat' are read; 'mlp' sees "
+            "proprioception only",
+        ),
         "width": positive(int, "of the tokens"),
         "layers": positive(int, "blocks of the fusion stack"),
         "heads": positive(int, "attention heads; must divide the width"),
@@ -72,9 +79,26 @@ SCHEMA: config_lib.Schema = {
         "vision_encoder": anything(
             (str, type(None)), "directory of CLIP or SigLIP, that sees the pictures"
         ),
-        "frozen": anything(
-            (str, type(None)), "pattern of the paths of parameters that are not trained"
+        "directory": anything(
+            (str, type(None)), "of Idefics3, SmolVLM, PaliGemma or LLaVA, for kind 'vlm'"
         ),
+        "prompt": Field(
+            str,
+            lambda x: x.count("{image}") == x.count("{instruction}") == 1,
+            "a text with one '{image}' and one '{instruction}'",
+            "that kind 'vlm' reads",
+        ),
+        "frozen": anything(
+            (str, type(None)),
+            "pattern of the paths of parameters that are not trained; adapters always are",
+        ),
+        "lora": {
+            "pattern": anything(
+                (str, type(None)), "of the paths of layers that get adapters; None for no adapters"
+            ),
+            "rank": positive(int, "of the adapters"),
+            "alpha": positive(float, "what adapters add is scaled by alpha / rank"),
+        },
         "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
         "remat": anything(bool, "recompute activations in the backward pass"),
     },
@@ -160,12 +184,19 @@ def check(config: ml_collections.ConfigDict) -> None:
                     f"model.{name}={model[name]!r}, but model.kind='mlp' reads and sees nothing; "
                     f"set it to None, or model.kind='multimodal'."
                 )
+    elif not env.height or not env.width:
+        raise ValueError(
+            f"env.height={env.height}, env.width={env.width}: model.kind={model.kind!r} needs "
+            f"pixels; give both a size, or model.kind='mlp'."
+        )
+    if model.kind == "vlm":
+        _check_vlm(config)
+    elif model.directory is not None:
+        raise ValueError(
+            f"model.directory={model.directory!r}, but model.kind={model.kind!r} is no pretrained "
+            f"model; set it to None, or model.kind='vlm'."
+        )
     if model.kind == "multimodal":
-        if not env.height or not env.width:
-            raise ValueError(
-                f"env.height={env.height}, env.width={env.width}: the multimodal model needs "
-                f"pixels; give both a size, or model.kind='mlp'."
-            )
         if env.height % model.patch or env.width % model.patch:
             raise ValueError(
                 f"env.height={env.height} and env.width={env.width} are not both divisible by "
@@ -201,8 +232,29 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"warm_start.updates={warm.updates}, but env.name={env.name!r} has no scripted expert; "
             f"set warm_start.updates to 0."
         )
-    if model.kind == "multimodal":
+    if model.kind != "mlp":
         _check_observation(config)
+
+
+def _check_vlm(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for what a whole vision-language model needs, or cannot do."""
+    model = config.model
+    if model.directory is None:
+        raise ValueError(
+            "model.directory=None, but model.kind='vlm' is read from a local directory in the "
+            "hub's format; name it."
+        )
+    if config.env.history != 1:
+        raise ValueError(
+            f"env.history={config.env.history}, but model.kind='vlm' sees one frame; set "
+            f"env.history to 1, or model.kind='multimodal'."
+        )
+    for name in ("text_encoder", "vision_encoder"):
+        if model[name] is not None:
+            raise ValueError(
+                f"model.{name}={model[name]!r}, but model.kind='vlm' reads and sees by itself; set "
+                f"it to None, or model.kind='multimodal'."
+            )
 
 
 def _check_observation(config: ml_collections.ConfigDict) -> None:
@@ -218,7 +270,7 @@ def _check_observation(config: ml_collections.ConfigDict) -> None:
     if "instruction" not in state.obs:
         raise ValueError(
             f"env.name={config.env.name!r} with env.options={config.env.options.to_dict()} gives "
-            f"no instruction, which the multimodal model needs; give one in env.options."
+            f"no instruction, which model.kind={model.kind!r} needs; give one in env.options."
         )
     there = {name: x.shape[1:] for name, x in state.info["privileged"].items()}
     for name, shape in wanted.items():
@@ -252,6 +304,9 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     m = config.model
     if m.kind == "mlp":
         return MLPPolicy(kind=env.action_kind, actions=env.action_size)
+    auxiliary = tuple((name, size) for name, size in m.auxiliary)
+    if m.kind == "vlm":
+        return _vlm_policy(config, env, auxiliary)
     text_encoder = vision_encoder = None
     if m.text_encoder is not None:
         vocabulary = env.vocabulary
@@ -275,12 +330,41 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
         text_layers=m.text_layers,
         film=m.film,
         fusion=m.fusion,
-        auxiliary=tuple((name, size) for name, size in m.auxiliary),
+        auxiliary=auxiliary,
         pointing=m.pointing,
         text_encoder=text_encoder,
         vision_encoder=vision_encoder,
         dtype=DTYPES[m.dtype],
         remat=m.remat,
+    )
+
+
+def _vlm_policy(
+    config: ml_collections.ConfigDict, env: Env, auxiliary: tuple[tuple[str, int], ...]
+) -> VLMPolicy:
+    m, size = config.model, (config.env.height, config.env.width)
+    read = readers.vision_language_model(
+        m.directory,
+        m.prompt,
+        env.vocabulary.sentences,
+        env.vocabulary.words,
+        size,
+        DTYPES[m.dtype],
+        m.remat,
+    )
+    if m.pointing is not None and not read.grid:
+        raise ValueError(
+            f"model.pointing={m.pointing!r}, but the features of {m.directory} are no square grid "
+            f"over a whole frame of {size}; set it to None, or give square frames."
+        )
+    return VLMPolicy(
+        kind=env.action_kind,
+        actions=env.action_size,
+        vlm=read.model,
+        pictures=read.pictures,
+        prompts=read.prompts,
+        auxiliary=auxiliary,
+        pointing=m.pointing,
     )
 
 
@@ -300,30 +384,59 @@ def make_apply(config: ml_collections.ConfigDict, env: Env) -> Apply:
     return apply
 
 
+def _name(path: tuple[Any, ...]) -> tuple[str, str]:
+    """A leaf's collection and its path within, 'params' and 'vision_encoder/tower/norm/scale'."""
+    collection, _, name = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
+    return collection, name
+
+
 def _matches(path: tuple[Any, ...], pattern: str) -> bool:
-    """Whether the pattern fits a parameter's whole path, 'vision_encoder/tower/norm/scale'."""
-    return re.fullmatch(pattern, "/".join(key.key for key in path[1:])) is not None
+    """Whether a leaf is a parameter, and no adapter, whose whole path the pattern fits."""
+    collection, name = _name(path)
+    return collection == "params" and re.fullmatch(pattern, name) is not None
 
 
 def fresh_learner(
     config: ml_collections.ConfigDict, env: Env, optimiser: optax.GradientTransformation
 ) -> LearnerState:
-    """A learner with newly initialised parameters."""
+    """A learner whose parameters are newly initialised, pretrained ones read from their directory.
+
+    Frozen ones are among the parameters too, without a state of the optimiser: a checkpoint is
+    complete, and needs no directory to have stayed as it was.
+    """
+    m = config.model
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
     observation = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
-    params = jax.jit(make_network(config, env).init)(key, zeros)
-    if config.model.vision_encoder is not None:
-        loaded = readers.vision_encoder(
-            config.model.vision_encoder, DTYPES[config.model.dtype], config.model.remat
-        ).params
-        params = {"params": params["params"] | {"vision_encoder": loaded}}
-    frozen = config.model.frozen
+    loaded = {}
+    with jax.ensure_compile_time_eval():  # Numbers, where only shapes are asked for too.
+        if m.kind == "vlm":
+            loaded["vlm"] = readers.vision_language_params(m.directory)
+        elif m.vision_encoder is not None:
+            loaded["vision_encoder"] = readers.vision_encoder(
+                m.vision_encoder, DTYPES[m.dtype], m.remat
+            ).params
+        network = make_network(config, env)
+
+    @jax.jit
+    def draw(key: jax.Array) -> dict[str, Any]:
+        # What is loaded is not returned, and so not drawn either.
+        drawn = network.init(key, zeros)["params"]
+        return {name: x for name, x in drawn.items() if name not in loaded}
+
+    params: dict[str, Any] = {"params": draw(key) | loaded}
+    if m.lora.pattern is not None:
+        group = lora.LoraGroup(m.lora.pattern, m.lora.rank, m.lora.alpha)
+        try:
+            params["lora"] = lora.init(jax.random.fold_in(key, 1), params["params"], [group])
+        except ValueError as error:
+            raise ValueError(f"model.lora.pattern: {error}") from error
+    frozen = m.frozen
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if frozen is not None and not any(_matches(path, frozen) for path in paths):
         raise ValueError(
             f"model.frozen={frozen!r} is the whole path of no parameter; these are: "
-            + ", ".join("/".join(key.key for key in path[1:]) for path in paths)
+            + ", ".join(_name(path)[1] for path in paths)
         )
     return learner_lib.init(
         params, optimiser=optimiser, proprio_size=observation["proprio"].shape[-1]
@@ -637,7 +750,7 @@ def _with_std(params: Any, std: float) -> Any:
     """Parameters with the policy head's log std set; those without one as they are."""
 
     def visit(path: tuple, x: jax.Array) -> jax.Array:
-        return jnp.full_like(x, np.log(std)) if path[-1].key == "log_std" else x
+        return jnp.full_like(x, np.log(std)) if _name(path)[1].endswith("/log_std") else x
 
     return jax.tree_util.tree_map_with_path(visit, params)
 

@@ -1,0 +1,271 @@
+"""A whole vision-language model as a control policy."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import reach_ppo
+from mmrl_jax.models.transformer import Transformer
+from mmrl_jax.pretrained import hub, readers
+from mmrl_jax.training import factory, loop
+from tests import processors
+
+ADAPTED = {"pattern": r"vlm/language/.*/(query|value)", "rank": 2}
+OURS = {"proprio", "readout", "policy_head", "value_head", "auxiliary_target_place", "pointing"}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    @functools.cache
+    def written(family):
+        return processors.save_model(family, tmp_path_factory.mktemp(family))
+
+    return written
+
+
+def small(directory, **changes):
+    config = reach_ppo.get_config()
+    config.env.height = config.env.width = 16
+    config.model.update(kind="vlm", directory=directory, **changes)
+    config.warm_start.updates = 0
+    config.ppo.update(num_envs=4, unroll=17, minibatches=2)
+    config.run.updates = 2
+    config.run.checkpoint_interval = 1
+    return config
+
+
+def parts(config, optimiser=None):
+    """An environment, a learner, and its policy and what it observes, compiled."""
+    factory.check(config)
+    env = factory.make_env(config)
+    learner = factory.fresh_learner(config, env, optimiser or factory.adam(1e-3, 1.0))
+    obs = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(0), 2)).obs
+    apply = jax.jit(factory.make_apply(config, env))
+    return env, learner, obs, lambda obs: apply(learner.params, obs)
+
+
+def say(env, obs, *texts):
+    tokens = jnp.asarray(np.stack([env.vocabulary.encode(text) for text in texts]))
+    return obs | {"instruction": {"tokens": tokens, "mask": tokens != 0}}
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava", "paligemma"])
+def test_picture_instruction_and_joints_change_what_it_does(family, directories):
+    config = small(directories(family))
+    env, learner, obs, policy = parts(config)
+    assert set(learner.params["params"]) == OURS | {"vlm"}
+    obs = say(env, obs, "touch the red ball", "touch the red ball")
+    other = say(env, obs, "touch the blue can", "touch the red ball")
+    first = policy(obs)
+    # The whole frame is a square of features: 4x4 patches, of which SmolVLM joins 2x2.
+    edge = 2 if family == "smolvlm" else 4
+    assert first.auxiliary["target_pixel"].shape == (2, edge, edge)
+    assert first.auxiliary["target_place"].shape == (2, 2)
+
+    def moved(obs):
+        output = policy(obs)
+        means = np.asarray(output.distribution.mean - first.distribution.mean)
+        assert np.isfinite(means).all() and np.isfinite(output.value).all()
+        assert (np.abs(output.value - first.value) > 1e-6).tolist() == [
+            bool(x) for x in np.abs(means).max(axis=1) > 1e-6
+        ]
+        return (np.abs(means).max(axis=1) > 1e-6).tolist()
+
+    assert moved(obs | {"pixels": obs["pixels"].at[0].set(255)}) == [True, False]
+    assert moved(obs | {"proprio": obs["proprio"].at[1].add(1.0)}) == [False, True]
+    assert moved(other) == [True, False]
+
+
+def test_the_model_reads_the_prompt_of_its_processor(directories):
+    # The readouts come after the prompt and change nothing before them: what the stack makes of
+    # the prompt's tokens is what the pretrained model makes of them.
+    directory = directories("smolvlm")
+    config = small(directory, prompt="Now {instruction}: {image}.")
+    env, learner, obs, _ = parts(config)
+    obs = say(env, obs, "touch the red ball", "move to the cube that is green")
+    network = factory.make_network(config, env)
+
+    def stack(module, name):
+        return isinstance(module, Transformer) and module.name == "stack"
+
+    capture = {"capture_intermediates": stack, "mutable": ["intermediates"]}
+    _, state = jax.jit(functools.partial(network.apply, **capture))(learner.params, obs)
+    found = state["intermediates"]["vlm"]["language"]["stack"]["__call__"][0]
+
+    model, variables, _ = hub.load_vision_language_model(directory)
+    processor = readers.processing.load_processor(directory)
+    # A frame is one tile of 32 pixels.
+    processor = dataclasses.replace(
+        processor, image={**processor.image, "size": {"longest_edge": 32}}
+    )
+    texts = [f"Now {env.vocabulary.decode(t)}: <image>." for t in obs["instruction"]["tokens"]]
+    there = np.ones((2, 1), bool)
+    tokens, present = processor.prompts(texts, there, (16, 16), length=None, side="right")
+    assert tokens.shape[1] == max(present.sum(axis=1)) and present.sum(axis=1).min() > 20
+    images = processor.pixels(obs["pixels"][:, None])
+    assert images.pixels.shape[1:3] == (1, 32)
+    apply = jax.jit(functools.partial(model.apply, **capture))
+    _, state = apply(variables, tokens, present, images)
+    expected = state["intermediates"]["language"]["stack"]["__call__"][0]
+    np.testing.assert_allclose(
+        found[:, : tokens.shape[1]][present], expected[present], rtol=2e-4, atol=2e-4
+    )
+
+
+def test_a_readout_is_read_by_nobody_else_and_reads_everything(directories):
+    env, learner, obs, _ = parts(small(directories("smolvlm")))
+    network = factory.make_network(small(directories("smolvlm")), env)
+
+    def outputs(readout):
+        params = {"params": learner.params["params"] | {"readout": readout}}
+        output = network.apply(params, obs)
+        return output.distribution.mean, output.value
+
+    jacobian = jax.jit(jax.jacrev(outputs))(learner.params["params"]["readout"])
+    mean, value = (np.abs(x).reshape(-1, *x.shape[-2:]).max(axis=(0, 2)) for x in jacobian)
+    assert mean[0] > 0 and mean[1] == 0
+    assert value[0] == 0 and value[1] > 0
+
+
+def test_an_unknown_instruction_is_nan_and_none_at_all_is_not(directories):
+    env, _, obs, policy = parts(small(directories("smolvlm")))
+    obs = say(env, obs, "ball touch the", "touch the red ball")
+    assert np.isnan(policy(obs).value).tolist() == [True, False]
+    nothing = jax.tree.map(jnp.zeros_like, obs)
+    assert np.isfinite(policy(nothing).value).all()
+
+
+@pytest.fixture(scope="module")
+def trained(directories, tmp_path_factory):
+    """A stage of two updates with a frozen base and adapters, run whole, and its workdir."""
+    config = small(directories("smolvlm"), frozen="vlm/.*", lora=ADAPTED)
+    factory.check(config)
+    stage = dataclasses.replace(
+        factory.ppo_stage(config, factory.make_mesh(config)), evaluate=None, best_metric=None
+    )
+    start = jax.device_get(loop.start(stage)[0])
+    workdir = tmp_path_factory.mktemp("whole")
+    return stage, config, start, loop.run(stage, workdir=workdir, config=config), workdir
+
+
+def test_two_updates_train_adapters_and_heads_alone(trained):
+    stage, config, start, result, workdir = trained
+    carry = jax.device_get(result.carry)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    # Every environment was reset once in 17 steps, and its steps that only reset do not count.
+    assert [row["update/skipped"] for row in rows] == [0, 0] and result.updates == 2
+    assert rows[0]["rollout/valid_fraction"] < 1
+    before, after = start.learner.params, carry.learner.params
+    jax.tree.map(np.testing.assert_array_equal, before["params"]["vlm"], after["params"]["vlm"])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    stack = moved["lora"]["vlm"]["language"]["stack"]["block_0"]["attention"]
+    assert set(stack) == {"query", "value"}
+    assert all(x > 0 for x in jax.tree.leaves(moved["lora"]))
+    ours = {name: tree for name, tree in moved["params"].items() if name != "vlm"}
+    assert set(ours) == OURS and all(x > 0 for x in jax.tree.leaves(ours))
+    # Adam has two moments and a count for what is trained, and the schedule another count.
+    trainable = [after["lora"], {name: after["params"][name] for name in ours}]
+    count = sum(x.size for x in jax.tree.leaves(trainable))
+    assert sum(x.size for x in jax.tree.leaves(carry.learner.opt_state)) == 2 * count + 2
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_bitwise(trained, tmp_path):
+    stage, config, _, whole, _ = trained
+    first = dataclasses.replace(stage, updates=1)
+    assert loop.run(first, workdir=tmp_path, config=config).updates == 1
+    resumed = loop.run(stage, workdir=tmp_path, config=config)
+    assert resumed.updates == 2
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(whole.carry),
+        jax.device_get(resumed.carry),
+    )
+
+
+def test_what_acts_can_be_stored_and_restored_without_the_optimiser(trained):
+    _, config, _, result, _ = trained
+    like = factory.stored_learner(config).without_optimiser()
+    learner = result.carry.learner.without_optimiser()
+    assert jax.tree.structure(learner) == jax.tree.structure(like)
+    described = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (learner, like)]
+    assert described[0] == described[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.model.update(directory=None), "model.directory=None, but model.kind='vlm'"),
+        (lambda c: c.env.update(history=2), "env.history=2, but model.kind='vlm' sees one frame"),
+        (lambda c: c.model.update(text_encoder="minilm"), "model.text_encoder='minilm', but model"),
+        (lambda c: c.env.update(height=0), "env.height=0, env.width=16: model.kind='vlm' needs"),
+        (lambda c: c.model.update(prompt="{image}"), "'model.prompt' is '{image}', but must be a"),
+        (lambda c: c.model.update(kind="multimodal"), "but model.kind='multimodal' is no pretrain"),
+        (lambda c: c.model.lora.update(rank=0), "'model.lora.rank' is 0, but must be greater"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(change, message, directories):
+    config = small(directories("smolvlm"))
+    change(config)
+    with pytest.raises(ValueError) as caught:
+        factory.check(config)
+    assert message in str(caught.value)
+
+
+def changed(directory, target, name, change):
+    """A copy of a directory with one of its JSON files changed."""
+    target.mkdir()
+    for path in pathlib.Path(directory).iterdir():
+        (target / path.name).symlink_to(path)
+    content = json.loads((target / name).read_text())
+    change(content)
+    (target / name).unlink()
+    (target / name).write_text(json.dumps(content))
+    return str(target)
+
+
+def test_prompts_that_do_not_fit_the_model_are_refused_when_it_is_built(directories, tmp_path):
+    directory = changed(
+        directories("smolvlm"),
+        tmp_path / "wrong",
+        "processor_config.json",
+        lambda config: config.update(image_seq_len=5),
+    )
+    config = small(directory)
+    with pytest.raises(ValueError, match="Sample 0 has 5 image tokens, but its images have 4 feat"):
+        factory.make_network(config, factory.make_env(config))
+
+
+def test_a_family_of_dynamic_resolution_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    config = small(str(tmp_path))
+    with pytest.raises(ValueError, match="model_type='qwen3_vl' is not supported"):
+        factory.make_network(config, factory.make_env(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"pattern": "vlm/nothing"}}, "model.lora.pattern: 'vlm/nothing' matches no Dens"),
+        ({"frozen": "language/.*"}, "model.frozen='language/.*' is the whole path of no parameter"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(changes, message, directories):
+    config = small(directories("smolvlm"), **changes)
+    with pytest.raises(ValueError, match=message):
+        factory.fresh_learner(config, factory.make_env(config), factory.adam(1e-3, 1.0))
+
+
+def test_pointing_wants_the_whole_frame(directories):
+    config = small(directories("llava"))
+    config.env.width = 32  # LLaVA's processor cuts the middle out.
+    with pytest.raises(ValueError, match="model.pointing='target_pixel', but the features of"):
+        factory.make_network(config, factory.make_env(config))
+    config.model.pointing = None
+    factory.make_network(config, factory.make_env(config))
