@@ -1,7 +1,9 @@
-"""Converts a pretrained model from the hub's format to ours, and back.
+r"""Converts a pretrained model from the hub's format to ours, and back.
 
-  python -m experiments.convert_hf --to=checkpoint --source=SmolVLM --output=ours [--adapter=lora]
-  python -m experiments.convert_hf --to=hub --checkpoint=ours --source=SmolVLM --output=SmolVLM-tuned
+  python -m experiments.convert_hf --to=checkpoint --source=SmolVLM --output=ours \
+      [--adapter=lora] [--dtype=bfloat16]
+  python -m experiments.convert_hf --to=hub --checkpoint=ours --source=SmolVLM --output=tuned \
+      [--adapter=lora] [--dtype=bfloat16]
 
 The first reads a local directory of config.json and safetensors, and writes a checkpoint that
 `mmrl_jax.pretrained.native.load` loads, onto a mesh if one is given. The second writes a directory

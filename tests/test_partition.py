@@ -204,12 +204,11 @@ def test_a_mesh_holds_what_one_device_would_and_each_part_is_read_once(
     name, axes, request, counted
 ):
     path, load, mesh = request.getfixturevalue(name), LOADERS[name], mesh_of(**axes)
-    whole = load(path).params["params"]
+    model, whole, _ = load(path)
     counted.clear()
-    placed = load(path, mesh=mesh).params["params"]
-    plan = ours.read_blueprint(ours.kind_of(load(path).model), path, dtype=jnp.float32, remat=False)
+    placed, whole = load(path, mesh=mesh).params["params"], whole["params"]
+    plan = ours.read_blueprint(ours.kind_of(model), path, dtype=jnp.float32, remat=False)
     expected, split = collections.defaultdict(list), 0
-    reads = {k: sorted(x) for k, x in counted.items()}
     for (keys, a), b, s in zip(
         jax.tree_util.tree_leaves_with_path(whole),
         jax.tree.leaves(placed),
@@ -229,8 +228,7 @@ def test_a_mesh_holds_what_one_device_would_and_each_part_is_read_once(
         expected[source.name] += indices.values()
         split += len(indices) > 1
     assert split > 5
-    # The loads after the mesh's read whole tensors, and were not counted.
-    assert reads == {k: sorted(x) for k, x in expected.items()}
+    assert {k: sorted(x) for k, x in counted.items()} == {k: sorted(x) for k, x in expected.items()}
 
 
 def test_rows_of_a_convolution_may_be_split_by_a_rule(siglip):
@@ -362,7 +360,7 @@ from mmrl_jax.pretrained import hub
 from tests.memory import peak
 where = mesh.make_mesh(8, {"fsdp": 2, "tensor": 4})
 jax.block_until_ready(jax.device_put(0.0, jax.devices()[0]))
-hub.blueprint("language_model", hub.read_config(sys.argv[1]), (), dtype="float32", remat=False).shapes("float32")
+hub.read_blueprint("language_model", sys.argv[1], dtype="float32", remat=False).shapes("float32")
 with peak() as grown:
     params = hub.load_language_model(sys.argv[1], mesh=where).params
     jax.block_until_ready(params)
@@ -371,4 +369,4 @@ print(held, max(x.nbytes for x in jax.tree.leaves(params)), grown[0])
 """
     held, largest, grown = memory.in_child(child, tmp_path, devices=8)
     print(f"held {held / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB, peak {grown / 1e6:.0f} MB")
-    assert held > 300e6 and grown - held < 2 * largest
+    assert held > 300e6 and 0 <= grown - held < 2 * largest
