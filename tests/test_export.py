@@ -1,6 +1,8 @@
 """Models go back to the hub's format as they came, and transformers loads what was trained."""
 
+import collections
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -171,6 +173,10 @@ def test_files_have_at_most_the_bytes_asked_for(directory, tmp_path):
         f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)
     ]
     # Each but the last is full: the first tensor of the next file would not have fitted.
+    order = collections.defaultdict(list)
+    for name, file in index["weight_map"].items():
+        order[file].append(tensors(source)[name].nbytes)
+    assert all(sum(a) + b[0] > 40_000 for a, b in itertools.pairwise(order.values()))
     assert sum(map(sum, sizes.values())) == index["metadata"]["total_size"]
     _, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info

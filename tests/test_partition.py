@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 import torch
 import transformers
 
@@ -268,8 +269,11 @@ def test_frames_and_fused_matrices_are_split(tmp_path):
     whole = ours.load_vision_language_model(tmp_path).params
     placed = ours.load_vision_language_model(tmp_path, mesh=mesh_of(fsdp=2, tensor=4)).params
     jax.tree.map(np.testing.assert_array_equal, whole, placed)
-    block = placed["params"]["vision"]["stack"]["block_0"]["attention"]
-    assert block["value"]["kernel"].addressable_shards[0].data.shape == (16, 8)
+    value = placed["params"]["vision"]["stack"]["block_0"]["attention"]["value"]["kernel"]
+    assert value.addressable_shards[0].data.shape == (16, 8)
+    # Queries, keys and values are rows 0 to 31, 32 to 63 and 64 to 95.
+    fused = load_file(tmp_path / "model.safetensors")["visual.blocks.0.attn.qkv.weight"]
+    np.testing.assert_array_equal(value, fused[64:].T)
 
 
 def test_a_mesh_computes_what_one_device_does(llama):
@@ -298,9 +302,11 @@ def test_what_lies_on_a_mesh_is_exported_and_kept_in_our_format(llama, tmp_path)
         jax.tree.map(np.testing.assert_array_equal, whole.params, other.params)
     shardings = [x.sharding for x in jax.tree.leaves(again.params)]
     assert shardings == [x.sharding for x in jax.tree.leaves(placed.params)]
-    half = native.load(tmp_path / "ours", dtype=jnp.bfloat16, mesh=mesh)
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole.params)
-    jax.tree.map(np.testing.assert_array_equal, cast, half.params)
+    for where in (mesh, None):
+        half = native.load(tmp_path / "ours", dtype=jnp.bfloat16, mesh=where)
+        assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+        jax.tree.map(np.testing.assert_array_equal, cast, half.params)
 
 
 @pytest.mark.slow
