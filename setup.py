@@ -32,7 +32,7 @@ setuptools.setup(
         "imageio[ffmpeg]>=2.37",
         "matplotlib>=3.10",
         "pillow>=11",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "tensorboardX>=2.6.4",
         "tqdm>=4.67",
     ],

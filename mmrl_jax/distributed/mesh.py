@@ -1,25 +1,32 @@
 """The device mesh and where arrays lie on it: environments and samples are split, the rest copied.
 
-One axis, 'data': every device holds B / devices environments and all parameters. Programs are
+On the one axis 'data', every device holds B / devices environments and all parameters. The axes
+'fsdp' and 'tensor' are for parameters that no device holds whole, see `partition`. Programs are
 plain `jit` over arrays placed here, and XLA inserts the collectives.
 """
 
+from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA = "data"
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+AXES = (DATA, FSDP, TENSOR)
 
 
-def make_mesh(devices: int | None) -> Mesh:
-    """Returns a mesh with the one axis 'data'.
+def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mesh:
+    """Returns a mesh.
 
     Args:
       devices: how many of `jax.devices()` to use, the first ones; None: all of them.
+      axes: names, of 'data', 'fsdp' and 'tensor', and sizes; neighbouring devices differ in the
+        last one. None: the one axis 'data'.
 
     Raises:
-      ValueError: there are fewer devices, or `devices` is not positive.
+      ValueError: there are fewer devices, `devices` is not positive, an axis has another name, or
+        their sizes do not make up the devices.
     """
     available = jax.devices()
     count = len(available) if devices is None else devices
@@ -28,8 +35,21 @@ def make_mesh(devices: int | None) -> Mesh:
             f"devices={devices}, but JAX sees {len(available)}; ask for 1 to {len(available)}, or "
             f"for all of them with None."
         )
+    sizes = {DATA: count} if axes is None else dict(axes)
+    if unknown := [name for name in sizes if name not in AXES]:
+        raise ValueError(f"axes={sizes} has {unknown}; the names are {list(AXES)}.")
+    if min(sizes.values(), default=0) < 1 or math.prod(sizes.values()) != count:
+        raise ValueError(
+            f"axes={sizes} must be positive and multiply to the number of devices, {count}; change "
+            f"a size, or devices={devices}."
+        )
     # Auto lets XLA propagate shardings; make_mesh's default would have every operation typed.
-    return jax.make_mesh((count,), (DATA,), axis_types=(AxisType.Auto,), devices=available[:count])
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=available[:count],
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
