@@ -152,7 +152,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     trained = train(config, workdir)
     if trained.interrupted:
         return None
-    warm, tuned = trained.warm_start, trained.ppo
+    warm, tuned = trained.warm_start, trained.tuned
     # As long as PPO took, on the same demonstrations; the bound on updates is never reached.
     stage = factory.cloning_stage(
         config,

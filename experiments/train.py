@@ -9,7 +9,7 @@ Writes to the workdir:
   metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
   checkpoints/          the newest ones and the best
   config.json           the config; a workdir of another config is refused
-  warm_start/           the same of a warm start before PPO
+  warm_start/           the same of a warm start before PPO; sft/, before GRPO
 
 Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
 """
@@ -28,7 +28,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
-from mmrl_jax.training import checkpoint, factory, loop, metrics, report
+from mmrl_jax.training import checkpoint, factory, loop, metrics, report, token_factory
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.loop import Result
 
@@ -44,21 +44,29 @@ FAILURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run leaves in memory: the demonstrations and how each stage ended."""
+    """What a run leaves in memory: the demonstrations and how each stage ended.
+
+    `warm_start` is of cloning or of supervised fine-tuning, `tuned` of PPO or GRPO.
+    """
 
     demonstrations: Demonstrations | None
     warm_start: Result | None
-    ppo: Result | None
+    tuned: Result | None
 
     @property
     def results(self) -> tuple[Result, ...]:
         """Of the stages that ran, in order."""
-        return tuple(r for r in (self.warm_start, self.ppo) if r is not None)
+        return tuple(r for r in (self.warm_start, self.tuned) if r is not None)
 
     @property
     def interrupted(self) -> bool:
         """A SIGTERM or SIGINT came: nothing more should be started."""
         return any(result.interrupted for result in self.results)
+
+
+def answers_questions(config: ml_collections.ConfigDict) -> bool:
+    """Whether a config is of a token policy, and not of a control policy."""
+    return config.get("algorithm") in token_factory.ALGORITHMS
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -67,7 +75,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       ValueError: the config cannot run, or the workdir is another config's or cannot be written.
     """
-    factory.check(config)
+    check = token_factory.check if answers_questions(config) else factory.check
+    check(config)
     checkpoint.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
 
 
@@ -83,6 +92,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
     prepare(config, workdir)
+    stages = token_stages if answers_questions(config) else control_stages
+    trained = stages(config, workdir)
+    if not trained.interrupted and jax.process_index() == 0:
+        summary = final_evaluation(workdir) | totals(trained.results, started)
+        write_json(workdir / "summary.json", summary)
+    return trained
+
+
+def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
+    """Cloning and PPO, whichever the config asks for."""
     mesh = factory.make_mesh(config)
     data, warm, tuned = None, None, None
     if config.warm_start.updates:
@@ -101,11 +120,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
             factory.ppo_stage(config, mesh, start=start), workdir=workdir, config=config
         )
         draw_curves(workdir, x="progress/env_steps")
-    trained = Trained(data, warm, tuned)
-    if not trained.interrupted and jax.process_index() == 0:
-        summary = final_evaluation(workdir, config.env.split) | totals(trained.results, started)
-        write_json(workdir / "summary.json", summary)
-    return trained
+    return Trained(data, warm, tuned)
+
+
+def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
+    """Supervised fine-tuning and GRPO, whichever the config asks for."""
+    mesh, warm, tuned = factory.make_mesh(config), None, None
+    if config.sft.updates:
+        place = workdir if config.algorithm == "sft" else workdir / "sft"
+        warm = loop.run(token_factory.sft_stage(config, mesh), workdir=place, config=config)
+        draw_curves(place, x="progress/updates")
+    if config.algorithm == "grpo" and not (warm is not None and warm.interrupted):
+        start = warm.carry.learner if warm is not None else None
+        stage = token_factory.grpo_stage(config, mesh, start=start)
+        tuned = loop.run(stage, workdir=workdir, config=config)
+        draw_curves(workdir, x="progress/updates")
+    return Trained(None, warm, tuned)
 
 
 def draw_curves(workdir: pathlib.Path, *, x: str) -> None:
@@ -115,11 +145,18 @@ def draw_curves(workdir: pathlib.Path, *, x: str) -> None:
         report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
-def final_evaluation(workdir: pathlib.Path, split: str) -> dict[str, float]:
-    """'final/<split>/success' (or 'return'), '_lo' and '_hi', as a stage last logged them."""
+def final_evaluation(workdir: pathlib.Path) -> dict[str, float]:
+    """'final/<split>/success', '_lo' and '_hi', as a stage last logged them.
+
+    Where there is no success it is 'return', or for questions 'accuracy'.
+    """
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    row = next(row for row in reversed(rows) if f"eval/{split}/return" in row)
-    name = f"{split}/success" if f"eval/{split}/success" in row else f"{split}/return"
+    row = next(row for row in reversed(rows) if any(name.startswith("eval/") for name in row))
+    for score in ("success", "accuracy", "return"):
+        found = [name for name in row if name.startswith("eval/") and name.endswith(f"/{score}")]
+        if found:
+            break
+    name = found[0].removeprefix("eval/")
     return {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
 
 
@@ -179,8 +216,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    keys = config_lib.describe_schema(factory.SCHEMA)
-    __doc__ = f"{__doc__}\nKeys, each set by --config.<key>=<value>:\n\n{keys}\n"
+    control, token = (config_lib.describe_schema(m.SCHEMA) for m in (factory, token_factory))
+    __doc__ = (
+        f"{__doc__}\nKeys, each set by --config.<key>=<value>, of control policies:\n\n{control}\n"
+        f"\nKeys of policies that answer questions:\n\n{token}\n"
+    )
     config_flags.DEFINE_config_file("config", None, "File of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
     flags.mark_flags_as_required(["config", "workdir"])

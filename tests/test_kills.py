@@ -68,7 +68,7 @@ def test_kills_at_random_moments_change_nothing(name, kills, tmp_path):
     assert reached == sorted(reached) and 0 < reached[-1] < updates
     print(f"killed with these checkpoints there: {reached}")
     config = config_of(name, updates)
-    resumed, whole = (train(config, tmp_path / folder).ppo for folder in ("killed", "whole"))
+    resumed, whole = (train(config, tmp_path / folder).tuned for folder in ("killed", "whole"))
     assert resumed.updates == whole.updates == updates
     carries = jax.device_get((resumed.carry, whole.carry))
     jax.tree.map(np.testing.assert_array_equal, *carries)

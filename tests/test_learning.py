@@ -18,7 +18,7 @@ EPISODES = 128
 
 def trained_episodes(config, workdir) -> Episodes:
     """Trains as the config says, and evaluates the mode of the policy."""
-    result = train(config, workdir).ppo
+    result = train(config, workdir).tuned
     evaluator = factory.make_evaluator(config, jax.random.PRNGKey(1), episodes=EPISODES)
     return evaluator(result.carry.learner, "train")
 

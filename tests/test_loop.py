@@ -97,7 +97,7 @@ def test_every_config_trains(name, tmp_path):
     if config.model.kind == "vlm":
         config.model.directory = processors.save_model("smolvlm", tmp_path / "model")
     trained = train(config, tmp_path)
-    result = trained.warm_start if config.algorithm == "bc" else trained.ppo
+    result = trained.warm_start if config.algorithm == "bc" else trained.tuned
     assert result.updates == 4 and not result.interrupted
     last = rows(tmp_path)[-1]
     assert last["progress/updates"] == 4 and np.isfinite(last["loss/total"])
@@ -134,15 +134,15 @@ def test_two_plus_two_updates_are_four(name, devices, changes, tmp_path):
     train(config, tmp_path / "parts")
     config.run.updates = 4
     parts = train(config, tmp_path / "parts")
-    assert parts.ppo.updates == 4
-    bitwise_equal(whole.ppo.carry, parts.ppo.carry)
-    placed = parts.ppo.carry.env_state.reward.sharding
+    assert parts.tuned.updates == 4
+    bitwise_equal(whole.tuned.carry, parts.tuned.carry)
+    placed = parts.tuned.carry.env_state.reward.sharding
     assert len(placed.device_set) == devices
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     runs = [
-        train(tiny.config("reach_ppo_scratch", seed=s), tmp_path / n).ppo.carry.learner.params
+        train(tiny.config("reach_ppo_scratch", seed=s), tmp_path / n).tuned.carry.learner.params
         for n, s in (("a", 3), ("b", 3), ("c", 4))
     ]
     bitwise_equal(runs[0], runs[1])
@@ -169,8 +169,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     )
     assert killed.interrupted and killed.updates == 2
     resumed = train(config, tmp_path / "killed")
-    assert resumed.ppo.updates == 4
-    bitwise_equal(whole.ppo.carry, resumed.ppo.carry)
+    assert resumed.tuned.updates == 4
+    bitwise_equal(whole.tuned.carry, resumed.tuned.carry)
 
 
 def test_the_best_evaluated_update_can_be_restored(tmp_path):
@@ -249,7 +249,7 @@ def test_a_sigterm_in_the_last_update_is_not_lost(tmp_path, monkeypatch):
 
     monkeypatch.setattr(factory, "cloning_stage", killed)
     trained = train(tiny.config(), tmp_path / "run")
-    assert trained.interrupted and trained.warm_start.updates == 4 and trained.ppo is None
+    assert trained.interrupted and trained.warm_start.updates == 4 and trained.tuned is None
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -258,7 +258,7 @@ def test_a_sigterm_during_the_compile_stops_before_the_first_update(tmp_path, mo
     stage = toy(lambda n, w: kill())
     monkeypatch.setattr(factory, "ppo_stage", lambda *_, **__: stage)
     trained = train(tiny.config("reach_ppo_scratch"), tmp_path)
-    assert trained.interrupted and trained.ppo.updates == 0
+    assert trained.interrupted and trained.tuned.updates == 0
     assert not (tmp_path / "learning_curves.png").exists()
 
 

@@ -52,8 +52,13 @@ class Score(NamedTuple):
 class Task(Protocol):
     """Questions without end, with rewards that can be verified."""
 
-    texts: "Texts"
-    kinds: tuple[str, ...]
+    @property
+    def texts(self) -> "Texts":
+        """Its questions and answers."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of its questions."""
 
     def sample(self, rng: jax.Array, count: int, split: str) -> Question:
         """Draws questions; the i-th does not depend on how many are drawn."""

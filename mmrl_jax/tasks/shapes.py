@@ -128,6 +128,10 @@ class Shapes:
         images, text, answer, kind = jax.vmap(functools.partial(self._one, split=split))(keys)
         return self.texts.ask(images, text, answer, kind)
 
+    def restricted(self, seen: tuple[int, int]) -> "Shapes":
+        """The same task with other counts in its training split."""
+        return dataclasses.replace(self, seen=seen)
+
     def _asked(self, split: str) -> np.ndarray:
         """The counts that a split asks for."""
         counts = np.arange(self.counts[0], self.counts[1] + 1)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import State
-from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.training.checkpoint import Checkpointer
 from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter
@@ -32,13 +31,13 @@ class Carry(struct.PyTreeNode):
     """All that a run needs to go on: a checkpoint of it is a checkpoint of the run.
 
     Attributes:
-      learner: parameters, optimiser, statistics.
+      learner: parameters, optimiser, statistics; `without_optimiser` is what it acts with.
       env_state: of all environments, [B, ...]; None for a stage without environments.
       rng: key of the run; update u uses fold_in(rng, u) and nothing else.
       updates: int32 [], updates done; for demonstrations this is the data position too.
     """
 
-    learner: LearnerState
+    learner: Any  # A LearnerState or a TokenState.
     env_state: State | None
     rng: jax.Array
     updates: jax.Array
@@ -79,7 +78,7 @@ class Stage:
     updates_per_dispatch: int
     env_steps_per_update: int
     samples_per_update: int
-    evaluate: Callable[[LearnerState], dict[str, float]] | None
+    evaluate: Callable[[Any], dict[str, float]] | None
     eval_interval: int
     checkpoint_interval: int
     keep: int
@@ -142,8 +141,8 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
 
     def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
-        acts = (carry.learner.params, carry.learner.statistics)
-        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
+        acts = jax.tree.leaves(carry.learner.without_optimiser())
+        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in acts])
         taken, skipped = metrics["update/steps"], metrics["update/skipped"]
 
         def mean(name: str, x: jax.Array) -> jax.Array:

@@ -52,6 +52,7 @@ GLOSSARY: dict[str, Metric] = {
     "loss/cloning": Metric(
         "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
     ),
+    "loss/answer": Metric("nats", "Cross-entropy of the tokens of the labelled answers", "falls"),
     "policy/kl": Metric(
         "nats",
         "KL from the policy that acted to the updated one, per step",
@@ -61,6 +62,19 @@ GLOSSARY: dict[str, Metric] = {
         "fraction",
         "Steps whose probability ratio lies outside the clip range",
         "0.02 to 0.3; more where auxiliary losses move the features",
+    ),
+    "policy/clipped_low": Metric(
+        "fraction",
+        "Tokens of negative advantage whose ratio is below the clip range",
+        "0 to 0.2",
+    ),
+    "policy/clipped_high": Metric(
+        "fraction",
+        "Tokens of positive advantage whose ratio is above the clip range",
+        "0 to 0.2",
+    ),
+    "policy/reference_kl": Metric(
+        "nats", "KL to the reference per token, by the estimator of the loss", "stays below 1"
     ),
     "policy/entropy": Metric("nats", "Entropy of the action distribution", "falls slowly"),
     "value/explained_variance": Metric(
@@ -74,6 +88,17 @@ GLOSSARY: dict[str, Metric] = {
     "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
     "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
     "rollout/reward": Metric("reward", "Mean reward of a valid step", "rises"),
+    "answer/reward": Metric("reward", "Mean reward of the answers drawn", "rises"),
+    "answer/correct": Metric("fraction", "Answers drawn that are right", "rises"),
+    "answer/malformed": Metric(
+        "fraction", "Answers drawn that are none of the task's answers", "falls to 0"
+    ),
+    "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
+    "answer/degenerate_groups": Metric(
+        "fraction",
+        "Groups whose rewards are all equal: they teach nothing",
+        "below 0.9; at 1 nothing is learned",
+    ),
     "time/samples_per_s": Metric(
         "1/s",
         "Steps of the unroll, resets among them, or demonstrated steps, a second of time/wall_s",
@@ -123,6 +148,17 @@ GLOSSARY: dict[str, Metric] = {
     "eval/<split>/return": Metric("reward", "Mean return over the evaluation episodes", "rises"),
     "eval/<split>/return_lo": Metric("reward", "Lower end of its 95 % interval", "-"),
     "eval/<split>/return_hi": Metric("reward", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/accuracy": Metric("fraction", "Questions answered rightly, greedily", "rises"),
+    "eval/<split>/accuracy_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/accuracy_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/blind_accuracy": Metric(
+        "fraction",
+        "The same with another question's picture",
+        "at chance; equal to the accuracy: the pictures are not used",
+    ),
+    "eval/<split>/malformed": Metric(
+        "fraction", "Evaluated answers that are none of the task's answers", "0"
+    ),
     "eval/<split>/length": Metric("steps", "Mean length of the evaluation episodes", "-"),
 }
 

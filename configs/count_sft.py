@@ -1,0 +1,19 @@
+"""Supervised fine-tuning of a small vision-language model that counts: the start of count_grpo.
+
+Command:   python -m experiments.train --config=configs/count_sft.py --workdir=runs/count_sft
+           with --config.sft.counts='(0, 6)' for labels over the full range
+Hardware:  two CPU cores.
+Time:      not run
+Result:    not run
+"""
+
+import ml_collections
+
+from configs import count_grpo
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config of `count_grpo` without GRPO."""
+    config = count_grpo.get_config()
+    config.algorithm = "sft"
+    return config
