@@ -1,0 +1,206 @@
+"""Image, prompt and answer from files: what is read, what is set aside, which batch is which."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from mmrl_jax.tasks.folder import open_folder, open_tfds
+
+KEYS = {"size": (4, 6), "batch_size": 4, "seed": 3, "max_rejected": 0.0}
+
+
+def colour(i):
+    return (10 * i, 255 - 10 * i, 7)
+
+
+def png(i, size=(6, 4)):
+    data = io.BytesIO()
+    Image.new("RGB", size, colour(i)).save(data, "PNG")
+    return data.getvalue()
+
+
+def folder(path, count=6, extra=()):
+    """A folder of `count` good records, and the lines `extra` behind them."""
+    (path / "a").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        (path / f"a/{i}.png").write_bytes(png(i))
+        line = {"file_name": f"a/{i}.png", "prompt": f"which of {i} ?", "answer": i, "level": i % 2}
+        lines.append(json.dumps(line))
+    (path / "metadata.jsonl").write_text("\n".join([*lines, *extra]) + "\n")
+    return path
+
+
+def test_what_a_record_says_stays_with_its_image(tmp_path):
+    records = open_folder(folder(tmp_path), **KEYS)
+    assert len(records) == 6 and records.rejected == ()
+    batch = records.batch(0)
+    assert batch.images.shape == (4, 4, 6, 3) and batch.images.dtype == np.uint8
+    for b, i in enumerate(batch.records):
+        np.testing.assert_array_equal(batch.images[b], np.broadcast_to(colour(i), (4, 6, 3)))
+        assert batch.prompts[b] == f"which of {i} ?"
+        assert batch.answers[b] == str(i)
+        assert batch.columns[b] == {"level": i % 2}
+
+
+def test_batches_depend_on_the_update_alone(tmp_path):
+    folder(tmp_path)
+    records = open_folder(tmp_path, **KEYS)
+    in_order = np.concatenate([records.batch(u).records for u in range(6)])
+    # 6 updates of 4 are 4 epochs of 6, each a permutation, and not all the same one.
+    epochs = in_order.reshape(4, 6)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(6), (4, 1)))
+    assert len(np.unique(epochs, axis=0)) > 1
+    # Another process that starts in the middle.
+    again = open_folder(tmp_path, **KEYS)
+    for update in (5, 1, 4):
+        np.testing.assert_array_equal(again.batch(update).records, in_order.reshape(6, 4)[update])
+    other = open_folder(tmp_path, **(KEYS | {"seed": 4}))
+    assert not np.array_equal(np.concatenate([other.batch(u).records for u in range(6)]), in_order)
+
+
+def bad_lines(path):
+    """Lines that cannot be used -> a part of the reason."""
+    (path / "a/text.png").write_text("no image")
+    (path / "a/cut.png").write_bytes(png(1, size=(64, 64))[:-60])
+    line = {"file_name": "a/0.png", "prompt": "p", "answer": "x"}
+    return {
+        json.dumps(line | {"file_name": "a/none.png"}): "No such file",
+        json.dumps(line | {"file_name": "a/text.png"}): "cannot identify image file",
+        json.dumps(line | {"file_name": "a/cut.png"}): "truncated",
+        json.dumps(line | {"answer": " "}): "answer=' ' is no text",
+        json.dumps(line | {"answer": True}): "answer=True is no text",
+        json.dumps({"file_name": "a/0.png", "answer": "x"}): "prompt=None is no text",
+        json.dumps(line | {"file_name": "../0.png"}): "lies outside the folder",
+        '["a/0.png"]': "is not an object",
+        "{": "JSONDecodeError",
+    }
+
+
+def test_bad_records_are_set_aside_with_their_reasons(tmp_path):
+    folder(tmp_path / "d")
+    bad = bad_lines(tmp_path / "d")
+    (tmp_path / "0.png").write_bytes(png(0))
+    with open(tmp_path / "d/metadata.jsonl", "a") as file:
+        file.write("\n".join(bad))
+    records = open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 9 / 15}))
+    assert len(records) == 6
+    assert [r.name for r in records.rejected] == [f"metadata.jsonl:{7 + i}" for i in range(9)]
+    for rejected, reason in zip(records.rejected, bad.values(), strict=True):
+        assert reason in rejected.reason
+    assert set(np.concatenate([records.batch(u).records for u in range(3)])) == set(range(6))
+    with pytest.raises(ValueError, match=r"9 of 15 records.*max_rejected=0.59(.|\n)*jsonl:7: File"):
+        open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 0.59}))
+
+
+def test_images_are_resized(tmp_path):
+    (folder(tmp_path) / "a/0.png").write_bytes(png(0, size=(30, 20)))
+    records = open_folder(tmp_path, **KEYS)
+    # Two batches of 4 hold all 6.
+    batches = records.batch(0), records.batch(1)
+    place = np.concatenate([batch.records for batch in batches]).tolist().index(0)
+    image = np.concatenate([batch.images for batch in batches])[place]
+    np.testing.assert_array_equal(image, np.broadcast_to(colour(0), (4, 6, 3)))
+
+
+def test_a_record_that_is_lost_later_is_an_error(tmp_path):
+    records = open_folder(folder(tmp_path), **KEYS)
+    for path in (tmp_path / "a").glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"metadata.jsonl:\d could be read when"):
+        records.batch(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_rejected": 1.0}, "max_rejected=1.0"),
+        ({"max_rejected": -0.1}, "max_rejected=-0.1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        open_folder(folder(tmp_path), **(KEYS | changes))
+
+
+def test_folders_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"metadata.jsonl is not there"):
+        open_folder(tmp_path, **KEYS)
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no records"):
+        open_folder(tmp_path, **KEYS)
+    with pytest.raises(ValueError, match="update=-1"):
+        open_folder(folder(tmp_path / "d"), **KEYS).batch(-1)
+
+
+def write_tfds(path, steps):
+    """Two good records and one without an answer; with `steps`, in an episode of 1 and one of 2."""
+    import tensorflow_datasets as tfds
+
+    step = {
+        "observation": {"image": tfds.features.Tensor(shape=(4, 6, 3), dtype=np.uint8)},
+        "question": tfds.features.Text(),
+        "answer": tfds.features.Text(),
+        "level": np.int64,
+    }
+    features = {"steps": tfds.features.Dataset(step)} if steps else step
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        name = "asked"
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            rows = [
+                {
+                    "observation": {"image": np.full((4, 6, 3), colour(i), np.uint8)},
+                    "question": f"which of {i} ?",
+                    "answer": ("a0", "a1", "")[i],
+                    "level": i,
+                }
+                for i in range(3)
+            ]
+            if steps:
+                yield "0", {"steps": rows[:1]}
+                yield "1", {"steps": rows[1:]}
+            else:
+                yield from ((str(i), row) for i, row in enumerate(rows))
+
+    builder = Builder(data_dir=path, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_path
+
+
+FIELDS = {"image": "observation/image", "prompt": "question", "answer": "answer", "level": "level"}
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["tfds", "rlds"])
+def test_data_sets_of_tfds_are_read(tmp_path, steps):
+    directory = write_tfds(tmp_path, steps)
+    keys = KEYS | {"batch_size": 2, "max_rejected": 0.5, "split": "train"}
+    records = open_tfds(directory, fields=FIELDS, **keys)
+    assert len(records) == 2
+    (rejected,) = records.rejected
+    assert "answer='' is no text" in rejected.reason
+    batch = records.batch(0)
+    # TFDS shuffles what it writes: the question tells which record it is.
+    assert sorted(batch.prompts) == ["which of 0 ?", "which of 1 ?"]
+    for b, prompt in enumerate(batch.prompts):
+        i = int(prompt.split()[2])
+        np.testing.assert_array_equal(batch.images[b], np.broadcast_to(colour(i), (4, 6, 3)))
+        assert batch.answers[b] == f"a{i}" and batch.columns[b] == {"level": i}
+    with pytest.raises(ValueError, match=r"lacks \['prompt'\]"):
+        open_tfds(directory, fields={"image": "a", "answer": "b"}, **keys)
+    with pytest.raises(ValueError, match="'ask' is not in the example; at 'ask' it has"):
+        open_tfds(directory, fields=FIELDS | {"prompt": "ask"}, **keys)
