@@ -207,17 +207,13 @@ def export(
       shard_bytes: the most that a file holds.
 
     Raises:
-      ValueError: `source` holds another model, the parameters have several dtypes, or see
-        `weights.save`.
+      ValueError: `source` holds another model, or see `merged` and `weights.save`.
     """
     path = pathlib.Path(source)
     kind = kind_of(pretrained.model)
     plan = read_blueprint(kind, path, dtype=jnp.float32, remat=False)
     check_config(pretrained.config, plan.config, path)
     params = merged(pretrained.params)
-    dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
-    if len(dtypes) > 1:
-        raise ValueError(f"The parameters are {sorted(dtypes)}: cast them to one dtype.")
     with weights.whole_directory(pathlib.Path(directory)) as folder:
         weights.save(
             folder,
@@ -230,18 +226,21 @@ def export(
         )
         copy_data(path, folder)
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = _with_dtype(config, dtypes.pop())
+        config = _with_dtype(config, str(jax.tree.leaves(params)[0].dtype))
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def merged(variables: Mapping[str, Any]) -> Any:
-    """The parameters, with the adapters among the variables merged into them.
+    """The parameters, of one dtype, with the adapters among the variables merged into them.
 
     Raises:
-      ValueError: a kernel is int8, or see `lora.merge`.
+      ValueError: a kernel is int8, there are several dtypes, or see `lora.merge`.
     """
     params = variables["params"]
     weights.refuse_int8(params)
+    dtypes = sorted({str(x.dtype) for x in jax.tree.leaves(params)})
+    if len(dtypes) > 1:
+        raise ValueError(f"The parameters are {dtypes}: cast them to one dtype.")
     return lora.merge(params, variables["lora"]) if "lora" in variables else params
 
 
