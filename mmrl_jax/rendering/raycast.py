@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.rendering.camera import Camera
+from mmrl_jax.rendering.pixels import pack, unpack
 from mmrl_jax.rendering.scene import KINDS, Scene
 
 FAR = 1000.0  # m along the optical axis; what is further away is not drawn.
@@ -33,7 +34,6 @@ BACKGROUND = (166, 178, 191)  # red, green, blue of a ray that hits nothing.
 # the sun's direction differ, so that the faces of a box do.
 AMBIENT, HEADLIGHT, SUN = 0.35, 0.3, 0.35
 SUN_DIRECTION = np.asarray([0.36, -0.48, 0.8], np.float32)
-_NO_FUSION = 2**24 + 43  # a prime larger than any packed colour; see `render`.
 _DARK_SQUARE = 0.7  # brightness of every other square of a checker.
 
 # Smallest squared sine of the angle between a ray and the axis of a cylinder: float32 knows
@@ -99,8 +99,8 @@ def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Arr
     """
     rays, primitives = _prepare(scene, camera, height, width)
     # One number per pixel carries the three colours, so that a hit selects one value, not three.
-    colours = _pack(jnp.round(255.0 * jnp.clip(scene.colour, 0.0, 1.0)).astype(jnp.int32))
-    nearest, colour, light = jnp.float32(FAR), jnp.int32(_pack(np.asarray(BACKGROUND))), 1.0
+    colours = pack(jnp.round(255.0 * jnp.clip(scene.colour, 0.0, 1.0)).astype(jnp.int32))
+    nearest, colour, light = jnp.float32(FAR), jnp.int32(pack(np.asarray(BACKGROUND))), 1.0
     for g, (kind, primitive) in enumerate(zip(scene.kind, primitives, strict=True)):
         depth, brightness = _INTERSECT[kind](primitive, rays)
         closer = depth < nearest
@@ -114,12 +114,7 @@ def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Arr
         for shift in (0, 8, 16)
     ]
     packed = jnp.broadcast_to(channels[0] | channels[1] | channels[2], shape)
-    # The remainder changes nothing, but XLA's CPU backend takes it for an expensive operation and
-    # so keeps the program that casts the rays apart from the one that copies each pixel's three
-    # channels out; fused, the rays would be cast once per channel (7 times slower).
-    packed = packed % _NO_FUSION
-    shifts = jnp.arange(0, 24, 8, dtype=jnp.int32)
-    return (packed[..., None] >> shifts & 255).astype(jnp.uint8)
+    return unpack(packed)
 
 
 def depth_and_index(
@@ -323,11 +318,6 @@ def _positive(x: chex.Array) -> chex.Array:
 def _dot(components: tuple[chex.Array, ...], rays: _Rays) -> chex.Array:
     """`v . d` for the (right, up, backward) components of v."""
     return components[0] * rays.x + (components[1] * rays.y - components[2])
-
-
-def _pack(colour: chex.Array) -> chex.Array:
-    """Integers in [0, 255] `[..., 3]` as one `[...]`: red in the lowest byte."""
-    return colour[..., 0] | colour[..., 1] << 8 | colour[..., 2] << 16
 
 
 def _prepare(

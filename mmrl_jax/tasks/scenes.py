@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmrl_jax.rendering.pixels import unpack
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 _RGB = np.array(
@@ -47,15 +49,19 @@ def draw(rng: jax.Array, objects: Objects, *, rows: int, height: int, width: int
             f"height={height} and width={width} do not divide into {rows}x{rows} cells of at least "
             f"6 pixels."
         )
-    place_key, size_key, shade_key, ground_key, noise_key = jax.random.split(rng, 5)
-    cells = rows * rows
-    radius = jax.random.uniform(size_key, (cells,), minval=0.30, maxval=0.42)  # Of a cell.
+    cells, pixels = rows * rows, height * width
+    object_key, noise_key = jax.random.split(rng)
+    # One call for all random numbers: on CPU each further one costs compile time.
+    u = jax.random.uniform(object_key, (4 * cells + 3,))
+    objects_u, ground = u[:-3].reshape(cells, 4), 10 + 50 * u[-3:]
+    radius = 0.30 + 0.12 * objects_u[:, 0]  # Of a cell.
     free = 0.5 - radius[:, None] - 0.04
-    centre = 0.5 + free * jax.random.uniform(place_key, (cells, 2), minval=-1.0)
-    shade = jax.random.uniform(shade_key, (cells, 1), minval=0.8, maxval=1.05)
-    colour = jnp.asarray(_RGB)[objects.colour] * shade
-    ground = jax.random.uniform(ground_key, (3,), minval=10.0, maxval=60.0)
-    noise = jax.random.uniform(noise_key, (height, width, 1), minval=-10.0, maxval=10.0)
+    centre = 0.5 + free * (2 * objects_u[:, 1:3] - 1)
+    colour = jnp.asarray(_RGB)[objects.colour] * (0.8 + 0.25 * objects_u[:, 3:])
+    # Four pixels' noise out of each word, in [-10, 10].
+    bits = jax.random.bits(noise_key, (-(-pixels // 4),), jnp.uint32)
+    noise = (bits[:, None] >> np.arange(0, 32, 8, dtype=np.uint32) & 255).astype(jnp.float32)
+    noise = (20 / 255 * noise - 10).reshape(-1)[:pixels]
 
     def spread(x: jax.Array) -> jax.Array:
         """Of every cell [C, ...], for all of its pixels: [rows, 1, rows, 1, ...]."""
@@ -69,10 +75,13 @@ def draw(rng: jax.Array, objects: Objects, *, rows: int, height: int, width: int
     local_y = (y - spread(centre[:, 0])) / size  # An object fills [-1, 1].
     local_x = (x - spread(centre[:, 1])) / size
     covered = _inside(spread(objects.shape), local_y, local_x, tall * size)
-    covered = jnp.where(spread(objects.there), covered, 0.0)[..., None]
-    pixels = covered * spread(colour) + (1 - covered) * ground
-    pixels = pixels.reshape(height, width, 3) + noise
-    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+    covered = jnp.where(spread(objects.there), covered, 0.0)
+    noise = noise.reshape(covered.shape)
+    shade, packed = spread(colour), jnp.int32(0)
+    for i in range(3):
+        value = ground[i] + covered * (shade[..., i] - ground[i]) + noise
+        packed |= jnp.round(jnp.clip(value, 0, 255)).astype(jnp.int32) << (8 * i)
+    return unpack(packed).reshape(height, width, 3)
 
 
 def _inside(shape: jax.Array, y: jax.Array, x: jax.Array, radius: jax.Array) -> jax.Array:
