@@ -87,10 +87,13 @@ def bitwise_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+# Other tests train such models faster: test_vlm_policy.py, test_readers.py, and reach_ppo here.
+SLOW = ("reach_vlm", "reach_minilm", "reach_ppo_scratch")
+
+
 @pytest.mark.parametrize(
     "name",
-    # tests/test_vlm_policy.py trains such a model faster.
-    [pytest.param(n, marks=pytest.mark.slow) if n == "reach_vlm" else n for n in tiny.CONFIGS],
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in tiny.CONFIGS],
 )
 def test_every_config_trains(name, tmp_path):
     config = tiny.config(name)

@@ -78,7 +78,6 @@ def test_an_unknown_instruction_gives_no_features():
     assert np.isnan(reader(tokens, tokens != 0)[0]).all()
 
 
-@pytest.mark.slow
 def test_steps_that_do_not_count_stop_no_update():
     config = small(text_encoder="minilm")
     config.ppo.unroll = config.env.options.episode_length + 1  # The last step only resets.
