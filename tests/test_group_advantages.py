@@ -86,6 +86,23 @@ def test_pass_at_1_is_the_standard_score():
     np.testing.assert_allclose(advantage, (reward - reward.mean()) / reward.std(), atol=1e-5)
 
 
+def test_pass_at_k_is_of_the_scored_answers_alone():
+    reward = jnp.array([[1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 9.0, 9.0]])
+    scored = jnp.array([[1.0] * 6 + [0.0] * 2])
+    advantage = ga.pass_at_k(reward, scored, k=3)
+    np.testing.assert_allclose(
+        advantage[:, :6], ga.pass_at_k(reward[:, :6], scored[:, :6], k=3), atol=1e-6
+    )
+    assert not np.any(advantage[:, 6:]) and np.any(advantage[:, :6])
+
+
+@pytest.mark.parametrize("estimator", ga.ESTIMATORS.values(), ids=ga.ESTIMATORS)
+@pytest.mark.parametrize("value", [0.1, 1000.1])
+def test_equal_rewards_are_exactly_0(estimator, value):
+    reward = jnp.full((2, 7), value)
+    np.testing.assert_array_equal(estimator(reward, jnp.ones_like(reward)), 0 * reward)
+
+
 def test_k_has_to_fit():
     with pytest.raises(ValueError, match=r"k=5 is not in \[1, 4\]"):
         ga.pass_at_k(REWARD, ALL, k=5)

@@ -201,6 +201,8 @@ def test_the_estimates_of_kl_have_its_value_as_mean(kind):
 
 
 def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match="clip='pp0' is none of"):
+        TokenLoss(clip="pp0")
     arrays = batch() | {"reference_log_prob": None, "rollout_log_prob": None}
     with pytest.raises(ValueError, match=r"kl_weight=0.1, but reference_log_prob is None"):
         loss(arrays, TokenLoss(kl_weight=0.1))

@@ -4,7 +4,6 @@ An answer that could not be scored (`scored` 0) has no part in any statistic, an
 """
 
 from collections.abc import Callable
-import math
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,9 @@ def _std(x: jax.Array, scored: jax.Array, axis: int | None) -> jax.Array:
 
 def centred(reward: jax.Array, scored: jax.Array) -> jax.Array:
     """r_i - mean(r) of the group: Dr. GRPO (Liu et al., 2025, arXiv 2503.20783)."""
-    return jnp.where(scored > 0, reward - _mean(reward, scored, 1), 0.0)
+    advantage = jnp.where(scored > 0, reward - _mean(reward, scored, 1), 0.0)
+    # Equal rewards are exactly 0: the rounding of their mean, over its own spread, is not.
+    return jnp.where(degenerate(reward, scored)[:, None], 0.0, advantage)
 
 
 def standardised(reward: jax.Array, scored: jax.Array) -> jax.Array:
@@ -64,7 +65,8 @@ def pass_at_k(reward: jax.Array, scored: jax.Array, *, k: int) -> jax.Array:
     sets of k that hold a right one, and s = sqrt(R (1 - R)):
 
       A = (1 - R) / s of a right answer,
-      A = (1 - R - C(N - c - 1, k - 1) / C(N - 1, k - 1)) / s of a wrong one; 0 where s is 0.
+      A = (1 - R - C(N - c - 1, k - 1) / C(N - 1, k - 1)) / s of a wrong one; 0 where s is 0, and where
+    fewer than k could be scored.
 
     Raises:
       ValueError: k is not in [1, G].
@@ -72,21 +74,24 @@ def pass_at_k(reward: jax.Array, scored: jax.Array, *, k: int) -> jax.Array:
     group = reward.shape[1]
     if not 1 <= k <= group:
         raise ValueError(f"k={k} is not in [1, {group}], the answers of a group.")
-
-    def none_of(n: int, size: int) -> jax.Array:
-        """C(m, size) / C(n, size) for m = 0 .. n: how likely `size` of n are all of those m."""
-        counts = [math.comb(m, size) / math.comb(n, size) for m in range(n + 1)]
-        return jnp.array(counts, jnp.float32)
-
     right = (reward > 0) & (scored > 0)
-    # An answer that could not be scored is none of the N; tables are by N, so it is counted wrong.
-    c = jnp.sum(right, axis=1, keepdims=True)
-    all_wrong = none_of(group, k)[group - c]
-    others_wrong = none_of(group - 1, k - 1)[jnp.maximum(group - c - 1, 0)]
+    count = jnp.sum(scored, axis=1, keepdims=True)
+    wrong = count - jnp.sum(right, axis=1, keepdims=True)
+
+    def none_of(m: jax.Array, n: jax.Array, size: int) -> jax.Array:
+        """C(m, size) / C(n, size): how likely `size` of n are all of those m."""
+        share = jnp.ones_like(m)
+        for i in range(size):
+            share *= jnp.maximum(m - i, 0.0) / jnp.maximum(n - i, 1.0)
+        return share
+
+    all_wrong = none_of(wrong, count, k)
+    others_wrong = none_of(wrong - 1, count - 1, k - 1)
     spread = jnp.sqrt(all_wrong * (1 - all_wrong))
     advantage = jnp.where(right, all_wrong, all_wrong - others_wrong)
     safe = jnp.where(spread > 0, spread, 1.0)
-    return jnp.where((spread > 0) & (scored > 0), advantage / safe, 0.0)
+    known = (spread > 0) & (scored > 0) & (count >= k)
+    return jnp.where(known, advantage / safe, 0.0)
 
 
 ESTIMATORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {

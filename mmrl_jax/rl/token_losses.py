@@ -52,6 +52,13 @@ class TokenLoss:
     kl_weight: float = 0.0
     max_correction: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("ratio", RATIOS), ("clip", (*CLIPS, None)), ("reduction", REDUCTIONS), ("kl", KLS),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}.")
+
 
 # Name -> (estimator of group_advantages, loss).
 PRESETS: dict[str, tuple[str, TokenLoss]] = {
@@ -150,6 +157,7 @@ def token_loss_sums(
         raise ValueError(f"max_correction={o.max_correction}, but rollout_log_prob is None.")
     if advantage.ndim == 1:
         advantage = advantage[:, None]
+    advantage = jnp.where(there, advantage, 0.0)
     # Not even an overflow of padding may count.
     log_prob = jnp.where(there, log_prob, 0.0)
     log_ratio = jnp.where(there, log_prob - old_log_prob, 0.0)
