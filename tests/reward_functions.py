@@ -24,4 +24,5 @@ def awkward(*, prompt, completion, answer, **columns):
         time.sleep(600)
     if completion == "exit":
         os._exit(3)
-    return {"none": None, "nan": float("nan"), "text": "1"}.get(completion, 1.5)
+    odd = {"none": None, "nan": float("nan"), "text": "1", "large": 1e38, "huge": 10**400}
+    return odd.get(completion, 1.5)

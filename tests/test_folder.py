@@ -73,6 +73,7 @@ def bad_lines(path):
         json.dumps(line | {"file_name": "a/cut.png"}): "truncated",
         json.dumps(line | {"answer": " "}): "answer=' ' is no text",
         json.dumps(line | {"answer": True}): "answer=True is no text",
+        json.dumps(line | {"answer": float("nan")}): "answer=nan is no text",
         json.dumps({"file_name": "a/0.png", "answer": "x"}): "prompt=None is no text",
         json.dumps(line | {"file_name": "../0.png"}): "lies outside the folder",
         '["a/0.png"]': "is not an object",
@@ -86,14 +87,40 @@ def test_bad_records_are_set_aside_with_their_reasons(tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
     with open(tmp_path / "d/metadata.jsonl", "a") as file:
         file.write("\n".join(bad))
-    records = open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 9 / 15}))
+    records = open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 10 / 16}))
     assert len(records) == 6
-    assert [r.name for r in records.rejected] == [f"metadata.jsonl:{7 + i}" for i in range(9)]
+    assert [r.name for r in records.rejected] == [f"metadata.jsonl:{7 + i}" for i in range(10)]
     for rejected, reason in zip(records.rejected, bad.values(), strict=True):
         assert reason in rejected.reason
     assert set(np.concatenate([records.batch(u).records for u in range(3)])) == set(range(6))
-    with pytest.raises(ValueError, match=r"9 of 15 records.*max_rejected=0.59(.|\n)*jsonl:7: File"):
-        open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 0.59}))
+    with pytest.raises(ValueError, match=r"10 of 16 rec.*max_rejected=0.62(.|\n)*jsonl:7: File"):
+        open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 0.62}))
+
+
+def test_lines_are_read_one_by_one_from_bytes(tmp_path):
+    folder(tmp_path)
+    # A byte order mark, a separator of lines within a text, the ends of lines of Windows, and a
+    # byte that is no UTF-8, which costs its own record only.
+    line = {"file_name": "a/0.png", "prompt": "p\u2028q", "answer": 0.5}
+    good = json.dumps(line, ensure_ascii=False).encode()
+    bad = good.replace(b"p\xe2\x80\xa8q", b"\xff")
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([good, good, bad]))
+    records = open_folder(tmp_path, **(KEYS | {"batch_size": 2, "max_rejected": 0.5}))
+    batch = records.batch(0)
+    assert batch.prompts == ("p\u2028q",) * 2 and batch.answers == ("0.5",) * 2
+    assert [r.name for r in records.rejected] == ["metadata.jsonl:3"]
+    assert "UnicodeDecodeError" in records.rejected[0].reason
+
+
+def test_images_are_turned_as_their_camera_says(tmp_path):
+    folder(tmp_path, count=1)
+    stored = np.zeros((6, 4, 3), np.uint8)
+    stored[:3] = 255  # The upper half.
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: to be turned clockwise, by which the top comes to the right.
+    Image.fromarray(stored).save(tmp_path / "a/0.png", exif=exif)
+    (image,) = open_folder(tmp_path, **(KEYS | {"batch_size": 1})).batch(0).images
+    np.testing.assert_array_equal(image[..., 0], np.tile([0, 0, 0, 255, 255, 255], (4, 1)))
 
 
 def test_images_are_resized(tmp_path):

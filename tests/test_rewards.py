@@ -59,6 +59,18 @@ def test_a_call_that_fails_masks_its_sample_and_says_why(pool):
     np.testing.assert_array_equal(ask(pool, [["fine"] * 8]).reward, [[4.0] * 8])
 
 
+def test_what_float32_cannot_hold_is_a_failure_and_no_infinity(pool):
+    # 1e38 fits into float32 (3.4e38), twice its weight of 2 and a second function do not.
+    scored = ask(pool, [["fine", "large", "huge"]])
+    np.testing.assert_array_equal(scored.reward, [[4, np.nan, np.nan]])
+    np.testing.assert_array_equal(scored.parts["awkward"], [[1.5, np.nan, np.nan]])
+    large, huge = scored.failures
+    assert "1e+38, with which the reward can leave float32" in large.reason
+    assert huge.reason == "OverflowError: int too large to convert to float"
+    with pytest.raises(RuntimeError, match=r"None of 1 samples.*can leave float32"):
+        ask(pool, [["large"]])
+
+
 def test_a_call_without_end_is_stopped_and_the_others_are_not():
     with Pool({"awkward": user.awkward}, {"awkward": 1.0}, workers=2, timeout_s=0.5) as pool:
         start = time.monotonic()
@@ -98,6 +110,7 @@ def test_processes_end_with_the_pool():
         ({"weights": {}}, r"weights=\{\} must name exactly the functions \['length'\]"),
         ({"functions": {}, "weights": {}}, "there must be one"),
         ({"weights": {"length": float("nan")}}, r"weights\['length'\]=nan"),
+        ({"weights": {"length": 1e39}}, r"weights\['length'\]=1e\+39"),
         ({"workers": 0}, "workers=0"),
         ({"timeout_s": 0.0}, "timeout_s=0.0"),
         ({"functions": {"length": lambda **_: 1.0}}, r"functions\['length'\].*top level"),

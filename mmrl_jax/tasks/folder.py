@@ -184,7 +184,9 @@ def open_folder(
             "each image."
         )
     readers: dict[str, Callable[[], Record]] = {}
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not as text: its splitlines() also cuts at U+2028, which may stand within a line of JSON, and
+    # a byte that is no UTF-8 would cost the whole file instead of one record.
+    for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
         if line.strip():
             readers[f"{metadata.name}:{number}"] = functools.partial(_from_line, root, line, size)
     return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
@@ -237,10 +239,10 @@ def open_tfds(
     return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
 
 
-def _from_line(root: pathlib.Path, line: str, size: tuple[int, int]) -> Record:
+def _from_line(root: pathlib.Path, line: bytes, size: tuple[int, int]) -> Record:
     columns = json.loads(line)
     if not isinstance(columns, dict):
-        raise ValueError(f"{line!r} is not an object; write {{...}}.")
+        raise ValueError(f"{columns!r} is not an object; write {{...}}.")
     path = (root / _text(columns, "file_name")).resolve()
     if not path.is_relative_to(root):
         raise ValueError(f"file_name={columns['file_name']!r} lies outside the folder.")
@@ -284,7 +286,10 @@ def _text(columns: Mapping[str, Any], name: str) -> str:
     value = columns.get(name)
     if isinstance(value, bytes):
         value = value.decode("utf-8")
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+    # JSON as Python reads it has NaN, which is how tables write what is not there.
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, (float, np.floating)) and np.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}={value!r} is no text; write one.")
@@ -294,9 +299,11 @@ def _text(columns: Mapping[str, Any], name: str) -> str:
 def _pixels(image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """An encoded image, or uint8 [H, W, 3], as uint8 [*size, 3]."""
     import PIL.Image
+    import PIL.ImageOps
 
     if isinstance(image, bytes):
-        picture = PIL.Image.open(io.BytesIO(image)).convert("RGB")
+        # Cameras store a picture as the sensor lay, and how to turn it beside.
+        picture = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(image))).convert("RGB")
     else:
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:

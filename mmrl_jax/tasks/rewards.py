@@ -27,6 +27,8 @@ import numpy as np
 # Seconds for a process to start and to import the functions' modules, jax perhaps among them.
 START_TIMEOUT_S = 120.0
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 RewardFunction = Callable[..., float]
 
 
@@ -104,8 +106,8 @@ class Pool:
                 "which there must be one."
             )
         for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"weights[{name!r}]={weight} must be finite.")
+            if not abs(weight) <= FLOAT32_MAX:
+                raise ValueError(f"weights[{name!r}]={weight} must be a finite float32.")
         if workers < 1:
             raise ValueError(f"workers={workers} must be at least 1.")
         if not timeout_s > 0:
@@ -180,6 +182,9 @@ class Pool:
         parts = {name: np.full(shape, np.nan, np.float32) for name in self._functions}
         failures = []
         for (name, b, g), (value, reason) in zip(calls, results, strict=True):
+            scale = max(1.0, abs(self._weights[name])) * len(self._functions)
+            if reason is None and abs(value) * scale > FLOAT32_MAX:
+                reason = f"it returned {value}, with which the reward can leave float32"
             if reason is None:
                 parts[name][b, g] = value
             else:
@@ -293,8 +298,8 @@ def _serve(connection: Connection, functions: Mapping[str, RewardFunction]) -> N
 def _call(function: RewardFunction, keywords: Mapping[str, Any]) -> tuple[float, str | None]:
     try:
         value = function(**keywords)
+        if isinstance(value, (numbers.Real, np.number, np.bool_)) and math.isfinite(value):
+            return float(value), None
+        return math.nan, f"it returned {value!r}, which is no finite number"
     except Exception as error:
         return math.nan, f"{type(error).__name__}: {error}"
-    if not isinstance(value, (numbers.Real, np.number, np.bool_)) or not math.isfinite(value):
-        return math.nan, f"it returned {value!r}, which is no finite number"
-    return float(value), None

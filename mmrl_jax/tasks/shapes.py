@@ -8,6 +8,9 @@
     relation  is the red circle left of the blue square ?      yes, no
 
 Whatever the question's text, all of its answers are equally likely: who does not look is at chance.
+The split 'heldout_pair' alone asks for the colour or the shape of so few pairs that there the text
+gives the answer away, to whoever knows which pairs are held out; no one who saw the training split
+alone does.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,6 +123,11 @@ class Shapes:
         """
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is none of {SPLITS}.")
+        if split == "heldout_count" and "count" not in self.kinds:
+            raise ValueError(
+                f"split='heldout_count', but kinds={self.kinds} has no 'count': add it, or leave "
+                "the split out."
+            )
         if split == "heldout_count" and not self._asked(split).size:
             raise ValueError(
                 f"split='heldout_count', but seen={self.seen} leaves none of counts={self.counts}."
@@ -145,7 +153,7 @@ class Shapes:
         which = jax.random.randint(kind_key, (), 0, len(chosen))
         branches = [functools.partial(self._draw, kind=kind, split=split) for kind in chosen]
         drawn = jax.lax.switch(which, branches, question_key)
-        places = self._places(place_key, split)
+        places = self._places(place_key, drawn.number, split)
         order = jnp.argsort(places)  # Of each cell, which of the list lies there.
         pair = drawn.pairs[order]
         objects = Objects(pair % len(SHAPES), pair // len(SHAPES), order < drawn.number)
@@ -165,19 +173,24 @@ class Shapes:
     def _answer(self, text: str) -> int:
         return self.texts.answers.index(text)
 
-    def _places(self, rng: jax.Array, split: str) -> jax.Array:
-        """The cell of each of the list, int32 [C]; the first two are in different columns."""
-        cells = self.rows**2
-        half_key, order_key = jax.random.split(rng)
-        score = jax.random.uniform(order_key, (cells,))
-        column = np.arange(cells) % self.rows
-        if split == "heldout_layout":  # All to one side, as far as there is room.
-            right = jax.random.bernoulli(half_key)
-            score += (column >= self.rows / 2) == right
-        places = jnp.argsort(score)
-        apart = jnp.asarray(column)[places] != jnp.asarray(column)[places[0]]
-        second = jnp.argmax(apart)
-        return places.at[1].set(places[second]).at[second].set(places[1])
+    def _places(self, rng: jax.Array, number: jax.Array, split: str) -> jax.Array:
+        """The cell of each of a list, int32 [C], of which `number` are there.
+
+        The first two are in different columns, and as often in this order as in the other. The
+        middle cell is left to the split 'heldout_layout', where one of those two is in it.
+        """
+        order_key, swap_key = jax.random.split(rng)
+        cells = np.arange(self.rows**2)
+        middle = cells == (self.rows + 1) * (self.rows // 2)
+        last = -1.0 if split == "heldout_layout" else 1.0
+        score = jax.random.uniform(order_key, cells.shape)
+        places = jnp.argsort(jnp.where(middle, last, score))
+        column = jnp.asarray(cells % self.rows)[places]
+        second = jnp.argmax(column != column[0])
+        places = places.at[1].set(places[second]).at[second].set(places[1])
+        # The middle has more columns to one side than to the other.
+        swapped = jax.random.bernoulli(swap_key) & (number > 1)
+        return jnp.where(swapped, places.at[:2].set(places[1::-1]), places)
 
     def _draw(self, rng: jax.Array, *, kind: str, split: str) -> Drawn:
         pair_key, number_key, others_key, distractor_key, template_key, side_key = jax.random.split(
@@ -220,6 +233,13 @@ class Shapes:
                 number_b = most + least - number_a
         listed = jnp.arange(cells)
         objects = pick(jax.random.fold_in(others_key, 1), known & other, (cells,))
+        if kind in ("count", "exists"):
+            # Every other one shares colour or shape with what is asked for, so that neither of them
+            # alone decides.
+            alike = (colour == colour_of(a)) | (shape == shape_of(a))
+            near = pick(jax.random.fold_in(others_key, 2), known & other & alike, (cells,))
+            half = jax.random.bernoulli(jax.random.fold_in(others_key, 3), shape=(cells,))
+            objects = jnp.where(half, near, objects)
         objects = jnp.where(listed < number_a + number_b, b, objects)
         objects = jnp.where(listed < number_a, a, objects)
         things = len(_texts(kind)) // len(TEMPLATES[kind])
@@ -283,10 +303,10 @@ def make(
             f"counts[1] <= {len(NUMBERS) - 1}."
         )
     most = max(2 * counts[1] - 1 if "compare" in kinds else counts[1], 2) + distractors
-    if most > rows**2:
+    if most >= rows**2:
         raise ValueError(
             f"counts={counts} and distractors={distractors} may want {most} objects, but "
-            f"rows={rows} has {rows**2} places."
+            f"rows={rows} has {rows**2} places, of which training leaves one empty."
         )
     prompts = [text for kind in kinds for text in _texts(kind)]
     answers = list(NUMBERS[counts[0] : counts[1] + 1]) if "count" in kinds else []
