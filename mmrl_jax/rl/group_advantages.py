@@ -65,8 +65,9 @@ def pass_at_k(reward: jax.Array, scored: jax.Array, *, k: int) -> jax.Array:
     sets of k that hold a right one, and s = sqrt(R (1 - R)):
 
       A = (1 - R) / s of a right answer,
-      A = (1 - R - C(N - c - 1, k - 1) / C(N - 1, k - 1)) / s of a wrong one; 0 where s is 0, and where
-    fewer than k could be scored.
+      A = (1 - R - C(N - c - 1, k - 1) / C(N - 1, k - 1)) / s of a wrong one;
+
+    0 where s is 0, and where fewer than k could be scored.
 
     Raises:
       ValueError: k is not in [1, G].
