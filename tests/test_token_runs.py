@@ -62,6 +62,12 @@ def test_what_cannot_run_is_refused(changes, message):
         token_factory.check(tiny.token_config(**changes))
 
 
+def test_grpo_from_scratch_has_a_reference_too(tmp_path):
+    trained = train(tiny.token_config(sft__updates=0, run__updates=1), tmp_path)
+    assert trained.warm_start is None and trained.tuned.updates == 1
+    assert "policy/reference_kl" in metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)[-1]
+
+
 def test_sft_alone_needs_updates():
     with pytest.raises(ValueError, match="sft.updates=0, but algorithm='sft'"):
         token_factory.check(tiny.token_config("count_sft", sft__updates=0))
@@ -75,7 +81,7 @@ def test_both_kinds_of_policies_are_told_apart():
 def test_pictures_are_swapped_when_asked_for():
     config = tiny.token_config()
     evaluator = token_factory.make_evaluator(config, jax.random.key(0), questions=8)
-    learner, _ = token_factory.fresh_learner(config, token_factory.adam(1e-3, 1.0), None)
+    learner = token_factory.fresh_learner(config, token_factory.adam(1e-3, 1.0))
     seen = []
 
     def answer(made_of, question, rng):

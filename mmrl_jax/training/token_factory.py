@@ -21,7 +21,6 @@ from mmrl_jax.learners import grpo, sft, token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
 from mmrl_jax.models.encoders import VisionEncoder
 from mmrl_jax.models.language import LanguageModel, Rope
-from mmrl_jax.models.lora import split
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
 from mmrl_jax.rl.token_losses import KLS, PRESETS
@@ -223,20 +222,19 @@ def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.S
 def fresh_learner(
     config: ml_collections.ConfigDict,
     optimiser: optax.GradientTransformation,
-    start: TokenState | None,
-) -> tuple[TokenState, Any]:
-    """A learner with new parameters, or with those of `start`, and what is frozen (nothing yet)."""
-    task, policy = make_parts(config)
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
-    asked = task.sample(key, 1, "train")
-    variables = jax.jit(policy.model.init)(key, asked.tokens, asked.present, asked.images)
-    params, frozen = split(variables, ".*")
-    state = token_learner.init(
-        params if start is None else start.params,
-        optimiser=optimiser,
-        with_reference=start is not None and config.grpo.kl_weight > 0,
-    )
-    return state, frozen
+    *,
+    start: TokenState | None = None,
+    with_reference: bool = False,
+) -> TokenState:
+    """A learner with new parameters, all of them trained, or with those of `start`."""
+    if start is not None:
+        params = start.params
+    else:
+        task, policy = make_parts(config)
+        key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
+        asked = task.sample(key, 1, "train")
+        params = jax.jit(policy.model.init)(key, asked.tokens, asked.present, asked.images)
+    return token_learner.init(params, optimiser=optimiser, with_reference=with_reference)
 
 
 def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
@@ -252,7 +250,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         return (asked, *few.texts.labels(asked))
 
     def init() -> Carry:
-        learner, _ = fresh_learner(config, optimiser, None)
+        learner = fresh_learner(config, optimiser)
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 2)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
@@ -310,7 +308,7 @@ def grpo_stage(
     )
 
     def init() -> Carry:
-        learner, _ = fresh_learner(config, optimiser, start)
+        learner = fresh_learner(config, optimiser, start=start, with_reference=g.kl_weight > 0)
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 3)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
