@@ -45,7 +45,7 @@ def test_clipped_policy_loss_by_hand():
     # ratio 0.5, A = 2: min(1, 0.8 * 2); A = -2: min(-1, -1.6). ratio 1: A.
     log_ratio = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5, 1.0]))
     advantage = jnp.array([2.0, -2.0, 2.0, -2.0, 3.0])
-    loss = losses.clipped_policy_loss(log_ratio, advantage, 0.2)
+    loss = losses.clipped_policy_loss(log_ratio, advantage, 0.2, 0.2)
     np.testing.assert_allclose(loss, [-2.4, 3.0, -1.0, 1.6, -3.0], rtol=1e-6)
 
 
@@ -53,7 +53,9 @@ def test_clipped_policy_loss_has_no_gradient_where_it_is_clipped():
     # d/dlog_ratio of -ratio * A is -ratio * A; 0 where the clipped branch is the smaller one.
     log_ratio = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5]))
     advantage = jnp.array([2.0, -2.0, 2.0, -2.0])
-    gradient = jax.grad(lambda x: losses.clipped_policy_loss(x, advantage, 0.2).sum())(log_ratio)
+    gradient = jax.grad(lambda x: losses.clipped_policy_loss(x, advantage, 0.2, 0.2).sum())(
+        log_ratio
+    )
     np.testing.assert_allclose(gradient, [0.0, 3.0, -1.0, 0.0], rtol=1e-6)
 
 
@@ -63,7 +65,7 @@ def test_clipped_policy_loss_is_rlax_and_brax_formula():
     log_ratio, advantage = rng.normal(size=(2, 1000))
     ratio = np.exp(log_ratio)
     expected = -np.minimum(ratio * advantage, np.clip(ratio, 0.7, 1.3) * advantage)
-    loss = losses.clipped_policy_loss(jnp.asarray(log_ratio), jnp.asarray(advantage), 0.3)
+    loss = losses.clipped_policy_loss(jnp.asarray(log_ratio), jnp.asarray(advantage), 0.3, 0.3)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
 
 

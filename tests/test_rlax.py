@@ -51,7 +51,7 @@ def test_clipped_policy_loss_and_its_gradient():
     log_ratio, advantage = (jnp.asarray(x, jnp.float32) for x in rng.normal(size=(2, 500)) * 0.4)
 
     def ours(x):
-        return jnp.mean(losses.clipped_policy_loss(x, advantage, 0.2))
+        return jnp.mean(losses.clipped_policy_loss(x, advantage, 0.2, 0.2))
 
     def theirs(x):
         return rlax.clipped_surrogate_pg_loss(jnp.exp(x), advantage, 0.2)

@@ -15,7 +15,7 @@ import optax
 
 from mmrl_jax.learners.learner import Shard, apply_gradients, over_steps
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
-from mmrl_jax.rl import group_advantages
+from mmrl_jax.rl import group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
 from mmrl_jax.rollouts.generate import Generated
 from mmrl_jax.tasks.question import Question
@@ -170,11 +170,10 @@ def update(
 def describe(experience: Experience) -> Metrics:
     """What the answers of an update were like."""
     reward, scored = experience.reward, experience.scored
-    mean = jnp.sum(jnp.where(scored > 0, reward, 0.0)) / jnp.maximum(jnp.sum(scored), 1.0)
     present = experience.answers.present.astype(jnp.float32)
     degenerate = group_advantages.degenerate(reward, scored)
     return {
-        "answer/reward": mean,
+        "answer/reward": losses.masked_mean(reward, scored),
         "answer/length": jnp.mean(jnp.sum(present, axis=-1)),
         "answer/degenerate_groups": jnp.mean(degenerate.astype(jnp.float32)),
     }

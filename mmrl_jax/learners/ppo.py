@@ -68,7 +68,7 @@ def loss(
     h, valid = hyperparameters, batch.valid
     log_ratio = output.distribution.log_prob(batch.action) - batch.log_prob
     log_ratio = jnp.where(valid > 0, log_ratio, 0.0)  # Not even an overflow there may count.
-    policy = losses.clipped_policy_loss(log_ratio, advantage, h.clip)
+    policy = losses.clipped_policy_loss(log_ratio, advantage, h.clip, h.clip)
     value = losses.value_loss(output.value, target, batch.value, h.value_clip)
     entropy = losses.masked_mean(output.distribution.entropy(rng), valid)
     parts = {

@@ -8,17 +8,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.rl.losses import masked_mean
+
 EPSILON = 1e-4  # As in TRL.
-
-
-def _mean(x: jax.Array, scored: jax.Array, axis: int | None) -> jax.Array:
-    total = jnp.sum(jnp.where(scored > 0, x, 0.0), axis, keepdims=axis is not None)
-    return total / jnp.maximum(jnp.sum(scored, axis, keepdims=axis is not None), 1.0)
 
 
 def _std(x: jax.Array, scored: jax.Array, axis: int | None) -> jax.Array:
     """With n - 1 in the denominator; 0 of a single value."""
-    squares = jnp.where(scored > 0, (x - _mean(x, scored, axis)) ** 2, 0.0)
+    squares = jnp.where(scored > 0, (x - masked_mean(x, scored, axis)) ** 2, 0.0)
     count = jnp.sum(scored, axis, keepdims=axis is not None)
     total = jnp.sum(squares, axis, keepdims=axis is not None)
     return jnp.sqrt(total / jnp.maximum(count - 1, 1.0))
@@ -26,7 +23,7 @@ def _std(x: jax.Array, scored: jax.Array, axis: int | None) -> jax.Array:
 
 def centred(reward: jax.Array, scored: jax.Array) -> jax.Array:
     """r_i - mean(r) of the group: Dr. GRPO (Liu et al., 2025, arXiv 2503.20783)."""
-    advantage = jnp.where(scored > 0, reward - _mean(reward, scored, 1), 0.0)
+    advantage = jnp.where(scored > 0, reward - masked_mean(reward, scored, 1), 0.0)
     # Equal rewards are exactly 0: the rounding of their mean, over its own spread, is not.
     return jnp.where(degenerate(reward, scored)[:, None], 0.0, advantage)
 
@@ -52,7 +49,7 @@ def batch_standardised(reward: jax.Array, scored: jax.Array) -> jax.Array:
     REINFORCE++ with the group's mean as baseline (Hu et al., 2025, arXiv 2501.03262).
     """
     advantage = centred(reward, scored)
-    advantage = (advantage - _mean(advantage, scored, None)) / (
+    advantage = (advantage - masked_mean(advantage, scored, None)) / (
         _std(advantage, scored, None) + EPSILON
     )
     return jnp.where(scored > 0, advantage, 0.0)

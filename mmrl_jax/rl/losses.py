@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """sum(x * mask) / sum(mask), [], over arrays of one shape; 0 where the mask is all 0."""
-    total = jnp.sum(jnp.where(mask > 0, x * mask, 0.0))
-    return total / jnp.maximum(jnp.sum(mask), 1.0)
+def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+    """sum(x * mask) / sum(mask) over arrays of one shape; 0 where the mask is all 0.
+
+    Returns:
+      [], or with an axis the means along it, which stays with length 1.
+    """
+    keep = axis is not None
+    total = jnp.sum(jnp.where(mask > 0, x * mask, 0.0), axis, keepdims=keep)
+    return total / jnp.maximum(jnp.sum(mask, axis, keepdims=keep), 1.0)
 
 
 def normalise(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -17,21 +22,24 @@ def normalise(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (x - mean) / (jnp.sqrt(variance) + 1e-8)
 
 
-def clipped_policy_loss(log_ratio: jax.Array, advantage: jax.Array, clip: float) -> jax.Array:
+def clipped_policy_loss(
+    log_ratio: jax.Array, advantage: jax.Array, low: float, high: float
+) -> jax.Array:
     """PPO's clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, eq. 7), negated.
 
-      -min(rho * A, clamp(rho, 1 - clip, 1 + clip) * A),  rho = exp(log_ratio)
+      -min(rho * A, clamp(rho, 1 - low, 1 + high) * A),  rho = exp(log_ratio)
 
     Args:
       log_ratio: float32 [...], log pi_new(a) - log pi_old(a).
       advantage: float32 [...].
-      clip: half width of the trust interval, > 0.
+      low: width of the trust interval below 1, > 0.
+      high: above 1, > 0; PPO's are equal.
 
     Returns:
       float32 [...].
     """
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
+    clipped = jnp.clip(ratio, 1 - low, 1 + high)
     return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.rl import losses
+
 Ratio = Literal["token", "sequence"]
 Clip = Literal["ppo", "cispo"]
 Reduction = Literal["sequence", "token", "constant"]
@@ -107,7 +109,7 @@ def kl_estimate(log_ratio: jax.Array, kind: KL) -> jax.Array:
         return -log_ratio
     if kind == "k2":
         return 0.5 * log_ratio**2
-    return jnp.expm1(log_ratio) - log_ratio
+    return losses.approximate_kl(log_ratio)
 
 
 def divisor(mask: jax.Array, reduction: Reduction) -> jax.Array:
@@ -171,15 +173,14 @@ def token_loss_sums(
         weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + o.high))
         loss = -weight * advantage * log_prob
     elif o.clip == "ppo":
-        clipped = jnp.clip(ratio, 1 - o.low, 1 + o.high)
-        loss = -jnp.minimum(ratio * advantage, clipped * advantage)
+        loss = losses.clipped_policy_loss(log_ratio, advantage, o.low, o.high)
     else:
         loss = -ratio * advantage
     if o.max_correction is not None and rollout_log_prob is not None:
         behind = jnp.where(there, old_log_prob - rollout_log_prob, 0.0)
         loss = loss * jnp.minimum(jnp.exp(behind), o.max_correction)
     metrics = {
-        "policy/kl": jnp.expm1(log_ratio) - log_ratio,
+        "policy/kl": losses.approximate_kl(log_ratio),
         "policy/clipped_low": ((ratio < 1 - o.low) & (advantage < 0)).astype(jnp.float32),
         "policy/clipped_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),
     }
