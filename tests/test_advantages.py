@@ -221,3 +221,68 @@ def test_discounted_returns_by_hand():
         discount=0.5,
     )
     np.testing.assert_array_equal(returns, [[4, 2, 2], [6, 2, 2], [8, 8, 8]])
+
+
+def token_estimate(reward, value, last_value, present, terminated, truncated, discount, lambda_):
+    arrays = as_floats(reward, value, last_value, terminated, truncated)
+    advantage, target = advantages.token_advantages(
+        **arrays, present=jnp.asarray(present), discount=discount, lambda_=lambda_
+    )
+    return np.asarray(advantage), np.asarray(target)
+
+
+def test_turns_of_one_token_are_steps():
+    reward, value, last_value, terminated, truncated, _ = an_end_at_every_position(5)
+    present = np.ones((*value.shape, 1), bool)
+    found = token_estimate(
+        reward, value[..., None], last_value, present, terminated, truncated, DISCOUNT, LAMBDA
+    )
+    expected = estimate(reward, value, last_value, terminated, truncated)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a[..., 0], b, atol=1e-6)
+
+
+def test_absent_tokens_are_passed_over():
+    # Undiscounted, the tokens that are there are the steps of one episode.
+    rng = np.random.default_rng(1)
+    length = np.array([2, 1, 3])
+    present = np.arange(3) < length[:, None]
+    value, reward = rng.normal(size=(3, 3)), rng.normal(size=3)
+    at_last = np.where(np.arange(3) == length[:, None] - 1, reward[:, None], 0.0)
+    steps = [x[present][:, None] for x in (at_last, value)]
+    zeros = np.zeros((6, 1))
+    expected, targets = estimate(*steps, np.array([0.4]), zeros, zeros, 1.0, LAMBDA)
+    value[~present] = np.nan
+    advantage, target = token_estimate(
+        reward[:, None], value[:, None], np.array([0.4]), present[:, None],
+        np.zeros((3, 1)), np.zeros((3, 1)), 1.0, LAMBDA,
+    )  # fmt: skip
+    np.testing.assert_allclose(advantage[:, 0][present], expected[:, 0], atol=1e-6)
+    np.testing.assert_allclose(target[:, 0][present], targets[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "terminated, truncated, last_of_first",
+    [
+        (0, 0, 1 + 0.9 * 0.3 - 0.2 + 0.9 * 0.5 * (2 + 0.9 * 0.7 - 0.3)),
+        (0, 1, 1 + 0.9 * 0.3 - 0.2),  # The value of the state that it was cut at counts.
+        (1, 0, 1 - 0.2),
+    ],
+)
+def test_a_turn_ends_with_its_last_token(terminated, truncated, last_of_first):
+    # Two tokens of values 0.1 and 0.2 and a reward of 1, then one of 0.3 and a reward of 2.
+    advantage, _ = token_estimate(
+        [[1.0], [2.0]], [[[0.1, 0.2]], [[0.3, 9.0]]], [0.7], [[[True, True]], [[True, False]]],
+        [[terminated], [0]], [[truncated], [0]], 0.9, 0.5,
+    )  # fmt: skip
+    np.testing.assert_allclose(advantage[0, 0, 1], last_of_first, rtol=1e-6)
+    first = 0.2 - 0.1 + 0.5 * last_of_first  # Neither discounted nor ended between the tokens.
+    np.testing.assert_allclose(advantage[0, 0, 0], first, rtol=1e-6)
+
+
+def test_what_broke_is_cut_before_it():
+    terminated, truncated, valid = np.array(
+        [[[1.0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
+    )
+    found = advantages.cut(*map(jnp.asarray, (terminated, truncated, valid)))
+    np.testing.assert_array_equal(found, [[0, 1, 1], [0, 0, 0]])

@@ -9,16 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from mmrl_jax.learners import grpo, sft, token_learner
+from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
 from mmrl_jax.models.encoders import VisionEncoder
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.lora import split
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel
+from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Words
+from mmrl_jax.types import Transition
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TASK = shapes.make(
@@ -191,3 +193,167 @@ def test_supervised_fine_tuning_is_cross_entropy():
     assert metrics["loss/answer"] == pytest.approx(float(value), rel=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
     assert largest_difference(new.params, expected) < 1e-6
+
+
+def preferences(weight=(1.0, 1.0, 0.0, 1.0)):
+    answers = experience().answers
+    return dpo.Preferences(
+        questions(), answers.tokens[:, :2], answers.present[:, :2], jnp.asarray(weight)
+    )
+
+
+def prefer(given, **hyperparameters):
+    state, frozen = learner(reference=True)
+    h = dict(beta=0.5, label_smoothing=0.0, epochs=1, minibatches=1, accumulate=1)
+    step = functools.partial(
+        dpo.update,
+        policy=POLICY,
+        optimiser=OPTIMISER,
+        hyperparameters=dpo.Hyperparameters(**h | hyperparameters),
+    )
+    return jit(step)(state, frozen, given, jax.random.key(4))
+
+
+def test_one_step_of_dpo_is_written_out():
+    # At the reference the margin is 0, and the gradient -beta / 2 * grad(chosen - rejected).
+    given = preferences()
+    new, metrics = prefer(given)
+    state, frozen = learner(reference=True)
+
+    def margin(params):
+        found = POLICY.log_probs(
+            params, frozen, given.question, given.tokens, given.present, temperature=1.0
+        )
+        whole = jnp.sum(jnp.where(given.present, found.log_prob, 0.0), axis=-1)
+        return jnp.sum(given.weight * (whole[:, 0] - whole[:, 1])) / 3
+
+    gradient = jit(jax.grad(margin))(state.params)
+    expected = jax.tree.map(lambda p, g: p + 0.1 * 0.25 * g, state.params, gradient)
+    assert largest_difference(state.params, expected) > 1e-3
+    assert largest_difference(new.params, expected) < 1e-6
+    assert float(metrics["loss/policy"]) == pytest.approx(np.log(2), rel=1e-5)
+    assert float(metrics["answer/preferences"]) == 0.75
+    parts, _ = prefer(given, accumulate=4)
+    assert largest_difference(new.params, parts.params) < 1e-6
+
+
+def test_no_preference_teaches_nothing_and_more_steps_widen_the_margin():
+    same, _ = prefer(preferences(weight=(0.0,) * 4))
+    assert largest_difference(same.params, learner()[0].params) == 0
+    _, metrics = prefer(preferences(), epochs=8)
+    assert float(metrics["policy/margin"]) > 0.01
+    assert float(metrics["loss/policy"]) < np.log(2)
+
+
+def test_best_and_worst_answers_are_preferred():
+    answers = experience().answers
+    reward = jnp.array([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0], [9.0, 0.2, 0.1], [2.0, -9.0, -9.0]])
+    scored = jnp.array([[1.0, 1, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]])
+    found = dpo.best_and_worst(questions(), answers.tokens, answers.present, reward, scored)
+    np.testing.assert_array_equal(found.weight, [1, 0, 1, 0])
+    for row, which in ((0, [1, 0]), (2, [1, 2])):
+        np.testing.assert_array_equal(found.tokens[row], answers.tokens[row, jnp.array(which)])
+        np.testing.assert_array_equal(found.present[row], answers.present[row, jnp.array(which)])
+
+
+@functools.cache
+def turns():
+    """Two turns of two episodes, whose answers are the first ones of `experience`."""
+    zeros = jnp.zeros((2, 2))
+    answers = jax.tree.map(lambda x: x[:, 0].reshape(2, 2, -1), experience().answers)
+    batch = Transition(
+        observation=jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), questions()),
+        action=answers,
+        log_prob=zeros,
+        value=zeros,
+        reward=jnp.array([[0.0, 1.0], [jnp.nan, 2.0]]),
+        terminated=zeros.at[0, 1].set(1.0),
+        truncated=zeros,
+        valid=jnp.array([[1.0, 1.0], [0.0, 1.0]]),
+        privileged={},
+        metrics={},
+    )
+    return batch, jax.tree.map(lambda x: x[:2], questions())
+
+
+def with_value(reference=False):
+    state, _ = learner()
+    params = token_learner.with_value_head(jax.random.key(5), state.params, 16)
+    state = token_learner.init(params, optimiser=OPTIMISER, with_reference=reference)
+    return state, jax.tree.map(lambda _: None, params)
+
+
+def ppo_update(state=None, batch=None, **hyperparameters):
+    h = dict(
+        discount=0.9, gae_lambda=0.8, loss=TokenLoss(), value_clip=None, value_weight=0.5,
+        entropy_weight=0.01, temperature=1.0, epochs=1, minibatches=1, accumulate=1,
+    )  # fmt: skip
+    start, frozen = with_value()
+    step = functools.partial(
+        token_ppo.update,
+        policy=POLICY,
+        optimiser=OPTIMISER,
+        hyperparameters=token_ppo.Hyperparameters(**h | hyperparameters),
+    )
+    given, last = turns()
+    return jit(step)(state or start, frozen, batch or given, last, jax.random.key(4))
+
+
+def test_one_step_of_token_ppo_is_written_out():
+    new, metrics = ppo_update()
+    (state, frozen), (batch, last) = with_value(), turns()
+    mask = (batch.action.present & (batch.valid > 0)[..., None]).astype(jnp.float32)
+
+    def read(params):
+        flat = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (batch.observation, batch.action)
+        )
+        found, value = POLICY.log_probs_and_values(
+            params, frozen, flat[0], flat[1].tokens[:, None], flat[1].present[:, None],
+            temperature=1.0,
+        )  # fmt: skip
+        return [x.reshape(mask.shape) for x in (found.log_prob, found.entropy, value)]
+
+    first = jnp.zeros((2, 1, 1), jnp.int32)
+
+    @jit
+    def values(params):
+        _, behind = POLICY.log_probs_and_values(
+            params, frozen, last, first, first == 0, temperature=1.0
+        )
+        return read(params)[2], behind
+
+    value, behind = values(state.params)
+    advantage, target = advantages.token_advantages(
+        reward=batch.reward.at[1, 0].set(0.0),
+        value=value,
+        last_value=behind[:, 0, 0],
+        present=batch.action.present,
+        terminated=batch.terminated,
+        truncated=jnp.array([[1.0, 0.0], [0.0, 0.0]]),  # The first episode broke after one turn.
+        discount=0.9,
+        lambda_=0.8,
+    )
+    advantage = losses.normalise(advantage, mask)
+
+    def loss(params):
+        log_prob, entropy, value = read(params)
+        terms = -log_prob * advantage + 0.25 * (value - target) ** 2 - 0.01 * entropy
+        return jnp.sum(jnp.where(mask > 0, terms, 0.0)) / mask.sum()
+
+    gradient = jit(jax.grad(loss))(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
+    for part in ("params", "value"):
+        assert largest_difference(state.params[part], expected[part]) > 1e-3
+    assert largest_difference(new.params, expected) < 2e-6
+    assert float(metrics["answer/length"]) == pytest.approx(float(mask.sum() / 3))
+    parts, _ = ppo_update(accumulate=4)
+    assert largest_difference(new.params, parts.params) < 2e-6
+
+
+def test_token_ppo_keeps_near_to_its_reference():
+    state, _ = with_value(reference=True)
+    _, metrics = ppo_update(state, loss=TokenLoss(kl_weight=0.1), epochs=2)
+    assert float(metrics["policy/reference_kl"]) > 0
+    with pytest.raises(ValueError, match="reduction"):
+        ppo_update(loss=TokenLoss(reduction="sequence"))

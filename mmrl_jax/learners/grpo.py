@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, apply_gradients, over_steps
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.learners.learner import Shard, apply_gradients, minibatch_order, over_steps, summed
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
 from mmrl_jax.rl import group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
 from mmrl_jax.rollouts.generate import Generated
@@ -107,15 +107,12 @@ def update(
             temperature=h.temperature,
         )
 
-    def in_parts(params: Params) -> jax.Array:
-        """Log-probs of the whole batch, no more of it at a time than a part."""
+    def of_all(params: Params) -> jax.Array:
         parts = h.minibatches * h.accumulate
-        cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), experience)
-        found = jax.lax.map(lambda part: log_probs(params, part).log_prob, cut)
-        return found.reshape(drawn.shape)
+        return in_parts(lambda part: log_probs(params, part).log_prob, experience, parts)
 
-    old = drawn if h.loss.max_correction is None else in_parts(state.params)
-    reference = in_parts(state.reference) if h.loss.kl_weight else jnp.zeros_like(drawn)
+    old = drawn if h.loss.max_correction is None else of_all(state.params)
+    reference = of_all(state.reference) if h.loss.kl_weight else jnp.zeros_like(drawn)
     samples = _Sample(experience.question, answers, advantage, old, reference)
 
     def flat(x: jax.Array) -> jax.Array:
@@ -144,25 +141,14 @@ def update(
         mask = flat(minibatch.answers.present).astype(jnp.float32)
         whole = jnp.maximum(divisor(mask, h.loss.reduction), 1.0)
         gradient = jax.value_and_grad(part_loss, has_aux=True)
-
-        def add(total: Any, part: _Sample) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.params, part, whole)), None
-
-        parts = jax.tree.map(lambda x: x.reshape(h.accumulate, -1, *x.shape[1:]), minibatch)
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(gradient, state.params, first, whole),
+        (loss, (metrics, tokens)), gradients = summed(
+            lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
         )
-        ((loss, (metrics, tokens)), gradients), _ = jax.lax.scan(add, zeros, parts)
         state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
         means = {name: x / jnp.maximum(tokens, 1.0) for name, x in metrics.items()}
         return state, means | {"loss/policy": loss} | step_metrics
 
-    batch = len(advantage)
-    keys = jax.random.split(rng, h.epochs)
-    order = jax.vmap(lambda key: jax.random.permutation(key, batch))(keys)
-    order = order.reshape(h.epochs * h.minibatches, batch // h.minibatches)
+    order = minibatch_order(jax.random.split(rng, h.epochs), len(advantage), h.minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
     return state, over_steps(metrics) | describe(experience)
 

@@ -124,6 +124,31 @@ def apply_gradients(
     }
 
 
+def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
+    """Indices of the samples of every optimiser step, int32 [E * minibatches, size / minibatches].
+
+    Args:
+      keys: of the shuffles, one for each of E epochs.
+      size: number of samples.
+      minibatches: optimiser steps an epoch; must divide `size`.
+    """
+    order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
+    return order.reshape(len(keys) * minibatches, size // minibatches)
+
+
+def summed(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """The sum of what a function gives for `parts` equal parts of a batch [N, ...], one at a time.
+
+    Of gradients it is gradient accumulation: no more activations are held than a part's.
+    """
+    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, cut
+    )[0]
+
+
 def over_steps(metrics: Metrics) -> Metrics:
     """Of metrics [steps], the means [] over the steps taken, and the sums of what counts steps."""
     taken = metrics["update/steps"]

@@ -13,6 +13,7 @@ from mmrl_jax.learners.learner import (
     Shard,
     apply_gradients,
     auxiliary_losses,
+    minibatch_order,
     over_steps,
     run_network,
 )
@@ -158,13 +159,12 @@ def update(
 
     keys = jax.random.split(rng, h.epochs + 1)
     steps = h.epochs * h.minibatches
-    order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys[1:])
-    order = order.reshape(steps, size // h.minibatches)
+    order = minibatch_order(keys[1:], size, h.minibatches)
     (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )
     metrics = over_steps(metrics)
-    metrics["value/explained_variance"] = _explained_variance(batch.value, target, valid)
+    metrics["value/explained_variance"] = losses.explained_variance(batch.value, target, valid)
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
@@ -191,10 +191,6 @@ def _with_advantages(
 
     masked = ("observation", "action", "log_prob", "reward", "privileged")
     batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
-    # Without an end of its own, an episode whose next step is not valid broke there: what it was
-    # worth until then is all that is known.
-    next_valid = jnp.concatenate([valid[1:], jnp.ones_like(valid[:1])])
-    broke = valid * (1 - next_valid) * (1 - batch.terminated)
     # The value stays until here: an invalid step's bootstraps a truncated step before it.
     discount = hyperparameters.discount
     steps: dict[str, jax.Array] = {
@@ -202,7 +198,7 @@ def _with_advantages(
         "value": batch.value,
         "last_value": run_network(apply, state, last_observation).value,
         "terminated": batch.terminated,
-        "truncated": jnp.maximum(batch.truncated, broke),
+        "truncated": advantages.cut(batch.terminated, batch.truncated, valid),
     }
     advantage, target = advantages.generalised_advantages(
         **steps, discount=discount, lambda_=hyperparameters.gae_lambda
@@ -210,10 +206,3 @@ def _with_advantages(
     if hyperparameters.advantage == "return":
         advantage = advantages.return_advantages(**steps, target=target, discount=discount)
     return batch.replace(value=keep(batch.value)), keep(advantage), keep(target)
-
-
-def _explained_variance(value: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-    """1 - mean((target - value)^2) / Var(target), [], over valid samples."""
-    variance = losses.masked_mean((target - losses.masked_mean(target, valid)) ** 2, valid)
-    residual = losses.masked_mean((target - value) ** 2, valid)
-    return 1 - residual / jnp.maximum(variance, 1e-8)

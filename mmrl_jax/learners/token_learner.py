@@ -1,13 +1,15 @@
 """What all learners of token policies share: their state, the policy, and scoring its answers."""
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.models.heads import ValueHead
 from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
@@ -47,6 +49,21 @@ def init(
         reference=params if with_reference else (),
         steps=jnp.zeros((), jnp.int32),
     )
+
+
+_VALUE = ValueHead()
+
+
+def with_value_head(rng: jax.Array, variables: Params, width: int) -> Params:
+    """Variables of a model, and beside them, as 'value', a head on its features [..., width]."""
+    return variables | {"value": _VALUE.init(rng, jnp.zeros((1, width)))["params"]}
+
+
+def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
+    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    found = jax.lax.map(function, cut)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +123,39 @@ class TokenPolicy:
     ) -> TokenLogProbs:
         """Log-probs and entropies of answers int32 [B, G, T], float32 [B, G, T] each."""
         variables = join(params, frozen)
+        features = self._features(variables, question, tokens, present)
+        return self._log_probs(variables, features, tokens, temperature)
+
+    def log_probs_and_values(
+        self,
+        params: Params,
+        frozen: Any,
+        question: Question,
+        tokens: jax.Array,
+        present: jax.Array,
+        *,
+        temperature: float,
+    ) -> tuple[TokenLogProbs, jax.Array]:
+        """`log_probs`, and the values before each token, float32 [B, G, T].
+
+        The parameters hold a value head, see `with_value_head`.
+        """
+        variables = join(params, frozen)
+        features = self._features(variables, question, tokens, present)
+        found = self._log_probs(variables, features, tokens, temperature)
+        return found, cast(jax.Array, _VALUE.apply({"params": variables["value"]}, features))
+
+    def _features(
+        self, variables: Any, question: Question, tokens: jax.Array, present: jax.Array
+    ) -> jax.Array:
         language, within = gen.language(self.model, variables)
-        features = answer_features(
-            language, within, self._prompt(variables, question), tokens, present
-        )
+        prompt = self._prompt(variables, question)
+        return answer_features(language, within, prompt, tokens, present)
+
+    def _log_probs(
+        self, variables: Any, features: jax.Array, tokens: jax.Array, temperature: float
+    ) -> TokenLogProbs:
+        language, within = gen.language(self.model, variables)
         return answer_log_probs(
             language, within, features, tokens, temperature=temperature, tile=self.tile
         )

@@ -49,6 +49,89 @@ def generalised_advantages(
     return advantage, advantage + value
 
 
+def cut(terminated: jax.Array, truncated: jax.Array, valid: jax.Array) -> jax.Array:
+    """Where an episode was cut short, float32 [T, B]: truncated, or broken.
+
+    Without an end of its own, an episode whose next step is not valid broke there: what it was
+    worth until then is all that is known.
+
+    Args:
+      terminated: float32 [T, B].
+      truncated: float32 [T, B].
+      valid: float32 [T, B].
+    """
+    next_valid = jnp.concatenate([valid[1:], jnp.ones_like(valid[:1])])
+    return jnp.maximum(truncated, valid * (1 - next_valid) * (1 - terminated))
+
+
+def token_advantages(
+    *,
+    reward: jax.Array,
+    value: jax.Array,
+    last_value: jax.Array,
+    present: jax.Array,
+    terminated: jax.Array,
+    truncated: jax.Array,
+    discount: float,
+    lambda_: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`generalised_advantages` of the tokens of T turns, each an answer of up to L tokens.
+
+    Every token is a step. The last one of an answer is followed by the first one of the next turn,
+    and has the turn's reward, end and discount; between the tokens of an answer nothing is earned
+    and nothing discounted.
+
+    Args:
+      reward: float32 [T, B], of the turns.
+      value: float32 [T, B, L], estimates before each token.
+      last_value: float32 [B], before the first token of the turn after the last one.
+      present: bool [T, B, L], the tokens that are there; at least the first of every turn.
+      terminated: float32 [T, B], 1 where the turn ended the task.
+      truncated: float32 [T, B], 1 where a limit cut the episode after the turn.
+      discount: of a turn, in [0, 1].
+      lambda_: of a token, in [0, 1].
+
+    Returns:
+      advantages float32 [T, B, L], and the value targets A + v, float32 [T, B, L]; what stands
+      where no token is has no meaning.
+    """
+    follows = jnp.concatenate([present[..., 1:], jnp.zeros_like(present[..., :1])], axis=-1)
+    last = present & ~follows
+
+    def in_order(x: jax.Array) -> jax.Array:
+        """[T, B, L] to [T * L, B]."""
+        return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1])
+
+    def at_last(x: jax.Array, else_: float = 0.0) -> jax.Array:
+        return in_order(jnp.where(last, x[..., None], else_))
+
+    def step(behind: tuple[jax.Array, jax.Array], x: tuple) -> tuple:
+        there, value_t, reward_t, ended, was_cut, kept = x
+        advantage_tp1, value_tp1 = behind
+        delta = reward_t + kept * jnp.where(ended > 0, 0.0, value_tp1) - value_t
+        decay = kept * lambda_ * (1 - ended) * (1 - was_cut)
+        advantage_t = delta + jnp.where(decay > 0, decay * advantage_tp1, 0.0)
+        found = (advantage_t, value_t)
+        return jax.tree.map(lambda a, b: jnp.where(there, a, b), found, behind), advantage_t
+
+    _, advantage = jax.lax.scan(
+        step,
+        (jnp.zeros_like(last_value), last_value),
+        (
+            in_order(present),
+            in_order(value),
+            at_last(reward),
+            at_last(terminated),
+            at_last(truncated),
+            at_last(jnp.full_like(reward, discount), 1.0),
+        ),
+        reverse=True,
+    )
+    turns, batch, length = value.shape
+    advantage = jnp.moveaxis(advantage.reshape(turns, length, batch), 1, 2)
+    return advantage, advantage + value
+
+
 def return_advantages(
     *,
     reward: jax.Array,

@@ -57,6 +57,13 @@ def value_loss(
     return 0.5 * loss
 
 
+def explained_variance(value: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """1 - mean((target - value)^2) / Var(target), [], over samples where `mask` is 1."""
+    variance = masked_mean((target - masked_mean(target, mask)) ** 2, mask)
+    residual = masked_mean((target - value) ** 2, mask)
+    return 1 - residual / jnp.maximum(variance, 1e-8)
+
+
 def approximate_kl(log_ratio: jax.Array) -> jax.Array:
     """KL(old || new) per sample by the k3 estimator, (rho - 1) - log rho >= 0, float32 [...].
 

@@ -1,0 +1,157 @@
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv 2305.18290) of given answers.
+
+The preferences may be given, or made of the policy's own answers by their rewards, update by update
+(Guo et al., 2024, arXiv 2402.04792): `best_and_worst`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmrl_jax.learners.learner import Shard, apply_gradients, minibatch_order, over_steps, summed
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
+from mmrl_jax.rl import losses
+from mmrl_jax.rl.token_losses import dpo_loss
+from mmrl_jax.tasks.question import Question
+from mmrl_jax.types import Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """DPO's hyperparameters.
+
+    Attributes:
+      beta: weight of the KL to the reference, see `dpo_loss`.
+      label_smoothing: see there.
+      epochs: passes over a batch.
+      minibatches: optimiser steps a pass; must divide B.
+      accumulate: parts of a minibatch whose gradients are added up; must divide B / minibatches.
+    """
+
+    beta: float
+    label_smoothing: float
+    epochs: int
+    minibatches: int
+    accumulate: int
+
+
+class Preferences(NamedTuple):
+    """Two answers to each of B questions.
+
+    Attributes:
+      question: of B samples.
+      tokens: int32 [B, 2, T], the preferred answer and the other one.
+      present: bool [B, 2, T].
+      weight: float32 [B], 0 where there is no preference.
+    """
+
+    question: Question
+    tokens: jax.Array
+    present: jax.Array
+    weight: jax.Array
+
+
+def best_and_worst(
+    question: Question,
+    tokens: jax.Array,
+    present: jax.Array,
+    reward: jax.Array,
+    scored: jax.Array,
+) -> Preferences:
+    """The answers of highest and lowest reward, of G answers [B, G, T] to each of B questions.
+
+    Args:
+      question: of B samples.
+      tokens: int32 [B, G, T].
+      present: bool [B, G, T].
+      reward: float32 [B, G].
+      scored: float32 [B, G], 0 for answers that could not be scored.
+
+    Returns:
+      Preferences, of no weight where all rewards are equal.
+    """
+    best = jnp.argmax(jnp.where(scored > 0, reward, -jnp.inf), axis=1)
+    worst = jnp.argmin(jnp.where(scored > 0, reward, jnp.inf), axis=1)
+    which = jnp.stack([best, worst], axis=1)
+    high, low = jnp.moveaxis(jnp.take_along_axis(reward, which, axis=1), 1, 0)
+    differ = (jnp.sum(scored, axis=1) > 1) & (high > low)
+
+    def pick(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, which[..., None], axis=1)
+
+    return Preferences(question, pick(tokens), pick(present), differ.astype(jnp.float32))
+
+
+def update(
+    state: TokenState,
+    frozen: Any,
+    preferences: Preferences,
+    rng: jax.Array,
+    *,
+    policy: TokenPolicy,
+    optimiser: optax.GradientTransformation,
+    hyperparameters: Hyperparameters,
+    shard: Shard = lambda batch: batch,
+) -> tuple[TokenState, Metrics]:
+    """Epochs of minibatch steps on preferences over the answers to B questions.
+
+    Args:
+      state: the learner, with a reference.
+      frozen: the other half of the model's variables.
+      preferences: of B questions.
+      rng: key of the shuffles.
+      policy: the model.
+      optimiser: the one whose state the learner holds.
+      hyperparameters: see there.
+      shard: places a minibatch on the mesh.
+
+    Returns:
+      The new learner, and metrics: means over the optimiser steps that were taken.
+      'policy/preferred' is how often the preferred answer has gained on the other one.
+    """
+    h = hyperparameters
+
+    def of_answers(params: Params, part: Preferences) -> jax.Array:
+        """Log-probs of whole answers, float32 [N, 2]."""
+        found = policy.log_probs(
+            params, frozen, part.question, part.tokens, part.present, temperature=1.0
+        )
+        return jnp.sum(jnp.where(part.present, found.log_prob, 0.0), axis=-1)
+
+    reference = in_parts(
+        lambda part: of_answers(state.reference, part), preferences, h.minibatches * h.accumulate
+    )
+
+    def part_loss(params: Params, part: Any, whole: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The part's share of the loss of a minibatch whose weights have the sum `whole`."""
+        part, reference = part
+        gain = of_answers(params, part) - reference
+        loss = dpo_loss(gain[:, 0], gain[:, 1], beta=h.beta, label_smoothing=h.label_smoothing)
+
+        def mean(x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(part.weight > 0, part.weight * x, 0.0)) / whole
+
+        margin = gain[:, 0] - gain[:, 1]
+        return mean(loss), {
+            "policy/margin": mean(h.beta * margin),
+            "policy/preferred": mean((margin > 0).astype(jnp.float32)),
+        }
+
+    def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
+        minibatch = shard(jax.tree.map(lambda x: x[indices], (preferences, reference)))
+        whole = jnp.maximum(jnp.sum(minibatch[0].weight), 1.0)
+        gradient = jax.value_and_grad(part_loss, has_aux=True)
+        (loss, metrics), gradients = summed(
+            lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
+        )
+        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
+        return state, metrics | {"loss/policy": loss} | step_metrics
+
+    keys = jax.random.split(rng, h.epochs)
+    order = minibatch_order(keys, len(preferences.weight), h.minibatches)
+    state, metrics = jax.lax.scan(take_step, state, order)
+    pairs = losses.masked_mean(preferences.weight, jnp.ones_like(preferences.weight))
+    return state, over_steps(metrics) | {"answer/preferences": pairs}
