@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.grpo.swapped = False
     config.grpo.kl = "k3"
     config.grpo.kl_weight = 0.0
+    config.grpo.entropy_weight = 0.0
     config.grpo.learning_rate = 5e-4
     config.grpo.schedule = "linear"
     config.grpo.max_grad_norm = 1.0

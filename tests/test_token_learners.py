@@ -48,6 +48,7 @@ OPTIMISER = optax.sgd(0.1)
 PLAIN = grpo.Hyperparameters(
     advantage="centred",
     loss=TokenLoss(clip=None),
+    entropy_weight=0.0,
     temperature=1.0,
     epochs=1,
     minibatches=1,
@@ -149,6 +150,14 @@ def test_the_kl_to_the_reference_holds_the_policy_back():
         for pair in ((near.params, start), (far.params, start))
     ]
     assert distance[0] < distance[1]
+
+
+def test_the_entropy_bonus_raises_the_entropy():
+    # Without a difference of rewards there is nothing else to learn.
+    given = experience()._replace(reward=jnp.ones((4, 3)))
+    _, metrics = update(dataclasses.replace(PLAIN, entropy_weight=1.0, epochs=8), *learner(), given)
+    _, before = update(PLAIN)
+    assert float(metrics["policy/entropy"]) > float(before["policy/entropy"]) + 1e-4
 
 
 def test_equal_rewards_teach_nothing():

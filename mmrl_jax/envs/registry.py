@@ -5,9 +5,10 @@ import difflib
 import inspect
 from typing import Any
 
-from mmrl_jax.envs import from_brax, language_locomotion, language_reach
+from mmrl_jax.envs import from_brax, language_grid, language_locomotion, language_reach
 from mmrl_jax.envs.brax_api import Env, environment_names
 from mmrl_jax.envs.from_brax import FromBrax
+from mmrl_jax.envs.language_grid import LanguageGrid
 from mmrl_jax.envs.language_locomotion import LanguageLocomotion
 from mmrl_jax.envs.language_reach import LanguageReach
 from mmrl_jax.envs.memory import Recall
@@ -16,6 +17,7 @@ from mmrl_jax.envs.wrappers import AutoReset, History, Pixels
 _CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {
     "language_reach": (LanguageReach, language_reach.SPLITS),
     "language_locomotion": (LanguageLocomotion, language_locomotion.SPLITS),
+    "language_grid": (LanguageGrid, language_grid.SPLITS),
     "recall": (Recall, ("train",)),
 }
 NAMES = tuple(_CORES)  # And 'brax:<name>', 'playground:<name>'.

@@ -29,6 +29,7 @@ class Hyperparameters:
     Attributes:
       advantage: of `group_advantages.ESTIMATORS`.
       loss: see there.
+      entropy_weight: weight of the entropy bonus, whose sum over tokens has the loss's divisor.
       temperature: at which the answers were drawn.
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide B.
@@ -37,6 +38,7 @@ class Hyperparameters:
 
     advantage: str
     loss: TokenLoss
+    entropy_weight: float
     temperature: float
     epochs: int
     minibatches: int
@@ -134,7 +136,8 @@ def update(
             rollout_log_prob=flat(part.answers.log_probs),
         )
         entropy = jnp.sum(jnp.where(mask > 0, flat(found.entropy), 0.0))
-        return sums.loss / whole, (sums.metrics | {"policy/entropy": entropy}, sums.tokens)
+        loss = sums.loss - h.entropy_weight * entropy
+        return loss / whole, (sums.metrics | {"policy/entropy": entropy}, sums.tokens)
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
         minibatch = shard(jax.tree.map(lambda x: x[indices], samples))

@@ -81,6 +81,7 @@ SCHEMA: config_lib.Schema = {
         "swapped": anything(bool, "ask about another question's picture: what a blind one learns"),
         "kl": one_of(KLS, "estimator of the KL to where GRPO began"),
         "kl_weight": non_negative(float, "of it; 0 for none"),
+        "entropy_weight": non_negative(float, "of the entropy bonus"),
         "learning_rate": positive(float, "of Adam, at the start"),
         "schedule": one_of(("constant", "linear"), "of the learning rate; linear falls to 0"),
         "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
@@ -301,6 +302,7 @@ def grpo_stage(
     hyperparameters = grpo.Hyperparameters(
         advantage=advantage,
         loss=dataclasses.replace(loss, kl=g.kl, kl_weight=g.kl_weight),
+        entropy_weight=g.entropy_weight,
         temperature=g.temperature,
         epochs=g.epochs,
         minibatches=g.minibatches,
