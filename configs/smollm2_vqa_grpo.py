@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = True
 
     config.sft.updates = 5000
-    config.sft.examples = 65536
+    config.sft.examples = 16384
     config.sft.counts = (0, 6)
     config.sft.batch_size = 64
     config.sft.trained = r"params/vision/.*"
