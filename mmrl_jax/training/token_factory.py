@@ -156,7 +156,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
     labelled(config, make_parts(config).task)
     # Cells that are too small are refused when they are drawn.
-    drawn = jax.eval_shape(functools.partial(draw_variables, config))
+    drawn = jax.eval_shape(functools.partial(draw_variables, config), jax.random.key(0))
     for stage in ("sft", "grpo"):
         halves(drawn, config, stage)
 
@@ -259,14 +259,13 @@ def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.S
     return task.restricted((low, high))
 
 
-def draw_variables(config: ml_collections.ConfigDict) -> Params:
+def draw_variables(config: ml_collections.ConfigDict, key: jax.Array) -> Params:
     """The model's variables, all of them newly drawn; float32.
 
     Raises:
       ValueError: model.lora.pattern matches no layer.
     """
     task, policy = make_parts(config)
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
     asked = task.sample(key, 1, "train")
     params = policy.model.init(key, asked.tokens, asked.present, asked.images)["params"]
     return with_adapters(params, config.model.lora, jax.random.fold_in(key, 1))
@@ -288,13 +287,13 @@ def make_variables(config: ml_collections.ConfigDict, *, start: TokenState | Non
         loaded["language"] = hub.load_language_model(directory).params["params"]
 
     @jax.jit
-    def draw() -> Params:
+    def draw(key: jax.Array) -> Params:
         # What is loaded is not returned, and so not drawn either.
-        drawn = draw_variables(config)
+        drawn = draw_variables(config, key)
         kept = {name: x for name, x in drawn["params"].items() if name not in loaded}
         return drawn | {"params": kept}
 
-    variables = draw()
+    variables = draw(jax.random.fold_in(jax.random.PRNGKey(config.seed), 0))
     variables = variables | {"params": variables["params"] | loaded}
     if start is None:
         return variables
