@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.task.distractors = 4
 
     config.model = ml_collections.ConfigDict()
+    config.model.language = None
     config.model.width = 64
     config.model.layers = 2
     config.model.heads = 2
@@ -37,6 +38,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.patch_margin = 0
     config.model.patch_hidden = 128
     config.model.vision_layers = 1
+    config.model.lora = ml_collections.ConfigDict()
+    config.model.lora.pattern = None
+    config.model.lora.rank = 8
+    config.model.lora.alpha = 16.0
     config.model.dtype = "float32"
     config.model.remat = False
 
@@ -45,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.examples = 8192
     config.sft.counts = (1, 3)
     config.sft.batch_size = 256
+    config.sft.trained = ".*"
     config.sft.learning_rate = 1e-3
     config.sft.max_grad_norm = 1.0
     config.sft.updates_per_dispatch = 50
@@ -61,6 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.grpo.kl = "k3"
     config.grpo.kl_weight = 0.0
     config.grpo.entropy_weight = 0.0
+    config.grpo.trained = ".*"
     config.grpo.learning_rate = 5e-4
     config.grpo.schedule = "linear"
     config.grpo.max_grad_norm = 1.0

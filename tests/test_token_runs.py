@@ -81,14 +81,14 @@ def test_both_kinds_of_policies_are_told_apart():
 def test_pictures_are_swapped_when_asked_for():
     config = tiny.token_config()
     evaluator = token_factory.make_evaluator(config, jax.random.key(0), questions=8)
-    learner = token_factory.fresh_learner(config, token_factory.adam(1e-3, 1.0))
+    made_of = token_factory.halves(token_factory.make_variables(config), config, "grpo")
     seen = []
 
-    def answer(made_of, question, rng):
+    def answer(_, question, rng):
         seen.append(question.images)
         return np.zeros((8, 1, 2), np.int32), np.zeros((8, 1, 2), bool)
 
     evaluator._answer, evaluator._run = answer, evaluator._evaluate
-    evaluator(learner, "train"), evaluator(learner, "train", swapped=True)
+    evaluator(made_of, "train"), evaluator(made_of, "train", swapped=True)
     np.testing.assert_array_equal(seen[1], np.roll(seen[0], 1, axis=0))
     assert np.abs(seen[0].astype(int) - seen[1]).max() > 0

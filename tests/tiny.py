@@ -10,7 +10,8 @@ FILES = sorted(
     path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__"
 )
 TOKENS = tuple(name for name in FILES if name.startswith("count_"))  # Of token policies.
-CONFIGS = tuple(name for name in FILES if name not in TOKENS)
+PRETRAINED = tuple(name for name in FILES if name.startswith("smollm2_"))  # Around a decoder.
+CONFIGS = tuple(name for name in FILES if name not in (*TOKENS, *PRETRAINED))
 
 # Brax's environment that compiles in no time.
 FAST = {"env__name": "brax:fast", "env__options": {"episode_length": 10}}
@@ -46,14 +47,18 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
 def token_config(name: str = "count_grpo", **overrides: object) -> ml_collections.ConfigDict:
     """The same of token policies."""
     tiny = config_lib.load_config(f"configs/{name}.py")
-    tiny.task.update(rows=2, height=16, width=16, counts=(0, 2), distractors=1)
-    tiny.model.update(width=16, layers=1, heads=2, patch_hidden=16, vision_layers=0)
+    tiny.task.update(kinds=("count",), rows=2, height=16, width=16, counts=(0, 2), distractors=1)
+    tiny.model.update(
+        width=16, layers=1, heads=2, patch_hidden=16, vision_layers=0, dtype="float32"
+    )
     tiny.sft.update(
         updates=4, examples=16, counts=(0, 1), batch_size=8, updates_per_dispatch=2,
         eval_interval=2, checkpoint_interval=2,
     )  # fmt: skip
     # A linear schedule depends on where the run ends, so that 2 updates are no half of 4.
-    tiny.grpo.update(questions=4, group=2, minibatches=2, schedule="constant", kl_weight=0.1)
+    tiny.grpo.update(
+        questions=4, group=2, minibatches=2, accumulate=1, schedule="constant", kl_weight=0.1
+    )
     tiny.run.update(
         updates=4, updates_per_dispatch=1, eval_interval=2, eval_episodes=4, checkpoint_interval=1
     )

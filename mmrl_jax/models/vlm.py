@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.models.encoders import VisionEncoder
+from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
 from mmrl_jax.models.language import LanguageModel, causal_mask
 
 
@@ -156,12 +156,16 @@ class PatchVision(nn.Module):
     """The vision model of small models: pictures of one size, a feature for every patch.
 
     Attributes:
-      encoder: our own encoder of patches, of the width of the language model.
+      encoder: our own encoder of patches.
+      projector: to the width of the language model; None where the encoder has that.
     """
 
     encoder: VisionEncoder
+    projector: VisionProjection | None = None
 
     def __call__(self, pixels: jax.Array) -> VisionFeatures:
         """Encodes uint8 [B, H, W, 3]."""
         tokens = self.encoder(pixels, None)
+        if self.projector is not None:
+            tokens = self.projector(tokens, None)
         return VisionFeatures(tokens, jnp.ones(tokens.shape[:2], bool))

@@ -40,6 +40,14 @@ from mmrl_jax.types import Metrics, Observation, Params, Transition
 MODELS = ("multimodal", "vlm", "mlp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+LORA: config_lib.Schema = {
+    "pattern": anything(
+        (str, type(None)), "of the paths of layers that get adapters; None for no adapters"
+    ),
+    "rank": positive(int, "of the adapters"),
+    "alpha": positive(float, "what adapters add is scaled by alpha / rank"),
+}
+
 SCHEMA: config_lib.Schema = {
     "seed": non_negative(int, "of every random draw of the run"),
     "algorithm": one_of(("bc", "ppo"), "'ppo' clones first if warm_start.updates is above 0"),
@@ -92,13 +100,7 @@ SCHEMA: config_lib.Schema = {
             (str, type(None)),
             "pattern of the paths of parameters that are not trained; adapters always are",
         ),
-        "lora": {
-            "pattern": anything(
-                (str, type(None)), "of the paths of layers that get adapters; None for no adapters"
-            ),
-            "rank": positive(int, "of the adapters"),
-            "alpha": positive(float, "what adapters add is scaled by alpha / rank"),
-        },
+        "lora": LORA,
         "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
         "remat": anything(bool, "recompute activations in the backward pass"),
     },
@@ -424,13 +426,7 @@ def fresh_learner(
         drawn = network.init(key, zeros)["params"]
         return {name: x for name, x in drawn.items() if name not in loaded}
 
-    params: dict[str, Any] = {"params": draw(key) | loaded}
-    if m.lora.pattern is not None:
-        group = lora.LoraGroup(m.lora.pattern, m.lora.rank, m.lora.alpha)
-        try:
-            params["lora"] = lora.init(jax.random.fold_in(key, 1), params["params"], [group])
-        except ValueError as error:
-            raise ValueError(f"model.lora.pattern: {error}") from error
+    params = with_adapters(draw(key) | loaded, m.lora, jax.random.fold_in(key, 1))
     frozen = m.frozen
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if frozen is not None and not any(_matches(path, frozen) for path in paths):
@@ -441,6 +437,21 @@ def fresh_learner(
     return learner_lib.init(
         params, optimiser=optimiser, proprio_size=observation["proprio"].shape[-1]
     )
+
+
+def with_adapters(params: Any, options: ml_collections.ConfigDict, key: jax.Array) -> Params:
+    """The variables of a model with these parameters, and the adapters that model.lora asks for.
+
+    Raises:
+      ValueError: the pattern matches no layer.
+    """
+    if options.pattern is None:
+        return {"params": params}
+    group = lora.LoraGroup(options.pattern, options.rank, options.alpha)
+    try:
+        return {"params": params, "lora": lora.init(key, params, [group])}
+    except ValueError as error:
+        raise ValueError(f"model.lora.pattern: {error}") from error
 
 
 def adam(

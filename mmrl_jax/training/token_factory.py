@@ -6,7 +6,7 @@ With `factory.py` the only module that reads a ConfigDict.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,22 @@ from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation.questions import QuestionEvaluator, describe
 from mmrl_jax.learners import grpo, sft, token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
-from mmrl_jax.models.encoders import VisionEncoder
+from mmrl_jax.models import lora
+from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
+from mmrl_jax.pretrained import chat, hub
 from mmrl_jax.rl.token_losses import KLS, PRESETS
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Question, Words
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, non_negative, one_of, positive
-from mmrl_jax.training.factory import DTYPES, adam
+from mmrl_jax.training.factory import DTYPES, LORA, adam, with_adapters
 from mmrl_jax.training.factory import SCHEMA as CONTROL
 from mmrl_jax.training.loop import Carry, Stage
-from mmrl_jax.types import Metrics
+from mmrl_jax.types import Metrics, Params
 
 ALGORITHMS = ("sft", "grpo")
 BEST = "eval/train/accuracy"
@@ -50,7 +52,12 @@ SCHEMA: config_lib.Schema = {
         "distractors": non_negative(int, "the most objects that a question is not about"),
     },
     "model": {
-        "width": positive(int, "of the tokens"),
+        "language": anything(
+            (str, type(None)),
+            "'smollm2', or a directory of a decoder that was trained to chat, whose tokens and "
+            "chat template the texts have; None for one from scratch, of 'width' and 'layers'",
+        ),
+        "width": positive(int, "of the tokens; beside a pretrained decoder, of the patches'"),
         "layers": positive(int, "blocks of the language model"),
         "heads": positive(int, "attention heads; must divide the width"),
         "mlp_ratio": positive(int, "hidden width of a block's MLP over the width"),
@@ -58,6 +65,7 @@ SCHEMA: config_lib.Schema = {
         "patch_margin": non_negative(int, "pixels around a patch that its token sees too"),
         "patch_hidden": positive(int, "hidden units of the per-patch perceptron"),
         "vision_layers": non_negative(int, "blocks among the patches"),
+        "lora": LORA,
         "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
         "remat": anything(bool, "recompute activations in the backward pass"),
     },
@@ -66,6 +74,9 @@ SCHEMA: config_lib.Schema = {
         "examples": positive(int, "labelled questions, a fixed set"),
         "counts": anything(tuple, "(least, most) that is counted in the labelled questions"),
         "batch_size": positive(int, "questions an optimiser step"),
+        "trained": anything(
+            str, "pattern of the paths of variables, params/... or lora/...; others are frozen"
+        ),
         "learning_rate": positive(float, "of Adam"),
         "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
         "updates_per_dispatch": positive(int, "updates in one compiled call"),
@@ -82,6 +93,7 @@ SCHEMA: config_lib.Schema = {
         "kl": one_of(KLS, "estimator of the KL to where GRPO began"),
         "kl_weight": non_negative(float, "of it; 0 for none"),
         "entropy_weight": non_negative(float, "of the entropy bonus"),
+        "trained": anything(str, "as sft.trained; the KL's reference has the frozen ones too"),
         "learning_rate": positive(float, "of Adam, at the start"),
         "schedule": one_of(("constant", "linear"), "of the learning rate; linear falls to 0"),
         "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
@@ -143,20 +155,24 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"devices={devices} do not divide {name} = {size}; change one.")
     if config.algorithm == "sft" and not config.sft.updates:
         raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
-    few = labelled(config, make_parts(config).task)
+    labelled(config, make_parts(config).task)
     # Cells that are too small are refused when they are drawn.
-    jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
+    drawn = jax.eval_shape(functools.partial(draw_variables, config), jax.random.key(0))
+    for stage in ("sft", "grpo"):
+        halves(drawn, config, stage)
 
 
 def make_parts(config: ml_collections.ConfigDict) -> Parts:
     """The task and the model of a config.
 
     Raises:
-      ValueError: see `shapes.make` and `vlm.check_counts`.
+      ValueError: see `shapes.make`, `vlm.check_counts`, and of a pretrained language model
+        `hub.read_blueprint` and `chat.read_chat`.
     """
     t, m = config.task, config.model
-    patches = (t.height // m.patch) * (t.width // m.patch)
-    task = shapes.make(
+    patches, dtype = (t.height // m.patch) * (t.width // m.patch), DTYPES[m.dtype]
+    ask = functools.partial(
+        shapes.make,
         kinds=tuple(t.kinds),
         rows=t.rows,
         height=t.height,
@@ -164,10 +180,40 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
         counts=tuple(t.counts),
         seen=tuple(t.counts),
         distractors=t.distractors,
-        image_tokens=patches,
     )
-    words = Words([*task.texts.prompts, *task.texts.answers])
-    dtype = DTYPES[m.dtype]
+    if m.language is None:
+        task, projector = ask(image_tokens=patches), None
+        image, stop = Words.IMAGE, Words.STOP
+        language = _small_decoder(config, Words([*task.texts.prompts, *task.texts.answers]).size)
+    else:
+        language, said = _pretrained(config)
+        image, stop = said.image, said.stop
+        projector = VisionProjection(language.width, dtype)
+        task = ask(
+            encode_prompt=functools.partial(said.prompt, images=patches),
+            encode_answer=said.answer,
+            pad=stop,
+        )
+    encoder = VisionEncoder(
+        m.width,
+        m.patch,
+        m.patch_margin,
+        m.patch_hidden,
+        layers=m.vision_layers,
+        heads=m.heads,
+        mlp_ratio=m.mlp_ratio,
+        dtype=dtype,
+        remat=m.remat,
+    )
+    model = VisionLanguageModel(PatchVision(encoder, projector), language, image)
+    present = np.ones((len(task.texts.prompts), patches), bool)
+    check_counts(task.texts.prompt_tokens == image, present)
+    return Parts(task, TokenPolicy(model, task.texts.length, stop, task.texts.pad))
+
+
+def _small_decoder(config: ml_collections.ConfigDict, vocabulary: int) -> LanguageModel:
+    """A language model to be trained from scratch."""
+    m = config.model
     block = BlockSpec(
         heads=m.heads,
         hidden=m.mlp_ratio * m.width,
@@ -176,34 +222,28 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
         gated=True,
         biases=(),
     )
-    model = VisionLanguageModel(
-        vision=PatchVision(
-            VisionEncoder(
-                m.width,
-                m.patch,
-                m.patch_margin,
-                m.patch_hidden,
-                layers=m.vision_layers,
-                heads=m.heads,
-                mlp_ratio=m.mlp_ratio,
-                dtype=dtype,
-                remat=m.remat,
-            )
-        ),
-        language=LanguageModel(
-            vocabulary=words.size,
-            width=m.width,
-            layers=m.layers,
-            block=block,
-            ropes=(Rope(100.0, m.width // m.heads),),
-            dtype=dtype,
-            remat=m.remat,
-        ),
-        image_token=Words.IMAGE,
+    return LanguageModel(
+        vocabulary=vocabulary,
+        width=m.width,
+        layers=m.layers,
+        block=block,
+        ropes=(Rope(100.0, m.width // m.heads),),
+        dtype=DTYPES[m.dtype],
+        remat=m.remat,
     )
-    present = np.ones((len(task.texts.prompts), patches), bool)
-    check_counts(task.texts.prompt_tokens == Words.IMAGE, present)
-    return Parts(task, TokenPolicy(model, task.texts.length, Words.STOP, Words.PAD))
+
+
+def _pretrained(config: ml_collections.ConfigDict) -> tuple[LanguageModel, chat.Chat]:
+    """The language model of model.language, and its texts; for errors see `make_parts`."""
+    m = config.model
+    try:
+        directory = chat.directory_of(m.language)
+        plan = hub.read_blueprint("language_model", directory, dtype=DTYPES[m.dtype], remat=m.remat)
+        language = cast(LanguageModel, plan.model)
+        # No text has the id that is the vocabulary's size.
+        return language, chat.read_chat(directory, language.vocabulary)
+    except ValueError as error:
+        raise ValueError(f"model.language={m.language!r}: {error}") from error
 
 
 def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.Shapes:
@@ -220,22 +260,58 @@ def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.S
     return task.restricted((low, high))
 
 
-def fresh_learner(
-    config: ml_collections.ConfigDict,
-    optimiser: optax.GradientTransformation,
-    *,
-    start: TokenState | None = None,
-    with_reference: bool = False,
-) -> TokenState:
-    """A learner with new parameters, all of them trained, or with those of `start`."""
-    if start is not None:
-        params = start.params
-    else:
-        task, policy = make_parts(config)
-        key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
-        asked = task.sample(key, 1, "train")
-        params = jax.jit(policy.model.init)(key, asked.tokens, asked.present, asked.images)
-    return token_learner.init(params, optimiser=optimiser, with_reference=with_reference)
+def draw_variables(config: ml_collections.ConfigDict, key: jax.Array) -> Params:
+    """The model's variables, all of them newly drawn; float32.
+
+    Raises:
+      ValueError: model.lora.pattern matches no layer.
+    """
+    task, policy = make_parts(config)
+    asked = task.sample(key, 1, "train")
+    params = policy.model.init(key, asked.tokens, asked.present, asked.images)["params"]
+    return with_adapters(params, config.model.lora, jax.random.fold_in(key, 1))
+
+
+def make_variables(config: ml_collections.ConfigDict, *, start: TokenState | None = None) -> Params:
+    """The model's variables as a run begins with them: a pretrained decoder's are read.
+
+    Args:
+      config: of the run.
+      start: learner of supervised fine-tuning, whose half is taken from it.
+
+    Returns:
+      {'params': ...}, and with adapters 'lora'; float32.
+    """
+    loaded = {}
+    if config.model.language is not None:
+        directory = chat.directory_of(config.model.language)
+        loaded["language"] = hub.load_language_model(directory).params["params"]
+
+    @jax.jit
+    def draw(key: jax.Array) -> Params:
+        # What is loaded is not returned, and so not drawn either.
+        drawn = draw_variables(config, key)
+        kept = {name: x for name, x in drawn["params"].items() if name not in loaded}
+        return drawn | {"params": kept}
+
+    variables = draw(jax.random.fold_in(jax.random.PRNGKey(config.seed), 0))
+    variables = variables | {"params": variables["params"] | loaded}
+    if start is None:
+        return variables
+    _, frozen = halves(variables, config, "sft")
+    return lora.join(start.params, frozen)
+
+
+def halves(variables: Params, config: ml_collections.ConfigDict, stage: str) -> tuple[Params, Any]:
+    """What a stage, 'sft' or 'grpo', trains of the variables and what it does not.
+
+    Raises:
+      ValueError: it trains nothing.
+    """
+    try:
+        return lora.split(variables, config[stage].trained)
+    except ValueError as error:
+        raise ValueError(f"{stage}.trained: {error}") from error
 
 
 def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
@@ -244,6 +320,8 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     few = labelled(config, task)
     optimiser = adam(s.learning_rate, s.max_grad_norm)
     labels_key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 1)
+    trained, frozen = halves(make_variables(config), config, "sft")
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
 
     @jax.jit
     def label(rng: jax.Array) -> tuple[Question, jax.Array, jax.Array]:
@@ -251,17 +329,18 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         return (asked, *few.texts.labels(asked))
 
     def init() -> Carry:
-        learner = fresh_learner(config, optimiser)
+        learner = token_learner.init(trained, optimiser=optimiser, with_reference=False)
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 2)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
     def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        frozen, labels = data
         rng = jax.random.fold_in(carry.rng, carry.updates)
         chosen = jax.random.randint(rng, (s.batch_size,), 0, s.examples)
         learner, metrics = sft.update(
             carry.learner,
-            _nothing(carry.learner),
-            *jax.tree.map(lambda x: x[chosen], data),
+            frozen,
+            *jax.tree.map(lambda x: x[chosen], labels),
             policy=policy,
             optimiser=optimiser,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
@@ -272,12 +351,12 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         name="sft",
         init=init,
         update=update,
-        data=jax.device_put(label(labels_key), mesh_lib.replicated(mesh)),
+        data=(frozen, jax.device_put(label(labels_key), mesh_lib.replicated(mesh))),
         updates=s.updates,
         updates_per_dispatch=s.updates_per_dispatch,
         env_steps_per_update=0,
         samples_per_update=s.batch_size,
-        evaluate=_periodic_evaluation(config),
+        evaluate=_periodic_evaluation(config, frozen),
         eval_interval=s.eval_interval,
         checkpoint_interval=s.checkpoint_interval,
         keep=config.run.keep,
@@ -290,8 +369,10 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
 def grpo_stage(
     config: ml_collections.ConfigDict, mesh: Mesh, *, start: TokenState | None = None
 ) -> Stage:
-    """The GRPO family on rewards alone, from scratch or from a learner's parameters."""
+    """The GRPO family on rewards alone, from scratch or from what was fine-tuned."""
     g, (task, policy) = config.grpo, make_parts(config)
+    trained, frozen = halves(make_variables(config, start=start), config, "grpo")
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     advantage, loss = PRESETS[g.preset]
     steps = config.run.updates * g.epochs * g.minibatches
     rate = {
@@ -310,14 +391,13 @@ def grpo_stage(
     )
 
     def init() -> Carry:
-        learner = fresh_learner(config, optimiser, start=start, with_reference=g.kl_weight > 0)
+        learner = token_learner.init(trained, optimiser=optimiser, with_reference=g.kl_weight > 0)
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 3)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
-    def update(carry: Carry, _: None) -> tuple[Carry, Metrics]:
+    def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
         rng = jax.random.fold_in(carry.rng, carry.updates)
         ask_key, answer_key, learn_key = jax.random.split(rng, 3)
-        frozen = _nothing(carry.learner)
         asked = task.sample(ask_key, g.questions, "train")
         if g.swapped:
             asked = asked._replace(images=jnp.roll(asked.images, 1, axis=0))
@@ -351,12 +431,12 @@ def grpo_stage(
         name=g.preset,
         init=init,
         update=update,
-        data=None,
+        data=frozen,
         updates=config.run.updates,
         updates_per_dispatch=config.run.updates_per_dispatch,
         env_steps_per_update=0,
         samples_per_update=g.questions * g.group,
-        evaluate=_periodic_evaluation(config),
+        evaluate=_periodic_evaluation(config, frozen),
         eval_interval=config.run.eval_interval,
         checkpoint_interval=config.run.checkpoint_interval,
         keep=config.run.keep,
@@ -369,19 +449,14 @@ def grpo_stage(
 def make_evaluator(
     config: ml_collections.ConfigDict, rng: jax.Array, *, questions: int
 ) -> QuestionEvaluator:
-    """Evaluates the greedy answers of learners of this config."""
+    """Evaluates the greedy answers of models of this config, made of trained and frozen half."""
     task, policy = make_parts(config)
 
     def answer(
-        learner: TokenState, question: Question, rng: jax.Array
+        made_of: tuple[Params, Any], question: Question, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         answers = policy.answer(
-            learner.params,
-            _nothing(learner),
-            question,
-            rng,
-            group=1,
-            sampling=Sampling(temperature=0.0),
+            *made_of, question, rng, group=1, sampling=Sampling(temperature=0.0)
         )
         return answers.tokens, answers.present
 
@@ -394,26 +469,21 @@ def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
 
 
 def _periodic_evaluation(
-    config: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict, frozen: Any
 ) -> Callable[[TokenState], dict[str, float]]:
     # Other questions than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(evaluation_key(config), 1)
     evaluator = make_evaluator(config, key, questions=config.run.eval_episodes)
 
     def evaluation(learner: TokenState) -> dict[str, float]:
-        acting = learner.without_optimiser()
-        described = describe(evaluator(acting, "train"))
-        blind = describe(evaluator(acting, "train", swapped=True))["accuracy"]
+        made_of = (learner.params, frozen)
+        described = describe(evaluator(made_of, "train"))
+        blind = describe(evaluator(made_of, "train", swapped=True))["accuracy"]
         return {f"eval/train/{name}": value for name, value in described.items()} | {
             "eval/train/blind_accuracy": blind
         }
 
     return evaluation
-
-
-def _nothing(learner: TokenState) -> Any:
-    """Frozen variables where everything is trained."""
-    return jax.tree.map(lambda _: None, learner.params)
 
 
 def _everywhere(carry: Carry, *, mesh: Mesh) -> Carry:

