@@ -4,7 +4,8 @@ Supervised fine-tuning sees a fixed set of pictures with one to three objects of
 family asks for zero to six, and tells right from wrong.
 
 Command:   python -m experiments.train --config=configs/count_grpo.py --workdir=runs/count
-           with --config.grpo.preset=dr_grpo, gspo, ... for the others of the family
+           with --config.grpo.preset=dr_grpo, gspo, ... for the others of the family,
+           with --config.algorithm=token_ppo or dpo for other learners
 Hardware:  two CPU cores.
 Time:      not run
 Result:    not run
@@ -14,7 +15,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Every key that a run has; its meaning is in mmrl_jax/training/token_factory.py, SCHEMA."""
+    """Every key that a run has; its meaning is in mmrl_jax/training/question_factory.py, SCHEMA."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.algorithm = "grpo"
@@ -57,23 +58,40 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.eval_interval = 200
     config.sft.checkpoint_interval = 200
 
+    config.rl = ml_collections.ConfigDict()
+    config.rl.questions = 64
+    config.rl.group = 8
+    config.rl.oversample = 1
+    config.rl.swapped = False
+    config.rl.temperature = 1.0
+    config.rl.penalty = 0.5
+    config.rl.trained = ".*"
+    config.rl.kl = "k3"
+    config.rl.kl_weight = 0.0
+    config.rl.reference_decay = 1.0
+    config.rl.entropy_weight = 0.0
+    config.rl.max_correction = None
+    config.rl.learning_rate = 5e-4
+    config.rl.schedule = "linear"
+    config.rl.max_grad_norm = 1.0
+    config.rl.epochs = 1
+    config.rl.minibatches = 4
+    config.rl.accumulate = 1
+
     config.grpo = ml_collections.ConfigDict()
     config.grpo.preset = "dapo"
-    config.grpo.questions = 64
-    config.grpo.group = 8
-    config.grpo.temperature = 1.0
-    config.grpo.penalty = 0.5
-    config.grpo.swapped = False
-    config.grpo.kl = "k3"
-    config.grpo.kl_weight = 0.0
-    config.grpo.entropy_weight = 0.0
-    config.grpo.trained = ".*"
-    config.grpo.learning_rate = 5e-4
-    config.grpo.schedule = "linear"
-    config.grpo.max_grad_norm = 1.0
-    config.grpo.epochs = 1
-    config.grpo.minibatches = 4
-    config.grpo.accumulate = 1
+    config.grpo.pass_at_k = None
+
+    config.dpo = ml_collections.ConfigDict()
+    config.dpo.beta = 0.1
+    config.dpo.label_smoothing = 0.0
+
+    config.ppo = ml_collections.ConfigDict()
+    config.ppo.discount = 1.0
+    config.ppo.gae_lambda = 1.0
+    config.ppo.clip = 0.2
+    config.ppo.value_clip = None
+    config.ppo.value_weight = 0.5
 
     config.run = ml_collections.ConfigDict()
     config.run.updates = 400

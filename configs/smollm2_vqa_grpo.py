@@ -45,9 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.eval_interval = 500
     config.sft.checkpoint_interval = 500
 
-    config.grpo.questions = 32
-    config.grpo.trained = r"lora/.*"
-    config.grpo.kl_weight = 0.02
-    config.grpo.learning_rate = 1e-4
-    config.grpo.accumulate = 2
+    config.rl.questions = 32
+    config.rl.trained = r"lora/.*"
+    config.rl.kl_weight = 0.02
+    config.rl.learning_rate = 1e-4
+    config.rl.accumulate = 2
     return config

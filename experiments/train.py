@@ -9,7 +9,7 @@ Writes to the workdir:
   metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
   checkpoints/          the newest ones and the best
   config.json           the config; a workdir of another config is refused
-  warm_start/           the same of a warm start before PPO; sft/, before GRPO
+  warm_start/           the same of a warm start before PPO; sft/, of fine-tuning before RL
 
 Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
 """
@@ -21,6 +21,7 @@ import json
 import pathlib
 import sys
 import time
+import types
 
 from absl import app, flags, logging
 import jax
@@ -28,7 +29,15 @@ import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
-from mmrl_jax.training import checkpoint, factory, loop, metrics, report, token_factory
+from mmrl_jax.training import (
+    agent_factory,
+    checkpoint,
+    factory,
+    loop,
+    metrics,
+    question_factory,
+    report,
+)
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.loop import Result
 
@@ -46,7 +55,7 @@ FAILURES = (
 class Trained:
     """What a run leaves in memory: the demonstrations and how each stage ended.
 
-    `warm_start` is of cloning or of supervised fine-tuning, `tuned` of PPO or GRPO.
+    `warm_start` is of cloning or of supervised fine-tuning, `tuned` of RL.
     """
 
     demonstrations: Demonstrations | None
@@ -64,9 +73,14 @@ class Trained:
         return any(result.interrupted for result in self.results)
 
 
-def answers_questions(config: ml_collections.ConfigDict) -> bool:
-    """Whether a config is of a token policy, and not of a control policy."""
-    return config.get("algorithm") in token_factory.ALGORITHMS
+def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
+    """What builds the runs of a config: of control policies, or of those that write text.
+
+    A config of questions has a task; one of an agent has an environment and a token algorithm.
+    """
+    if "task" in config:
+        return question_factory
+    return agent_factory if config.get("algorithm") in agent_factory.ALGORITHMS else factory
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -75,8 +89,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       ValueError: the config cannot run, or the workdir is another config's or cannot be written.
     """
-    check = token_factory.check if answers_questions(config) else factory.check
-    check(config)
+    factory_of(config).check(config)
     checkpoint.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
 
 
@@ -92,7 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
     prepare(config, workdir)
-    stages = token_stages if answers_questions(config) else control_stages
+    stages = control_stages if factory_of(config) is factory else token_stages
     trained = stages(config, workdir)
     if not trained.interrupted and jax.process_index() == 0:
         summary = final_evaluation(workdir) | totals(trained.results, started)
@@ -124,16 +137,15 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 
 
 def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
-    """Supervised fine-tuning and GRPO, whichever the config asks for."""
-    mesh, warm, tuned = factory.make_mesh(config), None, None
+    """Supervised fine-tuning and RL, whichever the config asks for."""
+    build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
     if config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
-        warm = loop.run(token_factory.sft_stage(config, mesh), workdir=place, config=config)
+        warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
-    if config.algorithm == "grpo" and not (warm is not None and warm.interrupted):
+    if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
         start = warm.carry.learner if warm is not None else None
-        stage = token_factory.grpo_stage(config, mesh, start=start)
-        tuned = loop.run(stage, workdir=workdir, config=config)
+        tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
         draw_curves(workdir, x="progress/updates")
     return Trained(None, warm, tuned)
 
@@ -216,11 +228,13 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    control, token = (config_lib.describe_schema(m.SCHEMA) for m in (factory, token_factory))
-    __doc__ = (
-        f"{__doc__}\nKeys, each set by --config.<key>=<value>, of control policies:\n\n{control}\n"
-        f"\nKeys of policies that answer questions:\n\n{token}\n"
-    )
+    for kind, build in (
+        ("control policies", factory),
+        ("policies that answer questions", question_factory),
+        ("agents that write their actions", agent_factory),
+    ):
+        __doc__ += f"\nKeys of {kind}, each set by --config.<key>=<value>:\n\n"
+        __doc__ += f"{config_lib.describe_schema(build.SCHEMA)}\n"
     config_flags.DEFINE_config_file("config", None, "File of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
     flags.mark_flags_as_required(["config", "workdir"])

@@ -25,9 +25,9 @@ class Transition(struct.PyTreeNode):
     """What one environment step leaves behind, time-major [T, B, ...] after an unroll.
 
     Attributes:
-      observation: what the policy saw at t.
+      observation: what the policy saw at t, an Observation; for PPO over tokens a Question.
       action: the distribution's sample at t before any squashing, float32 [T, B, A], or int32
-        [T, B] for discrete actions.
+        [T, B] for discrete actions; for PPO over tokens the Generated text.
       log_prob: float32 [T, B], log-probability of `action` under the acting policy.
       value: float32 [T, B], the acting policy's value estimate at t.
       reward: float32 [T, B], reward of the step from t to t + 1.
@@ -39,8 +39,8 @@ class Transition(struct.PyTreeNode):
       metrics: dict of the environment's own measurements after the step, float32 [T, B].
     """
 
-    observation: Observation
-    action: jax.Array
+    observation: Any
+    action: Any
     log_prob: jax.Array
     value: jax.Array
     reward: jax.Array

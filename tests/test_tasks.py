@@ -228,15 +228,15 @@ def test_answers_are_read_exactly():
 
 def test_labels_are_the_right_answers():
     made, question = task(), drawn()
-    labels, there = made.texts.labels(question)
+    labels, there = made.texts.labels(question.answer)
     parsed = made.texts.parse(labels, there)
     np.testing.assert_array_equal(parsed, question.answer)
-    assert (np.asarray(labels)[~np.asarray(there)] == Words.PAD).all()
+    assert (np.asarray(labels)[~np.asarray(there)] == Words.pad).all()
 
 
 def test_prompts_have_their_image_tokens():
     question = drawn()
-    assert ((question.tokens == Words.IMAGE).sum(axis=1) == 2).all()
+    assert ((question.tokens == Words.image).sum(axis=1) == 2).all()
     assert not question.tokens[~question.present].any()
 
 

@@ -15,7 +15,7 @@ from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.lora import split
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel
-from mmrl_jax.rl import advantages, losses
+from mmrl_jax.rl import advantages, group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.tasks import shapes
@@ -39,14 +39,14 @@ MODEL = VisionLanguageModel(
     language=LanguageModel(
         VOCABULARY, 16, 1, BlockSpec(heads=2, hidden=24, norm="rms"), (Rope(100.0, 8),)
     ),
-    image_token=Words.IMAGE,
+    image_token=Words.image,
 )
 POLICY = token_learner.TokenPolicy(
-    MODEL, length=TASK.texts.length, stop=Words.STOP, pad=Words.PAD, tile=16
+    MODEL, length=TASK.texts.length, stop=Words.stop, pad=Words.pad, tile=16
 )
 OPTIMISER = optax.sgd(0.1)
 PLAIN = grpo.Hyperparameters(
-    advantage="centred",
+    advantage=group_advantages.centred,
     loss=TokenLoss(clip=None),
     entropy_weight=0.0,
     temperature=1.0,
@@ -115,7 +115,8 @@ def test_one_step_is_reinforce_written_out():
     assert largest_difference(new.params, expected) < 1e-6
     assert float(metrics["policy/kl"]) < 1e-8
     assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (1, 0)
-    assert float(metrics["answer/length"]) == pytest.approx(float(mask.sum() / 12))
+    described = grpo.describe(given)
+    assert float(described["answer/length"]) == pytest.approx(float(mask.sum() / 12))
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("token", "constant")]
@@ -162,9 +163,25 @@ def test_the_entropy_bonus_raises_the_entropy():
 
 def test_equal_rewards_teach_nothing():
     given = experience()._replace(reward=jnp.ones((4, 3)))
-    new, metrics = update(PLAIN, *learner(), given)
+    new, _ = update(PLAIN, *learner(), given)
     assert largest_difference(new.params, learner()[0].params) == 0
-    assert float(metrics["answer/degenerate_groups"]) == 1
+    assert float(grpo.describe(given)["answer/degenerate_groups"]) == 1
+
+
+def test_questions_with_different_rewards_come_first():
+    given = experience()._replace(reward=jnp.array([[1.0, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]]))
+    kept = grpo.informative(given, 3)
+    np.testing.assert_array_equal(kept.reward, given.reward[jnp.array([1, 3, 0])])
+    np.testing.assert_array_equal(kept.question.images, given.question.images[jnp.array([1, 3, 0])])
+
+
+def test_the_reference_follows_the_policy():
+    state, _ = learner(reference=True)
+    moved = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
+    same, near = (token_learner.move_reference(moved, decay) for decay in (1.0, 0.75))
+    assert largest_difference(same.reference, state.params) == 0
+    expected = jax.tree.map(lambda x: x + 0.25, state.params)
+    assert largest_difference(near.reference, expected) < 1e-6
 
 
 def test_the_frozen_half_has_no_gradient_and_no_optimiser():
@@ -178,7 +195,7 @@ def test_the_frozen_half_has_no_gradient_and_no_optimiser():
 def test_pictures_that_were_dropped_stop_the_update():
     given = experience()
     asked = given.question
-    dropped = asked._replace(tokens=jnp.where(asked.tokens == Words.IMAGE, 5, asked.tokens))
+    dropped = asked._replace(tokens=jnp.where(asked.tokens == Words.image, 5, asked.tokens))
     new, metrics = update(PLAIN, *learner(), given._replace(question=dropped))
     assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (0, 1)
     assert largest_difference(new.params, learner()[0].params) == 0
@@ -186,7 +203,7 @@ def test_pictures_that_were_dropped_stop_the_update():
 
 def test_supervised_fine_tuning_is_cross_entropy():
     state, frozen = learner()
-    tokens, present = TASK.texts.labels(questions())
+    tokens, present = TASK.texts.labels(questions().answer)
     step = functools.partial(sft.update, policy=POLICY, optimiser=OPTIMISER)
     new, metrics = jit(step)(state, frozen, questions(), tokens, present)
     rows = jnp.concatenate([questions().tokens, tokens], axis=1)

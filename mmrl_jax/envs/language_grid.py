@@ -20,8 +20,9 @@ from mmrl_jax.rendering import Camera, Scene, look_at
 
 Split = Literal["train", "heldout_pair", "heldout_layout"]
 SPLITS: tuple[str, ...] = get_args(Split)
-MOVES = ("up", "down", "left", "right", "stay")
-_STEPS = np.array([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]], np.int32)  # Row and column.
+# Actions as text; the first one is that of a text that is none.
+MOVES = ("stay", "up", "down", "left", "right")
+_STEPS = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], np.int32)  # Row and column.
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("ball", "box", "bar")
 _RGB = np.array(
@@ -31,6 +32,8 @@ _RGB = np.array(
 # The renderer's primitive of each shape and its size, in cells.
 _PRIMITIVES = ("sphere", "box", "capsule")
 _SIZES = np.array([[0.36, 0, 0], [0.32, 0.32, 0.2], [0.14, 0.28, 0]], np.float32)
+_UPRIGHT = np.array([1.0, 0, 0, 0], np.float32)
+_LYING = np.array([np.sqrt(0.5), 0, np.sqrt(0.5), 0], np.float32)  # The local z along x.
 PAIRS = len(COLOURS) * len(SHAPES)
 HELDOUT_PAIR = np.array([(p // len(SHAPES) + p % len(SHAPES)) % 3 == 0 for p in range(PAIRS)])
 OBJECTS = 4
@@ -57,6 +60,7 @@ class LanguageGrid(Env):
     """
 
     action_kind = "discrete"
+    actions_as_text = {move: np.int32(i) for i, move in enumerate(MOVES)}
 
     def __init__(self, split: Split = "train", rows: int = 4, episode_length: int = 10):
         if split not in SPLITS:
@@ -126,35 +130,36 @@ class LanguageGrid(Env):
             info=info,
         )
 
+    def expert(self, state: State, rng: jax.Array) -> jax.Array:
+        """Moves int32 [B] of who knows the grids, see `expert_action`; the key is not used."""
+        return expert_action(state, rows=self.rows)
+
     def scene(self, state: State) -> tuple[Scene, Camera]:
         """The grid from above; `state` may have leading batch axes."""
-        info = state.info
-        batch, kinds = info["steps"].shape, len(_PRIMITIVES)
+        info, kinds = state.info, len(_PRIMITIVES)
+        batch = info["steps"].shape
         shape, colour = info["pairs"] % len(SHAPES), info["pairs"] // len(SHAPES)
         # Each object is one primitive of every kind, of which all but one have no size.
-        own = jax.nn.one_hot(shape, kinds)[..., None] * _SIZES
-        sizes = own.reshape(*batch, OBJECTS * kinds, 3)
-        colours = jnp.repeat(jnp.asarray(_RGB)[colour], kinds, axis=-2)
+        sizes = jax.nn.one_hot(shape, kinds)[..., None] * _SIZES
         places = jnp.repeat(self._world(info["places"]), kinds, axis=-2)
+
+        def behind(floor_and_agent: Any, objects: jax.Array) -> jax.Array:
+            first = jnp.asarray(floor_and_agent, jnp.float32)
+            first = jnp.broadcast_to(first, (*batch, *first.shape[-2:]))
+            return jnp.concatenate([first, objects.reshape(*batch, OBJECTS * kinds, -1)], axis=-2)
+
         agent = self._world(info["agent"])[..., None, :]
-
-        def all_of(*parts: tuple[Any, jax.Array]) -> jax.Array:
-            first, rest = [jnp.asarray(p, jnp.float32) for p in parts[0]], parts[1]
-            fixed = [jnp.broadcast_to(p, (*batch, 1, p.shape[-1])) for p in first]
-            return jnp.concatenate([*fixed, rest], axis=-2)
-
-        flat = np.array([1.0, 0, 0, 0], np.float32)
-        lying = np.array([np.sqrt(0.5), 0, np.sqrt(0.5), 0], np.float32)  # Its axis along x.
-        rotations = jnp.asarray(np.stack([flat, flat, lying] * OBJECTS))
+        squares = jnp.array([1.0] + [0.0] * (1 + OBJECTS * kinds))
+        rotation = np.stack([_UPRIGHT] * 2 + [_UPRIGHT, _UPRIGHT, _LYING] * OBJECTS)
         scene = Scene(
             kind=("plane", "cylinder", *_PRIMITIVES * OBJECTS),
-            position=jnp.concatenate([jnp.zeros((*batch, 1, 3)), agent, places], axis=-2),
-            rotation=all_of((flat, flat), jnp.broadcast_to(rotations, (*batch, *rotations.shape))),
-            size=all_of(((0.0, 0.0, 0.0), (0.42, 0.02, 0.0)), sizes),
-            colour=all_of(((0.35, 0.35, 0.35), (1.0, 1.0, 1.0)), colours),
-            checker=jnp.broadcast_to(
-                jnp.array([1.0] + [0.0] * (1 + OBJECTS * kinds)), (*batch, 2 + OBJECTS * kinds)
+            position=behind(jnp.concatenate([jnp.zeros_like(agent), agent], -2), places),
+            rotation=jnp.broadcast_to(rotation, (*batch, *rotation.shape)),
+            size=behind([[0.0, 0.0, 0.0], [0.42, 0.02, 0.0]], sizes),
+            colour=behind(
+                [[0.35] * 3, [1.0] * 3], jnp.repeat(jnp.asarray(_RGB)[colour], kinds, -2)
             ),
+            checker=jnp.broadcast_to(squares, (*batch, *squares.shape)),
         )
         position = jnp.broadcast_to(jnp.array([0.0, 0.0, _HEIGHT]), (*batch, 3))
         fovy = 2 * np.degrees(np.arctan(self.rows / 2 / _HEIGHT))
@@ -206,7 +211,7 @@ class LanguageGrid(Env):
 def expert_action(state: State, *, rows: int) -> jax.Array:
     """The first move of a shortest way to the named object around the others, int32 [B].
 
-    'stay' where there is no way.
+    'stay' where there is no way, which is so in about one of a hundred grids.
     """
 
     def one(agent: jax.Array, places: jax.Array) -> jax.Array:
@@ -226,6 +231,6 @@ def expert_action(state: State, *, rows: int) -> jax.Array:
 
         distance = jax.lax.fori_loop(0, far, nearer, jnp.where(goal, 0, far))
         beside = around(distance)[:, agent[0], agent[1]]
-        return jnp.where(jnp.min(beside) < far, jnp.argmin(beside), MOVES.index("stay"))
+        return jnp.where(jnp.min(beside) < far, 1 + jnp.argmin(beside), 0)
 
     return jax.vmap(one)(state.info["agent"], state.info["places"]).astype(jnp.int32)

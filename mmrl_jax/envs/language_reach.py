@@ -70,6 +70,7 @@ NEAREST, FARTHEST = 0.38, 0.93  # m, an object's distance from the shoulder.
 CAMERA_POSITION = np.array([0.0, -0.35, 1.75], np.float32)
 CAMERA_TARGET = np.array([0.0, 0.46, 0.0], np.float32)
 FOVY = 42.0
+TURNS = {"stay": 0.0, "left": 1.0, "right": -1.0}  # Torques as text, over the full torque.
 MAX_SPEED = 5.0  # rad/s, of a joint under the full action.
 
 # Armature (kg m^2) is the motors' own inertia; without it the damping of a straight arm, which is
@@ -129,7 +130,8 @@ class LanguageReach(PipelineEnv):
     Observation: 'instruction', and 'proprio' float32 [8]: cosine and sine of the two joint angles,
     joint velocities over the full speed, tip x and y in m. `Pixels` adds 'pixels'.
     Action: float32 [2] in [-1, 1], torque of shoulder and elbow over the full torque; against the
-    joints' friction it acts much like a commanded velocity.
+    joints' friction it acts much like a commanded velocity. As text: 'left stay', one of `TURNS`
+    for the shoulder and one for the elbow.
     Reward: 'dense', twice the progress towards the object in m, plus 0.25 for each step at it;
     'sparse', 1 for each step at it.
     Success (`metrics['success']`): the tip is within 0.1 m of the named object after this step.
@@ -141,6 +143,12 @@ class LanguageReach(PipelineEnv):
     """
 
     action_kind = "continuous"
+    # Shoulder, then elbow; the first one is that of a text that is none.
+    actions_as_text = {
+        f"{shoulder} {elbow}": np.array([x, y], np.float32)
+        for shoulder, x in TURNS.items()
+        for elbow, y in TURNS.items()
+    }
 
     def __init__(
         self,
@@ -235,6 +243,10 @@ class LanguageReach(PipelineEnv):
         """Horizontal distance from the tip to the named object, m, []."""
         named = state.info["objects"]["position"][state.info["target"], :2]
         return jnp.linalg.norm(self.tip(state) - named)
+
+    def expert(self, state: State, rng: jax.Array) -> jax.Array:
+        """Actions float32 [B, 2] of a good expert, see `expert_action`."""
+        return expert_action(state, rng, gain=3.0, undershoot=0.0, noise=0.0)
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
         """What there is to see in `state`, which may have leading batch axes."""

@@ -6,6 +6,7 @@ They differ in the advantage and in the loss alone, see `rl.group_advantages` an
                                                          -> epochs of minibatch steps
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ class Hyperparameters:
     """GRPO's hyperparameters.
 
     Attributes:
-      advantage: of `group_advantages.ESTIMATORS`.
+      advantage: rewards and which are scored, [B, G] each, to advantages [B, G], see
+        `group_advantages`.
       loss: see there.
       entropy_weight: weight of the entropy bonus, whose sum over tokens has the loss's divisor.
       temperature: at which the answers were drawn.
@@ -36,7 +38,7 @@ class Hyperparameters:
       accumulate: parts of a minibatch whose gradients are added up; must divide B / minibatches.
     """
 
-    advantage: str
+    advantage: Callable[[jax.Array, jax.Array], jax.Array]
     loss: TokenLoss
     entropy_weight: float
     temperature: float
@@ -96,7 +98,7 @@ def update(
       The new learner, and metrics: means over the optimiser steps that were taken.
     """
     h, answers = hyperparameters, experience.answers
-    advantage = group_advantages.ESTIMATORS[h.advantage](experience.reward, experience.scored)
+    advantage = h.advantage(experience.reward, experience.scored)
     drawn = answers.log_probs
 
     def log_probs(params: Params, sample: Any) -> Any:
@@ -153,7 +155,17 @@ def update(
 
     order = minibatch_order(jax.random.split(rng, h.epochs), len(advantage), h.minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
-    return state, over_steps(metrics) | describe(experience)
+    return state, over_steps(metrics)
+
+
+def informative(experience: Experience, count: int) -> Experience:
+    """The first `count` questions, those whose answers have equal rewards last.
+
+    Of more questions than are learned from, it is DAPO's dynamic sampling (Yu et al., 2025, arXiv
+    2503.14476, eq. 11) at a fixed cost.
+    """
+    order = jnp.argsort(group_advantages.degenerate(experience.reward, experience.scored))[:count]
+    return jax.tree.map(lambda x: x[order], experience)
 
 
 def describe(experience: Experience) -> Metrics:

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.envs.brax_api import State
 from mmrl_jax.models.heads import ValueHead
 from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts.answers import answer_features, answer_log_probs
+from mmrl_jax.rollouts.text_actions import TextActions
+from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.types import Params
 
@@ -49,6 +52,42 @@ def init(
         reference=params if with_reference else (),
         steps=jnp.zeros((), jnp.int32),
     )
+
+
+def agent_policy(
+    policy: "TokenPolicy",
+    made_of: tuple[Params, Any],
+    interface: TextActions,
+    sampling: gen.Sampling,
+) -> PolicyFunction:
+    """The policy function of an agent that writes its actions, for `rollouts.unroll`.
+
+    A decision's action is the `Generated` text [B, T]; its log-probs and values are those of the
+    text's tokens, and come with learning.
+
+    Args:
+      policy: the model.
+      made_of: trained and frozen half of its variables.
+      interface: of the environment.
+      sampling: how tokens are chosen.
+    """
+
+    def decide(env_state: State, rng: jax.Array) -> Decision:
+        question = interface.ask(env_state.obs)
+        answers = policy.answer(*made_of, question, rng, group=1, sampling=sampling)
+        answers = jax.tree.map(lambda x: x[:, 0], answers)
+        action, _ = interface.read(answers.tokens, answers.present)
+        return scripted(action)._replace(action=answers)
+
+    return decide
+
+
+def move_reference(state: TokenState, decay: float) -> TokenState:
+    """Moves the reference to the policy by 1 - decay of the way: a moving average, or at 1 none."""
+    if decay == 1:
+        return state
+    reference = optax.incremental_update(state.params, state.reference, 1 - decay)
+    return state.replace(reference=reference)
 
 
 _VALUE = ValueHead()

@@ -6,6 +6,7 @@
 The chat template is the model's own; image tokens come before the question.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
@@ -49,6 +50,16 @@ class Chat:
     def answer(self, text: str) -> list[int]:
         """The ids of an answer, the stop token as last."""
         return [*self._ids(text), self.stop]
+
+    @property
+    def pad(self) -> int:
+        """The same id: only where nothing is present does it stand for padding."""
+        return self.stop
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids, without special tokens and image tokens."""
+        kept = [int(token) for token in tokens if int(token) != self.image]
+        return self.tokenizer.decode(kept, skip_special_tokens=True)
 
     def _ids(self, text: str) -> list[int]:
         # What a tokenizer puts around any text, the template has already.

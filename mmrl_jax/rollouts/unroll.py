@@ -1,7 +1,7 @@
 """Environment unrolls inside one `scan`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ class Decision(NamedTuple):
 
     Attributes:
       environment_action: [B, A] in [-1, 1], or int32 [B]: what the environment is given.
-      action: the sample before squashing, of `Transition.action`.
+      action: the sample before squashing, of `Transition.action`; an agent's text.
       log_prob: float32 [B].
       value: float32 [B].
     """
 
     environment_action: jax.Array
-    action: jax.Array
+    action: Any
     log_prob: jax.Array
     value: jax.Array
 

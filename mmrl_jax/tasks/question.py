@@ -4,7 +4,7 @@ The texts of a task are finitely many, so each is tokenised once, on the host, b
 tokenizer its model has; in `jit` a question is a row of a table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 from typing import NamedTuple, Protocol
 
@@ -56,12 +56,36 @@ class Task(Protocol):
     def texts(self) -> "Texts":
         """Its questions and answers."""
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Of its questions."""
-
     def sample(self, rng: jax.Array, count: int, split: str) -> Question:
         """Draws questions; the i-th does not depend on how many are drawn."""
+
+
+class Tokeniser(Protocol):
+    """Texts to token ids, and back.
+
+    Attributes:
+      pad: id that stands for no token.
+      stop: id that ends an answer.
+      image: id whose places image features take.
+    """
+
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    @property
+    def image(self) -> int: ...
+
+    def prompt(self, question: str, *, images: int) -> list[int]:
+        """The ids of a question about a picture of `images` image tokens."""
+
+    def answer(self, text: str) -> list[int]:
+        """The ids of an answer, the stop token as last."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids, without padding and image tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +98,7 @@ class Texts:
       prompt_tokens: int32 [Q, S], padded on the left with `pad`.
       prompt_present: bool [Q, S].
       answer_tokens: int32 [A, T], with the stop token as last, then ABSENT.
-      pad: what stands for no token.
+      tokeniser: that made them.
     """
 
     prompts: tuple[str, ...]
@@ -82,7 +106,7 @@ class Texts:
     prompt_tokens: np.ndarray
     prompt_present: np.ndarray
     answer_tokens: np.ndarray
-    pad: int
+    tokeniser: Tokeniser
 
     @property
     def length(self) -> int:
@@ -102,11 +126,11 @@ class Texts:
             text,
         )
 
-    def labels(self, question: Question) -> tuple[jax.Array, jax.Array]:
-        """The right answers, int32 [B, T], and their tokens that are there, bool [B, T]."""
-        rows = jnp.asarray(self.answer_tokens)[question.answer]
+    def labels(self, answer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The tokens of answers int32 [B], int32 [B, T], and which are there, bool [B, T]."""
+        rows = jnp.asarray(self.answer_tokens)[answer]
         there = rows != ABSENT
-        return jnp.where(there, rows, self.pad), there
+        return jnp.where(there, rows, self.tokeniser.pad), there
 
     def parse(self, tokens: jax.Array, present: jax.Array) -> jax.Array:
         """Which answer tokens int32 [..., T'] are, exactly and with the stop token: int32 [...].
@@ -138,25 +162,25 @@ def _widen(rows: jax.Array | np.ndarray, width: int) -> jax.Array:
 def tokenise(
     prompts: Sequence[str],
     answers: Sequence[str],
-    encode_prompt: Callable[[str], Sequence[int]],
-    encode_answer: Callable[[str], Sequence[int]],
+    tokeniser: Tokeniser | None = None,
     *,
-    pad: int,
+    image_tokens: int,
 ) -> Texts:
     """Tokenises the texts of a task.
 
     Args:
       prompts: every question.
       answers: every answer.
-      encode_prompt: text -> ids of a prompt, image tokens among them.
-      encode_answer: text -> ids of an answer, the stop token as last.
-      pad: id that stands for no token.
+      tokeniser: by default `Words` of these texts.
+      image_tokens: of the picture of each question.
 
     Raises:
       ValueError: two answers have the same ids, so that none could be told from the other.
     """
-    asked = [list(encode_prompt(text)) for text in prompts]
-    said = [list(encode_answer(text)) for text in answers]
+    if tokeniser is None:
+        tokeniser = Words([*prompts, *answers])
+    asked = [tokeniser.prompt(text, images=image_tokens) for text in prompts]
+    said = [tokeniser.answer(text) for text in answers]
     for i, ids in enumerate(said):
         if ids in said[:i]:
             raise ValueError(
@@ -164,22 +188,21 @@ def tokenise(
                 f"{ids}; the tokenizer does not know one of them."
             )
     width = max(map(len, asked))
-    tokens = np.array([[pad] * (width - len(ids)) + ids for ids in asked], np.int32)
+    tokens = np.array([[tokeniser.pad] * (width - len(ids)) + ids for ids in asked], np.int32)
     present = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in asked])
     longest = max(map(len, said))
     rows = np.array([ids + [ABSENT] * (longest - len(ids)) for ids in said], np.int32)
-    return Texts(tuple(prompts), tuple(answers), tokens, present, rows, pad)
+    return Texts(tuple(prompts), tuple(answers), tokens, present, rows, tokeniser)
 
 
 class Words:
-    """A tokenizer of whole words, for models that are trained from scratch on one task.
+    """A tokeniser of whole words, for models that are trained from scratch on one task.
 
     Attributes:
-      PAD, STOP, IMAGE: ids of padding, of an answer's end, and of a place for an image feature.
       words: the word with id i + 3.
     """
 
-    PAD, STOP, IMAGE = 0, 1, 2
+    pad, stop, image = 0, 1, 2
 
     def __init__(self, texts: Sequence[str]):
         self.words = tuple(sorted({word for text in texts for word in text.split()}))
@@ -188,6 +211,14 @@ class Words:
     def size(self) -> int:
         """Number of ids."""
         return len(self.words) + 3
+
+    def prompt(self, question: str, *, images: int) -> list[int]:
+        """See `Tokeniser`; for errors `encode`."""
+        return [self.image] * images + self.encode(question)
+
+    def answer(self, text: str) -> list[int]:
+        """See `Tokeniser`; for errors `encode`."""
+        return [*self.encode(text), self.stop]
 
     def encode(self, text: str) -> list[int]:
         """The ids of the words of `text`.
@@ -200,8 +231,6 @@ class Words:
             raise ValueError(f"Words {unknown} of {text!r} are none of {self.words}.")
         return [self.words.index(word) + 3 for word in text.split()]
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The words of ids; the stop token as '<stop>', padding and image tokens not at all."""
-        names = {self.STOP: "<stop>"}
-        kept = [int(t) for t in tokens if int(t) not in (self.PAD, self.IMAGE)]
-        return " ".join(names.get(t) or self.words[t - 3] for t in kept)
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See `Tokeniser`; the stop token is no word either."""
+        return " ".join(self.words[int(t) - 3] for t in tokens if int(t) >= 3)

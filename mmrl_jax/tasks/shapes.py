@@ -13,7 +13,7 @@ gives the answer away, to whoever knows which pairs are held out; no one who saw
 alone does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.tasks.question import Question, Texts, Words, tokenise
+from mmrl_jax.tasks.question import Question, Texts, Tokeniser, tokenise
 from mmrl_jax.tasks.scenes import COLOURS, SHAPES, Objects, draw
 
 KINDS = ("count", "exists", "colour", "shape", "compare", "relation")
@@ -269,10 +269,8 @@ def make(
     counts: tuple[int, int],
     seen: tuple[int, int],
     distractors: int,
-    encode_prompt: Callable[[str], Sequence[int]] | None = None,
-    encode_answer: Callable[[str], Sequence[int]] | None = None,
-    pad: int = Words.PAD,
-    image_tokens: int = 0,
+    image_tokens: int,
+    tokeniser: Tokeniser | None = None,
 ) -> Shapes:
     """Makes the task.
 
@@ -284,10 +282,8 @@ def make(
       counts: the least and the most that 'count' asks for.
       seen: the counts of the training split.
       distractors: the most objects that a question is not about.
-      encode_prompt: text -> ids with image tokens; by default `image_tokens` of them and `Words`.
-      encode_answer: text -> ids, the stop token as last; by default by `Words`.
-      pad: id that stands for no token.
-      image_tokens: of every picture, for the default.
+      image_tokens: of every picture.
+      tokeniser: by default `Words` of the texts.
 
     Raises:
       ValueError: an unknown kind, impossible counts, or more objects than places.
@@ -311,16 +307,5 @@ def make(
     prompts = [text for kind in kinds for text in _texts(kind)]
     answers = list(NUMBERS[counts[0] : counts[1] + 1]) if "count" in kinds else []
     answers += [*COLOURS, *SHAPES, "yes", "no"]
-    words = Words([*prompts, *answers])
-
-    def ask(text: str) -> list[int]:
-        return [Words.IMAGE] * image_tokens + words.encode(text)
-
-    texts = tokenise(
-        prompts,
-        answers,
-        encode_prompt or ask,
-        encode_answer or (lambda text: [*words.encode(text), Words.STOP]),
-        pad=pad,
-    )
+    texts = tokenise(prompts, answers, tokeniser, image_tokens=image_tokens)
     return Shapes(texts, tuple(kinds), rows, height, width, counts, seen, distractors)

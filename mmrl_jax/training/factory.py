@@ -170,7 +170,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     """
     config_lib.check_config(config, SCHEMA)
     env, model, warm, p = config.env, config.model, config.warm_start, config.ppo
-    _known_env(config)
+    check_env(config)
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
         raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
@@ -454,6 +454,13 @@ def with_adapters(params: Any, options: ml_collections.ConfigDict, key: jax.Arra
         raise ValueError(f"model.lora.pattern: {error}") from error
 
 
+def schedule(name: str, rate: float, steps: int) -> optax.Schedule:
+    """The learning rate of each step: 'constant', or 'linear', which falls to 0 at `steps`."""
+    if name == "linear":
+        return optax.linear_schedule(rate, 0.0, steps)
+    return optax.constant_schedule(rate)
+
+
 def adam(
     learning_rate: float | optax.Schedule, max_grad_norm: float, frozen: str | None = None
 ) -> Any:
@@ -567,9 +574,9 @@ def cloning_stage(
         eval_interval=warm.eval_interval,
         checkpoint_interval=warm.checkpoint_interval,
         keep=config.run.keep,
-        best_metric=_best_metric(config),
-        console=("loss/cloning", "loss/pointing", _best_metric(config), "time/samples_per_s"),
-        shardings=functools.partial(_shardings, mesh=mesh),
+        best_metric=best_metric(config),
+        console=("loss/cloning", "loss/pointing", best_metric(config), "time/samples_per_s"),
+        shardings=functools.partial(by_environment, mesh=mesh),
     )
 
 
@@ -594,10 +601,7 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
     p, env = config.ppo, make_env(config)
     apply = make_apply(config, env)
     steps = config.run.updates * p.epochs * p.minibatches
-    rate = {
-        "constant": optax.constant_schedule(p.learning_rate),
-        "linear": optax.linear_schedule(p.learning_rate, 0.0, steps),
-    }[p.schedule]
+    rate = schedule(p.schedule, p.learning_rate, steps)
     optimiser = adam(rate, p.max_grad_norm, config.model.frozen)
     hyperparameters = ppo.Hyperparameters(
         discount=p.discount,
@@ -680,9 +684,9 @@ def ppo_stage(
         eval_interval=config.run.eval_interval,
         checkpoint_interval=config.run.checkpoint_interval,
         keep=config.run.keep,
-        best_metric=_best_metric(config),
-        console=("episode/return", "episode/success", _best_metric(config), "time/samples_per_s"),
-        shardings=functools.partial(_shardings, mesh=mesh),
+        best_metric=best_metric(config),
+        console=("episode/return", "episode/success", best_metric(config), "time/samples_per_s"),
+        shardings=functools.partial(by_environment, mesh=mesh),
     )
 
 
@@ -746,11 +750,12 @@ def _periodic_evaluation(
     return evaluation
 
 
-def _best_metric(config: ml_collections.ConfigDict) -> str:
+def best_metric(config: ml_collections.ConfigDict) -> str:
+    """By which the best checkpoint is chosen."""
     return f"eval/{config.env.split}/return"
 
 
-def _known_env(config: ml_collections.ConfigDict) -> None:
+def check_env(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError if there is no such environment or split."""
     splits = envs.splits(config.env.name)
     if config.env.split not in splits:
@@ -766,7 +771,7 @@ def _with_std(params: Any, std: float) -> Any:
     return jax.tree_util.tree_map_with_path(visit, params)
 
 
-def _shardings(carry: Carry, *, mesh: Mesh) -> Carry:
+def by_environment(carry: Carry, *, mesh: Mesh) -> Carry:
     """Environments over the mesh's data axis, the rest replicated."""
     everywhere = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
     # XLA replicates arrays without elements, whatever is asked for.

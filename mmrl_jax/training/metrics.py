@@ -99,6 +99,18 @@ GLOSSARY: dict[str, Metric] = {
         "Groups whose rewards are all equal: they teach nothing",
         "below 0.9; at 1 nothing is learned",
     ),
+    "answer/preferences": Metric(
+        "fraction", "Questions with a best and a worst answer, which DPO learns from", "above 0.1"
+    ),
+    "policy/margin": Metric(
+        "nats", "Of DPO: beta times what the preferred answer gained on the other one", "rises"
+    ),
+    "policy/preferred": Metric(
+        "fraction",
+        "Of DPO: pairs in which the preferred answer gained on the other one",
+        "above 0.5",
+    ),
+    "alarm/<name>": Metric("1", "1 where this alarm is raised, see training/alarms.py", "absent"),
     "time/samples_per_s": Metric(
         "1/s",
         "Steps of the unroll, resets among them, or demonstrated steps, a second of time/wall_s",

@@ -24,6 +24,8 @@ _TEXT = (240, 240, 240)
 # One panel each; a name may hold a `<part>` as in the glossary. Panels without data are left out.
 CURVES: dict[str, tuple[str, ...]] = {
     "success": ("episode/success", "eval/<split>/success"),
+    "right answers": ("answer/correct", "eval/<split>/accuracy", "eval/<split>/blind_accuracy"),
+    "answer length": ("answer/length",),
     "return": ("episode/return", "eval/<split>/return"),
     "total loss": ("loss/total",),
     "policy loss": ("loss/policy",),

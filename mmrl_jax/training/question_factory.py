@@ -1,0 +1,392 @@
+"""Builds a run of a policy that answers questions; what every key means is in `SCHEMA`.
+
+With the other factories the only module that reads a ConfigDict.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.evaluation.questions import QuestionEvaluator, describe
+from mmrl_jax.learners import dpo, grpo, token_learner, token_ppo
+from mmrl_jax.learners.grpo import Experience
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.rl import group_advantages
+from mmrl_jax.rl.token_losses import PRESETS
+from mmrl_jax.rollouts.generate import Sampling
+from mmrl_jax.tasks import shapes
+from mmrl_jax.tasks.question import Question
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import token_models
+from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
+from mmrl_jax.training.factory import SCHEMA as CONTROL
+from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.token_models import TokenModel
+from mmrl_jax.types import Metrics, Params, Transition
+
+ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
+BEST = "eval/train/accuracy"
+
+SCHEMA: config_lib.Schema = {
+    "seed": CONTROL["seed"],
+    "algorithm": one_of(
+        ALGORITHMS,
+        "'grpo' is its whole family, 'dpo' prefers the best of its answers to the worst; all "
+        "fine-tune first if sft.updates is above 0",
+    ),
+    "devices": CONTROL["devices"],
+    "task": {
+        "kinds": anything(tuple, "of questions, see mmrl_jax.tasks.shapes.KINDS"),
+        "rows": positive(int, "of the grid of places, which has as many columns"),
+        "height": positive(int, "of the pictures, pixels"),
+        "width": positive(int, "of the pictures, pixels"),
+        "counts": anything(tuple, "(least, most) that is counted"),
+        "distractors": non_negative(int, "the most objects that a question is not about"),
+    },
+    "model": token_models.MODEL,
+    "sft": {
+        "examples": positive(int, "labelled questions, a fixed set"),
+        "counts": anything(tuple, "(least, most) that is counted in the labelled questions"),
+    }
+    | dict(token_models.SFT),
+    "rl": {
+        "questions": positive(int, "learned from in an update"),
+        "group": positive(int, "answers to each question"),
+        "oversample": positive(
+            int,
+            "questions asked for each that is learned from; those whose answers differ in "
+            "reward are learned from first (DAPO's dynamic sampling)",
+        ),
+        "swapped": anything(bool, "ask about another question's picture: what a blind one learns"),
+    }
+    | dict(token_models.RL),
+    "grpo": {
+        "preset": one_of(tuple(PRESETS), "advantage and loss, see mmrl_jax/rl/token_losses.py"),
+        "pass_at_k": Field(
+            (int, type(None)),
+            lambda x: x > 0,
+            "greater than 0, or None",
+            "k of the advantage that wants one of k answers to be right; None: the preset's own",
+        ),
+    },
+    "dpo": {
+        "beta": positive(float, "weight of the KL to the reference"),
+        "label_smoothing": between(float, 0, 0.5, "share of preferences taken to be wrong"),
+    },
+    "ppo": token_models.PPO,
+    "run": CONTROL["run"],
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot run, before anything is compiled.
+
+    Raises:
+      ValueError: names the field, its value and the remedy.
+    """
+    config_lib.check_config(config, SCHEMA)
+    task, r = config.task, config.rl
+    for name, pair in (("task.counts", task.counts), ("sft.counts", config.sft.counts)):
+        if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
+            raise ValueError(f"{name}={tuple(pair)} must be two whole numbers, (least, most).")
+    token_models.check_model(config, task.height, task.width, "task")
+    samples = r.questions * (r.group if config.algorithm == "token_ppo" else 1)
+    if samples % (r.minibatches * r.accumulate):
+        raise ValueError(
+            f"rl.minibatches={r.minibatches} * rl.accumulate={r.accumulate} does not divide "
+            f"rl.questions={r.questions}."
+        )
+    if config.algorithm in ("grpo", "dpo") and r.group < 2:
+        raise ValueError(
+            f"rl.group={r.group}, but algorithm={config.algorithm!r} compares the answers to a "
+            "question; raise it to 2 or more."
+        )
+    if config.grpo.pass_at_k is not None and config.grpo.pass_at_k > r.group:
+        raise ValueError(f"grpo.pass_at_k={config.grpo.pass_at_k} is above rl.group={r.group}.")
+    token_models.check_sizes(
+        config,
+        {
+            "sft.batch_size": config.sft.batch_size,
+            "rl.questions / rl.minibatches": samples // r.minibatches,
+            "run.eval_episodes": config.run.eval_episodes,
+        },
+    )
+    if config.algorithm == "sft" and not config.sft.updates:
+        raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
+    parts = make_parts(config)
+    few = labelled(config, parts.task)
+    # Cells that are too small are refused when they are drawn.
+    jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
+    token_models.check_halves(config, parts.model)
+
+
+class Parts(NamedTuple):
+    """What the stages of a run share.
+
+    Attributes:
+      task: asks over the full range of counts.
+      model: answers.
+    """
+
+    task: shapes.Shapes
+    model: TokenModel
+
+    @property
+    def policy(self) -> TokenPolicy:
+        """Of the model."""
+        return self.model.policy
+
+
+def make_parts(config: ml_collections.ConfigDict) -> Parts:
+    """The task and the model of a config.
+
+    Raises:
+      ValueError: see `shapes.make`, `token_models.pretrained` and `token_models.make_model`.
+    """
+    t, size = config.task, (config.task.height, config.task.width)
+    speech = token_models.pretrained(config.model)
+    task = shapes.make(
+        kinds=tuple(t.kinds),
+        rows=t.rows,
+        height=t.height,
+        width=t.width,
+        counts=tuple(t.counts),
+        seen=tuple(t.counts),
+        distractors=t.distractors,
+        image_tokens=token_models.image_tokens(config.model, size),
+        tokeniser=speech and speech.chat,
+    )
+    return Parts(task, token_models.make_model(config.model, speech, task.texts, size))
+
+
+def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.Shapes:
+    """The task that labelled questions are drawn from.
+
+    Raises:
+      ValueError: sft.counts is no part of task.counts.
+    """
+    low, high = config.sft.counts
+    if not task.counts[0] <= low <= high <= task.counts[1]:
+        raise ValueError(
+            f"sft.counts={(low, high)} is not within task.counts={task.counts}, (least, most)."
+        )
+    return task.restricted((low, high))
+
+
+def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
+    """Supervised fine-tuning on the labelled questions."""
+    s, parts = config.sft, make_parts(config)
+    few = labelled(config, parts.task)
+
+    @jax.jit
+    def label(rng: jax.Array) -> tuple[Question, jax.Array, jax.Array]:
+        asked = few.sample(rng, s.examples, "train")
+        return (asked, *few.texts.labels(asked.answer))
+
+    labels = label(jax.random.fold_in(jax.random.PRNGKey(config.seed), 1))
+    return token_models.sft_stage(
+        config,
+        mesh,
+        parts.model,
+        labels,
+        evaluation=functools.partial(_periodic_evaluation, config),
+        best_metric=BEST,
+    )
+
+
+# (learner, frozen half, answers with rewards, key) -> (learner, metrics).
+Learn = Callable[[TokenState, Any, Experience, jax.Array], tuple[TokenState, Metrics]]
+
+
+def make_learn(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    policy: TokenPolicy,
+    optimisation: token_models.Optimisation,
+) -> Learn:
+    """An update of the config's algorithm on answers that have their rewards."""
+    r = config.rl
+    update: dict[str, Any] = {
+        "policy": policy,
+        "optimiser": optimisation.optimiser,
+        "shard": functools.partial(mesh_lib.constrain_batch, mesh=mesh),
+    }
+    steps = {"epochs": r.epochs, "minibatches": r.minibatches, "accumulate": r.accumulate}
+    if config.algorithm == "dpo":
+        preferring = dpo.Hyperparameters(**config.dpo, **steps)
+
+        def learn(
+            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
+        ) -> tuple[TokenState, Metrics]:
+            question, answers, reward, scored = experience
+            preferences = dpo.best_and_worst(
+                question, answers.tokens, answers.present, reward, scored
+            )
+            return dpo.update(
+                learner, frozen, preferences, key, hyperparameters=preferring, **update
+            )
+
+    elif config.algorithm == "token_ppo":
+        stepping = token_models.ppo_hyperparameters(config)
+
+        def learn(
+            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
+        ) -> tuple[TokenState, Metrics]:
+            batch, last = single_turns(experience)
+            return token_ppo.update(
+                learner, frozen, batch, last, key, hyperparameters=stepping, **update
+            )
+
+    else:
+        name, loss = PRESETS[config.grpo.preset]
+        advantage = group_advantages.ESTIMATORS[name]
+        if config.grpo.pass_at_k is not None:
+            advantage = functools.partial(group_advantages.pass_at_k, k=config.grpo.pass_at_k)
+        grouping = grpo.Hyperparameters(
+            advantage=advantage,
+            loss=token_models.make_loss(config, loss),
+            entropy_weight=r.entropy_weight,
+            temperature=r.temperature,
+            **steps,
+        )
+
+        def learn(
+            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
+        ) -> tuple[TokenState, Metrics]:
+            return grpo.update(learner, frozen, experience, key, hyperparameters=grouping, **update)
+
+    return learn
+
+
+def single_turns(experience: Experience) -> tuple[Transition, Question]:
+    """Answers to questions as episodes of one turn each, [1, B * G], and what follows: anything."""
+    question, answers, reward, scored = experience
+    group = reward.shape[1]
+    asked = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), question)
+    reward, valid = reward.reshape(1, -1), scored.reshape(1, -1)
+    zeros = jnp.zeros_like(reward)
+    batch = Transition(
+        observation=jax.tree.map(lambda x: x[None], asked),
+        action=jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), answers),
+        log_prob=zeros,
+        value=zeros,
+        reward=reward,
+        terminated=jnp.ones_like(reward),
+        truncated=zeros,
+        valid=valid,
+        privileged={},
+        metrics={},
+    )
+    return batch, asked
+
+
+def rl_stage(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: TokenState | None = None
+) -> Stage:
+    """RL on rewards alone, from scratch or from what was fine-tuned."""
+    r, parts = config.rl, make_parts(config)
+    task, policy = parts.task, parts.policy
+    variables = token_models.make_variables(config, parts.model, start=start)
+    trained, frozen = token_models.halves(variables, config, "rl")
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+    optimisation = token_models.make_optimisation(config)
+    learn = make_learn(config, mesh, policy, optimisation)
+
+    def init() -> Carry:
+        learner = token_learner.init(
+            trained,
+            optimiser=optimisation.optimiser,
+            with_reference=r.kl_weight > 0 or config.algorithm == "dpo",
+        )
+        return token_models.fresh_carry(config, learner, 3)
+
+    def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
+        rng = jax.random.fold_in(carry.rng, carry.updates)
+        ask_key, answer_key, learn_key = jax.random.split(rng, 3)
+        asked = task.sample(ask_key, r.questions * r.oversample, "train")
+        if r.swapped:
+            asked = asked._replace(images=jnp.roll(asked.images, 1, axis=0))
+        answers = policy.answer(
+            carry.learner.params,
+            frozen,
+            asked,
+            answer_key,
+            group=r.group,
+            sampling=Sampling(temperature=r.temperature),
+        )
+        score = task.texts.score(asked, answers.tokens, answers.present, penalty=r.penalty)
+        experience = Experience(asked, answers, score.reward, jnp.ones_like(score.reward))
+        learner, metrics = learn(
+            carry.learner, frozen, grpo.informative(experience, r.questions), learn_key
+        )
+        learner = token_learner.move_reference(learner, r.reference_decay)
+        metrics |= grpo.describe(experience) | {
+            "answer/correct": jnp.mean(score.correct),
+            "answer/malformed": jnp.mean(score.malformed),
+            "lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32),
+        }
+        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
+
+    return Stage(
+        name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
+        init=init,
+        update=update,
+        data=frozen,
+        updates=config.run.updates,
+        updates_per_dispatch=config.run.updates_per_dispatch,
+        env_steps_per_update=0,
+        samples_per_update=r.questions * r.oversample * r.group,
+        evaluate=_periodic_evaluation(config, frozen),
+        eval_interval=config.run.eval_interval,
+        checkpoint_interval=config.run.checkpoint_interval,
+        keep=config.run.keep,
+        best_metric=BEST,
+        console=("answer/correct", "answer/malformed", BEST, "time/samples_per_s"),
+        shardings=functools.partial(token_models.everywhere, mesh=mesh),
+    )
+
+
+def make_evaluator(
+    config: ml_collections.ConfigDict, rng: jax.Array, *, questions: int
+) -> QuestionEvaluator:
+    """Evaluates the greedy answers of models of this config, made of trained and frozen half."""
+    parts = make_parts(config)
+
+    def answer(
+        made_of: tuple[Params, Any], question: Question, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        answers = parts.policy.answer(
+            *made_of, question, rng, group=1, sampling=Sampling(temperature=0.0)
+        )
+        return answers.tokens, answers.present
+
+    return QuestionEvaluator(parts.task, answer, rng, questions=questions)
+
+
+def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
+    """The key of every evaluation of a run: the same questions for whatever is compared."""
+    return jax.random.fold_in(jax.random.PRNGKey(config.seed), 5)
+
+
+def _periodic_evaluation(
+    config: ml_collections.ConfigDict, frozen: Any
+) -> Callable[[TokenState], dict[str, float]]:
+    # Other questions than those of the reported evaluations: the best checkpoint is chosen by it.
+    key = jax.random.fold_in(evaluation_key(config), 1)
+    evaluator = make_evaluator(config, key, questions=config.run.eval_episodes)
+
+    def evaluation(learner: TokenState) -> dict[str, float]:
+        made_of = (learner.params, frozen)
+        described = describe(evaluator(made_of, "train"))
+        blind = describe(evaluator(made_of, "train", swapped=True))["accuracy"]
+        return {f"eval/train/{name}": value for name, value in described.items()} | {
+            "eval/train/blind_accuracy": blind
+        }
+
+    return evaluation

@@ -1,0 +1,418 @@
+"""What runs of token policies share: the model and its variables, and how they are trained."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.learners import sft, token_learner, token_ppo
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.models import lora
+from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
+from mmrl_jax.models.language import LanguageModel, Rope
+from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
+from mmrl_jax.pretrained import chat, hub
+from mmrl_jax.rl.token_losses import KLS, TokenLoss
+from mmrl_jax.tasks.question import Question, Texts, Words
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
+from mmrl_jax.training.factory import DTYPES, LORA, adam, schedule, with_adapters
+from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.types import Metrics, Params
+
+MODEL: config_lib.Schema = {
+    "language": anything(
+        (str, type(None)),
+        "'smollm2', or a directory of a decoder that was trained to chat, whose tokens and chat "
+        "template the texts have; None for one from scratch, of 'width' and 'layers'",
+    ),
+    "width": positive(int, "of the tokens; beside a pretrained decoder, of the patches'"),
+    "layers": positive(int, "blocks of the language model"),
+    "heads": positive(int, "attention heads; must divide the width"),
+    "mlp_ratio": positive(int, "hidden width of a block's MLP over the width"),
+    "patch": positive(int, "edge of an image patch, pixels; must divide height and width"),
+    "patch_margin": non_negative(int, "pixels around a patch that its token sees too"),
+    "patch_hidden": positive(int, "hidden units of the per-patch perceptron"),
+    "vision_layers": non_negative(int, "blocks among the patches"),
+    "lora": LORA,
+    "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
+    "remat": anything(bool, "recompute activations in the backward pass"),
+}
+
+SFT: config_lib.Schema = {
+    "updates": non_negative(int, "optimiser steps of supervised fine-tuning; 0 for none"),
+    "batch_size": positive(int, "samples an optimiser step"),
+    "trained": anything(
+        str, "pattern of the paths of variables, params/... or lora/...; others are frozen"
+    ),
+    "learning_rate": positive(float, "of Adam"),
+    "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
+    "updates_per_dispatch": positive(int, "updates in one compiled call"),
+    "eval_interval": positive(int, "updates between evaluations"),
+    "checkpoint_interval": positive(int, "updates between checkpoints"),
+}
+
+RL: config_lib.Schema = {
+    "temperature": positive(float, "of the answers"),
+    "penalty": non_negative(float, "reward that an answer of no meaning loses"),
+    "trained": anything(str, "as sft.trained; the reference has the frozen ones too"),
+    "kl": one_of(KLS, "estimator of the KL to the reference, which is where RL began"),
+    "kl_weight": non_negative(float, "of it; 0 for none"),
+    "reference_decay": between(
+        float, 0, 1, "the reference moves to the policy by 1 - decay an update; 1 for not at all"
+    ),
+    "entropy_weight": non_negative(float, "of the entropy bonus"),
+    "max_correction": Field(
+        (float, type(None)),
+        lambda x: x > 0,
+        "greater than 0, or None",
+        "largest importance weight where answers are drawn in another precision than learned from",
+    ),
+    "learning_rate": positive(float, "of Adam, at the start"),
+    "schedule": one_of(("constant", "linear"), "of the learning rate; linear falls to 0"),
+    "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
+    "epochs": positive(int, "passes over a batch"),
+    "minibatches": positive(int, "optimiser steps a pass"),
+    "accumulate": positive(int, "parts of a minibatch whose gradients are added up"),
+}
+
+PPO: config_lib.Schema = {
+    "discount": between(float, 0, 1, "per turn"),
+    "gae_lambda": between(float, 0, 1, "of the advantage estimate, per token"),
+    "clip": positive(float, "half width of the trust interval of the ratio"),
+    "value_clip": Field(
+        (float, type(None)), lambda x: x > 0, "greater than 0, or None", "of the value loss"
+    ),
+    "value_weight": non_negative(float, "of the value loss"),
+}
+
+
+def check_model(config: ml_collections.ConfigDict, height: int, width: int, where: str) -> None:
+    """Checks the model against pictures of `where`.height and .width, and the devices.
+
+    Raises:
+      ValueError: names the field, its value and the remedy.
+    """
+    m = config.model
+    devices = config.devices or jax.device_count()
+    if devices > jax.device_count():
+        raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
+    if height % m.patch or width % m.patch:
+        raise ValueError(
+            f"{where}.height={height} and {where}.width={width} are not both divisible by "
+            f"model.patch={m.patch}."
+        )
+    if m.width % (2 * m.heads) or m.width % 4:
+        raise ValueError(
+            f"model.width={m.width} is not divisible by 4 and by twice model.heads={m.heads}."
+        )
+
+
+def check_sizes(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> None:
+    """Raises ValueError if the devices do not divide one of the sizes, given by their names."""
+    devices = config.devices or jax.device_count()
+    for name, size in sizes.items():
+        if size % devices:
+            raise ValueError(f"devices={devices} do not divide {name} = {size}; change one.")
+
+
+class Speech(NamedTuple):
+    """A pretrained decoder and its texts.
+
+    Attributes:
+      language: the decoder.
+      chat: its tokeniser.
+    """
+
+    language: LanguageModel
+    chat: chat.Chat
+
+
+def pretrained(m: ml_collections.ConfigDict) -> Speech | None:
+    """The decoder of model.language; None for one from scratch.
+
+    Raises:
+      ValueError: see `hub.read_blueprint` and `chat.read_chat`.
+    """
+    if m.language is None:
+        return None
+    try:
+        directory = chat.directory_of(m.language)
+        plan = hub.read_blueprint("language_model", directory, dtype=DTYPES[m.dtype], remat=m.remat)
+        language = cast(LanguageModel, plan.model)
+        # No text has the id that is the vocabulary's size.
+        return Speech(language, chat.read_chat(directory, language.vocabulary))
+    except ValueError as error:
+        raise ValueError(f"model.language={m.language!r}: {error}") from error
+
+
+class TokenModel(NamedTuple):
+    """A policy, and what it needs for its variables to be drawn.
+
+    Attributes:
+      policy: the model.
+      texts: what it reads and writes.
+      size: of the pictures, (height, width).
+    """
+
+    policy: TokenPolicy
+    texts: Texts
+    size: tuple[int, int]
+
+
+def make_model(
+    m: ml_collections.ConfigDict, speech: Speech | None, texts: Texts, size: tuple[int, int]
+) -> TokenModel:
+    """The policy that answers these texts about pictures of this size.
+
+    Raises:
+      ValueError: see `vlm.check_counts`.
+    """
+    dtype, tokeniser = DTYPES[m.dtype], texts.tokeniser
+    if speech is None:
+        language, projector = _small_decoder(m, cast(Words, tokeniser).size), None
+    else:
+        language, projector = speech.language, VisionProjection(speech.language.width, dtype)
+    encoder = VisionEncoder(
+        m.width,
+        m.patch,
+        m.patch_margin,
+        m.patch_hidden,
+        layers=m.vision_layers,
+        heads=m.heads,
+        mlp_ratio=m.mlp_ratio,
+        dtype=dtype,
+        remat=m.remat,
+    )
+    model = VisionLanguageModel(PatchVision(encoder, projector), language, tokeniser.image)
+    present = np.ones((len(texts.prompts), image_tokens(m, size)), bool)
+    check_counts(texts.prompt_tokens == tokeniser.image, present)
+    policy = TokenPolicy(model, texts.length, tokeniser.stop, tokeniser.pad)
+    return TokenModel(policy, texts, size)
+
+
+def image_tokens(m: ml_collections.ConfigDict, size: tuple[int, int]) -> int:
+    """Image tokens of a picture."""
+    return (size[0] // m.patch) * (size[1] // m.patch)
+
+
+def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageModel:
+    """A language model to be trained from scratch."""
+    block = BlockSpec(
+        heads=m.heads,
+        hidden=m.mlp_ratio * m.width,
+        norm="rms",
+        activation="silu",
+        gated=True,
+        biases=(),
+    )
+    return LanguageModel(
+        vocabulary=vocabulary,
+        width=m.width,
+        layers=m.layers,
+        block=block,
+        ropes=(Rope(100.0, m.width // m.heads),),
+        dtype=DTYPES[m.dtype],
+        remat=m.remat,
+    )
+
+
+def draw_variables(config: ml_collections.ConfigDict, model: TokenModel, key: jax.Array) -> Params:
+    """The model's variables, all of them newly drawn; float32.
+
+    Raises:
+      ValueError: model.lora.pattern matches no layer.
+    """
+    texts, policy = model.texts, model.policy
+    tokens, present = texts.prompt_tokens[:1], texts.prompt_present[:1]
+    picture = jnp.zeros((1, *model.size, 3), jnp.uint8)
+    params = policy.model.init(key, tokens, present, picture)["params"]
+    variables = with_adapters(params, config.model.lora, jax.random.fold_in(key, 1))
+    if config.algorithm == "token_ppo":
+        width = policy.model.language.width
+        variables = token_learner.with_value_head(jax.random.fold_in(key, 2), variables, width)
+    return variables
+
+
+def make_variables(
+    config: ml_collections.ConfigDict, model: TokenModel, *, start: TokenState | None = None
+) -> Params:
+    """The model's variables as a run begins with them: a pretrained decoder's are read.
+
+    Args:
+      config: of the run.
+      model: see there.
+      start: learner of supervised fine-tuning, whose half is taken from it.
+
+    Returns:
+      {'params': ...}, with adapters 'lora', with a value head 'value'; float32.
+    """
+    loaded = {}
+    if config.model.language is not None:
+        directory = chat.directory_of(config.model.language)
+        loaded["language"] = hub.load_language_model(directory).params["params"]
+
+    @jax.jit
+    def draw(key: jax.Array) -> Params:
+        # What is loaded is not returned, and so not drawn either.
+        drawn = draw_variables(config, model, key)
+        kept = {name: x for name, x in drawn["params"].items() if name not in loaded}
+        return drawn | {"params": kept}
+
+    variables = draw(jax.random.fold_in(jax.random.PRNGKey(config.seed), 0))
+    variables = variables | {"params": variables["params"] | loaded}
+    if start is None:
+        return variables
+    _, frozen = halves(variables, config, "sft")
+    return lora.join(start.params, frozen)
+
+
+def halves(variables: Params, config: ml_collections.ConfigDict, stage: str) -> tuple[Params, Any]:
+    """What a stage, 'sft' or 'rl', trains of the variables and what it does not.
+
+    A value head is trained whatever the pattern says, but for supervised fine-tuning, which has no
+    use for it.
+
+    Raises:
+      ValueError: it trains nothing.
+    """
+    pattern = config[stage].trained
+    if config.algorithm == "token_ppo":
+        pattern = f"(?!value/)({pattern})" if stage == "sft" else f"({pattern})|value/.*"
+    try:
+        return lora.split(variables, pattern)
+    except ValueError as error:
+        raise ValueError(f"{stage}.trained: {error}") from error
+
+
+def check_halves(config: ml_collections.ConfigDict, model: TokenModel) -> None:
+    """Raises ValueError if a stage trains nothing, or an adapter has no layer; compiles nothing."""
+    drawn = jax.eval_shape(lambda key: draw_variables(config, model, key), jax.random.key(0))
+    for stage in ("sft", "rl"):
+        halves(drawn, config, stage)
+
+
+class Optimisation(NamedTuple):
+    """How RL takes its steps.
+
+    Attributes:
+      rate: step -> learning rate.
+      optimiser: of optax.
+    """
+
+    rate: optax.Schedule
+    optimiser: optax.GradientTransformation
+
+
+def make_optimisation(config: ml_collections.ConfigDict) -> Optimisation:
+    """The optimiser of RL."""
+    r = config.rl
+    steps = config.run.updates * r.epochs * r.minibatches
+    rate = schedule(r.schedule, r.learning_rate, steps)
+    return Optimisation(rate, adam(rate, r.max_grad_norm))
+
+
+def make_loss(config: ml_collections.ConfigDict, loss: TokenLoss) -> TokenLoss:
+    """A policy loss with what the config adds to it."""
+    r = config.rl
+    return dataclasses.replace(
+        loss, kl=r.kl, kl_weight=r.kl_weight, max_correction=r.max_correction
+    )
+
+
+def fresh_carry(config: ml_collections.ConfigDict, learner: TokenState, stage: int) -> Carry:
+    """A carry without environments; each stage has a key of its own."""
+    rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), stage)
+    return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
+
+
+def everywhere(carry: Carry, *, mesh: Mesh) -> Carry:
+    """A copy of the carry on every device; minibatches are split as they are learned from."""
+    return jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
+
+
+def ppo_hyperparameters(config: ml_collections.ConfigDict) -> token_ppo.Hyperparameters:
+    """Of PPO over tokens."""
+    r, p = config.rl, config.ppo
+    return token_ppo.Hyperparameters(
+        discount=p.discount,
+        gae_lambda=p.gae_lambda,
+        loss=make_loss(config, TokenLoss(low=p.clip, high=p.clip)),
+        value_clip=p.value_clip,
+        value_weight=p.value_weight,
+        entropy_weight=r.entropy_weight,
+        temperature=r.temperature,
+        epochs=r.epochs,
+        minibatches=r.minibatches,
+        accumulate=r.accumulate,
+    )
+
+
+def sft_stage(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    model: TokenModel,
+    labels: tuple[Question, jax.Array, jax.Array],
+    *,
+    evaluation: Callable[[Any], Callable[[TokenState], dict[str, float]]],
+    best_metric: str,
+) -> Stage:
+    """Supervised fine-tuning on a fixed set of answered questions.
+
+    Args:
+      config: of the run.
+      mesh: that it runs on.
+      model: learns.
+      labels: questions [N], the tokens of their answers, and which are there, [N, T].
+      evaluation: frozen half -> learner -> metrics.
+      best_metric: by which the best checkpoint is chosen.
+    """
+    s = config.sft
+    optimiser = adam(s.learning_rate, s.max_grad_norm)
+    trained, frozen = halves(make_variables(config, model), config, "sft")
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+
+    def init() -> Carry:
+        learner = token_learner.init(trained, optimiser=optimiser, with_reference=False)
+        return fresh_carry(config, learner, 2)
+
+    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        frozen, labels = data
+        rng = jax.random.fold_in(carry.rng, carry.updates)
+        chosen = jax.random.randint(rng, (s.batch_size,), 0, len(labels[1]))
+        learner, metrics = sft.update(
+            carry.learner,
+            frozen,
+            *jax.tree.map(lambda x: x[chosen], labels),
+            policy=model.policy,
+            optimiser=optimiser,
+            shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
+        )
+        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
+
+    return Stage(
+        name="sft",
+        init=init,
+        update=update,
+        data=(frozen, jax.device_put(labels, mesh_lib.replicated(mesh))),
+        updates=s.updates,
+        updates_per_dispatch=s.updates_per_dispatch,
+        env_steps_per_update=0,
+        samples_per_update=s.batch_size,
+        evaluate=evaluation(frozen),
+        eval_interval=s.eval_interval,
+        checkpoint_interval=s.checkpoint_interval,
+        keep=config.run.keep,
+        best_metric=best_metric,
+        console=("loss/answer", best_metric, "time/samples_per_s"),
+        shardings=functools.partial(everywhere, mesh=mesh),
+    )

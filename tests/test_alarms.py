@@ -1,0 +1,63 @@
+"""Alarms: each is raised by what it is about, and by nothing else."""
+
+import pytest
+
+from mmrl_jax.training import alarms, factory, metrics, question_factory
+from mmrl_jax.training.loop import run
+from tests import tiny
+
+
+def rows(count=30, **changes):
+    """A healthy run; a change gives a metric as a function of the line."""
+    healthy = {
+        "answer/reward": lambda i: 0.1 + 0.01 * i,
+        "answer/degenerate_groups": lambda i: 0.9,
+        "answer/length": lambda i: 20.0 - 0.1 * i,
+        "policy/entropy": lambda i: 1.0 / (1 + i),
+        "eval/train/accuracy_lo": lambda i: 0.4,
+        "eval/train/blind_accuracy": lambda i: 0.2,
+    }
+    named = healthy | {name.replace("__", "/"): x for name, x in changes.items()}
+    return [{name: value(i) for name, value in named.items()} for i in range(count)]
+
+
+def test_a_healthy_run_raises_none():
+    assert alarms.raised(rows()) == {}
+    assert alarms.raised([]) == {}
+    assert alarms.raised([{"loss/total": 1.0}] * 50) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("reward_constant", {"answer__reward": lambda i: 0.0}),
+        ("groups_degenerate", {"answer__degenerate_groups": lambda i: 1.0}),
+        ("answers_short", {"answer__length": lambda i: 20.0 if i < 5 else 4.0}),
+        ("entropy_low", {"policy__entropy": lambda i: 1.0 if i < 5 else 0.01}),
+        ("pictures_unused", {"eval__train__blind_accuracy": lambda i: 0.45}),
+    ],
+)
+def test_each_is_raised_by_what_it_is_about(name, changes):
+    assert list(alarms.raised(rows(**changes))) == [name]
+    # Not before there is enough to tell by.
+    assert alarms.raised(rows(count=1, **changes)) == {}
+
+
+def test_what_is_over_is_no_longer_raised():
+    late = rows(answer__reward=lambda i: 0.0 if i < 29 else 0.5)
+    assert alarms.raised(late[:-1]) and not alarms.raised(late)
+    blind = rows(eval__train__blind_accuracy=lambda i: 0.45 if i < 29 else 0.1)
+    assert "pictures_unused" not in alarms.raised(blind)
+
+
+def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(alarms, "WINDOW", 2)
+    # A blind policy of one answer: rewards that are always 0.
+    config = tiny.token_config(sft__updates=0, rl__penalty=0.0, rl__learning_rate=1e-9)
+    config.task.counts = config.sft.counts = (1, 1)
+    stage = question_factory.rl_stage(config, factory.make_mesh(config))
+    run(stage, workdir=tmp_path, config=config)
+    logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)
+    assert "alarm/reward_constant" not in logged[0]
+    assert logged[-1]["alarm/reward_constant"] == 1
+    assert capsys.readouterr().err.count("answer/reward has been 0") == 1
