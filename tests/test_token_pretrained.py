@@ -1,7 +1,5 @@
 """Token policies around a pretrained decoder: what is trained, what is frozen, their texts."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,8 +105,8 @@ def test_policy_and_reference_are_one_where_grpo_begins(run):
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same(run, directory, tmp_path):
     whole, _ = run
-    train(make_config(directory, run__updates=2), tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text())
+    half = train(make_config(directory, run__updates=2), tmp_path)
+    assert half.tuned.updates == 2
     parts = train(make_config(directory), tmp_path)
     bitwise_equal(by_path(whole.tuned.carry), by_path(parts.tuned.carry))
 
