@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
@@ -51,19 +52,19 @@ def init(
 
 @dataclasses.dataclass(frozen=True)
 class TokenPolicy:
-    """A vision-language model that answers questions.
+    """A language model, or one with vision, that answers questions.
 
     `frozen` is the other half of its variables, shared by the policy and its reference.
 
     Attributes:
-      model: the model.
+      model: the model; one without vision reads the questions' tokens alone.
       length: most tokens of an answer.
       stop: token that ends an answer.
       pad: token that stands behind it.
       tile: rows of the output layer at a time, see `token_log_probs`.
     """
 
-    model: VisionLanguageModel
+    model: VisionLanguageModel | LanguageModel
     length: int
     stop: int
     pad: int
@@ -115,6 +116,8 @@ class TokenPolicy:
         )
 
     def _prompt(self, variables: Any, question: Question) -> gen.Prompt:
+        if isinstance(self.model, LanguageModel):
+            return gen.text_prompt(self.model, variables, question.tokens, question.present)
         return gen.image_prompt(
             self.model, variables, question.tokens, question.present, question.images
         )
