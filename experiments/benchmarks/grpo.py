@@ -203,7 +203,7 @@ class Peer:
 
         asked = [[{"role": "user", "content": text}] for text in QUESTIONS[: job.questions]]
         config = GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=tempfile.gettempdir(),  # Nothing is saved.
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
