@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.updates = 5000
     config.sft.examples = 16384
     config.sft.counts = (0, 6)
+    config.sft.noise = 0.0
     config.sft.batch_size = 64
     config.sft.trained = r"params/vision/.*"
     config.sft.learning_rate = 3e-4

@@ -5,26 +5,29 @@
   python -m experiments.evaluate --workdir=runs/quickstart/warm_start
 
 The workdir may be that of any stage, trained on any number of devices. Prints a table of success
-(return, where an environment has no success) with 95 % bootstrap intervals, and adds its numbers
-to the workdir's evaluation.json, beside those of earlier calls:
+(return, where an environment has no success; accuracy of answers to questions, and that with
+another question's picture) with 95 % bootstrap intervals, and adds its numbers to the workdir's
+evaluation.json, beside those of earlier calls:
 
   <split>/[no_<modality>/]success, success_lo, success_hi, return, return_lo, return_hi, length
   <split>/[no_<modality>/]checkpoint, episodes       what the numbers are of
 """
 
+from collections.abc import Callable, Iterator
 import json
 import pathlib
+from typing import Any
 
 from absl import app, flags, logging
 import jax.numpy as jnp
 import ml_collections
 
-from experiments.train import clean_exit, write_json
-from mmrl_jax import envs
+from experiments.train import clean_exit, factory_of, write_json
 from mmrl_jax.evaluation.evaluate import MODALITIES, describe
 from mmrl_jax.learners.learner import LearnerState
-from mmrl_jax.training import checkpoint, factory
+from mmrl_jax.training import checkpoint, factory, token_models
 from mmrl_jax.training import config as config_lib
+from mmrl_jax.types import Params
 
 FLAGS = flags.FLAGS
 
@@ -32,7 +35,7 @@ FLAGS = flags.FLAGS
 def restore(
     workdir: pathlib.Path, which: str
 ) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
-    """The config, the learner (without optimiser) and the checkpoint's step of a stage.
+    """The config, the learner (without optimiser) and the checkpoint's step of a control stage.
 
     Args:
       workdir: of the stage.
@@ -42,22 +45,86 @@ def restore(
       ValueError: no run, or no such checkpoint there, or its config is not one of this version.
       CheckpointDamaged: it cannot be read.
     """
+    config = read_config(workdir)
+    like = factory.stored_learner(config)
+    names = ("params", "statistics")
+    restored, step = _restore_parts(workdir, {name: getattr(like, name) for name in names}, which)
+    return config, like.replace(opt_state=(), steps=jnp.zeros((), jnp.int32), **restored), step
+
+
+def restore_tokens(
+    workdir: pathlib.Path, which: str
+) -> tuple[ml_collections.ConfigDict, tuple[Params, Any], int]:
+    """The config, both halves of the variables and the step of a stage of a token policy.
+
+    A checkpoint of RL holds what RL trains; the rest is read from that of fine-tuning, in the
+    folder 'sft'. For arguments and errors see `restore`.
+    """
+    config = read_config(workdir)
+    model = factory_of(config).make_parts(config).model
+    stage = "sft" if config.algorithm == "sft" or workdir.name == "sft" else "rl"
+
+    def params(stage: str, place: pathlib.Path, which: str) -> tuple[Params, int]:
+        like = token_models.stored_params(config, model, stage)
+        restored, step = _restore_parts(place, {"params": like}, which)
+        return restored["params"], step
+
+    start = None
+    if stage == "rl" and config.sft.updates:
+        start, _ = params("sft", workdir / "sft", "latest")
+    trained, step = params(stage, workdir, which)
+    made_of = token_models.made_of(config, model, trained, start=start, stage=stage)
+    return config, made_of, step
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config of a stage, for one device, wherever the run was trained.
+
+    Raises:
+      ValueError: no run, or its config is not one of this version.
+    """
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(f"--workdir={workdir} holds no run (no config.json there).")
     config = config_lib.from_json(path.read_text(encoding="utf-8"))
     if "devices" in config:
-        config.devices = 1  # Evaluation runs on one, wherever the run was trained.
-    factory.check(config)
-    like = factory.stored_learner(config)
-    names = ("params", "statistics")
+        config.devices = 1
+    factory_of(config).check(config)
+    return config
+
+
+def _restore_parts(
+    workdir: pathlib.Path, like: dict[str, Any], which: str
+) -> tuple[dict[str, Any], int]:
     parts, step = checkpoint.restore_parts(
         workdir,
-        {f"learner/{name}": getattr(like, name) for name in names},
+        {f"learner/{name}": x for name, x in like.items()},
         which=int(which) if which.isdecimal() else which,
     )
-    restored = {name: parts[f"learner/{name}"] for name in names}
-    return config, like.replace(opt_state=(), steps=jnp.zeros((), jnp.int32), **restored), step
+    return {name: parts[f"learner/{name}"] for name in like}, step
+
+
+def measures(
+    workdir: pathlib.Path, which: str, episodes: int
+) -> tuple[tuple[str, ...], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
+    """The splits, what measures one of them, row by row, and the step of a stage.
+
+    A row is of what is hidden, '' for nothing; for errors see `restore`.
+    """
+    build = factory_of(read_config(workdir))
+    if build is not factory:
+        config, made_of, step = restore_tokens(workdir, which)
+        measure = build.make_measure(config, episodes=episodes)
+        return build.splits(config), lambda split: iter([("", measure(made_of, split))]), step
+    config, learner, step = restore(workdir, which)
+    observed = factory.make_env(config).observation_size
+    evaluator = factory.make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
+
+    def rows(split: str) -> Iterator[tuple[str, dict[str, float]]]:
+        for hidden in (None, *(modality for modality in MODALITIES if modality in observed)):
+            yield f"no_{hidden}" if hidden else "", describe(evaluator(learner, split, hidden))
+
+    return factory.splits(config), rows, step
 
 
 def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) -> dict[str, float]:
@@ -66,26 +133,25 @@ def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) ->
     Raises:
       ValueError: see `restore`; or the split is unknown.
     """
-    config, learner, step = restore(workdir, which)
-    known = envs.splits(config.env.name)
+    known, rows, step = measures(workdir, which, episodes)
     if split not in (*known, "all"):
         raise ValueError(f"--split={split!r} is unknown; choose one of {known} or 'all'.")
-    observed = factory.make_env(config).observation_size
-    modalities = tuple(modality for modality in MODALITIES if modality in observed)
-    evaluator = factory.make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
     print(f"{workdir}: checkpoint {step}; mean [95 % interval] of {episodes} episodes")
     path = workdir / "evaluation.json"
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in known if split == "all" else (split,):
-        for hidden in (None, *modalities):
-            row = describe(evaluator(learner, part, hidden))
-            name = f"no_{hidden}" if hidden else ""
-            shown = (
+        for name, row in rows(part):
+            shown = [
                 f"{measure} {row[measure]:8.3f} [{row[f'{measure}_lo']:.3f}, "
                 f"{row[f'{measure}_hi']:.3f}]"
-                for measure in ("success", "return")
+                for measure in ("success", "return", "accuracy")
                 if measure in row
-            )
+            ]
+            shown += [
+                f"{measure} {row[measure]:.3f}"
+                for measure in ("blind_accuracy", "malformed")
+                if measure in row
+            ]
             print(f"{part:24} {name or '-':15} {'   '.join(shown)}", flush=True)
             row |= {"checkpoint": step, "episodes": episodes}
             prefix = "/".join(word for word in (part, name) if word)

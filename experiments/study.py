@@ -31,17 +31,17 @@ from absl import app, flags, logging
 import numpy as np
 
 from experiments.provenance import commit, hardware
-from experiments.train import FAILURES, clean_exit, train, write_json
-from mmrl_jax import envs
+from experiments.train import FAILURES, acting, clean_exit, factory_of, train, write_json
 from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import describe
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import factory, report
+from mmrl_jax.training import report
 
 FLAGS = flags.FLAGS
 RESULT = "result.json"
 # Of a result, what is no metric.
 PROVENANCE = ("commit", "hardware")
+# Of an evaluation, what goes into a result.
+REPORTED = ("success", "return", "accuracy", "blind_accuracy", "malformed")
 
 # Variant -> seed -> what its result.json holds.
 Results = dict[str, dict[int, dict[str, Any]]]
@@ -93,14 +93,13 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
     trained = train(config, workdir)
     if trained.interrupted:
         return None
-    learner = trained.results[-1].carry.learner.without_optimiser()
-    evaluator = factory.make_evaluator(
-        config, factory.evaluation_key(config), episodes=config.run.eval_episodes
-    )
+    build = factory_of(config)
+    measure = build.make_measure(config, episodes=config.run.eval_episodes)
+    made_of = acting(config, trained)
     result: dict[str, Any] = {}
-    for split in envs.splits(config.env.name):
-        described = describe(evaluator(learner, split))
-        for name in ("success", "return"):
+    for split in build.splits(config):
+        described = measure(made_of, split)
+        for name in REPORTED:
             if name in described:
                 result[f"final/{split}/{name}"] = described[name]
     times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
@@ -205,7 +204,8 @@ def main(argv: list[str]) -> None:
                 raise ValueError(
                     f"--variants has {variant!r}, but {FLAGS.study} has {list(study.VARIANTS)}."
                 )
-            factory.check(study.get_config(variant))
+            config = study.get_config(variant)
+            factory_of(config).check(config)
     with clean_exit(*FAILURES):
         finished = run(study, workdir, variants, range(study.SEEDS))
     if not finished:

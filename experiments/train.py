@@ -22,6 +22,7 @@ import pathlib
 import sys
 import time
 import types
+from typing import Any
 
 from absl import app, flags, logging
 import jax
@@ -37,6 +38,7 @@ from mmrl_jax.training import (
     metrics,
     question_factory,
     report,
+    token_models,
 )
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.loop import Result
@@ -144,10 +146,25 @@ def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tr
         warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
-        start = warm.carry.learner if warm is not None else None
+        start = warm.carry.learner.params if warm is not None else None
         tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
         draw_curves(workdir, x="progress/updates")
     return Trained(None, warm, tuned)
+
+
+def acting(config: ml_collections.ConfigDict, trained: Trained) -> Any:
+    """What the policy of the last stage is made of, as its factory's evaluations want it."""
+    build, learner = factory_of(config), trained.results[-1].carry.learner
+    if build is factory:
+        return learner.without_optimiser()
+    warm, tuned = trained.warm_start, trained.tuned
+    return token_models.made_of(
+        config,
+        build.make_parts(config).model,
+        learner.params,
+        start=None if warm is None or tuned is None else warm.carry.learner.params,
+        stage="sft" if tuned is None else "rl",
+    )
 
 
 def draw_curves(workdir: pathlib.Path, *, x: str) -> None:

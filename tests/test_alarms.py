@@ -24,6 +24,7 @@ def rows(count=30, **changes):
 def test_a_healthy_run_raises_none():
     assert alarms.raised(rows()) == {}
     assert alarms.raised([]) == {}
+    assert alarms.raised(rows(policy__entropy=lambda i: None)) == {}
     assert alarms.raised([{"loss/total": 1.0}] * 50) == {}
 
 

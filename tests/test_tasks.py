@@ -193,14 +193,22 @@ def test_a_question_depends_on_its_number_alone():
         np.testing.assert_array_equal(a, b[:5])
 
 
+class Fixed(Words):
+    """A tokeniser that knows these answers alone, and asks by one token."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def prompt(self, question, *, images):
+        return [9]
+
+    def answer(self, text):
+        return [*self.answers[text], self.stop]
+
+
 def test_answers_are_read_exactly():
-    texts = tokenise(
-        ["how many ?"],
-        ["one", "twenty one", "two"],
-        lambda text: [9],
-        lambda text: [*{"one": [4], "twenty one": [7, 4], "two": [5]}[text], 1],
-        pad=0,
-    )
+    said = {"one": [4], "twenty one": [7, 4], "two": [5]}
+    texts = tokenise(["how many ?"], list(said), Fixed(said), image_tokens=0)
     np.testing.assert_array_equal(texts.answer_tokens, [[4, 1, -1], [7, 4, 1], [5, 1, -1]])
     given = jnp.array(
         [
@@ -252,7 +260,7 @@ def test_prompts_have_their_image_tokens():
 )
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        shapes.make(**({"kinds": shapes.KINDS} | SIZE | changes))
+        shapes.make(image_tokens=2, **({"kinds": shapes.KINDS} | SIZE | changes))
 
 
 def test_splits_and_pictures_that_cannot_be_are_refused():
@@ -265,4 +273,13 @@ def test_splits_and_pictures_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="height=40 and width=41 do not divide"):
         jax.eval_shape(lambda: task(("count",), width=41).sample(jax.random.key(0), 1, "train"))
     with pytest.raises(ValueError, match="have the same tokens"):
-        tokenise(["a"], ["b", "c"], lambda _: [1], lambda _: [2], pad=0)
+        tokenise(["a"], ["b", "c"], Fixed({"b": [2], "c": [2]}), image_tokens=0)
+
+
+def test_words_are_read_back():
+    words = Words(["how many red balls ?", "two"])
+    ids = words.prompt("how many balls ?", images=2)
+    assert ids[:2] == [words.image] * 2 and words.decode(ids) == "how many balls ?"
+    assert words.decode([*words.answer("two"), words.pad]) == "two"
+    with pytest.raises(ValueError, match="Words ..blue.. of 'blue balls'"):
+        words.encode("blue balls")

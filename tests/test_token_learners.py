@@ -132,6 +132,33 @@ def test_accumulated_gradients_are_those_of_the_whole(reduction):
     assert largest_difference(one.params, parts.params) < 1e-6
 
 
+def test_a_model_without_vision_learns_from_text():
+    asked = questions()._replace(images=None)
+    variables = MODEL.language.init(jax.random.key(1), asked.tokens, asked.present)
+    policy = dataclasses.replace(POLICY, model=MODEL.language)
+    state = token_learner.init(variables, optimiser=OPTIMISER, with_reference=False)
+    frozen = jax.tree.map(lambda _: None, variables)
+    answers = jit(functools.partial(policy.answer, group=3, sampling=Sampling()))(
+        state.params, frozen, asked, jax.random.key(2)
+    )
+    rows = jnp.repeat(asked.tokens, 3, axis=0)
+    there = jnp.repeat(asked.present, 3, axis=0)
+    rows = jnp.concatenate([rows, answers.tokens.reshape(12, -1)], axis=1)
+    there = jnp.concatenate([there, answers.present.reshape(12, -1)], axis=1)
+    logits = MODEL.language.apply(variables, rows, there)[:, -POLICY.length - 1 : -1]
+    expected = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), rows[:, -POLICY.length :, None], axis=-1
+    ).reshape(answers.log_probs.shape)
+    expected = jnp.where(answers.present, expected, 0.0)
+    np.testing.assert_allclose(answers.log_probs, expected, atol=1e-5)
+    reward = jax.random.normal(jax.random.key(3), (4, 3))
+    step = functools.partial(grpo.update, policy=policy, optimiser=OPTIMISER, hyperparameters=PLAIN)
+    given = grpo.Experience(asked, answers, reward, jnp.ones((4, 3)))
+    new, metrics = jit(step)(state, frozen, given, jax.random.key(4))
+    assert largest_difference(new.params, state.params) > 1e-3
+    assert float(metrics["policy/kl"]) < 1e-8
+
+
 def test_later_epochs_see_their_ratio():
     _, first = update(PLAIN)
     _, more = update(dataclasses.replace(PLAIN, epochs=3, minibatches=2))

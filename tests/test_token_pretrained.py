@@ -87,7 +87,7 @@ def test_frozen_are_the_aligned_eyes_and_the_language_model_on_disk(run, directo
     trained, _ = run
     config = make_config(directory)
     stage = question_factory.rl_stage(
-        config, factory.make_mesh(config), start=trained.warm_start.carry.learner
+        config, factory.make_mesh(config), start=trained.warm_start.carry.learner.params
     )
     carry, shardings = loop.start(stage)
     carry, _ = loop.make_dispatch(stage.update, 1, shardings)(carry, stage.data)

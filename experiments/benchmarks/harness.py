@@ -1,14 +1,16 @@
 """What every benchmark shares: alternating measurements, and rows of results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from experiments.provenance import hardware
+
+T = TypeVar("T")
 
 # Measures once, after everything is compiled: a rate or a time.
 Measure = Callable[[], float]
@@ -38,22 +40,31 @@ class Row:
 
 
 def compare(name: str, ours: Measure, peer: Measure | None, *, unit: str, runs: int) -> Row:
-    """Alternates `runs` measurements of ours and of the peer's, which goes first every other time.
+    """The row of `runs` measurements of ours and of the peer's, see `alternate`."""
+    return row(name, *alternate([ours] if peer is None else [ours, peer], runs), unit=unit)
 
-    Both are run once before, so that nothing is compiled or cold while it is measured.
+
+def alternate(measures: Sequence[Callable[[], T]], runs: int) -> list[list[T]]:
+    """Alternates `runs` measurements of each; which goes first changes every other time.
+
+    All are run once before, so that nothing is compiled or cold while it is measured.
     """
-    measures = [ours] if peer is None else [ours, peer]
     for measure in measures:
         measure()
-    values: list[list[float]] = [[] for _ in measures]
+    values: list[list[T]] = [[] for _ in measures]
     for i in range(runs):
         order = range(len(measures))
         for k in order if i % 2 == 0 else reversed(order):
             values[k].append(measures[k]())
-    medians = [float(np.median(v)) for v in values]
-    theirs = medians[1] if peer is not None else None
-    ratio = None if theirs is None else medians[0] / theirs
-    return Row(name, medians[0], theirs, ratio, unit, runs, hardware())
+    return values
+
+
+def row(name: str, ours: Sequence[float], peer: Sequence[float] | None = None, *, unit: str) -> Row:
+    """The row of measurements that were made, as many of the peer's as of ours."""
+    mine = float(np.median(ours))
+    theirs = None if peer is None else float(np.median(peer))
+    ratio = None if theirs is None else mine / theirs
+    return Row(name, mine, theirs, ratio, unit, len(ours), hardware())
 
 
 def rate(amount: float, call: Callable[..., Any], *arguments: Any) -> Measure:

@@ -11,6 +11,7 @@ import optax
 
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.models.heads import ValueHead
+from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
@@ -107,19 +108,19 @@ def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TokenPolicy:
-    """A vision-language model that answers questions.
+    """A language model, or one with vision, that answers questions.
 
     `frozen` is the other half of its variables, shared by the policy and its reference.
 
     Attributes:
-      model: the model.
+      model: the model; one without vision reads the questions' tokens alone.
       length: most tokens of an answer.
       stop: token that ends an answer.
       pad: token that stands behind it.
       tile: rows of the output layer at a time, see `token_log_probs`.
     """
 
-    model: VisionLanguageModel
+    model: VisionLanguageModel | LanguageModel
     length: int
     stop: int
     pad: int
@@ -200,6 +201,8 @@ class TokenPolicy:
         )
 
     def _prompt(self, variables: Any, question: Question) -> gen.Prompt:
+        if isinstance(self.model, LanguageModel):
+            return gen.text_prompt(self.model, variables, question.tokens, question.present)
         return gen.image_prompt(
             self.model, variables, question.tokens, question.present, question.images
         )

@@ -108,8 +108,12 @@ def image_prompt(
     return Prompt(x, present, positions, mask, added, ahead)
 
 
-def language(model: VisionLanguageModel, variables: Variables) -> tuple[LanguageModel, Variables]:
-    """The language model within, and its variables."""
+def language(
+    model: VisionLanguageModel | LanguageModel, variables: Variables
+) -> tuple[LanguageModel, Variables]:
+    """The language model within, and its variables; a language model is its own."""
+    if isinstance(model, LanguageModel):
+        return model, variables
     within = {name: tree["language"] for name, tree in variables.items() if "language" in tree}
     return model.language, within
 

@@ -16,12 +16,12 @@ ABSENT = -1  # In a table of answers: no token.
 
 
 class Question(NamedTuple):
-    """B questions, each about a picture.
+    """B questions, each about a picture where the model sees.
 
     Attributes:
       tokens: int32 [B, S], the prompt, image tokens among them, padded on the left.
       present: bool [B, S], False for padding.
-      images: uint8 [B, H, W, 3].
+      images: uint8 [B, H, W, 3]; None, in questions of text alone.
       answer: int32 [B], index of the right one among the task's answers.
       kind: int32 [B], index among the task's kinds of questions.
       text: int32 [B], index among the task's texts.

@@ -164,7 +164,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
 
 
 def rl_stage(
-    config: ml_collections.ConfigDict, mesh: Mesh, *, start: TokenState | None = None
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
 ) -> Stage:
     """PPO over the tokens of the agent's turns, from scratch or from what was cloned."""
     r, (env, interface, model) = config.rl, make_parts(config)
@@ -253,6 +253,19 @@ def make_evaluator(
     return Evaluator(
         lambda split: factory.make_env(config, split=split), policy, rng, episodes=episodes
     )
+
+
+def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The splits of the config's environment."""
+    return factory.splits(config)
+
+
+def make_measure(
+    config: ml_collections.ConfigDict, *, episodes: int
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    """The reported evaluation: (trained and frozen half, split) -> see `evaluate.describe`."""
+    evaluator = make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
+    return lambda made_of, split: describe(evaluator(made_of, split))
 
 
 def _periodic_evaluation(

@@ -730,6 +730,19 @@ def make_evaluator(
     return Evaluator(lambda split: make_env(config, split=split), policy, rng, episodes=episodes)
 
 
+def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The splits of the config's environment."""
+    return envs.splits(config.env.name)
+
+
+def make_measure(
+    config: ml_collections.ConfigDict, *, episodes: int
+) -> Callable[[LearnerState, str], dict[str, float]]:
+    """The reported evaluation: (what a learner acts with, split) -> see `evaluate.describe`."""
+    evaluator = make_evaluator(config, evaluation_key(config), episodes=episodes)
+    return lambda learner, split: describe(evaluator(learner, split))
+
+
 def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
     """The key of every evaluation of a run: the same episodes for whatever is compared."""
     return jax.random.fold_in(jax.random.PRNGKey(config.seed), 5)

@@ -53,6 +53,7 @@ SCHEMA: config_lib.Schema = {
     "sft": {
         "examples": positive(int, "labelled questions, a fixed set"),
         "counts": anything(tuple, "(least, most) that is counted in the labelled questions"),
+        "noise": between(float, 0, 1, "share of labels that are a random question's of its kind"),
     }
     | dict(token_models.SFT),
     "rl": {
@@ -187,7 +188,10 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     @jax.jit
     def label(rng: jax.Array) -> tuple[Question, jax.Array, jax.Array]:
         asked = few.sample(rng, s.examples, "train")
-        return (asked, *few.texts.labels(asked.answer))
+        other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
+        other = parts.task.sample(other_key, s.examples, "train")
+        wrong = jax.random.bernoulli(noise_key, s.noise, (s.examples,)) & (other.kind == asked.kind)
+        return (asked, *few.texts.labels(jnp.where(wrong, other.answer, asked.answer)))
 
     labels = label(jax.random.fold_in(jax.random.PRNGKey(config.seed), 1))
     return token_models.sft_stage(
@@ -287,7 +291,7 @@ def single_turns(experience: Experience) -> tuple[Transition, Question]:
 
 
 def rl_stage(
-    config: ml_collections.ConfigDict, mesh: Mesh, *, start: TokenState | None = None
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
 ) -> Stage:
     """RL on rewards alone, from scratch or from what was fine-tuned."""
     r, parts = config.rl, make_parts(config)
@@ -369,6 +373,31 @@ def make_evaluator(
     return QuestionEvaluator(parts.task, answer, rng, questions=questions)
 
 
+def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The splits of the config's task; none of counts, of which RL sees all."""
+    return tuple(split for split in shapes.SPLITS if split != "heldout_count")
+
+
+def make_measure(
+    config: ml_collections.ConfigDict, *, episodes: int
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    """The reported evaluation: (trained and frozen half, split) -> metrics of the answers.
+
+    They are those of `questions.describe`, and 'blind_accuracy', that with swapped pictures.
+    """
+    return _measure(make_evaluator(config, evaluation_key(config), questions=episodes))
+
+
+def _measure(
+    evaluator: QuestionEvaluator,
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    def measure(made_of: tuple[Params, Any], split: str) -> dict[str, float]:
+        blind = describe(evaluator(made_of, split, swapped=True))["accuracy"]
+        return describe(evaluator(made_of, split)) | {"blind_accuracy": blind}
+
+    return measure
+
+
 def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:
     """The key of every evaluation of a run: the same questions for whatever is compared."""
     return jax.random.fold_in(jax.random.PRNGKey(config.seed), 5)
@@ -379,14 +408,10 @@ def _periodic_evaluation(
 ) -> Callable[[TokenState], dict[str, float]]:
     # Other questions than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(evaluation_key(config), 1)
-    evaluator = make_evaluator(config, key, questions=config.run.eval_episodes)
+    measure = _measure(make_evaluator(config, key, questions=config.run.eval_episodes))
 
     def evaluation(learner: TokenState) -> dict[str, float]:
-        made_of = (learner.params, frozen)
-        described = describe(evaluator(made_of, "train"))
-        blind = describe(evaluator(made_of, "train", swapped=True))["accuracy"]
-        return {f"eval/train/{name}": value for name, value in described.items()} | {
-            "eval/train/blind_accuracy": blind
-        }
+        described = measure((learner.params, frozen), "train")
+        return {f"eval/train/{name}": value for name, value in described.items()}
 
     return evaluation

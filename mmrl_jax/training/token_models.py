@@ -54,6 +54,9 @@ SFT: config_lib.Schema = {
     "trained": anything(
         str, "pattern of the paths of variables, params/... or lora/...; others are frozen"
     ),
+    "entropy_weight": non_negative(
+        float, "of the answers' entropy: leaves RL a chance of answers that no label has"
+    ),
     "learning_rate": positive(float, "of Adam"),
     "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
     "updates_per_dispatch": positive(int, "updates in one compiled call"),
@@ -244,14 +247,14 @@ def draw_variables(config: ml_collections.ConfigDict, model: TokenModel, key: ja
 
 
 def make_variables(
-    config: ml_collections.ConfigDict, model: TokenModel, *, start: TokenState | None = None
+    config: ml_collections.ConfigDict, model: TokenModel, *, start: Params | None = None
 ) -> Params:
     """The model's variables as a run begins with them: a pretrained decoder's are read.
 
     Args:
       config: of the run.
       model: see there.
-      start: learner of supervised fine-tuning, whose half is taken from it.
+      start: parameters of a learner of supervised fine-tuning, its half.
 
     Returns:
       {'params': ...}, with adapters 'lora', with a value head 'value'; float32.
@@ -273,7 +276,7 @@ def make_variables(
     if start is None:
         return variables
     _, frozen = halves(variables, config, "sft")
-    return lora.join(start.params, frozen)
+    return lora.join(start, frozen)
 
 
 def halves(variables: Params, config: ml_collections.ConfigDict, stage: str) -> tuple[Params, Any]:
@@ -294,11 +297,36 @@ def halves(variables: Params, config: ml_collections.ConfigDict, stage: str) -> 
         raise ValueError(f"{stage}.trained: {error}") from error
 
 
+def made_of(
+    config: ml_collections.ConfigDict,
+    model: TokenModel,
+    params: Params,
+    *,
+    start: Params | None,
+    stage: str,
+) -> tuple[Params, Any]:
+    """Both halves of the variables of a learner of a stage, 'sft' or 'rl'.
+
+    Args:
+      config: of the run.
+      model: see there.
+      params: of the learner.
+      start: parameters of supervised fine-tuning's learner, before RL.
+      stage: whose learner it is.
+    """
+    return params, halves(make_variables(config, model, start=start), config, stage)[1]
+
+
+def stored_params(config: ml_collections.ConfigDict, model: TokenModel, stage: str) -> Params:
+    """Shapes and dtypes of what a learner of a stage, 'sft' or 'rl', trains."""
+    drawn = jax.eval_shape(lambda key: draw_variables(config, model, key), jax.random.key(0))
+    return halves(drawn, config, stage)[0]
+
+
 def check_halves(config: ml_collections.ConfigDict, model: TokenModel) -> None:
     """Raises ValueError if a stage trains nothing, or an adapter has no layer; compiles nothing."""
-    drawn = jax.eval_shape(lambda key: draw_variables(config, model, key), jax.random.key(0))
     for stage in ("sft", "rl"):
-        halves(drawn, config, stage)
+        stored_params(config, model, stage)
 
 
 class Optimisation(NamedTuple):
@@ -395,6 +423,7 @@ def sft_stage(
             *jax.tree.map(lambda x: x[chosen], labels),
             policy=model.policy,
             optimiser=optimiser,
+            entropy_weight=s.entropy_weight,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
