@@ -78,11 +78,11 @@ class Trained:
 def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """What builds the runs of a config: of control policies, or of those that write text.
 
-    A config of questions has a task; one of an agent has an environment and a token algorithm.
+    A config of questions has a task; one of an agent that writes has an environment and `sft`.
     """
     if "task" in config:
         return question_factory
-    return agent_factory if config.get("algorithm") in agent_factory.ALGORITHMS else factory
+    return agent_factory if "sft" in config else factory
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -22,7 +22,11 @@ def bitwise_equal(a, b):
         *((name, {}) for name in tiny.TOKENS),
         ("count_grpo", {"algorithm": "dpo", "rl__reference_decay": 0.9}),
         ("count_grpo", {"algorithm": "token_ppo", "rl__group": 1}),
-        ("count_grpo", {"grpo__pass_at_k": 2, "rl__oversample": 2, "rl__max_correction": 2.0}),
+        pytest.param(
+            "count_grpo",
+            {"grpo__pass_at_k": 2, "rl__oversample": 2, "rl__max_correction": 2.0},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_config_trains(name, changes, tmp_path):
@@ -107,6 +111,7 @@ def test_an_agent_trains_and_goes_on_where_it_was_stopped(name, tmp_path):
     ("changes", "message"),
     [
         ({"algorithm": "ppo"}, "'algorithm' is 'ppo'"),
+        ({"algorithm": "sft", "sft__updates": 0}, "sft.updates=0, but algorithm='sft'"),
         ({"env__name": "recall", "env__height": 32}, "'recall' has no actions as text"),
         ({"env__name": "grid"}, "name='grid' is no environment"),
         ({"env__history": 2}, "env.history=2"),

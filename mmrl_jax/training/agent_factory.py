@@ -31,11 +31,13 @@ from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
-ALGORITHMS = ("token_ppo",)
+ALGORITHMS = ("sft", "token_ppo")
 
 SCHEMA: config_lib.Schema = {
     "seed": CONTROL["seed"],
-    "algorithm": one_of(ALGORITHMS, "clones an expert first if sft.updates is above 0"),
+    "algorithm": one_of(
+        ALGORITHMS, "'token_ppo' clones the expert first if sft.updates is above 0"
+    ),
     "devices": CONTROL["devices"],
     "env": CONTROL["env"],
     "model": token_models.MODEL,
@@ -88,6 +90,8 @@ def check(config: ml_collections.ConfigDict) -> None:
             "run.eval_episodes": config.run.eval_episodes,
         },
     )
+    if config.algorithm == "sft" and not config.sft.updates:
+        raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
     token_models.check_halves(config, make_parts(config).model)
 
 
