@@ -9,6 +9,7 @@ Writes to the workdir:
   metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
   checkpoints/          the newest ones and the best
   config.json           the config; a workdir of another config is refused
+  samples.html          of policies that answer questions: pictures, questions, answers, rewards
   warm_start/           the same of a warm start before PPO; sft/, of fine-tuning before RL
 
 Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
@@ -44,6 +45,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.loop import Result
 
 FLAGS = flags.FLAGS
+SAMPLES = 24  # Questions in samples.html.
 # What can end a run through no fault of the code: the message says all, a stack nothing.
 FAILURES = (
     FloatingPointError,
@@ -149,7 +151,14 @@ def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tr
         start = warm.carry.learner.params if warm is not None else None
         tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
         draw_curves(workdir, x="progress/updates")
-    return Trained(None, warm, tuned)
+    trained = Trained(None, warm, tuned)
+    if build is question_factory and not trained.interrupted and jax.process_index() == 0:
+        evaluator = question_factory.make_evaluator(
+            config, question_factory.evaluation_key(config), questions=SAMPLES
+        )
+        samples = evaluator.samples(acting(config, trained), "train", SAMPLES)
+        report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
+    return trained
 
 
 def acting(config: ml_collections.ConfigDict, trained: Trained) -> Any:

@@ -1,11 +1,14 @@
 """Tests of mmrl_jax.training.report."""
 
+import base64
+import io
 import json
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.training import report
 
 
@@ -150,3 +153,20 @@ def test_learning_curves_of_nothing(tmp_path):
 def test_bad_input(tmp_path, call, words):
     with pytest.raises(ValueError, match=words):
         call(tmp_path / "x.mp4")
+
+
+def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
+    image = np.zeros((4, 4, 3), np.uint8)
+    samples = [
+        Sample(image, "is <this> one ?", "yes", "yes", 1.0),
+        Sample(image, "and this ?", "no", "", -0.5),
+    ]
+    report.sample_table(tmp_path / "page.html", samples, "a & b")
+    page = (tmp_path / "page.html").read_text()
+    assert "is &lt;this&gt; one ?" in page and "a &amp; b" in page and "<this>" not in page
+    assert page.count("class='right'") == page.count("class='wrong'") == 1
+    assert "(nothing)" in page and "-0.5" in page
+    encoded = page.split("base64,")[1].split("'")[0]
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image
+    )

@@ -40,6 +40,8 @@ def test_every_config_trains(name, changes, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["final/train/accuracy"] == last["eval/train/accuracy"]
     assert (tmp_path / "learning_curves.png").stat().st_size > 1000
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<img ") == 24 and page.count("how many") + page.count("count the") == 24
     if config.algorithm != "sft":
         assert 1 <= last["answer/length"] <= 2 and -0.5 <= last["answer/reward"] <= 1
 

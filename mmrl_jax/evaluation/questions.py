@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,40 @@ from mmrl_jax.tasks.question import Question, Score, Task
 
 # (what a policy is made of, questions [B], key) -> tokens and which are present, [B, 1, T].
 Answer = Callable[[Any, Question, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Answered(NamedTuple):
+    """Questions [N] and the answers to them, [N, 1, T], or on the host [N, T].
+
+    Attributes:
+      question: as it was asked.
+      tokens: int32, of the answers.
+      present: bool, which tokens are there.
+      score: of the answers.
+    """
+
+    question: Question
+    tokens: Any
+    present: Any
+    score: Score
+
+
+class Sample(NamedTuple):
+    """One question and the answer to it, for people to read.
+
+    Attributes:
+      image: uint8 [H, W, 3].
+      question: its text.
+      right: the right answer.
+      answer: what was answered.
+      reward: for it.
+    """
+
+    image: np.ndarray
+    question: str
+    right: str
+    answer: str
+    reward: float
 
 
 class QuestionEvaluator:
@@ -38,14 +72,35 @@ class QuestionEvaluator:
           swapped: every question is asked about another question's picture: how well one answers
             without looking.
         """
-        score = self._run(made_of, self._rng, jnp.asarray(swapped), split=split)
-        return jax.tree.map(lambda x: np.asarray(x)[:, 0], score)
+        return self._answered(made_of, split, swapped).score
 
-    def _evaluate(self, made_of: Any, rng: jax.Array, swapped: jax.Array, *, split: str) -> Score:
+    def samples(self, made_of: Any, split: str, count: int) -> list[Sample]:
+        """The first questions of a split as texts, with the answers of a policy."""
+        texts, found = self._task.texts, self._answered(made_of, split, swapped=False)
+        return [
+            Sample(
+                image=np.asarray(found.question.images[i]),
+                question=texts.prompts[found.question.text[i]],
+                right=texts.answers[found.question.answer[i]],
+                answer=texts.tokeniser.decode(found.tokens[i][found.present[i]]),
+                reward=float(found.score.reward[i]),
+            )
+            for i in range(min(count, self._questions))
+        ]
+
+    def _answered(self, made_of: Any, split: str, swapped: bool) -> Answered:
+        found = self._run(made_of, self._rng, jnp.asarray(swapped), split=split)
+        question, *rest = jax.tree.map(np.asarray, found)
+        return Answered(question, *jax.tree.map(lambda x: x[:, 0], rest))
+
+    def _evaluate(
+        self, made_of: Any, rng: jax.Array, swapped: jax.Array, *, split: str
+    ) -> Answered:
         asked = self._task.sample(rng, self._questions, split)
         images = jnp.where(swapped, jnp.roll(asked.images, 1, axis=0), asked.images)
         tokens, present = self._answer(made_of, asked._replace(images=images), rng)
-        return self._task.texts.score(asked, tokens, present, penalty=0.0)
+        score = self._task.texts.score(asked, tokens, present, penalty=0.0)
+        return Answered(asked, tokens, present, score)
 
 
 def describe(score: Score) -> dict[str, float]:

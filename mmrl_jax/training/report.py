@@ -4,7 +4,10 @@ matplotlib, imageio and PIL are imported inside the functions, so that a trainin
 of them until it draws.
 """
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
+import html
+import io
 import math
 import os
 import pathlib
@@ -13,6 +16,7 @@ import warnings
 
 import numpy as np
 
+from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.training import metrics
 
 _TILE_PIXELS = 256
@@ -20,6 +24,19 @@ _GAP_PIXELS = 8
 _FONT_PIXELS = 18
 _BACKGROUND = (24, 24, 24)
 _TEXT = (240, 240, 240)
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px sans-serif; margin: 2em; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: 6px 14px; border-bottom: 1px solid #ddd; text-align: left; }}
+img {{ width: 128px; image-rendering: pixelated; display: block; }}
+.right {{ color: #187a2f; }} .wrong {{ color: #b3261e; }}
+</style></head><body><h1>{title}</h1>
+<table><tr><th>picture</th><th>question</th><th>right</th><th>answer</th><th>reward</th></tr>
+{rows}
+</table></body></html>
+"""
 
 # One panel each; a name may hold a `<part>` as in the glossary. Panels without data are left out.
 CURVES: dict[str, tuple[str, ...]] = {
@@ -352,6 +369,45 @@ def _draw_curve(axis: Any, across: np.ndarray, values: np.ndarray, name: str) ->
     axis.plot(
         across[start : start + len(mean)], mean, label=name, linewidth=1.4, color=line.get_color()
     )
+
+
+def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title: str) -> None:
+    """Writes a page of questions with their pictures, right and given answers and rewards.
+
+    The pictures are inside the page, so that it can be copied by itself.
+
+    Args:
+        path: HTML file to write.
+        samples: its rows.
+        title: of the page.
+    """
+    rows = "\n".join(
+        "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td>{}</td><td>{}</td>"
+        "<td class='{}'>{}</td><td>{:g}</td></tr>".format(
+            _png(sample.image),
+            html.escape(sample.question),
+            html.escape(sample.right),
+            "right" if sample.answer == sample.right else "wrong",
+            html.escape(sample.answer) or "(nothing)",
+            sample.reward,
+        )
+        for sample in samples
+    )
+    page = _PAGE.format(title=html.escape(title), rows=rows)
+
+    def write(place: pathlib.Path) -> None:
+        place.write_text(page, encoding="utf-8")
+
+    _saved(pathlib.Path(path), write)
+
+
+def _png(image: np.ndarray) -> str:
+    """A picture uint8 [H, W, 3] as base64 of a PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _caption_bars(captions: Sequence[str], *, width: int) -> np.ndarray:
