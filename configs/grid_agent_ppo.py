@@ -1,7 +1,7 @@
 """An agent writes its steps: a small vision-language model walks on a grid by instruction.
 
 It sees the grid and the instruction, and answers by a word: up, down, left, right or stay. First it
-clones few episodes of an expert, then PPO with a value for every token goes on with rewards alone.
+clones 4096 episodes of an expert, then PPO with a value for every token goes on with rewards alone.
 
 Command:   python -m experiments.train --config=configs/grid_agent_ppo.py --workdir=runs/grid
            with --config.env.name=language_reach for an arm, whose words are two joints' torques
@@ -32,12 +32,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.language = None
     config.model.width = 64
     config.model.layers = 2
-    config.model.heads = 2
+    config.model.heads = 4
     config.model.mlp_ratio = 2
     config.model.patch = 8
     config.model.patch_margin = 0
     config.model.patch_hidden = 128
-    config.model.vision_layers = 1
+    config.model.vision_layers = 0
     config.model.lora = ml_collections.ConfigDict()
     config.model.lora.pattern = None
     config.model.lora.rank = 8
@@ -46,16 +46,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = False
 
     config.sft = ml_collections.ConfigDict()
-    config.sft.updates = 500
-    config.sft.episodes = 512
-    config.sft.batch_size = 256
+    config.sft.updates = 3000
+    config.sft.episodes = 4096
+    config.sft.batch_size = 128
     config.sft.trained = ".*"
     config.sft.entropy_weight = 0.0
-    config.sft.learning_rate = 1e-3
+    config.sft.learning_rate = 2e-3
     config.sft.max_grad_norm = 1.0
     config.sft.updates_per_dispatch = 50
-    config.sft.eval_interval = 250
-    config.sft.checkpoint_interval = 250
+    config.sft.eval_interval = 500
+    config.sft.checkpoint_interval = 500
 
     config.rl = ml_collections.ConfigDict()
     config.rl.num_envs = 128

@@ -1,12 +1,15 @@
 """Runs of token policies: configs, resuming, what is refused, and what is logged."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from experiments import study
 from experiments import train as train_script
+from experiments.evaluate import evaluate
 from experiments.train import train
 from mmrl_jax.training import agent_factory, factory, metrics, question_factory, token_models
 from tests import tiny
@@ -107,6 +110,30 @@ def test_an_agent_trains_and_goes_on_where_it_was_stopped(name, tmp_path):
     train(tiny.agent_config(name, run__updates=2), tmp_path / "parts")
     parts = train(tiny.agent_config(name), tmp_path / "parts")
     bitwise_equal(whole.tuned.carry, parts.tuned.carry)
+
+
+def test_a_study_measures_agents_on_every_split(tmp_path):
+    config = tiny.agent_config(algorithm="sft")
+    found = study.run_one(config, 1, tmp_path)
+    splits = ("train", "heldout_pair", "heldout_layout")
+    assert {f"final/{split}/success" for split in splits} <= found.keys()
+    table = evaluate(tmp_path, which="latest", split="all", episodes=4)
+    for split in splits:
+        assert table[f"{split}/success"] == found[f"final/{split}/success"]
+
+
+def test_a_stage_is_evaluated_from_its_checkpoint(tmp_path):
+    config = tiny.token_config(run__eval_episodes=16)
+    trained = train(config, tmp_path)
+    measure = question_factory.make_measure(config, episodes=16)
+    for place, which in (
+        (tmp_path, trained),
+        (tmp_path / "sft", dataclasses.replace(trained, tuned=None)),
+    ):
+        table = evaluate(place, which="latest", split="train", episodes=16)
+        expected = measure(train_script.acting(config, which), "train")
+        assert table["train/accuracy"] == expected["accuracy"]
+        assert table["train/blind_accuracy"] == expected["blind_accuracy"]
 
 
 @pytest.mark.parametrize(

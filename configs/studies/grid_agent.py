@@ -1,0 +1,35 @@
+"""An agent that writes its steps, before and after PPO over its tokens, on held-out grids too.
+
+Command:   python -m experiments.study --study=configs/studies/grid_agent.py
+           python -m experiments.train --config=configs/studies/grid_agent.py:ppo --workdir=DIR
+Hardware:  two CPU cores.
+Time:      not run
+Result:    not run
+"""
+
+from typing import Any
+
+import ml_collections
+
+from configs import grid_agent_ppo
+
+SEEDS = 5
+MAIN = "final/train/success"
+
+# What a variant changes of the baseline, which clones the expert.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cloned": {"algorithm": "sft"},
+    "ppo": {},
+}
+
+
+def get_config(variant: str = "cloned") -> ml_collections.ConfigDict:
+    """The config of a variant; half of the PPO of `grid_agent_ppo`.
+
+    Raises:
+      KeyError: there is no such variant.
+    """
+    config = grid_agent_ppo.get_config()
+    config.run.updates = 150
+    config.update_from_flattened_dict(VARIANTS[variant])
+    return config
