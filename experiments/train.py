@@ -30,10 +30,12 @@ import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
+from mmrl_jax.tasks import rewards
 from mmrl_jax.training import (
     agent_factory,
     checkpoint,
     factory,
+    folder_factory,
     loop,
     metrics,
     question_factory,
@@ -50,6 +52,7 @@ FAILURES = (
     checkpoint.CheckpointDamaged,
     checkpoint.CheckpointMismatch,
     checkpoint.CheckpointWriteError,
+    rewards.NoRewards,
 )
 
 
@@ -78,8 +81,11 @@ class Trained:
 def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """What builds the runs of a config: of control policies, or of those that write text.
 
-    A config of questions has a task; one of an agent has an environment and a token algorithm.
+    A config of questions has a task, or a folder of them; one of an agent has an environment and a
+    token algorithm.
     """
+    if "folder" in config:
+        return folder_factory
     if "task" in config:
         return question_factory
     return agent_factory if config.get("algorithm") in agent_factory.ALGORITHMS else factory
@@ -103,6 +109,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     Raises:
       ValueError: see `prepare`.
       FloatingPointError: training diverged.
+      NoRewards: a user's reward functions failed for all answers of an update.
     """
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
@@ -141,13 +148,14 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
     """Supervised fine-tuning and RL, whichever the config asks for."""
     build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
-    if config.sft.updates:
+    if "sft" in config and config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
         warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
-        start = warm.carry.learner.params if warm is not None else None
-        tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
+        # Not every kind of run can be fine-tuned first.
+        begun = {"start": warm.carry.learner.params} if warm is not None else {}
+        tuned = loop.run(build.rl_stage(config, mesh, **begun), workdir=workdir, config=config)
         draw_curves(workdir, x="progress/updates")
     return Trained(None, warm, tuned)
 
@@ -248,6 +256,7 @@ if __name__ == "__main__":
     for kind, build in (
         ("control policies", factory),
         ("policies that answer questions", question_factory),
+        ("policies that answer questions from a folder", folder_factory),
         ("agents that write their actions", agent_factory),
     ):
         __doc__ += f"\nKeys of {kind}, each set by --config.<key>=<value>:\n\n"
