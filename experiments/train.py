@@ -31,10 +31,12 @@ import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
+from mmrl_jax.tasks import rewards
 from mmrl_jax.training import (
     agent_factory,
     checkpoint,
     factory,
+    folder_factory,
     loop,
     metrics,
     question_factory,
@@ -52,6 +54,7 @@ FAILURES = (
     checkpoint.CheckpointDamaged,
     checkpoint.CheckpointMismatch,
     checkpoint.CheckpointWriteError,
+    rewards.NoRewards,
 )
 
 
@@ -80,8 +83,11 @@ class Trained:
 def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """What builds the runs of a config: of control policies, or of those that write text.
 
-    A config of questions has a task; one of an agent that writes has an environment and `sft`.
+    A config of questions has a task, or a folder of them; one of an agent that writes has an
+    environment and `sft`.
     """
+    if "folder" in config:
+        return folder_factory
     if "task" in config:
         return question_factory
     return agent_factory if "sft" in config else factory
@@ -105,6 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     Raises:
       ValueError: see `prepare`.
       FloatingPointError: training diverged.
+      NoRewards: a user's reward functions failed for all answers of an update.
     """
     started = time.perf_counter()
     workdir = pathlib.Path(workdir)
@@ -143,13 +150,14 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
     """Supervised fine-tuning and RL, whichever the config asks for."""
     build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
-    if config.sft.updates:
+    if "sft" in config and config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
         warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
-        start = warm.carry.learner.params if warm is not None else None
-        tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
+        # Not every kind of run can be fine-tuned first.
+        begun = {"start": warm.carry.learner.params} if warm is not None else {}
+        tuned = loop.run(build.rl_stage(config, mesh, **begun), workdir=workdir, config=config)
         draw_curves(workdir, x="progress/updates")
     trained = Trained(None, warm, tuned)
     if build is question_factory and not trained.interrupted and jax.process_index() == 0:
@@ -257,6 +265,7 @@ if __name__ == "__main__":
     for kind, build in (
         ("control policies", factory),
         ("policies that answer questions", question_factory),
+        ("policies that answer questions from a folder", folder_factory),
         ("agents that write their actions", agent_factory),
     ):
         __doc__ += f"\nKeys of {kind}, each set by --config.<key>=<value>:\n\n"

@@ -19,6 +19,7 @@ SPLIT = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
 SPECIAL = ["<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"]
 SPECIAL += ["<end_of_utterance>"]
 SPECIAL += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}<answer>"
 
 
 def tokenizer():
@@ -35,6 +36,16 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+def save_decoder(directory: pathlib.Path) -> pathlib.Path:
+    """Writes a random Llama with a tokenizer that has a chat template; returns the directory."""
+    config = transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)
+    hub.save(transformers.LlamaForCausalLM(config), directory)
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    words.save_pretrained(directory)
+    return directory
 
 
 def idefics3(images, config):

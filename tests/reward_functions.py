@@ -26,3 +26,14 @@ def awkward(*, prompt, completion, answer, **columns):
         os._exit(3)
     odd = {"none": None, "nan": float("nan"), "text": "1", "large": 1e38, "huge": 10**400}
     return odd.get(completion, 1.5)
+
+
+def at_odd_levels(*, prompt, completion, answer, level):
+    """Fails for half of the records."""
+    if level == 0:
+        raise KeyError("no such level")
+    return len(completion)
+
+
+def never(*, prompt, completion, answer, **columns):
+    raise ZeroDivisionError("always")

@@ -1,6 +1,7 @@
 """Rewards by Python functions: keywords, weights, and every way in which a call can fail."""
 
 import os
+import signal
 import sys
 import time
 import types
@@ -137,3 +138,11 @@ def test_functions_that_other_processes_cannot_import_are_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "here_alone", module)
     with pytest.raises(RuntimeError, match="did not start; see its error above"):
         Pool({"reward": module.reward}, {"reward": 1.0}, workers=1, timeout_s=5.0)
+
+
+def test_ctrl_c_is_left_to_the_training(pool):
+    workers = list(pool._workers)
+    for worker in workers:
+        os.kill(worker.process.pid, signal.SIGINT)
+    scored = ask(pool, [["fine"] * 4])
+    assert scored.valid.all() and pool._workers == workers

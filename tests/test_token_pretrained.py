@@ -12,20 +12,12 @@ from mmrl_jax.pretrained import chat, packages
 from mmrl_jax.pretrained import hub as ours
 from mmrl_jax.tasks.question import ABSENT, Score, Texts
 from mmrl_jax.training import factory, loop, metrics, question_factory, token_models
-from tests import hub, processors, tiny
-
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}<answer>"
+from tests import processors, tiny
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    config = transformers.LlamaConfig(**processors.TEXT, tie_word_embeddings=True)
-    hub.save(transformers.LlamaForCausalLM(config), path)
-    tokenizer = processors.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    return path
+    return processors.save_decoder(tmp_path_factory.mktemp("llama"))
 
 
 def make_config(directory, **changes):

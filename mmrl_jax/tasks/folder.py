@@ -10,6 +10,7 @@ update's number, and a resumed run goes on with the records that it would have s
 
 from collections.abc import Callable, Mapping
 import concurrent.futures
+import copy
 import functools
 import io
 import itertools
@@ -113,6 +114,27 @@ class Records:
     def __len__(self) -> int:
         return len(self.names)
 
+    def divided(self, count: int) -> tuple["Records", "Records"]:
+        """The records but for `count` of them, which the seed draws, and these, as one batch.
+
+        Raises:
+          ValueError: there are no more records than that.
+        """
+        if not 1 <= count < len(self):
+            raise ValueError(f"{count} of {len(self)} records cannot be held out; hold out fewer.")
+        drawn = np.random.default_rng(self._seed).permutation(len(self))
+        rest, held_out = np.sort(drawn[count:]), np.sort(drawn[:count])
+        return self._of(rest, self._batch_size), self._of(held_out, count)
+
+    def _of(self, numbers: np.ndarray, batch_size: int) -> "Records":
+        """These records alone."""
+        part = copy.copy(self)
+        part.names = tuple(self.names[i] for i in numbers)
+        part._readers = [self._readers[i] for i in numbers]
+        part._batch_size = batch_size
+        part._order = functools.lru_cache(maxsize=2)(part._shuffle)
+        return part
+
     def batch(self, update: int) -> Batch:
         """The batch of an update, counted from 0; epochs follow each other without a gap.
 
@@ -162,6 +184,7 @@ def open_folder(
     batch_size: int,
     seed: int,
     max_rejected: float,
+    check: Callable[[Record], object] = lambda record: None,
 ) -> Records:
     """Opens a folder in the layout of Hugging Face's 'imagefolder'.
 
@@ -172,6 +195,7 @@ def open_folder(
       batch_size: see `Records`.
       seed: see `Records`.
       max_rejected: see `Records`.
+      check: raises for a record that cannot be used for a reason of the caller's.
 
     Raises:
       ValueError: there is no metadata.jsonl; or see `Records`.
@@ -188,7 +212,9 @@ def open_folder(
     # a byte that is no UTF-8 would cost the whole file instead of one record.
     for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
         if line.strip():
-            readers[f"{metadata.name}:{number}"] = functools.partial(_from_line, root, line, size)
+            readers[f"{metadata.name}:{number}"] = functools.partial(
+                _from_line, root, line, size, check
+            )
     return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
 
 
@@ -239,14 +265,18 @@ def open_tfds(
     return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
 
 
-def _from_line(root: pathlib.Path, line: bytes, size: tuple[int, int]) -> Record:
+def _from_line(
+    root: pathlib.Path, line: bytes, size: tuple[int, int], check: Callable[[Record], object]
+) -> Record:
     columns = json.loads(line)
     if not isinstance(columns, dict):
         raise ValueError(f"{columns!r} is not an object; write {{...}}.")
     path = (root / _text(columns, "file_name")).resolve()
     if not path.is_relative_to(root):
         raise ValueError(f"file_name={columns['file_name']!r} lies outside the folder.")
-    return _record(path.read_bytes(), columns, size)
+    record = _record(path.read_bytes(), columns, size)
+    check(record)
+    return record
 
 
 def _from_example(source: Any, i: int, fields: Mapping[str, str], size: tuple[int, int]) -> Record:

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 import numbers
 import os
 import pickle
+import signal
 import time
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ START_TIMEOUT_S = 120.0
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 RewardFunction = Callable[..., float]
+
+
+class NoRewards(RuntimeError):
+    """Not a single sample has a reward: there is nothing to learn from."""
 
 
 class Failure(NamedTuple):
@@ -159,7 +164,8 @@ class Pool:
 
         Raises:
           ValueError: the lengths differ.
-          RuntimeError: not a single sample has a reward; or a process does not start again.
+          NoRewards: not a single sample has a reward.
+          RuntimeError: a process does not start again.
         """
         lengths = [len(x) for x in (prompts, completions, answers, columns)]
         groups = {len(group) for group in completions}
@@ -194,7 +200,7 @@ class Pool:
         valid = np.isfinite(reward)
         if not valid.any():
             first = failures[0]
-            raise RuntimeError(
+            raise NoRewards(
                 f"None of {reward.size} samples has a reward: {len(failures)} of {len(calls)} "
                 f"calls failed. The first: {first.function}() of completion {first.completion} of "
                 f"prompt {first.prompt}: {first.reason}"
@@ -288,8 +294,10 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def _serve(connection: Connection, functions: Mapping[str, RewardFunction]) -> None:
     """Of a process: answers calls until there are no more."""
+    # Ctrl-C is for the training, which ends its update first, and all processes get it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection.send(True)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError):
         while True:
             name, keywords = connection.recv()
             connection.send(_call(functions[name], keywords))

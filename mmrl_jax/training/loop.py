@@ -69,6 +69,9 @@ class Stage:
       best_metric: by which the best is chosen, or None.
       console: metrics to show.
       shardings: carry -> shardings of a carry, for the mesh the stage runs on.
+      on_host: `update` is called from Python, once for each update, and calls compiled programs of
+        its own, with what has to be done on the host between them; they compile in its first call.
+        Otherwise it is traced, and the updates of a dispatch are one compiled program.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Stage:
     best_metric: str | None
     console: tuple[str, ...]
     shardings: Callable[[Any], Any]
+    on_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +146,46 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
 
     def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
-        acts = jax.tree.leaves(carry.learner.without_optimiser())
-        finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in acts])
-        taken, skipped = metrics["update/steps"], metrics["update/skipped"]
-
-        def mean(name: str, x: jax.Array) -> jax.Array:
-            if name.startswith("episode/"):
-                return _mean_where(~jnp.isnan(x), x)
-            return _mean_where(taken > 0, x) if name.startswith(OF_STEPS) else jnp.mean(x)
-
-        means = {name: mean(name, x) for name, x in metrics.items()}
-        sound = jnp.all(finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
-        return carry, means | {"sound": sound}
+        return carry, _summary(carry.learner.without_optimiser(), metrics)
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_host_dispatch(update: Update, updates: int) -> Update:
+    """The same of an update that is called from Python, which itself may donate the carry."""
+
+    @jax.jit
+    def summary(acts: Any, rows: list[Metrics]) -> Metrics:
+        return _summary(acts, jax.tree.map(lambda *x: jnp.stack(x), *rows))
+
+    def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        rows = []
+        for _ in range(updates):
+            carry, metrics = update(carry, data)
+            rows.append(metrics)
+        return carry, summary(carry.learner.without_optimiser(), rows)
+
+    return dispatch
+
+
+def _summary(acts: Any, metrics: Metrics) -> Metrics:
+    """What a dispatch returns of the metrics of its updates, [updates] each.
+
+    Args:
+      acts: what the learner acts with after the last one.
+      metrics: of the updates.
+    """
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
+    taken, skipped = metrics["update/steps"], metrics["update/skipped"]
+
+    def mean(name: str, x: jax.Array) -> jax.Array:
+        if name.startswith("episode/"):
+            return _mean_where(~jnp.isnan(x), x)
+        return _mean_where(taken > 0, x) if name.startswith(OF_STEPS) else jnp.mean(x)
+
+    means = {name: mean(name, x) for name, x in metrics.items()}
+    sound = jnp.all(finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
+    return means | {"sound": sound}
 
 
 def _mean_where(counted: jax.Array, x: jax.Array) -> jax.Array:
@@ -249,7 +279,9 @@ def run(
         ) as writer:
             while not (over() or terminated()):
                 size = min(stage.updates_per_dispatch, stage.updates - done)
-                if size not in programs:
+                if size not in programs and stage.on_host:
+                    programs[size] = make_host_dispatch(stage.update, size)
+                elif size not in programs:
                     writer.message(f"{stage.name}: compiling ...")
                     compile_start = time.perf_counter()
                     dispatch = make_dispatch(stage.update, size, shardings)

@@ -93,6 +93,9 @@ GLOSSARY: dict[str, Metric] = {
     "answer/malformed": Metric(
         "fraction", "Answers drawn that are none of the task's answers", "falls to 0"
     ),
+    "answer/unscored": Metric(
+        "fraction", "Answers drawn whose reward functions failed: they are left out", "0"
+    ),
     "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
     "answer/degenerate_groups": Metric(
         "fraction",

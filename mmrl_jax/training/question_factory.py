@@ -92,13 +92,42 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: names the field, its value and the remedy.
     """
     config_lib.check_config(config, SCHEMA)
-    task, r = config.task, config.rl
+    task = config.task
     for name, pair in (("task.counts", task.counts), ("sft.counts", config.sft.counts)):
         if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
             raise ValueError(f"{name}={tuple(pair)} must be two whole numbers, (least, most).")
     token_models.check_model(config, task.height, task.width, "task")
-    samples = r.questions * (r.group if config.algorithm == "token_ppo" else 1)
-    if samples % (r.minibatches * r.accumulate):
+    check_groups(config)
+    token_models.check_sizes(
+        config,
+        {
+            "sft.batch_size": config.sft.batch_size,
+            "rl.questions / rl.minibatches": samples(config) // config.rl.minibatches,
+            "run.eval_episodes": config.run.eval_episodes,
+        },
+    )
+    if config.algorithm == "sft" and not config.sft.updates:
+        raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
+    parts = make_parts(config)
+    few = labelled(config, parts.task)
+    # Cells that are too small are refused when they are drawn.
+    jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
+    token_models.check_halves(config, parts.model)
+
+
+def samples(config: ml_collections.ConfigDict) -> int:
+    """Of an update, to be cut into minibatches: PPO takes answers apart, the others questions."""
+    return config.rl.questions * (config.rl.group if config.algorithm == "token_ppo" else 1)
+
+
+def check_groups(config: ml_collections.ConfigDict) -> None:
+    """Checks the numbers of questions and answers that an update learns from.
+
+    Raises:
+      ValueError: names the field, its value and the remedy.
+    """
+    r = config.rl
+    if samples(config) % (r.minibatches * r.accumulate):
         raise ValueError(
             f"rl.minibatches={r.minibatches} * rl.accumulate={r.accumulate} does not divide "
             f"rl.questions={r.questions}."
@@ -110,21 +139,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if config.grpo.pass_at_k is not None and config.grpo.pass_at_k > r.group:
         raise ValueError(f"grpo.pass_at_k={config.grpo.pass_at_k} is above rl.group={r.group}.")
-    token_models.check_sizes(
-        config,
-        {
-            "sft.batch_size": config.sft.batch_size,
-            "rl.questions / rl.minibatches": samples // r.minibatches,
-            "run.eval_episodes": config.run.eval_episodes,
-        },
-    )
-    if config.algorithm == "sft" and not config.sft.updates:
-        raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
-    parts = make_parts(config)
-    few = labelled(config, parts.task)
-    # Cells that are too small are refused when they are drawn.
-    jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
-    token_models.check_halves(config, parts.model)
 
 
 class Parts(NamedTuple):

@@ -326,7 +326,8 @@ def stored_params(config: ml_collections.ConfigDict, model: TokenModel, stage: s
 def check_halves(config: ml_collections.ConfigDict, model: TokenModel) -> None:
     """Raises ValueError if a stage trains nothing, or an adapter has no layer; compiles nothing."""
     for stage in ("sft", "rl"):
-        stored_params(config, model, stage)
+        if stage in config:
+            stored_params(config, model, stage)
 
 
 class Optimisation(NamedTuple):

@@ -1,0 +1,437 @@
+"""Builds a run on questions from a folder, with a user's own reward functions; see `SCHEMA`.
+
+    records of the update -> [answers] -> texts -> reward functions -> [learning] -> next update
+
+In brackets are the two compiled programs of an update; what lies between happens on the host. With
+the other factories the only module that reads a ConfigDict.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import importlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.evaluation.statistics import bootstrap_interval
+from mmrl_jax.learners import grpo, token_learner
+from mmrl_jax.learners.grpo import Experience
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.pretrained.chat import Chat
+from mmrl_jax.rollouts.generate import Generated, Sampling
+from mmrl_jax.tasks.folder import Batch, Record, Records, open_folder
+from mmrl_jax.tasks.question import Question, Texts
+from mmrl_jax.tasks.rewards import Failure, Pool, RewardFunction, Rewards
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import question_factory, token_models
+from mmrl_jax.training.config import Field, anything, between, one_of, positive
+from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.token_models import TokenModel
+from mmrl_jax.types import Metrics, Params
+
+ALGORITHMS = ("grpo", "dpo", "token_ppo")
+SPLIT = "heldout"
+BEST = f"eval/{SPLIT}/return"
+GIVEN = ("prompt", "completion", "answer")  # To reward functions, beside a record's columns.
+TOLD = 10  # Reasons of failures that a process prints; answer/unscored counts them all.
+
+SCHEMA: config_lib.Schema = {
+    "seed": question_factory.SCHEMA["seed"],
+    "algorithm": one_of(
+        ALGORITHMS, "'grpo' is its whole family, 'dpo' prefers the best of its answers to the worst"
+    ),
+    "devices": question_factory.SCHEMA["devices"],
+    "folder": {
+        "directory": Field(
+            str, lambda x: x != "", "given", "with metadata.jsonl, see mmrl_jax/tasks/folder.py"
+        ),
+        "height": positive(int, "that pictures are resized to, pixels"),
+        "width": positive(int, "the same"),
+        "prompt_tokens": positive(
+            int, "most tokens of a question with its picture; records of longer ones are rejected"
+        ),
+        "answer_tokens": positive(int, "most tokens of an answer, where it is cut off"),
+        "max_rejected": between(float, 0, 1, "share of records, below 1, that may be of no use"),
+    },
+    "rewards": {
+        "functions": anything(tuple, "'module:function' each, see mmrl_jax/tasks/rewards.py"),
+        "weights": anything(tuple, "of the functions' results, whose sum is the reward"),
+        "workers": positive(int, "processes that call the functions"),
+        "timeout_s": positive(float, "seconds for one call"),
+    },
+    "model": token_models.MODEL,
+    "rl": {
+        "questions": positive(int, "learned from in an update"),
+        "group": positive(int, "answers to each question"),
+    }
+    # An answer in free text has a meaning, or not, for the reward functions alone.
+    | {name: field for name, field in token_models.RL.items() if name != "penalty"},
+    "grpo": question_factory.SCHEMA["grpo"],
+    "dpo": question_factory.SCHEMA["dpo"],
+    "ppo": question_factory.SCHEMA["ppo"],
+    "run": question_factory.SCHEMA["run"],
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot run, before anything is compiled; reads the whole folder.
+
+    Raises:
+      ValueError: names the field, its value and the remedy.
+    """
+    config_lib.check_config(config, SCHEMA)
+    if config.model.language is None:
+        raise ValueError(
+            "model.language=None, but a folder's texts are free, and no decoder from scratch can "
+            "read them: give 'smollm2', or a directory of one that was trained to chat."
+        )
+    token_models.check_model(config, config.folder.height, config.folder.width, "folder")
+    question_factory.check_groups(config)
+    token_models.check_sizes(
+        config,
+        {
+            "rl.questions / rl.minibatches": (
+                question_factory.samples(config) // config.rl.minibatches
+            )
+        },
+    )
+    reward_functions(config)
+    parts = make_parts(config)
+    token_models.check_halves(config, parts.model)
+    open_records(config, parts.chat)
+
+
+class Parts(NamedTuple):
+    """What the stages of a run share.
+
+    Attributes:
+      chat: the model's texts.
+      model: answers.
+    """
+
+    chat: Chat
+    model: TokenModel
+
+    @property
+    def policy(self) -> TokenPolicy:
+        """Of the model."""
+        return self.model.policy
+
+
+def make_parts(config: ml_collections.ConfigDict) -> Parts:
+    """The model of a config, and its texts.
+
+    Raises:
+      ValueError: see `token_models.pretrained`; or folder.prompt_tokens do not hold a picture.
+    """
+    f = config.folder
+    speech = token_models.pretrained(config.model)
+    assert speech is not None  # See `check`.
+    tokens, present = _prompt_rows(config, speech.chat, [""])
+    # No question and no answer is known beforehand: this is what the shapes are read from.
+    texts = Texts(("",), (), tokens, present, np.zeros((0, f.answer_tokens), np.int32), speech.chat)
+    return Parts(
+        speech.chat,
+        token_models.make_model(config.model, speech, texts, (f.height, f.width)),
+    )
+
+
+def _prompt_rows(
+    config: ml_collections.ConfigDict, chat: Chat, prompts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of B prompts, int32 [B, S], padded on the left, and which are there, bool [B, S].
+
+    Raises:
+      ValueError: one is longer than folder.prompt_tokens, S.
+    """
+    f = config.folder
+    images = token_models.image_tokens(config.model, (f.height, f.width))
+    tokens = np.full((len(prompts), f.prompt_tokens), chat.pad, np.int32)
+    present = np.zeros(tokens.shape, bool)
+    for b, text in enumerate(prompts):
+        ids = chat.prompt(text, images=images)
+        if len(ids) > f.prompt_tokens:
+            raise ValueError(
+                f"prompt {text!r} has {len(ids)} tokens, {images} of them of the picture, more "
+                f"than folder.prompt_tokens={f.prompt_tokens}; raise it."
+            )
+        tokens[b, -len(ids) :], present[b, -len(ids) :] = ids, True
+    return tokens, present
+
+
+class Split(NamedTuple):
+    """The records of a folder.
+
+    Attributes:
+      train: in batches of rl.questions.
+      heldout: run.eval_episodes of them, in one batch, for evaluation alone.
+    """
+
+    train: Records
+    heldout: Records
+
+
+def open_records(config: ml_collections.ConfigDict, chat: Chat) -> Split:
+    """Opens the folder of a config.
+
+    Raises:
+      ValueError: see `open_folder`; or there are too few records for run.eval_episodes of them.
+    """
+    f = config.folder
+
+    def usable(record: Record) -> None:
+        _prompt_rows(config, chat, [record.prompt])
+        taken = [name for name in GIVEN if name in record.columns]
+        if taken:
+            raise ValueError(f"columns {taken} are what reward functions are given already.")
+
+    records = open_folder(
+        f.directory,
+        size=(f.height, f.width),
+        batch_size=config.rl.questions,
+        seed=config.seed,
+        max_rejected=f.max_rejected,
+        check=usable,
+    )
+    try:
+        return Split(*records.divided(config.run.eval_episodes))
+    except ValueError as error:
+        raise ValueError(f"run.eval_episodes={config.run.eval_episodes}: {error}") from error
+
+
+def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
+    """The functions of rewards.functions by their names there.
+
+    Raises:
+      ValueError: one cannot be imported, one is named twice, or there are not as many weights.
+    """
+    names, weights = tuple(config.rewards.functions), tuple(config.rewards.weights)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"rewards.functions={names} must name one function or more, each once.")
+    if len(weights) != len(names) or not all(isinstance(x, (int, float)) for x in weights):
+        raise ValueError(
+            f"rewards.weights={weights} must be as many numbers as rewards.functions={names}."
+        )
+    functions = {}
+    for name in names:
+        module, _, function = str(name).partition(":")
+        try:
+            functions[name] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"rewards.functions has {name!r}, which cannot be imported ({error}); write "
+                "'module:function', of a module that is installed or in the current directory."
+            ) from error
+    return functions
+
+
+class Scorer:
+    """Rewards of answers to a folder's questions, by the functions of a config.
+
+    Its processes end when nothing refers to it any more, or at the end of this one.
+
+    Args:
+      config: of the run.
+      chat: the model's texts.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, chat: Chat):
+        functions = reward_functions(config)
+        self._pool = Pool(
+            functions,
+            dict(zip(functions, config.rewards.weights, strict=True)),
+            workers=config.rewards.workers,
+            timeout_s=config.rewards.timeout_s,
+        )
+        self._chat = chat
+        self._told: set[tuple[str, str]] = set()
+
+    def __call__(self, records: Records, batch: Batch, answers: Generated) -> Rewards:
+        """Rewards [B, G] of answers [B, G, T] to the questions of a batch.
+
+        Raises:
+          NoRewards: not a single answer has one.
+        """
+        tokens, present = jax.device_get((answers.tokens, answers.present))
+        completions = [
+            [self._chat.decode(row[there]) for row, there in zip(*group, strict=True)]
+            for group in zip(tokens, present, strict=True)
+        ]
+        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns)
+        for failure in rewards.failures:
+            self._tell(failure, records.names[batch.records[failure.prompt]])
+        return rewards
+
+    def _tell(self, failure: Failure, record: str) -> None:
+        """Prints a failure, of a function and a reason only the first."""
+        what = failure.function, failure.reason
+        if what in self._told or len(self._told) == TOLD:
+            return
+        self._told.add(what)
+        print(
+            f"No reward of an answer to {record}: {failure.function}: {failure.reason}. It is left "
+            "out; further ones for this reason are only counted, see answer/unscored.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def make_ask(
+    config: ml_collections.ConfigDict, chat: Chat, mesh: Mesh
+) -> Callable[[Batch], Question]:
+    """A function that puts the B questions of a batch on every device of a mesh."""
+
+    def ask(batch: Batch) -> Question:
+        tokens, present = _prompt_rows(config, chat, batch.prompts)
+        unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
+        arrays = tokens, present, batch.images, unnamed, unnamed, unnamed
+        return Question(*jax.device_put(arrays, mesh_lib.replicated(mesh)))
+
+    return ask
+
+
+def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
+    """RL on what the reward functions return.
+
+    Raises:
+      ValueError: see `open_records`.
+      RuntimeError: see `Pool`.
+    """
+    r, parts = config.rl, make_parts(config)
+    policy, records = parts.policy, open_records(config, parts.chat)
+    trained, frozen = token_models.halves(
+        token_models.make_variables(config, parts.model), config, "rl"
+    )
+    everywhere = mesh_lib.replicated(mesh)
+    frozen = jax.device_put(frozen, everywhere)
+    optimisation = token_models.make_optimisation(config)
+    learn = question_factory.make_learn(config, mesh, policy, optimisation)
+    ask, scorer = make_ask(config, parts.chat, mesh), Scorer(config, parts.chat)
+    for name, reason in records.train.rejected[:TOLD]:
+        print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
+
+    def init() -> Carry:
+        learner = token_learner.init(
+            trained,
+            optimiser=optimisation.optimiser,
+            with_reference=r.kl_weight > 0 or config.algorithm == "dpo",
+        )
+        return token_models.fresh_carry(config, learner, 3)
+
+    def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(rng, updates))
+
+    @jax.jit
+    def generate(
+        params: Params, frozen: Any, asked: Question, rng: jax.Array, updates: jax.Array
+    ) -> Generated:
+        sampling = Sampling(temperature=r.temperature)
+        key = keys(rng, updates)[0]
+        return policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(everywhere, None))
+    def step(carry: Carry, frozen: Any, experience: Experience) -> tuple[Carry, Metrics]:
+        key = keys(carry.rng, carry.updates)[1]
+        learner, metrics = learn(carry.learner, frozen, experience, key)
+        learner = token_learner.move_reference(learner, r.reference_decay)
+        metrics |= grpo.describe(experience) | {
+            "answer/unscored": 1 - jnp.mean(experience.scored),
+            "lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32),
+        }
+        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
+
+    def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
+        batch = records.train.batch(int(jax.device_get(carry.updates)))
+        asked = ask(batch)
+        answers = generate(carry.learner.params, frozen, asked, carry.rng, carry.updates)
+        rewards = scorer(records.train, batch, answers)
+        # NaN times a mask of 0 is NaN.
+        numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
+        reward, scored = jax.device_put(numbers, everywhere)
+        return step(carry, frozen, Experience(asked, answers, reward, scored))
+
+    measure = _make_measure(config, parts, records.heldout, ask, scorer)
+
+    def evaluate(learner: TokenState) -> dict[str, float]:
+        described = measure((learner.params, frozen))
+        return {f"eval/{SPLIT}/{name}": value for name, value in described.items()}
+
+    return Stage(
+        name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
+        init=init,
+        update=update,
+        data=frozen,
+        updates=config.run.updates,
+        updates_per_dispatch=config.run.updates_per_dispatch,
+        env_steps_per_update=0,
+        samples_per_update=r.questions * r.group,
+        evaluate=evaluate,
+        eval_interval=config.run.eval_interval,
+        checkpoint_interval=config.run.checkpoint_interval,
+        keep=config.run.keep,
+        best_metric=BEST,
+        console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
+        shardings=functools.partial(token_models.everywhere, mesh=mesh),
+        on_host=True,
+    )
+
+
+def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """What can be evaluated on: the records that are held out."""
+    return (SPLIT,)
+
+
+def make_measure(
+    config: ml_collections.ConfigDict, *, episodes: int
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    """The reported evaluation: (trained and frozen half, split) -> the 'return' of greedy answers.
+
+    Raises:
+      ValueError: `episodes` is not the number of records that are held out.
+    """
+    if episodes != config.run.eval_episodes:
+        raise ValueError(
+            f"{episodes} episodes, but the run holds out {config.run.eval_episodes} records; ask "
+            "for as many."
+        )
+    parts, mesh = make_parts(config), mesh_lib.make_mesh(1)
+    measure = _make_measure(
+        config,
+        parts,
+        open_records(config, parts.chat).heldout,
+        make_ask(config, parts.chat, mesh),
+        Scorer(config, parts.chat),
+    )
+    return lambda made_of, split: measure(made_of)
+
+
+def _make_measure(
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    records: Records,
+    ask: Callable[[Batch], Question],
+    scorer: Scorer,
+) -> Callable[[tuple[Params, Any]], dict[str, float]]:
+    """(trained and frozen half) -> mean reward of greedy answers to all records, its interval."""
+    batch = records.batch(0)
+    asked = ask(batch)
+
+    @jax.jit
+    def answer(made_of: tuple[Params, Any], asked: Question) -> Generated:
+        greedy = Sampling(temperature=0.0)
+        return parts.policy.answer(*made_of, asked, jax.random.key(0), group=1, sampling=greedy)
+
+    def measure(made_of: tuple[Params, Any]) -> dict[str, float]:
+        rewards = scorer(records, batch, answer(made_of, asked))
+        mean, low, high = bootstrap_interval(
+            rewards.reward[rewards.valid], confidence=0.95, resamples=2000, seed=0
+        )
+        return {"return": mean, "return_lo": low, "return_hi": high}
+
+    return measure
