@@ -221,13 +221,13 @@ def totals(results: Sequence[Result], started: float) -> dict[str, float]:
         is none.
       env_steps_per_s: env_steps over the time of the updates that took them; 0 without any.
     """
-    acting = [result for result in results if result.counters.env_steps]
-    steps = sum(result.counters.env_steps for result in acting)
+    stepping = [result for result in results if result.counters.env_steps]
+    steps = sum(result.counters.env_steps for result in stepping)
     return {
         "wall_s": time.perf_counter() - started + sum(result.earlier_s for result in results),
         "compile_s": sum(result.counters.compile_s for result in results),
         "env_steps": steps,
-        "env_steps_per_s": steps / sum(result.wall_s for result in acting) if acting else 0.0,
+        "env_steps_per_s": steps / sum(result.wall_s for result in stepping) if stepping else 0.0,
     }
 
 
