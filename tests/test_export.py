@@ -281,8 +281,19 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(directory, tmp_pat
     _, other, qwen = saved("language_model", "qwen2", directory)
     refused(r"another model(.|\n)*model_type: llama here, qwen2 there", loaded.params, other)
     assert ours.kind_of(qwen.model) == "language_model"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="not an empty directory"):
-        ours.export(loaded, source, source)
+        ours.export(loaded, tmp_path / "full", source)
+
+
+def test_the_source_is_no_place_to_export_to(directory):
+    source, loaded, _ = llama(directory)
+    before = sorted(path.name for path in source.iterdir())
+    for place in (source, source / "tuned", source / ".." / source.name / "a" / "b"):
+        with pytest.raises(ValueError, match="lies in the source"):
+            ours.export(loaded, place, source)
+    assert sorted(path.name for path in source.iterdir()) == before
 
 
 def test_one_block_of_a_fused_layer_is_not_enough(directory, tmp_path):

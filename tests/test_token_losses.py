@@ -223,3 +223,22 @@ def test_dpo_by_hand_and_in_torch(smoothing):
     if not smoothing:
         # Margins 0.3 and -0.6: log(1 + e^-0.3) and log(1 + e^0.6).
         np.testing.assert_allclose(ours, [0.554355, 1.037488], rtol=1e-5)
+
+
+def test_presets_are_what_their_papers_say():
+    # name: advantage, ratio, clip, low, high, reduction; where a paper gives no number, TRL's.
+    expected = {
+        "grpo": ("standardised", "token", "ppo", 0.2, 0.2, "sequence"),
+        "dr_grpo": ("centred", "token", "ppo", 0.2, 0.2, "constant"),
+        "dapo": ("standardised", "token", "ppo", 0.2, 0.28, "token"),
+        "gspo": ("standardised", "sequence", "ppo", 3e-4, 4e-4, "sequence"),
+        "cispo": ("standardised", "token", "cispo", 0.2, 4.0, "token"),
+        "rloo": ("leave_one_out", "token", None, 0.2, 0.2, "constant"),
+        "reinforce++": ("batch_standardised", "token", "ppo", 0.2, 0.2, "token"),
+    }
+    found = {
+        name: (advantage, o.ratio, o.clip, o.low, o.high, o.reduction)
+        for name, (advantage, o) in tl.PRESETS.items()
+    }
+    assert found == expected
+    assert {o.kl_weight for _, o in tl.PRESETS.values()} == {0.0}  # Configs add it.

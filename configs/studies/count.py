@@ -3,8 +3,9 @@
 Command:   python -m experiments.study --study=configs/studies/count.py
            python -m experiments.train --config=configs/studies/count.py:grpo --workdir=DIR
 Hardware:  two CPU cores.
-Time:      not run
-Result:    not run
+Time:      0.8 to 1.7 minutes a run (AMD EPYC, beside other work)
+Result:    accuracy 0.36 fine-tuned, 0.37 for longer, 0.75 after GRPO, 0.91 with all labels
+           (IQM of 5 seeds); dr_grpo, token_ppo and dpo: not run
 """
 
 from typing import Any

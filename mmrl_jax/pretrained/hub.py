@@ -207,9 +207,15 @@ def export(
       shard_bytes: the most that a file holds.
 
     Raises:
-      ValueError: `source` holds another model, or see `merged` and `weights.save`.
+      ValueError: `source` holds another model, or `directory` lies in it, or see `merged` and
+        `weights.save`.
     """
     path = pathlib.Path(source)
+    if pathlib.Path(directory).resolve().is_relative_to(path.resolve()):
+        raise ValueError(
+            f"directory={str(directory)!r} lies in the source {str(source)!r}, with whose files "
+            "those written would be mixed; give one elsewhere."
+        )
     kind = kind_of(pretrained.model)
     plan = read_blueprint(kind, path, dtype=jnp.float32, remat=False)
     check_config(pretrained.config, plan.config, path)
