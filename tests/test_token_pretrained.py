@@ -95,6 +95,7 @@ def test_policy_and_reference_are_one_where_grpo_begins(run):
     assert abs(kl[0]) < 1e-6 < 1e-4 < kl[-1]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_bitwise_the_same(run, directory, tmp_path):
     whole, _ = run
     half = train(make_config(directory, run__updates=2), tmp_path)
