@@ -188,6 +188,26 @@ def test_the_entropy_bonus_raises_the_entropy():
     assert float(metrics["policy/entropy"]) > float(before["policy/entropy"]) + 1e-4
 
 
+def test_an_answer_without_a_score_has_no_influence():
+    # Neither by its reward nor by what the KL and the entropy make of its tokens.
+    h = dataclasses.replace(PLAIN, loss=TokenLoss(kl_weight=0.3), entropy_weight=0.1, epochs=2)
+    given = experience()
+    scored = given.scored.at[0, 1].set(0.0).at[2, 0].set(0.0)
+
+    def without(token, reward):
+        answers, unscored = given.answers, scored[..., None] == 0
+        tokens = jnp.where(unscored, token, answers.tokens)
+        return given._replace(
+            answers=answers._replace(tokens=tokens),
+            reward=jnp.where(scored > 0, given.reward, reward),
+            scored=scored,
+        )
+
+    one, other = (update(h, given=without(*x))[0] for x in ((5, 0.0), (6, 9.0)))
+    assert largest_difference(one.params, learner()[0].params) > 1e-3
+    assert largest_difference(one.params, other.params) < 1e-7
+
+
 def test_equal_rewards_teach_nothing():
     given = experience()._replace(reward=jnp.ones((4, 3)))
     new, _ = update(PLAIN, *learner(), given)

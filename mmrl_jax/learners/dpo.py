@@ -13,7 +13,6 @@ import optax
 
 from mmrl_jax.learners.learner import Shard, apply_gradients, minibatch_order, over_steps, summed
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
-from mmrl_jax.rl import losses
 from mmrl_jax.rl.token_losses import dpo_loss
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.types import Metrics, Params
@@ -153,5 +152,4 @@ def update(
     keys = jax.random.split(rng, h.epochs)
     order = minibatch_order(keys, len(preferences.weight), h.minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
-    pairs = losses.masked_mean(preferences.weight, jnp.ones_like(preferences.weight))
-    return state, over_steps(metrics) | {"answer/preferences": pairs}
+    return state, over_steps(metrics) | {"answer/preferences": jnp.mean(preferences.weight)}

@@ -67,6 +67,7 @@ class _Sample(NamedTuple):
     question: Question
     answers: Generated
     advantage: jax.Array  # [B, G]
+    mask: jax.Array  # [B, G, T], 1 for tokens of answers that could be scored.
     old: jax.Array  # [B, G, T], log-probs before the update.
     reference: jax.Array  # [B, G, T]
 
@@ -117,7 +118,8 @@ def update(
 
     old = drawn if h.loss.max_correction is None else of_all(state.params)
     reference = of_all(state.reference) if h.loss.kl_weight else jnp.zeros_like(drawn)
-    samples = _Sample(experience.question, answers, advantage, old, reference)
+    mask = answers.present * (experience.scored > 0)[..., None].astype(jnp.float32)
+    samples = _Sample(experience.question, answers, advantage, mask, old, reference)
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(-1, *x.shape[2:])
@@ -127,7 +129,7 @@ def update(
     ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         """The part's share of the loss of a minibatch, whose divisor is `whole`."""
         found = log_probs(params, part)
-        mask = flat(part.answers.present).astype(jnp.float32)
+        mask = flat(part.mask)
         sums = token_loss_sums(
             flat(found.log_prob),
             flat(part.old),
@@ -143,8 +145,7 @@ def update(
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
         minibatch = shard(jax.tree.map(lambda x: x[indices], samples))
-        mask = flat(minibatch.answers.present).astype(jnp.float32)
-        whole = jnp.maximum(divisor(mask, h.loss.reduction), 1.0)
+        whole = jnp.maximum(divisor(flat(minibatch.mask), h.loss.reduction), 1.0)
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         (loss, (metrics, tokens)), gradients = summed(
             lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
