@@ -179,9 +179,7 @@ def rl_stage(
     hyperparameters = token_models.ppo_hyperparameters(config)
 
     def init() -> Carry:
-        learner = token_learner.init(
-            trained, optimiser=optimisation.optimiser, with_reference=r.kl_weight > 0
-        )
+        learner = token_models.rl_learner(config, trained, optimisation.optimiser)
         carry = token_models.fresh_carry(config, learner, 4)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(carry.rng, 0), jnp.arange(r.num_envs)
@@ -231,14 +229,10 @@ def rl_stage(
         init=init,
         update=update,
         data=frozen,
-        updates=config.run.updates,
-        updates_per_dispatch=config.run.updates_per_dispatch,
         env_steps_per_update=r.num_envs * r.unroll,
         samples_per_update=r.num_envs * r.unroll,
         evaluate=_periodic_evaluation(config, frozen),
-        eval_interval=config.run.eval_interval,
-        checkpoint_interval=config.run.checkpoint_interval,
-        keep=config.run.keep,
+        **factory.run_fields(config.run),
         best_metric=best,
         console=("episode/success", "answer/malformed", best, "time/samples_per_s"),
         shardings=functools.partial(factory.by_environment, mesh=mesh),
@@ -259,29 +253,26 @@ def make_evaluator(
     )
 
 
-def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The splits of the config's environment."""
-    return factory.splits(config)
+splits = factory.splits  # Those of the environment.
 
 
 def make_measure(
     config: ml_collections.ConfigDict, *, episodes: int
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
     """The reported evaluation: (trained and frozen half, split) -> see `evaluate.describe`."""
-    evaluator = make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
+    return _measure(make_evaluator(config, factory.evaluation_key(config), episodes=episodes))
+
+
+def _measure(
+    evaluator: Evaluator,
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
     return lambda made_of, split: describe(evaluator(made_of, split))
 
 
 def _periodic_evaluation(
     config: ml_collections.ConfigDict, frozen: Any
 ) -> Callable[[TokenState], dict[str, float]]:
-    split = config.env.split
     # Other episodes than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(factory.evaluation_key(config), 1)
-    evaluator = make_evaluator(config, key, episodes=config.run.eval_episodes)
-
-    def evaluation(learner: TokenState) -> dict[str, float]:
-        described = describe(evaluator((learner.params, frozen), split))
-        return {f"eval/{split}/{name}": value for name, value in described.items()}
-
-    return evaluation
+    measure = _measure(make_evaluator(config, key, episodes=config.run.eval_episodes))
+    return token_models.evaluation(measure, frozen, config.env.split)

@@ -676,14 +676,10 @@ def ppo_stage(
         init=init,
         update=update,
         data=None,
-        updates=config.run.updates,
-        updates_per_dispatch=config.run.updates_per_dispatch,
         env_steps_per_update=p.num_envs * p.unroll,
         samples_per_update=p.num_envs * p.unroll,
         evaluate=_periodic_evaluation(config),
-        eval_interval=config.run.eval_interval,
-        checkpoint_interval=config.run.checkpoint_interval,
-        keep=config.run.keep,
+        **run_fields(config.run),
         best_metric=best_metric(config),
         console=("episode/return", "episode/success", best_metric(config), "time/samples_per_s"),
         shardings=functools.partial(by_environment, mesh=mesh),
@@ -741,6 +737,12 @@ def make_measure(
     """The reported evaluation: (what a learner acts with, split) -> see `evaluate.describe`."""
     evaluator = make_evaluator(config, evaluation_key(config), episodes=episodes)
     return lambda learner, split: describe(evaluator(learner, split))
+
+
+def run_fields(run: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of a Stage that config.run gives."""
+    names = ("updates", "updates_per_dispatch", "eval_interval", "checkpoint_interval", "keep")
+    return {name: run[name] for name in names}
 
 
 def evaluation_key(config: ml_collections.ConfigDict) -> jax.Array:

@@ -22,7 +22,7 @@ from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation.statistics import bootstrap_interval
 from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.learners.grpo import Experience
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated, Sampling
 from mmrl_jax.tasks.folder import Batch, Record, Records, open_folder
@@ -31,6 +31,7 @@ from mmrl_jax.tasks.rewards import Failure, Pool, RewardFunction, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
+from mmrl_jax.training.factory import run_fields
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
@@ -317,11 +318,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
 
     def init() -> Carry:
-        learner = token_learner.init(
-            trained,
-            optimiser=optimisation.optimiser,
-            with_reference=r.kl_weight > 0 or config.algorithm == "dpo",
-        )
+        learner = token_models.rl_learner(config, trained, optimisation.optimiser)
         return token_models.fresh_carry(config, learner, 3)
 
     def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
@@ -358,23 +355,15 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
 
     measure = _make_measure(config, parts, records.heldout, ask, scorer)
 
-    def evaluate(learner: TokenState) -> dict[str, float]:
-        described = measure((learner.params, frozen))
-        return {f"eval/{SPLIT}/{name}": value for name, value in described.items()}
-
     return Stage(
         name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
         init=init,
         update=update,
         data=frozen,
-        updates=config.run.updates,
-        updates_per_dispatch=config.run.updates_per_dispatch,
         env_steps_per_update=0,
         samples_per_update=r.questions * r.group,
-        evaluate=evaluate,
-        eval_interval=config.run.eval_interval,
-        checkpoint_interval=config.run.checkpoint_interval,
-        keep=config.run.keep,
+        evaluate=token_models.evaluation(measure, frozen, SPLIT),
+        **run_fields(config.run),
         best_metric=BEST,
         console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
         shardings=functools.partial(token_models.everywhere, mesh=mesh),
@@ -401,14 +390,13 @@ def make_measure(
             "for as many."
         )
     parts, mesh = make_parts(config), mesh_lib.make_mesh(1)
-    measure = _make_measure(
+    return _make_measure(
         config,
         parts,
         open_records(config, parts.chat).heldout,
         make_ask(config, parts.chat, mesh),
         Scorer(config, parts.chat),
     )
-    return lambda made_of, split: measure(made_of)
 
 
 def _make_measure(
@@ -417,8 +405,8 @@ def _make_measure(
     records: Records,
     ask: Callable[[Batch], Question],
     scorer: Scorer,
-) -> Callable[[tuple[Params, Any]], dict[str, float]]:
-    """(trained and frozen half) -> mean reward of greedy answers to all records, its interval."""
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    """(both halves, split) -> mean reward of greedy answers to these records, its interval."""
     batch = records.batch(0)
     asked = ask(batch)
 
@@ -427,7 +415,7 @@ def _make_measure(
         greedy = Sampling(temperature=0.0)
         return parts.policy.answer(*made_of, asked, jax.random.key(0), group=1, sampling=greedy)
 
-    def measure(made_of: tuple[Params, Any]) -> dict[str, float]:
+    def measure(made_of: tuple[Params, Any], _: str) -> dict[str, float]:
         rewards = scorer(records, batch, answer(made_of, asked))
         mean, low, high = bootstrap_interval(
             rewards.reward[rewards.valid], confidence=0.95, resamples=2000, seed=0

@@ -26,6 +26,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_models
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
+from mmrl_jax.training.factory import run_fields
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params, Transition
@@ -317,11 +318,7 @@ def rl_stage(
     learn = make_learn(config, mesh, policy, optimisation)
 
     def init() -> Carry:
-        learner = token_learner.init(
-            trained,
-            optimiser=optimisation.optimiser,
-            with_reference=r.kl_weight > 0 or config.algorithm == "dpo",
-        )
+        learner = token_models.rl_learner(config, trained, optimisation.optimiser)
         return token_models.fresh_carry(config, learner, 3)
 
     def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
@@ -356,14 +353,10 @@ def rl_stage(
         init=init,
         update=update,
         data=frozen,
-        updates=config.run.updates,
-        updates_per_dispatch=config.run.updates_per_dispatch,
         env_steps_per_update=0,
         samples_per_update=r.questions * r.oversample * r.group,
         evaluate=_periodic_evaluation(config, frozen),
-        eval_interval=config.run.eval_interval,
-        checkpoint_interval=config.run.checkpoint_interval,
-        keep=config.run.keep,
+        **run_fields(config.run),
         best_metric=BEST,
         console=("answer/correct", "answer/malformed", BEST, "time/samples_per_s"),
         shardings=functools.partial(token_models.everywhere, mesh=mesh),
@@ -423,9 +416,4 @@ def _periodic_evaluation(
     # Other questions than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(evaluation_key(config), 1)
     measure = _measure(make_evaluator(config, key, questions=config.run.eval_episodes))
-
-    def evaluation(learner: TokenState) -> dict[str, float]:
-        described = measure((learner.params, frozen), "train")
-        return {f"eval/train/{name}": value for name, value in described.items()}
-
-    return evaluation
+    return token_models.evaluation(measure, frozen, "train")

@@ -358,6 +358,32 @@ def make_loss(config: ml_collections.ConfigDict, loss: TokenLoss) -> TokenLoss:
     )
 
 
+def rl_learner(
+    config: ml_collections.ConfigDict, trained: Params, optimiser: optax.GradientTransformation
+) -> TokenState:
+    """A learner as RL begins; it has a reference where one is used."""
+    wanted = config.rl.kl_weight > 0 or config.algorithm == "dpo"
+    return token_learner.init(trained, optimiser=optimiser, with_reference=wanted)
+
+
+def evaluation(
+    measure: Callable[[Any, str], dict[str, float]], frozen: Any, split: str
+) -> Callable[[TokenState], dict[str, float]]:
+    """The periodic evaluation of a stage: learner -> metrics of a split, by their logged names.
+
+    Args:
+      measure: (trained and frozen half, split) -> metrics.
+      frozen: the frozen half.
+      split: that is evaluated.
+    """
+
+    def evaluate(learner: TokenState) -> dict[str, float]:
+        found = measure((learner.params, frozen), split)
+        return {f"eval/{split}/{name}": value for name, value in found.items()}
+
+    return evaluate
+
+
 def fresh_carry(config: ml_collections.ConfigDict, learner: TokenState, stage: int) -> Carry:
     """A carry without environments; each stage has a key of its own."""
     rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), stage)
