@@ -1,5 +1,7 @@
 """Alarms: each is raised by what it is about, and by nothing else."""
 
+import dataclasses
+
 import pytest
 
 from mmrl_jax.training import alarms, factory, metrics, question_factory
@@ -21,11 +23,25 @@ def rows(count=30, **changes):
     return [{name: value(i) for name, value in named.items()} for i in range(count)]
 
 
+def raised(lines):
+    watching = alarms.Alarms()
+    for row in lines:
+        watching.see(row)
+    return watching.raised
+
+
+def test_an_alarm_is_new_once():
+    watching = alarms.Alarms()
+    new = [watching.see(row) for row in rows(answer__reward=lambda i: 0.0)]
+    assert [bool(x) for x in new] == [i == alarms.WINDOW - 1 for i in range(30)]
+    assert list(watching.raised) == ["reward_constant"]
+
+
 def test_a_healthy_run_raises_none():
-    assert alarms.raised(rows()) == {}
-    assert alarms.raised([]) == {}
-    assert alarms.raised(rows(policy__entropy=lambda i: None)) == {}
-    assert alarms.raised([{"loss/total": 1.0}] * 50) == {}
+    assert raised(rows()) == {}
+    assert raised([]) == {}
+    assert raised(rows(policy__entropy=lambda i: None)) == {}
+    assert raised([{"loss/total": 1.0}] * 50) == {}
 
 
 @pytest.mark.parametrize(
@@ -39,16 +55,16 @@ def test_a_healthy_run_raises_none():
     ],
 )
 def test_each_is_raised_by_what_it_is_about(name, changes):
-    assert list(alarms.raised(rows(**changes))) == [name]
+    assert list(raised(rows(**changes))) == [name]
     # Not before there is enough to tell by.
-    assert alarms.raised(rows(count=1, **changes)) == {}
+    assert raised(rows(count=1, **changes)) == {}
 
 
 def test_what_is_over_is_no_longer_raised():
     late = rows(answer__reward=lambda i: 0.0 if i < 29 else 0.5)
-    assert alarms.raised(late[:-1]) and not alarms.raised(late)
+    assert raised(late[:-1]) and not raised(late)
     blind = rows(eval__train__blind_accuracy=lambda i: 0.45 if i < 29 else 0.1)
-    assert "pictures_unused" not in alarms.raised(blind)
+    assert "pictures_unused" not in raised(blind)
 
 
 def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
@@ -57,6 +73,8 @@ def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
     config = tiny.token_config(sft__updates=0, rl__penalty=0.0, rl__learning_rate=1e-9)
     config.task.counts = config.sft.counts = (1, 1)
     stage = question_factory.rl_stage(config, factory.make_mesh(config))
+    # A run that goes on knows what it was told before.
+    run(dataclasses.replace(stage, updates=3), workdir=tmp_path, config=config)
     run(stage, workdir=tmp_path, config=config)
     logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)
     assert "alarm/reward_constant" not in logged[0]

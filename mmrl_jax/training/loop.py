@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import State
-from mmrl_jax.training import alarms
+from mmrl_jax.training.alarms import Alarms
 from mmrl_jax.training.checkpoint import Checkpointer
 from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
@@ -265,8 +265,7 @@ def run(
             return Result(carry, done, counters, earlier_s, terminated())
         counters = add(compile_s=init_s)
         programs: dict[int, Any] = {}
-        logged = [row for row in _log_of(workdir) if row["step"] <= done]
-        alarmed = alarms.raised(logged)
+        alarms = _alarms_until(workdir, done)
         with MetricWriter(
             workdir,
             total_steps=stage.updates,
@@ -320,11 +319,9 @@ def run(
                     eval_start = time.perf_counter()
                     values |= stage.evaluate(carry.learner)
                     values["time/eval_s"] = time.perf_counter() - eval_start
-                logged.append(values)
-                before_alarms, alarmed = alarmed, alarms.raised(logged)
-                values |= {f"alarm/{name}": 1.0 for name in alarmed}
-                for name in alarmed.keys() - before_alarms.keys():
-                    writer.message(f"{stage.name}: alarm at update {done}: {alarmed[name]}")
+                for text in alarms.see(values).values():
+                    writer.message(f"{stage.name}: alarm at update {done}: {text}")
+                values |= {f"alarm/{name}": 1.0 for name in alarms.raised}
                 writer.write(done, values)
                 best = stage.best_metric
                 scores = {best: values[best]} if best is not None and best in values else {}
@@ -343,10 +340,13 @@ def run(
         return Result(carry, done, add(), earlier_s, terminated())
 
 
-def _log_of(workdir: str | pathlib.Path) -> list[dict[str, float]]:
-    """What has been logged so far."""
-    path = pathlib.Path(workdir) / JSONL_NAME
-    return read_jsonl(path) if path.is_file() else []
+def _alarms_until(workdir: str | pathlib.Path, done: int) -> Alarms:
+    """Alarms that have seen what was logged up to `done` updates."""
+    alarms, path = Alarms(), pathlib.Path(workdir) / JSONL_NAME
+    for row in read_jsonl(path) if path.is_file() else []:
+        if row["step"] <= done:
+            alarms.see(row)
+    return alarms
 
 
 def _absent(name: str, value: float) -> bool:
