@@ -6,8 +6,10 @@ A question with one answer is an episode of one turn; an agent that writes its a
 as its environment has steps.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, cast
+import functools
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,17 @@ class Hyperparameters:
             raise ValueError(f"loss.reduction={self.loss.reduction!r}, but must be 'token' here.")
 
 
+class _Sample(NamedTuple):
+    question: Question
+    answers: Generated
+    advantage: jax.Array  # [..., L], as those below.
+    target: jax.Array
+    mask: jax.Array  # 1 for the tokens of turns that were taken.
+    old: jax.Array  # Log-probs before the update.
+    value: jax.Array  # Before the update.
+    reference: jax.Array  # Log-probs.
+
+
 def update(
     state: TokenState,
     frozen: Any,
@@ -85,70 +98,27 @@ def update(
       The new learner, and metrics: means over the optimiser steps that were taken.
     """
     h, valid = hyperparameters, batch.valid
-    answers = cast(Generated, batch.action)
-    turns, size = valid.shape
-    parts = h.minibatches * h.accumulate
+    read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
+    samples = _samples(state, batch, last, read, h)
+    turns = _flat(samples)
 
-    def flat(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-    def read(params: Params, part: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Log-probs, entropies and values [N, L] of questions and answers [N, ...]."""
-        question, given = part
-        found, value = policy.log_probs_and_values(
-            params,
-            frozen,
-            question,
-            given.tokens[:, None],
-            given.present[:, None],
-            temperature=h.temperature,
-        )
-        return found.log_prob[:, 0], found.entropy[:, 0], value[:, 0]
-
-    asked = flat((batch.observation, answers))
-    old, _, value = in_parts(lambda part: read(state.params, part), asked, parts)
-    first = jax.tree.map(lambda x: x[-1, :, :1], answers)  # Its value is of the prompt alone.
-    last_value = read(state.params, (last, first))[2][:, 0]
-    advantage, target = advantages.token_advantages(
-        reward=jnp.where(valid > 0, batch.reward, 0.0),
-        value=value.reshape(turns, size, -1),
-        last_value=last_value,
-        present=answers.present,
-        terminated=batch.terminated,
-        truncated=advantages.cut(batch.terminated, batch.truncated, valid),
-        discount=h.discount,
-        lambda_=h.gae_lambda,
-    )
-    mask = (answers.present & (valid > 0)[..., None]).astype(jnp.float32)
-    reference = old
-    if h.loss.kl_weight:
-        reference = in_parts(lambda part: read(state.reference, part)[0], asked, parts)
-    samples = (
-        asked,
-        *flat((losses.normalise(advantage, mask), target, mask)),
-        old,
-        value,
-        reference,
-    )
-
-    def part_loss(params: Params, part: Any, whole: jax.Array) -> tuple[jax.Array, Metrics]:
+    def part_loss(params: Params, part: _Sample, whole: jax.Array) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch that has `whole` tokens."""
-        asked, advantage, target, mask, old, value, reference = part
-        log_prob, entropies, new_value = read(params, asked)
+        log_prob, entropies, value = read(params, part.question, part.answers)
         sums = token_loss_sums(
             log_prob,
-            old,
-            advantage,
-            mask,
+            part.old,
+            part.advantage,
+            part.mask,
             h.loss,
-            reference_log_prob=reference,
-            rollout_log_prob=asked[1].log_probs,
+            reference_log_prob=part.reference,
+            rollout_log_prob=part.answers.log_probs,
         )
 
         def mean(x: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(mask > 0, x, 0.0)) / whole
+            return jnp.sum(jnp.where(part.mask > 0, x, 0.0)) / whole
 
-        error = mean(losses.value_loss(new_value, target, value, h.value_clip))
+        error = mean(losses.value_loss(value, part.target, part.value, h.value_clip))
         entropy = mean(entropies)
         loss = sums.loss / whole
         metrics = {name: x / whole for name, x in sums.metrics.items()}
@@ -156,8 +126,8 @@ def update(
         return loss + h.value_weight * error - h.entropy_weight * entropy, metrics
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(jax.tree.map(lambda x: x[indices], samples))
-        whole = jnp.maximum(jnp.sum(mask.reshape(-1, mask.shape[-1])[indices]), 1.0)
+        minibatch = shard(jax.tree.map(lambda x: x[indices], turns))
+        whole = jnp.maximum(jnp.sum(minibatch.mask), 1.0)
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         (loss, metrics), gradients = summed(
             lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
@@ -165,11 +135,77 @@ def update(
         state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
         return state, metrics | step_metrics
 
-    order = minibatch_order(jax.random.split(rng, h.epochs), turns * size, h.minibatches)
+    order = minibatch_order(jax.random.split(rng, h.epochs), valid.size, h.minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
     return state, over_steps(metrics) | {
         "value/explained_variance": losses.explained_variance(
-            value.reshape(target.shape), target, mask
+            samples.value, samples.target, samples.mask
         ),
-        "answer/length": losses.masked_mean(jnp.sum(mask, axis=-1), valid),
+        "answer/length": losses.masked_mean(jnp.sum(samples.mask, axis=-1), valid),
     }
+
+
+def _flat(tree: Any) -> Any:
+    """[T, B, ...] to [T * B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _read(
+    params: Params,
+    question: Question,
+    answers: Generated,
+    *,
+    policy: TokenPolicy,
+    frozen: Any,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probs, entropies and values, float32 [N, L], of one answer to each of N questions."""
+    tokens, present = answers.tokens[:, None], answers.present[:, None]
+    found, value = policy.log_probs_and_values(
+        params, frozen, question, tokens, present, temperature=temperature
+    )
+    return found.log_prob[:, 0], found.entropy[:, 0], value[:, 0]
+
+
+def _samples(
+    state: TokenState,
+    batch: Transition,
+    last: Question,
+    read: Callable[[Params, Question, Generated], tuple[jax.Array, jax.Array, jax.Array]],
+    hyperparameters: Hyperparameters,
+) -> _Sample:
+    """What is learned from, [T, B, ...]."""
+    h, valid = hyperparameters, batch.valid
+    question, answers = batch.observation, cast(Generated, batch.action)
+
+    def of_all(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        found = in_parts(
+            lambda part: read(params, *part),
+            _flat((question, answers)),
+            h.minibatches * h.accumulate,
+        )
+        return jax.tree.map(lambda x: x.reshape(answers.tokens.shape), found)
+
+    old, _, value = of_all(state.params)
+    first = jax.tree.map(lambda x: x[-1, :, :1], answers)  # Its value is of the prompt alone.
+    advantage, target = advantages.token_advantages(
+        reward=jnp.where(valid > 0, batch.reward, 0.0),
+        value=value,
+        last_value=read(state.params, last, first)[2][:, 0],
+        present=answers.present,
+        terminated=batch.terminated,
+        truncated=advantages.cut(batch.terminated, batch.truncated, valid),
+        discount=h.discount,
+        lambda_=h.gae_lambda,
+    )
+    mask = (answers.present & (valid > 0)[..., None]).astype(jnp.float32)
+    return _Sample(
+        question=question,
+        answers=answers,
+        advantage=losses.normalise(advantage, mask),
+        target=target,
+        mask=mask,
+        old=old,
+        value=value,
+        reference=of_all(state.reference)[0] if h.loss.kl_weight else old,
+    )
