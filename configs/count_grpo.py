@@ -55,7 +55,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.sft.noise = 0.1
     config.sft.batch_size = 128
     config.sft.trained = ".*"
-    config.sft.entropy_weight = 0.0
     config.sft.learning_rate = 2e-3
     config.sft.max_grad_norm = 1.0
     config.sft.updates_per_dispatch = 50

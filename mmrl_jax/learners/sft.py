@@ -22,7 +22,6 @@ def update(
     *,
     policy: TokenPolicy,
     optimiser: optax.GradientTransformation,
-    entropy_weight: float = 0.0,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
     """One optimiser step on a batch of answered questions.
@@ -35,8 +34,6 @@ def update(
       present: bool [B, T].
       policy: the model.
       optimiser: the one whose state the learner holds.
-      entropy_weight: weight of the answers' entropy, a penalty on confidence (Pereyra et al., 2017,
-        arXiv 1701.06548): what is not among the labels keeps a chance to be tried by RL.
       shard: places the batch on the mesh.
 
     Returns:
@@ -51,8 +48,7 @@ def update(
         there = present[:, None].astype(jnp.float32)
         loss = -losses.masked_mean(found.log_prob, there)
         entropy = losses.masked_mean(found.entropy, there)
-        metrics = {"loss/answer": loss, "policy/entropy": entropy}
-        return loss - entropy_weight * entropy, metrics
+        return loss, {"loss/answer": loss, "policy/entropy": entropy}
 
     (loss, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
     state, step_metrics = apply_gradients(state, loss, gradients, optimiser)

@@ -54,9 +54,6 @@ SFT: config_lib.Schema = {
     "trained": anything(
         str, "pattern of the paths of variables, params/... or lora/...; others are frozen"
     ),
-    "entropy_weight": non_negative(
-        float, "of the answers' entropy: leaves RL a chance of answers that no label has"
-    ),
     "learning_rate": positive(float, "of Adam"),
     "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
     "updates_per_dispatch": positive(int, "updates in one compiled call"),
@@ -450,7 +447,6 @@ def sft_stage(
             *jax.tree.map(lambda x: x[chosen], labels),
             policy=model.policy,
             optimiser=optimiser,
-            entropy_weight=s.entropy_weight,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
