@@ -19,8 +19,8 @@ MAIN = "final/train/success"
 
 # What a variant changes of the baseline, which clones the expert.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "cloned": {"algorithm": "sft"},
-    "ppo": {},
+    "cloned": {},
+    "ppo": {"algorithm": "token_ppo"},
 }
 
 
@@ -31,6 +31,7 @@ def get_config(variant: str = "cloned") -> ml_collections.ConfigDict:
       KeyError: there is no such variant.
     """
     config = grid_agent_ppo.get_config()
+    config.algorithm = "sft"
     config.run.updates = 150
     config.update_from_flattened_dict(VARIANTS[variant])
     return config
