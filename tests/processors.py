@@ -1,13 +1,17 @@
 """transformers' processors of images and prompts, and tiny models to go with them."""
 
 import pathlib
+from typing import Any
 
+import pytest
 import tokenizers
 import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from tests import hub
 
@@ -18,6 +22,7 @@ VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 SPLIT = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
 SPECIAL = ["<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"]
 SPECIAL += ["<end_of_utterance>"]
+SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 SPECIAL += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}<answer>"
 
@@ -28,6 +33,7 @@ def tokenizer():
     vocabulary = {letter: i for i, letter in enumerate([*letters, "ĊĊ"])}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ċ", "Ċ")]))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens(SPECIAL)
     start = inner.token_to_id("<s>")
     inner.post_processor = tokenizers.processors.TemplateProcessing(
@@ -105,11 +111,65 @@ FAMILIES = {
 }
 
 
+def qwen(config, processor, **vision):
+    """A processor with no part for videos, which needs torchvision."""
+    words = tokenizer()
+    sections = [1, 2, 1]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+    config = getattr(transformers, config)(
+        text_config=TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": sections}},
+        vision_config=sizes | {"temporal_patch_size": 2, "out_hidden_size": 16} | vision,
+        image_token_id=words.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 500, "longest_edge": 1200}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None)
+        return getattr(transformers, processor)(images, words, None), config
+
+
+CHATS = FAMILIES | {
+    "qwen2_5_vl": lambda: qwen(
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLProcessor",
+        depth=2, window_size=16, fullatt_block_indexes=[1],
+    ),
+    "qwen3_vl": lambda: qwen(
+        "Qwen3VLConfig",
+        "Qwen3VLProcessor",
+        depth=2, num_position_embeddings=25, deepstack_visual_indexes=[0],
+    ),
+}  # fmt: skip
+# As the families' own, but that "<s>" is a text where a tokenizer has put it already.
+TEMPLATES = {
+    "idefics3": "<s>{% for m in messages %}{{ m.role | capitalize }}"
+    "{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}{% for c in m.content %}"
+    "{% if c.type == 'text' %}{{ c.text }}{% else %}<image>{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
+    "llava": "{% for m in messages %}{{ m.role.upper() + ': ' }}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "qwen": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+TEMPLATES |= {"smolvlm": TEMPLATES["idefics3"], "qwen2_5_vl": TEMPLATES["qwen"]}
+TEMPLATES |= {"qwen3_vl": TEMPLATES["qwen"]}
+
+
 MODELS = {
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "paligemma": "PaliGemmaForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 
 
@@ -119,3 +179,15 @@ def save_model(family: str, directory: pathlib.Path) -> str:
     processor.save_pretrained(directory)
     hub.save(getattr(transformers, MODELS[family])(config), directory)
     return str(directory)
+
+
+def save_chat(family: str, directory: pathlib.Path) -> tuple[Any, Any]:
+    """The same of a model that chats; returns transformers' processor and model."""
+    processor, config = CHATS[family]()
+    template = TEMPLATES.get(family)
+    processor.chat_template = processor.tokenizer.chat_template = template
+    processor.image_processor.save_pretrained(directory)
+    processor.tokenizer.save_pretrained(directory)
+    if "Qwen" not in type(processor).__name__:
+        processor.save_pretrained(directory)
+    return processor, hub.save(getattr(transformers, MODELS[family])(config), directory)

@@ -33,7 +33,7 @@ def make_config(tmp_path_factory):
         )
         config.rewards.update(functions=(LENGTH,), workers=1, timeout_s=60.0)
         config.model.update(
-            language=str(model), width=16, heads=2, patch_hidden=16, vision_layers=0,
+            pretrained=str(model), width=16, heads=2, patch_hidden=16, vision_layers=0,
             dtype="float32", remat=False,
         )  # fmt: skip
         config.rl.update(
@@ -176,7 +176,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ({"folder__directory": ""}, "'folder.directory' is ''"),
         ({"folder__directory": "nowhere"}, r"nowhere/metadata.jsonl is not there"),
         ({"folder__prompt_tokens": 8}, "folder.prompt_tokens=8"),
-        ({"model__language": None}, "model.language=None"),
+        ({"model__pretrained": None}, "model.pretrained=None"),
         ({"rewards__functions": ()}, r"rewards.functions=\(\)"),
         ({"rewards__functions": (LENGTH, LENGTH)}, "each once"),
         ({"rewards__functions": ("tests.reward_functions",)}, "'tests.reward_functions', which"),

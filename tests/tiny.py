@@ -12,7 +12,7 @@ FILES = sorted(
 TOKENS = tuple(name for name in FILES if name.startswith("count_"))  # That answer questions.
 AGENTS = ("grid_agent_ppo",)  # That write their actions.
 PRETRAINED = tuple(name for name in FILES if name.startswith("smollm2_"))  # Around a decoder.
-FOLDERS = ("folder_grpo",)  # The same, of questions from files.
+FOLDERS = ("folder_grpo", "vlm_grpo")  # The same, of questions from files.
 CONFIGS = tuple(name for name in FILES if name not in (*TOKENS, *AGENTS, *PRETRAINED, *FOLDERS))
 
 # Brax's environment that compiles in no time.

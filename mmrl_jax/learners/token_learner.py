@@ -117,6 +117,9 @@ class TokenPolicy:
       length: most tokens of an answer.
       stop: token that ends an answer.
       pad: token that stands behind it.
+      pictures: images of questions, uint8 [B, H, W, 3], to what the vision model takes.
+      positions: of tokens int32 [B, S] of which bool [B, S] are present, as `Prompt.positions`;
+        None where they are counted.
       tile: rows of the output layer at a time, see `token_log_probs`.
     """
 
@@ -124,7 +127,17 @@ class TokenPolicy:
     length: int
     stop: int
     pad: int
+    pictures: Callable[[jax.Array], Any] = lambda images: images
+    positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     tile: int = 4096
+
+    def inputs(self, question: Question) -> tuple[Any, ...]:
+        """What the model takes of B questions, behind its variables."""
+        tokens, present = question.tokens, question.present
+        if isinstance(self.model, LanguageModel):
+            return tokens, present
+        positions = self.positions and self.positions(tokens, present)
+        return tokens, present, self.pictures(question.images), positions
 
     def answer(
         self,
@@ -202,7 +215,5 @@ class TokenPolicy:
 
     def _prompt(self, variables: Any, question: Question) -> gen.Prompt:
         if isinstance(self.model, LanguageModel):
-            return gen.text_prompt(self.model, variables, question.tokens, question.present)
-        return gen.image_prompt(
-            self.model, variables, question.tokens, question.present, question.images
-        )
+            return gen.text_prompt(self.model, variables, *self.inputs(question))
+        return gen.image_prompt(self.model, variables, *self.inputs(question))

@@ -15,7 +15,7 @@ from typing import Any
 from mmrl_jax.pretrained import packages
 
 SMOLLM2 = "smollm2"
-_TURN = "<turn>"
+_TURN, _REPLY = "<turn>", "<reply>"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,12 +26,14 @@ class Chat:
       tokenizer: transformers'.
       before: text of the chat template before what the user says.
       after: that behind it, up to where the answer begins.
+      lead: white space that an answer begins with.
       image: id of an image token.
     """
 
     tokenizer: Any
     before: str
     after: str
+    lead: str
     image: int
 
     @property
@@ -49,7 +51,7 @@ class Chat:
 
     def answer(self, text: str) -> list[int]:
         """The ids of an answer, the stop token as last."""
-        return [*self._ids(text), self.stop]
+        return [*self._ids(self.lead + text), self.stop]
 
     @property
     def pad(self) -> int:
@@ -66,14 +68,14 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def directory_of(language: str) -> pathlib.Path:
-    """The directory of a language model, 'smollm2' or a local one in the hub's format.
+def directory_of(pretrained: str) -> pathlib.Path:
+    """The directory of a model, 'smollm2' or a local one in the hub's format.
 
     Raises:
       ValueError: the packages that hold SmolLM2 are not installed.
     """
-    if language != SMOLLM2:
-        return pathlib.Path(language)
+    if pretrained != SMOLLM2:
+        return pathlib.Path(pretrained)
     try:
         return packages.smollm2()
     except ImportError as error:
@@ -102,13 +104,33 @@ def read_chat(directory: pathlib.Path, image: int) -> Chat:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} has no tokenizer that we know: {error}") from error
+    return Chat(tokenizer, *around(tokenizer, directory, picture=False), image)
+
+
+def around(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> tuple[str, str, str]:
+    """The texts of a chat template before what the user says, behind it, and before an answer.
+
+    Args:
+      tokenizer: transformers'.
+      directory: that it was read from.
+      picture: the user shows a picture first, whose mark is then part of the first text.
+
+    Raises:
+      ValueError: there is no chat template, or no token that ends an answer.
+    """
     for name in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, name) is None:
             raise ValueError(
                 f"The tokenizer of {directory} has no {name}: give a model that was trained to "
                 "chat, an 'Instruct' one."
             )
-    turn = [{"role": "user", "content": _TURN}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    before, _, after = str(text).partition(_TURN)
-    return Chat(tokenizer, before, after, image)
+    turn, reply = (
+        [{"type": "text", "text": text}] if picture else text for text in (_TURN, _REPLY)
+    )
+    asked = [{"role": "user", "content": [{"type": "image"}, *turn] if picture else turn}]
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    prompt = str(render(asked, add_generation_prompt=True))
+    before, _, after = prompt.partition(_TURN)
+    whole = str(render([*asked, {"role": "assistant", "content": reply}]))
+    lead = whole.removeprefix(prompt).partition(_REPLY)[0]
+    return before, after, lead if lead.isspace() else ""

@@ -81,6 +81,16 @@ class Processor:
     config: Mapping[str, Any]
     image: Mapping[str, Any]
 
+    def whole(self) -> "Processor":
+        """One that sees an image as a single tile.
+
+        Idefics3's and SmolVLM's would enlarge a small picture to their longest edge and cut it into
+        many tiles, which show nothing more of it and cost as much each.
+        """
+        if "max_image_size" not in self.image:
+            return self
+        return dataclasses.replace(self, image={**self.image, "size": self.image["max_image_size"]})
+
     def pixels(self, images: jax.Array, present: jax.Array | None = None) -> Tiles:
         """Tiles of images; a pure function.
 

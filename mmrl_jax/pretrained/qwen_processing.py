@@ -157,9 +157,11 @@ def pack(images: Sequence[Sequence[np.ndarray]], spec: PixelSpec, patches: int) 
 
 
 def axial_positions(
-    is_image: np.ndarray, present: np.ndarray, images: PatchImages, merge: int
-) -> np.ndarray:
+    is_image: chex.Array, present: chex.Array, images: PatchImages, merge: int
+) -> jax.Array:
     """Positions of time, height and width, int32 [B, 3, S] (Wang et al., 2024, Qwen2-VL's M-RoPE).
+
+    A pure function, which does not see whether image tokens and features agree.
 
     Those of a text are counted, the same on every axis. An image is all at one time; its rows and
     columns are counted from there, and the text goes on after the larger of both. Padding is at 0.
@@ -169,26 +171,22 @@ def axial_positions(
       present: bool [B, S].
       images: one feature for each image token.
       merge: edge of the neighbourhood that becomes a feature, patches.
-
-    Raises:
-      ValueError: image tokens and features do not agree.
     """
     first = slice(None, None, merge**2)
     segment = images.segment[:, first]
     row, column = images.rows[:, first] // merge, images.columns[:, first] // merge
-    check_counts(is_image, segment >= 0)
     # An image's last feature is in its last row and column, so it knows both edges.
-    last = np.diff(segment, axis=1, append=-2) != 0
-    edge = np.where(last, np.maximum(row, column) + 1, 0)
-    which = np.maximum(np.cumsum(is_image, axis=1) - 1, 0)
+    last = jnp.diff(segment, axis=1, append=-2) != 0
+    edge = jnp.where(last, jnp.maximum(row, column) + 1, 0)
+    which = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
 
-    def placed(features: chex.Array) -> np.ndarray:
-        return np.where(is_image, np.take_along_axis(features, which, axis=1), 0)
+    def placed(features: jax.Array) -> jax.Array:
+        return jnp.where(is_image, jnp.take_along_axis(features, which, axis=1), 0)
 
-    step = np.where(is_image, placed(edge), present)
-    start = np.cumsum(step, axis=1) - step
+    step = jnp.where(is_image, placed(edge), present)
+    start = jnp.cumsum(step, axis=1) - step
     positions = [start, start + placed(row), start + placed(column)]
-    return np.where(present[:, None], np.stack(positions, axis=1), 0).astype(np.int32)
+    return jnp.where(present[:, None], jnp.stack(positions, axis=1), 0).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,28 +226,33 @@ class Processor:
         tokens = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
         present = np.zeros(tokens.shape, bool)
         for b, (text, sample) in enumerate(zip(texts, images, strict=True)):
-            ids = self.tokenizer(self._expanded(text, sample))["input_ids"]
+            ids = self.ids(text, [image.shape[:2] for image in sample])
             if len(ids) > length:
                 raise ValueError(
                     f"Text {b} has {len(ids)} tokens, more than length={length}; allow more."
                 )
             tokens[b, length - len(ids) :], present[b, length - len(ids) :] = ids, True
-        positions = axial_positions(tokens == token, present, packed, self.pixels.merge)
+        is_image, merge = tokens == token, self.pixels.merge
+        check_counts(is_image, packed.segment[:, :: merge**2] >= 0)
+        positions = np.asarray(axial_positions(is_image, present, packed, merge))
         return Prompts(tokens, present, positions, packed)
 
-    def _expanded(self, text: str, images: Sequence[np.ndarray]) -> str:
-        """The text with an image token for every feature."""
+    def ids(self, text: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """The ids of a text with images of these heights and widths, a token for every feature.
+
+        Raises:
+          ValueError: texts and images disagree, or the text has a video.
+        """
         before, *after = text.split(IMAGE)
         if VIDEO in text:
             raise ValueError(f"Videos are not supported, but a text has {VIDEO!r}: {text!r}.")
-        if len(after) != len(images):
-            raise ValueError(f"{len(images)} images for {len(after)} of {IMAGE!r} in {text!r}.")
+        if len(after) != len(sizes):
+            raise ValueError(f"{len(sizes)} images for {len(after)} of {IMAGE!r} in {text!r}.")
         unit = self.pixels.patch * self.pixels.merge
-        sizes = (smart_resize(image.shape[0], image.shape[1], self.pixels) for image in images)
-        counts = (high * wide // unit**2 for high, wide in sizes)
-        return before + "".join(
-            IMAGE * count + rest for count, rest in zip(counts, after, strict=True)
-        )
+        resized = (smart_resize(*size, self.pixels) for size in sizes)
+        counts = (high * wide // unit**2 for high, wide in resized)
+        expanded = (IMAGE * count + rest for count, rest in zip(counts, after, strict=True))
+        return self.tokenizer(before + "".join(expanded))["input_ids"]
 
 
 def load_processor(directory: str | pathlib.Path) -> Processor:

@@ -4,7 +4,6 @@ Sentence encoders, vision towers, and whole vision-language models.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import json
 import math
@@ -152,8 +151,7 @@ def vision_language_model(
     All prompts are made once, here; in the policy an instruction's is looked up. Parameters are
     not read, see `vision_language_params`.
 
-    A frame is seen as one tile: Idefics3 and SmolVLM would enlarge it to their longest edge and cut
-    it into many, which show nothing more of a small frame and cost as much each.
+    A frame is seen as one tile, see `processing.Processor.whole`.
 
     Args:
       directory: local, in the hub's format, see `processing.load_processor`.
@@ -171,10 +169,7 @@ def vision_language_model(
     Raises:
       ValueError: the family is not supported, or image tokens and features disagree.
     """
-    processor = processing.load_processor(directory)
-    image = processor.image
-    if "max_image_size" in image:
-        processor = dataclasses.replace(processor, image={**image, "size": image["max_image_size"]})
+    processor = processing.load_processor(directory).whole()
     texts = [
         prompt.replace("{image}", processor.mark).replace("{instruction}", sentence)
         for sentence in sentences

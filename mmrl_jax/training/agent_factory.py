@@ -116,13 +116,13 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
       ValueError: see `token_models.pretrained` and `token_models.make_model`.
     """
     env, size = factory.make_env(config), (config.env.height, config.env.width)
-    speech = token_models.pretrained(config.model)
+    source = token_models.pretrained(config.model, size)
     interface = text_actions(
         env,
-        speech and speech.chat,
-        image_tokens=token_models.image_tokens(config.model, size),
+        source and source.chat,
+        image_tokens=token_models.image_tokens(config.model, source, size),
     )
-    model = token_models.make_model(config.model, speech, interface.texts, size)
+    model = token_models.make_model(config.model, source, interface.texts, size)
     return Parts(env, interface, model)
 
 

@@ -87,10 +87,10 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: names the field, its value and the remedy.
     """
     config_lib.check_config(config, SCHEMA)
-    if config.model.language is None:
+    if config.model.pretrained is None:
         raise ValueError(
-            "model.language=None, but a folder's texts are free, and no decoder from scratch can "
-            "read them: give 'smollm2', or a directory of one that was trained to chat."
+            "model.pretrained=None, but a folder's texts are free, and no decoder from scratch can "
+            "read them: give 'smollm2', or a directory of a model that was trained to chat."
         )
     token_models.check_model(config, config.folder.height, config.folder.width, "folder")
     question_factory.check_groups(config)
@@ -105,7 +105,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     reward_functions(config)
     parts = make_parts(config)
     token_models.check_halves(config, parts.model)
-    open_records(config, parts.chat)
+    open_records(config, parts)
 
 
 class Parts(NamedTuple):
@@ -113,10 +113,12 @@ class Parts(NamedTuple):
 
     Attributes:
       chat: the model's texts.
+      images: image tokens of a picture.
       model: answers.
     """
 
     chat: Chat
+    images: int
     model: TokenModel
 
     @property
@@ -131,28 +133,31 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
     Raises:
       ValueError: see `token_models.pretrained`; or folder.prompt_tokens do not hold a picture.
     """
-    f = config.folder
-    speech = token_models.pretrained(config.model)
-    assert speech is not None  # See `check`.
-    tokens, present = _prompt_rows(config, speech.chat, [""])
+    f, size = config.folder, (config.folder.height, config.folder.width)
+    source = token_models.pretrained(config.model, size)
+    assert source is not None  # See `check`.
+    images = token_models.image_tokens(config.model, source, size)
+    tokens, present = _prompt_rows(config, source.chat, [""], images)
     # No question and no answer is known beforehand: this is what the shapes are read from.
-    texts = Texts(("",), (), tokens, present, np.zeros((0, f.answer_tokens), np.int32), speech.chat)
-    return Parts(
-        speech.chat,
-        token_models.make_model(config.model, speech, texts, (f.height, f.width)),
-    )
+    texts = Texts(("",), (), tokens, present, np.zeros((0, f.answer_tokens), np.int32), source.chat)
+    return Parts(source.chat, images, token_models.make_model(config.model, source, texts, size))
 
 
 def _prompt_rows(
-    config: ml_collections.ConfigDict, chat: Chat, prompts: Sequence[str]
+    config: ml_collections.ConfigDict, chat: Chat, prompts: Sequence[str], images: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of B prompts, int32 [B, S], padded on the left, and which are there, bool [B, S].
+
+    Args:
+      config: of the run.
+      chat: the model's texts.
+      prompts: B questions about a picture each.
+      images: image tokens of a picture.
 
     Raises:
       ValueError: one is longer than folder.prompt_tokens, S.
     """
     f = config.folder
-    images = token_models.image_tokens(config.model, (f.height, f.width))
     tokens = np.full((len(prompts), f.prompt_tokens), chat.pad, np.int32)
     present = np.zeros(tokens.shape, bool)
     for b, text in enumerate(prompts):
@@ -178,7 +183,7 @@ class Split(NamedTuple):
     heldout: Records
 
 
-def open_records(config: ml_collections.ConfigDict, chat: Chat) -> Split:
+def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
     """Opens the folder of a config.
 
     Raises:
@@ -187,7 +192,7 @@ def open_records(config: ml_collections.ConfigDict, chat: Chat) -> Split:
     f = config.folder
 
     def usable(record: Record) -> None:
-        _prompt_rows(config, chat, [record.prompt])
+        _prompt_rows(config, parts.chat, [record.prompt], parts.images)
         taken = [name for name in GIVEN if name in record.columns]
         if taken:
             raise ValueError(f"columns {taken} are what reward functions are given already.")
@@ -284,12 +289,12 @@ class Scorer:
 
 
 def make_ask(
-    config: ml_collections.ConfigDict, chat: Chat, mesh: Mesh
+    config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh
 ) -> Callable[[Batch], Question]:
     """A function that puts the B questions of a batch on every device of a mesh."""
 
     def ask(batch: Batch) -> Question:
-        tokens, present = _prompt_rows(config, chat, batch.prompts)
+        tokens, present = _prompt_rows(config, parts.chat, batch.prompts, parts.images)
         unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
         arrays = tokens, present, batch.images, unnamed, unnamed, unnamed
         return Question(*jax.device_put(arrays, mesh_lib.replicated(mesh)))
@@ -305,7 +310,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
       RuntimeError: see `Pool`.
     """
     r, parts = config.rl, make_parts(config)
-    policy, records = parts.policy, open_records(config, parts.chat)
+    policy, records = parts.policy, open_records(config, parts)
     trained, frozen = token_models.halves(
         token_models.make_variables(config, parts.model), config, "rl"
     )
@@ -313,7 +318,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     frozen = jax.device_put(frozen, everywhere)
     optimisation = token_models.make_optimisation(config)
     learn = question_factory.make_learn(config, mesh, policy, optimisation)
-    ask, scorer = make_ask(config, parts.chat, mesh), Scorer(config, parts.chat)
+    ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
     for name, reason in records.train.rejected[:TOLD]:
         print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
 
@@ -393,8 +398,8 @@ def make_measure(
     return _make_measure(
         config,
         parts,
-        open_records(config, parts.chat).heldout,
-        make_ask(config, parts.chat, mesh),
+        open_records(config, parts).heldout,
+        make_ask(config, parts, mesh),
         Scorer(config, parts.chat),
     )
 

@@ -166,7 +166,7 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
       ValueError: see `shapes.make`, `token_models.pretrained` and `token_models.make_model`.
     """
     t, size = config.task, (config.task.height, config.task.width)
-    speech = token_models.pretrained(config.model)
+    source = token_models.pretrained(config.model, size)
     task = shapes.make(
         kinds=tuple(t.kinds),
         rows=t.rows,
@@ -175,10 +175,10 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
         counts=tuple(t.counts),
         seen=tuple(t.counts),
         distractors=t.distractors,
-        image_tokens=token_models.image_tokens(config.model, size),
-        tokeniser=speech and speech.chat,
+        image_tokens=token_models.image_tokens(config.model, source, size),
+        tokeniser=source and source.chat,
     )
-    return Parts(task, token_models.make_model(config.model, speech, task.texts, size))
+    return Parts(task, token_models.make_model(config.model, source, task.texts, size))
 
 
 def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.Shapes:

@@ -20,9 +20,10 @@ from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
-from mmrl_jax.pretrained import chat, hub
+from mmrl_jax.pretrained import chat, hub, vision_chat
+from mmrl_jax.pretrained.vision_chat import Sight
 from mmrl_jax.rl.token_losses import KLS, TokenLoss
-from mmrl_jax.tasks.question import Question, Texts, Words
+from mmrl_jax.tasks.question import Question, Texts, Tokeniser, Words
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import DTYPES, LORA, adam, schedule, with_adapters
@@ -30,10 +31,15 @@ from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.types import Metrics, Params
 
 MODEL: config_lib.Schema = {
-    "language": anything(
+    "pretrained": anything(
         (str, type(None)),
-        "'smollm2', or a directory of a decoder that was trained to chat, whose tokens and chat "
-        "template the texts have; None for one from scratch, of 'width' and 'layers'",
+        "'smollm2', or a directory of a decoder or a whole vision-language model that was trained "
+        "to chat, whose tokens and chat template the texts have; None for one from scratch. A "
+        "decoder sees by a vision encoder of the keys below; to a whole model, 'image_splitting', "
+        "'lora', 'dtype' and 'remat' alone apply",
+    ),
+    "image_splitting": anything(
+        bool, "a whole model's processor may cut a picture into tiles; else it sees one tile"
     ),
     "width": positive(int, "of the tokens; beside a pretrained decoder, of the patches'"),
     "layers": positive(int, "blocks of the language model"),
@@ -106,6 +112,8 @@ def check_model(config: ml_collections.ConfigDict, height: int, width: int, wher
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
         raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
+    if is_whole(m):
+        return
     if height % m.patch or width % m.patch:
         raise ValueError(
             f"{where}.height={height} and {where}.width={width} are not both divisible by "
@@ -137,22 +145,45 @@ class Speech(NamedTuple):
     chat: chat.Chat
 
 
-def pretrained(m: ml_collections.ConfigDict) -> Speech | None:
-    """The decoder of model.language; None for one from scratch.
+def is_whole(m: ml_collections.ConfigDict) -> bool:
+    """Whether model.pretrained is a whole vision-language model.
 
     Raises:
-      ValueError: see `hub.read_blueprint` and `chat.read_chat`.
+      ValueError: see `hub.read_config` and `chat.directory_of`.
     """
-    if m.language is None:
-        return None
+    if m.pretrained is None:
+        return False
     try:
-        directory = chat.directory_of(m.language)
-        plan = hub.read_blueprint("language_model", directory, dtype=DTYPES[m.dtype], remat=m.remat)
-        language = cast(LanguageModel, plan.model)
+        kind = hub.read_config(chat.directory_of(m.pretrained))["model_type"]
+    except ValueError as error:
+        raise ValueError(f"model.pretrained={m.pretrained!r}: {error}") from error
+    return kind in vision_chat.FAMILIES
+
+
+def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> Speech | Sight | None:
+    """The decoder, or the whole model, of model.pretrained; None for one from scratch.
+
+    Args:
+      m: the config of the model.
+      size: of the pictures, (height, width).
+
+    Raises:
+      ValueError: see `hub.read_blueprint`, `chat.read_chat` and `vision_chat.read_sight`.
+    """
+    if m.pretrained is None:
+        return None
+    options: dict[str, Any] = {"dtype": DTYPES[m.dtype], "remat": m.remat}
+    try:
+        directory = chat.directory_of(m.pretrained)
+        if is_whole(m):
+            return vision_chat.read_sight(directory, size, splitting=m.image_splitting, **options)
+        language = cast(
+            LanguageModel, hub.read_blueprint("language_model", directory, **options).model
+        )
         # No text has the id that is the vocabulary's size.
         return Speech(language, chat.read_chat(directory, language.vocabulary))
     except ValueError as error:
-        raise ValueError(f"model.language={m.language!r}: {error}") from error
+        raise ValueError(f"model.pretrained={m.pretrained!r}: {error}") from error
 
 
 class TokenModel(NamedTuple):
@@ -170,14 +201,47 @@ class TokenModel(NamedTuple):
 
 
 def make_model(
-    m: ml_collections.ConfigDict, speech: Speech | None, texts: Texts, size: tuple[int, int]
+    m: ml_collections.ConfigDict,
+    source: Speech | Sight | None,
+    texts: Texts,
+    size: tuple[int, int],
 ) -> TokenModel:
     """The policy that answers these texts about pictures of this size.
+
+    Args:
+      m: the config of the model.
+      source: see `pretrained`.
+      texts: with `image_tokens` for a picture.
+      size: of the pictures.
 
     Raises:
       ValueError: see `vlm.check_counts`.
     """
-    dtype, tokeniser = DTYPES[m.dtype], texts.tokeniser
+    tokeniser = texts.tokeniser
+    ends = texts.length, tokeniser.stop, tokeniser.pad
+    if isinstance(source, Sight):
+        policy = TokenPolicy(source.model, *ends, source.pictures, source.positions)
+    else:
+        policy = TokenPolicy(_with_eyes(m, source, tokeniser), *ends)
+    present = np.ones((len(texts.prompts), image_tokens(m, source, size)), bool)
+    check_counts(texts.prompt_tokens == tokeniser.image, present)
+    return TokenModel(policy, texts, size)
+
+
+def image_tokens(
+    m: ml_collections.ConfigDict, source: Speech | Sight | None, size: tuple[int, int]
+) -> int:
+    """Image tokens of a picture of this size; for the rest see `make_model`."""
+    if isinstance(source, Sight):
+        return source.image_tokens
+    return (size[0] // m.patch) * (size[1] // m.patch)
+
+
+def _with_eyes(
+    m: ml_collections.ConfigDict, speech: Speech | None, tokeniser: Tokeniser
+) -> VisionLanguageModel:
+    """A decoder, pretrained or small, that sees by our own encoder of patches."""
+    dtype = DTYPES[m.dtype]
     if speech is None:
         language, projector = _small_decoder(m, cast(Words, tokeniser).size), None
     else:
@@ -193,16 +257,7 @@ def make_model(
         dtype=dtype,
         remat=m.remat,
     )
-    model = VisionLanguageModel(PatchVision(encoder, projector), language, tokeniser.image)
-    present = np.ones((len(texts.prompts), image_tokens(m, size)), bool)
-    check_counts(texts.prompt_tokens == tokeniser.image, present)
-    policy = TokenPolicy(model, texts.length, tokeniser.stop, tokeniser.pad)
-    return TokenModel(policy, texts, size)
-
-
-def image_tokens(m: ml_collections.ConfigDict, size: tuple[int, int]) -> int:
-    """Image tokens of a picture."""
-    return (size[0] // m.patch) * (size[1] // m.patch)
+    return VisionLanguageModel(PatchVision(encoder, projector), language, tokeniser.image)
 
 
 def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageModel:
@@ -232,10 +287,9 @@ def draw_variables(config: ml_collections.ConfigDict, model: TokenModel, key: ja
     Raises:
       ValueError: model.lora.pattern matches no layer.
     """
-    texts, policy = model.texts, model.policy
-    tokens, present = texts.prompt_tokens[:1], texts.prompt_present[:1]
-    picture = jnp.zeros((1, *model.size, 3), jnp.uint8)
-    params = policy.model.init(key, tokens, present, picture)["params"]
+    policy, nothing = model.policy, jnp.zeros(1, jnp.int32)
+    question = model.texts.ask(jnp.zeros((1, *model.size, 3), jnp.uint8), *[nothing] * 3)
+    params = policy.model.init(key, *policy.inputs(question))["params"]
     variables = with_adapters(params, config.model.lora, jax.random.fold_in(key, 1))
     if config.algorithm == "token_ppo":
         width = policy.model.language.width
@@ -246,7 +300,7 @@ def draw_variables(config: ml_collections.ConfigDict, model: TokenModel, key: ja
 def make_variables(
     config: ml_collections.ConfigDict, model: TokenModel, *, start: Params | None = None
 ) -> Params:
-    """The model's variables as a run begins with them: a pretrained decoder's are read.
+    """The model's variables as a run begins with them: pretrained ones are read.
 
     Args:
       config: of the run.
@@ -256,10 +310,13 @@ def make_variables(
     Returns:
       {'params': ...}, with adapters 'lora', with a value head 'value'; float32.
     """
-    loaded = {}
-    if config.model.language is not None:
-        directory = chat.directory_of(config.model.language)
-        loaded["language"] = hub.load_language_model(directory).params["params"]
+    loaded, m = {}, config.model
+    if m.pretrained is not None:
+        directory = chat.directory_of(m.pretrained)
+        if is_whole(m):
+            loaded = hub.load_vision_language_model(directory).params["params"]
+        else:
+            loaded = {"language": hub.load_language_model(directory).params["params"]}
 
     @jax.jit
     def draw(key: jax.Array) -> Params:

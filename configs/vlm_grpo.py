@@ -1,0 +1,31 @@
+r"""A whole vision-language model learns from your own pictures, questions and reward functions.
+
+The model is read from a local directory in the hub's format, weights, config, processor and
+tokenizer: SmolVLM, Idefics3, LLaVA, PaliGemma, Qwen2.5-VL or Qwen3-VL. Pictures, prompts and chat
+template are those of its own processor. Its parameters are frozen; adapters of rank 16 on all
+matrices of the decoder learn. For folder and reward functions see configs/folder_grpo.py.
+
+Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
+               --config.model.pretrained=DIRECTORY --config.folder.directory=DIRECTORY \
+               --config.rewards.functions="('my_rewards:length',)"
+Hardware:  meant for one GPU; tiny random models of each family train on two CPU cores (make test).
+Time:      not run
+Result:    not run
+"""
+
+import ml_collections
+
+from configs import folder_grpo
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config of `folder_grpo` with another model, and larger pictures."""
+    config = folder_grpo.get_config()
+    config.folder.height = config.folder.width = 224
+    config.folder.prompt_tokens = 384
+    config.model.pretrained = None
+    config.model.lora.pattern = r"language/stack/.*"
+    config.rl.trained = r"lora/.*"
+    config.rl.questions = 16
+    config.rl.accumulate = 4
+    return config

@@ -1,0 +1,225 @@
+"""Whole pretrained vision-language models as token policies, against transformers and torch."""
+
+import functools
+import shutil
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from experiments.train import train
+from mmrl_jax.learners.token_learner import TokenPolicy
+from mmrl_jax.models import lora
+from mmrl_jax.pretrained import hub, vision_chat
+from mmrl_jax.tasks.question import Question
+from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import factory, folder_factory, metrics, question_factory
+from tests import processors
+from tests.test_folder import folder
+
+SIZE = (24, 40)
+ASKED = "how many red circles ?"
+FAMILIES = sorted(processors.CHATS.keys() - {"idefics3_whole"})
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """family -> its directory, and transformers' processor and model."""
+
+    @functools.cache
+    def save(family):
+        directory = tmp_path_factory.mktemp(family)
+        return directory, *processors.save_chat(family, directory)
+
+    return save
+
+
+def read(directory, *, splitting=True, size=SIZE):
+    return vision_chat.read_sight(
+        directory, size, splitting=splitting, dtype=np.float32, remat=False
+    )
+
+
+def picture(seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize(SIZE[::-1], Image.Resampling.BICUBIC))
+
+
+def their_inputs(processor, image):
+    """What transformers makes of the question and an image."""
+    shown = {"type": "image", "image": Image.fromarray(image)}
+    if processor.tokenizer.chat_template is None:
+        text = f"<image>{ASKED}"
+        found = dict(processor(text=text, images=[shown["image"]], return_tensors="pt"))
+        return {name: x for name, x in found.items() if name != "labels"}
+    turn = [{"role": "user", "content": [shown, {"type": "text", "text": ASKED}]}]
+    text = processor.apply_chat_template(turn, add_generation_prompt=True)
+    # The tokenizer puts it there once more, and transformers leaves that to the caller.
+    text = text.removeprefix("<s>")
+    return processor(text=text, images=[shown["image"]], return_tensors="pt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_have_the_probability_that_torch_gives_them(family, make):
+    directory, processor, model = make(family)
+    sight = read(directory)
+    inputs = their_inputs(processor, picture())
+    prompt = sight.chat.prompt(ASKED, images=sight.image_tokens)
+    assert prompt == inputs["input_ids"][0].tolist()
+    assert prompt.count(sight.chat.image) == sight.image_tokens > 1
+
+    answer = np.array(sight.chat.answer("two"))
+    assert answer[-1] == processor.tokenizer.eos_token_id
+    # What is not of the prompt is of type 1 to PaliGemma; to Qwen, what is no picture of type 0.
+    behind = {"input_ids": torch.tensor(answer), "mm_token_type_ids": torch.zeros(len(answer))}
+    extended = dict(inputs)
+    for name in extended.keys() & {"attention_mask", "token_type_ids", *behind}:
+        more = behind.get(name, torch.ones(len(answer)))[None].to(inputs[name].dtype)
+        extended[name] = torch.cat([inputs[name], more], dim=1)
+    with torch.no_grad():
+        logits = model(**extended).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits, dim=-1)[range(len(answer)), answer].numpy()
+
+    found = log_probs(directory, sight, prompt, answer, picture())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)  # Pixels may differ by a level.
+    other = log_probs(directory, sight, prompt, answer, picture(seed=1))
+    assert np.abs(other - found).max() > 0.05  # It sees.
+
+
+def log_probs(directory, sight, prompt, answer, image):
+    """Of an answer, by the policy, behind two more tokens of padding."""
+    chat = sight.chat
+    policy = TokenPolicy(
+        sight.model, len(answer), chat.stop, chat.pad, sight.pictures, sight.positions
+    )
+    tokens = np.array([[chat.pad] * 2 + prompt])
+    question = Question(
+        tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], None, None, None
+    )
+    variables = hub.load_vision_language_model(directory).params
+    found = jax.jit(functools.partial(policy.log_probs, temperature=1.0))(
+        *lora.split(variables, ".*"),
+        question,
+        answer[None, None],
+        np.ones((1, 1, len(answer)), bool),
+    )
+    return np.asarray(found.log_prob)[0, 0]
+
+
+def test_a_picture_that_is_not_cut_is_one_tile(make):
+    directory, _, _ = make("smolvlm")
+    cut, whole = read(directory), read(directory, splitting=False)
+    images = picture()[None]
+    # 24 x 40 becomes 58 x 96, then 2 x 3 tiles of 32 x 32 and the whole, of 4 features each.
+    assert cut.pictures(images).pixels.shape == (1, 7, 32, 32, 3) and cut.image_tokens == 28
+    assert whole.pictures(images).pixels.shape == (1, 1, 32, 32, 3) and whole.image_tokens == 4
+    text = cut.chat.tokenizer.decode(whole.chat.prompt(ASKED, images=4))
+    fake, words = "<fake_token_around_image>", "<image>" * 4
+    assert text == (f"<s>User:{fake}<global-img>{words}{fake}{ASKED}<end_of_utterance>\nAssistant:")
+    np.testing.assert_allclose(
+        whole.pictures(images).pixels[0, 0], cut.pictures(images).pixels[0, -1], atol=0.2
+    )
+
+
+def test_an_answer_begins_as_the_template_has_it(make):
+    for family, said in (("smolvlm", " two</s>"), ("llava", " two</s>"), ("qwen3_vl", "two</s>")):
+        chat = read(make(family)[0]).chat
+        assert chat.tokenizer.decode(chat.answer("two")) == said
+        assert chat.decode(chat.answer("two")).strip() == "two"
+
+
+def test_a_question_with_a_mark_of_its_own_is_refused(make):
+    for family, mark in (("llava", "<image>"), ("qwen2_5_vl", "<|image_pad|>")):
+        sight = read(make(family)[0])
+        with pytest.raises(ValueError, match=r"2 marks|1 images for 2"):
+            sight.chat.prompt(f"what is {mark} ?", images=sight.image_tokens)
+
+
+def test_a_model_without_a_template_is_refused(make, tmp_path):
+    directory, _, _ = make("llava")
+    shutil.copytree(directory, tmp_path / "base")
+    for path in (tmp_path / "base").glob("chat_template*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="has no chat_template"):
+        read(tmp_path / "base")
+
+
+def by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def small(name, directory, **changes):
+    """A public config of a whole model, at a size that trains in seconds."""
+    config = config_lib.load_config(f"configs/{name}.py")
+    config.model.update(pretrained=str(directory), dtype="float32", remat=False)
+    config.model.lora.update(pattern=r"language/stack/.*/(query|value)", rank=2)
+    config.rl.update(
+        trained="lora/.*", questions=4, group=2, minibatches=1, accumulate=1,
+        schedule="constant", learning_rate=1e-2, kl_weight=0.1,
+    )  # fmt: skip
+    config.run.update(
+        updates=2, updates_per_dispatch=1, eval_interval=2, eval_episodes=2, checkpoint_interval=1
+    )
+    config.update_from_flattened_dict({k.replace("__", "."): x for k, x in changes.items()})
+    return config
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
+    directory, _, _ = make(family)
+    config = small(
+        "vlm_grpo",
+        directory,
+        folder__directory=str(folder(tmp_path / "pictures", count=8)),
+        folder__height=24, folder__width=40, folder__prompt_tokens=128, folder__answer_tokens=4,
+        rewards__functions=("tests.reward_functions:length",),
+        rewards__workers=1,
+    )  # fmt: skip
+    trained = train(config, tmp_path / "run")
+    before = by_path(hub.load_vision_language_model(directory).params)
+    stage = folder_factory.rl_stage(config, factory.make_mesh(config))
+    assert by_path(stage.data).keys() == before.keys()
+    for path, x in by_path(stage.data).items():
+        np.testing.assert_array_equal(x, before[path], err_msg=path)
+    moved = by_path(trained.tuned.carry.learner.params)
+    assert all(path.startswith("lora/language/") for path in moved)
+    assert all(np.any(np.asarray(x) != 0) for x in moved.values())
+    rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
+    assert abs(rows[0]["policy/reference_kl"]) < 1e-6 < rows[1]["policy/reference_kl"]
+    assert all(row["update/skipped"] == 0 for row in rows)
+
+
+def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
+    directory, _, _ = make("llava")
+    config = small(
+        "count_grpo",
+        directory,
+        algorithm="token_ppo",
+        task__rows=2, task__counts=(0, 2), task__distractors=1,
+        sft__updates=2, sft__examples=8, sft__counts=(0, 1), sft__batch_size=4,
+        sft__updates_per_dispatch=1, sft__eval_interval=2, sft__checkpoint_interval=2,
+        sft__trained="params/vision/projector.*|lora/.*",
+    )  # fmt: skip
+    trained = train(config, tmp_path)
+    assert [result.updates for result in trained.results] == [2, 2]
+    aligned = by_path(trained.warm_start.carry.learner.params)
+    tuned = by_path(trained.tuned.carry.learner.params)
+    assert any(path.startswith("params/vision/projector") for path in aligned)
+    assert any(path.startswith("value/") for path in tuned)
+    assert all(path.startswith(("lora/", "value/")) for path in tuned)
+    assert all(row["update/skipped"] == 0 for row in metrics.read_jsonl(tmp_path / "metrics.jsonl"))
+
+
+def test_what_cannot_run_is_refused(make):
+    config = small("count_grpo", make("llava")[0])
+    config.task.height = config.task.width = 36  # No multiple of a patch: pictures are resized.
+    question_factory.check(config)
+    config.model.lora.pattern = "query"
+    with pytest.raises(ValueError, match="model.lora.pattern: 'query' matches no Dense"):
+        question_factory.check(config)
+    config.model.pretrained = "nowhere"
+    with pytest.raises(ValueError, match="model.pretrained='nowhere': nowhere has no config.json"):
+        question_factory.check(config)
