@@ -8,6 +8,8 @@ matrices of the decoder learn. For folder and reward functions see configs/folde
 Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
                --config.model.pretrained=DIRECTORY --config.folder.directory=DIRECTORY \
                --config.rewards.functions="('my_rewards:length',)"
+           then python -m experiments.export --workdir=runs/vlm --output=tuned for transformers, or
+           with --adapter for PEFT
 Hardware:  meant for one GPU; tiny random models of each family train on two CPU cores (make test).
 Time:      not run
 Result:    not run

@@ -1,18 +1,24 @@
 """Whole pretrained vision-language models as token policies, against transformers and torch."""
 
+import copy
 import functools
 import shutil
 
 import jax
 import numpy as np
+import peft
 from PIL import Image
 import pytest
+from safetensors.numpy import load_file, save_file
 import torch
+import transformers
 
+from experiments import export
 from experiments.train import train
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained import hub, vision_chat
+from mmrl_jax.pretrained.peft_format import load_adapter, save_adapter
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory, folder_factory, metrics, question_factory
@@ -72,6 +78,16 @@ def test_answers_have_the_probability_that_torch_gives_them(family, make):
 
     answer = np.array(sight.chat.answer("two"))
     assert answer[-1] == processor.tokenizer.eos_token_id
+    expected = their_log_probs(model, inputs, answer)
+    params = lora.split(hub.load_vision_language_model(directory).params, ".*")
+    found = log_probs(params, sight, prompt, answer, picture())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)  # Pixels may differ by a level.
+    other = log_probs(params, sight, prompt, answer, picture(seed=1))
+    assert np.abs(other - found).max() > 0.05  # It sees.
+
+
+def their_log_probs(model, inputs, answer):
+    """Of an answer, by a model of torch."""
     # What is not of the prompt is of type 1 to PaliGemma; to Qwen, what is no picture of type 0.
     behind = {"input_ids": torch.tensor(answer), "mm_token_type_ids": torch.zeros(len(answer))}
     extended = dict(inputs)
@@ -79,17 +95,12 @@ def test_answers_have_the_probability_that_torch_gives_them(family, make):
         more = behind.get(name, torch.ones(len(answer)))[None].to(inputs[name].dtype)
         extended[name] = torch.cat([inputs[name], more], dim=1)
     with torch.no_grad():
-        logits = model(**extended).logits[0, len(prompt) - 1 : -1]
-    expected = torch.log_softmax(logits, dim=-1)[range(len(answer)), answer].numpy()
-
-    found = log_probs(directory, sight, prompt, answer, picture())
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)  # Pixels may differ by a level.
-    other = log_probs(directory, sight, prompt, answer, picture(seed=1))
-    assert np.abs(other - found).max() > 0.05  # It sees.
+        logits = model(**extended).logits[0, inputs["input_ids"].shape[1] - 1 : -1]
+    return torch.log_softmax(logits, dim=-1)[range(len(answer)), answer].numpy()
 
 
-def log_probs(directory, sight, prompt, answer, image):
-    """Of an answer, by the policy, behind two more tokens of padding."""
+def log_probs(params, sight, prompt, answer, image):
+    """The same by our policy of two halves of variables, behind two more tokens of padding."""
     chat = sight.chat
     policy = TokenPolicy(
         sight.model, len(answer), chat.stop, chat.pad, sight.pictures, sight.positions
@@ -98,9 +109,8 @@ def log_probs(directory, sight, prompt, answer, image):
     question = Question(
         tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], None, None, None
     )
-    variables = hub.load_vision_language_model(directory).params
     found = jax.jit(functools.partial(policy.log_probs, temperature=1.0))(
-        *lora.split(variables, ".*"),
+        *params,
         question,
         answer[None, None],
         np.ones((1, 1, len(answer)), bool),
@@ -169,13 +179,13 @@ def small(name, directory, **changes):
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
 def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
-    directory, _, _ = make(family)
+    directory, processor, model = make(family)
     config = small(
         "vlm_grpo",
         directory,
         folder__directory=str(folder(tmp_path / "pictures", count=8)),
-        folder__height=24, folder__width=40, folder__prompt_tokens=128, folder__answer_tokens=4,
-        rewards__functions=("tests.reward_functions:length",),
+        folder__height=SIZE[0], folder__width=SIZE[1], folder__prompt_tokens=128,
+        folder__answer_tokens=4, rewards__functions=("tests.reward_functions:length",),
         rewards__workers=1,
     )  # fmt: skip
     trained = train(config, tmp_path / "run")
@@ -191,9 +201,55 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
     assert abs(rows[0]["policy/reference_kl"]) < 1e-6 < rows[1]["policy/reference_kl"]
     assert all(row["update/skipped"] == 0 for row in rows)
 
+    export.export(
+        tmp_path / "run", tmp_path / "lora", which="latest", adapter=True, dtype=np.float32
+    )
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "lora"))
+    compare(trained.tuned.carry.learner.params, stage.data, config, processor, tuned.eval())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_go_to_peft_and_back(family, make, tmp_path):
+    directory, _, model = make(family)
+    plan = hub.read_blueprint("vision_language_model", directory, dtype=np.float32, remat=False)
+    params, key = plan.shapes(np.float32), jax.random.key(0)
+    drawn = lora.init(key, params, [lora.LoraGroup(r"language/stack/.*|vision/.*/attention/out", 2, 4.0)])
+    drawn = jax.tree.map(lambda x: x + 1, drawn)
+    save_adapter(tmp_path / "ours", drawn, plan.keys, base="x", task_type="CAUSAL_LM")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = by_path(load_adapter(tmp_path / "theirs", params, plan.keys))
+    assert found.keys() == by_path(drawn).keys()
+    for path, x in by_path(drawn).items():
+        np.testing.assert_array_equal(x, found[path], err_msg=path)
+
+
+def test_adapters_that_have_the_names_of_tensors_are_read_too(make, tmp_path):
+    plan = hub.read_blueprint(
+        "vision_language_model", make("qwen2_5_vl")[0], dtype=np.float32, remat=False
+    )
+    params = plan.shapes(np.float32)
+    drawn = lora.init(jax.random.key(0), params, [lora.LoraGroup("language/stack/.*", 2, 4.0)])
+    save_adapter(tmp_path, drawn, plan.keys, base="x", task_type="CAUSAL_LM")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {n.replace("model.language_model.", "model."): x for n, x in load_file(file).items()}
+    save_file(tensors, file)
+    found = load_adapter(tmp_path, params, plan.keys)
+    jax.tree.map(np.testing.assert_array_equal, found, drawn)
+
+
+def compare(params, frozen, config, processor, theirs):
+    """Asserts that a tuned model's answers have the probability that a model of torch gives."""
+    sight, inputs = read(config.model.pretrained), their_inputs(processor, picture())
+    prompt = sight.chat.prompt(ASKED, images=sight.image_tokens)
+    assert prompt == inputs["input_ids"][0].tolist()
+    answer = np.array(sight.chat.answer("two"))
+    found = log_probs((params, frozen), sight, prompt, answer, picture())
+    np.testing.assert_allclose(found, their_log_probs(theirs, inputs, answer), rtol=0, atol=1e-3)
+
 
 def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
-    directory, _, _ = make("llava")
+    directory, processor, _ = make("llava")
     config = small(
         "count_grpo",
         directory,
@@ -203,14 +259,25 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
         sft__updates_per_dispatch=1, sft__eval_interval=2, sft__checkpoint_interval=2,
         sft__trained="params/vision/projector.*|lora/.*",
     )  # fmt: skip
-    trained = train(config, tmp_path)
+    trained = train(config, tmp_path / "run")
     assert [result.updates for result in trained.results] == [2, 2]
     aligned = by_path(trained.warm_start.carry.learner.params)
     tuned = by_path(trained.tuned.carry.learner.params)
     assert any(path.startswith("params/vision/projector") for path in aligned)
     assert any(path.startswith("value/") for path in tuned)
     assert all(path.startswith(("lora/", "value/")) for path in tuned)
-    assert all(row["update/skipped"] == 0 for row in metrics.read_jsonl(tmp_path / "metrics.jsonl"))
+    rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
+    assert all(row["update/skipped"] == 0 for row in rows)
+
+    written = {"which": "latest", "dtype": np.float32}
+    export.export(tmp_path / "run", tmp_path / "tuned", adapter=False, **written)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "tuned")
+    stage = question_factory.rl_stage(
+        config, factory.make_mesh(config), start=trained.warm_start.carry.learner.params
+    )
+    compare(trained.tuned.carry.learner.params, stage.data, config, processor, theirs.eval())
+    with pytest.raises(ValueError, match=r"the run trained \['lora', 'params'\]"):
+        export.export(tmp_path / "run" / "sft", tmp_path / "lora", adapter=True, **written)
 
 
 def test_what_cannot_run_is_refused(make):

@@ -1,7 +1,7 @@
 """Low-rank adapters in the format of Hugging Face PEFT: adapter_config.json and safetensors."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import pathlib
 import re
@@ -26,6 +26,15 @@ IDLE += ("task_type", "target_modules", "exclude_modules", "layers_to_transform"
 IDLE += ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config")
 # Other ways to draw an adapter change the base too, so that it fits no other base.
 DRAWS = (None, True, False, "gaussian", "orthogonal", "eva")
+# The modules of vision-language models, by which PEFT names adapters, are called otherwise than the
+# hub's tensors since transformers 4.52; older adapters have the tensors' names.
+RENAMED = (
+    (r"language_model\.lm_head", "lm_head"),
+    (r"language_model\.model\.", "model.language_model."),
+    (r"vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"(visual|multi_modal_projector)\.", r"model.\1."),
+)
+QWEN_RENAMED = ((r"model\.(?!language_model\.|visual\.)", "model.language_model."),)
 
 
 def save_adapter(
@@ -120,7 +129,11 @@ def load_adapter(
             )
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     _check(config, folder)
-    tensors = load_file(folder / TENSORS)
+    rename = _module_names(keys)
+    tensors = {
+        PREFIX + rename(name.removeprefix(PREFIX)): x
+        for name, x in load_file(folder / TENSORS).items()
+    }
     kernels, flat, problems = dense_kernels(params), {}, []
     for path, name in _hub_names(kernels, keys).items():
         a, b = (tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None) for letter in "AB")
@@ -150,13 +163,28 @@ def load_adapter(
 
 
 def _hub_names(paths: Any, keys: Mapping[str, str]) -> dict[str, str]:
-    """Our layers that are a matrix of the hub's model by themselves -> their names there."""
-    sources = counterparts((f"{path}/kernel" for path in paths), keys)
+    """Our layers that are a matrix of the hub's model by themselves -> its modules' names."""
+    sources, rename = counterparts((f"{path}/kernel" for path in paths), keys), _module_names(keys)
     return {
-        path.removesuffix("/kernel"): source.name.removesuffix(".weight")
+        path.removesuffix("/kernel"): rename(source.name.removesuffix(".weight"))
         for path, source in sources.items()
         if source.parts == 1 and not path.endswith("patch_embedding/kernel")
     }
+
+
+def _module_names(keys: Mapping[str, str]) -> Callable[[str], str]:
+    """The hub's name of a tensor, or a module's older one, to that of transformers' module."""
+    qwen = any(name.startswith(("visual.", "model.visual.")) for name in keys)
+    rules = RENAMED + (QWEN_RENAMED if qwen else ())
+
+    def rename(name: str) -> str:
+        for pattern, module in rules:
+            renamed, found = re.subn(f"^{pattern}", module, name)
+            if found:
+                return renamed
+        return name
+
+    return rename
 
 
 def _check(config: Mapping[str, Any], folder: pathlib.Path) -> None:

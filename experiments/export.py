@@ -1,0 +1,89 @@
+r"""Writes the model of a run of a whole vision-language model in Hugging Face's formats.
+
+  python -m experiments.export --workdir=runs/vlm --output=tuned               # for transformers
+  python -m experiments.export --workdir=runs/vlm --output=adapter --adapter   # for PEFT
+
+The first merges adapters, and copies tokenizer, processor and what was not trained from the
+directory that the run began with. The second writes what the adapters learned alone. A value head
+is of no use there, and is left out.
+"""
+
+import pathlib
+
+from absl import app, flags, logging
+import jax
+import jax.numpy as jnp
+
+from experiments.evaluate import restore_tokens
+from experiments.train import clean_exit
+from mmrl_jax.models import lora
+from mmrl_jax.pretrained import chat, hub, weights
+from mmrl_jax.pretrained.peft_format import save_adapter
+from mmrl_jax.training import token_models
+
+FLAGS = flags.FLAGS
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    workdir: pathlib.Path, output: pathlib.Path, *, which: str, adapter: bool, dtype: jnp.dtype
+) -> None:
+    """Writes the model of a stage.
+
+    Args:
+      workdir: of the stage.
+      output: absent or empty.
+      which: checkpoint, 'latest', 'best' or a step.
+      adapter: write the adapters in PEFT's format, in float32, and not the merged model.
+      dtype: of the merged model's parameters.
+
+    Raises:
+      ValueError: the run is of no whole model, or the adapters are not all that it trained, or see
+        `restore_tokens`, `hub.export` and `save_adapter`.
+    """
+    weights.refuse_taken(output)
+    config, made_of, step = restore_tokens(workdir, which)
+    if not token_models.is_whole(config.model):
+        raise ValueError(
+            f"--workdir={workdir} has model.pretrained={config.model.pretrained!r}, which is no "
+            "whole vision-language model: a vision encoder of ours has no format of the hub."
+        )
+    variables, source = lora.join(*made_of), chat.directory_of(config.model.pretrained)
+    plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
+    if adapter:
+        trained = {name for name, tree in made_of[0].items() if jax.tree.leaves(tree)} - {"value"}
+        if trained != {"lora"}:
+            raise ValueError(
+                f"--adapter: the run trained {sorted(trained)} of its variables, not 'lora' alone; "
+                "leave the flag out to write the whole model."
+            )
+        base = str(source.resolve())
+        save_adapter(output, variables["lora"], plan.keys, base=base, task_type="CAUSAL_LM")
+    else:
+        params = jax.tree.map(lambda x: x.astype(dtype), hub.merged(variables))
+        hub.export(hub.Pretrained(plan.model, {"params": params}, plan.config), output, source)
+    print(f"Written: {output}, of checkpoint {step}")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
+    with clean_exit(ValueError):
+        export(
+            pathlib.Path(FLAGS.workdir),
+            pathlib.Path(FLAGS.output),
+            which=FLAGS.which,
+            adapter=FLAGS.adapter,
+            dtype=jnp.dtype(FLAGS.dtype),
+        )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of a stage.", required=True)
+    flags.DEFINE_string("output", None, "Directory to write, absent or empty.", required=True)
+    flags.DEFINE_string("which", "latest", "Checkpoint to write: 'latest', 'best' or a step.")
+    flags.DEFINE_bool("adapter", False, "Write the adapters alone, in PEFT's format.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the merged model's parameters.")
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)
