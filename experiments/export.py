@@ -3,9 +3,8 @@ r"""Writes the model of a run of a whole vision-language model in Hugging Face's
   python -m experiments.export --workdir=runs/vlm --output=tuned               # for transformers
   python -m experiments.export --workdir=runs/vlm --output=adapter --adapter   # for PEFT
 
-The first merges adapters, and copies tokenizer, processor and what was not trained from the
-directory that the run began with. The second writes what the adapters learned alone. A value head
-is of no use there, and is left out.
+The first merges adapters, and copies tokenizer and processor from the directory that the run began
+with. The second writes the adapters alone. A value head is of no use there, and is left out.
 """
 
 import pathlib
