@@ -1,6 +1,7 @@
 """Tests of mmrl_jax.distributed.mesh: eight simulated devices compute what one computes."""
 
 import functools
+import re
 
 from brax.envs.base import Env, State
 import jax
@@ -210,6 +211,8 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
         compiled = jit(update).lower(*arguments).compile()
         after, metrics = compiled(*arguments)
         assert len(jax.tree.leaves(after.params)[0].sharding.device_set) == devices
+        moved = re.findall(r" (all-gather|all-to-all|collective-permute)\(", compiled.as_text())
+        assert not moved  # Samples stay where they are.
         return after, metrics, compiled.cost_analysis()["flops"]
 
     one, one_metrics, one_work = updated(1)

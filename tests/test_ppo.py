@@ -408,6 +408,29 @@ def test_every_sample_is_used_once_an_epoch():
             np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
 
 
+def test_a_minibatch_has_one_sample_of_each_run_and_which_is_drawn():
+    keys = jax.random.split(jax.random.key(0), 3)
+    order = learner.minibatch_order(keys, size=200, minibatches=4)
+    assert order.shape == (12, 50)
+    samples = np.array([learner.gather(jnp.arange(200), step) for step in order])
+    np.testing.assert_array_equal(samples // 4, np.broadcast_to(np.arange(50), (12, 50)))
+    for epoch in samples.reshape(3, 200):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(200))
+    # Of 50 runs in 3 epochs, a minibatch has each place about as often: 37.5 times, give or take 5.
+    chosen = order.reshape(3, 4, 50)
+    for minibatch in chosen.swapaxes(0, 1):
+        assert np.all(np.abs(np.bincount(minibatch.ravel(), minlength=4) - 37.5) < 22)
+    # Runs and epochs are shuffled apart, in most of the 24 ways that there are.
+    assert len(np.unique(chosen.swapaxes(1, 2).reshape(150, 4), axis=0)) > 15
+
+
+def test_flattened_samples_stay_with_their_environment():
+    x = jnp.arange(6).reshape(3, 2)  # Three steps of two environments.
+    flat = learner.flatten(x)
+    np.testing.assert_array_equal(flat, [0, 2, 4, 1, 3, 5])
+    np.testing.assert_array_equal(learner.unflatten(flat, 3), x)
+
+
 def test_the_entropy_bonus_raises_the_entropy():
     optimiser = optax.adam(0.05)
     for kind in ("continuous", "discrete"):

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, apply_gradients, minibatch_order, over_steps, summed
+from mmrl_jax.learners.learner import (
+    Shard,
+    apply_gradients,
+    gather,
+    minibatch_order,
+    over_steps,
+    summed,
+)
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
 from mmrl_jax.rl.token_losses import dpo_loss
 from mmrl_jax.tasks.question import Question
@@ -140,7 +147,7 @@ def update(
         }
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(jax.tree.map(lambda x: x[indices], (preferences, reference)))
+        minibatch = shard(gather((preferences, reference), indices))
         whole = jnp.maximum(jnp.sum(minibatch[0].weight), 1.0)
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         (loss, metrics), gradients = summed(

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, apply_gradients, minibatch_order, over_steps, summed
+from mmrl_jax.learners.learner import (
+    Shard,
+    apply_gradients,
+    gather,
+    minibatch_order,
+    over_steps,
+    summed,
+)
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
 from mmrl_jax.rl import group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
@@ -144,7 +151,7 @@ def update(
         return loss / whole, (sums.metrics | {"policy/entropy": entropy}, sums.tokens)
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(jax.tree.map(lambda x: x[indices], samples))
+        minibatch = shard(gather(samples, indices))
         whole = jnp.maximum(divisor(flat(minibatch.mask), h.loss.reduction), 1.0)
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         (loss, (metrics, tokens)), gradients = summed(
@@ -154,7 +161,8 @@ def update(
         means = {name: x / jnp.maximum(tokens, 1.0) for name, x in metrics.items()}
         return state, means | {"loss/policy": loss} | step_metrics
 
-    order = minibatch_order(jax.random.split(rng, h.epochs), len(advantage), h.minibatches)
+    keys = jax.random.split(rng, h.epochs)
+    order = minibatch_order(keys, len(advantage), h.minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
     return state, over_steps(metrics)
 
@@ -163,8 +171,10 @@ def informative(experience: Experience, count: int) -> Experience:
     """The first `count` questions, those whose answers have equal rewards last.
 
     Of more questions than are learned from, it is DAPO's dynamic sampling (Yu et al., 2025, arXiv
-    2503.14476, eq. 11) at a fixed cost.
+    2503.14476, eq. 11) at a fixed cost; of as many, none has to move to another device.
     """
+    if count == len(experience.reward):
+        return experience
     order = jnp.argsort(group_advantages.degenerate(experience.reward, experience.scored))[:count]
     return jax.tree.map(lambda x: x[order], experience)
 

@@ -125,15 +125,47 @@ def apply_gradients(
 
 
 def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
-    """Indices of the samples of every optimiser step, int32 [E * minibatches, size / minibatches].
+    """The samples of every optimiser step, int32 [E * M, size / M], for `gather`.
+
+    Every minibatch has one sample of each run of M samples that follow each other, so that none has
+    to move to another device, however many there are, and the order does not depend on how many.
 
     Args:
       keys: of the shuffles, one for each of E epochs.
       size: number of samples.
-      minibatches: optimiser steps an epoch; must divide `size`.
+      minibatches: M, optimiser steps an epoch; must divide `size`.
     """
-    order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
-    return order.reshape(len(keys) * minibatches, size // minibatches)
+    runs = jnp.broadcast_to(jnp.arange(minibatches), (size // minibatches, minibatches))
+
+    def shuffled(key: jax.Array) -> jax.Array:
+        return jax.random.permutation(key, runs, axis=1, independent=True).T
+
+    return jax.vmap(shuffled)(keys).reshape(-1, len(runs))
+
+
+def gather(tree: Any, indices: jax.Array) -> Any:
+    """Of a batch [N, ...], the samples [n, ...] that indices int32 [n] name, each in its run."""
+
+    def gathered(x: jax.Array) -> jax.Array:
+        runs = x.reshape(len(indices), -1, *x.shape[1:])
+        return jax.vmap(lambda run, i: run[i])(runs, indices)
+
+    return jax.tree.map(gathered, tree)
+
+
+def flatten(tree: Any) -> Any:
+    """[T, B, ...] to [B * T, ...]: each device's environments stay together."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def unflatten(tree: Any, length: int) -> Any:
+    """What `flatten` made, [T, B, ...] again, of T = `length`."""
+    return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def cut(tree: Any, parts: int) -> Any:
+    """[N, ...] to [parts, N / parts, ...]: every `parts`-th sample, so some of each device's."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def summed(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
@@ -141,11 +173,11 @@ def summed(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
 
     Of gradients it is gradient accumulation: no more activations are held than a part's.
     """
-    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut))
+    batch = cut(batch, parts)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, cut
+        lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, batch
     )[0]
 
 

@@ -13,6 +13,8 @@ from mmrl_jax.learners.learner import (
     Shard,
     apply_gradients,
     auxiliary_losses,
+    flatten,
+    gather,
     minibatch_order,
     over_steps,
     run_network,
@@ -127,17 +129,13 @@ def update(
     """
     h, valid = hyperparameters, batch.valid
     batch, advantage, target = _with_advantages(state, batch, last_observation, apply, h)
-    samples = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]),
-        (batch, losses.normalise(advantage, valid), target),
-    )
-    size = valid.size
+    samples = flatten((batch, losses.normalise(advantage, valid), target))
     # Acting normalised with these statistics: normalising the same way here makes the first
     # ratio exactly 1. They take in the new batch at the end.
     statistics = state.statistics
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
-        minibatch, advantage, target = shard(jax.tree.map(lambda x: x[indices], samples))
+        minibatch, advantage, target = shard(gather(samples, indices))
 
         def total(params: Params) -> tuple[jax.Array, Metrics]:
             output = run_network(apply, state.replace(params=params), minibatch.observation)
@@ -159,7 +157,7 @@ def update(
 
     keys = jax.random.split(rng, h.epochs + 1)
     steps = h.epochs * h.minibatches
-    order = minibatch_order(keys[1:], size, h.minibatches)
+    order = minibatch_order(keys[1:], valid.size, h.minibatches)
     (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mmrl_jax.envs.brax_api import State
+from mmrl_jax.learners.learner import cut
 from mmrl_jax.models.heads import ValueHead
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
@@ -101,9 +102,8 @@ def with_value_head(rng: jax.Array, variables: Params, width: int) -> Params:
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
-    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    found = jax.lax.map(function, cut)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    found = jax.lax.map(function, cut(batch, parts))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 @dataclasses.dataclass(frozen=True)

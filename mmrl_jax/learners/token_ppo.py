@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, apply_gradients, minibatch_order, over_steps, summed
+from mmrl_jax.learners.learner import (
+    Shard,
+    apply_gradients,
+    flatten,
+    gather,
+    minibatch_order,
+    over_steps,
+    summed,
+    unflatten,
+)
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
@@ -100,7 +109,7 @@ def update(
     h, valid = hyperparameters, batch.valid
     read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
     samples = _samples(state, batch, last, read, h)
-    turns = _flat(samples)
+    turns = flatten(samples)
 
     def part_loss(params: Params, part: _Sample, whole: jax.Array) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch that has `whole` tokens."""
@@ -126,7 +135,7 @@ def update(
         return loss + h.value_weight * error - h.entropy_weight * entropy, metrics
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(jax.tree.map(lambda x: x[indices], turns))
+        minibatch = shard(gather(turns, indices))
         whole = jnp.maximum(jnp.sum(minibatch.mask), 1.0)
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         (loss, metrics), gradients = summed(
@@ -135,7 +144,8 @@ def update(
         state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
         return state, metrics | step_metrics
 
-    order = minibatch_order(jax.random.split(rng, h.epochs), valid.size, h.minibatches)
+    keys = jax.random.split(rng, h.epochs)
+    order = minibatch_order(keys, valid.size, h.minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
     return state, over_steps(metrics) | {
         "value/explained_variance": losses.explained_variance(
@@ -143,11 +153,6 @@ def update(
         ),
         "answer/length": losses.masked_mean(jnp.sum(samples.mask, axis=-1), valid),
     }
-
-
-def _flat(tree: Any) -> Any:
-    """[T, B, ...] to [T * B, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _read(
@@ -181,10 +186,10 @@ def _samples(
     def of_all(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
         found = in_parts(
             lambda part: read(params, *part),
-            _flat((question, answers)),
+            flatten((question, answers)),
             h.minibatches * h.accumulate,
         )
-        return jax.tree.map(lambda x: x.reshape(answers.tokens.shape), found)
+        return unflatten(found, len(valid))
 
     old, _, value = of_all(state.params)
     first = jax.tree.map(lambda x: x[-1, :, :1], answers)  # Its value is of the prompt alone.

@@ -333,6 +333,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     def generate(
         params: Params, frozen: Any, asked: Question, rng: jax.Array, updates: jax.Array
     ) -> Generated:
+        asked = mesh_lib.constrain_batch(asked, mesh=mesh)  # Each device answers its part.
         sampling = Sampling(temperature=r.temperature)
         key = keys(rng, updates)[0]
         return policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)

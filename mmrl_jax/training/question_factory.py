@@ -327,6 +327,8 @@ def rl_stage(
         asked = task.sample(ask_key, r.questions * r.oversample, "train")
         if r.swapped:
             asked = asked._replace(images=jnp.roll(asked.images, 1, axis=0))
+        # Without it every device would answer all of them.
+        asked = mesh_lib.constrain_batch(asked, mesh=mesh)
         answers = policy.answer(
             carry.learner.params,
             frozen,
@@ -337,9 +339,8 @@ def rl_stage(
         )
         score = task.texts.score(asked, answers.tokens, answers.present, penalty=r.penalty)
         experience = Experience(asked, answers, score.reward, jnp.ones_like(score.reward))
-        learner, metrics = learn(
-            carry.learner, frozen, grpo.informative(experience, r.questions), learn_key
-        )
+        chosen = grpo.informative(experience, r.questions)
+        learner, metrics = learn(carry.learner, frozen, chosen, learn_key)
         learner = token_learner.move_reference(learner, r.reference_decay)
         metrics |= grpo.describe(experience) | {
             "answer/correct": jnp.mean(score.correct),
