@@ -8,6 +8,9 @@ import tokenizers
 import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -20,6 +23,7 @@ TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 SPLIT = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
+PINPOINTS = [[32, 32], [32, 64], [64, 64], [64, 96], [96, 64], [96, 96], [32, 128]]
 SPECIAL = ["<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"]
 SPECIAL += ["<end_of_utterance>"]
 SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -100,6 +104,38 @@ def llava(**images):
     return processor, config
 
 
+class WithoutVideos(transformers.LlavaOnevisionProcessor):
+    """Whose processor needs a package."""
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
+def llava_onevision():
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    config = transformers.LlavaOnevisionConfig(
+        text_config=TEXT | {"model_type": "qwen2"},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        video_token_index=words.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_3",
+    )
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS, image_mean=[0.5, 0.4, 0.3]
+    )
+    processor = WithoutVideos(
+        images,
+        words,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_3",
+    )
+    return processor, config
+
+
 FAMILIES = {
     "idefics3": lambda: idefics3(Idefics3ImageProcessorPil(**SPLIT), "Idefics3Config"),
     "idefics3_whole": lambda: idefics3(
@@ -108,6 +144,8 @@ FAMILIES = {
     "smolvlm": lambda: idefics3(SmolVLMImageProcessorPil(**SPLIT), "SmolVLMConfig"),
     "paligemma": paligemma,
     "llava": llava,
+    "llava_onevision": llava_onevision,
+    "llava_onevision_several": llava_onevision,  # Images in a prompt.
 }
 
 
@@ -170,6 +208,7 @@ MODELS = {
     "llava": "LlavaForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
 
 

@@ -10,13 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import torch
+import transformers
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from mmrl_jax.pretrained import hub, processing
 from mmrl_jax.pretrained.families import vlm
+from tests import hub as tests_hub
+from tests import processors
 from tests.processors import FAMILIES
 
 RESIZE = processing.resize
 SIZES = [(48, 80), (80, 60), (32, 32), (21, 96)]
+CASES = [(family, size) for family in FAMILIES for size in SIZES]
+CASES += [("llava_onevision", (60, 80)), ("llava_onevision_several", (90, 20))]
+# Which of the images there are, and prompts.
+MIXED = (
+    np.array([[True, True], [False, True], [True, False]]),
+    ["<image>left, <image>right?\n", "What is this?<image>", "a<image>\n\nball"],
+)
+LONE = np.ones((3, 1), bool), ["<image>left, right?\n", "What is this?<image>", "a<image>\n\nball"]
+SEVERAL = (
+    np.array([[True, True, False], [False, True, True], [True, True, True]]),
+    [
+        "<image>left, <image>right?\n",
+        "What<image> is this?<image>",
+        "<image><image>a<image>\n\nball",
+    ],
+)
+PROMPTS = {"llava_onevision": LONE, "llava_onevision_several": SEVERAL}
 
 
 @functools.cache
@@ -33,17 +57,26 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("hub")
 
 
-def batch(size):
+def batch(size, family=None):
     """Images, smooth with edges and some noise, which of them there are, and prompts."""
+    present, texts = PROMPTS.get(family, MIXED)
     rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (3, 2, 5, 5, 3), dtype=np.uint8)
-    images = np.zeros((3, 2, *size, 3), np.uint8)
-    for i, j in np.ndindex(3, 2):
+    coarse = rng.integers(0, 256, (*present.shape, 5, 5, 3), dtype=np.uint8)
+    images = np.zeros((*present.shape, *size, 3), np.uint8)
+    for i, j in np.ndindex(present.shape):
         smooth = Image.fromarray(coarse[i, j]).resize(size[::-1], Image.Resampling.BICUBIC)
         images[i, j] = np.clip(np.asarray(smooth) + rng.normal(0, 8, (*size, 3)), 0, 255)
         images[i, j, : size[0] // 3, : size[1] // 2] = 255 * (i == 1)
-    present = np.array([[True, True], [False, True], [True, False]])
-    texts = ["<image>left, <image>right?\n", "What is this?<image>", "a<image>\n\nball"]
+    return images, present, texts
+
+
+def rectangles(size, family):
+    """As `batch`, of few levels, so that none is so near a half that it is rounded another way."""
+    images, present, texts = batch(size, family)
+    rng = np.random.default_rng(10)
+    for i, j in np.ndindex(present.shape):
+        images[i, j], inside = rng.integers(0, 256, (2, 3))
+        images[i, j, size[0] // 4 : size[0] // 2, size[1] // 3 : size[1] // 2] = inside
     return images, present, texts
 
 
@@ -58,11 +91,10 @@ def expected(theirs, images, present, texts, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "size"), CASES)
 def test_prompts_are_transformers_s(family, size, side, directory):
     theirs, processor = pair(family, directory)
-    images, present, texts = batch(size)
+    images, present, texts = batch(size, family)
     out = expected(theirs, images, present, texts, side)
     length = out["input_ids"].shape[1]
     tokens, there = processor.prompts(texts, present, size, length=length, side=side)
@@ -78,20 +110,21 @@ def levels(processor, pixels):
 def differences(family, size, directory):
     """In levels, of every value of every tile."""
     theirs, processor = pair(family, directory)
-    images, present, texts = batch(size)
+    images, present, texts = batch(size, family)
     out = expected(theirs, images, present, texts, "left")
-    pixels, there = jax.jit(processor.pixels)(images, present)
-    want = out["pixel_values"]
+    made = jax.jit(processor.pixels)(images, present)
+    pixels, there, want = made.pixels, made.present, out["pixel_values"]
     if "pixel_attention_mask" in out:
         real = out["pixel_attention_mask"].any(axis=(2, 3))
         np.testing.assert_array_equal(np.sum(there, axis=1), np.sum(real, axis=1))
         want = want[real]
-    want = np.moveaxis(want, 1, -1)
+    if "image_sizes" in out:
+        assert made.size == size and (out["image_sizes"] == size).all()
+    want = np.moveaxis(want, -3, -1)
     return np.abs(levels(processor, np.asarray(pixels)[there]) - levels(processor, want))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "size"), CASES)
 def test_pixels_are_transformers_s_but_for_rounding(family, size, directory):
     found = differences(family, size, directory)
     assert found.max() < 1.01  # One level, where PIL's fixed-point sums round another way,
@@ -141,6 +174,65 @@ def test_a_model_reads_what_a_processor_makes_inside_jit(family, directory):
     assert np.isfinite(logits(params, images)).all()
 
 
+@pytest.fixture(scope="module")
+def onevision(directory):
+    """The torch model, and ours, loaded from what it saved."""
+    path = processors.save_model("llava_onevision", directory / "onevision")
+    kind = transformers.LlavaOnevisionForConditionalGeneration
+    theirs = kind.from_pretrained(path, attn_implementation="eager").eval()
+    return theirs, hub.load_vision_language_model(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        ("llava_onevision", (50, 90)),
+        ("llava_onevision", (60, 80)),
+        ("llava_onevision_several", (48, 80)),
+    ],
+)
+def test_logits_of_what_it_makes_are_torch_s(family, size, directory, onevision):
+    theirs, (model, params, _) = onevision
+    processor = pair(family, directory)[1]
+    images, present, texts = rectangles(size, family)
+    out = expected(pair(family, directory)[0], images, present, texts, "left")
+    tokens, there = processor.prompts(texts, present, size, length=None, side="left")
+
+    @jax.jit
+    def logits(params, images):
+        return model.apply(params, tokens, there, processor.pixels(images, present))
+
+    with torch.no_grad():
+        want = theirs(**out.convert_to_tensors("pt")).logits
+    assert tests_hub.error(logits(params, images), want, there) < 1e-5
+
+
+def test_the_number_of_image_tokens_is_transformers_s_for_any_size(directory):
+    _, processor = pair("llava_onevision", directory)
+    images = LlavaOnevisionImageProcessorPil()  # Up to 6x6 tiles of 384 pixels, as released.
+    theirs = processors.WithoutVideos(
+        images, processors.tokenizer(), num_image_tokens=729, vision_feature_select_strategy="full"
+    )
+    image = {"size": dict(images.size), "image_grid_pinpoints": images.image_grid_pinpoints}
+    config = {"num_image_tokens": 729, "vision_feature_select_strategy": "full"}
+    for size in np.random.default_rng(0).integers(20, 3000, (200, 2)).tolist():
+        plan = processor.family.plan(image, size, 1)
+        found = len(processor.family.expand(config, image, plan, "x"))
+        assert found == theirs._get_number_of_features(*size, 384, 384), size
+
+
+def test_prompts_with_one_image_and_with_several_are_not_mixed(directory):
+    _, processor = pair("llava_onevision", directory)
+    present, texts = MIXED
+    with pytest.raises(ValueError, match="Prompt 1 has 1 of at most 2 images, but this model sees"):
+        processor.prompts(texts, present, (48, 80), length=None, side="left")
+    # Nothing differs where there is none at all.
+    present, texts = np.array([[True, True], [False, False]]), ["<image><image>", "a"]
+    tokens, _ = processor.prompts(texts, present, (48, 80), length=None, side="left")
+    is_image = tokens == processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert is_image.sum(axis=1).tolist() == [2 * (16 + 1), 0]
+
+
 def test_prompts_that_do_not_fit_raise(directory):
     _, processor = pair("llava", directory)
     _, present, texts = batch((32, 32))
@@ -171,17 +263,20 @@ def test_files_of_before_transformers_5_are_read(directory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("family", "name", "value", "message"),
     [
-        ("do_pad", True, "do_pad=True"),
-        ("do_normalize", False, "do_normalize=False"),
-        ("resample", 0, "resample=0"),
-        ("size", {"longest_edge": 5000}, "the most is 4096"),
+        ("llava", "do_pad", True, "do_pad=True"),
+        ("llava", "do_normalize", False, "do_normalize=False"),
+        ("llava", "resample", 0, "resample=0"),
+        ("llava", "size", {"longest_edge": 5000}, "the most is 4096"),
+        ("llava_onevision", "do_center_crop", True, "do_center_crop=True"),
+        ("llava_onevision", "size", {"shortest_edge": 32}, "height and width, alike, are"),
+        ("llava_onevision", "image_grid_pinpoints", [[32, 40]], r"\[32, 40\] is not divisible"),
     ],
 )
-def test_what_is_not_supported_is_named(name, value, message, directory, tmp_path):
-    pair("llava", directory)
-    shutil.copytree(directory / "llava", tmp_path, dirs_exist_ok=True)
+def test_what_is_not_supported_is_named(family, name, value, message, directory, tmp_path):
+    pair(family, directory)
+    shutil.copytree(directory / family, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "processor_config.json"
     config = json.loads(path.read_text())
     config["image_processor"][name] = value

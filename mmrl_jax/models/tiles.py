@@ -88,6 +88,45 @@ class AnyresTiles:
     grid: tuple[int, int] = struct.field(pytree_node=False)
 
 
+def grid_shape(
+    size: tuple[int, int], grid: tuple[int, int], edge: int, most: int
+) -> tuple[int, ...]:
+    """Of the grid's features: padding above and to the left, rows and columns, and scaled ones.
+
+    Args:
+      size: of the image.
+      grid: rows and columns of tiles.
+      edge: of a tile, features.
+      most: see `AnyresVision`.
+    """
+    rows, columns = (edge * n for n in grid)
+    above = left = 0
+    # transformers rounds in this order.
+    if size[1] / size[0] > columns / rows:
+        above = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
+    else:
+        left = (columns - int(round(size[1] * (rows / size[0]), 7))) // 2
+    rows, columns = rows - 2 * above, columns - 2 * left
+    ratio = math.sqrt(rows * columns / (most * edge**2))
+    scaled = (rows, columns) if ratio <= 1.1 else (int(rows // ratio), int(columns // ratio))
+    return above, left, rows, columns, *scaled
+
+
+def anyres_features(size: tuple[int, int], grid: tuple[int, int], whole: int, most: int) -> int:
+    """How many image tokens an image stands for.
+
+    Args:
+      size: of the image.
+      grid: rows and columns of tiles; (0, 0) for the whole image alone.
+      whole: features of a tile.
+      most: see `AnyresVision`.
+    """
+    if grid == (0, 0):
+        return whole + 1
+    rows, columns = grid_shape(size, grid, math.isqrt(whole), most)[-2:]
+    return whole + rows * (columns + 1)
+
+
 class AnyresVision(nn.Module):
     """Features of the whole image, then of its grid, rows ended by a newline (Li et al., 2024).
 
@@ -99,33 +138,9 @@ class AnyresVision(nn.Module):
     tiles: TiledVision
     most: int
 
-    def grid_shape(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, ...]:
-        """Of the grid's features: padding above and to the left, rows and columns, and scaled ones.
-
-        Args:
-          size: of the image.
-          grid: rows and columns of tiles.
-        """
-        edge = math.isqrt(self.tiles.features_per_tile())
-        rows, columns = (edge * n for n in grid)
-        above = left = 0
-        # transformers rounds in this order.
-        if size[1] / size[0] > columns / rows:
-            above = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
-        else:
-            left = (columns - int(round(size[1] * (rows / size[0]), 7))) // 2
-        rows, columns = rows - 2 * above, columns - 2 * left
-        ratio = math.sqrt(rows * columns / (self.most * edge**2))
-        scaled = (rows, columns) if ratio <= 1.1 else (int(rows // ratio), int(columns // ratio))
-        return above, left, rows, columns, *scaled
-
     def features_per_image(self, size: tuple[int, int], grid: tuple[int, int]) -> int:
-        """How many image tokens an image stands for."""
-        whole = self.tiles.features_per_tile()
-        if grid == (0, 0):
-            return whole + 1
-        rows, columns = self.grid_shape(size, grid)[-2:]
-        return whole + rows * (columns + 1)
+        """How many image tokens an image stands for, see `anyres_features`."""
+        return anyres_features(size, grid, self.tiles.features_per_tile(), self.most)
 
     @nn.compact
     def __call__(self, images: AnyresTiles) -> VisionFeatures:
@@ -140,15 +155,16 @@ class AnyresVision(nn.Module):
         newline = newline.astype(x.dtype)
         whole, grid = x[:, 0], newline[None, None]
         if images.grid != (0, 0):
-            above, left, rows, columns, *scaled = self.grid_shape(images.size, images.grid)
             edge = math.isqrt(x.shape[2])
+            shape = grid_shape(images.size, images.grid, edge, self.most)
+            above, left, rows, columns, *scaled = shape
             grid = x[:, 1:].reshape(-1, *images.grid, edge, edge, width)
             grid = jnp.swapaxes(grid, 2, 3)
             grid = grid.reshape(-1, images.grid[0] * edge, images.grid[1] * edge, width)
             grid = grid[:, above : above + rows, left : left + columns]
             if scaled != [rows, columns]:
-                shape = (len(grid), *scaled, width)
-                grid = jax.image.resize(grid, shape, "linear", antialias=False)
+                resized = (len(grid), *scaled, width)
+                grid = jax.image.resize(grid, resized, "linear", antialias=False)
             ends = jnp.broadcast_to(newline, (*grid.shape[:2], 1, width))
             grid = jnp.concatenate([grid, ends], axis=2).reshape(len(grid), -1, width)
         grid = jnp.broadcast_to(grid, (len(whole), *grid.shape[1:]))

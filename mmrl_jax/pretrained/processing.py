@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.models.tiles import Tiles
+from mmrl_jax.models.tiles import AnyresTiles, Tiles, anyres_features
 from mmrl_jax.models.vlm import check_counts
 from mmrl_jax.pretrained import hub
 from mmrl_jax.pretrained.families import vlm
@@ -30,35 +30,116 @@ class Plan(NamedTuple):
     """What becomes of an image.
 
     Attributes:
+      size: its own.
       resizes: sizes that it takes one after the other.
-      tile: size of a tile: where there are no rows, the image's centre; else the image is cut into
-        rows and columns of tiles, and comes once more as a whole, resized to the last tile.
+      tile: size of a tile: where there are no rows, it is the only one; else the image is cut into
+        rows and columns of tiles, and comes once more as a whole, resized to a tile of its own.
       rows: of tiles.
       columns: of tiles.
     """
 
+    size: Size
     resizes: tuple[Size, ...]
     tile: Size
     rows: int = 0
     columns: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.columns
+
+
+def resize(images: jax.Array, size: Size, method: str) -> jax.Array:
+    """Resizes float [B, H, W, C] of whole numbers in [0, 255], as PIL does.
+
+    PIL resizes rows first and rounds what it gets before it turns to columns.
+    """
+    for axis, length in ((2, size[1]), (1, size[0])):
+        if images.shape[axis] != length:
+            shape = (*images.shape[:axis], length, *images.shape[axis + 1 :])
+            images = jax.image.resize(images, shape, method, antialias=True)
+            images = jnp.clip(jnp.floor(images + 0.5), 0, 255)
+    return images
+
+
+def cut(images: jax.Array, plan: Plan) -> jax.Array:
+    """Tiles [B, rows * columns, h, w, 3], row by row, of images [B, rows * h, columns * w, 3]."""
+    height, width = plan.tile
+    x = images.reshape(-1, plan.rows, height, plan.columns, width, 3)
+    return jnp.swapaxes(x, 2, 3).reshape(-1, plan.rows * plan.columns, height, width, 3)
+
+
+def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array:
+    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: rows of tiles, then the whole; or the centre.
+
+    The whole is made of what the tiles are cut from.
+    """
+    method = METHODS[config["resample"]]
+    for size in plan.resizes:
+        images = resize(images, size, method)
+    height, width = plan.tile
+    if not plan.rows:
+        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+        return images[:, None, top : top + height, left : left + width]
+    return jnp.concatenate([cut(images, plan), resize(images, plan.tile, method)[:, None]], axis=1)
+
+
+def pad(images: jax.Array, size: Size, colour: Sequence[float]) -> jax.Array:
+    """Puts images [B, H, W, 3] into the middle of a canvas; where that is odd, above and left."""
+    height, width = images.shape[1:3]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    canvas = jnp.broadcast_to(jnp.asarray(colour, images.dtype), (len(images), *size, 3))
+    return canvas.at[:, top : top + height, left : left + width].set(images)
+
+
+def anyres_tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array:
+    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: the whole, then rows of tiles, if any.
+
+    Tiles are cut from a black canvas. Without them the whole keeps its proportions, on a square of
+    the mean colour, as LLaVA-OneVision has it.
+    """
+    method = METHODS[config["resample"]]
+    if not plan.rows:
+        edge = max(plan.size)
+        images = pad(images, (edge, edge), [int(mean * 255) for mean in config["image_mean"]])
+        return resize(images, plan.tile, method)[:, None]
+    (size,), (height, width) = plan.resizes, plan.tile
+    grid = pad(resize(images, size, method), (plan.rows * height, plan.columns * width), (0, 0, 0))
+    whole = resize(images, plan.tile, method)
+    return jnp.concatenate([whole[:, None], cut(grid, plan)], axis=1)
+
+
+def pack(x: jax.Array, present: jax.Array, plan: Plan) -> Tiles:
+    """Tiles [B, I * N, h, w, 3] of images in tiles [B, I, N, h, w, 3], present [B, I]."""
+    present = jnp.repeat(present, x.shape[2], axis=1)
+    return Tiles(x.reshape(len(x), -1, *x.shape[3:]), present)
 
 
 class Family(NamedTuple):
     """How a family's processor works.
 
     Attributes:
-      plan: (config of the image processor, size of an image) -> what becomes of it.
-      tokens: (config of the processor, of the image processor, size of a tile) -> image tokens.
-      expand: (a plan, the image tokens of a tile) -> what the mark of an image becomes.
+      plan: (config of the image processor, size of an image, the most images of a sample) -> what
+        becomes of it.
+      expand: (config of the processor, of the image processor, a plan, the mark of an image) ->
+        what the mark becomes.
       complete: (tokenizer, prompt with marks) -> the prompt with the family's own additions.
       special: the tokenizer adds what it puts around any text.
+      tiles: (images, a plan, config of the image processor) -> tiles.
+      pack: (tiles [B, I, N, h, w, 3], present [B, I], a plan) -> what the vision model takes.
+      features: (the vision model, a plan) -> features of an image.
     """
 
-    plan: Callable[[Mapping[str, Any], Size], Plan]
-    tokens: Callable[[Mapping[str, Any], Mapping[str, Any], Size], int]
-    expand: Callable[[Plan, str], str]
-    complete: Callable[[Any, str, str], str]
+    plan: Callable[[Mapping[str, Any], Size, int], Plan]
+    expand: Callable[[Mapping[str, Any], Mapping[str, Any], Plan, str], str]
+    complete: Callable[[Any, str, str], str] = lambda tokenizer, text, mark: text
     special: bool = True
+    tiles: Callable[[jax.Array, Plan, Mapping[str, Any]], jax.Array] = tiles
+    pack: Callable[[jax.Array, jax.Array, Plan], Tiles | AnyresTiles] = pack
+    features: Callable[[Any, Plan], int] = lambda vision, plan: (
+        (plan.rows * plan.columns + 1) * vision.features_per_tile()
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +149,7 @@ class Processor:
     Attributes:
       tokenizer: transformers'; it knows the chat template.
       mark: stands for an image in a prompt, and is the image token's text.
-      features: of the vision model, for a tile.
+      vision: the vision model, without its parameters; it knows the number of its features.
       family: how its family works.
       config: the processor's, in the hub's format.
       image: the image processor's.
@@ -76,26 +157,29 @@ class Processor:
 
     tokenizer: Any
     mark: str
-    features: int
+    vision: Any
     family: Family
     config: Mapping[str, Any]
     image: Mapping[str, Any]
 
     def whole(self) -> "Processor":
-        """One that sees an image as a single tile.
+        """One that sees a lone image as a single tile.
 
-        Idefics3's and SmolVLM's would enlarge a small picture to their longest edge and cut it into
-        many tiles, which show nothing more of it and cost as much each.
+        Those that cut images would enlarge a small picture and cut it into many tiles, which show
+        nothing more of it and cost as much each.
         """
-        if "max_image_size" not in self.image:
-            return self
-        return dataclasses.replace(self, image={**self.image, "size": self.image["max_image_size"]})
+        image = dict(self.image)
+        if "max_image_size" in image:
+            image["size"] = image["max_image_size"]
+        if "image_grid_pinpoints" in image:
+            image["image_grid_pinpoints"] = []
+        return dataclasses.replace(self, image=image)
 
-    def pixels(self, images: jax.Array, present: jax.Array | None = None) -> Tiles:
+    def pixels(self, images: jax.Array, present: jax.Array | None = None) -> Tiles | AnyresTiles:
         """Tiles of images; a pure function.
 
         Args:
-          images: uint8 [B, I, H, W, 3].
+          images: uint8 [B, I, H, W, 3]. LLaVA-OneVision cuts them where I is 1 only.
           present: bool [B, I], False for what fills up samples with fewer images; by default all.
 
         Raises:
@@ -105,15 +189,15 @@ class Processor:
             raise ValueError(f"Images are {images.dtype}; give uint8, of 0 to 255.")
         batch, count, height, width, _ = images.shape
         x = images.reshape(-1, height, width, 3).astype(jnp.float32)
-        x = tiles(x, self.family.plan(self.image, (height, width)), METHODS[self.image["resample"]])
+        plan = self.family.plan(self.image, (height, width), count)
+        x = self.family.tiles(x, plan, self.image)
         mean, std = (
             np.asarray(self.image[f"image_{name}"], np.float32) for name in ("mean", "std")
         )
         x = (x / 255 - mean) / std
         if present is None:
             present = jnp.ones((batch, count), bool)
-        present = jnp.repeat(present, x.shape[1], axis=1)
-        return Tiles(x.reshape(batch, -1, *x.shape[2:]), present)
+        return self.family.pack(x.reshape(batch, count, *x.shape[1:]), present, plan)
 
     def prompts(
         self,
@@ -135,17 +219,24 @@ class Processor:
 
         Raises:
           ValueError: marks and images, or image tokens and features disagree, or a prompt is too
-            long: it is never cut, for that may cut an image.
+            long: it is never cut, for that may cut an image; or LLaVA-OneVision has one image in
+            some prompts and several in others, which it treats in different ways.
         """
-        plan = self.family.plan(self.image, size)
-        count = self.family.tokens(self.config, self.image, plan.tile)
-        expanded = self.family.expand(plan, self.mark * count)
+        plan = self.family.plan(self.image, size, present.shape[1])
+        expanded = self.family.expand(self.config, self.image, plan, self.mark)
         rows = []
         for i, text in enumerate(texts):
-            if text.count(self.mark) != np.sum(present[i]):
+            count = int(np.sum(present[i]))
+            if text.count(self.mark) != count:
                 raise ValueError(
                     f"Prompt {i} has {text.count(self.mark)} marks {self.mark!r}, but "
-                    f"{np.sum(present[i])} images."
+                    f"{count} images."
+                )
+            if count and self.family.plan(self.image, size, count) != plan:
+                raise ValueError(
+                    f"Prompt {i} has {count} of at most {present.shape[1]} images, but this model "
+                    "sees a lone image in another way than several: put prompts with one image "
+                    "into batches of their own, present [B, 1]."
                 )
             text = self.family.complete(self.tokenizer, text, self.mark)
             text = text.replace(self.mark, expanded)
@@ -160,39 +251,13 @@ class Processor:
         for i, ids in enumerate(rows):
             where = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
             tokens[i, where], there[i, where] = ids, True
-        features = (plan.rows * plan.columns + 1) * self.features
+        features = self.family.features(self.vision, plan)
         is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.mark)
         check_counts(is_image, np.repeat(present, features, axis=1))
         return tokens, there
 
 
-def resize(images: jax.Array, size: Size, method: str) -> jax.Array:
-    """Resizes float [B, H, W, C] of whole numbers in [0, 255], as PIL does.
-
-    PIL resizes rows first and rounds what it gets before it turns to columns.
-    """
-    for axis, length in ((2, size[1]), (1, size[0])):
-        if images.shape[axis] != length:
-            shape = (*images.shape[:axis], length, *images.shape[axis + 1 :])
-            images = jax.image.resize(images, shape, method, antialias=True)
-            images = jnp.clip(jnp.floor(images + 0.5), 0, 255)
-    return images
-
-
-def tiles(images: jax.Array, plan: Plan, method: str) -> jax.Array:
-    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: rows of tiles, then the whole."""
-    for size in plan.resizes:
-        images = resize(images, size, method)
-    height, width = plan.tile
-    if not plan.rows:
-        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
-        return images[:, None, top : top + height, left : left + width]
-    x = images.reshape(-1, plan.rows, height, plan.columns, width, 3)
-    x = jnp.swapaxes(x, 2, 3).reshape(-1, plan.rows * plan.columns, height, width, 3)
-    return jnp.concatenate([x, resize(images, plan.tile, method)[:, None]], axis=1)
-
-
-def whole(config: Mapping[str, Any], size: Size) -> Plan:
+def whole(config: Mapping[str, Any], size: Size, images: int) -> Plan:
     """Of CLIP's and SigLIP's processors: resize, and take the centre if the config says so.
 
     Raises:
@@ -210,15 +275,15 @@ def whole(config: Mapping[str, Any], size: Size) -> Plan:
         tile = config["crop_size"]["height"], config["crop_size"]["width"]
         if tile[0] > resized[0] or tile[1] > resized[1]:
             raise ValueError(f"crop_size={tile} is larger than an image resized to {resized}.")
-    return Plan((resized,), tile)
+    return Plan(size, (resized,), tile)
 
 
-def split(config: Mapping[str, Any], size: Size) -> Plan:
+def split(config: Mapping[str, Any], size: Size, images: int) -> Plan:
     """Of Idefics3's and SmolVLM's: scale to a longest edge, then to whole tiles."""
     edge = config["max_image_size"]["longest_edge"]
     height, width = scaled(size, config["size"]["longest_edge"])
     if not config["do_image_splitting"]:
-        return Plan(((height, width), (edge, edge)), (edge, edge))
+        return Plan(size, ((height, width), (edge, edge)), (edge, edge))
     ratio = width / height
     if width >= height:
         columns = math.ceil(width / edge)
@@ -228,8 +293,8 @@ def split(config: Mapping[str, Any], size: Size) -> Plan:
         columns = math.ceil(int(rows * edge * ratio) / edge)
     resizes = ((height, width), (rows * edge, columns * edge))
     if rows == columns == 1:
-        return Plan(resizes, (edge, edge))
-    return Plan(resizes, (edge, edge), rows, columns)
+        return Plan(size, resizes, (edge, edge))
+    return Plan(size, resizes, (edge, edge), rows, columns)
 
 
 def scaled(size: Size, longest: int) -> Size:
@@ -241,6 +306,31 @@ def scaled(size: Size, longest: int) -> Size:
         return max(height + height % 2, 1), width
     height, width = longest, int(longest * ratio)
     return height, max(width + width % 2, 1)
+
+
+def anyres(config: Mapping[str, Any], size: Size, images: int) -> Plan:
+    """Of LLaVA-OneVision's: a lone image is also fitted into a grid of tiles, several are not.
+
+    The grid is that of the pinpoints in which the image keeps most of its pixels, and among those
+    the smallest. Without pinpoints there is none.
+    """
+    tile = config["size"]["height"], config["size"]["width"]
+    if images > 1 or not config["image_grid_pinpoints"]:
+        return Plan(size, (tile,), tile)
+    height, width = size
+
+    def kept(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - canvas[0] * canvas[1]
+
+    rows, columns = max(config["image_grid_pinpoints"], key=kept)
+    high, wide = rows / height, columns / width
+    if wide < high:
+        fitted = min(math.ceil(height * wide), rows), columns
+    else:
+        fitted = rows, min(math.ceil(width * high), columns)
+    return Plan(size, (fitted,), tile, rows // tile[0], columns // tile[1])
 
 
 def rows_and_whole(plan: Plan, words: str) -> str:
@@ -261,39 +351,47 @@ def _with_start(tokenizer: Any, text: str, mark: str) -> str:
     return f"{text[:end]}{tokenizer.bos_token}{text[end:]}\n"
 
 
-def _llava_tokens(config: Mapping[str, Any], image: Mapping[str, Any], tile: Size) -> int:
+def _llava_tokens(config: Mapping[str, Any], tile: Size) -> int:
     patch = config["patch_size"]
     count = (tile[0] // patch) * (tile[1] // patch) + config["num_additional_image_tokens"]
     return count - int(config["vision_feature_select_strategy"] == "default")
 
 
+def _anyres_tokens(config: Mapping[str, Any], plan: Plan) -> int:
+    whole = config["num_image_tokens"] - int(config["vision_feature_select_strategy"] == "default")
+    most = vlm.most_tiles(config.get("vision_aspect_ratio", "anyres_max_9"))
+    return anyres_features(plan.size, plan.grid, whole, most)
+
+
 IDEFICS3 = Family(
     plan=split,
-    tokens=lambda config, image, tile: config["image_seq_len"],
-    expand=rows_and_whole,
-    complete=lambda tokenizer, text, mark: text,
+    expand=lambda config, image, plan, mark: rows_and_whole(plan, mark * config["image_seq_len"]),
 )
 FAMILIES = {
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
     "paligemma": Family(
         plan=whole,
-        tokens=lambda config, image, tile: image["image_seq_length"],
-        expand=lambda plan, words: words,
+        expand=lambda config, image, plan, mark: mark * image["image_seq_length"],
         complete=_with_start,
         special=False,
     ),
     "llava": Family(
         plan=whole,
-        tokens=_llava_tokens,
-        expand=lambda plan, words: words,
-        complete=lambda tokenizer, text, mark: text,
+        expand=lambda config, image, plan, mark: mark * _llava_tokens(config, plan.tile),
+    ),
+    "llava_onevision": Family(
+        plan=anyres,
+        expand=lambda config, image, plan, mark: mark * _anyres_tokens(config, plan),
+        tiles=anyres_tiles,
+        pack=lambda x, present, plan: AnyresTiles(x, present, plan.size, plan.grid),
+        features=lambda vision, plan: vision.features_per_image(plan.size, plan.grid),
     ),
 }
 
 
 def load_processor(directory: str | pathlib.Path) -> Processor:
-    """The processor of a vision-language model: Idefics3, SmolVLM, PaliGemma, LLaVA.
+    """The processor of a vision-language model of one of `FAMILIES`.
 
     Args:
       directory: local, in the hub's format, with the model's config, its processor's and its
@@ -323,8 +421,7 @@ def load_processor(directory: str | pathlib.Path) -> Processor:
     found = tokenizer.convert_tokens_to_ids(mark)
     if found != model.image_token:
         raise ValueError(f"{mark!r} is token {found}, but the model's is {model.image_token}.")
-    features = model.vision.features_per_tile()
-    return Processor(tokenizer, mark, features, FAMILIES[kind], config, image)
+    return Processor(tokenizer, mark, model.vision, FAMILIES[kind], config, image)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -335,8 +432,11 @@ def _check(image: Mapping[str, Any]) -> None:
     """Raises ValueError for what an image processor's config asks for and we do not do."""
     done: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True}
     done["rescale_factor"] = 1 / 255
-    if "max_image_size" not in image:
-        done["do_pad"] = False  # Idefics3 pads samples with fewer tiles, LLaVA pads to squares.
+    pinpoints = image.get("image_grid_pinpoints")
+    if pinpoints:
+        done |= {"do_center_crop": False, "crop_size": None}
+    elif "max_image_size" not in image:  # These two pad samples with fewer tiles,
+        done["do_pad"] = False  # LLaVA pads to squares.
     for name, value in done.items():
         if image.get(name, value) not in (value, None):
             raise ValueError(f"{name}={image[name]} of the image processor is not supported.")
@@ -344,3 +444,14 @@ def _check(image: Mapping[str, Any]) -> None:
         raise ValueError(f"resample={image['resample']} is not supported; {METHODS} are.")
     if image["size"].get("longest_edge", 0) > LONGEST:
         raise ValueError(f"size={image['size']} is not supported: the most is {LONGEST} pixels.")
+    if pinpoints:
+        edge = image["size"].get("height")
+        if edge is None or edge != image["size"].get("width"):
+            raise ValueError(
+                f"size={image['size']} is not supported; height and width, alike, are."
+            )
+        for pinpoint in pinpoints:
+            if any(length % edge for length in pinpoint):
+                raise ValueError(
+                    f"image_grid_pinpoints: {pinpoint} is not divisible into tiles of {edge}."
+                )

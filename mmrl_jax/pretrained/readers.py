@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.models.tiles import TiledVision, Tiles
+from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.towers import Pictures, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, packages, processing
@@ -131,7 +131,7 @@ class ControlModel(NamedTuple):
     """
 
     model: VisionLanguageModel
-    pictures: Callable[[jax.Array], Tiles]
+    pictures: Callable[[jax.Array], Tiles | AnyresTiles]
     prompts: Reader
     grid: bool
 
@@ -189,8 +189,8 @@ def vision_language_model(
         found = jnp.where(known[:, None], jnp.asarray(ids)[index], nothing)
         return found, jnp.asarray(present)[index]
 
-    plan = processor.family.plan(processor.image, size)
-    features = cast(TiledVision, model.vision).features_per_tile()
+    plan = processor.family.plan(processor.image, size, 1)
+    features = processor.family.features(model.vision, plan)
     grid = plan.resizes[-1] == plan.tile and math.isqrt(features) ** 2 == features
     return ControlModel(model, processor.pixels, prompts, grid)
 

@@ -122,14 +122,12 @@ def llava_onevision(
     """LLaVA that reads an image whole and in tiles (Li et al., 2024, LLaVA-OneVision).
 
     Raises:
-      ValueError: as `llava`, or tiles are put together in another way than 'anyres_max_N'.
+      ValueError: see `llava`, `most_tiles`.
     """
-    ratio = re.fullmatch(r"anyres_max_(\d+)", config["vision_aspect_ratio"])
-    if ratio is None:
-        raise ValueError(f"vision_aspect_ratio={config['vision_aspect_ratio']!r} is not supported.")
+    most = most_tiles(config["vision_aspect_ratio"])
     tiled = llava(config, names, dtype, remat, "vision/tiles")
     tiles: Any = tiled.model.vision
-    vision = AnyresVision(tiles, int(ratio[1]))
+    vision = AnyresVision(tiles, most)
 
     def image(tile: Tiles) -> AnyresTiles:
         edge = tile.pixels.shape[2]
@@ -140,6 +138,18 @@ def llava_onevision(
         keys=tiled.keys | {"image_newline": "vision/newline"},
         images=jax.eval_shape(image, tiled.images),
     )
+
+
+def most_tiles(ratio: str) -> int:
+    """N of LLaVA-OneVision's `vision_aspect_ratio`, 'anyres_max_N'.
+
+    Raises:
+      ValueError: tiles are put together in another way.
+    """
+    found = re.fullmatch(r"anyres_max_(\d+)", ratio)
+    if found is None:
+        raise ValueError(f"vision_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is.")
+    return int(found[1])
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, bool], Recipe]] = {
