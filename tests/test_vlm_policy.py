@@ -12,7 +12,9 @@ import pytest
 
 from configs import reach_ppo
 from mmrl_jax.models.transformer import Transformer
+from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import hub, readers
+from mmrl_jax.pretrained.families import vlm
 from mmrl_jax.training import factory, loop
 from tests import processors
 
@@ -55,17 +57,21 @@ def say(env, obs, *texts):
     return obs | {"instruction": {"tokens": tokens, "mask": tokens != 0}}
 
 
-@pytest.mark.parametrize("family", ["smolvlm", "llava", "paligemma"])
+@pytest.mark.parametrize("family", ["smolvlm", "llava", "paligemma", "llava_onevision"])
 def test_picture_instruction_and_joints_change_what_it_does(family, directories):
     config = small(directories(family))
+    if family == "llava_onevision":  # A newline, that is no place of the frame, is a feature too.
+        config.model.pointing = None
     env, learner, obs, policy = parts(config)
-    assert set(learner.params["params"]) == OURS | {"vlm"}
+    ours = OURS if config.model.pointing else OURS - {"pointing"}
+    assert set(learner.params["params"]) == ours | {"vlm"}
     obs = say(env, obs, "touch the red ball", "touch the red ball")
     other = say(env, obs, "touch the blue can", "touch the red ball")
     first = policy(obs)
     # The whole frame is a square of features: 4x4 patches, of which SmolVLM joins 2x2.
     edge = 2 if family == "smolvlm" else 4
-    assert first.auxiliary["target_pixel"].shape == (2, edge, edge)
+    if config.model.pointing:
+        assert first.auxiliary["target_pixel"].shape == (2, edge, edge)
     assert first.auxiliary["target_place"].shape == (2, 2)
 
     def moved(obs):
@@ -131,6 +137,55 @@ def test_a_readout_is_read_by_nobody_else_and_reads_everything(directories):
     mean, value = (np.abs(x).reshape(-1, *x.shape[-2:]).max(axis=(0, 2)) for x in jacobian)
     assert mean[0] > 0 and mean[1] == 0
     assert value[0] == 0 and value[1] > 0
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])  # Causal, and reading ahead.
+def test_padding_around_the_prompt_changes_nothing(family, directories):
+    directory = directories(family)
+    processor, config = readers.processing.load_processor(directory), hub.read_config(directory)
+    config["text_config"]["num_hidden_layers"] = 2  # What a token reads is read in turn.
+    model = vlm.FAMILIES[family](config, (), jnp.float32, False).model
+    network = VLMPolicy(
+        kind="continuous",
+        actions=2,
+        vlm=model,
+        pictures=processor.pixels,
+        prompts=lambda tokens, mask: (tokens, mask),
+        auxiliary=(("place", 2),),
+        pointing="pixel",
+    )
+    tokens, present = processor.prompts(
+        ["<image>Touch the ball."], np.ones((1, 1), bool), (32, 32), length=None, side="right"
+    )
+    rng = np.random.default_rng(0)
+    frame, joints = rng.integers(0, 256, (1, 32, 32, 3), np.uint8), rng.normal(size=(1, 4))
+
+    def observed(*paddings):
+        """The same, but for padding before and behind the prompt, of some token."""
+        around = [((0, 0), sides) for sides in paddings]
+        ids = np.concatenate([np.pad(tokens, sides, constant_values=7) for sides in around])
+        mask = np.concatenate([np.pad(present, sides) for sides in around])
+        return {
+            "instruction": {"tokens": jnp.asarray(ids), "mask": jnp.asarray(mask)},
+            "pixels": jnp.repeat(frame, len(ids), axis=0),
+            "proprio": jnp.repeat(joints, len(ids), axis=0),
+        }
+
+    shapes = jax.eval_shape(network.init, jax.random.key(0), observed((0, 0)))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
+    with jax.default_matmul_precision("highest"):
+        apply = jax.jit(network.apply)
+        without = apply(params, observed((0, 0)))
+        padded = apply(params, observed((0, 9), (9, 0), (3, 6)))
+
+    def same(one, three):
+        assert np.abs(one).max() > 1e-2
+        np.testing.assert_allclose(three, np.repeat(one, 3, axis=0), rtol=1e-5, atol=1e-5)
+
+    def outputs(output):
+        return output.distribution.mean, output.value, output.auxiliary
+
+    jax.tree.map(same, outputs(without), outputs(padded))
 
 
 def test_an_unknown_instruction_is_nan_and_none_at_all_is_not(directories):
