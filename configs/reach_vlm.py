@@ -1,9 +1,9 @@
 """PPO fine-tunes a whole vision-language model on `language_reach`: adapters and heads alone.
 
 The model is read from a local directory in the hub's format, weights, config, processor and
-tokenizer: SmolVLM, Idefics3, PaliGemma or LLaVA. Its parameters are frozen; adapters of rank 8 on
-the decoder's queries and values learn, with the joints' token, the readouts and the heads. The
-prompt is that of SmolVLM-Instruct; other models want `--config.model.prompt`.
+tokenizer: SmolVLM, Idefics3, PaliGemma, LLaVA or LLaVA-OneVision. Its parameters are frozen;
+adapters of rank 8 on the decoder's queries and values learn, with the joints' token, the readouts
+and the heads. The prompt is that of SmolVLM-Instruct; other models want `--config.model.prompt`.
 
 Command:   python -m experiments.train --config=configs/reach_vlm.py --workdir=runs/reach_vlm
                --config.model.directory=DIRECTORY

@@ -14,7 +14,6 @@ from configs import reach_ppo
 from mmrl_jax.models.transformer import Transformer
 from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import hub, readers
-from mmrl_jax.pretrained.families import vlm
 from mmrl_jax.training import factory, loop
 from tests import processors
 
@@ -60,18 +59,14 @@ def say(env, obs, *texts):
 @pytest.mark.parametrize("family", ["smolvlm", "llava", "paligemma", "llava_onevision"])
 def test_picture_instruction_and_joints_change_what_it_does(family, directories):
     config = small(directories(family))
-    if family == "llava_onevision":  # A newline, that is no place of the frame, is a feature too.
-        config.model.pointing = None
     env, learner, obs, policy = parts(config)
-    ours = OURS if config.model.pointing else OURS - {"pointing"}
-    assert set(learner.params["params"]) == ours | {"vlm"}
+    assert set(learner.params["params"]) == OURS | {"vlm"}
     obs = say(env, obs, "touch the red ball", "touch the red ball")
     other = say(env, obs, "touch the blue can", "touch the red ball")
     first = policy(obs)
     # The whole frame is a square of features: 4x4 patches, of which SmolVLM joins 2x2.
     edge = 2 if family == "smolvlm" else 4
-    if config.model.pointing:
-        assert first.auxiliary["target_pixel"].shape == (2, edge, edge)
+    assert first.auxiliary["target_pixel"].shape == (2, edge, edge)
     assert first.auxiliary["target_place"].shape == (2, 2)
 
     def moved(obs):
@@ -139,53 +134,71 @@ def test_a_readout_is_read_by_nobody_else_and_reads_everything(directories):
     assert value[0] == 0 and value[1] > 0
 
 
-@pytest.mark.parametrize("family", ["llava", "paligemma"])  # Causal, and reading ahead.
-def test_padding_around_the_prompt_changes_nothing(family, directories):
-    directory = directories(family)
-    processor, config = readers.processing.load_processor(directory), hub.read_config(directory)
-    config["text_config"]["num_hidden_layers"] = 2  # What a token reads is read in turn.
-    model = vlm.FAMILIES[family](config, (), jnp.float32, False).model
+def policy_of(directory):
+    """A network that reads a model's own tokens, its parameters redrawn, and what it observes."""
+    said, known, size = ("touch the ball",), ("touch", "the", "ball"), (32, 32)
+    read = readers.vision_language_model(
+        directory, "{image}{instruction}", said, known, size, jnp.float32, remat=False
+    )
+    language = read.model.language.clone(layers=2)  # What a token reads is read in turn.
     network = VLMPolicy(
         kind="continuous",
         actions=2,
-        vlm=model,
-        pictures=processor.pixels,
+        vlm=read.model.clone(language=language),
+        pictures=read.pictures,
         prompts=lambda tokens, mask: (tokens, mask),
         auxiliary=(("place", 2),),
         pointing="pixel",
     )
-    tokens, present = processor.prompts(
-        ["<image>Touch the ball."], np.ones((1, 1), bool), (32, 32), length=None, side="right"
-    )
+    tokens, mask = read.prompts(jnp.array([[1, 2, 3]]), jnp.ones((1, 3), bool))
     rng = np.random.default_rng(0)
-    frame, joints = rng.integers(0, 256, (1, 32, 32, 3), np.uint8), rng.normal(size=(1, 4))
-
-    def observed(*paddings):
-        """The same, but for padding before and behind the prompt, of some token."""
-        around = [((0, 0), sides) for sides in paddings]
-        ids = np.concatenate([np.pad(tokens, sides, constant_values=7) for sides in around])
-        mask = np.concatenate([np.pad(present, sides) for sides in around])
-        return {
-            "instruction": {"tokens": jnp.asarray(ids), "mask": jnp.asarray(mask)},
-            "pixels": jnp.repeat(frame, len(ids), axis=0),
-            "proprio": jnp.repeat(joints, len(ids), axis=0),
-        }
-
-    shapes = jax.eval_shape(network.init, jax.random.key(0), observed((0, 0)))
+    observation = {
+        "instruction": {"tokens": tokens, "mask": mask},
+        "pixels": rng.integers(0, 256, (1, *size, 3), np.uint8),
+        "proprio": rng.normal(size=(1, 4)),
+    }
+    shapes = jax.eval_shape(network.init, jax.random.key(0), observation)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
+    return network, params, observation
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])  # Causal, and reading ahead.
+def test_padding_around_the_prompt_changes_nothing(family, directories):
+    network, params, observation = policy_of(directories(family))
+    padded = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), observation)
+    paddings = [((0, 0), sides) for sides in ((0, 9), (9, 0), (3, 6))]  # Before and behind.
+    tokens, mask = observation["instruction"].values()
+    padded["instruction"] = {
+        "tokens": np.concatenate([np.pad(tokens, sides, constant_values=7) for sides in paddings]),
+        "mask": np.concatenate([np.pad(mask, sides) for sides in paddings]),
+    }
     with jax.default_matmul_precision("highest"):
         apply = jax.jit(network.apply)
-        without = apply(params, observed((0, 0)))
-        padded = apply(params, observed((0, 9), (9, 0), (3, 6)))
+        one, three = apply(params, observation), apply(params, padded)
 
-    def same(one, three):
-        assert np.abs(one).max() > 1e-2
-        np.testing.assert_allclose(three, np.repeat(one, 3, axis=0), rtol=1e-5, atol=1e-5)
+    def same(x, y):
+        assert np.abs(x).max() > 1e-2
+        np.testing.assert_allclose(y, np.repeat(x, 3, axis=0), rtol=1e-5, atol=1e-5)
 
-    def outputs(output):
-        return output.distribution.mean, output.value, output.auxiliary
+    same(one.distribution.mean, three.distribution.mean)
+    same(one.value, three.value)
+    jax.tree.map(same, one.auxiliary, three.auxiliary)
 
-    jax.tree.map(same, outputs(without), outputs(padded))
+
+def test_a_newline_is_no_place_to_point_at(directories):
+    network, params, observation = policy_of(directories("llava_onevision"))
+    params = params["params"]
+    # The question is the same, whatever the readout has read.
+    params["pointing"]["kernel"] *= 0
+    vision = params["vlm"]["vision"]
+    other = params["vlm"] | {"vision": vision | {"newline": 0 * vision["newline"]}}
+    apply = jax.jit(network.apply)
+    one, two = (
+        apply({"params": params}, observation),
+        apply({"params": params | {"vlm": other}}, observation),
+    )
+    np.testing.assert_array_equal(one.auxiliary["pixel"], two.auxiliary["pixel"])
+    assert one.auxiliary["pixel"].shape == (1, 4, 4) and np.abs(one.value - two.value) > 1e-3
 
 
 def test_an_unknown_instruction_is_nan_and_none_at_all_is_not(directories):
@@ -317,10 +330,16 @@ def test_patterns_that_match_nothing_are_refused(changes, message, directories):
         factory.fresh_learner(config, factory.make_env(config), factory.adam(1e-3, 1.0))
 
 
-def test_pointing_wants_the_whole_frame(directories):
-    config = small(directories("llava"))
-    config.env.width = 32  # LLaVA's processor cuts the middle out.
+@pytest.mark.parametrize(
+    "family",
+    ["llava", "llava_onevision"],  # One's processor cuts the middle out, the other's pads.
+)
+def test_pointing_wants_the_whole_frame_and_nothing_else(family, directories):
+    config = small(directories(family))
+    config.env.width = 32
     with pytest.raises(ValueError, match="model.pointing='target_pixel', but the features of"):
         factory.make_network(config, factory.make_env(config))
     config.model.pointing = None
-    factory.make_network(config, factory.make_env(config))
+    network = factory.make_network(config, factory.make_env(config))
+    tiles = network.pictures(jnp.zeros((2, 1, 16, 32, 3), jnp.uint8))
+    assert tiles.pixels.shape[-4:] == (1, 32, 32, 3)  # One.

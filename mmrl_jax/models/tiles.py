@@ -138,9 +138,13 @@ class AnyresVision(nn.Module):
     tiles: TiledVision
     most: int
 
+    def features_per_tile(self) -> int:
+        """How many features the whole image has, and each tile of the grid before it is scaled."""
+        return self.tiles.features_per_tile()
+
     def features_per_image(self, size: tuple[int, int], grid: tuple[int, int]) -> int:
         """How many image tokens an image stands for, see `anyres_features`."""
-        return anyres_features(size, grid, self.tiles.features_per_tile(), self.most)
+        return anyres_features(size, grid, self.features_per_tile(), self.most)
 
     @nn.compact
     def __call__(self, images: AnyresTiles) -> VisionFeatures:

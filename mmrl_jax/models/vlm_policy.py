@@ -36,7 +36,7 @@ class VLMPolicy(nn.Module):
       auxiliary: name -> size of privileged targets predicted from the policy's readout.
       pointing: name of a privileged place in the picture: the policy's readout asks, and the image
         features answer by one logit each (Vinyals et al., 2015). They must be a square grid over
-        the whole picture.
+        the whole picture, behind which a newline may come.
     """
 
     kind: ActionKind
@@ -82,9 +82,9 @@ class VLMPolicy(nn.Module):
         }
         if self.pointing is not None:
             question = Dense(language.width, name="pointing")(policy)
-            answers = normalise(features.tokens.astype(jnp.float32))
+            edge = math.isqrt(features.tokens.shape[1])
+            answers = normalise(features.tokens[:, : edge**2].astype(jnp.float32))
             logits = jnp.einsum("bd,bfd->bf", question, answers) / math.sqrt(language.width)
-            edge = math.isqrt(logits.shape[1])
             auxiliary[self.pointing] = logits.reshape(-1, edge, edge)
         return PolicyOutput(
             distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),

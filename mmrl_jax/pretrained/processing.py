@@ -314,10 +314,10 @@ def anyres(config: Mapping[str, Any], size: Size, images: int) -> Plan:
     The grid is that of the pinpoints in which the image keeps most of its pixels, and among those
     the smallest. Without pinpoints there is none.
     """
-    tile = config["size"]["height"], config["size"]["width"]
+    (height, width), tile = size, (config["size"]["height"], config["size"]["width"])
     if images > 1 or not config["image_grid_pinpoints"]:
-        return Plan(size, (tile,), tile)
-    height, width = size
+        edge = max(size)
+        return Plan(size, ((height * tile[0] // edge, width * tile[1] // edge),), tile)
 
     def kept(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[1] / width, canvas[0] / height)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.models.tiles import AnyresTiles, Tiles
+from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
 from mmrl_jax.models.towers import Pictures, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, packages, processing
@@ -127,7 +127,8 @@ class ControlModel(NamedTuple):
       model: the module.
       pictures: frames uint8 [B, 1, H, W, 3] to the tiles that it sees, a pure function.
       prompts: instructions to its tokens int32 [B, S] and bool [B, S], where they are.
-      grid: its image features are a square grid over the whole frame.
+      grid: its image features are a square grid over the whole frame, behind which a newline may
+        come.
     """
 
     model: VisionLanguageModel
@@ -190,7 +191,7 @@ def vision_language_model(
         return found, jnp.asarray(present)[index]
 
     plan = processor.family.plan(processor.image, size, 1)
-    features = processor.family.features(model.vision, plan)
+    features = cast(TiledVision | AnyresVision, model.vision).features_per_tile()
     grid = plan.resizes[-1] == plan.tile and math.isqrt(features) ** 2 == features
     return ControlModel(model, processor.pixels, prompts, grid)
 

@@ -88,7 +88,8 @@ SCHEMA: config_lib.Schema = {
             (str, type(None)), "directory of CLIP or SigLIP, that sees the pictures"
         ),
         "directory": anything(
-            (str, type(None)), "of Idefics3, SmolVLM, PaliGemma or LLaVA, for kind 'vlm'"
+            (str, type(None)),
+            "of Idefics3, SmolVLM, PaliGemma, LLaVA or LLaVA-OneVision, for kind 'vlm'",
         ),
         "prompt": Field(
             str,
