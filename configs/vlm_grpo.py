@@ -1,9 +1,10 @@
 r"""A whole vision-language model learns from your own pictures, questions and reward functions.
 
 The model is read from a local directory in the hub's format, weights, config, processor and
-tokenizer: SmolVLM, Idefics3, LLaVA, PaliGemma, Qwen2.5-VL or Qwen3-VL. Pictures, prompts and chat
-template are those of its own processor. Its parameters are frozen; adapters of rank 16 on all
-matrices of the decoder learn. For folder and reward functions see configs/folder_grpo.py.
+tokenizer: SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma, Qwen2.5-VL or Qwen3-VL. Pictures,
+prompts and chat template are those of its own processor. Its parameters are frozen; adapters of
+rank 16 on all matrices of the decoder learn. For folder and reward functions see
+configs/folder_grpo.py.
 
 Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
                --config.model.pretrained=DIRECTORY --config.folder.directory=DIRECTORY \

@@ -145,7 +145,6 @@ FAMILIES = {
     "paligemma": paligemma,
     "llava": llava,
     "llava_onevision": llava_onevision,
-    "llava_onevision_several": llava_onevision,  # Images in a prompt.
 }
 
 
@@ -192,6 +191,11 @@ TEMPLATES = {
     "{% for c in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "llava_onevision": "{% for m in messages %}<|im_start|>{{ m.role + ' ' }}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ '\n' + c.text }}"
+    "{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "qwen": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
     "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"

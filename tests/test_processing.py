@@ -20,8 +20,8 @@ from mmrl_jax.pretrained import hub, processing
 from mmrl_jax.pretrained.families import vlm
 from tests import hub as tests_hub
 from tests import processors
-from tests.processors import FAMILIES
 
+FAMILIES = processors.FAMILIES | {"llava_onevision_several": processors.llava_onevision}
 RESIZE = processing.resize
 SIZES = [(48, 80), (80, 60), (32, 32), (21, 96)]
 CASES = [(family, size) for family in FAMILIES for size in SIZES]

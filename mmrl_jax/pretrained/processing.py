@@ -175,6 +175,10 @@ class Processor:
             image["image_grid_pinpoints"] = []
         return dataclasses.replace(self, image=image)
 
+    def image_tokens(self, size: Size, images: int) -> int:
+        """How many each image has, where the most images of a sample are so many, of this size."""
+        return self.family.features(self.vision, self.family.plan(self.image, size, images))
+
     def pixels(self, images: jax.Array, present: jax.Array | None = None) -> Tiles | AnyresTiles:
         """Tiles of images; a pure function.
 
@@ -251,7 +255,7 @@ class Processor:
         for i, ids in enumerate(rows):
             where = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
             tokens[i, where], there[i, where] = ids, True
-        features = self.family.features(self.vision, plan)
+        features = self.image_tokens(size, present.shape[1])
         is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.mark)
         check_counts(is_image, np.repeat(present, features, axis=1))
         return tokens, there

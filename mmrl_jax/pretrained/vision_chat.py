@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.models.qwen_vision import PatchImages
-from mmrl_jax.models.tiles import TiledVision, Tiles
+from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, processing, qwen_processing
 from mmrl_jax.pretrained.chat import Chat, around
@@ -109,12 +109,10 @@ def read_sight(
             before = before.removeprefix(start)
     chat = VisionChat(tokenizer, before, after, lead, model.image_token, read)
 
-    def pictures(images: jax.Array) -> Tiles:
+    def pictures(images: jax.Array) -> Tiles | AnyresTiles:
         return processor.pixels(images[:, None])
 
-    tiles = jax.eval_shape(pictures, jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8))
-    features = tiles.pixels.shape[1] * cast(TiledVision, model.vision).features_per_tile()
-    return Sight(model, chat, features, pictures, None)
+    return Sight(model, chat, processor.image_tokens(size, 1), pictures, None)
 
 
 def _qwen_sight(
