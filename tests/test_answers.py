@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.answers import answer_features, answer_log_probs
+from mmrl_jax.rollouts.answers import answer_log_probs, score_answers
 from tests.test_generate import MODEL, VOCABULARY, full_log_probs, prompts, run, variables
 
 UNTIED = MODEL.clone(tied=False)
 
 
-def shared(model, variables, prompt, present, tokens, there):
+def shared(model, variables, prompt, present, tokens, there, pack_rows=None):
     prompt = gen.text_prompt(model, variables, prompt, present)
-    features = answer_features(model, variables, prompt, tokens, there)
-    return answer_log_probs(model, variables, features, tokens, tile=8)
+    score = functools.partial(answer_log_probs, model, variables, tile=8)
+    return score_answers(model, variables, prompt, tokens, there, score, pack_rows=pack_rows)
 
 
 def unshared(model, variables, prompt, present, tokens, there):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, cast
 
 from flax import struct
@@ -17,7 +18,7 @@ from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.answers import answer_features, answer_log_probs
+from mmrl_jax.rollouts.answers import Scores, answer_log_probs, score_answers
 from mmrl_jax.rollouts.text_actions import TextActions
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
 from mmrl_jax.tasks.question import Question
@@ -121,6 +122,8 @@ class TokenPolicy:
       positions: of tokens int32 [B, S] of which bool [B, S] are present, as `Prompt.positions`;
         None where they are counted.
       tile: rows of the output layer at a time, see `token_log_probs`.
+      pack_rows: that the answers to a question are packed into for learning, see `score_answers`;
+        None: not packed.
     """
 
     model: VisionLanguageModel | LanguageModel
@@ -130,6 +133,7 @@ class TokenPolicy:
     pictures: Callable[[jax.Array], Any] = lambda images: images
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     tile: int = 4096
+    pack_rows: int | None = None
 
     def inputs(self, question: Question) -> tuple[Any, ...]:
         """What the model takes of B questions, behind its variables."""
@@ -176,8 +180,8 @@ class TokenPolicy:
     ) -> TokenLogProbs:
         """Log-probs and entropies of answers int32 [B, G, T], float32 [B, G, T] each."""
         variables = join(params, frozen)
-        features = self._features(variables, question, tokens, present)
-        return self._log_probs(variables, features, tokens, temperature)
+        score = self._log_probs(variables, temperature)
+        return self._score(variables, question, tokens, present, score)
 
     def log_probs_and_values(
         self,
@@ -194,23 +198,34 @@ class TokenPolicy:
         The parameters hold a value head, see `with_value_head`.
         """
         variables = join(params, frozen)
-        features = self._features(variables, question, tokens, present)
-        found = self._log_probs(variables, features, tokens, temperature)
-        return found, cast(jax.Array, _VALUE.apply({"params": variables["value"]}, features))
+        log_probs = self._log_probs(variables, temperature)
 
-    def _features(
-        self, variables: Any, question: Question, tokens: jax.Array, present: jax.Array
-    ) -> jax.Array:
+        def score(features: jax.Array, tokens: jax.Array) -> tuple[TokenLogProbs, jax.Array]:
+            value = _VALUE.apply({"params": variables["value"]}, features)
+            return log_probs(features, tokens), cast(jax.Array, value)
+
+        return self._score(variables, question, tokens, present, score)
+
+    def _score(
+        self,
+        variables: Any,
+        question: Question,
+        tokens: jax.Array,
+        present: jax.Array,
+        score: Callable[[jax.Array, jax.Array], Scores],
+    ) -> Scores:
         language, within = gen.language(self.model, variables)
         prompt = self._prompt(variables, question)
-        return answer_features(language, within, prompt, tokens, present)
+        return score_answers(
+            language, within, prompt, tokens, present, score, pack_rows=self.pack_rows
+        )
 
     def _log_probs(
-        self, variables: Any, features: jax.Array, tokens: jax.Array, temperature: float
-    ) -> TokenLogProbs:
+        self, variables: Any, temperature: float
+    ) -> Callable[[jax.Array, jax.Array], TokenLogProbs]:
         language, within = gen.language(self.model, variables)
-        return answer_log_probs(
-            language, within, features, tokens, temperature=temperature, tile=self.tile
+        return functools.partial(
+            answer_log_probs, language, within, temperature=temperature, tile=self.tile
         )
 
     def _prompt(self, variables: Any, question: Question) -> gen.Prompt:

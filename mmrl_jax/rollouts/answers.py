@@ -1,32 +1,38 @@
-"""Features and log-probs of given answers, to learn from: one pass over the prompts for a group.
+"""Scores of given answers, to learn from: one pass over the prompts for a group.
 
     prompt [B, S]   How  many  red  balls  ?      read once for the G answers, forward and backward
     answers [B, G, T]                       two  <end>  <pad>
     features            of what stands before:  ?    two   <end>
 
 They equal those of a pass over prompt and answer together, and so do their gradients; the prompt
-costs 1 / G of it (PrefixGrouper, arXiv 2506.05433).
+costs 1 / G of it (PrefixGrouper, arXiv 2506.05433). Short answers may share a row, see `packing`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.models.language import Cursor, LanguageModel, causal_mask
+from mmrl_jax.models.language import Cursor, LanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs, token_log_probs
-from mmrl_jax.rollouts.generate import Prompt, Variables, read_prompt
+from mmrl_jax.rollouts import packing
+from mmrl_jax.rollouts.generate import Prompt, ReadPrompt, Variables, read_prompt
+
+Scores = TypeVar("Scores")
 
 
-def answer_features(
+def score_answers(
     model: LanguageModel,
     variables: Variables,
     prompt: Prompt,
     tokens: jax.Array,
     present: jax.Array,
-) -> jax.Array:
-    """What predicts each token of the answers.
+    score: Callable[[jax.Array, jax.Array], Scores],
+    *,
+    pack_rows: int | None = None,
+) -> Scores:
+    """Scores of each token of the answers, from the features of what stands before it.
 
     Args:
       model: the language model.
@@ -34,31 +40,65 @@ def answer_features(
       prompt: of B samples.
       tokens: int32 [B, G, T].
       present: bool [B, G, T]; an answer begins at its first place and has no holes.
+      score: features float32 [B, R, T, D] and tokens int32 [B, R, T] to a tree of [B, R, T].
+      pack_rows: the answers to a question are packed; all that do not fit into so many rows go
+        through a second pass, which is left out where there are none. None: each has its row.
 
     Returns:
-      float32 [B, G, T, D]; of token t, the features of the one before it, of the prompt's last
-      one where t is 0.
+      A tree of [B, G, T]; of padding 0 where answers are packed, else anything.
     """
-    batch, group, length = tokens.shape
-    samples, slots = batch * group, length - 1  # What comes behind the last token is not asked.
-    apply: Callable[..., Any] = model.apply
-    read = read_prompt(model, variables, prompt, group=group, length=slots)
-    width = read.features.shape[-1]
-    first = jnp.broadcast_to(read.features[:, None, None], (batch, group, 1, width))
+    read = read_prompt(model, variables, prompt, group=1, length=1)
+
+    def of(rows: packing.Rows) -> Scores:
+        return score(_features(model, variables, read, rows), rows.tokens)
+
+    if pack_rows is None or pack_rows >= tokens.shape[1]:
+        return of(packing.padded(tokens, present))
+    rows, place = packing.pack(tokens, present)
+    first = jax.tree.map(lambda x: x[:, :pack_rows], rows)
+    rest = jax.tree.map(lambda x: x[:, pack_rows:], rows)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, rest))
+    more = jax.lax.cond(jnp.any(rest.answer >= 0), of, lambda _: nothing, rest)
+
+    def back(x: jax.Array, y: jax.Array) -> jax.Array:
+        flat = jnp.concatenate([x, y], axis=1).reshape(len(tokens), -1)
+        found = jnp.take_along_axis(flat, place.reshape(len(tokens), -1), axis=1)
+        return jnp.where(present, found.reshape(present.shape), 0)
+
+    return jax.tree.map(back, of(first), more)
+
+
+def _features(
+    model: LanguageModel, variables: Variables, read: ReadPrompt, rows: packing.Rows
+) -> jax.Array:
+    """What predicts each token of rows [B, R, T], float32 [B, R, T, D].
+
+    Of an answer's first token it is the prompt's last one that is there.
+    """
+    batch, count, length = rows.tokens.shape
+    samples, slots = batch * count, length - 1  # What comes behind the last token is not asked.
+    first = read.features[:, None, None]
     if not slots:
-        return first
-    own = causal_mask(present.reshape(samples, length)[:, :slots])
-    before = jnp.broadcast_to(read.present[:, None], (samples, slots, read.present.shape[1]))
+        return jnp.broadcast_to(first, (batch, count, 1, first.shape[-1]))
+    apply: Callable[..., Any] = model.apply
+    tokens, answer, index = (x.reshape(samples, length)[:, :slots] for x in rows)
+    present, place = (jnp.repeat(x, count, axis=0) for x in (read.present, read.place))
+    place = jnp.concatenate([place[:, :-1], place[:, -1:] + index], axis=1)
+    laid = read._replace(present=present, place=place)
+    order = jnp.arange(slots)
+    own = (answer[:, :, None] == answer[:, None, :]) & (order <= order[:, None])
+    before = jnp.broadcast_to(present[:, None], (samples, slots, present.shape[1]))
     rest, _ = apply(
-        {**variables, "prefix": read.prefix, "cache": read.cache(slots)},
-        apply(variables, tokens.reshape(samples, length)[:, :slots], method="embed"),
+        {**variables, "prefix": read.prefix, "cache": laid.cache(slots)},
+        apply(variables, tokens, method="embed"),
         jnp.concatenate([before, own], axis=2),
-        read.positions(jnp.zeros((), jnp.int32), slots),
-        cursor=Cursor(jnp.zeros((), jnp.int32), read.place),
+        laid.positions(jnp.zeros((), jnp.int32), slots),
+        cursor=Cursor(jnp.zeros((), jnp.int32), place),
         method="decode",
         mutable=["cache"],
     )
-    return jnp.concatenate([first, rest.reshape(batch, group, slots, -1)], axis=2)
+    rest = jnp.pad(rest.reshape(batch, count, slots, -1), ((0, 0), (0, 0), (1, 0), (0, 0)))
+    return jnp.where(rows.index[..., None] == 0, first, rest)
 
 
 def answer_log_probs(
