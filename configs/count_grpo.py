@@ -65,6 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl = ml_collections.ConfigDict()
     config.rl.questions = 64
     config.rl.group = 16
+    config.rl.pack_rows = None
     config.rl.oversample = 1
     config.rl.swapped = False
     config.rl.temperature = 1.5

@@ -12,6 +12,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   generate      greedy tokens of SmolLM2-135M, against transformers' generate in torch
   logprobs      log-probs of tokens by tiles of the vocabulary, against the plain ones
   grpo          GRPO updates of text-only models, against TRL's GRPOTrainer in torch
+  packing       gradients of answers that share rows, against rows of their own
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from absl import app, flags, logging
 from experiments.benchmarks.harness import Row
 
 FLAGS = flags.FLAGS
-SUITES = ("ppo_vs_brax", "render", "model", "loop", "generate", "logprobs", "grpo")
+SUITES = ("ppo_vs_brax", "render", "model", "loop", "generate", "logprobs", "grpo", "packing")
 
 
 def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:

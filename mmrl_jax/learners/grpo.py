@@ -25,6 +25,7 @@ from mmrl_jax.learners.learner import (
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
 from mmrl_jax.rl import group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
+from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.generate import Generated
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.types import Metrics, Params
@@ -187,5 +188,6 @@ def describe(experience: Experience) -> Metrics:
     return {
         "answer/reward": losses.masked_mean(reward, scored),
         "answer/length": jnp.mean(jnp.sum(present, axis=-1)),
+        "answer/rows": packing.rows_used(experience.answers.present).astype(jnp.float32),
         "answer/degenerate_groups": jnp.mean(degenerate.astype(jnp.float32)),
     }

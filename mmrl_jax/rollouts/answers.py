@@ -41,7 +41,7 @@ def score_answers(
       tokens: int32 [B, G, T].
       present: bool [B, G, T]; an answer begins at its first place and has no holes.
       score: features float32 [B, R, T, D] and tokens int32 [B, R, T] to a tree of [B, R, T].
-      pack_rows: the answers to a question are packed; all that do not fit into so many rows go
+      pack_rows: the answers to a question are packed, and those beyond the first so many rows go
         through a second pass, which is left out where there are none. None: each has its row.
 
     Returns:
@@ -62,7 +62,8 @@ def score_answers(
 
     def back(x: jax.Array, y: jax.Array) -> jax.Array:
         flat = jnp.concatenate([x, y], axis=1).reshape(len(tokens), -1)
-        found = jnp.take_along_axis(flat, place.reshape(len(tokens), -1), axis=1)
+        at = jnp.maximum(place, 0).reshape(len(tokens), -1)
+        found = jnp.take_along_axis(flat, at, axis=1)
         return jnp.where(present, found.reshape(present.shape), 0)
 
     return jax.tree.map(back, of(first), more)
@@ -81,9 +82,9 @@ def _features(
     if not slots:
         return jnp.broadcast_to(first, (batch, count, 1, first.shape[-1]))
     apply: Callable[..., Any] = model.apply
-    tokens, answer, index = (x.reshape(samples, length)[:, :slots] for x in rows)
+    tokens, answer, offset = (x.reshape(samples, length)[:, :slots] for x in rows)
     present, place = (jnp.repeat(x, count, axis=0) for x in (read.present, read.place))
-    place = jnp.concatenate([place[:, :-1], place[:, -1:] + index], axis=1)
+    place = jnp.concatenate([place[:, :-1], place[:, -1:] + offset], axis=1)
     laid = read._replace(present=present, place=place)
     order = jnp.arange(slots)
     own = (answer[:, :, None] == answer[:, None, :]) & (order <= order[:, None])
@@ -98,7 +99,7 @@ def _features(
         mutable=["cache"],
     )
     rest = jnp.pad(rest.reshape(batch, count, slots, -1), ((0, 0), (0, 0), (1, 0), (0, 0)))
-    return jnp.where(rows.index[..., None] == 0, first, rest)
+    return jnp.where(rows.offset[..., None] == 0, first, rest)
 
 
 def answer_log_probs(

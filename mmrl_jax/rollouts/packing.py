@@ -19,12 +19,12 @@ class Rows(NamedTuple):
     Attributes:
       tokens: int32 [B, R, T]; anything where there is no answer.
       answer: int32 [B, R, T], the number of the answer that a token is of; -1 where there is none.
-      index: int32 [B, R, T], which token of its answer it is.
+      offset: int32 [B, R, T], how many tokens of its answer stand before it.
     """
 
     tokens: jax.Array
     answer: jax.Array
-    index: jax.Array
+    offset: jax.Array
 
 
 def padded(tokens: jax.Array, present: jax.Array) -> Rows:
@@ -34,19 +34,16 @@ def padded(tokens: jax.Array, present: jax.Array) -> Rows:
     return Rows(tokens, answer, jnp.broadcast_to(jnp.arange(length), tokens.shape))
 
 
-def pack(tokens: jax.Array, present: jax.Array) -> tuple[Rows, jax.Array]:
-    """Answers in the first rows of G, in as few as first fit finds.
+def places(present: jax.Array) -> jax.Array:
+    """Where each token of packed answers is among its question's G rows of T places.
 
     Args:
-      tokens: int32 [B, G, T].
       present: bool [B, G, T]; an answer begins at its first place and has no holes.
 
     Returns:
-      Rows [B, G, T], and where each token is among its question's G * T places, int32 [B, G, T];
-      0 for padding.
+      int32 [B, G, T], row * T + column, the rows from 0 on; -1 for padding.
     """
-    batch, group, length = tokens.shape
-    places = group * length
+    _, group, length = present.shape
 
     def put(free: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = jnp.argmax(free >= size)
@@ -59,16 +56,25 @@ def pack(tokens: jax.Array, present: jax.Array) -> tuple[Rows, jax.Array]:
         return jnp.zeros_like(begin).at[order].set(begin)
 
     begin = jax.vmap(first_fit)(jnp.sum(present, axis=2, dtype=jnp.int32))
-    place = begin[..., None] + jnp.arange(length)
-    to = jnp.where(present, place, places).reshape(batch, places)  # Padding is put nowhere.
+    return jnp.where(present, begin[..., None] + jnp.arange(length), -1)
+
+
+def rows_used(present: jax.Array) -> jax.Array:
+    """The most rows that the answers [B, G, T] to a question are packed into, int32 []."""
+    return jnp.max(places(present)) // present.shape[2] + 1
+
+
+def pack(tokens: jax.Array, present: jax.Array) -> tuple[Rows, jax.Array]:
+    """Answers int32 [B, G, T] in rows [B, G, T], of which the last may be empty; their places."""
+    place = places(present)
+    batch, nowhere = len(place), place[0].size
+    to = jnp.where(present, place, nowhere).reshape(batch, -1)
 
     def lay(x: jax.Array, none: int) -> jax.Array:
-        empty = jnp.full((batch, places), none, x.dtype)
-        laid = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(
-            empty, to, x.reshape(batch, places)
+        laid = jax.vmap(lambda at, x: jnp.full_like(x, none).at[at].set(x, mode="drop"))(
+            to, x.reshape(batch, -1)
         )
         return laid.reshape(x.shape)
 
     rows = padded(tokens, present)
-    laid = Rows(lay(rows.tokens, 0), lay(rows.answer, -1), lay(rows.index, 0))
-    return laid, jnp.where(present, place, 0)
+    return Rows(lay(rows.tokens, 0), lay(rows.answer, -1), lay(rows.offset, 0)), place

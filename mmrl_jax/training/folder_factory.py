@@ -70,6 +70,7 @@ SCHEMA: config_lib.Schema = {
     "rl": {
         "questions": positive(int, "learned from in an update"),
         "group": positive(int, "answers to each question"),
+        "pack_rows": question_factory.PACK_ROWS,
     }
     # An answer in free text has a meaning, or not, for the reward functions alone.
     | {name: field for name, field in token_models.RL.items() if name != "penalty"},

@@ -97,6 +97,11 @@ GLOSSARY: dict[str, Metric] = {
         "fraction", "Answers drawn whose reward functions failed: they are left out", "0"
     ),
     "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
+    "answer/rows": Metric(
+        "rows",
+        "Most rows of the answers' length that the answers to a question can be packed into",
+        "at most `rl.pack_rows` where it is given",
+    ),
     "answer/degenerate_groups": Metric(
         "fraction",
         "Groups whose rewards are all equal: they teach nothing",

@@ -4,6 +4,7 @@ With the other factories the only module that reads a ConfigDict.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -34,6 +35,14 @@ from mmrl_jax.types import Metrics, Params, Transition
 ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
 BEST = "eval/train/accuracy"
 
+PACK_ROWS = Field(
+    (int, type(None)),
+    lambda x: x > 0,
+    "greater than 0, or None",
+    "rows of an answer's most tokens that the answers to a question share where they are learned "
+    "from; for those that do not fit there is a second pass; None: each has its own",
+)
+
 SCHEMA: config_lib.Schema = {
     "seed": CONTROL["seed"],
     "algorithm": one_of(
@@ -60,6 +69,7 @@ SCHEMA: config_lib.Schema = {
     "rl": {
         "questions": positive(int, "learned from in an update"),
         "group": positive(int, "answers to each question"),
+        "pack_rows": PACK_ROWS,
         "oversample": positive(
             int,
             "questions asked for each that is learned from; those whose answers differ in "
@@ -140,6 +150,12 @@ def check_groups(config: ml_collections.ConfigDict) -> None:
         )
     if config.grpo.pass_at_k is not None and config.grpo.pass_at_k > r.group:
         raise ValueError(f"grpo.pass_at_k={config.grpo.pass_at_k} is above rl.group={r.group}.")
+    together = {"dpo": 2, "token_ppo": 1}.get(config.algorithm, r.group)
+    if r.pack_rows is not None and r.pack_rows >= together:
+        raise ValueError(
+            f"rl.pack_rows={r.pack_rows}, but algorithm={config.algorithm!r} learns from "
+            f"{together} answers to a question together; give less, or None."
+        )
 
 
 class Parts(NamedTuple):
@@ -232,7 +248,7 @@ def make_learn(
     """An update of the config's algorithm on answers that have their rewards."""
     r = config.rl
     update: dict[str, Any] = {
-        "policy": policy,
+        "policy": dataclasses.replace(policy, pack_rows=r.pack_rows),
         "optimiser": optimisation.optimiser,
         "shard": functools.partial(mesh_lib.constrain_batch, mesh=mesh),
     }

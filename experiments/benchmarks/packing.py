@@ -1,0 +1,102 @@
+"""Gradients of the log-probs of answers that share rows, against answers in rows of their own.
+
+A decoder of 17M, half of which is its output layer; groups of answers whose lengths differ, float32.
+Both sides have the same parameters, prompts and answers; their gradients are compared before they
+are timed.
+"""
+
+from collections.abc import Iterator
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.harness import Row, alternate, row
+from mmrl_jax.models.language import LanguageModel, Rope
+from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.rollouts import packing
+from mmrl_jax.rollouts.answers import answer_log_probs, score_answers
+from mmrl_jax.rollouts.generate import text_prompt
+from mmrl_jax.types import Params
+
+VOCABULARY, WIDTH = 49_152, 256
+QUESTIONS, GROUP, LENGTH, PROMPT = 4, 8, 64, 24
+# The shortest and the longest answer; and of a group in which one is cut off and others end early.
+LENGTHS = {"lengths of 8 to 64": (8, 64, 0), "7 of 8 to 24, 1 of 64": (8, 24, 1)}
+
+MODEL = LanguageModel(
+    VOCABULARY,
+    WIDTH,
+    layers=6,
+    block=BlockSpec(heads=8, hidden=688, norm="rms", activation="silu", gated=True, biases=()),
+    ropes=(Rope(10_000.0, WIDTH // 8),),
+)
+
+
+def rows(runs: int) -> Iterator[Row]:
+    """Measures answers that fit, of two kinds, and some of which one question's do not."""
+    rng = np.random.default_rng(0)
+    for name, (least, most, full) in LENGTHS.items():
+        lengths = rng.integers(least, most + 1, (QUESTIONS, GROUP))
+        lengths[:, :full] = LENGTH
+        present = jnp.asarray(np.arange(LENGTH) < lengths[..., None])
+        needed = int(packing.rows_used(present))
+        for count in (needed, needed - 1):
+            title = f"{name}, {count} of {GROUP} rows{', too few' if count < needed else ''}"
+            yield from rows_of(f"{title} / padded", present, count, runs)
+
+
+def rows_of(name: str, present: jax.Array, count: int, runs: int) -> Iterator[Row]:
+    """Time, of the clock and of the processors, and memory."""
+    variables, ours, peer = programs(present, count)
+
+    def timed(program: jax.stages.Compiled) -> tuple[float, float]:
+        processors, start = time.process_time(), time.perf_counter()
+        jax.block_until_ready(program(variables, present))
+        return time.perf_counter() - start, time.process_time() - processors
+
+    took = alternate([functools.partial(timed, side) for side in (ours, peer)], runs)
+    for i, what in enumerate(("time", "processor time")):
+        yield row(f"{name}: {what}", *([x[i] for x in side] for side in took), unit="s")
+    memory = ([side.memory_analysis().temp_size_in_bytes / 1e6] for side in (ours, peer))
+    yield row(f"{name}: memory", *memory, unit="MB")
+
+
+def programs(
+    present: jax.Array, count: int
+) -> tuple[Params, jax.stages.Compiled, jax.stages.Compiled]:
+    """Parameters, and the gradients with respect to them with answers packed and padded.
+
+    Raises:
+      AssertionError: the gradients are not the same.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    prompt = jax.random.randint(keys[0], (QUESTIONS, PROMPT), 0, VOCABULARY)
+    tokens = jax.random.randint(keys[1], present.shape, 0, VOCABULARY)
+    there = jnp.ones(prompt.shape, bool)
+    variables = jax.jit(MODEL.init)(keys[2], prompt, there)
+
+    def compiled(pack_rows: int | None) -> jax.stages.Compiled:
+        def loss(variables: Params, present: jax.Array) -> jax.Array:
+            found = score_answers(
+                MODEL,
+                variables,
+                text_prompt(MODEL, variables, prompt, there),
+                tokens,
+                present,
+                functools.partial(answer_log_probs, MODEL, variables),
+                pack_rows=pack_rows,
+            )
+            return -jnp.sum(jnp.where(present, found.log_prob, 0.0)) / jnp.sum(present)
+
+        return jax.jit(jax.grad(loss)).lower(variables, present).compile()
+
+    ours, peer = compiled(count), compiled(None)
+    jax.tree.map(_check, ours(variables, present), peer(variables, present))
+    return variables, ours, peer
+
+
+def _check(ours: jax.Array, peer: jax.Array) -> None:
+    np.testing.assert_allclose(ours, peer, atol=1e-5 * float(jnp.abs(peer).max()))
