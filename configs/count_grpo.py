@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.task.width = 32
     config.task.counts = (0, 6)
     config.task.distractors = 4
+    config.task.levels = ("medium",)
 
     config.model = ml_collections.ConfigDict()
     config.model.pretrained = None

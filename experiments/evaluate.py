@@ -11,6 +11,9 @@ evaluation.json, beside those of earlier calls:
 
   <split>/[no_<modality>/]success, success_lo, success_hi, return, return_lo, return_hi, length
   <split>/[no_<modality>/]checkpoint, episodes       what the numbers are of
+
+For questions of several levels of difficulty there is also <split>/<level>/accuracy and so on, of
+those of the episodes that are of the level.
 """
 
 from collections.abc import Callable, Iterator
@@ -109,13 +112,13 @@ def measures(
 ) -> tuple[tuple[str, ...], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
     """The splits, what measures one of them, row by row, and the step of a stage.
 
-    A row is of what is hidden, '' for nothing; for errors see `restore`.
+    A row is of what is hidden, or of one level, '' for nothing and all; for errors see `restore`.
     """
     build = factory_of(read_config(workdir))
     if build is not factory:
         config, made_of, step = restore_tokens(workdir, which)
         measure = build.make_measure(config, episodes=episodes)
-        return build.splits(config), lambda split: iter([("", measure(made_of, split))]), step
+        return build.splits(config), lambda split: _rows(measure(made_of, split)), step
     config, learner, step = restore(workdir, which)
     observed = factory.make_env(config).observation_size
     evaluator = factory.make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
@@ -125,6 +128,15 @@ def measures(
             yield f"no_{hidden}" if hidden else "", describe(evaluator(learner, split, hidden))
 
     return factory.splits(config), rows, step
+
+
+def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Metrics row by row, those that are named '<row>/<metric>' in a row of their own."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in found.items():
+        row, _, metric = name.rpartition("/")
+        rows.setdefault(row, {})[metric] = value
+    yield from rows.items()
 
 
 def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) -> dict[str, float]:

@@ -199,7 +199,7 @@ def final_evaluation(workdir: pathlib.Path) -> dict[str, float]:
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
     row = next(row for row in reversed(rows) if any(name.startswith("eval/") for name in row))
     for score in ("success", "accuracy", "return"):
-        found = [name for name in row if name.startswith("eval/") and name.endswith(f"/{score}")]
+        found = [name for name in row if metrics.matches(f"eval/<split>/{score}", name)]
         if found:
             break
     name = found[0].removeprefix("eval/")

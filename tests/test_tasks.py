@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmrl_jax.evaluation.questions import Answered, describe_levels
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import ABSENT, Words, tokenise
+from mmrl_jax.tasks.question import ABSENT, Question, Score, Words, tokenise
 from mmrl_jax.tasks.scenes import COLOURS, SHAPES, Objects, draw
 
 # Compiling is what these tests wait for.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-SIZE = dict(rows=4, height=40, width=40, counts=(0, 6), seen=(1, 3), distractors=4)
+SIZE = dict(rows=4, height=40, width=40, counts=(0, 6), seen=(1, 3), distractors=4,
+            levels=("medium",))  # fmt: skip
 
 
 @functools.cache
@@ -39,7 +41,8 @@ def patterns():
         colour, shape = pair // len(SHAPES), pair % len(SHAPES)
         there = jnp.arange(16) == 5
         objects = Objects(jnp.full(16, shape), jnp.full(16, colour), there)
-        return draw(jax.random.key(1), objects, rows=4, height=40, width=40)
+        return draw(jax.random.key(1), objects, rows=4, height=40, width=40, radius=0.3,
+                    spread=0.12)  # fmt: skip
 
     return np.asarray(jax.vmap(one)(jnp.arange(shapes.PAIRS)))
 
@@ -99,11 +102,22 @@ def answer_of(text, found):
     return "yes" if numbers[0] > numbers[1] else "no"
 
 
-@pytest.mark.parametrize("split", ["train", "heldout_pair", "heldout_layout", "heldout_template"])
-def test_the_picture_decides_the_answer(split):
-    made = task(height=96, width=96)
-    question = drawn(split, count=150, height=96, width=96)
-    assert set(question.kind) == set(range(len(shapes.KINDS)))
+def large(split, level):
+    """150 questions whose pictures `seen` can read."""
+    return drawn(split, count=150, height=96, width=96, levels=(level,))
+
+
+@pytest.mark.parametrize(
+    ("split", "level"),
+    [
+        *(("train", level) for level in shapes.LEVELS),
+        *((f"heldout_{what}", "medium") for what in ("pair", "layout", "template")),
+    ],
+)
+def test_the_picture_decides_the_answer(split, level):
+    made, question = task(height=96, width=96), large(split, level)
+    kinds = shapes.NAMING if split == "heldout_pair" else shapes.KINDS
+    assert {shapes.KINDS[kind] for kind in question.kind} == set(kinds)
     for i in range(150):
         text, answer = words(made, question, i)
         assert answer_of(text, seen(question.images[i])) == answer, (i, text)
@@ -117,11 +131,13 @@ def test_shapes_look_different(shape):
         assert np.abs(alone[shape].astype(int) - alone[s]).max() > 60
 
 
-def test_who_does_not_look_is_at_chance():
-    made, question = task(), drawn(count=6000)
-    for k, kind in enumerate(shapes.KINDS):
-        rows = question.kind == k
-        assert 800 < rows.sum() < 1200
+@pytest.mark.parametrize("split", ["train", "heldout_pair"])
+def test_who_does_not_look_is_at_chance(split):
+    made, question = task(), drawn(split, count=6000)
+    kinds = np.unique(question.kind)
+    for k in kinds:
+        kind, rows = shapes.KINDS[k], question.kind == k
+        assert 0.8 < rows.mean() * len(kinds) < 1.2
         answers = question.answer[rows]
         counts = np.bincount(answers, minlength=len(made.texts.answers)) / rows.sum()
         chance = {"count": 1 / 3, "colour": 1 / 4, "shape": 1 / 3}.get(kind, 1 / 2)
@@ -133,6 +149,59 @@ def test_who_does_not_look_is_at_chance():
             if len(same) >= 25:
                 most = np.bincount(same).max() / len(same)
                 assert most < chance + 4 * np.sqrt(chance * (1 - chance) / len(same)), (kind, text)
+
+
+def test_each_level_is_harder_than_the_one_before():
+    things = [(c, s) for c in COLOURS for s in SHAPES]
+    number, alike, area = [], [], []
+    for level in shapes.LEVELS:
+        question, others, sharing, covered = large("train", level), [], [], []
+        for i, picture in enumerate(question.images):
+            text, _ = words(task(), question, i)
+            objects = [(c, s) for *_, c, s in seen(picture)]
+            ground = np.median(picture.reshape(-1, 3), axis=0)
+            covered.append((np.abs(picture - ground).max(axis=-1) > 45).sum() / len(objects))
+            named = [(c, s) for c, s in things if f"{c} {s}" in text]
+            distractors = [x for x in objects if x not in named]
+            others.append(len(distractors) if named else len(objects) - 1)
+            if named:
+                sharing += [any(a == x or b == y for x, y in named) for a, b in distractors]
+        number.append(np.mean(others))
+        alike.append(np.mean(sharing))
+        area.append(np.mean(covered) / 24**2)
+    # At most 4: from 0 to 2, from 0 to 4, from 2 to 4, and one more where nothing is what 'exists'
+    # names, of 1 / 12 of the questions. Of 150 four standard deviations are at most 0.46.
+    assert list(shapes.LEVELS) == ["easy", "medium", "hard"]
+    np.testing.assert_allclose(number, [1.08, 2.08, 3.08], atol=0.46)
+    # Medium: half are drawn to share; by chance 8 of 23 do, and 14 or so of 22 with one of two.
+    np.testing.assert_allclose(alike, [0.0, 0.67, 1.0], atol=0.12)
+    assert alike[0] == 0 and alike[2] == 1
+    # The shapes take 1.8 to 3.1 times the square of the radius, of which the means are here.
+    square = np.array([0.39, 0.36, 0.265]) ** 2
+    assert (area > 1.8 * square).all() and (area < 3.1 * square).all()
+    assert area[0] > 1.1 * area[1] > 1.5 * area[2]
+
+
+def test_levels_differ_in_the_picture_alone():
+    each = [large("train", level) for level in shapes.LEVELS]
+    mixed = drawn(count=150, height=96, width=96, levels=tuple(shapes.LEVELS))
+    for question in each:
+        np.testing.assert_array_equal(question.text, mixed.text)
+        np.testing.assert_array_equal(question.answer, mixed.answer)
+    images = np.stack([question.images for question in each])
+    np.testing.assert_array_equal(images[mixed.level, np.arange(150)], mixed.images)
+    assert (np.bincount(mixed.level, minlength=3) > 25).all()
+
+
+def test_no_comparison_shows_a_count_that_is_held_out():
+    kind = "compare"
+    question, shown = drawn("train", (kind,), 200, height=96, width=96), set()
+    for i, picture in enumerate(question.images):
+        text, _ = words(task((kind,)), question, i)
+        objects = [f"{c} {s}" for *_, c, s in seen(picture)]
+        shown |= {objects.count(name) for name in set(objects) if name in text}
+        assert len([name for name in set(objects) if name in text]) == 2
+    assert shown == {1, 2, 3}
 
 
 def test_splits_hold_out_what_they_say():
@@ -172,9 +241,8 @@ def test_who_does_not_look_is_at_chance_where_the_layout_is_held_out():
 @pytest.mark.parametrize("kind", ["count", "exists"])
 def test_neither_colour_nor_shape_decides_alone(kind):
     made = task((kind,))
-    draws = jit(jax.vmap(lambda key: made._draw(key, kind=kind, split="train")))(
-        jax.random.split(jax.random.key(2), 2000)
-    )
+    draw_one = functools.partial(made._draw, level=made._level(0), kind=kind, split="train")
+    draws = jit(jax.vmap(draw_one))(jax.random.split(jax.random.key(2), 2000))
     there = np.arange(16) < draws.number[:, None]
     others = there & (draws.pairs != draws.text[:, None] % shapes.PAIRS)
     asked = np.asarray(draws.text)[:, None] % shapes.PAIRS
@@ -226,12 +294,24 @@ def test_answers_are_read_exactly():
     present = jnp.arange(4) < lengths[:, None]
     expected = [0, 1, 2, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT]
     np.testing.assert_array_equal(texts.parse(given, present), expected)
-    question = texts.ask(jnp.zeros((2, 8, 8, 3), jnp.uint8), *(jnp.array([0, 0]),) * 3)
+    question = texts.ask(jnp.zeros((2, 8, 8, 3), jnp.uint8), *(jnp.array([0, 0]),) * 4)
     question = question._replace(answer=jnp.array([1, 2]))
     score = texts.score(question, given.reshape(2, 4, 4), present.reshape(2, 4, 4), penalty=0.5)
     np.testing.assert_array_equal(score.correct, [[0, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(score.malformed, [[0, 0, 0, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(score.reward, [[0, 1, 0, -0.5], [-0.5] * 4])
+
+
+def test_accuracy_is_told_by_level():
+    level = np.array([0, 2, 0, 2, 2])  # Of the second there is none.
+    right = np.array([1, 0, 0, 1, 1], np.float32)
+    score = Score(right, right, np.array([0, 1, 0, 0, 0], np.float32))
+    found = Answered(Question(*(None,) * 6, level=level), None, None, score)
+    described = describe_levels(found, ("easy", "medium", "hard"))
+    assert described["easy/accuracy"] == 1 / 2 and described["easy/malformed"] == 0
+    assert described["hard/accuracy"] == pytest.approx(2 / 3)
+    assert described["hard/malformed"] == pytest.approx(1 / 3)
+    assert not any(name.startswith("medium") for name in described)
 
 
 def test_labels_are_the_right_answers():
@@ -256,6 +336,12 @@ def test_prompts_have_their_image_tokens():
         ({"counts": (2, 1)}, r"counts=\(2, 1\)"),
         ({"counts": (0, 11)}, r"counts=\(0, 11\)"),
         ({"distractors": 5}, "may want 16 objects, but rows=4 has 16 places"),
+        ({"seen": (2, 2)}, r"seen=\(2, 2\) is a single count, but kinds has 'compare'"),
+        ({"levels": ("harder",)}, "levels has 'harder', which is none of"),
+        ({"levels": ()}, r"levels=\(\) must be some of"),
+        ({"levels": ("easy", "easy")}, "each once"),
+        ({"levels": ("medium", "hard"), "height": 28}, "levels has 'hard', .* at least 32"),
+        ({"height": 20}, "levels has 'medium', .* at least 24"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
@@ -268,6 +354,10 @@ def test_splits_and_pictures_that_cannot_be_are_refused():
         task(("count",)).sample(jax.random.key(0), 1, "test")
     with pytest.raises(ValueError, match=r"seen=\(0, 6\) leaves none"):
         task(("count",), seen=(0, 6)).sample(jax.random.key(0), 1, "heldout_count")
+    with pytest.raises(ValueError, match=r"kinds=\('colour',\) has none of"):
+        task(("colour",)).sample(jax.random.key(0), 1, "heldout_pair")
+    with pytest.raises(ValueError, match=r"counts=\(0, 6\) and seen=\(1, 7\)"):
+        task(("count",)).restricted((1, 7))
     with pytest.raises(ValueError, match=r"kinds=\('exists',\) has no 'count'"):
         task(("exists",)).sample(jax.random.key(0), 1, "heldout_count")
     with pytest.raises(ValueError, match="height=40 and width=41 do not divide"):

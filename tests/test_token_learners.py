@@ -31,6 +31,7 @@ TASK = shapes.make(
     counts=(0, 2),
     seen=(0, 2),
     distractors=1,
+    levels=("medium",),
     image_tokens=4,
 )
 VOCABULARY = Words([*TASK.texts.prompts, *TASK.texts.answers]).size

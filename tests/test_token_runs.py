@@ -79,8 +79,14 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
         ({"model__heads": 16}, "model.heads=16"),
         ({"sft__counts": (1, 5)}, r"sft.counts=\(1, 5\)"),
         ({"sft__counts": (1,)}, r"sft.counts=\(1,\)"),
+        (
+            {"sft__counts": (1, 1), "task__kinds": ("compare",), "task__distractors": 0},
+            r"sft.counts=\(1, 1\) cannot be: .* a single count",
+        ),
         ({"task__kinds": ("counts",)}, "kinds has 'counts'"),
-        ({"task__rows": 4}, "do not divide into 4x4 cells"),
+        ({"task__rows": 4}, "must be at least 24 with rows=4"),
+        ({"task__levels": ("hard", "harder")}, "levels has 'harder', which is none of"),
+        ({"task__levels": ()}, r"levels=\(\) must be some of"),
         ({"task__distractors": 9}, "rows=2 has 4 places"),
         ({"devices": 99}, "devices=99"),
     ],
@@ -132,8 +138,10 @@ def test_a_study_measures_agents_on_every_split(tmp_path):
 
 
 def test_a_stage_is_evaluated_from_its_checkpoint(tmp_path):
-    config = tiny.token_config(run__eval_episodes=16)
+    config = tiny.token_config(run__eval_episodes=16, task__levels=("easy", "hard"))
     trained = train(config, tmp_path)
+    logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)[-1]
+    assert {"eval/train/easy/accuracy", "eval/train/hard/accuracy_lo"} <= logged.keys()
     measure = question_factory.make_measure(config, episodes=16)
     for place, which in (
         (tmp_path, trained),
@@ -143,6 +151,14 @@ def test_a_stage_is_evaluated_from_its_checkpoint(tmp_path):
         expected = measure(train_script.acting(config, which), "train")
         assert table["train/accuracy"] == expected["accuracy"]
         assert table["train/blind_accuracy"] == expected["blind_accuracy"]
+        assert table["train/hard/accuracy"] == expected["hard/accuracy"]
+        assert not {"medium/accuracy", "train/medium/accuracy"} & (expected.keys() | table.keys())
+
+
+def test_no_pair_is_held_out_of_questions_that_name_none():
+    config = tiny.token_config(task__kinds=("colour", "shape"))
+    assert question_factory.splits(config) == ("train", "heldout_layout", "heldout_template")
+    assert "heldout_pair" in question_factory.splits(tiny.token_config())
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,7 @@ def log_probs(params, sight, prompt, answer, image):
         sight.model, len(answer), chat.stop, chat.pad, sight.pictures, sight.positions
     )
     tokens = np.array([[chat.pad] * 2 + prompt])
-    question = Question(
-        tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], None, None, None
-    )
+    question = Question(tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], *(None,) * 4)
     found = jax.jit(functools.partial(policy.log_probs, temperature=1.0))(
         *params,
         question,

@@ -138,7 +138,7 @@ class Ours:
         tokenizer = AutoTokenizer.from_pretrained(job.directory)
         tokens, present = map(jnp.asarray, prompts(tokenizer, job.questions))
         unused = jnp.zeros(job.questions, jnp.int32)
-        self.question = Question(tokens, present, None, unused, unused, unused)
+        self.question = Question(tokens, present, None, *(unused,) * 4)
         # No token has this id: every answer has all its tokens.
         policy = token_learner.TokenPolicy(
             model, length=job.length, stop=model.vocabulary, pad=tokenizer.pad_token_id

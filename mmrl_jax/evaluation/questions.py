@@ -1,7 +1,6 @@
 """Evaluation of a token policy: answers to a fixed set of questions, with pictures swapped."""
 
-from collections.abc import Callable
-import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +62,8 @@ class QuestionEvaluator:
         self._task, self._answer, self._rng, self._questions = task, answer, rng, questions
         self._run = jax.jit(self._evaluate, static_argnames="split")
 
-    def __call__(self, made_of: Any, split: str, *, swapped: bool = False) -> Score:
-        """Scores the answers of a policy, numpy float32 [N] each.
+    def __call__(self, made_of: Any, split: str, *, swapped: bool = False) -> Answered:
+        """The questions of a split and the answers of a policy, in numpy.
 
         Args:
           made_of: what the policy is made of.
@@ -72,11 +71,13 @@ class QuestionEvaluator:
           swapped: every question is asked about another question's picture: how well one answers
             without looking.
         """
-        return self._answered(made_of, split, swapped).score
+        found = self._run(made_of, self._rng, jnp.asarray(swapped), split=split)
+        question, *rest = jax.tree.map(np.asarray, found)
+        return Answered(question, *jax.tree.map(lambda x: x[:, 0], rest))
 
     def samples(self, made_of: Any, split: str, count: int) -> list[Sample]:
         """The first questions of a split as texts, with the answers of a policy."""
-        texts, found = self._task.texts, self._answered(made_of, split, swapped=False)
+        texts, found = self._task.texts, self(made_of, split)
         return [
             Sample(
                 image=np.asarray(found.question.images[i]),
@@ -87,11 +88,6 @@ class QuestionEvaluator:
             )
             for i in range(min(count, self._questions))
         ]
-
-    def _answered(self, made_of: Any, split: str, swapped: bool) -> Answered:
-        found = self._run(made_of, self._rng, jnp.asarray(swapped), split=split)
-        question, *rest = jax.tree.map(np.asarray, found)
-        return Answered(question, *jax.tree.map(lambda x: x[:, 0], rest))
 
     def _evaluate(
         self, made_of: Any, rng: jax.Array, swapped: jax.Array, *, split: str
@@ -104,14 +100,27 @@ class QuestionEvaluator:
 
 
 def describe(score: Score) -> dict[str, float]:
-    """Mean 'accuracy' of answers, '_lo' and '_hi' of its 95 % interval, and 'malformed'."""
-    interval = functools.partial(
-        statistics.bootstrap_interval, confidence=0.95, resamples=2000, seed=0
+    """Mean 'accuracy' of answers [N], '_lo' and '_hi' of its 95 % interval, and 'malformed'."""
+    mean, low, high = statistics.bootstrap_interval(
+        np.asarray(score.correct), confidence=0.95, resamples=2000, seed=0
     )
-    mean, low, high = interval(np.asarray(score.correct))
     return {
         "accuracy": mean,
         "accuracy_lo": low,
         "accuracy_hi": high,
         "malformed": float(np.mean(score.malformed)),
     }
+
+
+def describe_levels(found: Answered, levels: Sequence[str]) -> dict[str, float]:
+    """The same of the questions of each level, as '<level>/accuracy' and so on.
+
+    A level that was not asked is left out.
+    """
+    described = {}
+    for i, level in enumerate(levels):
+        asked = found.question.level == i
+        if asked.any():
+            score = jax.tree.map(lambda x, asked=asked: x[asked], found.score)
+            described |= {f"{level}/{name}": x for name, x in describe(score).items()}
+    return described

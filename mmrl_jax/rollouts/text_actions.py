@@ -33,8 +33,8 @@ class TextActions:
         """
         given = observation["instruction"]["tokens"]
         text = jnp.argmax(jnp.all(given[:, None] == self.sentences, axis=-1), axis=-1)
-        unknown = jnp.full(text.shape, ABSENT)
-        return self.texts.ask(observation["pixels"], text, unknown, jnp.zeros_like(unknown))
+        unknown, zeros = jnp.full(text.shape, ABSENT), jnp.zeros(text.shape, jnp.int32)
+        return self.texts.ask(observation["pixels"], text, unknown, zeros, zeros)
 
     def read(self, tokens: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the answers int32 [..., T], of which bool [..., T] tells what is there, do.

@@ -25,6 +25,7 @@ class Question(NamedTuple):
       answer: int32 [B], index of the right one among the task's answers.
       kind: int32 [B], index among the task's kinds of questions.
       text: int32 [B], index among the task's texts.
+      level: int32 [B], index among the task's levels of difficulty.
     """
 
     tokens: jax.Array
@@ -33,6 +34,7 @@ class Question(NamedTuple):
     answer: jax.Array
     kind: jax.Array
     text: jax.Array
+    level: jax.Array
 
 
 class Score(NamedTuple):
@@ -114,7 +116,12 @@ class Texts:
         return self.answer_tokens.shape[1]
 
     def ask(
-        self, images: jax.Array, text: jax.Array, answer: jax.Array, kind: jax.Array
+        self,
+        images: jax.Array,
+        text: jax.Array,
+        answer: jax.Array,
+        kind: jax.Array,
+        level: jax.Array,
     ) -> Question:
         """The questions with texts int32 [B] about images [B, H, W, 3]."""
         return Question(
@@ -124,6 +131,7 @@ class Texts:
             answer,
             kind,
             text,
+            level,
         )
 
     def labels(self, answer: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ from mmrl_jax.rendering.pixels import unpack
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+LEAST_RADIUS = 1.8  # Pixels; the shapes of smaller objects cannot be told apart.
 _RGB = np.array(
     [[220, 40, 40], [40, 170, 60], [50, 80, 230], [230, 210, 50], [170, 60, 190], [235, 235, 235]],
     np.float32,
@@ -34,28 +35,44 @@ class Objects(NamedTuple):
     there: jax.Array
 
 
-def draw(rng: jax.Array, objects: Objects, *, rows: int, height: int, width: int) -> jax.Array:
+def draw(
+    rng: jax.Array,
+    objects: Objects,
+    *,
+    rows: int,
+    height: int,
+    width: int,
+    radius: jax.Array | float,
+    spread: jax.Array | float,
+) -> jax.Array:
     """A picture, uint8 [H, W, 3], of `rows` x `rows` cells.
 
     Places within the cells, sizes, shades and the dark background vary with `rng`; edges are
     smooth over one pixel.
 
+    Args:
+      rng: key.
+      objects: what there is.
+      rows: of cells, as many as columns.
+      height: pixels.
+      width: pixels.
+      radius: float32 [], the least of an object, of a cell's side.
+      spread: float32 [], by how much more it may be; `radius + spread` is at most 0.46.
+
     Raises:
-      ValueError: the picture is not divisible into cells, or they are smaller than 6 pixels, too
-        few to tell the shapes apart.
+      ValueError: the picture is not divisible into cells.
     """
-    if height % rows or width % rows or min(height, width) < 6 * rows:
+    if height % rows or width % rows:
         raise ValueError(
-            f"height={height} and width={width} do not divide into {rows}x{rows} cells of at least "
-            f"6 pixels."
+            f"height={height} and width={width} do not divide into {rows}x{rows} cells."
         )
     cells, pixels = rows * rows, height * width
     object_key, noise_key = jax.random.split(rng)
     # One call for all random numbers: on CPU each further one costs compile time.
     u = jax.random.uniform(object_key, (4 * cells + 3,))
     objects_u, ground = u[:-3].reshape(cells, 4), 10 + 50 * u[-3:]
-    radius = 0.30 + 0.12 * objects_u[:, 0]  # Of a cell.
-    free = 0.5 - radius[:, None] - 0.04
+    radii = radius + spread * objects_u[:, 0]
+    free = 0.5 - radii[:, None] - 0.04
     centre = 0.5 + free * (2 * objects_u[:, 1:3] - 1)
     colour = jnp.asarray(_RGB)[objects.colour] * (0.8 + 0.25 * objects_u[:, 3:])
     # Four pixels' noise out of each word, in [-10, 10].
@@ -63,7 +80,7 @@ def draw(rng: jax.Array, objects: Objects, *, rows: int, height: int, width: int
     noise = (bits[:, None] >> np.arange(0, 32, 8, dtype=np.uint32) & 255).astype(jnp.float32)
     noise = (20 / 255 * noise - 10).reshape(-1)[:pixels]
 
-    def spread(x: jax.Array) -> jax.Array:
+    def of_pixels(x: jax.Array) -> jax.Array:
         """Of every cell [C, ...], for all of its pixels: [rows, 1, rows, 1, ...]."""
         return x.reshape(rows, 1, rows, 1, *x.shape[1:])
 
@@ -71,13 +88,13 @@ def draw(rng: jax.Array, objects: Objects, *, rows: int, height: int, width: int
     tall, wide = height // rows, width // rows
     y = jnp.asarray((np.arange(tall) + 0.5) / tall, jnp.float32)[:, None, None]
     x = jnp.asarray((np.arange(wide) + 0.5) / wide, jnp.float32)
-    size = spread(radius)
-    local_y = (y - spread(centre[:, 0])) / size  # An object fills [-1, 1].
-    local_x = (x - spread(centre[:, 1])) / size
-    covered = _inside(spread(objects.shape), local_y, local_x, tall * size)
-    covered = jnp.where(spread(objects.there), covered, 0.0)
+    size = of_pixels(radii)
+    local_y = (y - of_pixels(centre[:, 0])) / size  # An object fills [-1, 1].
+    local_x = (x - of_pixels(centre[:, 1])) / size
+    covered = _inside(of_pixels(objects.shape), local_y, local_x, tall * size)
+    covered = jnp.where(of_pixels(objects.there), covered, 0.0)
     noise = noise.reshape(covered.shape)
-    shade, packed = spread(colour), jnp.int32(0)
+    shade, packed = of_pixels(colour), jnp.int32(0)
     for i in range(3):
         value = ground[i] + covered * (shade[..., i] - ground[i]) + noise
         packed |= jnp.round(jnp.clip(value, 0, 255)).astype(jnp.int32) << (8 * i)

@@ -8,14 +8,17 @@
     relation  is the red circle left of the blue square ?      yes, no
 
 Whatever the question's text, all of its answers are equally likely: who does not look is at chance.
-The split 'heldout_pair' alone asks for the colour or the shape of so few pairs that there the text
-gives the answer away, to whoever knows which pairs are held out; no one who saw the training split
-alone does.
+For this the split 'heldout_pair' asks only kinds that name a pair. One shape of each colour at most
+is held out, so that the answer to 'colour' or 'shape' would be the one that training never gives.
+
+A level makes pictures easier or harder to read by what is not asked for, see `LEVELS`. From the
+same key all levels ask the same questions, with the same answers.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.tasks.question import Question, Texts, Tokeniser, tokenise
-from mmrl_jax.tasks.scenes import COLOURS, SHAPES, Objects, draw
+from mmrl_jax.tasks.scenes import COLOURS, LEAST_RADIUS, SHAPES, Objects, draw
 
 KINDS = ("count", "exists", "colour", "shape", "compare", "relation")
+NAMING = ("count", "exists", "compare", "relation")  # Whose texts name colour and shape.
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 )  # fmt: skip
@@ -52,6 +56,40 @@ PAIRS = len(COLOURS) * len(SHAPES)
 HELDOUT_PAIR = np.array(
     [(pair // len(SHAPES) + pair % len(SHAPES)) % 6 == 0 for pair in range(PAIRS)]
 )
+
+
+class Level(NamedTuple):
+    """What makes the pictures of a level hard.
+
+    Attributes:
+      fewest: distractors, objects that a question is not about; a share of the task's most.
+      most: the same.
+      apart: whether distractors share neither colour nor shape with what a text names. What
+        'colour' and 'shape' name no distractor ever shares: there would be two answers.
+      alike_one: chance that a distractor is drawn of those that do share one with what is named,
+        where that is one thing.
+      alike_two: the same where it is two things, of which pairs drawn evenly share more.
+      radius: the least of an object, of a cell's side.
+      spread: by how much more it may be.
+    """
+
+    fewest: float
+    most: float
+    apart: bool
+    alike_one: float
+    alike_two: float
+    radius: float
+    spread: float
+
+
+LEVELS = {
+    # Few distractors, which colour or shape alone tells from what is named; large objects.
+    "easy": Level(0.0, 0.5, True, 0.0, 0.0, 0.36, 0.06),
+    # Any number of distractors, of which two in three share colour or shape with what is named.
+    "medium": Level(0.0, 1.0, False, 0.5, 0.0, 0.30, 0.12),
+    # Many distractors, all of which do; small objects.
+    "hard": Level(0.5, 1.0, False, 1.0, 1.0, 0.23, 0.07),
+}
 
 
 class Drawn(NamedTuple):
@@ -104,6 +142,7 @@ class Shapes:
       counts: the least and the most that 'count' asks for, both included.
       seen: the counts of the training split; those out of it are the split 'heldout_count'.
       distractors: the most objects that a question is not about.
+      levels: of LEVELS, drawn with equal chances.
     """
 
     texts: Texts
@@ -114,12 +153,13 @@ class Shapes:
     counts: tuple[int, int]
     seen: tuple[int, int]
     distractors: int
+    levels: tuple[str, ...]
 
     def sample(self, rng: jax.Array, count: int, split: str) -> Question:
         """Draws `count` questions of a split; the i-th does not depend on how many.
 
         Raises:
-          ValueError: there is no such split, or no count is held out.
+          ValueError: there is no such split, no count is held out, or no kind names a pair.
         """
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is none of {SPLITS}.")
@@ -132,13 +172,27 @@ class Shapes:
             raise ValueError(
                 f"split='heldout_count', but seen={self.seen} leaves none of counts={self.counts}."
             )
+        if not self._asking(split):
+            raise ValueError(
+                f"split={split!r}, but kinds={self.kinds} has none of {NAMING}: add one, or leave "
+                "the split out."
+            )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
-        images, text, answer, kind = jax.vmap(functools.partial(self._one, split=split))(keys)
-        return self.texts.ask(images, text, answer, kind)
+        return self.texts.ask(*jax.vmap(functools.partial(self._one, split=split))(keys))
 
     def restricted(self, seen: tuple[int, int]) -> "Shapes":
-        """The same task with other counts in its training split."""
+        """The same task with other counts in its training split.
+
+        Raises:
+          ValueError: impossible counts, see `make`.
+        """
+        _check_counts(self.kinds, self.counts, seen)
         return dataclasses.replace(self, seen=seen)
+
+    def _asking(self, split: str) -> tuple[str, ...]:
+        """The kinds of questions of a split."""
+        among = {"heldout_count": ("count",), "heldout_pair": NAMING}.get(split, KINDS)
+        return tuple(kind for kind in self.kinds if kind in among)
 
     def _asked(self, split: str) -> np.ndarray:
         """The counts that a split asks for."""
@@ -147,17 +201,27 @@ class Shapes:
         return counts[~known] if split == "heldout_count" else counts[known]
 
     def _one(self, rng: jax.Array, *, split: str) -> tuple[jax.Array, ...]:
-        """Picture, text, answer and kind of one question."""
+        """Picture, text, answer, kind and level of one question."""
         kind_key, question_key, place_key, draw_key = jax.random.split(rng, 4)
-        chosen = ("count",) if split == "heldout_count" else self.kinds
+        chosen = self._asking(split)
         which = jax.random.randint(kind_key, (), 0, len(chosen))
+        number = jax.random.randint(jax.random.fold_in(kind_key, 1), (), 0, len(self.levels))
+        level = self._level(number)
         branches = [functools.partial(self._draw, kind=kind, split=split) for kind in chosen]
-        drawn = jax.lax.switch(which, branches, question_key)
+        drawn = jax.lax.switch(which, branches, question_key, level)
         places = self._places(place_key, drawn.number, split)
         order = jnp.argsort(places)  # Of each cell, which of the list lies there.
         pair = drawn.pairs[order]
         objects = Objects(pair % len(SHAPES), pair // len(SHAPES), order < drawn.number)
-        picture = draw(draw_key, objects, rows=self.rows, height=self.height, width=self.width)
+        picture = draw(
+            draw_key,
+            objects,
+            rows=self.rows,
+            height=self.height,
+            width=self.width,
+            radius=level.radius,
+            spread=level.spread,
+        )
         column = places % self.rows
         left = jnp.where(column[0] < column[1], self._answer("yes"), self._answer("no"))
         numbers = np.array([self.kinds.index(kind) for kind in chosen])
@@ -168,7 +232,19 @@ class Shapes:
             jnp.asarray(first)[which] + drawn.text,
             jnp.where(is_relation, left, drawn.answer),
             jnp.asarray(numbers)[which],
+            number,
         )
+
+    def _level(self, number: jax.Array) -> Level:
+        """One of the levels, its distractors whole numbers."""
+        rows = [
+            LEVELS[name]._replace(
+                fewest=math.ceil(LEVELS[name].fewest * self.distractors),
+                most=math.floor(LEVELS[name].most * self.distractors),
+            )
+            for name in self.levels
+        ]
+        return jax.tree.map(lambda *column: jnp.asarray(column)[number], *rows)
 
     def _answer(self, text: str) -> int:
         return self.texts.answers.index(text)
@@ -192,7 +268,7 @@ class Shapes:
         swapped = jax.random.bernoulli(swap_key) & (number > 1)
         return jnp.where(swapped, places.at[:2].set(places[1::-1]), places)
 
-    def _draw(self, rng: jax.Array, *, kind: str, split: str) -> Drawn:
+    def _draw(self, rng: jax.Array, level: Level, *, kind: str, split: str) -> Drawn:
         pair_key, number_key, others_key, distractor_key, template_key, side_key = jax.random.split(
             rng, 6
         )
@@ -208,7 +284,7 @@ class Shapes:
         b = pick(b_key, wanted & (pairs != a))
         colour, shape = pairs // len(SHAPES), pairs % len(SHAPES)
         yes = jax.random.bernoulli(side_key).astype(jnp.int32)
-        extra = jax.random.randint(distractor_key, (), 0, self.distractors + 1)
+        extra = jax.random.randint(distractor_key, (), level.fewest, level.most + 1)
         yes_no = jnp.where(yes > 0, self._answer("yes"), self._answer("no"))
         other, number_b = pairs != a, jnp.zeros((), jnp.int32)
         if kind == "count":
@@ -227,19 +303,26 @@ class Shapes:
             thing, other, answer = a * PAIRS + b, (pairs != a) & (pairs != b), yes_no
             number_a = number_b = jnp.ones((), jnp.int32)
             if kind == "compare":
-                most = jax.random.randint(number_key, (), 1, self.counts[1] + 1)
-                least = jax.random.randint(others_key, (), 0, most)
+                # Counts that are held out are not seen here either.
+                most = jax.random.randint(number_key, (), self.seen[0] + 1, self.seen[1] + 1)
+                least = jax.random.randint(others_key, (), self.seen[0], most)
                 number_a = jnp.where(yes > 0, most, least)
                 number_b = most + least - number_a
         listed = jnp.arange(cells)
-        objects = pick(jax.random.fold_in(others_key, 1), known & other, (cells,))
-        if kind in ("count", "exists"):
-            # Every other one shares colour or shape with what is asked for, so that neither of them
-            # alone decides.
+        any_key, near_key, shared_key = (jax.random.fold_in(others_key, i) for i in (1, 2, 3))
+        if kind in NAMING:
+            # Where they share colour or shape with what is named, neither alone decides.
             alike = (colour == colour_of(a)) | (shape == shape_of(a))
-            near = pick(jax.random.fold_in(others_key, 2), known & other & alike, (cells,))
-            half = jax.random.bernoulli(jax.random.fold_in(others_key, 3), shape=(cells,))
-            objects = jnp.where(half, near, objects)
+            chance = level.alike_one
+            if kind in ("compare", "relation"):
+                alike |= (colour == colour_of(b)) | (shape == shape_of(b))
+                chance = level.alike_two
+            others = pick(any_key, known & other & ~(level.apart & alike), (cells,))
+            near = pick(near_key, known & other & alike, (cells,))
+            shared = jax.random.bernoulli(shared_key, chance, (cells,))
+            objects = jnp.where(shared, near, others)
+        else:
+            objects = pick(any_key, known & other, (cells,))
         objects = jnp.where(listed < number_a + number_b, b, objects)
         objects = jnp.where(listed < number_a, a, objects)
         things = len(_texts(kind)) // len(TEMPLATES[kind])
@@ -269,6 +352,7 @@ def make(
     counts: tuple[int, int],
     seen: tuple[int, int],
     distractors: int,
+    levels: Sequence[str],
     image_tokens: int,
     tokeniser: Tokeniser | None = None,
 ) -> Shapes:
@@ -282,22 +366,32 @@ def make(
       counts: the least and the most that 'count' asks for.
       seen: the counts of the training split.
       distractors: the most objects that a question is not about.
+      levels: of LEVELS.
       image_tokens: of every picture.
       tokeniser: by default `Words` of the texts.
 
     Raises:
-      ValueError: an unknown kind, impossible counts, or more objects than places.
+      ValueError: an unknown kind or level, impossible counts, more objects than places, or
+        objects too small to tell their shapes apart.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kinds has {kind!r}, which is none of {KINDS}.")
     if not kinds:
         raise ValueError(f"kinds is empty; choose of {KINDS}.")
-    if not 0 <= counts[0] <= seen[0] <= seen[1] <= counts[1] < len(NUMBERS):
-        raise ValueError(
-            f"counts={counts} and seen={seen} must be 0 <= counts[0] <= seen[0] <= seen[1] <= "
-            f"counts[1] <= {len(NUMBERS) - 1}."
-        )
+    for level in levels:
+        if level not in LEVELS:
+            raise ValueError(f"levels has {level!r}, which is none of {tuple(LEVELS)}.")
+        pixels = math.ceil(LEAST_RADIUS / LEVELS[level].radius)
+        if min(height, width) < pixels * rows:
+            raise ValueError(
+                f"levels has {level!r}, whose smallest shapes cannot be told apart in cells of "
+                f"less than {pixels} pixels: height={height} and width={width} must be at least "
+                f"{pixels * rows} with rows={rows}."
+            )
+    if not levels or len(set(levels)) < len(levels):
+        raise ValueError(f"levels={tuple(levels)} must be some of {tuple(LEVELS)}, each once.")
+    _check_counts(kinds, counts, seen)
     most = max(2 * counts[1] - 1 if "compare" in kinds else counts[1], 2) + distractors
     if most >= rows**2:
         raise ValueError(
@@ -308,4 +402,20 @@ def make(
     answers = list(NUMBERS[counts[0] : counts[1] + 1]) if "count" in kinds else []
     answers += [*COLOURS, *SHAPES, "yes", "no"]
     texts = tokenise(prompts, answers, tokeniser, image_tokens=image_tokens)
-    return Shapes(texts, tuple(kinds), rows, height, width, counts, seen, distractors)
+    return Shapes(
+        texts, tuple(kinds), rows, height, width, counts, seen, distractors, tuple(levels)
+    )
+
+
+def _check_counts(kinds: Sequence[str], counts: tuple[int, int], seen: tuple[int, int]) -> None:
+    """Raises ValueError where these cannot be counted, or not compared."""
+    if not 0 <= counts[0] <= seen[0] <= seen[1] <= counts[1] < len(NUMBERS):
+        raise ValueError(
+            f"counts={counts} and seen={seen} must be 0 <= counts[0] <= seen[0] <= seen[1] <= "
+            f"counts[1] <= {len(NUMBERS) - 1}."
+        )
+    if "compare" in kinds and seen[0] == seen[1]:
+        raise ValueError(
+            f"seen={seen} is a single count, but kinds has 'compare', which asks for the greater "
+            "of two: widen it."
+        )

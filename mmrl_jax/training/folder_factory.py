@@ -297,7 +297,7 @@ def make_ask(
     def ask(batch: Batch) -> Question:
         tokens, present = _prompt_rows(config, parts.chat, batch.prompts, parts.images)
         unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
-        arrays = tokens, present, batch.images, unnamed, unnamed, unnamed
+        arrays = tokens, present, batch.images, *(unnamed,) * 4
         return Question(*jax.device_put(arrays, mesh_lib.replicated(mesh)))
 
     return ask

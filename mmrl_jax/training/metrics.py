@@ -179,6 +179,14 @@ GLOSSARY: dict[str, Metric] = {
     "eval/<split>/malformed": Metric(
         "fraction", "Evaluated answers that are none of the task's answers", "0"
     ),
+    "eval/<split>/<level>/accuracy": Metric(
+        "fraction", "Accuracy on the questions of one level, see tasks/shapes.py", "rises"
+    ),
+    "eval/<split>/<level>/accuracy_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/<level>/accuracy_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/<level>/malformed": Metric(
+        "fraction", "Answers to these that are none of the task's answers", "0"
+    ),
     "eval/<split>/length": Metric("steps", "Mean length of the evaluation episodes", "-"),
 }
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import ml_collections
 
 from mmrl_jax.distributed import mesh as mesh_lib
-from mmrl_jax.evaluation.questions import QuestionEvaluator, describe
+from mmrl_jax.evaluation.questions import QuestionEvaluator, describe, describe_levels
 from mmrl_jax.learners import dpo, grpo, token_learner, token_ppo
 from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
@@ -58,6 +58,9 @@ SCHEMA: config_lib.Schema = {
         "width": positive(int, "of the pictures, pixels"),
         "counts": anything(tuple, "(least, most) that is counted"),
         "distractors": non_negative(int, "the most objects that a question is not about"),
+        "levels": anything(
+            tuple, "of difficulty, drawn evenly for each question, see mmrl_jax.tasks.shapes.LEVELS"
+        ),
     },
     "model": token_models.MODEL,
     "sft": {
@@ -121,7 +124,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
     parts = make_parts(config)
     few = labelled(config, parts.task)
-    # Cells that are too small are refused when they are drawn.
+    # Pictures that do not divide into cells are refused when they are drawn.
     jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
     token_models.check_halves(config, parts.model)
 
@@ -191,6 +194,7 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
         counts=tuple(t.counts),
         seen=tuple(t.counts),
         distractors=t.distractors,
+        levels=tuple(t.levels),
         image_tokens=token_models.image_tokens(config.model, source, size),
         tokeniser=source and source.chat,
     )
@@ -201,14 +205,13 @@ def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.S
     """The task that labelled questions are drawn from.
 
     Raises:
-      ValueError: sft.counts is no part of task.counts.
+      ValueError: sft.counts is no part of task.counts, or too small a one.
     """
-    low, high = config.sft.counts
-    if not task.counts[0] <= low <= high <= task.counts[1]:
-        raise ValueError(
-            f"sft.counts={(low, high)} is not within task.counts={task.counts}, (least, most)."
-        )
-    return task.restricted((low, high))
+    counts = tuple(config.sft.counts)
+    try:
+        return task.restricted(counts)
+    except ValueError as error:
+        raise ValueError(f"sft.counts={counts} cannot be: {error}") from error
 
 
 def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
@@ -399,7 +402,10 @@ def make_evaluator(
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The splits of the config's task; none of counts, of which RL sees all."""
-    return tuple(split for split in shapes.SPLITS if split != "heldout_count")
+    without = {"heldout_count"}
+    if not set(config.task.kinds) & set(shapes.NAMING):
+        without.add("heldout_pair")
+    return tuple(split for split in shapes.SPLITS if split not in without)
 
 
 def make_measure(
@@ -407,17 +413,22 @@ def make_measure(
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
     """The reported evaluation: (trained and frozen half, split) -> metrics of the answers.
 
-    They are those of `questions.describe`, and 'blind_accuracy', that with swapped pictures.
+    They are those of `questions.describe`, 'blind_accuracy', that with swapped pictures, and where
+    there are several levels those of `questions.describe_levels`.
     """
-    return _measure(make_evaluator(config, evaluation_key(config), questions=episodes))
+    return _measure(config, make_evaluator(config, evaluation_key(config), questions=episodes))
 
 
 def _measure(
-    evaluator: QuestionEvaluator,
+    config: ml_collections.ConfigDict, evaluator: QuestionEvaluator
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    levels = tuple(config.task.levels)
+
     def measure(made_of: tuple[Params, Any], split: str) -> dict[str, float]:
-        blind = describe(evaluator(made_of, split, swapped=True))["accuracy"]
-        return describe(evaluator(made_of, split)) | {"blind_accuracy": blind}
+        blind = describe(evaluator(made_of, split, swapped=True).score)["accuracy"]
+        found = evaluator(made_of, split)
+        described = describe(found.score) | {"blind_accuracy": blind}
+        return described | (describe_levels(found, levels) if len(levels) > 1 else {})
 
     return measure
 
@@ -432,5 +443,5 @@ def _periodic_evaluation(
 ) -> Callable[[TokenState], dict[str, float]]:
     # Other questions than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(evaluation_key(config), 1)
-    measure = _measure(make_evaluator(config, key, questions=config.run.eval_episodes))
+    measure = _measure(config, make_evaluator(config, key, questions=config.run.eval_episodes))
     return token_models.evaluation(measure, frozen, "train")

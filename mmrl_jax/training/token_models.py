@@ -288,7 +288,7 @@ def draw_variables(config: ml_collections.ConfigDict, model: TokenModel, key: ja
       ValueError: model.lora.pattern matches no layer.
     """
     policy, nothing = model.policy, jnp.zeros(1, jnp.int32)
-    question = model.texts.ask(jnp.zeros((1, *model.size, 3), jnp.uint8), *[nothing] * 3)
+    question = model.texts.ask(jnp.zeros((1, *model.size, 3), jnp.uint8), *[nothing] * 4)
     params = policy.model.init(key, *policy.inputs(question))["params"]
     variables = with_adapters(params, config.model.lora, jax.random.fold_in(key, 1))
     if config.algorithm == "token_ppo":
