@@ -193,15 +193,24 @@ def test_levels_differ_in_the_picture_alone():
     assert (np.bincount(mixed.level, minlength=3) > 25).all()
 
 
+def lists(kind, count):
+    """What is drawn of one kind, and which of each list are there."""
+    made = task((kind,))
+    draw_one = functools.partial(made._draw, level=made._level(0), kind=kind, split="train")
+    draws = jit(jax.vmap(draw_one))(jax.random.split(jax.random.key(2), count))
+    return draws, np.arange(16) < draws.number[:, None]
+
+
 def test_no_comparison_shows_a_count_that_is_held_out():
-    kind = "compare"
-    question, shown = drawn("train", (kind,), 200, height=96, width=96), set()
-    for i, picture in enumerate(question.images):
-        text, _ = words(task((kind,)), question, i)
-        objects = [f"{c} {s}" for *_, c, s in seen(picture)]
-        shown |= {objects.count(name) for name in set(objects) if name in text}
-        assert len([name for name in set(objects) if name in text]) == 2
-    assert shown == {1, 2, 3}
+    draws, there = lists("compare", 500)
+    both = np.asarray(draws.text) % shapes.PAIRS**2
+    shown = [
+        ((draws.pairs == named[:, None]) & there).sum(axis=1)
+        for named in (both // shapes.PAIRS, both % shapes.PAIRS)
+    ]
+    assert set(np.unique(shown)) == {1, 2, 3}
+    yes = draws.answer == task(("compare",)).texts.answers.index("yes")
+    np.testing.assert_array_equal(shown[0] > shown[1], yes)
 
 
 def test_splits_hold_out_what_they_say():
@@ -240,10 +249,7 @@ def test_who_does_not_look_is_at_chance_where_the_layout_is_held_out():
 
 @pytest.mark.parametrize("kind", ["count", "exists"])
 def test_neither_colour_nor_shape_decides_alone(kind):
-    made = task((kind,))
-    draw_one = functools.partial(made._draw, level=made._level(0), kind=kind, split="train")
-    draws = jit(jax.vmap(draw_one))(jax.random.split(jax.random.key(2), 2000))
-    there = np.arange(16) < draws.number[:, None]
+    draws, there = lists(kind, 2000)
     others = there & (draws.pairs != draws.text[:, None] % shapes.PAIRS)
     asked = np.asarray(draws.text)[:, None] % shapes.PAIRS
     same = (shapes.colour_of(draws.pairs) == shapes.colour_of(asked)) | (
