@@ -1,6 +1,7 @@
 """RL on questions from a folder by a user's reward functions: runs, resuming, what fails."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from experiments import train as train_script
 from experiments.train import train
+from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.rl import group_advantages
+from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import folder_factory, metrics
@@ -52,6 +55,10 @@ def run(make_config, tmp_path_factory):
     """A run, and its folder."""
     workdir = tmp_path_factory.mktemp("run")
     return train(make_config(), workdir), workdir
+
+
+def open_split(config):
+    return folder_factory.open_records(config, folder_factory.make_parts(config))
 
 
 def rows(workdir):
@@ -122,7 +129,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         )
         trained = train(config, tmp_path)
     assert trained.tuned.updates == 2 and len(seen) == 2
-    split = folder_factory.open_records(config, folder_factory.make_parts(config).chat)
+    split = open_split(config)
     for update, (reward, scored) in enumerate(seen):
         batch = split.train.batch(update)
         level = np.array([columns["level"] for columns in batch.columns])
@@ -144,9 +151,59 @@ def test_functions_that_always_fail_stop_the_run(run, make_config, tmp_path):
     assert rows(tmp_path) == [] and NoRewards in train_script.FAILURES
 
 
+def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):
+    answer, advantage, traced = TokenPolicy.answer, group_advantages.standardised, []
+
+    def slow(name):
+        traced.append(name)
+        time.sleep(2)
+
+    def slow_answer(self, *args, **kwargs):
+        if kwargs["group"] > 1:  # Evaluations ask once.
+            slow("answer")
+        return answer(self, *args, **kwargs)
+
+    def slow_advantage(*args):
+        slow("learn")
+        return advantage(*args)
+
+    # Only while the two programs are traced is either called.
+    monkeypatch.setattr(TokenPolicy, "answer", slow_answer)
+    monkeypatch.setitem(group_advantages.ESTIMATORS, "standardised", slow_advantage)
+    # The second dispatch is of another size, and shares them.
+    config = make_config(run__updates=3, run__updates_per_dispatch=2)
+    counters = train(config, tmp_path).tuned.counters
+    assert traced == ["answer", "learn"]
+    assert counters.wall_s < 2 and counters.compile_s > 4
+    first = rows(tmp_path)[0]
+    assert first["time/wall_s"] < 2 and first["time/compile_s"] > 4
+    assert first["time/samples_per_s"] == pytest.approx(2 * 16 / first["time/wall_s"])
+
+
+def test_a_run_reads_its_folder_once(make_config, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        folder_lib,
+        "_reason",
+        lambda reader, reason=folder_lib._reason: read.append(1) or reason(reader),
+    )
+    pictures = folder(tmp_path / "d", count=8)
+    config = make_config(folder__directory=str(pictures), run__updates=1)
+    # As the command line does it: checked, then trained.
+    train_script.prepare(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert len(read) == 8
+    # Another config, or another table, is another opening.
+    folder_factory.check(make_config(folder__directory=str(pictures), run__eval_episodes=3))
+    assert len(read) == 16
+    metadata = pictures / "metadata.jsonl"
+    metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:7]))
+    assert len(open_split(config).train) == 5 and len(read) == 23
+
+
 def test_held_out_records_are_never_learned_from(make_config):
     config = make_config()
-    split = folder_factory.open_records(config, folder_factory.make_parts(config).chat)
+    split = open_split(config)
     asked = {prompt for update in range(6) for prompt in split.train.batch(update).prompts}
     held_out = set(split.heldout.batch(0).prompts)
     assert len(asked) == 6 and len(held_out) == 2 and not asked & held_out
@@ -160,7 +217,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
     text = "\n".join(map(json.dumps, (long, taken))) + "\n" + lines
     (good / "metadata.jsonl").write_text(text)
     config = make_config(folder__directory=str(good), folder__max_rejected=0.2)
-    split = folder_factory.open_records(config, folder_factory.make_parts(config).chat)
+    split = open_split(config)
     first, second = split.train.rejected
     assert first.name == "metadata.jsonl:1" and "folder.prompt_tokens=64; raise it" in first.reason
     assert second.name == "metadata.jsonl:2" and "columns ['completion']" in second.reason

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+METADATA = "metadata.jsonl"
 NAMED = 5  # Records that an error names.
 
 
@@ -201,7 +202,7 @@ def open_folder(
       ValueError: there is no metadata.jsonl; or see `Records`.
     """
     root = pathlib.Path(directory).resolve()
-    metadata = root / "metadata.jsonl"
+    metadata = root / METADATA
     if not metadata.is_file():
         raise ValueError(
             f"{metadata} is not there; write a line of JSON with file_name, prompt and answer for "

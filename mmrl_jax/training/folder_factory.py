@@ -9,6 +9,7 @@ the other factories the only module that reads a ConfigDict.
 from collections.abc import Callable, Sequence
 import functools
 import importlib
+import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -25,14 +26,14 @@ from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated, Sampling
-from mmrl_jax.tasks.folder import Batch, Record, Records, open_folder
+from mmrl_jax.tasks.folder import METADATA, Batch, Record, Records, open_folder
 from mmrl_jax.tasks.question import Question, Texts
 from mmrl_jax.tasks.rewards import Failure, Pool, RewardFunction, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
 from mmrl_jax.training.factory import run_fields
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.loop import Carry, HostUpdate, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -138,35 +139,34 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
     source = token_models.pretrained(config.model, size)
     assert source is not None  # See `check`.
     images = token_models.image_tokens(config.model, source, size)
-    tokens, present = _prompt_rows(config, source.chat, [""], images)
+    tokens, present = _prompt_rows(source.chat, [""], length=f.prompt_tokens, images=images)
     # No question and no answer is known beforehand: this is what the shapes are read from.
     texts = Texts(("",), (), tokens, present, np.zeros((0, f.answer_tokens), np.int32), source.chat)
     return Parts(source.chat, images, token_models.make_model(config.model, source, texts, size))
 
 
 def _prompt_rows(
-    config: ml_collections.ConfigDict, chat: Chat, prompts: Sequence[str], images: int
+    chat: Chat, prompts: Sequence[str], *, length: int, images: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of B prompts, int32 [B, S], padded on the left, and which are there, bool [B, S].
 
     Args:
-      config: of the run.
       chat: the model's texts.
       prompts: B questions about a picture each.
+      length: S.
       images: image tokens of a picture.
 
     Raises:
-      ValueError: one is longer than folder.prompt_tokens, S.
+      ValueError: one is longer than S, folder.prompt_tokens.
     """
-    f = config.folder
-    tokens = np.full((len(prompts), f.prompt_tokens), chat.pad, np.int32)
+    tokens = np.full((len(prompts), length), chat.pad, np.int32)
     present = np.zeros(tokens.shape, bool)
     for b, text in enumerate(prompts):
         ids = chat.prompt(text, images=images)
-        if len(ids) > f.prompt_tokens:
+        if len(ids) > length:
             raise ValueError(
                 f"prompt {text!r} has {len(ids)} tokens, {images} of them of the picture, more "
-                f"than folder.prompt_tokens={f.prompt_tokens}; raise it."
+                f"than folder.prompt_tokens={length}; raise it."
             )
         tokens[b, -len(ids) :], present[b, -len(ids) :] = ids, True
     return tokens, present
@@ -185,31 +185,51 @@ class Split(NamedTuple):
 
 
 def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
-    """Opens the folder of a config.
+    """Opens the folder of a config; again, only if its table or what is asked of it has changed.
 
     Raises:
       ValueError: see `open_folder`; or there are too few records for run.eval_episodes of them.
     """
     f = config.folder
-
-    def usable(record: Record) -> None:
-        _prompt_rows(config, parts.chat, [record.prompt], parts.images)
-        taken = [name for name in GIVEN if name in record.columns]
-        if taken:
-            raise ValueError(f"columns {taken} are what reward functions are given already.")
-
-    records = open_folder(
-        f.directory,
+    table = pathlib.Path(f.directory).resolve() / METADATA
+    written = (table.stat().st_mtime_ns, table.stat().st_size) if table.is_file() else None
+    return _open_records(
+        written,
+        parts.chat,
+        directory=table.parent,
         size=(f.height, f.width),
         batch_size=config.rl.questions,
         seed=config.seed,
         max_rejected=f.max_rejected,
-        check=usable,
+        held_out=config.run.eval_episodes,
+        length=f.prompt_tokens,
+        images=parts.images,
     )
+
+
+@functools.lru_cache(maxsize=1)  # A run opens its folder several times, which reads all pictures.
+def _open_records(
+    written: tuple[int, int] | None,
+    chat: Chat,
+    *,
+    held_out: int,
+    length: int,
+    images: int,
+    **opening: Any,
+) -> Split:
+    """The records of a folder whose table was last written then."""
+
+    def usable(record: Record) -> None:
+        _prompt_rows(chat, [record.prompt], length=length, images=images)
+        taken = [name for name in GIVEN if name in record.columns]
+        if taken:
+            raise ValueError(f"columns {taken} are what reward functions are given already.")
+
+    records = open_folder(check=usable, **opening)
     try:
-        return Split(*records.divided(config.run.eval_episodes))
+        return Split(*records.divided(held_out))
     except ValueError as error:
-        raise ValueError(f"run.eval_episodes={config.run.eval_episodes}: {error}") from error
+        raise ValueError(f"run.eval_episodes={held_out}: {error}") from error
 
 
 def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
@@ -293,9 +313,10 @@ def make_ask(
     config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh
 ) -> Callable[[Batch], Question]:
     """A function that puts the B questions of a batch on every device of a mesh."""
+    length, images = config.folder.prompt_tokens, parts.images
 
     def ask(batch: Batch) -> Question:
-        tokens, present = _prompt_rows(config, parts.chat, batch.prompts, parts.images)
+        tokens, present = _prompt_rows(parts.chat, batch.prompts, length=length, images=images)
         unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
         arrays = tokens, present, batch.images, *(unnamed,) * 4
         return Question(*jax.device_put(arrays, mesh_lib.replicated(mesh)))
@@ -330,7 +351,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
         return jax.random.split(jax.random.fold_in(rng, updates))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def generate(
         params: Params, frozen: Any, asked: Question, rng: jax.Array, updates: jax.Array
     ) -> Generated:
@@ -339,7 +360,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         key = keys(rng, updates)[0]
         return policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(everywhere, None))
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def step(carry: Carry, frozen: Any, experience: Experience) -> tuple[Carry, Metrics]:
         key = keys(carry.rng, carry.updates)[1]
         learner, metrics = learn(carry.learner, frozen, experience, key)
@@ -350,22 +371,37 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         }
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
-    def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
-        batch = records.train.batch(int(jax.device_get(carry.updates)))
-        asked = ask(batch)
-        answers = generate(carry.learner.params, frozen, asked, carry.rng, carry.updates)
-        rewards = scorer(records.train, batch, answers)
-        # NaN times a mask of 0 is NaN.
-        numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
-        reward, scored = jax.device_put(numbers, everywhere)
-        return step(carry, frozen, Experience(asked, answers, reward, scored))
+    def placed(shapes: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+        )
+
+    def on_host(carry: Carry, frozen: Any) -> HostUpdate:
+        asked = ask(records.train.batch(0))
+        generating = generate.lower(carry.learner.params, frozen, asked, carry.rng, carry.updates)
+        number = placed(np.empty((r.questions, r.group), np.float32))
+        learned_from = Experience(asked, placed(generating.out_info), number, number)
+        stepping = step.lower(carry, frozen, learned_from)
+        generated, stepped = generating.compile(), stepping.compile()
+
+        def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
+            batch = records.train.batch(int(jax.device_get(carry.updates)))
+            asked = ask(batch)
+            answers = generated(carry.learner.params, frozen, asked, carry.rng, carry.updates)
+            rewards = scorer(records.train, batch, answers)
+            # NaN times a mask of 0 is NaN.
+            numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
+            reward, scored = jax.device_put(numbers, everywhere)
+            return stepped(carry, frozen, Experience(asked, answers, reward, scored))
+
+        return HostUpdate(update, placed(stepping.out_info[1]))
 
     measure = _make_measure(config, parts, records.heldout, ask, scorer)
 
     return Stage(
         name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
         init=init,
-        update=update,
+        update=None,
         data=frozen,
         env_steps_per_update=0,
         samples_per_update=r.questions * r.group,
@@ -374,7 +410,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         best_metric=BEST,
         console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
         shardings=functools.partial(token_models.everywhere, mesh=mesh),
-        on_host=True,
+        on_host=on_host,
     )
 
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import signal
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
@@ -47,6 +47,19 @@ class Carry(struct.PyTreeNode):
 Update = Callable[[Carry, Any], tuple[Carry, Metrics]]
 
 
+class HostUpdate(NamedTuple):
+    """An update that is called from Python, with what the host does between compiled programs.
+
+    Attributes:
+      update: (carry, data) -> (carry, metrics), see `Stage`; it compiles nothing any more, and may
+        donate the carry.
+      metrics: their shapes, dtypes and shardings.
+    """
+
+    update: Update
+    metrics: dict[str, jax.ShapeDtypeStruct]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of a run, as the factory builds it.
@@ -56,7 +69,8 @@ class Stage:
       init: () -> Carry, fresh.
       update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'update/steps' and
         'update/skipped', the optimiser steps taken, and those skipped because the loss or its
-        gradient is not finite. 'episode/*' is NaN where no episode ended.
+        gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and the
+        updates of a dispatch are one compiled program. None for a stage with `on_host`.
       data: pytree given to every update, or None; never donated.
       updates: where the stage ends.
       updates_per_dispatch: updates in one compiled call; the last one may have fewer.
@@ -69,14 +83,12 @@ class Stage:
       best_metric: by which the best is chosen, or None.
       console: metrics to show.
       shardings: carry -> shardings of a carry, for the mesh the stage runs on.
-      on_host: `update` is called from Python, once for each update, and calls compiled programs of
-        its own, with what has to be done on the host between them; they compile in its first call.
-        Otherwise it is traced, and the updates of a dispatch are one compiled program.
+      on_host: instead of `update`: compiles the programs of an update for a carry and the data.
     """
 
     name: str
     init: Callable[[], Carry]
-    update: Update
+    update: Update | None
     data: Any
     updates: int
     updates_per_dispatch: int
@@ -89,7 +101,7 @@ class Stage:
     best_metric: str | None
     console: tuple[str, ...]
     shardings: Callable[[Any], Any]
-    on_host: bool = False
+    on_host: Callable[[Carry, Any], HostUpdate] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,19 +163,21 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_host_dispatch(update: Update, updates: int) -> Update:
-    """The same of an update that is called from Python, which itself may donate the carry."""
+def make_host_dispatch(host: HostUpdate, updates: int, carry: Carry) -> Update:
+    """The same of an update that is called from Python, for carries like this one."""
 
-    @jax.jit
     def summary(acts: Any, rows: list[Metrics]) -> Metrics:
         return _summary(acts, jax.tree.map(lambda *x: jnp.stack(x), *rows))
+
+    acts = carry.learner.without_optimiser()
+    summarise = jax.jit(summary).lower(acts, [host.metrics] * updates).compile()
 
     def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         rows = []
         for _ in range(updates):
-            carry, metrics = update(carry, data)
+            carry, metrics = host.update(carry, data)
             rows.append(metrics)
-        return carry, summary(carry.learner.without_optimiser(), rows)
+        return carry, summarise(carry.learner.without_optimiser(), rows)
 
     return dispatch
 
@@ -265,6 +279,7 @@ def run(
             return Result(carry, done, counters, earlier_s, terminated())
         counters = add(compile_s=init_s)
         programs: dict[int, Any] = {}
+        host: HostUpdate | None = None
         alarms = _alarms_until(workdir, done)
         with MetricWriter(
             workdir,
@@ -278,13 +293,16 @@ def run(
         ) as writer:
             while not (over() or terminated()):
                 size = min(stage.updates_per_dispatch, stage.updates - done)
-                if size not in programs and stage.on_host:
-                    programs[size] = make_host_dispatch(stage.update, size)
-                elif size not in programs:
+                if size not in programs:
                     writer.message(f"{stage.name}: compiling ...")
                     compile_start = time.perf_counter()
-                    dispatch = make_dispatch(stage.update, size, shardings)
-                    programs[size] = dispatch.lower(carry, stage.data).compile()
+                    if stage.on_host is not None:
+                        host = host or stage.on_host(carry, stage.data)
+                        programs[size] = make_host_dispatch(host, size, carry)
+                    else:
+                        assert stage.update is not None
+                        dispatch = make_dispatch(stage.update, size, shardings)
+                        programs[size] = dispatch.lower(carry, stage.data).compile()
                     compile_s = time.perf_counter() - compile_start
                     counters = add(compile_s=compile_s)
                     writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
