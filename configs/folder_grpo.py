@@ -48,6 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.rewards.timeout_s = 10.0
 
     config.model = base.model
+    config.sft = base.sft
+    for name in ("examples", "counts", "noise"):
+        del config.sft[name]
+    config.sft.updates = 0  # Above 0, the records' answers are learned from first.
     config.rl = base.rl
     for name in ("oversample", "swapped", "penalty"):
         del config.rl[name]

@@ -73,7 +73,7 @@ def restore_tokens(
         return restored["params"], step
 
     start = None
-    if stage == "rl" and "sft" in config and config.sft.updates:
+    if stage == "rl" and config.sft.updates:
         start, _ = params("sft", workdir / "sft", "latest")
     trained, step = params(stage, workdir, which)
     made_of = token_models.made_of(config, model, trained, start=start, stage=stage)

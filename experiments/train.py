@@ -150,21 +150,18 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
     """Supervised fine-tuning and RL, whichever the config asks for."""
     build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
-    if "sft" in config and config.sft.updates:
+    if config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
         warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
-        # Not every kind of run can be fine-tuned first.
-        begun = {"start": warm.carry.learner.params} if warm is not None else {}
-        tuned = loop.run(build.rl_stage(config, mesh, **begun), workdir=workdir, config=config)
+        start = warm.carry.learner.params if warm is not None else None
+        tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
         draw_curves(workdir, x="progress/updates")
     trained = Trained(None, warm, tuned)
-    if build is question_factory and not trained.interrupted and jax.process_index() == 0:
-        evaluator = question_factory.make_evaluator(
-            config, question_factory.evaluation_key(config), questions=SAMPLES
-        )
-        samples = evaluator.samples(acting(config, trained), "train", SAMPLES)
+    # What agents do is shown by no question.
+    if build is not agent_factory and not trained.interrupted and jax.process_index() == 0:
+        samples = build.answered_samples(config, acting(config, trained), SAMPLES)
         report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
     return trained
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import evaluate
 from experiments import train as train_script
 from experiments.train import train
 from mmrl_jax.learners.token_learner import TokenPolicy
@@ -14,9 +15,9 @@ from mmrl_jax.rl import group_advantages
 from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import folder_factory, metrics
+from mmrl_jax.training import folder_factory, metrics, token_models
 from tests import processors
-from tests.test_folder import folder
+from tests.test_folder import colour, folder
 
 LENGTH, HALF, NEVER = (
     f"tests.reward_functions:{name}" for name in ("length", "at_odd_levels", "never")
@@ -34,7 +35,7 @@ def make_config(tmp_path_factory):
         config.folder.update(
             directory=str(pictures), height=16, width=16, prompt_tokens=64, answer_tokens=4
         )
-        config.rewards.update(functions=(LENGTH,), workers=1, timeout_s=60.0)
+        config.rewards.update(functions=(LENGTH,), weights=(0.5,), workers=1, timeout_s=60.0)
         config.model.update(
             pretrained=str(model), width=16, heads=2, patch_hidden=16, vision_layers=0,
             dtype="float32", remat=False,
@@ -73,6 +74,16 @@ def differ(a, b):
     return any(np.any(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+def fresh(config):
+    return token_models.make_variables(config, folder_factory.make_parts(config).model)
+
+
+def largest_change(a, b):
+    """Of the tokens' table."""
+    a, b = (np.asarray(x["params"]["language"]["table"]) for x in (a, b))
+    return np.abs(a - b).max()
+
+
 def test_a_run_trains_on_what_the_function_returns(run, make_config):
     trained, workdir = run
     assert trained.warm_start is None and trained.tuned.updates == 4
@@ -82,8 +93,12 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     for row in logged:
         assert np.isfinite(row["loss/total"]) and row["update/skipped"] == 0
         assert row["answer/unscored"] == 0
-        # The reward is the number of letters, of which a token holds one at most or so.
-        assert 0 < row["answer/reward"] <= 8 and 1 <= row["answer/length"] <= 4
+        # The reward is half the number of letters, of which a token holds one at most or so.
+        assert 0 < row["answer/reward"] <= 4 and 1 <= row["answer/length"] <= 4
+    # Of the functions' results, one for each record, their weights make the return.
+    for row in logged[1::2]:
+        part = row[f"eval/heldout/reward/{LENGTH}"]
+        assert 0 < part <= 8 and row["eval/heldout/return"] == pytest.approx(0.5 * part)
     assert "eval/heldout/return" in logged[1] and "eval/heldout/return" not in logged[0]
     assert logged[-1]["eval/heldout/return_lo"] <= logged[-1]["eval/heldout/return_hi"]
     summary = json.loads((workdir / "summary.json").read_text())
@@ -110,6 +125,47 @@ def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
     assert trained.tuned.updates == 1 and np.isfinite(row["loss/total"])
     # The first answers are those of GRPO: by then only the learners differ.
     assert row["answer/reward"] == rows(run[1])[0]["answer/reward"]
+
+
+def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_path, monkeypatch):
+    given = []
+
+    def spy(config, mesh, model, labels, sft_stage=token_models.sft_stage, **kwargs):
+        given.append(labels)
+        return sft_stage(config, mesh, model, labels, **kwargs)
+
+    monkeypatch.setattr(token_models, "sft_stage", spy)
+    config = make_config(sft__updates=30, sft__updates_per_dispatch=30, sft__batch_size=8,
+                         sft__learning_rate=1e-2, sft__trained=".*", rl__trained=".*",
+                         run__updates=1)  # fmt: skip
+    trained = train(config, tmp_path)
+    assert trained.warm_start.updates == 30 and trained.tuned.updates == 1
+    ((asked, tokens, present),) = given
+    chat, train_records = folder_factory.make_parts(config).chat, open_split(config).train
+    assert len(tokens) == len(train_records) == 6
+    for row, name in enumerate(train_records.names):
+        i = int(name.split(":")[1]) - 1  # Record i is line i + 1.
+        question = chat.prompt(f"which of {i} ?", images=4)
+        np.testing.assert_array_equal(asked.tokens[row][asked.present[row]], question)
+        np.testing.assert_array_equal(tokens[row][present[row]], chat.answer(str(i)))
+        np.testing.assert_array_equal(asked.images[row, 0, 0], colour(i))
+    # Random guesses among 400 tokens cost 6 nats; a digit and the stop token are soon learned.
+    (row,) = rows(tmp_path / "sft")
+    assert row["loss/answer"] < 4
+    # RL begins with what was learned, and both can be evaluated from what was stored.
+    before, after = trained.warm_start.carry.learner.params, trained.tuned.carry.learner.params
+    assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh(config)) > 0.05
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<img") == 2 and "of 2 answers are the right one" in page
+    for place in (tmp_path, tmp_path / "sft"):
+        _, made_of, _ = evaluate.restore_tokens(place, "latest")
+        found = evaluate.evaluate(place, which="latest", split="all", episodes=2)
+        shown = folder_factory.answered_samples(config, made_of, 24)
+        assert found["heldout/return"] == np.mean([sample.reward for sample in shown])
+        assert [2 * sample.reward for sample in shown] == [len(sample.answer) for sample in shown]
+        held_out = open_split(config).heldout.batch(0)
+        assert tuple(sample.question for sample in shown) == held_out.prompts
+        assert tuple(sample.right for sample in shown) == held_out.answers
 
 
 def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path, capfd):
@@ -229,7 +285,13 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "sft"}, "'algorithm' is 'sft'"),
+        ({"algorithm": "sft"}, "sft.updates=0, but algorithm='sft'"),
+        ({"algorithm": "bc"}, "'algorithm' is 'bc'"),
+        (
+            {"sft__updates": 1, "folder__answer_tokens": 1},
+            "answer '0' has 2 tokens, more than fold",
+        ),
+        ({"sft__updates": 1, "sft__trained": "lora"}, "sft.trained: 'lora' matches no leaf"),
         ({"folder__directory": ""}, "'folder.directory' is ''"),
         ({"folder__directory": "nowhere"}, r"nowhere/metadata.jsonl is not there"),
         ({"folder__prompt_tokens": 8}, "folder.prompt_tokens=8"),

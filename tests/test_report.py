@@ -164,8 +164,14 @@ def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
     report.sample_table(tmp_path / "page.html", samples, "a & b")
     page = (tmp_path / "page.html").read_text()
     assert "is &lt;this&gt; one ?" in page and "a &amp; b" in page and "<this>" not in page
-    assert page.count("class='right'") == page.count("class='wrong'") == 1
-    assert "(nothing)" in page and "-0.5" in page
+    assert page.count("class='text right'>yes<") == 1
+    assert page.count("class='text wrong'>(nothing)<") == 1
+    # Not by colour alone, and rewards with as many digits below each other.
+    assert (
+        '.right::before { content: "\\2713' in page and '.wrong::before { content: "\\2717' in page
+    )
+    assert "1 of 2 answers are the right one" in page
+    assert "class='reward'>1.00<" in page and "class='reward'>-0.50<" in page
     encoded = page.split("base64,")[1].split("'")[0]
     np.testing.assert_array_equal(
         np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image

@@ -8,7 +8,7 @@ used is set aside with its reason, so that the batch of an update depends on not
 update's number, and a resumed run goes on with the records that it would have seen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import copy
 import functools
@@ -140,12 +140,19 @@ class Records:
         """The batch of an update, counted from 0; epochs follow each other without a gap.
 
         Raises:
-          ValueError: `update` is negative, or a record has changed since it was checked.
+          ValueError: `update` is negative, or see `read`.
         """
         if update < 0:
             raise ValueError(f"update={update} must be at least 0.")
         places = range(update * self._batch_size, (update + 1) * self._batch_size)
-        numbers = [int(self._order(p // len(self))[p % len(self)]) for p in places]
+        return self.read([int(self._order(p // len(self))[p % len(self)]) for p in places])
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """The good records of these numbers.
+
+        Raises:
+          ValueError: a record has changed since it was checked.
+        """
         with concurrent.futures.ThreadPoolExecutor() as pool:
             records = list(pool.map(self._read, numbers))
         return Batch(

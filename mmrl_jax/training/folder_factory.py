@@ -2,8 +2,9 @@
 
     records of the update -> [answers] -> texts -> reward functions -> [learning] -> next update
 
-In brackets are the two compiled programs of an update; what lies between happens on the host. With
-the other factories the only module that reads a ConfigDict.
+In brackets are the two compiled programs of an update; what lies between happens on the host. The
+records' own answers can be learned from first. With the other factories the only module that reads
+a ConfigDict.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import ml_collections
 import numpy as np
 
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.evaluation.statistics import bootstrap_interval
 from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.learners.grpo import Experience
@@ -37,7 +39,7 @@ from mmrl_jax.training.loop import Carry, HostUpdate, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
-ALGORITHMS = ("grpo", "dpo", "token_ppo")
+ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
 SPLIT = "heldout"
 BEST = f"eval/{SPLIT}/return"
 GIVEN = ("prompt", "completion", "answer")  # To reward functions, beside a record's columns.
@@ -46,7 +48,9 @@ TOLD = 10  # Reasons of failures that a process prints; answer/unscored counts t
 SCHEMA: config_lib.Schema = {
     "seed": question_factory.SCHEMA["seed"],
     "algorithm": one_of(
-        ALGORITHMS, "'grpo' is its whole family, 'dpo' prefers the best of its answers to the worst"
+        ALGORITHMS,
+        "'sft' is supervised fine-tuning alone, 'grpo' its whole family, 'dpo' prefers the best of "
+        "its answers to the worst; RL fine-tunes first if sft.updates is above 0",
     ),
     "devices": question_factory.SCHEMA["devices"],
     "folder": {
@@ -68,6 +72,8 @@ SCHEMA: config_lib.Schema = {
         "timeout_s": positive(float, "seconds for one call"),
     },
     "model": token_models.MODEL,
+    # On the records' answers; the pictures of all of them lie in the device's memory then.
+    "sft": token_models.SFT,
     "rl": {
         "questions": positive(int, "learned from in an update"),
         "group": positive(int, "answers to each question"),
@@ -99,11 +105,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     token_models.check_sizes(
         config,
         {
+            "sft.batch_size": config.sft.batch_size,
             "rl.questions / rl.minibatches": (
                 question_factory.samples(config) // config.rl.minibatches
-            )
+            ),
         },
     )
+    if config.algorithm == "sft" and not config.sft.updates:
+        raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
     reward_functions(config)
     parts = make_parts(config)
     token_models.check_halves(config, parts.model)
@@ -172,6 +181,27 @@ def _prompt_rows(
     return tokens, present
 
 
+def _answer_rows(
+    chat: Chat, answers: Sequence[str], *, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of B answers with their stop tokens, int32 [B, T], and which are there, bool.
+
+    Raises:
+      ValueError: one is longer than T, the length.
+    """
+    tokens = np.full((len(answers), length), chat.pad, np.int32)
+    present = np.zeros(tokens.shape, bool)
+    for b, text in enumerate(answers):
+        ids = chat.answer(text)
+        if len(ids) > length:
+            raise ValueError(
+                f"answer {text!r} has {len(ids)} tokens, more than folder.answer_tokens={length}, "
+                "and is to be learned from; raise it."
+            )
+        tokens[b, : len(ids)], present[b, : len(ids)] = ids, True
+    return tokens, present
+
+
 class Split(NamedTuple):
     """The records of a folder.
 
@@ -202,6 +232,7 @@ def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
         seed=config.seed,
         max_rejected=f.max_rejected,
         held_out=config.run.eval_episodes,
+        answer_length=f.answer_tokens if config.sft.updates else None,
         length=f.prompt_tokens,
         images=parts.images,
     )
@@ -213,6 +244,7 @@ def _open_records(
     chat: Chat,
     *,
     held_out: int,
+    answer_length: int | None,
     length: int,
     images: int,
     **opening: Any,
@@ -221,6 +253,8 @@ def _open_records(
 
     def usable(record: Record) -> None:
         _prompt_rows(chat, [record.prompt], length=length, images=images)
+        if answer_length is not None:
+            _answer_rows(chat, [record.answer], length=answer_length)
         taken = [name for name in GIVEN if name in record.columns]
         if taken:
             raise ValueError(f"columns {taken} are what reward functions are given already.")
@@ -258,6 +292,18 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
     return functions
 
 
+class Scored(NamedTuple):
+    """G answers to each of B questions.
+
+    Attributes:
+      completions: B times G texts.
+      rewards: for them.
+    """
+
+    completions: list[list[str]]
+    rewards: Rewards
+
+
 class Scorer:
     """Rewards of answers to a folder's questions, by the functions of a config.
 
@@ -279,8 +325,8 @@ class Scorer:
         self._chat = chat
         self._told: set[tuple[str, str]] = set()
 
-    def __call__(self, records: Records, batch: Batch, answers: Generated) -> Rewards:
-        """Rewards [B, G] of answers [B, G, T] to the questions of a batch.
+    def __call__(self, records: Records, batch: Batch, answers: Generated) -> Scored:
+        """Texts and rewards [B, G] of answers [B, G, T] to the questions of a batch.
 
         Raises:
           NoRewards: not a single answer has one.
@@ -293,7 +339,7 @@ class Scorer:
         rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns)
         for failure in rewards.failures:
             self._tell(failure, records.names[batch.records[failure.prompt]])
-        return rewards
+        return Scored(completions, rewards)
 
     def _tell(self, failure: Failure, record: str) -> None:
         """Prints a failure, of a function and a reason only the first."""
@@ -324,8 +370,34 @@ def make_ask(
     return ask
 
 
-def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
-    """RL on what the reward functions return.
+def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
+    """Supervised fine-tuning on the answers of the records.
+
+    Raises:
+      ValueError: see `open_records`.
+      RuntimeError: see `Pool`.
+    """
+    parts = make_parts(config)
+    records = open_records(config, parts)
+    ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
+    measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
+    batch = records.train.read(range(len(records.train)))
+    length = config.folder.answer_tokens
+    tokens, present = _answer_rows(parts.chat, batch.answers, length=length)
+    return token_models.sft_stage(
+        config,
+        mesh,
+        parts.model,
+        (ask(batch), jnp.asarray(tokens), jnp.asarray(present)),
+        evaluation=lambda frozen: token_models.evaluation(measure, frozen, SPLIT),
+        best_metric=BEST,
+    )
+
+
+def rl_stage(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
+) -> Stage:
+    """RL on what the reward functions return, from the decoder or from what was fine-tuned.
 
     Raises:
       ValueError: see `open_records`.
@@ -334,7 +406,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     r, parts = config.rl, make_parts(config)
     policy, records = parts.policy, open_records(config, parts)
     trained, frozen = token_models.halves(
-        token_models.make_variables(config, parts.model), config, "rl"
+        token_models.make_variables(config, parts.model, start=start), config, "rl"
     )
     everywhere = mesh_lib.replicated(mesh)
     frozen = jax.device_put(frozen, everywhere)
@@ -388,7 +460,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
             batch = records.train.batch(int(jax.device_get(carry.updates)))
             asked = ask(batch)
             answers = generated(carry.learner.params, frozen, asked, carry.rng, carry.updates)
-            rewards = scorer(records.train, batch, answers)
+            _, rewards = scorer(records.train, batch, answers)
             # NaN times a mask of 0 is NaN.
             numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
             reward, scored = jax.device_put(numbers, everywhere)
@@ -396,7 +468,7 @@ def rl_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
 
         return HostUpdate(update, placed(stepping.out_info[1]))
 
-    measure = _make_measure(config, parts, records.heldout, ask, scorer)
+    measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
 
     return Stage(
         name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
@@ -432,24 +504,51 @@ def make_measure(
             f"{episodes} episodes, but the run holds out {config.run.eval_episodes} records; ask "
             "for as many."
         )
-    parts, mesh = make_parts(config), mesh_lib.make_mesh(1)
-    return _make_measure(
+    return _make_measure(_greedy_of(config))
+
+
+def answered_samples(
+    config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
+) -> list[Sample]:
+    """The first questions that are held out, with the greedy answers of a policy.
+
+    Args:
+      config: of the run.
+      made_of: trained and frozen half.
+      count: the most that are returned.
+    """
+    batch, (completions, rewards) = _greedy_of(config)(made_of)
+    return [
+        Sample(
+            batch.images[i], batch.prompts[i], batch.answers[i], text, float(rewards.reward[i, 0])
+        )
+        for i, (text,) in enumerate(completions[:count])
+    ]
+
+
+Greedy = Callable[[tuple[Params, Any]], tuple[Batch, Scored]]
+
+
+def _greedy_of(config: ml_collections.ConfigDict) -> Greedy:
+    """`_make_greedy` of a config alone, on one device."""
+    parts = make_parts(config)
+    return _make_greedy(
         config,
         parts,
         open_records(config, parts).heldout,
-        make_ask(config, parts, mesh),
+        make_ask(config, parts, mesh_lib.make_mesh(1)),
         Scorer(config, parts.chat),
     )
 
 
-def _make_measure(
+def _make_greedy(
     config: ml_collections.ConfigDict,
     parts: Parts,
     records: Records,
     ask: Callable[[Batch], Question],
     scorer: Scorer,
-) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
-    """(both halves, split) -> mean reward of greedy answers to these records, its interval."""
+) -> Greedy:
+    """Both halves -> the first batch of these records, and the greedy answers to it, G = 1."""
     batch = records.batch(0)
     asked = ask(batch)
 
@@ -458,11 +557,21 @@ def _make_measure(
         greedy = Sampling(temperature=0.0)
         return parts.policy.answer(*made_of, asked, jax.random.key(0), group=1, sampling=greedy)
 
+    return lambda made_of: (batch, scorer(records, batch, answer(made_of, asked)))
+
+
+def _make_measure(greedy: Greedy) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    """(both halves, split) -> mean reward of greedy answers, its interval, and its parts."""
+
     def measure(made_of: tuple[Params, Any], _: str) -> dict[str, float]:
-        rewards = scorer(records, batch, answer(made_of, asked))
+        _, (_, rewards) = greedy(made_of)
         mean, low, high = bootstrap_interval(
             rewards.reward[rewards.valid], confidence=0.95, resamples=2000, seed=0
         )
-        return {"return": mean, "return_lo": low, "return_hi": high}
+        parts = {
+            f"reward/{name}": float(part[rewards.valid].mean())
+            for name, part in rewards.parts.items()
+        }
+        return {"return": mean, "return_lo": low, "return_hi": high} | parts
 
     return measure

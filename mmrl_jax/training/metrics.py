@@ -168,6 +168,9 @@ GLOSSARY: dict[str, Metric] = {
     "eval/<split>/return": Metric("reward", "Mean return over the evaluation episodes", "rises"),
     "eval/<split>/return_lo": Metric("reward", "Lower end of its 95 % interval", "-"),
     "eval/<split>/return_hi": Metric("reward", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/reward/<function>": Metric(
+        "reward", "Mean result of one reward function, before its weight", "-"
+    ),
     "eval/<split>/accuracy": Metric("fraction", "Questions answered rightly, greedily", "rises"),
     "eval/<split>/accuracy_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
     "eval/<split>/accuracy_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),

@@ -14,7 +14,12 @@ from jax.sharding import Mesh
 import ml_collections
 
 from mmrl_jax.distributed import mesh as mesh_lib
-from mmrl_jax.evaluation.questions import QuestionEvaluator, describe, describe_levels
+from mmrl_jax.evaluation.questions import (
+    QuestionEvaluator,
+    Sample,
+    describe,
+    describe_levels,
+)
 from mmrl_jax.learners import dpo, grpo, token_learner, token_ppo
 from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
@@ -398,6 +403,20 @@ def make_evaluator(
         return answers.tokens, answers.present
 
     return QuestionEvaluator(parts.task, answer, rng, questions=questions)
+
+
+def answered_samples(
+    config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
+) -> list[Sample]:
+    """Questions of the training split, with the greedy answers of a policy.
+
+    Args:
+      config: of the run.
+      made_of: trained and frozen half.
+      count: of them.
+    """
+    evaluator = make_evaluator(config, evaluation_key(config), questions=count)
+    return evaluator.samples(made_of, "train", count)
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -27,13 +27,20 @@ _TEXT = (240, 240, 240)
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px sans-serif; margin: 2em; }}
+body {{ font: 16px/1.4 sans-serif; margin: 2em; color: #222; }}
 table {{ border-collapse: collapse; }}
-td, th {{ padding: 6px 14px; border-bottom: 1px solid #ddd; text-align: left; }}
+th {{ position: sticky; top: 0; background: #fff; white-space: nowrap; }}
+td, th {{ padding: 6px 16px; border-bottom: 1px solid #ddd; text-align: left; }}
+td.text {{ max-width: 28em; white-space: pre-wrap; overflow-wrap: anywhere; }}
+td.reward, th.reward {{ text-align: right; font-variant-numeric: tabular-nums; }}
 img {{ width: 128px; image-rendering: pixelated; display: block; }}
 .right {{ color: #187a2f; }} .wrong {{ color: #b3261e; }}
+.right::before {{ content: "\\2713\\00a0"; }} .wrong::before {{ content: "\\2717\\00a0"; }}
 </style></head><body><h1>{title}</h1>
-<table><tr><th>picture</th><th>question</th><th>right</th><th>answer</th><th>reward</th></tr>
+<p>{right} of {all} answers are the right one, word for word (&#10003;); the others are marked
+&#10007;.</p>
+<table><tr><th>picture</th><th>question</th><th>right answer</th><th>answer</th>
+<th class="reward">reward</th></tr>
 {rows}
 </table></body></html>
 """
@@ -44,6 +51,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     "right answers": ("answer/correct", "eval/<split>/accuracy", "eval/<split>/blind_accuracy"),
     "answer length": ("answer/length",),
     "return": ("episode/return", "eval/<split>/return"),
+    "reward functions": ("eval/<split>/reward/<function>",),
     "total loss": ("loss/total",),
     "policy loss": ("loss/policy",),
     "value loss": ("loss/value",),
@@ -382,8 +390,9 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         title: of the page.
     """
     rows = "\n".join(
-        "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td>{}</td><td>{}</td>"
-        "<td class='{}'>{}</td><td>{:g}</td></tr>".format(
+        "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td class='text'>{}</td>"
+        "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{:.2f}</td></tr>"
+        "".format(
             _png(sample.image),
             html.escape(sample.question),
             html.escape(sample.right),
@@ -393,7 +402,8 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         )
         for sample in samples
     )
-    page = _PAGE.format(title=html.escape(title), rows=rows)
+    right = sum(sample.answer == sample.right for sample in samples)
+    page = _PAGE.format(title=html.escape(title), right=right, all=len(samples), rows=rows)
 
     def write(place: pathlib.Path) -> None:
         place.write_text(page, encoding="utf-8")
