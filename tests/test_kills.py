@@ -34,7 +34,7 @@ def killed(name, updates, workdir, wait):
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait()
+        wait(child)
         assert child.poll() is None, "It ended before it was killed."
     finally:
         child.kill()
@@ -51,14 +51,14 @@ def test_kills_at_random_moments_change_nothing(name, kills, tmp_path):
     rng, updates = random.Random(0), 20 * kills
     reached = []
 
-    def at_start():
+    def at_start(_):
         time.sleep(rng.uniform(0, 10))  # Imports, compiles, restores.
 
-    def at_work():
+    def at_work(child):
         newest = reached[-1] if reached else 0
-        deadline = time.time() + 120
+        # However long a busy machine takes: the test's own limit ends it.
         while not any(step > newest for step in checkpoint.saved_steps(tmp_path / "killed")):
-            assert time.time() < deadline, "It does not go on."
+            assert child.poll() is None, "It ended without a checkpoint."
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))  # Updates, evaluates, writes checkpoints.
 

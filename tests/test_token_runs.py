@@ -88,6 +88,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
         ({"task__levels": ("hard", "harder")}, "levels has 'harder', which is none of"),
         ({"task__levels": ()}, r"levels=\(\) must be some of"),
         ({"task__distractors": 9}, "rows=2 has 4 places"),
+        ({"algorithm": "token_ppo", "rl__group": 4, "devices": 8}, "divide rl.questions = 4"),
         ({"devices": 99}, "devices=99"),
     ],
 )

@@ -106,6 +106,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         config,
         {
             "sft.batch_size": config.sft.batch_size,
+            "rl.questions": config.rl.questions,
             "rl.questions / rl.minibatches": (
                 question_factory.samples(config) // config.rl.minibatches
             ),

@@ -121,6 +121,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         config,
         {
             "sft.batch_size": config.sft.batch_size,
+            "rl.questions": config.rl.questions,
             "rl.questions / rl.minibatches": samples(config) // config.rl.minibatches,
             "run.eval_episodes": config.run.eval_episodes,
         },
