@@ -6,6 +6,9 @@ prompts and chat template are those of its own processor. Its parameters are fro
 rank 16 on all matrices of the decoder learn. For folder and reward functions see
 configs/folder_grpo.py.
 
+A picture has 64 tokens for a SmolVLM that sees it as one tile, 576 for LLaVA 1.5 and 730 for
+LLaVA-OneVision: raise folder.prompt_tokens where it is too small, which is said before training.
+
 Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
                --config.model.pretrained=DIRECTORY --config.folder.directory=DIRECTORY \
                --config.rewards.functions="('my_rewards:length',)"
@@ -28,7 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.folder.prompt_tokens = 384
     config.model.pretrained = None
     config.model.lora.pattern = r"language/stack/.*"
-    config.rl.trained = r"lora/.*"
+    config.sft.trained = config.rl.trained = r"lora/.*"
+    config.sft.batch_size = 16
+    config.sft.learning_rate = 1e-4
     config.rl.questions = 16
     config.rl.accumulate = 4
     return config

@@ -135,6 +135,8 @@ def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
     rows: dict[str, dict[str, float]] = {}
     for name, value in found.items():
         row, _, metric = name.rpartition("/")
+        if row == "reward":  # Of a reward function, whose name may be anything.
+            row, metric = "", name
         rows.setdefault(row, {})[metric] = value
     yield from rows.items()
 

@@ -12,9 +12,10 @@ import pathlib
 from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from experiments.evaluate import restore_tokens
-from experiments.train import clean_exit
+from experiments.train import clean_exit, factory_of
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained import chat, hub, weights
 from mmrl_jax.pretrained.peft_format import save_adapter
@@ -50,7 +51,7 @@ def export(
     variables, source = lora.join(*made_of), chat.directory_of(config.model.pretrained)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:
-        trained = {name for name, tree in made_of[0].items() if jax.tree.leaves(tree)} - {"value"}
+        trained = _trained(config, workdir) - {"value"}
         if trained != {"lora"}:
             raise ValueError(
                 f"--adapter: the run trained {sorted(trained)} of its variables, not 'lora' alone; "
@@ -62,6 +63,15 @@ def export(
         params = jax.tree.map(lambda x: x.astype(dtype), hub.merged(variables))
         hub.export(hub.Pretrained(plan.model, {"params": params}, plan.config), output, source)
     print(f"Written: {output}, of checkpoint {step}")
+
+
+def _trained(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> set[str]:
+    """The collections of variables of which a stage, or the one before it, trained anything."""
+    model = factory_of(config).make_parts(config).model
+    alone = config.algorithm == "sft" or workdir.name == "sft"
+    stages = ["sft"] if alone else ["sft", "rl"] if config.sft.updates else ["rl"]
+    halves = [token_models.stored_params(config, model, stage) for stage in stages]
+    return {name for half in halves for name, tree in half.items() if jax.tree.leaves(tree)}
 
 
 def main(argv: list[str]) -> None:

@@ -27,6 +27,7 @@ PINPOINTS = [[32, 32], [32, 64], [64, 64], [64, 96], [96, 64], [96, 96], [32, 12
 SPECIAL = ["<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"]
 SPECIAL += ["<end_of_utterance>"]
 SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL += ["<|im_start|>", "<|im_end|>"]
 SPECIAL += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}<answer>"
 

@@ -213,7 +213,7 @@ def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatc
 
     def slow(name):
         traced.append(name)
-        time.sleep(2)
+        time.sleep(5)  # More than three updates take, however busy the machine.
 
     def slow_answer(self, *args, **kwargs):
         if kwargs["group"] > 1:  # Evaluations ask once.
@@ -231,9 +231,9 @@ def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatc
     config = make_config(run__updates=3, run__updates_per_dispatch=2)
     counters = train(config, tmp_path).tuned.counters
     assert traced == ["answer", "learn"]
-    assert counters.wall_s < 2 and counters.compile_s > 4
+    assert counters.wall_s < 8 and counters.compile_s > 10
     first = rows(tmp_path)[0]
-    assert first["time/wall_s"] < 2 and first["time/compile_s"] > 4
+    assert first["time/wall_s"] < 8 and first["time/compile_s"] > 10
     assert first["time/samples_per_s"] == pytest.approx(2 * 16 / first["time/wall_s"])
 
 

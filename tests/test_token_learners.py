@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
 from mmrl_jax.models.encoders import VisionEncoder
 from mmrl_jax.models.language import LanguageModel, Rope
@@ -131,6 +133,41 @@ def test_accumulated_gradients_are_those_of_the_whole(reduction):
     parts, _ = update(dataclasses.replace(whole, accumulate=4))
     assert largest_difference(one.params, learner()[0].params) > 1e-3
     assert largest_difference(one.params, parts.params) < 1e-6
+
+
+def test_two_devices_learn_what_one_does_and_no_answer_moves():
+    state, frozen = learner()
+    asked = TASK.sample(jax.random.key(0), 8, "train")
+    answers = jit(functools.partial(POLICY.answer, group=3, sampling=Sampling()))(
+        state.params, frozen, asked, jax.random.key(2)
+    )
+    given = grpo.Experience(
+        asked, answers, jax.random.normal(jax.random.key(3), (8, 3)), jnp.ones((8, 3))
+    )
+    hyperparameters = dataclasses.replace(PLAIN, epochs=2, minibatches=2, accumulate=2)
+
+    def updated(devices):
+        mesh = meshes.make_mesh(devices)
+        step = functools.partial(
+            grpo.update,
+            policy=dataclasses.replace(POLICY, pack_rows=2),
+            optimiser=OPTIMISER,
+            hyperparameters=hyperparameters,
+            shard=functools.partial(meshes.constrain_batch, mesh=mesh),
+        )
+        arguments = (
+            *jax.device_put((state, frozen), meshes.replicated(mesh)),
+            jax.device_put(given, meshes.batch_sharding(mesh, 0)),
+            jax.device_put(jax.random.key(4), meshes.replicated(mesh)),
+        )
+        compiled = jit(step).lower(*arguments).compile()
+        moved = re.findall(r" (all-gather|all-to-all|collective-permute)\(", compiled.as_text())
+        return jax.device_get(compiled(*arguments)[0].params), moved
+
+    (one, _), (two, moved) = updated(1), updated(2)
+    assert largest_difference(one, state.params) > 1e-3
+    assert largest_difference(one, two) < 1e-6
+    assert not moved
 
 
 def test_a_model_without_vision_learns_from_text():

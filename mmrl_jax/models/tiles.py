@@ -1,4 +1,4 @@
-"""Vision models that read images as square tiles, each on its own: Idefics3, LLaVA, PaliGemma."""
+"""Vision models that read images as square tiles: Idefics3, SmolVLM, PaliGemma, the LLaVAs."""
 
 import math
 from typing import NamedTuple

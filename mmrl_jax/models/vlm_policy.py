@@ -52,6 +52,9 @@ class VLMPolicy(nn.Module):
         """Maps a batch of observations without a history to a PolicyOutput of batch [B].
 
         Where image tokens and features disagree it is NaN, see `vlm.place`.
+
+        Raises:
+          ValueError: `pointing` is asked for, and the image features are no square grid.
         """
         instruction, language = observation["instruction"], self.vlm.language
         tokens, present = self.prompts(instruction["tokens"], instruction["mask"])
@@ -82,7 +85,10 @@ class VLMPolicy(nn.Module):
         }
         if self.pointing is not None:
             question = Dense(language.width, name="pointing")(policy)
-            edge = math.isqrt(features.tokens.shape[1])
+            count = features.tokens.shape[1]
+            edge = math.isqrt(count)
+            if count - edge**2 > 1:
+                raise ValueError(f"{count} image features are no square grid to point into.")
             answers = normalise(features.tokens[:, : edge**2].astype(jnp.float32))
             logits = jnp.einsum("bd,bfd->bf", question, answers) / math.sqrt(language.width)
             auxiliary[self.pointing] = logits.reshape(-1, edge, edge)

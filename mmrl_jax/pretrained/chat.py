@@ -10,12 +10,28 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmrl_jax.pretrained import packages
 
 SMOLLM2 = "smollm2"
 _TURN, _REPLY = "<turn>", "<reply>"
+
+
+class Template(NamedTuple):
+    """What stands around a question and its answer.
+
+    Attributes:
+      before: text before what the user says.
+      after: text behind it, up to where the answer begins.
+      lead: white space that an answer begins with.
+      stop: id that ends an answer.
+    """
+
+    before: str
+    after: str
+    lead: str
+    stop: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,34 +40,35 @@ class Chat:
 
     Attributes:
       tokenizer: transformers'.
-      before: text of the chat template before what the user says.
-      after: that behind it, up to where the answer begins.
-      lead: white space that an answer begins with.
+      template: see there.
       image: id of an image token.
     """
 
     tokenizer: Any
-    before: str
-    after: str
-    lead: str
+    template: Template
     image: int
 
     @property
     def stop(self) -> int:
         """The id that ends an answer."""
-        return self.tokenizer.eos_token_id
+        return self.template.stop
 
     def prompt(self, question: str, *, images: int) -> list[int]:
         """The ids of a question about a picture of `images` image tokens."""
         return [
-            *self._ids(self.before),
+            *self._ids(self.template.before),
             *[self.image] * images,
-            *self._ids(question + self.after),
+            *self._ids(question + self.template.after),
         ]
 
     def answer(self, text: str) -> list[int]:
         """The ids of an answer, the stop token as last."""
-        return [*self._ids(self.lead + text), self.stop]
+        # Some tokenizers begin any text with a space, so the answer is read behind its prompt.
+        prompt = self._ids(self.template.after)
+        ids = self._ids(self.template.after + self.template.lead + text)
+        if ids[: len(prompt)] != prompt:
+            prompt, ids = [], self._ids(self.template.lead + text)
+        return [*ids[len(prompt) :], self.stop]
 
     @property
     def pad(self) -> int:
@@ -59,9 +76,10 @@ class Chat:
         return self.stop
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, without special tokens and image tokens."""
-        kept = [int(token) for token in tokens if int(token) != self.image]
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
+        """The text of ids, without special tokens, image tokens, and the template's lead."""
+        kept = [int(token) for token in tokens if int(token) not in (self.image, self.stop)]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return text.removeprefix(self.template.lead)
 
     def _ids(self, text: str) -> list[int]:
         # What a tokenizer puts around any text, the template has already.
@@ -104,11 +122,11 @@ def read_chat(directory: pathlib.Path, image: int) -> Chat:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} has no tokenizer that we know: {error}") from error
-    return Chat(tokenizer, *around(tokenizer, directory, picture=False), image)
+    return Chat(tokenizer, read_template(tokenizer, directory, picture=False), image)
 
 
-def around(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> tuple[str, str, str]:
-    """The texts of a chat template before what the user says, behind it, and before an answer.
+def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> Template:
+    """Reads a chat template.
 
     Args:
       tokenizer: transformers'.
@@ -116,7 +134,7 @@ def around(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> tuple[s
       picture: the user shows a picture first, whose mark is then part of the first text.
 
     Raises:
-      ValueError: there is no chat template, or no token that ends an answer.
+      ValueError: there is no chat template, or no token that ends a text.
     """
     for name in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, name) is None:
@@ -131,6 +149,17 @@ def around(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> tuple[s
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     prompt = str(render(asked, add_generation_prompt=True))
     before, _, after = prompt.partition(_TURN)
-    whole = str(render([*asked, {"role": "assistant", "content": reply}]))
-    lead = whole.removeprefix(prompt).partition(_REPLY)[0]
-    return before, after, lead if lead.isspace() else ""
+    answered, _, behind = str(render([*asked, {"role": "assistant", "content": reply}])).partition(
+        _REPLY
+    )
+    lead = answered.removeprefix(prompt)
+    # A turn may end with another token than a text does, as "<end_of_utterance>".
+    ends = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+    known = tokenizer.added_tokens_decoder
+    stop = ends[0] if ends and ends[0] in known and known[ends[0]].special else None
+    return Template(
+        before,
+        after,
+        lead if lead.isspace() else "",
+        tokenizer.eos_token_id if stop is None else stop,
+    )

@@ -65,7 +65,7 @@ def save_adapter(
             f"The adapters have dropouts {sorted(dropouts)}, but PEFT's format has one for all; "
             "give them the same with `Adapter.replace`."
         )
-    names = _hub_names(ours, keys)
+    names = {path: module for path, (module, _) in _hub_names(ours, keys).items()}
     lost = [path for path in ours if path not in names]
     if lost:
         raise ValueError(
@@ -135,12 +135,12 @@ def load_adapter(
         for name, x in load_file(folder / TENSORS).items()
     }
     kernels, flat, problems = dense_kernels(params), {}, []
-    for path, name in _hub_names(kernels, keys).items():
+    for path, (name, tensor) in _hub_names(kernels, keys).items():
         a, b = (tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None) for letter in "AB")
         if a is None and b is None:
             continue
-        rank = _of_pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = _of_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        rank = _of_pattern(config.get("rank_pattern"), (name, tensor), config["r"])
+        alpha = _of_pattern(config.get("alpha_pattern"), (name, tensor), config["lora_alpha"])
         inputs, features = kernels[path].shape
         want = ((rank, inputs), (features, rank))
         if a is None or b is None or (a.shape, b.shape) != want:
@@ -162,14 +162,15 @@ def load_adapter(
     return unflatten_dict(flat, sep="/")
 
 
-def _hub_names(paths: Any, keys: Mapping[str, str]) -> dict[str, str]:
-    """Our layers that are a matrix of the hub's model by themselves -> its modules' names."""
+def _hub_names(paths: Any, keys: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Our layers that are a matrix of the hub's model by themselves -> its module and tensor."""
     sources, rename = counterparts((f"{path}/kernel" for path in paths), keys), _module_names(keys)
-    return {
-        path.removesuffix("/kernel"): rename(source.name.removesuffix(".weight"))
+    tensors = {
+        path.removesuffix("/kernel"): source.name.removesuffix(".weight")
         for path, source in sources.items()
         if source.parts == 1 and not path.endswith("patch_embedding/kernel")
     }
+    return {path: (rename(name), name) for path, name in tensors.items()}
 
 
 def _module_names(keys: Mapping[str, str]) -> Callable[[str], str]:
@@ -205,9 +206,9 @@ def _check(config: Mapping[str, Any], folder: pathlib.Path) -> None:
         )
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches a module's name, or its end (PEFT's rule)."""
+def _of_pattern(patterns: Mapping[str, Any] | None, names: tuple[str, ...], otherwise: Any) -> Any:
+    """The value of the first pattern that matches a name, or the end of one (PEFT's rule)."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             return value
     return otherwise

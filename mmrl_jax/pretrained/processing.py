@@ -250,7 +250,8 @@ class Processor:
                     f"Prompt {i} has {len(rows[i])} tokens, more than length={length}."
                 )
         length = max(map(len, rows)) if length is None else length
-        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int32)
+        pad = self.tokenizer.pad_token_id or 0  # What stands for padding, `present` says.
+        tokens = np.full((len(rows), length), pad, np.int32)
         there = np.zeros((len(rows), length), bool)
         for i, ids in enumerate(rows):
             where = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)

@@ -20,7 +20,7 @@ from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, processing, qwen_processing
-from mmrl_jax.pretrained.chat import Chat, around
+from mmrl_jax.pretrained.chat import Chat, Template, read_template
 from mmrl_jax.pretrained.families import qwen_vl
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
@@ -39,12 +39,17 @@ class VisionChat(Chat):
     read: Callable[[str], list[int]]
 
     def prompt(self, question: str, *, images: int) -> list[int]:
-        """The ids of a question; how many image tokens a picture has, the processor knows.
+        """The ids of a question about a picture of `images` image tokens.
 
         Raises:
-          ValueError: the question has the mark of a picture in it.
+          ValueError: the processor gives the picture another number of them, or the question has
+            the mark of a picture in it.
         """
-        return self.read(self.before + question + self.after)
+        ids = self.read(self.template.before + question + self.template.after)
+        found = ids.count(self.image)
+        if found != images:
+            raise ValueError(f"{found} image tokens, but the picture has {images} features.")
+        return ids
 
 
 class Sight(NamedTuple):
@@ -100,14 +105,14 @@ def read_sight(
 
     tokenizer = processor.tokenizer
     if plan.config["model_type"] in PLAIN:
-        before, after, lead = processor.mark, "", ""
+        template = Template(processor.mark, "", "", tokenizer.eos_token_id)
     else:
-        before, after, lead = around(tokenizer, directory, picture=True)
+        template = read_template(tokenizer, directory, picture=True)
         start = tokenizer.bos_token
         # A template may begin with what the tokenizer puts before any text.
         if start is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            before = before.removeprefix(start)
-    chat = VisionChat(tokenizer, before, after, lead, model.image_token, read)
+            template = template._replace(before=template.before.removeprefix(start))
+    chat = VisionChat(tokenizer, template, model.image_token, read)
 
     def pictures(images: jax.Array) -> Tiles | AnyresTiles:
         return processor.pixels(images[:, None])
@@ -137,7 +142,7 @@ def _qwen_sight(
 
     chat = VisionChat(
         processor.tokenizer,
-        *around(processor.tokenizer, directory, picture=True),
+        read_template(processor.tokenizer, directory, picture=True),
         model.image_token,
         lambda text: processor.ids(text, [size]),
     )

@@ -86,7 +86,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         {
             "sft.batch_size": config.sft.batch_size,
             "rl.num_envs": r.num_envs,
-            "rl.num_envs * rl.unroll / rl.minibatches": turns // r.minibatches,
+            "rl.num_envs * rl.unroll / rl.minibatches / rl.accumulate": turns
+            // r.minibatches
+            // r.accumulate,
             "run.eval_episodes": config.run.eval_episodes,
         },
     )

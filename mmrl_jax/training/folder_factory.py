@@ -34,7 +34,7 @@ from mmrl_jax.tasks.rewards import Failure, Pool, RewardFunction, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
-from mmrl_jax.training.factory import run_fields
+from mmrl_jax.training.factory import make_mesh, run_fields
 from mmrl_jax.training.loop import Carry, HostUpdate, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
@@ -62,7 +62,11 @@ SCHEMA: config_lib.Schema = {
         "prompt_tokens": positive(
             int, "most tokens of a question with its picture; records of longer ones are rejected"
         ),
-        "answer_tokens": positive(int, "most tokens of an answer, where it is cut off"),
+        "answer_tokens": positive(
+            int,
+            "most tokens of an answer, where it is cut off; with sft.updates above 0, records of "
+            "longer ones are rejected",
+        ),
         "max_rejected": between(float, 0, 1, "share of records, below 1, that may be of no use"),
     },
     "rewards": {
@@ -107,9 +111,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         {
             "sft.batch_size": config.sft.batch_size,
             "rl.questions": config.rl.questions,
-            "rl.questions / rl.minibatches": (
-                question_factory.samples(config) // config.rl.minibatches
-            ),
+            **question_factory.learned_together(config),
         },
     )
     if config.algorithm == "sft" and not config.sft.updates:
@@ -380,6 +382,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     """
     parts = make_parts(config)
     records = open_records(config, parts)
+    _tell_rejected(records)
     ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
     measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
     batch = records.train.read(range(len(records.train)))
@@ -395,10 +398,15 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     )
 
 
+def _tell_rejected(records: Split) -> None:
+    for name, reason in records.train.rejected[:TOLD]:
+        print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
+
+
 def rl_stage(
     config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
 ) -> Stage:
-    """RL on what the reward functions return, from the decoder or from what was fine-tuned.
+    """RL on what the reward functions return, from the pretrained model or a fine-tuned one.
 
     Raises:
       ValueError: see `open_records`.
@@ -414,8 +422,8 @@ def rl_stage(
     optimisation = token_models.make_optimisation(config)
     learn = question_factory.make_learn(config, mesh, policy, optimisation)
     ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
-    for name, reason in records.train.rejected[:TOLD]:
-        print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
+    if not config.sft.updates:
+        _tell_rejected(records)
 
     def init() -> Carry:
         learner = token_models.rl_learner(config, trained, optimisation.optimiser)
@@ -531,13 +539,13 @@ Greedy = Callable[[tuple[Params, Any]], tuple[Batch, Scored]]
 
 
 def _greedy_of(config: ml_collections.ConfigDict) -> Greedy:
-    """`_make_greedy` of a config alone, on one device."""
+    """`_make_greedy` of a config alone."""
     parts = make_parts(config)
     return _make_greedy(
         config,
         parts,
         open_records(config, parts).heldout,
-        make_ask(config, parts, mesh_lib.make_mesh(1)),
+        make_ask(config, parts, make_mesh(config)),
         Scorer(config, parts.chat),
     )
 

@@ -99,8 +99,8 @@ GLOSSARY: dict[str, Metric] = {
     "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
     "answer/rows": Metric(
         "rows",
-        "Most rows of the answers' length that the answers to a question can be packed into",
-        "at most `rl.pack_rows` where it is given",
+        "Most rows of the answers' length that all answers to a question can be packed into",
+        "of GRPO, at most `rl.pack_rows` where it is given",
     ),
     "answer/degenerate_groups": Metric(
         "fraction",

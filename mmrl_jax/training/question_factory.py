@@ -122,7 +122,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         {
             "sft.batch_size": config.sft.batch_size,
             "rl.questions": config.rl.questions,
-            "rl.questions / rl.minibatches": samples(config) // config.rl.minibatches,
+            **learned_together(config),
             "run.eval_episodes": config.run.eval_episodes,
         },
     )
@@ -138,6 +138,14 @@ def check(config: ml_collections.ConfigDict) -> None:
 def samples(config: ml_collections.ConfigDict) -> int:
     """Of an update, to be cut into minibatches: PPO takes answers apart, the others questions."""
     return config.rl.questions * (config.rl.group if config.algorithm == "token_ppo" else 1)
+
+
+def learned_together(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """The samples whose gradient is taken at once, by the fields that say how many."""
+    r = config.rl
+    name = "rl.questions * rl.group" if config.algorithm == "token_ppo" else "rl.questions"
+    size = samples(config) // r.minibatches // r.accumulate
+    return {f"{name} / rl.minibatches / rl.accumulate": size}
 
 
 def check_groups(config: ml_collections.ConfigDict) -> None:
@@ -163,7 +171,8 @@ def check_groups(config: ml_collections.ConfigDict) -> None:
     if r.pack_rows is not None and r.pack_rows >= together:
         raise ValueError(
             f"rl.pack_rows={r.pack_rows}, but algorithm={config.algorithm!r} learns from "
-            f"{together} answers to a question together; give less, or None."
+            f"{together} answers to a question together; give "
+            + ("None." if together == 1 else "less, or None.")
         )
 
 

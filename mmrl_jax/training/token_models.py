@@ -176,12 +176,14 @@ def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> Speech | 
     try:
         directory = chat.directory_of(m.pretrained)
         if is_whole(m):
-            return vision_chat.read_sight(directory, size, splitting=m.image_splitting, **options)
+            return vision_chat.read_sight(
+                directory.resolve(), size, splitting=m.image_splitting, **options
+            )
         language = cast(
             LanguageModel, hub.read_blueprint("language_model", directory, **options).model
         )
         # No text has the id that is the vocabulary's size.
-        return Speech(language, chat.read_chat(directory, language.vocabulary))
+        return Speech(language, chat.read_chat(directory.resolve(), language.vocabulary))
     except ValueError as error:
         raise ValueError(f"model.pretrained={m.pretrained!r}: {error}") from error
 
