@@ -4,8 +4,8 @@ Command:   python -m experiments.study --study=configs/studies/reach.py
            python -m experiments.train --config=configs/studies/reach.py:no_auxiliary --workdir=DIR
 Hardware:  two CPU cores.
 Time:      2 to 5 minutes a run (AMD EPYC, beside other work)
-Result:    success 0.85 of the baseline, 0.87 with MiniLM, 0.83 with cross-attention, 0.60 or less of
-           the others (IQM of 5 seeds)
+Result:    success 0.85 of the baseline, 0.87 with MiniLM, 0.83 with cross-attention, 0.60 or less
+           of the others (IQM of 5 seeds)
 """
 
 from typing import Any
