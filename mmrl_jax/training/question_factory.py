@@ -361,8 +361,7 @@ def rl_stage(
         asked = task.sample(ask_key, r.questions * r.oversample, "train")
         if r.swapped:
             asked = asked._replace(images=jnp.roll(asked.images, 1, axis=0))
-        # Without it every device would answer all of them.
-        asked = mesh_lib.constrain_batch(asked, mesh=mesh)
+        asked = mesh_lib.constrain_batch(asked, mesh=mesh)  # Each device answers its part.
         answers = policy.answer(
             carry.learner.params,
             frozen,
