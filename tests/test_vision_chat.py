@@ -72,7 +72,11 @@ def their_inputs(processor, image):
     return processor(text=text, images=[shown["image"]], return_tensors="pt")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    # What Idefics3 does, SmolVLM does.
+    [pytest.param(x, marks=[pytest.mark.slow] if x == "idefics3" else []) for x in FAMILIES],
+)
 def test_answers_have_the_probability_that_torch_gives_them(family, make):
     directory, processor, model = make(family)
     sight = read(directory)
