@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.task.levels = ("medium",)
 
     config.model = ml_collections.ConfigDict()
-    config.model.pretrained = None
+    config.model.pretrained = ml_collections.config_dict.placeholder(str)
     config.model.image_splitting = False
     config.model.width = 64
     config.model.layers = 2
@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.patch_hidden = 128
     config.model.vision_layers = 0
     config.model.lora = ml_collections.ConfigDict()
-    config.model.lora.pattern = None
+    config.model.lora.pattern = ml_collections.config_dict.placeholder(str)
     config.model.lora.rank = 8
     config.model.lora.alpha = 16.0
     config.model.dtype = "float32"
@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl = ml_collections.ConfigDict()
     config.rl.questions = 64
     config.rl.group = 16
-    config.rl.pack_rows = None
+    config.rl.pack_rows = ml_collections.config_dict.placeholder(int)
     config.rl.oversample = 1
     config.rl.swapped = False
     config.rl.temperature = 1.5
@@ -76,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.kl_weight = 0.0
     config.rl.reference_decay = 1.0
     config.rl.entropy_weight = 0.02
-    config.rl.max_correction = None
+    config.rl.max_correction = ml_collections.config_dict.placeholder(float)
     config.rl.learning_rate = 4e-4
     config.rl.schedule = "linear"
     config.rl.max_grad_norm = 1.0
@@ -86,7 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.grpo = ml_collections.ConfigDict()
     config.grpo.preset = "dapo"
-    config.grpo.pass_at_k = None
+    config.grpo.pass_at_k = ml_collections.config_dict.placeholder(int)
 
     config.dpo = ml_collections.ConfigDict()
     config.dpo.beta = 0.1
@@ -96,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.discount = 1.0
     config.ppo.gae_lambda = 1.0
     config.ppo.clip = 0.2
-    config.ppo.value_clip = None
+    config.ppo.value_clip = ml_collections.config_dict.placeholder(float)
     config.ppo.value_weight = 0.5
 
     config.run = ml_collections.ConfigDict()

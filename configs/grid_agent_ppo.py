@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.env.options = ml_collections.ConfigDict()
 
     config.model = ml_collections.ConfigDict()
-    config.model.pretrained = None
+    config.model.pretrained = ml_collections.config_dict.placeholder(str)
     config.model.image_splitting = False
     config.model.width = 64
     config.model.layers = 2
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.patch_hidden = 128
     config.model.vision_layers = 0
     config.model.lora = ml_collections.ConfigDict()
-    config.model.lora.pattern = None
+    config.model.lora.pattern = ml_collections.config_dict.placeholder(str)
     config.model.lora.rank = 8
     config.model.lora.alpha = 16.0
     config.model.dtype = "float32"
@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.kl_weight = 0.0
     config.rl.reference_decay = 1.0
     config.rl.entropy_weight = 0.01
-    config.rl.max_correction = None
+    config.rl.max_correction = ml_collections.config_dict.placeholder(float)
     config.rl.learning_rate = 5e-4
     config.rl.schedule = "linear"
     config.rl.max_grad_norm = 1.0
@@ -79,7 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ppo.discount = 0.95
     config.ppo.gae_lambda = 0.95
     config.ppo.clip = 0.2
-    config.ppo.value_clip = None
+    config.ppo.value_clip = ml_collections.config_dict.placeholder(float)
     config.ppo.value_weight = 0.5
 
     config.run = ml_collections.ConfigDict()

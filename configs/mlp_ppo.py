@@ -22,7 +22,7 @@ def get_config(name: str = "inverted_pendulum") -> ml_collections.ConfigDict:
     )
     config.model.kind = "mlp"
     config.model.auxiliary = ()
-    config.model.pointing = None
+    config.model.pointing = ml_collections.config_dict.placeholder(str)
     config.warm_start.updates = 0
     config.ppo.num_envs = 256
     config.ppo.unroll = 10

@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.width = 32
     config.model.patch_hidden = 32
     config.model.auxiliary = ()
-    config.model.pointing = None
+    config.model.pointing = ml_collections.config_dict.placeholder(str)
     config.warm_start.updates = 0
     config.ppo.num_envs = 256
     config.ppo.unroll = 10

@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = folder_grpo.get_config()
     config.folder.height = config.folder.width = 224
     config.folder.prompt_tokens = 384
-    config.model.pretrained = None
+    config.model.pretrained = ml_collections.config_dict.placeholder(str)
     config.model.lora.pattern = r"language/stack/.*"
     config.sft.trained = config.rl.trained = r"lora/.*"
     config.sft.batch_size = 16

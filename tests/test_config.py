@@ -6,6 +6,7 @@ import ml_collections
 import pytest
 
 from mmrl_jax.training import config as config_lib
+from tests import tiny
 
 SCHEMA = {
     "seed": config_lib.non_negative(int, "seed of every random draw"),
@@ -197,3 +198,16 @@ def test_diff_configs():
         "ppo.clip": (0.2, 0.3),
         "updates": (100, "(absent)"),
     }
+
+
+@pytest.mark.parametrize("name", tiny.FILES)
+def test_what_is_none_can_be_given_on_the_command_line(name):
+    def kinds(config, prefix=""):
+        for key in config:
+            if isinstance(config.get(key), ml_collections.ConfigDict):
+                yield from kinds(config[key], f"{prefix}{key}.")
+            else:
+                yield prefix + key, config.get_type(key)
+
+    config = config_lib.load_config(f"configs/{name}.py")
+    assert [key for key, kind in kinds(config) if kind is type(None)] == []
