@@ -84,8 +84,9 @@ def test_ours_gains_as_much_as_brax(name, updates, tmp_path):
     # By itself: the tests' compiler settings would make these runs several times slower.
     child = """
 import contextlib, pathlib, sys
-from configs.studies import vs_brax
-from experiments import brax_ppo
+with contextlib.redirect_stdout(sys.stderr):  # Brax prints what it cannot import.
+    from configs.studies import vs_brax
+    from experiments import brax_ppo
 name, updates, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 gains = []
 for run in (brax_ppo.run_ours, brax_ppo.run_brax):
