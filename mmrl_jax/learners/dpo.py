@@ -11,15 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import (
-    Shard,
-    apply_gradients,
-    gather,
-    minibatch_order,
-    over_steps,
-    summed,
-)
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
+from mmrl_jax.learners.learner import Shard
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts, take_steps
 from mmrl_jax.rl.token_losses import dpo_loss
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.types import Metrics, Params
@@ -135,28 +128,29 @@ def update(
         """The part's share of the loss of a minibatch whose weights have the sum `whole`."""
         part, reference = part
         gain = of_answers(params, part) - reference
-        loss = dpo_loss(gain[:, 0], gain[:, 1], beta=h.beta, label_smoothing=h.label_smoothing)
+        losses = dpo_loss(gain[:, 0], gain[:, 1], beta=h.beta, label_smoothing=h.label_smoothing)
 
         def mean(x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(part.weight > 0, part.weight * x, 0.0)) / whole
 
         margin = gain[:, 0] - gain[:, 1]
-        return mean(loss), {
+        loss = mean(losses)
+        return loss, {
+            "loss/policy": loss,
             "policy/margin": mean(h.beta * margin),
             "policy/preferred": mean((margin > 0).astype(jnp.float32)),
         }
 
-    def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(gather((preferences, reference), indices))
-        whole = jnp.maximum(jnp.sum(minibatch[0].weight), 1.0)
-        gradient = jax.value_and_grad(part_loss, has_aux=True)
-        (loss, metrics), gradients = summed(
-            lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
-        )
-        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
-        return state, metrics | {"loss/policy": loss} | step_metrics
-
-    keys = jax.random.split(rng, h.epochs)
-    order = minibatch_order(keys, len(preferences.weight), h.minibatches)
-    state, metrics = jax.lax.scan(take_step, state, order)
-    return state, over_steps(metrics) | {"answer/preferences": jnp.mean(preferences.weight)}
+    state, metrics = take_steps(
+        state,
+        (preferences, reference),
+        rng,
+        part_loss=part_loss,
+        whole=lambda minibatch: jnp.maximum(jnp.sum(minibatch[0].weight), 1.0),
+        optimiser=optimiser,
+        epochs=h.epochs,
+        minibatches=h.minibatches,
+        accumulate=h.accumulate,
+        shard=shard,
+    )
+    return state, metrics | {"answer/preferences": jnp.mean(preferences.weight)}

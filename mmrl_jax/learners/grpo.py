@@ -14,15 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import (
-    Shard,
-    apply_gradients,
-    gather,
-    minibatch_order,
-    over_steps,
-    summed,
-)
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
+from mmrl_jax.learners.learner import Shard
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts, take_steps
 from mmrl_jax.rl import group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
 from mmrl_jax.rollouts import packing
@@ -80,6 +73,11 @@ class _Sample(NamedTuple):
     reference: jax.Array  # [B, G, T]
 
 
+class _Whole(NamedTuple):
+    divisor: jax.Array  # [], of the loss of a minibatch.
+    tokens: jax.Array  # [], how many it has.
+
+
 def update(
     state: TokenState,
     frozen: Any,
@@ -132,10 +130,8 @@ def update(
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(-1, *x.shape[2:])
 
-    def part_loss(
-        params: Params, part: _Sample, whole: jax.Array
-    ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
-        """The part's share of the loss of a minibatch, whose divisor is `whole`."""
+    def part_loss(params: Params, part: _Sample, whole: _Whole) -> tuple[jax.Array, Metrics]:
+        """The part's share of the loss of a minibatch."""
         found = log_probs(params, part)
         mask = flat(part.mask)
         sums = token_loss_sums(
@@ -148,24 +144,28 @@ def update(
             rollout_log_prob=flat(part.answers.log_probs),
         )
         entropy = jnp.sum(jnp.where(mask > 0, flat(found.entropy), 0.0))
-        loss = sums.loss - h.entropy_weight * entropy
-        return loss / whole, (sums.metrics | {"policy/entropy": entropy}, sums.tokens)
+        loss = (sums.loss - h.entropy_weight * entropy) / whole.divisor
+        metrics = sums.metrics | {"policy/entropy": entropy}
+        return loss, {name: x / whole.tokens for name, x in metrics.items()} | {"loss/policy": loss}
 
-    def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(gather(samples, indices))
-        whole = jnp.maximum(divisor(flat(minibatch.mask), h.loss.reduction), 1.0)
-        gradient = jax.value_and_grad(part_loss, has_aux=True)
-        (loss, (metrics, tokens)), gradients = summed(
-            lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
+    def whole(minibatch: _Sample) -> _Whole:
+        mask = flat(minibatch.mask)
+        return _Whole(
+            jnp.maximum(divisor(mask, h.loss.reduction), 1.0), jnp.maximum(jnp.sum(mask), 1.0)
         )
-        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
-        means = {name: x / jnp.maximum(tokens, 1.0) for name, x in metrics.items()}
-        return state, means | {"loss/policy": loss} | step_metrics
 
-    keys = jax.random.split(rng, h.epochs)
-    order = minibatch_order(keys, len(advantage), h.minibatches)
-    state, metrics = jax.lax.scan(take_step, state, order)
-    return state, over_steps(metrics)
+    return take_steps(
+        state,
+        samples,
+        rng,
+        part_loss=part_loss,
+        whole=whole,
+        optimiser=optimiser,
+        epochs=h.epochs,
+        minibatches=h.minibatches,
+        accumulate=h.accumulate,
+        shard=shard,
+    )
 
 
 def informative(experience: Experience, count: int) -> Experience:

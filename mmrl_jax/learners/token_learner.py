@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import optax
 
 from mmrl_jax.envs.brax_api import State
-from mmrl_jax.learners.learner import cut
+from mmrl_jax.learners.learner import (
+    Shard,
+    apply_gradients,
+    cut,
+    gather,
+    minibatch_order,
+    over_steps,
+    summed,
+)
 from mmrl_jax.models.heads import ValueHead
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
@@ -22,7 +30,7 @@ from mmrl_jax.rollouts.answers import Scores, answer_log_probs, score_answers
 from mmrl_jax.rollouts.text_actions import TextActions
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
 from mmrl_jax.tasks.question import Question
-from mmrl_jax.types import Params
+from mmrl_jax.types import Metrics, Params
 
 
 class TokenState(struct.PyTreeNode):
@@ -105,6 +113,54 @@ def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
     found = jax.lax.map(function, cut(batch, parts))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+
+
+def take_steps(
+    state: TokenState,
+    samples: Any,
+    rng: jax.Array,
+    *,
+    part_loss: Callable[[Params, Any, Any], tuple[jax.Array, Metrics]],
+    whole: Callable[[Any], Any],
+    optimiser: optax.GradientTransformation,
+    epochs: int,
+    minibatches: int,
+    accumulate: int,
+    shard: Shard,
+) -> tuple[TokenState, Metrics]:
+    """Epochs of minibatch steps on samples [N, ...].
+
+    Args:
+      state: the learner.
+      samples: pytree.
+      rng: key of the shuffles.
+      part_loss: (parameters, part of a minibatch, what `whole` says of the minibatch) -> the part's
+        shares [] of the loss and of metrics, which add up to the minibatch's.
+      whole: minibatch -> what the losses of its parts are divided by.
+      optimiser: the one whose state the learner holds.
+      epochs: passes over the samples.
+      minibatches: steps a pass.
+      accumulate: parts of a minibatch.
+      shard: places a minibatch on the mesh.
+
+    Returns:
+      The new learner, and metrics: means over the optimiser steps that were taken.
+    """
+    gradient = jax.value_and_grad(part_loss, has_aux=True)
+
+    def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
+        minibatch = shard(gather(samples, indices))
+        total = whole(minibatch)
+        (loss, metrics), gradients = summed(
+            lambda part: gradient(state.params, part, total), minibatch, accumulate
+        )
+        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
+        return state, metrics | step_metrics
+
+    size = len(jax.tree.leaves(samples)[0])
+    order = minibatch_order(jax.random.split(rng, epochs), size, minibatches)
+    state, metrics = jax.lax.scan(take_step, state, order)
+    return state, over_steps(metrics)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import (
-    Shard,
-    apply_gradients,
-    flatten,
-    gather,
-    minibatch_order,
-    over_steps,
-    summed,
-    unflatten,
-)
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts
+from mmrl_jax.learners.learner import Shard, flatten, unflatten
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts, take_steps
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
 from mmrl_jax.rollouts.generate import Generated
@@ -109,7 +100,6 @@ def update(
     h, valid = hyperparameters, batch.valid
     read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
     samples = _samples(state, batch, last, read, h)
-    turns = flatten(samples)
 
     def part_loss(params: Params, part: _Sample, whole: jax.Array) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch that has `whole` tokens."""
@@ -134,20 +124,19 @@ def update(
         metrics |= {"loss/policy": loss, "loss/value": error, "policy/entropy": entropy}
         return loss + h.value_weight * error - h.entropy_weight * entropy, metrics
 
-    def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
-        minibatch = shard(gather(turns, indices))
-        whole = jnp.maximum(jnp.sum(minibatch.mask), 1.0)
-        gradient = jax.value_and_grad(part_loss, has_aux=True)
-        (loss, metrics), gradients = summed(
-            lambda part: gradient(state.params, part, whole), minibatch, h.accumulate
-        )
-        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
-        return state, metrics | step_metrics
-
-    keys = jax.random.split(rng, h.epochs)
-    order = minibatch_order(keys, valid.size, h.minibatches)
-    state, metrics = jax.lax.scan(take_step, state, order)
-    return state, over_steps(metrics) | {
+    state, metrics = take_steps(
+        state,
+        flatten(samples),
+        rng,
+        part_loss=part_loss,
+        whole=lambda minibatch: jnp.maximum(jnp.sum(minibatch.mask), 1.0),
+        optimiser=optimiser,
+        epochs=h.epochs,
+        minibatches=h.minibatches,
+        accumulate=h.accumulate,
+        shard=shard,
+    )
+    return state, metrics | {
         "value/explained_variance": losses.explained_variance(
             samples.value, samples.target, samples.mask
         ),
