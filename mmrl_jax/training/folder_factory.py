@@ -23,7 +23,7 @@ import numpy as np
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.evaluation.statistics import bootstrap_interval
-from mmrl_jax.learners import grpo, token_learner
+from mmrl_jax.learners import grpo
 from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.pretrained.chat import Chat
@@ -34,7 +34,7 @@ from mmrl_jax.tasks.rewards import Failure, Pool, RewardFunction, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
-from mmrl_jax.training.factory import make_mesh, run_fields
+from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.loop import Carry, HostUpdate, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
@@ -413,21 +413,11 @@ def rl_stage(
       RuntimeError: see `Pool`.
     """
     r, parts = config.rl, make_parts(config)
-    policy, records = parts.policy, open_records(config, parts)
-    trained, frozen = token_models.halves(
-        token_models.make_variables(config, parts.model, start=start), config, "rl"
-    )
-    everywhere = mesh_lib.replicated(mesh)
-    frozen = jax.device_put(frozen, everywhere)
-    optimisation = token_models.make_optimisation(config)
-    learn = question_factory.make_learn(config, mesh, policy, optimisation)
+    records, everywhere = open_records(config, parts), mesh_lib.replicated(mesh)
+    learning = question_factory.make_learning(config, mesh, parts.model, start)
     ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
     if not config.sft.updates:
         _tell_rejected(records)
-
-    def init() -> Carry:
-        learner = token_models.rl_learner(config, trained, optimisation.optimiser)
-        return token_models.fresh_carry(config, learner, 3)
 
     def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
         return jax.random.split(jax.random.fold_in(rng, updates))
@@ -439,18 +429,14 @@ def rl_stage(
         asked = mesh_lib.constrain_batch(asked, mesh=mesh)  # Each device answers its part.
         sampling = Sampling(temperature=r.temperature)
         key = keys(rng, updates)[0]
-        return policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)
+        return parts.policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def step(carry: Carry, frozen: Any, experience: Experience) -> tuple[Carry, Metrics]:
         key = keys(carry.rng, carry.updates)[1]
-        learner, metrics = learn(carry.learner, frozen, experience, key)
-        learner = token_learner.move_reference(learner, r.reference_decay)
-        metrics |= grpo.describe(experience) | {
-            "answer/unscored": 1 - jnp.mean(experience.scored),
-            "lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32),
-        }
-        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
+        carry, metrics = learning.step(carry, frozen, experience, key)
+        unscored = {"answer/unscored": 1 - jnp.mean(experience.scored)}
+        return carry, metrics | grpo.describe(experience) | unscored
 
     def placed(shapes: Any) -> Any:
         return jax.tree.map(
@@ -479,19 +465,16 @@ def rl_stage(
 
     measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
 
-    return Stage(
-        name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
-        init=init,
+    return question_factory.make_stage(
+        config,
+        mesh,
+        learning,
         update=None,
-        data=frozen,
-        env_steps_per_update=0,
+        on_host=on_host,
         samples_per_update=r.questions * r.group,
-        evaluate=token_models.evaluation(measure, frozen, SPLIT),
-        **run_fields(config.run),
+        evaluate=token_models.evaluation(measure, learning.frozen, SPLIT),
         best_metric=BEST,
         console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
-        shardings=functools.partial(token_models.everywhere, mesh=mesh),
-        on_host=on_host,
     )
 
 

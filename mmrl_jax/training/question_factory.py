@@ -339,30 +339,74 @@ def single_turns(experience: Experience) -> tuple[Transition, Question]:
     return batch, asked
 
 
-def rl_stage(
-    config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
-) -> Stage:
-    """RL on rewards alone, from scratch or from what was fine-tuned."""
-    r, parts = config.rl, make_parts(config)
-    task, policy = parts.task, parts.policy
-    variables = token_models.make_variables(config, parts.model, start=start)
+class Learning(NamedTuple):
+    """RL on answers that have their rewards, whoever asked and scored.
+
+    Attributes:
+      frozen: half of the model's variables, on every device.
+      init: makes a fresh carry.
+      step: (carry, frozen half, answers with rewards, key) -> (carry after an update, metrics).
+    """
+
+    frozen: Any
+    init: Callable[[], Carry]
+    step: Callable[[Carry, Any, Experience, jax.Array], tuple[Carry, Metrics]]
+
+
+def make_learning(
+    config: ml_collections.ConfigDict, mesh: Mesh, model: TokenModel, start: Params | None
+) -> Learning:
+    """RL of a model, from where it is or from what was fine-tuned."""
+    variables = token_models.make_variables(config, model, start=start)
     trained, frozen = token_models.halves(variables, config, "rl")
-    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     optimisation = token_models.make_optimisation(config)
-    learn = make_learn(config, mesh, policy, optimisation)
+    learn = make_learn(config, mesh, model.policy, optimisation)
 
     def init() -> Carry:
         learner = token_models.rl_learner(config, trained, optimisation.optimiser)
         return token_models.fresh_carry(config, learner, 3)
 
+    def step(
+        carry: Carry, frozen: Any, experience: Experience, key: jax.Array
+    ) -> tuple[Carry, Metrics]:
+        learner, metrics = learn(carry.learner, frozen, experience, key)
+        learner = token_learner.move_reference(learner, config.rl.reference_decay)
+        metrics |= {"lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32)}
+        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
+
+    return Learning(jax.device_put(frozen, mesh_lib.replicated(mesh)), init, step)
+
+
+def make_stage(
+    config: ml_collections.ConfigDict, mesh: Mesh, learning: Learning, **differing: Any
+) -> Stage:
+    """A stage of such RL; what differs is how it asks and scores, and is evaluated."""
+    return Stage(
+        name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
+        init=learning.init,
+        data=learning.frozen,
+        env_steps_per_update=0,
+        **run_fields(config.run),
+        shardings=functools.partial(token_models.everywhere, mesh=mesh),
+        **differing,
+    )
+
+
+def rl_stage(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
+) -> Stage:
+    """RL on rewards alone, from scratch or from what was fine-tuned."""
+    r, parts = config.rl, make_parts(config)
+    learning = make_learning(config, mesh, parts.model, start)
+
     def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
         rng = jax.random.fold_in(carry.rng, carry.updates)
         ask_key, answer_key, learn_key = jax.random.split(rng, 3)
-        asked = task.sample(ask_key, r.questions * r.oversample, "train")
+        asked = parts.task.sample(ask_key, r.questions * r.oversample, "train")
         if r.swapped:
             asked = asked._replace(images=jnp.roll(asked.images, 1, axis=0))
         asked = mesh_lib.constrain_batch(asked, mesh=mesh)  # Each device answers its part.
-        answers = policy.answer(
+        answers = parts.policy.answer(
             carry.learner.params,
             frozen,
             asked,
@@ -370,30 +414,24 @@ def rl_stage(
             group=r.group,
             sampling=Sampling(temperature=r.temperature),
         )
-        score = task.texts.score(asked, answers.tokens, answers.present, penalty=r.penalty)
+        score = parts.task.texts.score(asked, answers.tokens, answers.present, penalty=r.penalty)
         experience = Experience(asked, answers, score.reward, jnp.ones_like(score.reward))
         chosen = grpo.informative(experience, r.questions)
-        learner, metrics = learn(carry.learner, frozen, chosen, learn_key)
-        learner = token_learner.move_reference(learner, r.reference_decay)
-        metrics |= grpo.describe(experience) | {
+        carry, metrics = learning.step(carry, frozen, chosen, learn_key)
+        return carry, metrics | grpo.describe(experience) | {
             "answer/correct": jnp.mean(score.correct),
             "answer/malformed": jnp.mean(score.malformed),
-            "lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32),
         }
-        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
-    return Stage(
-        name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
-        init=init,
+    return make_stage(
+        config,
+        mesh,
+        learning,
         update=update,
-        data=frozen,
-        env_steps_per_update=0,
         samples_per_update=r.questions * r.oversample * r.group,
-        evaluate=_periodic_evaluation(config, frozen),
-        **run_fields(config.run),
+        evaluate=_periodic_evaluation(config, learning.frozen),
         best_metric=BEST,
         console=("answer/correct", "answer/malformed", BEST, "time/samples_per_s"),
-        shardings=functools.partial(token_models.everywhere, mesh=mesh),
     )
 
 
