@@ -7,11 +7,10 @@ records' own answers can be learned from first. With the other factories the onl
 a ConfigDict.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import importlib
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -28,13 +27,22 @@ from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated, Sampling
-from mmrl_jax.tasks.folder import METADATA, Batch, Record, Records, open_folder
+from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.question import Question, Texts
-from mmrl_jax.tasks.rewards import Failure, Pool, RewardFunction, Rewards
+from mmrl_jax.tasks.rewards import Pool, RewardFunction
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
 from mmrl_jax.training.factory import make_mesh
+from mmrl_jax.training.folder_data import (
+    Scored,
+    Scorer,
+    Split,
+    answer_rows,
+    open_split,
+    prompt_rows,
+    tell_rejected,
+)
 from mmrl_jax.training.loop import Carry, HostUpdate, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
@@ -42,8 +50,6 @@ from mmrl_jax.types import Metrics, Params
 ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
 SPLIT = "heldout"
 BEST = f"eval/{SPLIT}/return"
-GIVEN = ("prompt", "completion", "answer")  # To reward functions, beside a record's columns.
-TOLD = 10  # Reasons of failures that a process prints; answer/unscored counts them all.
 
 SCHEMA: config_lib.Schema = {
     "seed": question_factory.SCHEMA["seed"],
@@ -151,70 +157,10 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
     source = token_models.pretrained(config.model, size)
     assert source is not None  # See `check`.
     images = token_models.image_tokens(config.model, source, size)
-    tokens, present = _prompt_rows(source.chat, [""], length=f.prompt_tokens, images=images)
+    tokens, present = prompt_rows(source.chat, [""], length=f.prompt_tokens, images=images)
     # No question and no answer is known beforehand: this is what the shapes are read from.
     texts = Texts(("",), (), tokens, present, np.zeros((0, f.answer_tokens), np.int32), source.chat)
     return Parts(source.chat, images, token_models.make_model(config.model, source, texts, size))
-
-
-def _prompt_rows(
-    chat: Chat, prompts: Sequence[str], *, length: int, images: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of B prompts, int32 [B, S], padded on the left, and which are there, bool [B, S].
-
-    Args:
-      chat: the model's texts.
-      prompts: B questions about a picture each.
-      length: S.
-      images: image tokens of a picture.
-
-    Raises:
-      ValueError: one is longer than S, folder.prompt_tokens.
-    """
-    tokens = np.full((len(prompts), length), chat.pad, np.int32)
-    present = np.zeros(tokens.shape, bool)
-    for b, text in enumerate(prompts):
-        ids = chat.prompt(text, images=images)
-        if len(ids) > length:
-            raise ValueError(
-                f"prompt {text!r} has {len(ids)} tokens, {images} of them of the picture, more "
-                f"than folder.prompt_tokens={length}; raise it."
-            )
-        tokens[b, -len(ids) :], present[b, -len(ids) :] = ids, True
-    return tokens, present
-
-
-def _answer_rows(
-    chat: Chat, answers: Sequence[str], *, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of B answers with their stop tokens, int32 [B, T], and which are there, bool.
-
-    Raises:
-      ValueError: one is longer than T, the length.
-    """
-    tokens = np.full((len(answers), length), chat.pad, np.int32)
-    present = np.zeros(tokens.shape, bool)
-    for b, text in enumerate(answers):
-        ids = chat.answer(text)
-        if len(ids) > length:
-            raise ValueError(
-                f"answer {text!r} has {len(ids)} tokens, more than folder.answer_tokens={length}, "
-                "and is to be learned from; raise it."
-            )
-        tokens[b, : len(ids)], present[b, : len(ids)] = ids, True
-    return tokens, present
-
-
-class Split(NamedTuple):
-    """The records of a folder.
-
-    Attributes:
-      train: in batches of rl.questions.
-      heldout: run.eval_episodes of them, in one batch, for evaluation alone.
-    """
-
-    train: Records
-    heldout: Records
 
 
 def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
@@ -226,7 +172,7 @@ def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
     f = config.folder
     table = pathlib.Path(f.directory).resolve() / METADATA
     written = (table.stat().st_mtime_ns, table.stat().st_size) if table.is_file() else None
-    return _open_records(
+    return open_split(
         written,
         parts.chat,
         directory=table.parent,
@@ -241,40 +187,20 @@ def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
     )
 
 
-@functools.lru_cache(maxsize=1)  # A run opens its folder several times, which reads all pictures.
-def _open_records(
-    written: tuple[int, int] | None,
-    chat: Chat,
-    *,
-    held_out: int,
-    answer_length: int | None,
-    length: int,
-    images: int,
-    **opening: Any,
-) -> Split:
-    """The records of a folder whose table was last written then."""
-
-    def usable(record: Record) -> None:
-        _prompt_rows(chat, [record.prompt], length=length, images=images)
-        if answer_length is not None:
-            _answer_rows(chat, [record.answer], length=answer_length)
-        taken = [name for name in GIVEN if name in record.columns]
-        if taken:
-            raise ValueError(f"columns {taken} are what reward functions are given already.")
-
-    records = open_folder(check=usable, **opening)
-    try:
-        return Split(*records.divided(held_out))
-    except ValueError as error:
-        raise ValueError(f"run.eval_episodes={held_out}: {error}") from error
-
-
-def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
-    """The functions of rewards.functions by their names there.
+def make_scorer(config: ml_collections.ConfigDict, chat: Chat) -> Scorer:
+    """Scores answers by the functions of a config.
 
     Raises:
       ValueError: one cannot be imported, one is named twice, or there are not as many weights.
+      RuntimeError: see `Pool`.
     """
+    r, functions = config.rewards, reward_functions(config)
+    weights = dict(zip(functions, r.weights, strict=True))
+    return Scorer(Pool(functions, weights, workers=r.workers, timeout_s=r.timeout_s), chat)
+
+
+def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
+    """The functions of rewards.functions by their names there; for errors see `make_scorer`."""
     names, weights = tuple(config.rewards.functions), tuple(config.rewards.weights)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"rewards.functions={names} must name one function or more, each once.")
@@ -295,69 +221,6 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
     return functions
 
 
-class Scored(NamedTuple):
-    """G answers to each of B questions.
-
-    Attributes:
-      completions: B times G texts.
-      rewards: for them.
-    """
-
-    completions: list[list[str]]
-    rewards: Rewards
-
-
-class Scorer:
-    """Rewards of answers to a folder's questions, by the functions of a config.
-
-    Its processes end when nothing refers to it any more, or at the end of this one.
-
-    Args:
-      config: of the run.
-      chat: the model's texts.
-    """
-
-    def __init__(self, config: ml_collections.ConfigDict, chat: Chat):
-        functions = reward_functions(config)
-        self._pool = Pool(
-            functions,
-            dict(zip(functions, config.rewards.weights, strict=True)),
-            workers=config.rewards.workers,
-            timeout_s=config.rewards.timeout_s,
-        )
-        self._chat = chat
-        self._told: set[tuple[str, str]] = set()
-
-    def __call__(self, records: Records, batch: Batch, answers: Generated) -> Scored:
-        """Texts and rewards [B, G] of answers [B, G, T] to the questions of a batch.
-
-        Raises:
-          NoRewards: not a single answer has one.
-        """
-        tokens, present = jax.device_get((answers.tokens, answers.present))
-        completions = [
-            [self._chat.decode(row[there]) for row, there in zip(*group, strict=True)]
-            for group in zip(tokens, present, strict=True)
-        ]
-        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns)
-        for failure in rewards.failures:
-            self._tell(failure, records.names[batch.records[failure.prompt]])
-        return Scored(completions, rewards)
-
-    def _tell(self, failure: Failure, record: str) -> None:
-        """Prints a failure, of a function and a reason only the first."""
-        what = failure.function, failure.reason
-        if what in self._told or len(self._told) == TOLD:
-            return
-        self._told.add(what)
-        print(
-            f"No reward of an answer to {record}: {failure.function}: {failure.reason}. It is left "
-            "out; further ones for this reason are only counted, see answer/unscored.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def make_ask(
     config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh
 ) -> Callable[[Batch], Question]:
@@ -365,7 +228,7 @@ def make_ask(
     length, images = config.folder.prompt_tokens, parts.images
 
     def ask(batch: Batch) -> Question:
-        tokens, present = _prompt_rows(parts.chat, batch.prompts, length=length, images=images)
+        tokens, present = prompt_rows(parts.chat, batch.prompts, length=length, images=images)
         unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
         arrays = tokens, present, batch.images, *(unnamed,) * 4
         return Question(*jax.device_put(arrays, mesh_lib.replicated(mesh)))
@@ -382,12 +245,12 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     """
     parts = make_parts(config)
     records = open_records(config, parts)
-    _tell_rejected(records)
-    ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
+    tell_rejected(records)
+    ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
     batch = records.train.read(range(len(records.train)))
     length = config.folder.answer_tokens
-    tokens, present = _answer_rows(parts.chat, batch.answers, length=length)
+    tokens, present = answer_rows(parts.chat, batch.answers, length=length)
     return token_models.sft_stage(
         config,
         mesh,
@@ -396,11 +259,6 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         evaluation=lambda frozen: token_models.evaluation(measure, frozen, SPLIT),
         best_metric=BEST,
     )
-
-
-def _tell_rejected(records: Split) -> None:
-    for name, reason in records.train.rejected[:TOLD]:
-        print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
 
 
 def rl_stage(
@@ -415,9 +273,9 @@ def rl_stage(
     r, parts = config.rl, make_parts(config)
     records, everywhere = open_records(config, parts), mesh_lib.replicated(mesh)
     learning = question_factory.make_learning(config, mesh, parts.model, start)
-    ask, scorer = make_ask(config, parts, mesh), Scorer(config, parts.chat)
+    ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     if not config.sft.updates:
-        _tell_rejected(records)
+        tell_rejected(records)
 
     def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
         return jax.random.split(jax.random.fold_in(rng, updates))
@@ -529,7 +387,7 @@ def _greedy_of(config: ml_collections.ConfigDict) -> Greedy:
         parts,
         open_records(config, parts).heldout,
         make_ask(config, parts, make_mesh(config)),
-        Scorer(config, parts.chat),
+        make_scorer(config, parts.chat),
     )
 
 
