@@ -1,6 +1,6 @@
 """The loop of every stage: compile once, dispatch, log, evaluate, checkpoint, resume."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 import os
@@ -278,8 +278,8 @@ def run(
         if over():
             return Result(carry, done, counters, earlier_s, terminated())
         counters = add(compile_s=init_s)
-        programs: dict[int, Any] = {}
-        host: HostUpdate | None = None
+        programs: dict[int, Update] = {}
+        compiled = _compiler(stage, shardings)
         alarms = _alarms_until(workdir, done)
         with MetricWriter(
             workdir,
@@ -296,13 +296,7 @@ def run(
                 if size not in programs:
                     writer.message(f"{stage.name}: compiling ...")
                     compile_start = time.perf_counter()
-                    if stage.on_host is not None:
-                        host = host or stage.on_host(carry, stage.data)
-                        programs[size] = make_host_dispatch(host, size, carry)
-                    else:
-                        assert stage.update is not None
-                        dispatch = make_dispatch(stage.update, size, shardings)
-                        programs[size] = dispatch.lower(carry, stage.data).compile()
+                    programs[size] = compiled(size, carry)
                     compile_s = time.perf_counter() - compile_start
                     counters = add(compile_s=compile_s)
                     writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
@@ -318,14 +312,9 @@ def run(
                 valid = float(metrics.get("rollout/valid_fraction", 1.0))
                 steps = size * stage.env_steps_per_update * valid
                 counters = add(wall_s=seconds, env_steps=round(steps) if sound else 0)
-                values = {name: float(x) for name, x in metrics.items() if not _absent(name, x)}
-                values |= {
+                values = _row(metrics, counters, done) | {
                     "time/update_s": seconds / size,
-                    "time/compile_s": counters.compile_s,
                     "time/samples_per_s": size * stage.samples_per_update / seconds,
-                    "time/wall_s": counters.wall_s,
-                    "progress/updates": done,
-                    "progress/env_steps": counters.env_steps,
                 }
                 if not sound:
                     writer.write(done, values)
@@ -356,6 +345,32 @@ def run(
                 )
         checkpointer.wait()
         return Result(carry, done, add(), earlier_s, terminated())
+
+
+def _compiler(stage: Stage, shardings: Any) -> Callable[[int, Carry], Update]:
+    """(number of updates, a carry) -> the compiled dispatch of so many."""
+    host: list[HostUpdate] = []  # Its programs serve dispatches of every size.
+
+    def compiled(size: int, carry: Carry) -> Update:
+        if stage.on_host is None:
+            assert stage.update is not None
+            dispatch = make_dispatch(stage.update, size, shardings)
+            return dispatch.lower(carry, stage.data).compile()
+        if not host:
+            host.append(stage.on_host(carry, stage.data))
+        return make_host_dispatch(host[0], size, carry)
+
+    return compiled
+
+
+def _row(metrics: Mapping[str, Any], counters: Counters, done: int) -> dict[str, float]:
+    """What is logged of a dispatch that ended at update `done`."""
+    return {name: float(x) for name, x in metrics.items() if not _absent(name, x)} | {
+        "time/compile_s": counters.compile_s,
+        "time/wall_s": counters.wall_s,
+        "progress/updates": done,
+        "progress/env_steps": counters.env_steps,
+    }
 
 
 def _alarms_until(workdir: str | pathlib.Path, done: int) -> Alarms:
