@@ -44,7 +44,7 @@ from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, Evaluator, Modality, describe
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
-from mmrl_jax.training import factory, loop, report
+from mmrl_jax.training import control_models, factory, loop, report, videos
 
 FLAGS = flags.FLAGS
 HIDDEN: tuple[Modality, ...] = ("pixels", "instruction")  # From the final policy.
@@ -129,7 +129,7 @@ def film(
 ) -> list[pathlib.Path]:
     """Writes the video and the strip of the final policy's episodes."""
     env = factory.make_env(config)
-    apply = factory.make_network(config, env).apply
+    apply = control_models.make_network(config, env).apply
 
     @jax.jit
     def run(learner: LearnerState, rng: jax.Array) -> tuple:
@@ -141,8 +141,8 @@ def film(
     first, frames = jax.device_get(run(learner, rng))
     captions = [env.caption(jax.tree.map(lambda x, i=i: x[i], first)) for i in range(6)]
     clips = np.swapaxes(frames, 0, 1)
-    video = report.episodes_video(workdir / "episodes.mp4", clips, captions, fps=10, columns=3)
-    strip = report.episode_strip(workdir / "episode.png", clips[0], captions[0], count=5)
+    video = videos.episodes_video(workdir / "episodes.mp4", clips, captions, fps=10, columns=3)
+    strip = videos.episode_strip(workdir / "episode.png", clips[0], captions[0], count=5)
     return [video, strip]
 
 

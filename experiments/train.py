@@ -37,6 +37,7 @@ from mmrl_jax.training import (
     checkpoint,
     factory,
     folder_factory,
+    glossary,
     loop,
     metrics,
     question_factory,
@@ -196,7 +197,7 @@ def final_evaluation(workdir: pathlib.Path) -> dict[str, float]:
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
     row = next(row for row in reversed(rows) if any(name.startswith("eval/") for name in row))
     for score in ("success", "accuracy", "return"):
-        found = [name for name in row if metrics.matches(f"eval/<split>/{score}", name)]
+        found = [name for name in row if glossary.matches(f"eval/<split>/{score}", name)]
         if found:
             break
     name = found[0].removeprefix("eval/")

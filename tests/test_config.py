@@ -82,6 +82,10 @@ def test_right_overrides_pass():
         "--config.after.the.end=1",
     ]
     config_lib.validate_overrides(argv, _config())
+    # Each of those that are overrides is looked at: misspelt, it would not pass.
+    for i in (2, 3, 5, 6):
+        wrong = [*argv[:i], argv[i].replace("config.", "config.x"), *argv[i + 1 :]]
+        assert _message(config_lib.validate_overrides, wrong, _config()).startswith("Unknown")
 
 
 def test_overrides_are_checked_against_the_config_file_named(tmp_path):

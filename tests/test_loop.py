@@ -15,7 +15,7 @@ from experiments.train import train
 from mmrl_jax import envs
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.rl import normalisation
-from mmrl_jax.training import checkpoint, factory, loop, metrics
+from mmrl_jax.training import checkpoint, control_models, factory, loop, metrics
 from tests import processors, tiny
 
 
@@ -118,7 +118,7 @@ def test_every_config_trains(name, tmp_path):
     assert (tmp_path / "learning_curves.png").stat().st_size > 1000
     assert list((tmp_path / "tensorboard").iterdir())
     # The parameters have moved from where they started.
-    fresh = factory.fresh_learner(config, factory.make_env(config), factory.adam(1.0, 1.0))
+    fresh = control_models.fresh_learner(config, factory.make_env(config), factory.adam(1.0, 1.0))
     moved = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()), fresh.params, result.carry.learner.params
     )

@@ -12,7 +12,7 @@ import transformers
 from configs import reach_ppo, recall_ppo
 from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.pretrained import packages, readers
-from mmrl_jax.training import factory, loop
+from mmrl_jax.training import control_models, factory, loop
 from tests import hub
 
 
@@ -99,8 +99,8 @@ def test_no_instruction_at_all_is_finite():
 def test_the_policy_reads_what_the_encoder_says():
     config = small(text_encoder="minilm")
     env, obs = observe(config)
-    learner = factory.fresh_learner(config, env, factory.adam(1e-3, 1.0))
-    apply = factory.make_apply(config, env)
+    learner = control_models.fresh_learner(config, env, factory.adam(1e-3, 1.0))
+    apply = control_models.make_apply(config, env)
     assert "text" not in learner.params["params"]
 
     def mean(obs):
@@ -118,7 +118,7 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
     directory, theirs = clip
     config = small(vision_encoder=directory)
     env, obs = observe(config)
-    learner = factory.fresh_learner(config, env, factory.adam(1e-3, 1.0))
+    learner = control_models.fresh_learner(config, env, factory.adam(1e-3, 1.0))
     encoder = readers.vision_encoder(directory, jnp.float32, False)
     params = {"params": learner.params["params"]["vision_encoder"]}
     with jax.default_matmul_precision("highest"):
@@ -135,7 +135,7 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
     shapes = jax.tree.map(jnp.shape, factory.stored_learner(config).params)
     assert shapes == jax.tree.map(jnp.shape, learner.params)
     # Where to point is asked of its 3x3 patches.
-    output = factory.make_apply(config, env)(learner.params, obs)
+    output = control_models.make_apply(config, env)(learner.params, obs)
     assert output.auxiliary["target_pixel"].shape == (2, 3, 3)
 
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(changes, message):
     config = small(**changes)
     with pytest.raises(ValueError, match=message):
         env = factory.make_env(config)
-        factory.fresh_learner(config, env, factory.adam(1e-3, 1.0, config.model.frozen))
+        control_models.fresh_learner(config, env, factory.adam(1e-3, 1.0, config.model.frozen))
 
 
 def test_modules_and_functions_are_encoders_alike(clip):

@@ -1,4 +1,4 @@
-"""Tests of mmrl_jax.training.report."""
+"""Tests of mmrl_jax.training.report and mmrl_jax.training.videos."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from mmrl_jax.evaluation.questions import Sample
-from mmrl_jax.training import report
+from mmrl_jax.training import report, videos
 
 
 def _frames(steps=3, size=32):
@@ -26,7 +26,7 @@ def _write_jsonl(path, rows):
 
 def test_captioned_enlarges_whole_pixels():
     # 32 -> 256 is a factor of 8: the white pixel becomes 8 x 8, sharp.
-    big = report.captioned(_frames(), ["touch the red ball"] * 3)
+    big = videos.captioned(_frames(), ["touch the red ball"] * 3)
     assert big.shape[2] == 256 and big.shape[1] > 256
     assert (big[:, :8, :8] == 255).all()
     assert (big[:, 8:256, :] == (200, 40, 10)).all()
@@ -34,13 +34,13 @@ def test_captioned_enlarges_whole_pixels():
     bar = big[0, 256:]
     assert (bar[0] == bar[0, 0]).all() and bar.max() > 200
     # 100 x 60 -> a factor of ceil(256 / 60) = 5; sizes even.
-    odd = report.captioned(np.zeros((1, 100, 61, 3), np.uint8), ["x"])
+    odd = videos.captioned(np.zeros((1, 100, 61, 3), np.uint8), ["x"])
     assert odd.shape[2] == 306 and odd.shape[1] >= 500 and odd.shape[1] % 2 == 0
 
 
 def test_captions_differ_and_long_ones_wrap():
     texts = ["touch the red ball", "touch the green box", "touch " * 30]
-    big = report.captioned(_frames(), texts)
+    big = videos.captioned(_frames(), texts)
     bars = big[:, 256:]
     assert not np.array_equal(bars[0], bars[1])
     # 30 words of "touch " do not fit in 256 pixels: the bar has many lines, the others one.
@@ -53,19 +53,19 @@ def test_tiled_puts_clips_row_by_row():
     # 3 clips of 4 x 6 in 2 columns, 8 pixels between: 4 + 8 + 4 = 16 high, 6 + 8 + 6 = 20 wide.
     clips = np.zeros((3, 2, 4, 6, 3), np.uint8)
     clips[0], clips[1], clips[2] = 10, 20, 30
-    grid = report.tiled(clips, columns=2)
+    grid = videos.tiled(clips, columns=2)
     assert grid.shape == (2, 16, 20, 3)
     assert (grid[:, :4, :6] == 10).all()
     assert (grid[:, :4, 14:] == 20).all()
     assert (grid[:, 12:, :6] == 30).all()
     assert (grid[:, 12:, 14:] == 24).all() and (grid[:, 4:12] == 24).all()
     # One row where there are more columns than clips.
-    assert report.tiled(clips, columns=9).shape == (2, 4, 34, 3)
+    assert videos.tiled(clips, columns=9).shape == (2, 4, 34, 3)
 
 
 def test_mp4_reads_back(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    path = report.episodes_video(tmp_path / "new" / "one", _frames(5)[None], ["red"], 10, 1)
+    path = videos.episodes_video(tmp_path / "new" / "one", _frames(5)[None], ["red"], 10, 1)
     assert path == tmp_path / "new" / "one.mp4"
     reader = ffmpeg.read_frames(str(path))
     info = next(reader)
@@ -77,10 +77,10 @@ def test_mp4_reads_back(tmp_path):
 
 
 def test_gif_where_there_is_no_ffmpeg(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(videos, "_has_ffmpeg", lambda: False)
     frames = np.stack([_frames(3), 255 - _frames(3)])
     frames[:, 1] //= 2  # Equal frames would be merged into one.
-    path = report.episodes_video(tmp_path / "all.mp4", frames, ["one", "two"], 10, 2)
+    path = videos.episodes_video(tmp_path / "all.mp4", frames, ["one", "two"], 10, 2)
     assert path == tmp_path / "all.gif"
     with Image.open(path) as image:
         assert image.n_frames == 3
@@ -94,7 +94,7 @@ def test_gif_where_there_is_no_ffmpeg(tmp_path, monkeypatch):
 def test_episode_strip(tmp_path):
     frames = _frames(9)
     frames[:, 5:] = np.arange(9, dtype=np.uint8)[:, None, None, None] * 20
-    path = report.episode_strip(tmp_path / "strip.png", frames, "touch the red ball", count=3)
+    path = videos.episode_strip(tmp_path / "strip.png", frames, "touch the red ball", count=3)
     picture = np.asarray(Image.open(path))
     assert picture.shape[1] == 3 * 256 + 2 * 8
     # First, middle and last of nine: 0, 4, 8.
@@ -140,14 +140,14 @@ def test_learning_curves_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: report.captioned(_frames()[0], ["a"]), r"uint8 \[T, H, W, 3\]"),
-        (lambda p: report.captioned(_frames() / 255.0, ["a"] * 3), "float64"),
-        (lambda p: report.captioned(_frames(), ["a"]), "1 captions for 3 frames"),
-        (lambda p: report.captioned(_frames()[:0], []), "at least one frame"),
-        (lambda p: report.episodes_video(p, _frames()[None], ["a"], 0, 1), "fps is 0"),
-        (lambda p: report.episodes_video(p, _frames()[None], [], 9, 1), "for 1 episodes"),
-        (lambda p: report.episodes_video(p, _frames()[None], ["a"], 9, 0), "columns is 0"),
-        (lambda p: report.episode_strip(p, _frames(), "a", count=0), "count is 0"),
+        (lambda p: videos.captioned(_frames()[0], ["a"]), r"uint8 \[T, H, W, 3\]"),
+        (lambda p: videos.captioned(_frames() / 255.0, ["a"] * 3), "float64"),
+        (lambda p: videos.captioned(_frames(), ["a"]), "1 captions for 3 frames"),
+        (lambda p: videos.captioned(_frames()[:0], []), "at least one frame"),
+        (lambda p: videos.episodes_video(p, _frames()[None], ["a"], 0, 1), "fps is 0"),
+        (lambda p: videos.episodes_video(p, _frames()[None], [], 9, 1), "for 1 episodes"),
+        (lambda p: videos.episodes_video(p, _frames()[None], ["a"], 9, 0), "columns is 0"),
+        (lambda p: videos.episode_strip(p, _frames(), "a", count=0), "count is 0"),
     ],
 )
 def test_bad_input(tmp_path, call, words):

@@ -14,7 +14,7 @@ from configs import reach_ppo
 from mmrl_jax.models.transformer import Transformer
 from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import hub, readers
-from mmrl_jax.training import factory, loop
+from mmrl_jax.training import control_models, factory, loop
 from tests import processors
 
 ADAPTED = {"pattern": r"vlm/language/.*/(query|value)", "rank": 2}
@@ -45,9 +45,9 @@ def parts(config, optimiser=None):
     """An environment, a learner, and its policy and what it observes, compiled."""
     factory.check(config)
     env = factory.make_env(config)
-    learner = factory.fresh_learner(config, env, optimiser or factory.adam(1e-3, 1.0))
+    learner = control_models.fresh_learner(config, env, optimiser or factory.adam(1e-3, 1.0))
     obs = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(0), 2)).obs
-    apply = jax.jit(factory.make_apply(config, env))
+    apply = jax.jit(control_models.make_apply(config, env))
     return env, learner, obs, lambda obs: apply(learner.params, obs)
 
 
@@ -90,7 +90,7 @@ def test_the_model_reads_the_prompt_of_its_processor(directories):
     config = small(directory, prompt="Now {instruction}: {image}.")
     env, learner, obs, _ = parts(config)
     obs = say(env, obs, "touch the red ball", "move to the cube that is green")
-    network = factory.make_network(config, env)
+    network = control_models.make_network(config, env)
 
     def stack(module, name):
         return isinstance(module, Transformer) and module.name == "stack"
@@ -121,7 +121,7 @@ def test_the_model_reads_the_prompt_of_its_processor(directories):
 
 def test_a_readout_is_read_by_nobody_else_and_reads_everything(directories):
     env, learner, obs, _ = parts(small(directories("smolvlm")))
-    network = factory.make_network(small(directories("smolvlm")), env)
+    network = control_models.make_network(small(directories("smolvlm")), env)
 
     def outputs(readout):
         params = {"params": learner.params["params"] | {"readout": readout}}
@@ -307,14 +307,14 @@ def test_prompts_that_do_not_fit_the_model_are_refused_when_it_is_built(director
     )
     config = small(directory)
     with pytest.raises(ValueError, match="Sample 0 has 5 image tokens, but its images have 4 feat"):
-        factory.make_network(config, factory.make_env(config))
+        control_models.make_network(config, factory.make_env(config))
 
 
 def test_a_family_of_dynamic_resolution_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
     config = small(str(tmp_path))
     with pytest.raises(ValueError, match="model_type='qwen3_vl' is not supported"):
-        factory.make_network(config, factory.make_env(config))
+        control_models.make_network(config, factory.make_env(config))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_family_of_dynamic_resolution_is_refused_by_name(tmp_path):
 def test_patterns_that_match_nothing_are_refused(changes, message, directories):
     config = small(directories("smolvlm"), **changes)
     with pytest.raises(ValueError, match=message):
-        factory.fresh_learner(config, factory.make_env(config), factory.adam(1e-3, 1.0))
+        control_models.fresh_learner(config, factory.make_env(config), factory.adam(1e-3, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,8 @@ def test_pointing_wants_the_whole_frame_and_nothing_else(family, directories):
     config = small(directories(family))
     config.env.width = 32
     with pytest.raises(ValueError, match="model.pointing='target_pixel', but the features of"):
-        factory.make_network(config, factory.make_env(config))
+        control_models.make_network(config, factory.make_env(config))
     config.model.pointing = None
-    network = factory.make_network(config, factory.make_env(config))
+    network = control_models.make_network(config, factory.make_env(config))
     tiles = network.pictures(jnp.zeros((2, 1, 16, 32, 3), jnp.uint8))
     assert tiles.pixels.shape[-4:] == (1, 32, 32, 3)  # One.

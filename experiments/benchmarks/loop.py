@@ -11,7 +11,7 @@ from experiments.benchmarks.harness import Row, compare, hardware, seconds
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import policy_function
 from mmrl_jax.rendering import render
-from mmrl_jax.training import factory, loop
+from mmrl_jax.training import control_models, factory, loop
 
 
 def rows(runs: int) -> Iterator[Row]:
@@ -32,7 +32,7 @@ def rows(runs: int) -> Iterator[Row]:
     def draw(_: Any, state: State) -> tuple[Any, jax.Array]:
         return _, render(*env.scene(state), height=config.env.height, width=config.env.width)
 
-    act = policy_function(factory.make_apply(config, env), learner, deterministic=False)
+    act = policy_function(control_models.make_apply(config, env), learner, deterministic=False)
 
     def decide(_: Any, observation: Any) -> tuple[Any, Any]:
         return _, act(start.replace(obs=observation), key)

@@ -14,7 +14,7 @@ import numpy as np
 from configs import reach_ppo
 from experiments.benchmarks.harness import Measure, Row, compare, rate
 from mmrl_jax.models.policy import MultimodalPolicy
-from mmrl_jax.training import factory
+from mmrl_jax.training import control_models, factory
 from mmrl_jax.types import Observation, Params
 
 # Width, layers, heads of the vision transformers (Dosovitskiy et al., 2021), and a batch.
@@ -25,7 +25,7 @@ def rows(runs: int) -> Iterator[Row]:
     """Measures the quickstart's network, and ViT sizes on 224x224 pictures."""
     config = reach_ppo.get_config()
     env = factory.make_env(config)
-    network = factory.make_network(config, env)
+    network = control_models.make_network(config, env)
     shapes = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
     observation = fill(shapes, 1024, env.vocabulary.size)
     parameters = jax.jit(network.init)(jax.random.PRNGKey(0), observation)

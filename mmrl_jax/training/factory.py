@@ -1,19 +1,17 @@
-"""Builds a run from its config: the only module that reads a ConfigDict.
+"""Builds a run of a control policy from its config; what every key means is in `SCHEMA`.
 
-Everything below it takes explicit arguments. What every key means is in `SCHEMA`.
+This module, the other factories, and the two of their models alone read a ConfigDict; everything
+below them takes explicit arguments.
 """
 
 from collections.abc import Callable
 import functools
-import re
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
-import numpy as np
 import optax
 
 from mmrl_jax import envs
@@ -22,31 +20,14 @@ from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
-from mmrl_jax.learners import learner as learner_lib
-from mmrl_jax.learners.learner import Apply, LearnerState, policy_function
-from mmrl_jax.models import lora
-from mmrl_jax.models.heads import PolicyOutput
-from mmrl_jax.models.mlp import MLPPolicy
-from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
-from mmrl_jax.models.vlm_policy import VLMPolicy
-from mmrl_jax.pretrained import readers
+from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import control_models
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.types import Metrics, Observation, Params, Transition
-
-MODELS = ("multimodal", "vlm", "mlp")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-LORA: config_lib.Schema = {
-    "pattern": anything(
-        (str, type(None)), "of the paths of layers that get adapters; None for no adapters"
-    ),
-    "rank": positive(int, "of the adapters"),
-    "alpha": positive(float, "what adapters add is scaled by alpha / rank"),
-}
 
 SCHEMA: config_lib.Schema = {
     "seed": non_negative(int, "of every random draw of the run"),
@@ -60,51 +41,7 @@ SCHEMA: config_lib.Schema = {
         "history": positive(int, "frames that the policy sees"),
         "options": anything(dict, "further arguments of the environment"),
     },
-    "model": {
-        "kind": one_of(
-            MODELS,
-            "'vlm' is a whole vision-language model, of which 'directory', 'prompt', 'auxiliary', "
-            "'pointing', 'frozen', 'lora', 'dtype' and 'remat' are read; 'mlp' sees "
-            "proprioception only",
-        ),
-        "width": positive(int, "of the tokens"),
-        "layers": positive(int, "blocks of the fusion stack"),
-        "heads": positive(int, "attention heads; must divide the width"),
-        "mlp_ratio": positive(int, "hidden width of a block's MLP over the width"),
-        "patch": positive(int, "edge of an image patch, pixels; must divide height and width"),
-        "patch_margin": non_negative(int, "pixels around a patch that its token sees too"),
-        "patch_hidden": positive(int, "hidden units of the per-patch perceptron"),
-        "vision_layers": non_negative(int, "blocks among the patches before fusion"),
-        "text_layers": non_negative(int, "blocks among the words before fusion"),
-        "film": anything(bool, "modulate patches by the instruction before fusion"),
-        "fusion": one_of(FUSIONS, "of the modalities, see MultimodalPolicy"),
-        "auxiliary": anything(tuple, "((name, size), ...) of privileged targets to predict"),
-        "pointing": anything((str, type(None)), "privileged place in the picture to point at"),
-        "text_encoder": anything(
-            (str, type(None)),
-            "'minilm' or a directory of BERT, CLIP or SigLIP, frozen, that reads the instructions",
-        ),
-        "vision_encoder": anything(
-            (str, type(None)), "directory of CLIP or SigLIP, that sees the pictures"
-        ),
-        "directory": anything(
-            (str, type(None)),
-            "of Idefics3, SmolVLM, PaliGemma, LLaVA or LLaVA-OneVision, for kind 'vlm'",
-        ),
-        "prompt": Field(
-            str,
-            lambda x: x.count("{image}") == x.count("{instruction}") == 1,
-            "a text with one '{image}' and one '{instruction}'",
-            "that kind 'vlm' reads",
-        ),
-        "frozen": anything(
-            (str, type(None)),
-            "pattern of the paths of parameters that are not trained; adapters always are",
-        ),
-        "lora": LORA,
-        "dtype": one_of(tuple(DTYPES), "of the computation; parameters are float32"),
-        "remat": anything(bool, "recompute activations in the backward pass"),
-    },
+    "model": control_models.MODEL,
     "warm_start": {
         "updates": non_negative(int, "optimiser steps of cloning; 0 for none"),
         "episodes": positive(int, "demonstrated episodes, a fixed set"),
@@ -193,7 +130,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"pixels; give both a size, or model.kind='mlp'."
         )
     if model.kind == "vlm":
-        _check_vlm(config)
+        control_models.check_vlm(config)
     elif model.directory is not None:
         raise ValueError(
             f"model.directory={model.directory!r}, but model.kind={model.kind!r} is no pretrained "
@@ -239,27 +176,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         _check_observation(config)
 
 
-def _check_vlm(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for what a whole vision-language model needs, or cannot do."""
-    model = config.model
-    if model.directory is None:
-        raise ValueError(
-            "model.directory=None, but model.kind='vlm' is read from a local directory in the "
-            "hub's format; name it."
-        )
-    if config.env.history != 1:
-        raise ValueError(
-            f"env.history={config.env.history}, but model.kind='vlm' sees one frame; set "
-            f"env.history to 1, or model.kind='multimodal'."
-        )
-    for name in ("text_encoder", "vision_encoder"):
-        if model[name] is not None:
-            raise ValueError(
-                f"model.{name}={model[name]!r}, but model.kind='vlm' reads and sees by itself; set "
-                f"it to None, or model.kind='multimodal'."
-            )
-
-
 def _check_observation(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError unless the environment has what the model reads and predicts."""
     model = config.model
@@ -302,159 +218,6 @@ def make_env(config: ml_collections.ConfigDict, *, split: str | None = None) -> 
     )
 
 
-def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
-    """The policy network for an environment."""
-    m = config.model
-    if m.kind == "mlp":
-        return MLPPolicy(kind=env.action_kind, actions=env.action_size)
-    auxiliary = tuple((name, size) for name, size in m.auxiliary)
-    if m.kind == "vlm":
-        return _vlm_policy(config, env, auxiliary)
-    text_encoder = vision_encoder = None
-    if m.text_encoder is not None:
-        vocabulary = env.vocabulary
-        text_encoder = readers.sentence_reader(
-            m.text_encoder, vocabulary.sentences, vocabulary.words
-        )
-    if m.vision_encoder is not None:
-        vision_encoder = readers.vision_encoder(m.vision_encoder, DTYPES[m.dtype], m.remat).module
-    return MultimodalPolicy(
-        kind=env.action_kind,
-        actions=env.action_size,
-        vocabulary=env.vocabulary.size,
-        width=m.width,
-        layers=m.layers,
-        heads=m.heads,
-        mlp_ratio=m.mlp_ratio,
-        patch=m.patch,
-        patch_margin=m.patch_margin,
-        patch_hidden=m.patch_hidden,
-        vision_layers=m.vision_layers,
-        text_layers=m.text_layers,
-        film=m.film,
-        fusion=m.fusion,
-        auxiliary=auxiliary,
-        pointing=m.pointing,
-        text_encoder=text_encoder,
-        vision_encoder=vision_encoder,
-        dtype=DTYPES[m.dtype],
-        remat=m.remat,
-    )
-
-
-def _vlm_policy(
-    config: ml_collections.ConfigDict, env: Env, auxiliary: tuple[tuple[str, int], ...]
-) -> VLMPolicy:
-    m, size = config.model, (config.env.height, config.env.width)
-    read = readers.vision_language_model(
-        m.directory,
-        m.prompt,
-        env.vocabulary.sentences,
-        env.vocabulary.words,
-        size,
-        DTYPES[m.dtype],
-        m.remat,
-    )
-    if m.pointing is not None and not read.grid:
-        raise ValueError(
-            f"model.pointing={m.pointing!r}, but the features of {m.directory} are no square grid "
-            f"over a whole frame of {size}; set it to None, or give square frames."
-        )
-    return VLMPolicy(
-        kind=env.action_kind,
-        actions=env.action_size,
-        vlm=read.model,
-        pictures=read.pictures,
-        prompts=read.prompts,
-        auxiliary=auxiliary,
-        pointing=m.pointing,
-    )
-
-
-def make_apply(config: ml_collections.ConfigDict, env: Env) -> Apply:
-    """The policy network as a function of parameters and observations."""
-    network, frozen = make_network(config, env), config.model.frozen
-    if frozen is None:
-        return cast(Apply, network.apply)
-
-    def apply(params: Params, observation: Observation) -> PolicyOutput:
-        # No gradient is computed where none is used.
-        stopped = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.lax.stop_gradient(x) if _matches(path, frozen) else x, params
-        )
-        return cast(PolicyOutput, network.apply(stopped, observation))
-
-    return apply
-
-
-def _name(path: tuple[Any, ...]) -> tuple[str, str]:
-    """A leaf's collection and its path within, 'params' and 'vision_encoder/tower/norm/scale'."""
-    collection, _, name = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
-    return collection, name
-
-
-def _matches(path: tuple[Any, ...], pattern: str) -> bool:
-    """Whether a leaf is a parameter, and no adapter, whose whole path the pattern fits."""
-    collection, name = _name(path)
-    return collection == "params" and re.fullmatch(pattern, name) is not None
-
-
-def fresh_learner(
-    config: ml_collections.ConfigDict, env: Env, optimiser: optax.GradientTransformation
-) -> LearnerState:
-    """A learner whose parameters are newly initialised, pretrained ones read from their directory.
-
-    Frozen ones are among the parameters too, without a state of the optimiser: a checkpoint is
-    complete, and needs no directory to have stayed as it was.
-    """
-    m = config.model
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
-    observation = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
-    loaded = {}
-    with jax.ensure_compile_time_eval():  # Numbers, where only shapes are asked for too.
-        if m.kind == "vlm":
-            loaded["vlm"] = readers.vision_language_params(m.directory)
-        elif m.vision_encoder is not None:
-            loaded["vision_encoder"] = readers.vision_encoder(
-                m.vision_encoder, DTYPES[m.dtype], m.remat
-            ).params
-        network = make_network(config, env)
-
-    @jax.jit
-    def draw(key: jax.Array) -> dict[str, Any]:
-        # What is loaded is not returned, and so not drawn either.
-        drawn = network.init(key, zeros)["params"]
-        return {name: x for name, x in drawn.items() if name not in loaded}
-
-    params = with_adapters(draw(key) | loaded, m.lora, jax.random.fold_in(key, 1))
-    frozen = m.frozen
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if frozen is not None and not any(_matches(path, frozen) for path in paths):
-        raise ValueError(
-            f"model.frozen={frozen!r} is the whole path of no parameter; these are: "
-            + ", ".join(_name(path)[1] for path in paths)
-        )
-    return learner_lib.init(
-        params, optimiser=optimiser, proprio_size=observation["proprio"].shape[-1]
-    )
-
-
-def with_adapters(params: Any, options: ml_collections.ConfigDict, key: jax.Array) -> Params:
-    """The variables of a model with these parameters, and the adapters that model.lora asks for.
-
-    Raises:
-      ValueError: the pattern matches no layer.
-    """
-    if options.pattern is None:
-        return {"params": params}
-    group = lora.LoraGroup(options.pattern, options.rank, options.alpha)
-    try:
-        return {"params": params, "lora": lora.init(key, params, [group])}
-    except ValueError as error:
-        raise ValueError(f"model.lora.pattern: {error}") from error
-
-
 def schedule(name: str, rate: float, steps: int) -> optax.Schedule:
     """The learning rate of each step: 'constant', or 'linear', which falls to 0 at `steps`."""
     if name == "linear":
@@ -474,7 +237,8 @@ def adam(
 
     def labels(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "frozen" if _matches(path, frozen) else "trained", params
+            lambda path, _: "frozen" if control_models.is_fitting(path, frozen) else "trained",
+            params,
         )
 
     return optax.partition({"trained": optimiser, "frozen": optax.set_to_zero()}, labels)
@@ -535,7 +299,7 @@ def cloning_stage(
     optimiser = adam(warm.learning_rate, warm.max_grad_norm, config.model.frozen)
     step = functools.partial(
         bc.update,
-        apply=make_apply(config, env),
+        apply=control_models.make_apply(config, env),
         optimiser=optimiser,
         shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         hyperparameters=bc.Hyperparameters(
@@ -549,7 +313,7 @@ def cloning_stage(
     def init() -> Carry:
         learner = start
         if learner is None:
-            learner = fresh_learner(config, env, optimiser)
+            learner = control_models.fresh_learner(config, env, optimiser)
             proprio = data.observation["proprio"]
             counted = jnp.ones(proprio.shape[:-1])
             seen = normalisation.update(learner.statistics, proprio, counted)
@@ -600,7 +364,7 @@ class PPOParts(NamedTuple):
 def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
     """Rollout and learning of PPO."""
     p, env = config.ppo, make_env(config)
-    apply = make_apply(config, env)
+    apply = control_models.make_apply(config, env)
     steps = config.run.updates * p.epochs * p.minibatches
     rate = schedule(p.schedule, p.learning_rate, steps)
     optimiser = adam(rate, p.max_grad_norm, config.model.frozen)
@@ -649,14 +413,14 @@ def ppo_stage(
     act, learn, optimiser = ppo_parts(config, mesh)
 
     def init() -> Carry:
-        learner = fresh_learner(config, env, optimiser)
+        learner = control_models.fresh_learner(config, env, optimiser)
         if start is not None:
             learner = learner.replace(
                 params=start.params,
                 opt_state=optimiser.init(start.params),
                 statistics=start.statistics,
             )
-        learner = learner.replace(params=_with_std(learner.params, p.initial_std))
+        learner = learner.replace(params=control_models.with_std(learner.params, p.initial_std))
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 4)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(rng, 0), jnp.arange(p.num_envs)
@@ -693,7 +457,7 @@ def stored_learner(config: ml_collections.ConfigDict) -> LearnerState:
     They are those of every stage, whatever it learned with and on however many devices.
     """
     env = make_env(config)
-    return jax.eval_shape(lambda: fresh_learner(config, env, optax.identity()))
+    return jax.eval_shape(lambda: control_models.fresh_learner(config, env, optax.identity()))
 
 
 def rollout_metrics(batch: Transition) -> Metrics:
@@ -719,7 +483,7 @@ def make_evaluator(
     config: ml_collections.ConfigDict, rng: jax.Array, *, episodes: int
 ) -> Evaluator:
     """Evaluates the deterministic policies of learners of this config."""
-    apply = make_apply(config, make_env(config))
+    apply = control_models.make_apply(config, make_env(config))
 
     def policy(learner: LearnerState) -> PolicyFunction:
         return policy_function(apply, learner, deterministic=True)
@@ -776,15 +540,6 @@ def check_env(config: ml_collections.ConfigDict) -> None:
     splits = envs.splits(config.env.name)
     if config.env.split not in splits:
         raise ValueError(f"env.split={config.env.split!r} is unknown; choose one of {splits}.")
-
-
-def _with_std(params: Any, std: float) -> Any:
-    """Parameters with the policy head's log std set; those without one as they are."""
-
-    def visit(path: tuple, x: jax.Array) -> jax.Array:
-        return jnp.full_like(x, np.log(std)) if _name(path)[1].endswith("/log_std") else x
-
-    return jax.tree_util.tree_map_with_path(visit, params)
 
 
 def by_environment(carry: Carry, *, mesh: Mesh) -> Carry:

@@ -26,7 +26,8 @@ from mmrl_jax.rl.token_losses import KLS, TokenLoss
 from mmrl_jax.tasks.question import Question, Texts, Tokeniser, Words
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
-from mmrl_jax.training.factory import DTYPES, LORA, adam, schedule, with_adapters
+from mmrl_jax.training.control_models import DTYPES, LORA, with_adapters
+from mmrl_jax.training.factory import adam, schedule
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.types import Metrics, Params
 

@@ -1,0 +1,215 @@
+"""Every metric that is logged: its unit, what it means, and which values are healthy.
+
+A name that is not in `GLOSSARY` cannot be logged, so the table in the README is complete. A part in
+angle brackets, as in `eval/<split>/success`, stands for any single part of a name.
+"""
+
+from collections.abc import Iterable
+import re
+from typing import NamedTuple
+
+from mmrl_jax.training import config as config_lib
+
+
+class Metric(NamedTuple):
+    """What a logged name means."""
+
+    unit: str
+    meaning: str
+    healthy: str
+
+
+GLOSSARY: dict[str, Metric] = {
+    "loss/total": Metric("1", "Sum of the weighted losses that the optimiser descends", "finite"),
+    "loss/policy": Metric(
+        "1",
+        "Clipped surrogate of PPO, mean over valid steps, no sign of progress",
+        "-0.1 to 0.1",
+    ),
+    "loss/value": Metric(
+        "return^2", "Half the squared error of the value, before its weight", "falls"
+    ),
+    "loss/entropy": Metric("nats", "Negative entropy, before its weight", "rises slowly"),
+    "loss/auxiliary": Metric(
+        "1", "Error of predicting privileged targets, before its weight", "falls"
+    ),
+    "loss/pointing": Metric(
+        "nats", "Cross-entropy of the patch that holds the named object", "falls from log(patches)"
+    ),
+    "loss/cloning": Metric(
+        "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
+    ),
+    "loss/answer": Metric("nats", "Cross-entropy of the tokens of the labelled answers", "falls"),
+    "policy/kl": Metric(
+        "nats",
+        "KL from the policy that acted to the updated one, per step",
+        "0.001 to 0.05; up to 0.2 where auxiliary losses move the features",
+    ),
+    "policy/clip_fraction": Metric(
+        "fraction",
+        "Steps whose probability ratio lies outside the clip range",
+        "0.02 to 0.3; more where auxiliary losses move the features",
+    ),
+    "policy/clipped_low": Metric(
+        "fraction",
+        "Tokens of negative advantage whose ratio is below the clip range",
+        "0 to 0.2",
+    ),
+    "policy/clipped_high": Metric(
+        "fraction",
+        "Tokens of positive advantage whose ratio is above the clip range",
+        "0 to 0.2",
+    ),
+    "policy/reference_kl": Metric(
+        "nats", "KL to the reference per token, by the estimator of the loss", "stays below 1"
+    ),
+    "policy/entropy": Metric("nats", "Entropy of the action distribution", "falls slowly"),
+    "value/explained_variance": Metric(
+        "1",
+        "1 - mean((target - value)^2) / Var(target) on the data just gathered, before the update",
+        "0.3 to 1; below 0 is worse than a constant",
+    ),
+    "grad/norm": Metric("1", "Global norm of the gradient before clipping", "stable"),
+    "lr": Metric("1", "Learning rate after the update", "as the schedule says"),
+    "episode/return": Metric("reward", "Mean return of the episodes that ended", "rises"),
+    "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
+    "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
+    "rollout/reward": Metric("reward", "Mean reward of a valid step", "rises"),
+    "answer/reward": Metric("reward", "Mean reward of the answers drawn", "rises"),
+    "answer/correct": Metric("fraction", "Answers drawn that are right", "rises"),
+    "answer/malformed": Metric(
+        "fraction", "Answers drawn that are none of the task's answers", "falls to 0"
+    ),
+    "answer/unscored": Metric(
+        "fraction", "Answers drawn whose reward functions failed: they are left out", "0"
+    ),
+    "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
+    "answer/rows": Metric(
+        "rows",
+        "Most rows of the answers' length that all answers to a question can be packed into",
+        "of GRPO, at most `rl.pack_rows` where it is given",
+    ),
+    "answer/degenerate_groups": Metric(
+        "fraction",
+        "Groups whose rewards are all equal: they teach nothing",
+        "below 0.9; at 1 nothing is learned",
+    ),
+    "answer/preferences": Metric(
+        "fraction", "Questions with a best and a worst answer, which DPO learns from", "above 0.1"
+    ),
+    "policy/margin": Metric(
+        "nats", "Of DPO: beta times what the preferred answer gained on the other one", "rises"
+    ),
+    "policy/preferred": Metric(
+        "fraction",
+        "Of DPO: pairs in which the preferred answer gained on the other one",
+        "above 0.5",
+    ),
+    "alarm/<name>": Metric("1", "1 where this alarm is raised, see training/alarms.py", "absent"),
+    "time/samples_per_s": Metric(
+        "1/s",
+        "Steps of the unroll, resets among them, or demonstrated steps, a second of time/wall_s",
+        "constant",
+    ),
+    "time/wall_s": Metric(
+        "s",
+        "Time of the stage's updates so far; initialisation, compilation and evaluations left out",
+        "grows",
+    ),
+    "time/update_s": Metric("s", "Time of one update, as time/wall_s", "constant"),
+    "time/compile_s": Metric(
+        "s",
+        "Time of initialising and compiling the stage so far, on every line",
+        "constant; grows where a run is resumed",
+    ),
+    "time/eval_s": Metric(
+        "s", "Time of one evaluation; the first compiles", "small beside the updates"
+    ),
+    "progress/env_steps": Metric(
+        "steps", "Environment steps since the start; a step that only resets is none", "grows"
+    ),
+    "progress/updates": Metric("updates", "Updates since the start", "grows"),
+    "rollout/valid_fraction": Metric(
+        "fraction",
+        "Steps of the rollout that the update may use; one that only resets is none",
+        "L / (L + 1) for episodes of length L",
+    ),
+    "rollout/broken": Metric(
+        "steps",
+        "Steps after which an environment's observation or reward was not finite: it was reset",
+        "0",
+    ),
+    "update/steps": Metric(
+        "steps",
+        "Optimiser steps of an update, before the KL stop if there is one",
+        "epochs * minibatches; fewer often: lower the learning rate",
+    ),
+    "update/skipped": Metric(
+        "steps",
+        "Optimiser steps of an update, skipped because the loss or its gradient is not finite",
+        "0; half of all steps stop the run",
+    ),
+    "eval/<split>/success": Metric("fraction", "Success over the evaluation episodes", "rises"),
+    "eval/<split>/success_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/success_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/return": Metric("reward", "Mean return over the evaluation episodes", "rises"),
+    "eval/<split>/return_lo": Metric("reward", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/return_hi": Metric("reward", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/reward/<function>": Metric(
+        "reward", "Mean result of one reward function, before its weight", "-"
+    ),
+    "eval/<split>/accuracy": Metric("fraction", "Questions answered rightly, greedily", "rises"),
+    "eval/<split>/accuracy_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/accuracy_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/blind_accuracy": Metric(
+        "fraction",
+        "The same with another question's picture",
+        "at chance; equal to the accuracy: the pictures are not used",
+    ),
+    "eval/<split>/malformed": Metric(
+        "fraction", "Evaluated answers that are none of the task's answers", "0"
+    ),
+    "eval/<split>/<level>/accuracy": Metric(
+        "fraction", "Accuracy on the questions of one level, see tasks/shapes.py", "rises"
+    ),
+    "eval/<split>/<level>/accuracy_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
+    "eval/<split>/<level>/accuracy_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/<level>/malformed": Metric(
+        "fraction", "Answers to these that are none of the task's answers", "0"
+    ),
+    "eval/<split>/length": Metric("steps", "Mean length of the evaluation episodes", "-"),
+}
+
+
+def lookup(name: str) -> Metric:
+    """Returns the glossary's entry for a logged name.
+
+    Raises:
+        ValueError: The name is not in the glossary; names the nearest one.
+    """
+    if name in GLOSSARY:
+        return GLOSSARY[name]
+    for pattern, metric in GLOSSARY.items():
+        if matches(pattern, name):
+            return metric
+    guess = config_lib.nearest(name, GLOSSARY)
+    raise ValueError(
+        f"Metric '{name}' is not in the glossary; the nearest name there is '{guess}'. Use that, "
+        "or add yours to GLOSSARY in mmrl_jax/training/glossary.py."
+    )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Says whether a name fits a glossary name, whose `<parts>` stand for one part each."""
+    fixed = re.split(r"<[^>]*>", pattern)
+    return re.fullmatch("[^/]+".join(re.escape(part) for part in fixed), name) is not None
+
+
+def glossary_markdown(names: Iterable[str] | None = None) -> str:
+    """Returns the glossary, or the rows of some names in it, as a Markdown table."""
+    chosen = GLOSSARY if names is None else {name: lookup(name) for name in names}
+    rows = [
+        f"| `{name}` | {metric.unit} | {metric.meaning} | {metric.healthy} |"
+        for name, metric in chosen.items()
+    ]
+    return "\n".join(["| name | unit | meaning | healthy |", "|---|---|---|---|", *rows]) + "\n"
