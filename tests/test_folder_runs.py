@@ -16,7 +16,7 @@ from mmrl_jax.rl import group_advantages
 from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import folder_factory, loop, metrics, token_models
+from mmrl_jax.training import folder_factory, loop, metrics, token_models, token_stages
 from tests import processors
 from tests.test_folder import colour, folder
 
@@ -131,11 +131,11 @@ def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
 def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_path, monkeypatch):
     given = []
 
-    def spy(config, mesh, model, labels, sft_stage=token_models.sft_stage, **kwargs):
+    def spy(config, mesh, model, labels, sft_stage=token_stages.sft_stage, **kwargs):
         given.append(labels)
         return sft_stage(config, mesh, model, labels, **kwargs)
 
-    monkeypatch.setattr(token_models, "sft_stage", spy)
+    monkeypatch.setattr(token_stages, "sft_stage", spy)
     config = make_config(sft__updates=30, sft__updates_per_dispatch=30, sft__batch_size=8,
                          sft__learning_rate=1e-2, sft__trained=".*", rl__trained=".*",
                          run__updates=1)  # fmt: skip

@@ -13,7 +13,7 @@ from mmrl_jax.models.lora import split
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.answers import answer_log_probs, score_answers
-from mmrl_jax.training import question_factory, token_models
+from mmrl_jax.training import question_factory, token_stages
 from tests import tiny
 from tests.test_answers import UNTIED, shared
 from tests.test_generate import MODEL, VOCABULARY, prompts, variables
@@ -164,6 +164,6 @@ def test_what_learns_packs_as_the_config_says(monkeypatch):
     monkeypatch.setattr(grpo, "update", lambda *_, policy, **__: policy.pack_rows)
     policy, optimisation = (
         question_factory.make_parts(config).policy,
-        token_models.make_optimisation(config),
+        token_stages.make_optimisation(config),
     )
-    assert question_factory.make_learn(config, None, policy, optimisation)(*[None] * 4) == 2
+    assert token_stages.make_learn(config, None, policy, optimisation)(*[None] * 4) == 2

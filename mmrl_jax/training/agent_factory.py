@@ -1,7 +1,4 @@
-"""Builds a run of an agent that writes its actions as text; what every key means is in `SCHEMA`.
-
-With the other factories the only module that reads a ConfigDict.
-"""
+"""Builds a run of an agent that writes its actions as text; what every key means is in `SCHEMA`."""
 
 from collections.abc import Callable
 import functools
@@ -24,7 +21,7 @@ from mmrl_jax.rollouts.text_actions import TextActions, text_actions
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import factory, token_models
+from mmrl_jax.training import factory, token_models, token_stages
 from mmrl_jax.training.config import one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
 from mmrl_jax.training.loop import Carry, Stage
@@ -42,13 +39,13 @@ SCHEMA: config_lib.Schema = {
     "env": CONTROL["env"],
     "model": token_models.MODEL,
     "sft": {"episodes": positive(int, "demonstrated by the environment's expert, a fixed set")}
-    | dict(token_models.SFT),
+    | dict(token_stages.SFT),
     "rl": {
         "num_envs": positive(int, "environments side by side; the mesh must divide them"),
         "unroll": positive(int, "turns of each environment an update"),
     }
-    | dict(token_models.RL),
-    "ppo": token_models.PPO,
+    | dict(token_stages.RL),
+    "ppo": token_stages.PPO,
     "run": CONTROL["run"],
 }
 
@@ -159,7 +156,7 @@ def record_demonstrations(
 
 def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     """Supervised fine-tuning on what the expert wrote."""
-    return token_models.sft_stage(
+    return token_stages.sft_stage(
         config,
         mesh,
         make_parts(config).model,
@@ -177,12 +174,12 @@ def rl_stage(
     variables = token_models.make_variables(config, model, start=start)
     trained, frozen = token_models.halves(variables, config, "rl")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
-    optimisation = token_models.make_optimisation(config)
-    hyperparameters = token_models.ppo_hyperparameters(config)
+    optimisation = token_stages.make_optimisation(config)
+    hyperparameters = token_stages.ppo_hyperparameters(config)
 
     def init() -> Carry:
-        learner = token_models.rl_learner(config, trained, optimisation.optimiser)
-        carry = token_models.fresh_carry(config, learner, 4)
+        learner = token_stages.rl_learner(config, trained, optimisation.optimiser)
+        carry = token_stages.fresh_carry(config, learner, 4)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(carry.rng, 0), jnp.arange(r.num_envs)
         )
@@ -277,4 +274,4 @@ def _periodic_evaluation(
     # Other episodes than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(factory.evaluation_key(config), 1)
     measure = _measure(make_evaluator(config, key, episodes=config.run.eval_episodes))
-    return token_models.evaluation(measure, frozen, config.env.split)
+    return token_stages.evaluation(measure, frozen, config.env.split)

@@ -1,7 +1,7 @@
 """Builds a run of a control policy from its config; what every key means is in `SCHEMA`.
 
-This module, the other factories, and the two of their models alone read a ConfigDict; everything
-below them takes explicit arguments.
+The factories, and the modules of their models and stages, alone read a ConfigDict; everything below
+them takes explicit arguments.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,7 @@
     records of the update -> [answers] -> texts -> reward functions -> [learning] -> next update
 
 In brackets are the two compiled programs of an update; what lies between happens on the host. The
-records' own answers can be learned from first. With the other factories the only module that reads
-a ConfigDict.
+records' own answers can be learned from first.
 """
 
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.question import Question, Texts
 from mmrl_jax.tasks.rewards import Pool, RewardFunction
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import question_factory, token_models
+from mmrl_jax.training import question_factory, token_models, token_stages
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
 from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.folder_data import (
@@ -83,14 +82,14 @@ SCHEMA: config_lib.Schema = {
     },
     "model": token_models.MODEL,
     # On the records' answers; the pictures of all of them lie in the device's memory then.
-    "sft": token_models.SFT,
+    "sft": token_stages.SFT,
     "rl": {
         "questions": positive(int, "learned from in an update"),
         "group": positive(int, "answers to each question"),
         "pack_rows": question_factory.PACK_ROWS,
     }
     # An answer in free text has a meaning, or not, for the reward functions alone.
-    | {name: field for name, field in token_models.RL.items() if name != "penalty"},
+    | {name: field for name, field in token_stages.RL.items() if name != "penalty"},
     "grpo": question_factory.SCHEMA["grpo"],
     "dpo": question_factory.SCHEMA["dpo"],
     "ppo": question_factory.SCHEMA["ppo"],
@@ -251,12 +250,12 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     batch = records.train.read(range(len(records.train)))
     length = config.folder.answer_tokens
     tokens, present = answer_rows(parts.chat, batch.answers, length=length)
-    return token_models.sft_stage(
+    return token_stages.sft_stage(
         config,
         mesh,
         parts.model,
         (ask(batch), jnp.asarray(tokens), jnp.asarray(present)),
-        evaluation=lambda frozen: token_models.evaluation(measure, frozen, SPLIT),
+        evaluation=lambda frozen: token_stages.evaluation(measure, frozen, SPLIT),
         best_metric=BEST,
     )
 
@@ -272,7 +271,7 @@ def rl_stage(
     """
     r, parts = config.rl, make_parts(config)
     records, everywhere = open_records(config, parts), mesh_lib.replicated(mesh)
-    learning = question_factory.make_learning(config, mesh, parts.model, start)
+    learning = token_stages.make_learning(config, mesh, parts.model, start)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     if not config.sft.updates:
         tell_rejected(records)
@@ -323,14 +322,14 @@ def rl_stage(
 
     measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
 
-    return question_factory.make_stage(
+    return token_stages.make_stage(
         config,
         mesh,
         learning,
         update=None,
         on_host=on_host,
         samples_per_update=r.questions * r.group,
-        evaluate=token_models.evaluation(measure, learning.frozen, SPLIT),
+        evaluate=token_stages.evaluation(measure, learning.frozen, SPLIT),
         best_metric=BEST,
         console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
     )

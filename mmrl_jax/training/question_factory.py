@@ -1,10 +1,6 @@
-"""Builds a run of a policy that answers questions; what every key means is in `SCHEMA`.
-
-With the other factories the only module that reads a ConfigDict.
-"""
+"""Builds a run of a policy that answers questions; what every key means is in `SCHEMA`."""
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -20,22 +16,20 @@ from mmrl_jax.evaluation.questions import (
     describe,
     describe_levels,
 )
-from mmrl_jax.learners import dpo, grpo, token_learner, token_ppo
+from mmrl_jax.learners import grpo
 from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
-from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.token_losses import PRESETS
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import token_models
+from mmrl_jax.training import token_models, token_stages
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
-from mmrl_jax.training.factory import run_fields
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
-from mmrl_jax.types import Metrics, Params, Transition
+from mmrl_jax.types import Metrics, Params
 
 ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
 BEST = "eval/train/accuracy"
@@ -73,7 +67,7 @@ SCHEMA: config_lib.Schema = {
         "counts": anything(tuple, "(least, most) that is counted in the labelled questions"),
         "noise": between(float, 0, 1, "share of labels that are a random question's of its kind"),
     }
-    | dict(token_models.SFT),
+    | dict(token_stages.SFT),
     "rl": {
         "questions": positive(int, "learned from in an update"),
         "group": positive(int, "answers to each question"),
@@ -85,7 +79,7 @@ SCHEMA: config_lib.Schema = {
         ),
         "swapped": anything(bool, "ask about another question's picture: what a blind one learns"),
     }
-    | dict(token_models.RL),
+    | dict(token_stages.RL),
     "grpo": {
         "preset": one_of(tuple(PRESETS), "advantage and loss, see mmrl_jax/rl/token_losses.py"),
         "pass_at_k": Field(
@@ -99,7 +93,7 @@ SCHEMA: config_lib.Schema = {
         "beta": positive(float, "weight of the KL to the reference"),
         "label_smoothing": between(float, 0, 0.5, "share of preferences taken to be wrong"),
     },
-    "ppo": token_models.PPO,
+    "ppo": token_stages.PPO,
     "run": CONTROL["run"],
 }
 
@@ -243,7 +237,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         return (asked, *few.texts.labels(jnp.where(wrong, other.answer, asked.answer)))
 
     labels = label(jax.random.fold_in(jax.random.PRNGKey(config.seed), 1))
-    return token_models.sft_stage(
+    return token_stages.sft_stage(
         config,
         mesh,
         parts.model,
@@ -253,151 +247,12 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     )
 
 
-# (learner, frozen half, answers with rewards, key) -> (learner, metrics).
-Learn = Callable[[TokenState, Any, Experience, jax.Array], tuple[TokenState, Metrics]]
-
-
-def make_learn(
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    policy: TokenPolicy,
-    optimisation: token_models.Optimisation,
-) -> Learn:
-    """An update of the config's algorithm on answers that have their rewards."""
-    r = config.rl
-    update: dict[str, Any] = {
-        "policy": dataclasses.replace(policy, pack_rows=r.pack_rows),
-        "optimiser": optimisation.optimiser,
-        "shard": functools.partial(mesh_lib.constrain_batch, mesh=mesh),
-    }
-    steps = {"epochs": r.epochs, "minibatches": r.minibatches, "accumulate": r.accumulate}
-    if config.algorithm == "dpo":
-        preferring = dpo.Hyperparameters(**config.dpo, **steps)
-
-        def learn(
-            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
-        ) -> tuple[TokenState, Metrics]:
-            question, answers, reward, scored = experience
-            preferences = dpo.best_and_worst(
-                question, answers.tokens, answers.present, reward, scored
-            )
-            return dpo.update(
-                learner, frozen, preferences, key, hyperparameters=preferring, **update
-            )
-
-    elif config.algorithm == "token_ppo":
-        stepping = token_models.ppo_hyperparameters(config)
-
-        def learn(
-            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
-        ) -> tuple[TokenState, Metrics]:
-            batch, last = single_turns(experience)
-            return token_ppo.update(
-                learner, frozen, batch, last, key, hyperparameters=stepping, **update
-            )
-
-    else:
-        name, loss = PRESETS[config.grpo.preset]
-        advantage = group_advantages.ESTIMATORS[name]
-        if config.grpo.pass_at_k is not None:
-            advantage = functools.partial(group_advantages.pass_at_k, k=config.grpo.pass_at_k)
-        grouping = grpo.Hyperparameters(
-            advantage=advantage,
-            loss=token_models.make_loss(config, loss),
-            entropy_weight=r.entropy_weight,
-            temperature=r.temperature,
-            **steps,
-        )
-
-        def learn(
-            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
-        ) -> tuple[TokenState, Metrics]:
-            return grpo.update(learner, frozen, experience, key, hyperparameters=grouping, **update)
-
-    return learn
-
-
-def single_turns(experience: Experience) -> tuple[Transition, Question]:
-    """Answers to questions as episodes of one turn each, [1, B * G], and what follows: anything."""
-    question, answers, reward, scored = experience
-    group = reward.shape[1]
-    asked = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), question)
-    reward, valid = reward.reshape(1, -1), scored.reshape(1, -1)
-    zeros = jnp.zeros_like(reward)
-    batch = Transition(
-        observation=jax.tree.map(lambda x: x[None], asked),
-        action=jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), answers),
-        log_prob=zeros,
-        value=zeros,
-        reward=reward,
-        terminated=jnp.ones_like(reward),
-        truncated=zeros,
-        valid=valid,
-        privileged={},
-        metrics={},
-    )
-    return batch, asked
-
-
-class Learning(NamedTuple):
-    """RL on answers that have their rewards, whoever asked and scored.
-
-    Attributes:
-      frozen: half of the model's variables, on every device.
-      init: makes a fresh carry.
-      step: (carry, frozen half, answers with rewards, key) -> (carry after an update, metrics).
-    """
-
-    frozen: Any
-    init: Callable[[], Carry]
-    step: Callable[[Carry, Any, Experience, jax.Array], tuple[Carry, Metrics]]
-
-
-def make_learning(
-    config: ml_collections.ConfigDict, mesh: Mesh, model: TokenModel, start: Params | None
-) -> Learning:
-    """RL of a model, from where it is or from what was fine-tuned."""
-    variables = token_models.make_variables(config, model, start=start)
-    trained, frozen = token_models.halves(variables, config, "rl")
-    optimisation = token_models.make_optimisation(config)
-    learn = make_learn(config, mesh, model.policy, optimisation)
-
-    def init() -> Carry:
-        learner = token_models.rl_learner(config, trained, optimisation.optimiser)
-        return token_models.fresh_carry(config, learner, 3)
-
-    def step(
-        carry: Carry, frozen: Any, experience: Experience, key: jax.Array
-    ) -> tuple[Carry, Metrics]:
-        learner, metrics = learn(carry.learner, frozen, experience, key)
-        learner = token_learner.move_reference(learner, config.rl.reference_decay)
-        metrics |= {"lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32)}
-        return carry.replace(learner=learner, updates=carry.updates + 1), metrics
-
-    return Learning(jax.device_put(frozen, mesh_lib.replicated(mesh)), init, step)
-
-
-def make_stage(
-    config: ml_collections.ConfigDict, mesh: Mesh, learning: Learning, **differing: Any
-) -> Stage:
-    """A stage of such RL; what differs is how it asks and scores, and is evaluated."""
-    return Stage(
-        name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
-        init=learning.init,
-        data=learning.frozen,
-        env_steps_per_update=0,
-        **run_fields(config.run),
-        shardings=functools.partial(token_models.everywhere, mesh=mesh),
-        **differing,
-    )
-
-
 def rl_stage(
     config: ml_collections.ConfigDict, mesh: Mesh, *, start: Params | None = None
 ) -> Stage:
     """RL on rewards alone, from scratch or from what was fine-tuned."""
     r, parts = config.rl, make_parts(config)
-    learning = make_learning(config, mesh, parts.model, start)
+    learning = token_stages.make_learning(config, mesh, parts.model, start)
 
     def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
         rng = jax.random.fold_in(carry.rng, carry.updates)
@@ -423,7 +278,7 @@ def rl_stage(
             "answer/malformed": jnp.mean(score.malformed),
         }
 
-    return make_stage(
+    return token_stages.make_stage(
         config,
         mesh,
         learning,
@@ -510,4 +365,4 @@ def _periodic_evaluation(
     # Other questions than those of the reported evaluations: the best checkpoint is chosen by it.
     key = jax.random.fold_in(evaluation_key(config), 1)
     measure = _measure(config, make_evaluator(config, key, questions=config.run.eval_episodes))
-    return token_models.evaluation(measure, frozen, "train")
+    return token_stages.evaluation(measure, frozen, "train")
