@@ -135,6 +135,12 @@ def test_accumulated_gradients_are_those_of_the_whole(reduction):
     assert largest_difference(one.params, parts.params) < 1e-6
 
 
+def test_what_is_worked_out_in_parts_comes_back_in_order():
+    x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
+    found = token_learner.in_parts(lambda part: jax.tree.map(lambda x: 2 * x, part), x, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), found, x)
+
+
 def test_two_devices_learn_what_one_does_and_no_answer_moves():
     state, frozen = learner()
     asked = TASK.sample(jax.random.key(0), 8, "train")
