@@ -45,6 +45,7 @@ from mmrl_jax.training import (
     token_models,
 )
 from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.loop import Result
 
 FLAGS = flags.FLAGS
@@ -101,7 +102,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       ValueError: the config cannot run, or the workdir is another config's or cannot be written.
     """
     factory_of(config).check(config)
-    checkpoint.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
+    workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Trained:

@@ -16,6 +16,7 @@ from mmrl_jax import envs
 from mmrl_jax.evaluation import evaluate as evaluation_lib
 from mmrl_jax.training import checkpoint, loop
 from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import workdir as workdir_lib
 from tests import tiny
 
 SPLITS = envs.splits("language_reach")[:2]  # Each compiles a reset of its own.
@@ -171,7 +172,7 @@ def test_only_the_check_of_the_config_may_hide_a_stack(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: .*ppo\.minibatches=5"):
         train_main(monkeypatch, tiny.config(ppo__minibatches=5), tmp_path / "a")
     # Another config's workdir.
-    checkpoint.claim_workdir(tmp_path / "b", tiny.config(ppo__clip=0.1))
+    workdir_lib.claim_workdir(tmp_path / "b", tiny.config(ppo__clip=0.1))
     with pytest.raises(SystemExit, match=r"error: .*belongs to a run of another config"):
         train_main(monkeypatch, tiny.config(), tmp_path / "b")
 

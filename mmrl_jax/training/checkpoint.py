@@ -16,34 +16,29 @@ one before is used.
 """
 
 from collections.abc import Collection, Mapping
-import errno
 import json
 import logging
 import os
 import pathlib
 import shutil
 from typing import Any
-import zlib
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import integrity
+from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax.training.integrity import CheckpointMismatch
 
 PyTree = Any
 
 _CHECKPOINTS = "checkpoints"
 _DAMAGED = "damaged_checkpoints"
-_MAX_LISTED = 20
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointMismatch(ValueError):
-    """The checkpoint is of another model: its paths, shapes, dtypes or key kinds differ."""
 
 
 class CheckpointWriteError(RuntimeError):
@@ -96,8 +91,8 @@ class Checkpointer:
         self._config = json.loads(config_lib.to_json(config))
         self._best_metric = best_metric
         self._save_interval = save_interval
-        claim_workdir(self._workdir, config, may_change=may_change)
-        _make_directory(self._directory)
+        workdir_lib.claim_workdir(self._workdir, config, may_change=may_change)
+        workdir_lib.make_directory(self._directory)
         self._scores: dict[int, float | None] = {
             step: _score_on_disk(self._directory, step) for step in saved_steps(self._workdir)
         }
@@ -157,7 +152,7 @@ class Checkpointer:
                 f"Checkpoint {step} is already in {self._directory}: call restore_latest before "
                 "training, or give a fresh workdir."
             )
-        arrays, layout = _snapshot(carry)
+        arrays, layout = integrity.snapshot(carry)
         score = metrics.get(self._best_metric) if self._best_metric is not None else None
         score = None if score is None or np.isnan(score) else float(score)
         body = {
@@ -168,7 +163,7 @@ class Checkpointer:
             "layout": layout,
         }
         try:
-            record = {"body": body, "crc32": _json_crc(body)}
+            record = {"body": body, "crc32": integrity.json_crc(body)}
         except TypeError as error:
             raise ValueError(f"extra holds what JSON cannot ({error}): {dict(extra)!r}.") from error
         self._scores[step] = score
@@ -259,12 +254,12 @@ class Checkpointer:
     def _set_aside(self, damaged: list[tuple[int, Exception]], *, used: int) -> None:
         """Moves damaged steps away: a step that stays could not be saved again later."""
         for step, error in damaged:
-            place = _free_name(self._workdir / _DAMAGED, str(step))
+            place = workdir_lib.free_name(self._workdir / _DAMAGED, str(step))
             logger.warning(
                 "Checkpoint %d is damaged (%s); falling back to checkpoint %d. "
                 "The damaged one was moved to %s.",
                 step,
-                _one_line(error),
+                workdir_lib.one_line(error),
                 used,
                 place,
             )
@@ -283,57 +278,14 @@ class Checkpointer:
         if step is not None:
             self._scores.pop(step, None)
         intact = [saved for saved in saved_steps(self._workdir) if saved != step]
-        free = _free_bytes(self._directory)
+        free = workdir_lib.free_bytes(self._directory)
         return CheckpointWriteError(
-            f"Checkpoint {step} could not be written to {self._directory}: {_one_line(error)} "
+            f"Checkpoint {step} could not be written to {self._directory}: "
+            f"{workdir_lib.one_line(error)} "
             f"({free / 2**20:.0f} MiB free there). "
             + (f"Checkpoint {intact[-1]} is intact" if intact else "There is no earlier one")
             + ": make space or give another workdir, then start the same command again."
         )
-
-
-def claim_workdir(
-    workdir: str | os.PathLike[str],
-    config: config_lib.ConfigLike,
-    *,
-    may_change: Collection[str] = (),
-) -> None:
-    """Writes `workdir/config.json`, or compares with the one that is there.
-
-    Args:
-        workdir: Directory of the run; made if absent.
-        config: Config of the run.
-        may_change: Keys, or groups of keys, in which the two may differ; the file then gets the
-            new values.
-
-    Raises:
-        ValueError: The workdir cannot be written, or belongs to another config (each differing
-            key is named with both values).
-    """
-    workdir = pathlib.Path(workdir)
-    _make_directory(workdir)
-    path = workdir / "config.json"
-    if path.exists():
-        there = config_lib.from_json(path.read_text(encoding="utf-8"))
-        differences = config_lib.diff_configs(there, config)
-        refused = {
-            key: pair
-            for key, pair in differences.items()
-            if not any(key == name or key.startswith(f"{name}.") for name in may_change)
-        }
-        if refused:
-            lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
-            raise ValueError(
-                f"Workdir {workdir} belongs to a run of another config:\n"
-                + "\n".join(lines)
-                + "\nGive a fresh workdir, or the config of that run."
-            )
-        if not differences:
-            return
-    if jax.process_index() == 0:
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(config_lib.to_json(config), encoding="utf-8")
-        temporary.replace(path)
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -394,7 +346,7 @@ def restore_parts(
             logger.warning(
                 "Checkpoint %d is damaged (%s); falling back to checkpoint %d.",
                 bad,
-                _one_line(reason),
+                workdir_lib.one_line(reason),
                 step,
             )
         return restored[0], step
@@ -425,85 +377,11 @@ def _best_step(scores: Mapping[int, float | None]) -> int | None:
     return max(scored)[1] if scored else None
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Returns {path: leaf}, as {"params/dense/kernel": ...}."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"Two leaves have the path '{name}': rename a key that holds '/'.")
-        named[name] = leaf
-    return named
-
-
-def _is_typed_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_kind(leaf: Any) -> str:
-    """Returns the name of a typed key's implementation, as "threefry2x32"."""
-    kinds = []
-    # key_impl takes no ShapeDtypeStruct; a traced key has the same dtype.
-    jax.eval_shape(
-        lambda key: kinds.append(str(jax.random.key_impl(key))),
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-    )
-    return kinds[0]
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _json_crc(body: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _snapshot(carry: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns ({path: array to write}, {path: shape, dtype, crc32, and a key's kind}).
-
-    Hazard: on CPU `np.asarray(x)`, which Orbax calls too, is a view of x's own buffer. While such
-    a view lives, a donation of x is silently not done (JAX copies instead), so the live carry
-    must not be touched; its copy is. Elsewhere the transfer to the host is itself the snapshot,
-    and no second carry is held on the device.
-    """
-    arrays: dict[str, Any] = {}
-    layout: dict[str, Any] = {}
-    for path, leaf in _named_leaves(carry).items():
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            raise ValueError(
-                f"Carry leaf '{path}' is {leaf!r} ({type(leaf).__name__}): make it an array."
-            )
-        entry: dict[str, Any] = {}
-        if _is_typed_key(leaf):
-            entry["key"] = _key_kind(leaf)
-            leaf = jax.random.key_data(leaf)
-        # Orbax copies numpy arrays itself.
-        if isinstance(leaf, jax.Array):
-            if leaf.weak_type:
-                raise ValueError(
-                    f"Carry leaf '{path}' is weakly typed, which no file keeps, and a resumed run "
-                    "would compile another program: give it a dtype, as in jnp.float32(0)."
-                )
-            if any(device.platform == "cpu" for device in leaf.devices()):
-                leaf = jnp.copy(leaf)
-        entry["shape"] = list(leaf.shape)
-        entry["dtype"] = str(leaf.dtype)
-        whole = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
-        # Of an array that spans hosts no process sees all; those files stay without a checksum.
-        entry["crc32"] = _crc(jax.device_get(leaf)) if whole else None
-        layout[path] = entry
-        # Orbax writes no empty arrays; the layout is all there is to know of one.
-        if leaf.size:
-            arrays[path] = leaf
-    return arrays, layout
-
-
 def _read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
     """Returns the verified body of a checkpoint's record."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         record = reader.restore(directory / str(step) / "record", args=ocp.args.JsonRestore())
-    if record["crc32"] != _json_crc(record["body"]):
+    if record["crc32"] != integrity.json_crc(record["body"]):
         raise ValueError("the checksum of its record is wrong")
     return record["body"]
 
@@ -546,20 +424,20 @@ def _load(
     targets = {
         f"{starts[prefix]}{path}": leaf
         for prefix, tree in parts.items()
-        for path, leaf in _named_leaves(tree).items()
+        for path, leaf in integrity.named_leaves(tree).items()
     }
     layout = {
         path: entry
         for path, entry in body["layout"].items()
         if path.startswith(tuple(starts.values()))
     }
-    _check_layout(layout, targets, place=directory / str(step))
+    integrity.check_layout(layout, targets, place=directory / str(step))
     like, arguments = {}, {}
     for path, target in targets.items():
         entry = layout[path]
         if 0 in entry["shape"]:
             continue
-        sharding = _target_sharding(target)
+        sharding = integrity.target_sharding(target)
         like[path] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
         arguments[path] = (
             ocp.RestoreArgs(restore_type=np.ndarray)
@@ -572,132 +450,25 @@ def _load(
             args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=True),
         )
     leaves = {
-        path: _finish_leaf(path, arrays.pop(path, None), target, layout[path])
+        path: integrity.finish_leaf(path, arrays.pop(path, None), target, layout[path])
         for path, target in targets.items()
     }
     trees = {
         prefix: jax.tree.unflatten(
             jax.tree.structure(tree),
-            [leaves[f"{starts[prefix]}{path}"] for path in _named_leaves(tree)],
+            [leaves[f"{starts[prefix]}{path}"] for path in integrity.named_leaves(tree)],
         )
         for prefix, tree in parts.items()
     }
     return trees, body
 
 
-def _target_sharding(target: Any) -> jax.sharding.Sharding | None:
-    """Returns the sharding to restore with; None for a host array or an uncommitted one."""
-    if isinstance(target, np.ndarray):
-        return None
-    if isinstance(target, jax.Array) and not target.committed:
-        return None
-    return getattr(target, "sharding", None)
-
-
-def _finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) -> Any:
-    """Verifies one restored array and gives it the target's kind (numpy, jax, typed key)."""
-    if array is None:
-        array = np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
-        sharding = _target_sharding(target)
-        if sharding is not None:
-            array = jax.device_put(array, sharding)
-    if entry["crc32"] is not None and (isinstance(array, np.ndarray) or array.is_fully_addressable):
-        if _crc(jax.device_get(array)) != entry["crc32"]:
-            raise ValueError(f"the checksum of '{path}' is wrong")
-    if isinstance(target, np.ndarray):
-        return np.asarray(array)
-    # A copy: JAX does not donate what numpy holds a view of, as it does since the checksum.
-    sharding = _target_sharding(target)
-    array = (
-        jnp.array(array, copy=True)
-        if sharding is None
-        else jax.device_put(array, sharding, may_alias=False)
-    )
-    return jax.random.wrap_key_data(array, impl=entry["key"]) if "key" in entry else array
-
-
-def _check_layout(
-    layout: Mapping[str, Any], targets: Mapping[str, Any], *, place: pathlib.Path
-) -> None:
-    """Compares the saved leaves with the wanted ones.
-
-    Raises:
-        CheckpointMismatch: Lists up to 20 differing paths with shape and dtype on both sides.
-    """
-    lines = []
-    for path in sorted(layout.keys() | targets.keys()):
-        saved = _describe_entry(layout[path]) if path in layout else "absent"
-        wanted = _describe_leaf(path, targets[path]) if path in targets else "absent"
-        if saved != wanted:
-            lines.append(f"  {path}: {saved} in the checkpoint, {wanted} in the model")
-    if lines:
-        more = [f"  and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
-        raise CheckpointMismatch(
-            f"Checkpoint {place} is of another model; {len(lines)} paths differ:\n"
-            + "\n".join(lines[:_MAX_LISTED] + more)
-            + "\nGive the config that made the checkpoint, or a fresh workdir."
-        )
-
-
-def _describe_entry(entry: Mapping[str, Any]) -> str:
-    kind = f" ({entry['key']} key)" if "key" in entry else ""
-    return f"{entry['dtype']}{list(entry['shape'])}{kind}"
-
-
-def _describe_leaf(path: str, leaf: Any) -> str:
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise ValueError(f"Target leaf '{path}' is {leaf!r}: give an array or ShapeDtypeStruct.")
-    if _is_typed_key(leaf):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        entry = {"dtype": data.dtype, "shape": data.shape, "key": _key_kind(leaf)}
-    else:
-        entry = {"dtype": np.dtype(leaf.dtype), "shape": leaf.shape}
-    return _describe_entry(entry)
-
-
 def _all_damaged(
     directory: pathlib.Path, damaged: list[tuple[int, Exception]]
 ) -> CheckpointDamaged:
-    lines = [f"  {step}: {_one_line(error)}" for step, error in damaged]
+    lines = [f"  {step}: {workdir_lib.one_line(error)}" for step, error in damaged]
     return CheckpointDamaged(
         f"No checkpoint in {directory} can be read:\n"
         + "\n".join(lines)
         + "\nGive a fresh workdir, or delete that directory to start again."
     )
-
-
-def _make_directory(directory: pathlib.Path) -> None:
-    """Makes a directory and writes to it once, so that a run does not find out hours later."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write_test_{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"Workdir {directory} cannot be written ({error.strerror or error}): "
-            + (
-                "make space there or give another one."
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
-                else "give a directory that you may write to."
-            )
-        ) from error
-
-
-def _free_name(parent: pathlib.Path, name: str) -> pathlib.Path:
-    place, i = parent / name, 2
-    while place.exists():
-        place, i = parent / f"{name}_{i}", i + 1
-    return place
-
-
-def _free_bytes(directory: pathlib.Path) -> int:
-    try:
-        return shutil.disk_usage(directory).free
-    except OSError:
-        return 0
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
