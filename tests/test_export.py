@@ -21,7 +21,7 @@ import transformers
 from experiments import convert_hf
 from mmrl_jax.models import lora as lora_lib
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import native, weights
+from mmrl_jax.pretrained import native, safetensors_files, weights
 from mmrl_jax.pretrained.families import decoders as decoder_families
 from mmrl_jax.pretrained.peft_format import save_adapter
 from tests import memory
@@ -160,7 +160,7 @@ def test_convolutions_by_hand():
 def test_files_have_at_most_the_bytes_asked_for(directory, tmp_path):
     theirs, source, loaded = saved("language_model", "llama", directory)
     ours.export(loaded, tmp_path / "out", source, shard_bytes=40_000)
-    index = json.loads((tmp_path / "out" / weights.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / safetensors_files.INDEX).read_text())
     sizes = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:

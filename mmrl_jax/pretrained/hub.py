@@ -16,7 +16,7 @@ from mmrl_jax.models import lora
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.towers import TextTower, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
-from mmrl_jax.pretrained import weights
+from mmrl_jax.pretrained import safetensors_files, weights
 from mmrl_jax.pretrained.families import decoders, encoders, qwen_vl, vlm
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -28,7 +28,7 @@ BUFFERS = (r".*\.inv_freq", r".*\.position_ids")
 # What lies beside the weights and is data: configs, vocabularies, templates. The weights' index is
 # of other files, and transformers would add an adapter that it finds.
 DATA = (".json", ".txt", ".model", ".jinja")
-NOT_DATA = (weights.INDEX, "config.json", "adapter_config.json")
+NOT_DATA = (safetensors_files.INDEX, "config.json", "adapter_config.json")
 # Of a config, what says nothing about the model.
 RECORDS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
 
@@ -268,7 +268,7 @@ def read_blueprint(
     """The blueprint of a local directory in the hub's format; for the rest see `blueprint`."""
     config = read_config(directory)
     _known(config, KINDS[kind][1])  # Before files are asked for, of a model that is not ours.
-    names = weights.files(pathlib.Path(directory))
+    names = safetensors_files.tensor_files(pathlib.Path(directory))
     return blueprint(kind, config, names, dtype=dtype, remat=remat)
 
 
@@ -306,7 +306,7 @@ def check_config(
         if not _same(ours.get(name), theirs.get(name))
     ]
     if differing:
-        listed = "\n  ".join(differing[: weights.LISTED])
+        listed = "\n  ".join(differing[: safetensors_files.LISTED])
         raise ValueError(
             f"{source} is of another model, give the directory that this one was loaded from:\n  "
             + listed

@@ -14,7 +14,8 @@ from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
 from mmrl_jax.models.lora import Adapter, adapters, dense_kernels
-from mmrl_jax.pretrained.weights import LISTED, WeightMismatch, counterparts
+from mmrl_jax.pretrained.safetensors_files import LISTED
+from mmrl_jax.pretrained.weights import WeightMismatch, counterparts
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -13,47 +15,53 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-INDEX = "model.safetensors.index.json"
+from mmrl_jax.pretrained import safetensors_files
+from mmrl_jax.pretrained.safetensors_files import INDEX, LISTED, WEIGHTS
+
 SHARD_BYTES = 5 * 10**9  # Of a file, as the hub has it.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-LISTED = 10  # Names that an error lists.
 
 
 class WeightMismatch(ValueError):
     """Tensors that are missing, unexpected, or of another shape; the message names them."""
 
 
-def files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name -> the safetensors file that holds it.
+def fingerprint(directory: str | pathlib.Path) -> str:
+    """Hash of the names, shapes, dtypes and values of all tensors that are read from a directory.
+
+    The config does not count, nor how the tensors are spread over files. A file is hashed once in
+    a process unless its size or time of modification changes.
 
     Raises:
-      ValueError: there is no safetensors file; pickles are never read.
+      ValueError: see `safetensors_files.tensor_files`.
     """
-    index = directory / INDEX
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {name: directory / file for name, file in weight_map.items()}
-        absent = sorted({str(path) for path in found.values() if not path.is_file()})
-        if absent:
-            raise ValueError(f"{index} names files that are not there: {', '.join(absent)}.")
-        return found
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    if not found:
-        others = [p.name for pattern in PICKLES for p in sorted(directory.glob(pattern))]
-        hint = ""
-        if others:
-            hint = (
-                f" It has {', '.join(others[:LISTED])}: pickles can run any code and are never "
-                f"read; save them with safetensors first."
-            )
-        raise ValueError(f"{directory} has no *.safetensors file.{hint}")
-    return found
+    files, whole = (
+        safetensors_files.tensor_files(pathlib.Path(directory)),
+        hashlib.blake2b(digest_size=16),
+    )
+    for name, path in sorted(files.items()):
+        status = path.stat()
+        digests = _tensor_digests(path, status.st_size, status.st_mtime_ns)
+        whole.update(digests[name])
+    return whole.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_digests(path: pathlib.Path, size: int, mtime_ns: int) -> dict[str, bytes]:
+    """The digest of each tensor of a file; the last two arguments are the key of the cache."""
+    del size, mtime_ns
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    data, digests = np.memmap(path, np.uint8, "r", offset=8 + length), {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        digest = hashlib.blake2b(f"{name} {entry['dtype']} {entry['shape']} ".encode())
+        begin, end = entry["data_offsets"]
+        digest.update(data[begin:end])
+        digests[name] = digest.digest()
+    return digests
 
 
 class Source(NamedTuple):
@@ -148,9 +156,9 @@ def load(
 
     Raises:
       WeightMismatch: names all tensors that are missing, unexpected or of another shape.
-      ValueError: see `files`.
+      ValueError: see `safetensors_files`.
     """
-    flat, where = _by_path(like), files(directory)
+    flat, where = _by_path(like), safetensors_files.tensor_files(directory)
     places = {} if shardings is None else _by_path(shardings)
     sources = counterparts(flat, keys)
     names = {source.name for source in sources.values()}
@@ -167,16 +175,18 @@ def load(
         if source.name in where:
             by_file.setdefault(where[source.name], []).append(path)
     for file_path, paths in by_file.items():
-        with safe_open(file_path, framework="numpy") as file:
+        with safetensors_files.open_file(file_path) as file:
             for path in paths:
                 source, want = sources[path], flat[path]
-                tensor = file.get_slice(source.name)
+                tensor = safetensors_files.tensor_slice(file, file_path, source.name)
                 block = _block(tuple(tensor.get_shape()), source.parts)
                 if _our_shape(path, block) != want.shape:
                     problems.append(f"shape of {source.name}: {block}, for our {path} {want.shape}")
                 elif not problems:
                     first = source.part * block[0] if block else 0
-                    loaded[path] = _placed(_reader(tensor, path, first), want, places.get(path))
+                    read = _reader(tensor, path, first)
+                    name = f"{file_path}: {source.name}"
+                    loaded[path] = _placed(read, want, places.get(path), name)
     _raise_if_any(problems, f"{directory} does not hold this model")
     return jax.tree_util.tree_map_with_path(lambda path, _: loaded[_name(path)], like)
 
@@ -207,9 +217,9 @@ def save(
 
     Raises:
       WeightMismatch: names all tensors that only one of the two has, or with another shape.
-      ValueError: a kernel is int8, `directory` is not empty, or see `files`.
+      ValueError: a kernel is int8, `directory` is not empty, or see `safetensors_files`.
     """
-    flat, where = _by_path(params), files(source)
+    flat, where = _by_path(params), safetensors_files.tensor_files(source)
     refuse_int8(params)
     parts: dict[str, dict[int, str]] = {}  # Our paths, by the hub's name and the block.
     counts: dict[str, int] = {}
@@ -235,7 +245,7 @@ def save(
 
     def theirs(name: str) -> np.ndarray:
         if name not in parts:
-            with safe_open(where[name], framework="numpy") as file:
+            with safetensors_files.open_file(where[name]) as file:
                 return file.get_tensor(name)
         rows = [
             to_theirs(path, np.asarray(flat[path]), blocks[name])
@@ -286,7 +296,7 @@ def _hub_shapes(where: Mapping[str, pathlib.Path]) -> dict[str, tuple[int, ...]]
     """The shape of every tensor; of the files only the headers are read."""
     shapes = {}
     for path in set(where.values()):
-        with safe_open(path, framework="numpy") as file:
+        with safetensors_files.open_file(path) as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
 
@@ -313,7 +323,7 @@ def _write(
         held, total = held + x.nbytes, total + x.nbytes
     flush()
     if len(shards) == 1:
-        (folder / "0.shard").rename(folder / "model.safetensors")
+        (folder / "0.shard").rename(folder / WEIGHTS)
         return
     weight_map = {}
     for i, names in enumerate(shards):
@@ -324,20 +334,27 @@ def _write(
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _placed(read: Callable[[tuple[slice, ...]], np.ndarray], want: Any, sharding: Any) -> jax.Array:
-    """The array of `want`'s shape and dtype of which `read` gives any part."""
+def _placed(
+    read: Callable[[tuple[slice, ...]], np.ndarray], want: Any, sharding: Any, name: str
+) -> jax.Array:
+    """The array of `want`'s shape and dtype, finite, of which `read` gives any part."""
+
+    def checked(index: tuple[slice, ...]) -> np.ndarray:
+        part = read(index)
+        with np.errstate(over="ignore"):  # Which is an error below, that names the tensor.
+            cast = part.astype(want.dtype, copy=False)
+        safetensors_files.refuse_nonfinite(cast, part, name)
+        return cast
+
     if sharding is None:
-        whole = tuple(slice(0, n) for n in want.shape)
-        return jnp.asarray(read(whole).astype(want.dtype, copy=False))
+        return jnp.asarray(checked(tuple(slice(0, n) for n in want.shape)))
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
         # Devices that hold the same share one read.
         key = tuple(s.indices(n)[:2] for s, n in zip(index, want.shape, strict=True))
         if key not in parts:
-            parts[key] = read(tuple(slice(*bounds) for bounds in key)).astype(
-                want.dtype, copy=False
-            )
+            parts[key] = checked(tuple(slice(*bounds) for bounds in key))
         return parts[key]
 
     return jax.make_array_from_callback(want.shape, sharding, part)
