@@ -59,7 +59,7 @@ def _tensor_digests(path: pathlib.Path, size: int, mtime_ns: int) -> dict[str, b
     for name, entry in header.items():
         digest = hashlib.blake2b(f"{name} {entry['dtype']} {entry['shape']} ".encode())
         begin, end = entry["data_offsets"]
-        digest.update(data[begin:end])
+        digest.update(data[begin:end].data)
         digests[name] = digest.digest()
     return digests
 
