@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.folder.directory = ""
     config.folder.height = 64
     config.folder.width = 64
+    config.folder.resize = "letterbox"
     config.folder.prompt_tokens = 192
     config.folder.answer_tokens = 64
     config.folder.max_rejected = 0.01

@@ -1,10 +1,11 @@
 r"""A whole vision-language model learns from your own pictures, questions and reward functions.
 
 The model is read from a local directory in the hub's format, weights, config, processor and
-tokenizer: SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma, Qwen2.5-VL or Qwen3-VL. Pictures,
-prompts and chat template are those of its own processor. Its parameters are frozen; adapters of
-rank 16 on all matrices of the decoder learn. For folder and reward functions see
-configs/folder_grpo.py.
+tokenizer: SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma, Qwen2.5-VL or Qwen3-VL. Images are
+first brought to folder.height x folder.width, for a compiled program takes one size: with their
+aspect ratio kept, and black beside them (folder.resize). From there on images, prompts and chat
+template are those of the model's own processor. Its parameters are frozen; adapters of rank 16 on
+all matrices of the decoder learn. For folder and reward functions see configs/folder_grpo.py.
 
 A picture has 64 tokens for a SmolVLM that sees it as one tile, 576 for LLaVA 1.5 and 730 for
 LLaVA-OneVision: raise folder.prompt_tokens where it is too small, which is said before training.

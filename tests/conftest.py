@@ -1,5 +1,6 @@
 """Settings of every test: a CPU that looks like eight devices, and a cache of compiled programs."""
 
+from collections.abc import Iterator
 import os
 import pathlib
 import sys
@@ -22,6 +23,17 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def image_indices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is known of the images of tests' folders is not kept in the user's home."""
+    from mmrl_jax.tasks import image_index
+
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("image_indices")
+        patch.setattr(image_index, "cache_directory", lambda: directory)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from mmrl_jax.tasks import image_index
+from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import open_folder, open_tfds
 
 KEYS = {"size": (4, 6), "batch_size": 4, "seed": 3, "max_rejected": 0.0}
@@ -74,7 +76,12 @@ def bad_lines(path):
         json.dumps(line | {"answer": " "}): "answer=' ' is no text",
         json.dumps(line | {"answer": True}): "answer=True is no text",
         json.dumps(line | {"answer": float("nan")}): "answer=nan is no text",
-        json.dumps({"file_name": "a/0.png", "answer": "x"}): "prompt=None is no text",
+        json.dumps({"file_name": "a/0.png", "question": "p"}): (
+            "prompt=None is no text; write one. The record has only ['file_name', 'question']."
+        ),
+        json.dumps(line | {"prompt": ["p"] * 1000}): (
+            f"prompt={repr(['p'] * 1000)[:80]}... is no text; write one."
+        ),
         json.dumps(line | {"file_name": "../0.png"}): "lies outside the folder",
         '["a/0.png"]': "is not an object",
         "{": "JSONDecodeError",
@@ -87,15 +94,15 @@ def test_bad_records_are_set_aside_with_their_reasons(tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
     metadata = tmp_path / "d/metadata.jsonl"
     metadata.write_text("\n".join([*bad, metadata.read_text()]))
-    records = open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 10 / 16}))
+    records = open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 11 / 17}))
     assert len(records) == 6
-    assert [r.name for r in records.rejected] == [f"metadata.jsonl:{1 + i}" for i in range(10)]
+    assert [r.name for r in records.rejected] == [f"metadata.jsonl:{1 + i}" for i in range(11)]
     for rejected, reason in zip(records.rejected, bad.values(), strict=True):
         assert reason in rejected.reason
     for batch in (records.batch(0), records.batch(1)):
         assert batch.prompts == tuple(f"which of {i} ?" for i in batch.records)
-    with pytest.raises(ValueError, match=r"10 of 16 rec.*max_rejected=0.62(.|\n)*jsonl:1: File"):
-        open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 0.62}))
+    with pytest.raises(ValueError, match=r"11 of 17 rec.*max_rejected=0.64(.|\n)*jsonl:1: File"):
+        open_folder(tmp_path / "d", **(KEYS | {"max_rejected": 0.64}))
 
 
 def test_lines_are_read_one_by_one_from_bytes(tmp_path):
@@ -132,6 +139,79 @@ def test_images_are_resized(tmp_path):
     place = np.concatenate([batch.records for batch in batches]).tolist().index(0)
     image = np.concatenate([batch.images for batch in batches])[place]
     np.testing.assert_array_equal(image, np.broadcast_to(colour(0), (4, 6, 3)))
+
+
+def test_images_keep_their_aspect_ratio_unless_they_are_to_be_stretched(tmp_path):
+    (folder(tmp_path, count=1) / "a/0.png").write_bytes(png(0, size=(30, 10)))
+    padded, stretched = (
+        open_folder(tmp_path, resize=resize, **(KEYS | {"batch_size": 1})).batch(0).images[0]
+        for resize in ("letterbox", "stretch")
+    )
+    # 30 x 10 in 6 x 4 is 6 x 2, with a black row above it and below it.
+    np.testing.assert_array_equal(padded[1:3], np.broadcast_to(colour(0), (2, 6, 3)))
+    np.testing.assert_array_equal(padded[[0, 3]], np.zeros((2, 6, 3)))
+    np.testing.assert_array_equal(stretched, np.broadcast_to(colour(0), (4, 6, 3)))
+
+
+def test_gray_of_more_than_8_bits_is_a_ramp_and_not_white(tmp_path):
+    folder(tmp_path, count=1)
+    ramp = np.linspace(0, 65535, 24).round().reshape(4, 6)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a/0.png")
+    (image,) = open_folder(tmp_path, **(KEYS | {"batch_size": 1})).batch(0).images
+    np.testing.assert_allclose(image[..., 0], ramp / 257, atol=0.5)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The number of images that were decoded, as the length of a list."""
+    calls = []
+
+    def spy(data, read_rgb=images_lib.read_rgb):
+        calls.append(data)
+        return read_rgb(data)
+
+    monkeypatch.setattr(images_lib, "read_rgb", spy)
+    return calls
+
+
+def test_an_image_is_decoded_once_however_often_its_folder_is_opened(tmp_path, decoded):
+    two = '{"file_name": "a/0.png", "prompt": "another", "answer": "x"}'
+    first = open_folder(folder(tmp_path, extra=[two]), **KEYS)
+    assert len(decoded) == 6
+    again = open_folder(tmp_path, **(KEYS | {"size": (8, 8), "seed": 4, "batch_size": 1}))
+    assert len(decoded) == 6 and again.images == first.images and len(again) == 7
+    # One that was changed is decoded again, and so is one that could not be used.
+    (tmp_path / "a/1.png").write_bytes(png(2, size=(7, 5)))
+    (tmp_path / "a/2.png").write_bytes(b"no image")
+    for calls in (8, 9):
+        changed = open_folder(tmp_path, **(KEYS | {"max_rejected": 0.5}))
+        assert len(decoded) == calls and len(changed) == 6
+        assert changed.images[1].width == 7 and first.images[1].width == 6
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [b"", b"\xff{", b"[]", b'{"version": 0, "images": {}}', b"{", b'{"images": 3}', None],
+    ids=["empty", "no text", "a list", "of another version", "cut", "no version", "no entries"],
+)
+def test_a_damaged_index_is_written_anew(tmp_path, decoded, monkeypatch, stored):
+    monkeypatch.setattr(image_index, "cache_directory", lambda: tmp_path / "cache")
+    folder(tmp_path / "d")
+    open_folder(tmp_path / "d", **KEYS)
+    (path,) = (tmp_path / "cache").iterdir()
+    if stored is None:  # Of this version, but with an entry that is none.
+        stored = json.dumps(json.loads(path.read_bytes()) | {"images": {"a/0.png": [1]}}).encode()
+    path.write_bytes(stored)
+    for calls in (12, 12):
+        assert len(open_folder(tmp_path / "d", **KEYS)) == 6 and len(decoded) == calls
+
+
+def test_an_index_that_cannot_be_written_is_no_error(tmp_path, decoded, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(image_index, "cache_directory", lambda: tmp_path / "file" / "cache")
+    folder(tmp_path / "d")
+    for calls in (6, 12):
+        assert len(open_folder(tmp_path / "d", **KEYS)) == 6 and len(decoded) == calls
 
 
 def test_a_record_that_is_lost_later_is_an_error(tmp_path):

@@ -34,7 +34,12 @@ def make_config(tmp_path_factory):
     def make(**changes):
         config = config_lib.load_config("configs/folder_grpo.py")
         config.folder.update(
-            directory=str(pictures), height=16, width=16, prompt_tokens=64, answer_tokens=4
+            directory=str(pictures),
+            height=16,
+            width=16,
+            resize="stretch",
+            prompt_tokens=64,
+            answer_tokens=4,
         )
         config.rewards.update(functions=(LENGTH,), weights=(0.5,), workers=1, timeout_s=60.0)
         config.model.update(
@@ -246,8 +251,8 @@ def test_a_run_reads_its_folder_once(make_config, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(
         folder_lib,
-        "_reason",
-        lambda reader, reason=folder_lib._reason: read.append(1) or reason(reader),
+        "_inspected",
+        lambda reader, inspected=folder_lib._inspected: read.append(1) or inspected(reader),
     )
     pictures = folder(tmp_path / "d", count=8)
     config = make_config(folder__directory=str(pictures), run__updates=1)

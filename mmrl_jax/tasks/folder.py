@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import copy
 import functools
-import io
 import itertools
 import json
 import pathlib
@@ -20,8 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmrl_jax.tasks import images as images_lib
+from mmrl_jax.tasks.image_index import ImageIndex
+from mmrl_jax.tasks.images import ImageInfo
+
 METADATA = "metadata.jsonl"
 NAMED = 5  # Records that an error names.
+SHOWN = 80  # Characters of a value that an error shows.
 
 
 class Record(NamedTuple):
@@ -38,6 +42,18 @@ class Record(NamedTuple):
     prompt: str
     answer: str
     columns: dict[str, Any]
+
+
+class Reader(NamedTuple):
+    """How one record is read; both functions raise if it cannot be used.
+
+    Attributes:
+      inspect: all checks, without the image where what is known of it is stored.
+      read: the record.
+    """
+
+    inspect: Callable[[], ImageInfo]
+    read: Callable[[], Record]
 
 
 class Rejected(NamedTuple):
@@ -70,10 +86,11 @@ class Records:
 
     Attributes:
       names: of the good records.
+      images: what is known of the image of each of them.
       rejected: the others.
 
     Args:
-      readers: name of a record -> a function that reads it, and raises if it cannot be used.
+      readers: name of a record -> how it is read.
       batch_size: B.
       seed: of the orders.
       max_rejected: the share of records, in [0, 1), that may be rejected.
@@ -84,7 +101,7 @@ class Records:
 
     def __init__(
         self,
-        readers: Mapping[str, Callable[[], Record]],
+        readers: Mapping[str, Reader],
         *,
         batch_size: int,
         seed: int,
@@ -97,10 +114,12 @@ class Records:
         if not readers:
             raise ValueError("There are no records; check the directory and the split.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            reasons = list(pool.map(_reason, readers.values()))
-        found = list(zip(readers, reasons, strict=True))
-        self.names = tuple(name for name, reason in found if reason is None)
-        self.rejected = tuple(Rejected(name, reason) for name, reason in found if reason)
+            found = dict(zip(readers, pool.map(_inspected, readers.values()), strict=True))
+        good = {name: info for name, info in found.items() if isinstance(info, ImageInfo)}
+        self.names, self.images = tuple(good), tuple(good.values())
+        self.rejected = tuple(
+            Rejected(name, reason) for name, reason in found.items() if isinstance(reason, str)
+        )
         if len(self.rejected) > max_rejected * len(found):
             named = "\n".join(f"  {name}: {why}" for name, why in self.rejected[:NAMED])
             raise ValueError(
@@ -131,6 +150,7 @@ class Records:
         """These records alone."""
         part = copy.copy(self)
         part.names = tuple(self.names[i] for i in numbers)
+        part.images = tuple(self.images[i] for i in numbers)
         part._readers = [self._readers[i] for i in numbers]
         part._batch_size = batch_size
         part._order = functools.lru_cache(maxsize=2)(part._shuffle)
@@ -168,7 +188,7 @@ class Records:
 
     def _read(self, number: int) -> Record:
         try:
-            return self._readers[number]()
+            return self._readers[number].read()
         except Exception as error:
             raise ValueError(
                 f"{self.names[number]} could be read when the data was opened, but no longer: "
@@ -176,30 +196,38 @@ class Records:
             ) from error
 
 
-def _reason(read: Callable[[], Record]) -> str | None:
-    """Why a record cannot be used; decoders raise whatever they like."""
+def _inspected(reader: Reader) -> ImageInfo | str:
+    """What is known of a record's image, or why the record cannot be used."""
     try:
-        read()
-    except Exception as error:
+        return reader.inspect()
+    except Exception as error:  # Decoders raise whatever they like.
         return f"{type(error).__name__}: {error}"
-    return None
+
+
+# (prompt, answer, columns) of a record; raises if they cannot be used.
+Check = Callable[[str, str, Mapping[str, Any]], object]
 
 
 def open_folder(
     directory: str | pathlib.Path,
     *,
     size: tuple[int, int],
+    resize: str = images_lib.LETTERBOX,
     batch_size: int,
     seed: int,
     max_rejected: float,
-    check: Callable[[Record], object] = lambda record: None,
+    check: Check = lambda prompt, answer, columns: None,
 ) -> Records:
     """Opens a folder in the layout of Hugging Face's 'imagefolder'.
+
+    What is found out about its images is kept, see `image_index`: another process, and another
+    opening, decodes those only that have changed.
 
     Args:
       directory: holds metadata.jsonl, a line of JSON for each record: 'file_name' of its image,
         relative to the directory, 'prompt', 'answer', and any columns besides.
-      size: height and width that images are resized to, pixels.
+      size: height and width of the images of a batch, pixels.
+      resize: how images come to that size, see `images.fit`.
       batch_size: see `Records`.
       seed: see `Records`.
       max_rejected: see `Records`.
@@ -215,15 +243,20 @@ def open_folder(
             f"{metadata} is not there; write a line of JSON with file_name, prompt and answer for "
             "each image."
         )
-    readers: dict[str, Callable[[], Record]] = {}
+    index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
+    readers: dict[str, Reader] = {}
     # Not as text: its splitlines() also cuts at U+2028, which may stand within a line of JSON, and
     # a byte that is no UTF-8 would cost the whole file instead of one record.
     for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
         if line.strip():
-            readers[f"{metadata.name}:{number}"] = functools.partial(
-                _from_line, root, line, size, check
+            readers[f"{metadata.name}:{number}"] = Reader(
+                functools.partial(_inspect_line, root, line, check, index),
+                functools.partial(_read_line, root, line, size, resize),
             )
-    return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
+    try:
+        return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
+    finally:
+        index.save()
 
 
 def open_tfds(
@@ -232,6 +265,7 @@ def open_tfds(
     split: str,
     fields: Mapping[str, str],
     size: tuple[int, int],
+    resize: str = images_lib.LETTERBOX,
     batch_size: int,
     seed: int,
     max_rejected: float,
@@ -246,7 +280,8 @@ def open_tfds(
       fields: where 'image' (encoded, or uint8 [H, W, 3]), 'prompt' and 'answer' lie, with slashes
         between levels, e.g. {'image': 'observation/image', ...}; of RLDS, in a step. Further names
         are columns.
-      size: height and width that images are resized to, pixels.
+      size: height and width of the images of a batch, pixels.
+      resize: how images come to that size, see `images.fit`.
       batch_size: see `Records`.
       seed: see `Records`.
       max_rejected: see `Records`.
@@ -261,54 +296,79 @@ def open_tfds(
         raise ValueError(f"fields={dict(fields)} lacks {lacking}; say where they lie.")
     builder = tfds.builder_from_directory(str(directory))
     source = builder.as_data_source(split=split)
-    readers: dict[str, Callable[[], Record]] = {}
+    readers: dict[str, Reader] = {}
+
+    def add(name: str, example: Callable[[], Mapping[str, Any]]) -> None:
+        readers[name] = Reader(
+            functools.partial(_inspect_example, example, fields),
+            functools.partial(_read_example, example, fields, size, resize),
+        )
+
     for i in range(len(source)):
         if "steps" not in builder.info.features:
-            readers[f"{split}:{i}"] = functools.partial(_from_example, source, i, fields, size)
+            add(f"{split}:{i}", functools.partial(source.__getitem__, i))
             continue
         for step in range(len(list(source[i]["steps"]))):
-            readers[f"{split}:{i}:{step}"] = functools.partial(
-                _from_step, source, i, step, fields, size
-            )
+            add(f"{split}:{i}:{step}", functools.partial(_step, source, i, step))
     return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
 
 
-def _from_line(
-    root: pathlib.Path, line: bytes, size: tuple[int, int], check: Callable[[Record], object]
-) -> Record:
+def _parsed(root: pathlib.Path, line: bytes) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The image's file of a line of the metadata, and all that the line has."""
     columns = json.loads(line)
     if not isinstance(columns, dict):
-        raise ValueError(f"{columns!r} is not an object; write {{...}}.")
+        raise ValueError(f"{shown(columns)} is not an object; write {{...}}.")
     path = (root / _text(columns, "file_name")).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(f"file_name={columns['file_name']!r} lies outside the folder.")
-    record = _record(path.read_bytes(), columns, size)
-    check(record)
-    return record
+        raise ValueError(f"file_name={shown(columns['file_name'])} lies outside the folder.")
+    return path, columns
 
 
-def _from_example(source: Any, i: int, fields: Mapping[str, str], size: tuple[int, int]) -> Record:
-    columns = {name: _at(source[i], path) for name, path in fields.items()}
-    return _record(columns["image"], columns, size)
+def _inspect_line(root: pathlib.Path, line: bytes, check: Check, index: ImageIndex) -> ImageInfo:
+    path, columns = _parsed(root, line)
+    check(*_texts(columns))
+    return index.look_up(path)
 
 
-def _from_step(
-    source: Any, i: int, step: int, fields: Mapping[str, str], size: tuple[int, int]
+def _read_line(root: pathlib.Path, line: bytes, size: tuple[int, int], resize: str) -> Record:
+    path, columns = _parsed(root, line)
+    image, _ = images_lib.read_rgb(path.read_bytes())
+    return Record(images_lib.fit(image, size, resize=resize), *_texts(columns))
+
+
+def _inspect_example(
+    example: Callable[[], Mapping[str, Any]], fields: Mapping[str, str]
+) -> ImageInfo:
+    columns = _fields(example(), fields)
+    _texts(columns)
+    return images_lib.read_rgb(columns["image"])[1]
+
+
+def _read_example(
+    example: Callable[[], Mapping[str, Any]],
+    fields: Mapping[str, str],
+    size: tuple[int, int],
+    resize: str,
 ) -> Record:
+    columns = _fields(example(), fields)
+    image, _ = images_lib.read_rgb(columns["image"])
+    return Record(images_lib.fit(image, size, resize=resize), *_texts(columns))
+
+
+def _step(source: Any, i: int, step: int) -> Mapping[str, Any]:
     # There is no way to a step but past the ones before it.
-    example = next(itertools.islice(iter(source[i]["steps"]), step, None))
-    columns = {name: _at(example, path) for name, path in fields.items()}
-    return _record(columns["image"], columns, size)
+    return next(itertools.islice(iter(source[i]["steps"]), step, None))
 
 
-def _record(image: Any, columns: Mapping[str, Any], size: tuple[int, int]) -> Record:
+def _fields(example: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    return {name: _at(example, path) for name, path in fields.items()}
+
+
+def _texts(columns: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Prompt, answer and further columns of a record."""
     named = ("file_name", "image", "prompt", "answer")
-    return Record(
-        image=_pixels(image, size),
-        prompt=_text(columns, "prompt"),
-        answer=_text(columns, "answer"),
-        columns={name: value for name, value in columns.items() if name not in named},
-    )
+    further = {name: value for name, value in columns.items() if name not in named}
+    return _text(columns, "prompt"), _text(columns, "answer"), further
 
 
 def _at(example: Any, path: str) -> Any:
@@ -330,24 +390,12 @@ def _text(columns: Mapping[str, Any], name: str) -> str:
     if isinstance(value, (float, np.floating)) and np.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}={value!r} is no text; write one.")
+        there = "" if name in columns else f" The record has only {shown(list(columns))}."
+        raise ValueError(f"{name}={shown(value)} is no text; write one.{there}")
     return value.strip()
 
 
-def _pixels(image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An encoded image, or uint8 [H, W, 3], as uint8 [*size, 3]."""
-    import PIL.Image
-    import PIL.ImageOps
-
-    if isinstance(image, bytes):
-        # Cameras store a picture as the sensor lay, and how to turn it beside.
-        picture = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(image))).convert("RGB")
-    else:
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-            raise ValueError(f"image is {array.dtype} {array.shape}; give uint8 [H, W, 3].")
-        picture = PIL.Image.fromarray(array)
-    height, width = size
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+def shown(value: Any) -> str:
+    """A value as an error shows it: of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

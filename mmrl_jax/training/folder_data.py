@@ -1,6 +1,6 @@
 """The records of a folder as a model reads them, and the rewards of what it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import sys
 from typing import Any, NamedTuple
@@ -10,7 +10,8 @@ import numpy as np
 
 from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated
-from mmrl_jax.tasks.folder import Batch, Record, Records, open_folder
+from mmrl_jax.tasks import images as images_lib
+from mmrl_jax.tasks.folder import Batch, Records, open_folder, shown
 from mmrl_jax.tasks.rewards import Failure, Pool, Rewards
 
 GIVEN = ("prompt", "completion", "answer")  # To reward functions, beside a record's columns.
@@ -35,7 +36,7 @@ def prompt_rows(
     for text, ids in zip(prompts, rows, strict=True):
         if len(ids) > length:
             raise ValueError(
-                f"prompt {text!r} has {len(ids)} tokens, {images} of them of the picture, more "
+                f"prompt {shown(text)} has {len(ids)} tokens, {images} of them of the image, more "
                 f"than folder.prompt_tokens={length}; raise it."
             )
     # Backwards, padding behind is padding before.
@@ -55,8 +56,8 @@ def answer_rows(
     for text, ids in zip(answers, rows, strict=True):
         if len(ids) > length:
             raise ValueError(
-                f"answer {text!r} has {len(ids)} tokens, more than folder.answer_tokens={length}, "
-                "and is to be learned from; raise it."
+                f"answer {shown(text)} has {len(ids)} tokens, more than "
+                f"folder.answer_tokens={length}, and is to be learned from; raise it."
             )
     return _padded(rows, length, chat.pad)
 
@@ -105,11 +106,11 @@ def open_split(
       ValueError: see `open_folder`; or there are too few records for so many to be held out.
     """
 
-    def usable(record: Record) -> None:
-        prompt_rows(chat, [record.prompt], length=length, images=images)
+    def usable(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
+        prompt_rows(chat, [prompt], length=length, images=images)
         if answer_length is not None:
-            answer_rows(chat, [record.answer], length=answer_length)
-        taken = [name for name in GIVEN if name in record.columns]
+            answer_rows(chat, [answer], length=answer_length)
+        taken = [name for name in GIVEN if name in columns]
         if taken:
             raise ValueError(f"columns {taken} are what reward functions are given already.")
 
@@ -124,6 +125,13 @@ def tell_rejected(records: Split) -> None:
     """Prints the first records that were left out, and why."""
     for name, reason in records.train.rejected[:TOLD]:
         print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
+
+
+def tell_images(records: Split, size: tuple[int, int], *, resize: str) -> None:
+    """Prints what is done to the images of a folder, for arguments see `images.fit`."""
+    infos = {info.digest: info for part in records for info in part.images}
+    for text in images_lib.summary(infos.values(), size, resize=resize):
+        print(text, file=sys.stderr, flush=True)
 
 
 class Scored(NamedTuple):

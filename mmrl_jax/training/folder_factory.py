@@ -26,6 +26,7 @@ from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated, Sampling
+from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.question import Question, Texts
 from mmrl_jax.tasks.rewards import Pool, RewardFunction
@@ -40,6 +41,7 @@ from mmrl_jax.training.folder_data import (
     answer_rows,
     open_split,
     prompt_rows,
+    tell_images,
     tell_rejected,
 )
 from mmrl_jax.training.loop import Carry, HostUpdate, Stage
@@ -62,8 +64,13 @@ SCHEMA: config_lib.Schema = {
         "directory": Field(
             str, lambda x: x != "", "given", "with metadata.jsonl, see mmrl_jax/tasks/folder.py"
         ),
-        "height": positive(int, "that pictures are resized to, pixels"),
-        "width": positive(int, "the same"),
+        "height": positive(int, "of the images that the model is given, pixels"),
+        "width": positive(int, "of the images that the model is given, pixels"),
+        "resize": one_of(
+            images_lib.RESIZES,
+            "how images come to that size: 'letterbox' keeps the aspect ratio and pads with black, "
+            "'stretch' does not keep it",
+        ),
         "prompt_tokens": positive(
             int, "most tokens of a question with its picture; records of longer ones are rejected"
         ),
@@ -176,6 +183,7 @@ def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
         parts.chat,
         directory=table.parent,
         size=(f.height, f.width),
+        resize=f.resize,
         batch_size=config.rl.questions,
         seed=config.seed,
         max_rejected=f.max_rejected,
@@ -184,6 +192,13 @@ def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
         length=f.prompt_tokens,
         images=parts.images,
     )
+
+
+def tell_records(config: ml_collections.ConfigDict, records: Split) -> None:
+    """Prints which records of a folder are left out, and what is done to the images."""
+    f = config.folder
+    tell_rejected(records)
+    tell_images(records, (f.height, f.width), resize=f.resize)
 
 
 def make_scorer(config: ml_collections.ConfigDict, chat: Chat) -> Scorer:
@@ -244,7 +259,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     """
     parts = make_parts(config)
     records = open_records(config, parts)
-    tell_rejected(records)
+    tell_records(config, records)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
     batch = records.train.read(range(len(records.train)))
@@ -274,7 +289,7 @@ def rl_stage(
     learning = token_stages.make_learning(config, mesh, parts.model, start)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     if not config.sft.updates:
-        tell_rejected(records)
+        tell_records(config, records)
 
     def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
         return jax.random.split(jax.random.fold_in(rng, updates))
