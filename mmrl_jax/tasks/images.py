@@ -141,7 +141,8 @@ def fit(image: "PIL.Image.Image", size: tuple[int, int], *, resize: str) -> np.n
         image = image.resize(inner, PIL.Image.Resampling.BICUBIC)
     if inner != whole:
         canvas = PIL.Image.new("RGB", whole, "black")
-        canvas.paste(image, tuple(round((a - b) / 2) for a, b in zip(whole, inner, strict=True)))
+        left, top = (round((a - b) / 2) for a, b in zip(whole, inner, strict=True))
+        canvas.paste(image, (left, top))
         image = canvas
     return np.asarray(image)
 
