@@ -18,8 +18,9 @@ from mmrl_jax.models.lora import split
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel
 from mmrl_jax.rl import advantages, group_advantages, losses
-from mmrl_jax.rl.token_losses import TokenLoss
-from mmrl_jax.rollouts.generate import Sampling
+from mmrl_jax.rl.token_log_probs import TokenLogProbs
+from mmrl_jax.rl.token_losses import PRESETS, TokenLoss
+from mmrl_jax.rollouts.generate import Generated, Sampling
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Words
 from mmrl_jax.types import Transition
@@ -250,6 +251,66 @@ def test_an_answer_without_a_score_has_no_influence():
     one, other = (update(h, given=without(*x))[0] for x in ((5, 0.0), (6, 9.0)))
     assert largest_difference(one.params, learner()[0].params) > 1e-3
     assert largest_difference(one.params, other.params) < 1e-7
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePolicy:
+    """A policy with a parameter w for each token of each completion: log p = -softplus(w)."""
+
+    dtype: jnp.dtype
+
+    def log_probs(self, params, frozen, question, tokens, present, *, temperature):
+        log_prob = -jax.nn.softplus(params[question.answer].astype(self.dtype))
+        return TokenLogProbs(log_prob.astype(jnp.float32), jnp.zeros(tokens.shape))
+
+
+def table_update(dtype, hyperparameters, scored):
+    """An update of a `TablePolicy` by plain gradient steps, on what a float32 sampler drew."""
+    table = jax.random.normal(jax.random.key(0), (4, 3, 5))
+    length = jnp.array([[5, 2, 1], [3, 3, 4], [1, 5, 2], [4, 4, 1]])
+    present = jnp.arange(5) < length[..., None]
+    drawn = Generated(jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), present)
+    reward = jax.random.normal(jax.random.key(1), (4, 3))
+    asked = jax.tree.map(lambda x: x[:4], questions())._replace(answer=jnp.arange(4))
+    state = token_learner.init(table, optimiser=optax.sgd(1.0), with_reference=False)
+    step = functools.partial(
+        grpo.update,
+        policy=TablePolicy(dtype),
+        optimiser=optax.sgd(1.0),
+        hyperparameters=hyperparameters,
+    )
+    given = grpo.Experience(asked, drawn, reward, scored)
+    new, metrics = jit(step)(state, None, given, jax.random.key(2))
+    return table, new.params, hyperparameters.advantage(reward, scored), length, metrics
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16(minibatches):
+    # Each completion has parameters of its own, and one step: its ratio is 1, whatever the sampler
+    # rounded to. GSPO's interval is the narrowest, [1 - 3e-4, 1 + 4e-4].
+    h = dataclasses.replace(PLAIN, loss=PRESETS["gspo"][1], minibatches=minibatches)
+    before, after, advantage, length, metrics = table_update(jnp.bfloat16, h, jnp.ones((4, 3)))
+    assert float(metrics["policy/sampler_gap"]) > 1e-4
+    for clipped in ("clipped_low", "clipped_high", "kl"):
+        assert float(metrics[f"policy/{clipped}"]) == 0
+    rises = jnp.sign(after - before) == -jnp.sign(advantage)[..., None]
+    assert (jnp.abs(advantage) > 1e-3).all()
+    np.testing.assert_array_equal(rises, jnp.arange(5) < length[..., None])
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "constant"])
+@pytest.mark.parametrize(("minibatches", "accumulate"), [(1, 2), (2, 2)])
+def test_a_completion_without_a_reward_is_in_no_divisor(reduction, minibatches, accumulate):
+    # Of each question two of three completions are scored, so that a minibatch has 8 or 4; one
+    # step moves w by A * d log p / dw over the divisor, and d log p / dw = -sigmoid(w).
+    loss = TokenLoss(clip=None, reduction=reduction)
+    h = dataclasses.replace(PLAIN, loss=loss, minibatches=minibatches, accumulate=accumulate)
+    scored = jnp.array([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 0]])
+    before, after, advantage, length, _ = table_update(jnp.float32, h, scored)
+    divisor = 8 / minibatches * (length[..., None] if reduction == "sequence" else 5)
+    expected = -advantage[..., None] * jax.nn.sigmoid(before) / divisor
+    expected = jnp.where(jnp.arange(5) < length[..., None], expected, 0.0)
+    np.testing.assert_allclose(after - before, expected, atol=1e-6)
 
 
 def test_equal_rewards_teach_nothing():

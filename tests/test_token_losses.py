@@ -155,6 +155,37 @@ def test_by_hand():
     assert loss(arrays, TokenLoss(clip="cispo")) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("preset", tl.PRESETS)
+def test_no_preset_clips_a_policy_that_has_not_moved_whatever_the_sampler_rounded_to(preset):
+    arrays = batch()
+    near = arrays["log_prob"].astype(jnp.bfloat16).astype(jnp.float32)
+    arrays |= {"rollout_log_prob": near, "old_log_prob": None}
+    options = tl.PRESETS[preset][1]
+
+    def of(log_prob):
+        names = ("old_log_prob", "advantage", "mask")
+        sums = tl.token_loss_sums(
+            log_prob, *(arrays[k] for k in names), options, rollout_log_prob=near
+        )
+        return sums.loss, sums.metrics
+
+    gradient, metrics = jax.grad(of, has_aux=True)(arrays["log_prob"])
+    for name in ("kl", "clipped_low", "clipped_high"):
+        assert float(metrics[f"policy/{name}"]) == 0
+    gap = jnp.where(arrays["mask"] > 0, jnp.abs(arrays["log_prob"] - near), 0.0)
+    assert float(metrics["policy/sampler_gap"]) == pytest.approx(float(gap.sum()))
+    np.testing.assert_array_equal(
+        jnp.sign(gradient), -jnp.sign(arrays["advantage"])[:, None] * arrays["mask"]
+    )
+
+
+def test_completions_that_are_masked_count_in_no_divisor():
+    # Of four completions of up to 3 places two are learned from, with 3 tokens between them.
+    mask = jnp.array([[1.0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+    for reduction, expected in (("sequence", 2), ("token", 3), ("constant", 6)):
+        assert float(tl.divisor(mask, reduction)) == expected
+
+
 def test_on_policy_every_ratio_is_1_and_the_gradient_is_that_of_reinforce():
     arrays = batch()
     arrays["log_prob"] = arrays["old_log_prob"]

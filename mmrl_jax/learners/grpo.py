@@ -69,8 +69,8 @@ class _Sample(NamedTuple):
     answers: Generated
     advantage: jax.Array  # [B, G]
     mask: jax.Array  # [B, G, T], 1 for tokens of answers that could be scored.
-    old: jax.Array  # [B, G, T], log-probs before the update.
-    reference: jax.Array  # [B, G, T]
+    old: jax.Array | None  # [B, G, T], log-probs before the update; None for a single step.
+    reference: jax.Array | None  # [B, G, T]
 
 
 class _Whole(NamedTuple):
@@ -106,7 +106,6 @@ def update(
     """
     h, answers = hyperparameters, experience.answers
     advantage = h.advantage(experience.reward, experience.scored)
-    drawn = answers.log_probs
 
     def log_probs(params: Params, sample: Any) -> Any:
         return policy.log_probs(
@@ -119,16 +118,18 @@ def update(
         )
 
     def of_all(params: Params) -> jax.Array:
+        # In parts of the steps' own shapes: of others the matrix products round differently.
         parts = h.minibatches * h.accumulate
         return in_parts(lambda part: log_probs(params, part).log_prob, experience, parts)
 
-    old = drawn if h.loss.max_correction is None else of_all(state.params)
-    reference = of_all(state.reference) if h.loss.kl_weight else jnp.zeros_like(drawn)
+    old = None if h.epochs * h.minibatches == 1 else of_all(state.params)
+    reference = of_all(state.reference) if h.loss.kl_weight else None
     mask = answers.present * (experience.scored > 0)[..., None].astype(jnp.float32)
     samples = _Sample(experience.question, answers, advantage, mask, old, reference)
 
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])
+    def flat(tree: Any) -> Any:
+        """[B, G, ...] to [B * G, ...]."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
     def part_loss(params: Params, part: _Sample, whole: _Whole) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch."""

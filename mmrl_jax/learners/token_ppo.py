@@ -63,9 +63,9 @@ class _Sample(NamedTuple):
     advantage: jax.Array  # [..., L], as those below.
     target: jax.Array
     mask: jax.Array  # 1 for the tokens of turns that were taken.
-    old: jax.Array  # Log-probs before the update.
+    old: jax.Array | None  # Log-probs before the update; None for a single step.
     value: jax.Array  # Before the update.
-    reference: jax.Array  # Log-probs.
+    reference: jax.Array | None  # Log-probs.
 
 
 def update(
@@ -199,7 +199,7 @@ def _samples(
         advantage=losses.normalise(advantage, mask),
         target=target,
         mask=mask,
-        old=old,
+        old=None if h.epochs * h.minibatches == 1 else old,
         value=value,
-        reference=of_all(state.reference)[0] if h.loss.kl_weight else old,
+        reference=of_all(state.reference)[0] if h.loss.kl_weight else None,
     )

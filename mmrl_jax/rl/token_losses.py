@@ -5,6 +5,8 @@
                        per answer   'cispo'                           all tokens      ('token')
                                     None                              N * T           ('constant')
 
+N counts the completions whose mask is not empty: one that was not scored has no part in a loss.
+
 The parts of a batch give sums and divisors that add up, so that accumulated gradients and meshes
 come to the loss of the whole batch; `PRESETS` names the published combinations.
 """
@@ -116,18 +118,19 @@ def divisor(mask: jax.Array, reduction: Reduction) -> jax.Array:
     """What the sums of a whole batch are divided by, []; those of its parts add up.
 
     Args:
-      mask: float32 [N, T], 1 for tokens that are present.
-      reduction: 'sequence', the number of answers, empty ones among them; 'token', of tokens;
-        'constant', N * T, so that no answer gains by its length.
+      mask: float32 [N, T], 1 for tokens that are learned from.
+      reduction: 'token', the number of these tokens; 'sequence', the number of completions that
+        have any; 'constant', T times that number, so that no completion gains by its length.
     """
-    if reduction == "sequence":
-        return jnp.asarray(mask.shape[0], jnp.float32)
-    return jnp.sum(mask) if reduction == "token" else jnp.asarray(mask.size, jnp.float32)
+    if reduction == "token":
+        return jnp.sum(mask)
+    completions = jnp.sum(jnp.any(mask > 0, axis=1).astype(jnp.float32))
+    return completions if reduction == "sequence" else completions * mask.shape[1]
 
 
 def token_loss_sums(
     log_prob: jax.Array,
-    old_log_prob: jax.Array,
+    old_log_prob: jax.Array | None,
     advantage: jax.Array,
     mask: jax.Array,
     options: TokenLoss,
@@ -139,12 +142,15 @@ def token_loss_sums(
 
     Args:
       log_prob: float32 [N, T], of the tokens under the policy.
-      old_log_prob: float32 [N, T], under the policy before the update.
+      old_log_prob: float32 [N, T], under the policy before the update, computed by the same program
+        as `log_prob`: the sampler's differ by rounding, which a narrow interval clips. None where
+        the policy has not moved yet: `log_prob` without its gradient, so that every ratio is 1.
       advantage: float32 [N], or [N, T].
       mask: float32 [N, T], 1 for tokens that are present.
       options: see there.
       reference_log_prob: float32 [N, T], where options.kl_weight is not 0.
-      rollout_log_prob: float32 [N, T], as they were drawn, where options.max_correction is given.
+      rollout_log_prob: float32 [N, T], of the sampler, where options.max_correction is given; with
+        it 'policy/sampler_gap' is among the metrics.
 
     Returns:
       Sums; the loss of a batch is sum(loss) / sum(divisor).
@@ -162,6 +168,8 @@ def token_loss_sums(
     advantage = jnp.where(there, advantage, 0.0)
     # Not even an overflow of padding may count.
     log_prob = jnp.where(there, log_prob, 0.0)
+    if old_log_prob is None:
+        old_log_prob = jax.lax.stop_gradient(log_prob)
     log_ratio = jnp.where(there, log_prob - old_log_prob, 0.0)
     length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
     if o.ratio == "sequence":
@@ -176,10 +184,13 @@ def token_loss_sums(
         loss = losses.clipped_policy_loss(log_ratio, advantage, o.low, o.high)
     else:
         loss = -ratio * advantage
-    if o.max_correction is not None and rollout_log_prob is not None:
-        behind = jnp.where(there, old_log_prob - rollout_log_prob, 0.0)
-        loss = loss * jnp.minimum(jnp.exp(behind), o.max_correction)
-    metrics = {
+    metrics = {}
+    if rollout_log_prob is not None:
+        gap = jnp.where(there, old_log_prob - rollout_log_prob, 0.0)
+        metrics["policy/sampler_gap"] = jnp.abs(gap)
+        if o.max_correction is not None:
+            loss = loss * jnp.minimum(jnp.exp(gap), o.max_correction)
+    metrics |= {
         "policy/kl": losses.approximate_kl(log_ratio),
         "policy/clipped_low": ((ratio < 1 - o.low) & (advantage < 0)).astype(jnp.float32),
         "policy/clipped_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),

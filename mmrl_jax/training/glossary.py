@@ -60,6 +60,11 @@ GLOSSARY: dict[str, Metric] = {
         "Tokens of positive advantage whose ratio is above the clip range",
         "0 to 0.2",
     ),
+    "policy/sampler_gap": Metric(
+        "nats",
+        "Mean absolute difference of a token's log-prob between the learner and the sampler",
+        "below 1e-4 in float32, 0.001 to 0.05 in bfloat16",
+    ),
     "policy/reference_kl": Metric(
         "nats", "KL to the reference per token, by the estimator of the loss", "stays below 1"
     ),
