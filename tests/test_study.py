@@ -1,4 +1,4 @@
-"""experiments.study and experiments.benchmark, on work made up here; the numbers by hand."""
+"""experiments.study and the benchmarks' harness, on work made up here; the numbers by hand."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments import benchmark, study
+from experiments import study
 from experiments.benchmarks import harness
 from experiments.train import factory_of
 from mmrl_jax import envs
@@ -158,13 +158,3 @@ def test_comparisons_alternate_after_a_warm_up():
     assert (row.ours, row.peer, row.ratio, row.runs) == (6, 2, 3, 3)
     alone = harness.compare("a thing", measure("ours", [1, 2]), None, unit="m/s", runs=1)
     assert (alone.ours, alone.peer, alone.ratio) == (2, None, None)
-
-
-@pytest.mark.parametrize("suite", benchmark.SUITES)
-@pytest.mark.slow
-def test_every_suite_runs_and_writes_its_rows(suite, tmp_path, capsys):
-    rows = benchmark.benchmark(suite, tmp_path, runs=1)
-    written = json.loads((tmp_path / f"{suite}.json").read_text())
-    names = {"name", "ours", "peer", "ratio", "unit", "runs", "hardware"}
-    assert rows and all(set(row) == names for row in written)
-    assert str(tmp_path / f"{suite}.json") in capsys.readouterr().out

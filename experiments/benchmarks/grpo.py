@@ -29,6 +29,7 @@ from experiments.benchmarks.harness import Row, alternate, row
 from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.models.lora import split
 from mmrl_jax.pretrained import hub, packages
+from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.token_losses import PRESETS
 from mmrl_jax.rollouts.generate import Generated, Sampling
 from mmrl_jax.tasks.question import Question
@@ -60,11 +61,16 @@ def rows(runs: int) -> Iterator[Row]:
     # work runs beside it. It reads this as it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as directory:
-        for job in (
-            Job("Llama of 17M", small_llama(pathlib.Path(directory)), questions=4, length=32),
-            Job("SmolLM2-135M", packages.smollm2(), questions=1, length=64),
-        ):
+        for job in jobs(pathlib.Path(directory)):
             yield from rows_of(job, runs)
+
+
+def jobs(directory: pathlib.Path) -> tuple[Job, ...]:
+    """The models that are compared; weights that no package holds are written to a directory."""
+    return (
+        Job("Llama of 17M", small_llama(directory), questions=4, length=32),
+        Job("SmolLM2-135M", packages.smollm2(), questions=1, length=64),
+    )
 
 
 def rows_of(job: Job, runs: int) -> Iterator[Row]:
@@ -146,7 +152,7 @@ class Ours:
         optimiser = optax.chain(
             optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0)
         )
-        advantage, loss = PRESETS["grpo"]
+        estimator, loss = PRESETS["grpo"]
         self.state = token_learner.init(params, optimiser=optimiser, with_reference=False)
         self._keys = iter(jax.random.split(jax.random.key(0), 10_000))
         self._answer = jax.jit(
@@ -158,7 +164,7 @@ class Ours:
                 policy=policy,
                 optimiser=optimiser,
                 hyperparameters=grpo.Hyperparameters(
-                    advantage=advantage,
+                    advantage=group_advantages.ESTIMATORS[estimator],
                     loss=loss,
                     entropy_weight=0.0,
                     temperature=1.0,

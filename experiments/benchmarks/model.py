@@ -18,6 +18,7 @@ from mmrl_jax.training import control_models, factory
 from mmrl_jax.types import Observation, Params
 
 # Width, layers, heads of the vision transformers (Dosovitskiy et al., 2021), and a batch.
+BATCH = 1024  # Of the quickstart's network.
 SIZES = {"ViT-S/16": (384, 12, 6, 8), "ViT-B/16": (768, 12, 12, 4)}
 
 
@@ -27,15 +28,15 @@ def rows(runs: int) -> Iterator[Row]:
     env = factory.make_env(config)
     network = control_models.make_network(config, env)
     shapes = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
-    observation = fill(shapes, 1024, env.vocabulary.size)
+    observation = fill(shapes, BATCH, env.vocabulary.size)
     parameters = jax.jit(network.init)(jax.random.PRNGKey(0), observation)
-    ours = rate(1024, gradient(network), parameters, observation)
-    alone = matmuls(gradient(network), parameters, observation, samples=1024)
-    name = "quickstart's network, batch 1024"
+    ours = rate(BATCH, gradient(network), parameters, observation)
+    alone = matmuls(gradient(network), parameters, observation, samples=BATCH)
+    name = f"quickstart's network, batch {BATCH:,}"
     yield compare(f"{name} / its matmuls alone", ours, alone, unit="samples/s", runs=runs)
     naive = Naive(vocabulary=env.vocabulary.size, width=config.model.width)
     theirs = jax.jit(naive.init)(jax.random.PRNGKey(0), observation)
-    peer = rate(1024, gradient(naive), theirs, observation)
+    peer = rate(BATCH, gradient(naive), theirs, observation)
     yield compare(f"{name} / naive Flax", ours, peer, unit="samples/s", runs=runs)
     for size, (width, layers, heads, batch) in SIZES.items():
         big = MultimodalPolicy(

@@ -18,6 +18,7 @@ from experiments.brax_ppo import trainer
 from mmrl_jax.training import factory, loop
 
 ENVIRONMENTS = {"inverted_pendulum": "spring", "reacher": "spring", "fast": None}
+NUM_ENVS = 1024
 UPDATES = 5
 
 
@@ -26,7 +27,7 @@ def rows(runs: int) -> Iterator[Row]:
     for name, backend in ENVIRONMENTS.items():
         config = mlp_ppo.get_config(name)
         config.env.options = {"episode_length": 1000} | ({"backend": backend} if backend else {})
-        config.ppo.num_envs, config.ppo.schedule = 1024, "constant"
+        config.ppo.num_envs, config.ppo.schedule = NUM_ENVS, "constant"
         factory.check(config)
         with BraxPPO(config) as peer:
             ours = our_updates(config)
