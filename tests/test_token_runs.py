@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
         ({"rl__group": 1}, "rl.group=1, but algorithm='grpo'"),
         ({"rl__group": 2, "grpo__pass_at_k": 3}, "grpo.pass_at_k=3 is above rl.group=2"),
         ({"rl__group": 4, "rl__pack_rows": 4}, "rl.pack_rows=4.*'grpo' learns from 4 answers"),
-        ({"algorithm": "token_ppo", "rl__pack_rows": 1}, "'token_ppo' learns from 1 answers"),
+        ({"algorithm": "token_ppo", "rl__pack_rows": 2}, "'token_ppo' learns from 2 answers"),
         ({"rl__reference_decay": 1.5}, "'rl.reference_decay' is 1.5"),
         ({"model__patch": 7}, "model.patch=7"),
         ({"model__heads": 16}, "model.heads=16"),

@@ -202,9 +202,11 @@ def rl_stage(
         learner, learned = token_ppo.update(
             carry.learner,
             frozen,
-            batch.replace(
-                observation=jax.vmap(interface.ask)(batch.observation),
-                reward=batch.reward - r.penalty * malformed,
+            token_ppo.one_completion(
+                batch.replace(
+                    observation=jax.vmap(interface.ask)(batch.observation),
+                    reward=batch.reward - r.penalty * malformed,
+                )
             ),
             interface.ask(env_state.obs),
             learn_key,

@@ -193,9 +193,9 @@ def make_learn(
         def learn(
             learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
-            batch, last = single_turns(experience)
+            batch = single_turns(experience)
             return token_ppo.update(
-                learner, frozen, batch, last, key, hyperparameters=stepping, **update
+                learner, frozen, batch, None, key, hyperparameters=stepping, **update
             )
 
     else:
@@ -219,16 +219,14 @@ def make_learn(
     return learn
 
 
-def single_turns(experience: Experience) -> tuple[Transition, Question]:
-    """Answers to questions as episodes of one turn each, [1, B * G], and what follows: anything."""
+def single_turns(experience: Experience) -> Transition:
+    """Groups of answers as episodes of one turn each, [1, B, G], to questions [1, B]."""
     question, answers, reward, scored = experience
-    group = reward.shape[1]
-    asked = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), question)
-    reward, valid = reward.reshape(1, -1), scored.reshape(1, -1)
+    reward, valid = reward[None], scored[None]
     zeros = jnp.zeros_like(reward)
-    batch = Transition(
-        observation=jax.tree.map(lambda x: x[None], asked),
-        action=jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), answers),
+    return Transition(
+        observation=jax.tree.map(lambda x: x[None], question),
+        action=jax.tree.map(lambda x: x[None], answers),
         log_prob=zeros,
         value=zeros,
         reward=reward,
@@ -238,7 +236,6 @@ def single_turns(experience: Experience) -> tuple[Transition, Question]:
         privileged={},
         metrics={},
     )
-    return batch, asked
 
 
 class Learning(NamedTuple):
