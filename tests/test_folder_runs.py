@@ -159,7 +159,8 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     (row,) = rows(tmp_path / "sft")
     assert row["loss/answer"] < 4
     # RL begins with what was learned, and both can be evaluated from what was stored.
-    before, after = trained.warm_start.carry.learner.params, trained.tuned.carry.learner.params
+    before = evaluate.restore_tokens(tmp_path / "sft", "latest")[1][0]
+    after = trained.tuned.carry.learner.params
     assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh(config)) > 0.05
     page = (tmp_path / "samples.html").read_text()
     assert page.count("<img") == 2 and "of 2 answers are the right one" in page

@@ -24,7 +24,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory, token_models, token_stages
 from mmrl_jax.training.config import one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.loop import Carry, Stage, Start
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -176,9 +176,10 @@ def rl_stage(
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     optimisation = token_stages.make_optimisation(config)
     hyperparameters = token_stages.ppo_hyperparameters(config)
+    begin = Start(trained)
 
     def init() -> Carry:
-        learner = token_stages.rl_learner(config, trained, optimisation.optimiser)
+        learner = token_stages.rl_learner(config, begin(), optimisation.optimiser)
         carry = token_stages.fresh_carry(config, learner, 4)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(carry.rng, 0), jnp.arange(r.num_envs)
@@ -228,6 +229,7 @@ def rl_stage(
     return Stage(
         name=config.algorithm,
         init=init,
+        release=begin.release,
         update=update,
         data=frozen,
         env_steps_per_update=r.num_envs * r.unroll,

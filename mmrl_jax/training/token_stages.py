@@ -21,7 +21,7 @@ from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import adam, run_fields, schedule
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.loop import Carry, Stage, Start
 from mmrl_jax.training.token_models import TokenModel, halves, make_variables
 from mmrl_jax.types import Metrics, Params, Transition
 
@@ -244,11 +244,13 @@ class Learning(NamedTuple):
     Attributes:
       frozen: half of the model's variables, on every device.
       init: makes a fresh carry.
+      release: of the `Stage`.
       step: (carry, frozen half, answers with rewards, key) -> (carry after an update, metrics).
     """
 
     frozen: Any
     init: Callable[[], Carry]
+    release: Callable[[], object]
     step: Callable[[Carry, Any, Experience, jax.Array], tuple[Carry, Metrics]]
 
 
@@ -260,9 +262,10 @@ def make_learning(
     trained, frozen = halves(variables, config, "rl")
     optimisation = make_optimisation(config)
     learn = make_learn(config, mesh, model.policy, optimisation)
+    begin = Start(trained)
 
     def init() -> Carry:
-        learner = rl_learner(config, trained, optimisation.optimiser)
+        learner = rl_learner(config, begin(), optimisation.optimiser)
         return fresh_carry(config, learner, 3)
 
     def step(
@@ -273,7 +276,8 @@ def make_learning(
         metrics |= {"lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32)}
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
-    return Learning(jax.device_put(frozen, mesh_lib.replicated(mesh)), init, step)
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+    return Learning(frozen, init, begin.release, step)
 
 
 def make_stage(
@@ -283,6 +287,7 @@ def make_stage(
     return Stage(
         name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
         init=learning.init,
+        release=learning.release,
         data=learning.frozen,
         env_steps_per_update=0,
         **run_fields(config.run),
@@ -314,9 +319,10 @@ def sft_stage(
     optimiser = adam(s.learning_rate, s.max_grad_norm)
     trained, frozen = halves(make_variables(config, model), config, "sft")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+    begin = Start(trained)
 
     def init() -> Carry:
-        learner = token_learner.init(trained, optimiser=optimiser, with_reference=False)
+        learner = token_learner.init(begin(), optimiser=optimiser, with_reference=False)
         return fresh_carry(config, learner, 2)
 
     def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
@@ -336,6 +342,7 @@ def sft_stage(
     return Stage(
         name="sft",
         init=init,
+        release=begin.release,
         update=update,
         data=(frozen, jax.device_put(labels, mesh_lib.replicated(mesh))),
         updates=s.updates,
