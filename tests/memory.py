@@ -1,6 +1,6 @@
-"""Memory: of the host, in a process of its own (Linux), and of live arrays on one device."""
+"""The host memory that a piece of code takes, measured in a process of its own (Linux)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import contextlib
 import ctypes
 import gc
@@ -10,8 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-
-import jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,24 +43,6 @@ def peak() -> Iterator[list[int]]:
         stop.set()
         thread.join()
         found.append(max(most[0], anonymous()) - start)
-
-
-def array_bytes(arrays: Iterable[jax.Array]) -> int:
-    """Bytes of arrays that lie on one device, those that share a buffer counted once."""
-    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in arrays if x.size}.values())
-
-
-class LiveArrays:
-    """Counts the bytes of arrays on one device that live, but for those from before this object."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        self._before = jax.live_arrays()  # They cannot make room for others meanwhile.
-
-    def __call__(self) -> int:
-        gc.collect()
-        before = {id(x) for x in self._before}
-        return array_bytes(x for x in jax.live_arrays() if id(x) not in before)
 
 
 def start(code: str, *arguments: object, devices: int) -> subprocess.Popen:

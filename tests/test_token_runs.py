@@ -11,7 +11,7 @@ from experiments import train as train_script
 from experiments.evaluate import evaluate
 from experiments.train import train
 from mmrl_jax.training import agent_factory, factory, metrics, question_factory, token_models
-from tests import tiny
+from tests import live_arrays, tiny
 
 
 def bitwise_equal(a, b):
@@ -57,8 +57,12 @@ def test_every_config_trains(name, changes, tmp_path):
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
     whole = train(tiny.token_config(), tmp_path / "whole")
-    train(tiny.token_config(run__updates=2), tmp_path / "parts")
-    parts = train(tiny.token_config(), tmp_path / "parts")
+    with live_arrays.shares_of_runs() as shares:
+        train(tiny.token_config(run__updates=2), tmp_path / "parts")
+        parts = train(tiny.token_config(), tmp_path / "parts")
+    # Parameters, Adam's two moments and the reference, on each stage and on resume: no dead copy.
+    assert {name for name, _ in shares} == {"sft", "dapo"}
+    assert max(share for _, share in shares) <= 1.1, shares
     assert parts.tuned.updates == 4
     bitwise_equal(whole.tuned.carry, parts.tuned.carry)
 
@@ -122,8 +126,11 @@ def test_an_agent_trains_and_goes_on_where_it_was_stopped(name, tmp_path):
     assert np.isfinite(last["loss/total"]) and 0 <= last["answer/malformed"] <= 1
     assert 0 <= last["eval/train/success"] <= 1
     assert "final/train/success" in json.loads((tmp_path / "whole/summary.json").read_text())
-    train(tiny.agent_config(name, run__updates=2), tmp_path / "parts")
-    parts = train(tiny.agent_config(name), tmp_path / "parts")
+    with live_arrays.shares_of_runs() as shares:
+        train(tiny.agent_config(name, run__updates=2), tmp_path / "parts")
+        parts = train(tiny.agent_config(name), tmp_path / "parts")
+    assert len({stage for stage, _ in shares}) == 2
+    assert max(share for _, share in shares) <= 1.1, shares
     bitwise_equal(whole.tuned.carry, parts.tuned.carry)
 
 
@@ -200,10 +207,11 @@ def test_pictures_are_swapped_when_asked_for():
     seen = []
 
     def answer(_, question, rng):
-        seen.append(question.images)
-        return np.zeros((8, 1, 2), np.int32), np.zeros((8, 1, 2), bool)
+        seen.append(np.asarray(question.images))
+        return np.zeros((4, 1, 2), np.int32), np.zeros((4, 1, 2), bool)
 
-    evaluator._answer, evaluator._run = answer, evaluator._evaluate
+    evaluator._answer = answer
     evaluator(made_of, "train"), evaluator(made_of, "train", swapped=True)
-    np.testing.assert_array_equal(seen[1], np.roll(seen[0], 1, axis=0))
-    assert np.abs(seen[0].astype(int) - seen[1]).max() > 0
+    shown, swapped = np.concatenate(seen[:2]), np.concatenate(seen[2:])
+    np.testing.assert_array_equal(swapped, np.roll(shown, 1, axis=0))
+    assert np.abs(shown.astype(int) - swapped).max() > 0

@@ -258,7 +258,8 @@ def restore(stage: Stage, checkpointer: Checkpointer) -> tuple[Carry, Any, dict[
     There is a checkpoint. No fresh carry is made, and the stage's start is released before the
     arrays are read.
     """
-    like = jax.eval_shape(stage.init)
+    # JAX keeps what it traced, and the arrays in it, for as long as the function lives: not `init`.
+    like = jax.eval_shape(lambda: stage.init())
     shardings = stage.shardings(like)
     stage.release()
     like = jax.tree.map(
