@@ -97,6 +97,7 @@ def evaluate_scripted(summary: dict[str, float], config: ml_collections.ConfigDi
         functools.partial(scripted, config),
         factory.evaluation_key(config),
         episodes=config.run.eval_episodes,
+        mesh=factory.make_mesh(config),
     )
     for i, name in enumerate(SCRIPTED):
         record(summary, name.format(split=split), evaluator(jnp.int32(i), split))

@@ -86,7 +86,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             "rl.num_envs * rl.unroll / rl.minibatches / rl.accumulate": turns
             // r.minibatches
             // r.accumulate,
-            "run.eval_episodes": config.run.eval_episodes,
         },
     )
     if config.algorithm == "sft" and not config.sft.updates:
@@ -252,7 +251,12 @@ def make_evaluator(
         return agent_policy(model.policy, made_of, interface, Sampling(temperature=0.0))
 
     return Evaluator(
-        lambda split: factory.make_env(config, split=split), policy, rng, episodes=episodes
+        lambda split: factory.make_env(config, split=split),
+        policy,
+        rng,
+        episodes=episodes,
+        mesh=factory.make_mesh(config),
+        together=config.rl.num_envs,
     )
 
 

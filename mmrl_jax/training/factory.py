@@ -493,7 +493,13 @@ def make_evaluator(
     def policy(learner: LearnerState) -> PolicyFunction:
         return policy_function(apply, learner, deterministic=True)
 
-    return Evaluator(lambda split: make_env(config, split=split), policy, rng, episodes=episodes)
+    return Evaluator(
+        lambda split: make_env(config, split=split),
+        policy,
+        rng,
+        episodes=episodes,
+        mesh=make_mesh(config),
+    )
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_models, token_stages
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
+from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
@@ -117,7 +118,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             "sft.batch_size": config.sft.batch_size,
             "rl.questions": config.rl.questions,
             **learned_together(config),
-            "run.eval_episodes": config.run.eval_episodes,
         },
     )
     if config.algorithm == "sft" and not config.sft.updates:
@@ -300,7 +300,14 @@ def make_evaluator(
         )
         return answers.tokens, answers.present
 
-    return QuestionEvaluator(parts.task, answer, rng, questions=questions)
+    return QuestionEvaluator(
+        parts.task,
+        answer,
+        rng,
+        questions=questions,
+        mesh=make_mesh(config),
+        together=token_stages.evaluated_together(config),
+    )
 
 
 def answered_samples(

@@ -21,7 +21,8 @@ from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import adam, run_fields, schedule
-from mmrl_jax.training.loop import Carry, Stage, Start
+from mmrl_jax.training.loop import Carry, HostUpdate, Stage, Start
+from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.token_models import TokenModel, halves, make_variables
 from mmrl_jax.types import Metrics, Params, Transition
 
@@ -107,6 +108,14 @@ def rl_learner(
     """A learner as RL begins; it has a reference where one is used."""
     wanted = config.rl.kl_weight > 0 or config.algorithm == "dpo"
     return token_learner.init(trained, optimiser=optimiser, with_reference=wanted)
+
+
+def evaluated_together(config: ml_collections.ConfigDict) -> int:
+    """The most questions that an evaluation answers at once: as many as training asks at once.
+
+    An evaluation then never needs more memory than the updates, however many records it is of.
+    """
+    return config.sft.batch_size if config.algorithm == "sft" else config.rl.questions
 
 
 def evaluation(
@@ -296,24 +305,32 @@ def make_stage(
     )
 
 
+# Questions [B], the tokens of their answers, and which are there, [B, T].
+Labels = tuple[Question, jax.Array, jax.Array]
+
+
 def sft_stage(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     model: TokenModel,
-    labels: tuple[Question, jax.Array, jax.Array],
+    labels: Labels | Callable[[int], Labels],
     *,
     evaluation: Callable[[Any], Callable[[TokenState], dict[str, float]]],
     best_metric: str,
 ) -> Stage:
-    """Supervised fine-tuning on a fixed set of answered questions.
+    """Supervised fine-tuning on answered questions.
 
     Args:
       config: of the run.
       mesh: that it runs on.
       model: learns.
-      labels: questions [N], the tokens of their answers, and which are there, [N, T].
+      labels: a fixed set, which lies on every device; or what reads the batch of an update by its
+        number and puts it on the mesh, so that no more than two batches are in memory.
       evaluation: frozen half -> learner -> metrics.
       best_metric: by which the best checkpoint is chosen.
+
+    Returns:
+      The stage; its data is the frozen half, and the fixed set or None.
     """
     s = config.sft
     optimiser = adam(s.learning_rate, s.max_grad_norm)
@@ -325,26 +342,37 @@ def sft_stage(
         learner = token_learner.init(begin(), optimiser=optimiser, with_reference=False)
         return fresh_carry(config, learner, 2)
 
-    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
-        frozen, labels = data
-        rng = jax.random.fold_in(carry.rng, carry.updates)
-        chosen = jax.random.randint(rng, (s.batch_size,), 0, len(labels[1]))
+    def step(carry: Carry, frozen: Any, labels: Labels) -> tuple[Carry, Metrics]:
         learner, metrics = sft.update(
             carry.learner,
             frozen,
-            *jax.tree.map(lambda x: x[chosen], labels),
+            *labels,
             policy=model.policy,
             optimiser=optimiser,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
+    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        frozen, labels = data
+        rng = jax.random.fold_in(carry.rng, carry.updates)
+        chosen = jax.random.randint(rng, (s.batch_size,), 0, len(labels[1]))
+        return step(carry, frozen, jax.tree.map(lambda x: x[chosen], labels))
+
+    if callable(labels):
+        read, fixed = labels, None
+        taking: dict[str, Any] = {
+            "update": None,
+            "on_host": lambda carry, data: _reading(step, read, carry, data[0], s.updates, mesh),
+        }
+    else:
+        fixed = jax.device_put(labels, mesh_lib.replicated(mesh))
+        taking = {"update": update}
     return Stage(
         name="sft",
         init=init,
         release=begin.release,
-        update=update,
-        data=(frozen, jax.device_put(labels, mesh_lib.replicated(mesh))),
+        data=(frozen, fixed),
         updates=s.updates,
         updates_per_dispatch=s.updates_per_dispatch,
         env_steps_per_update=0,
@@ -356,4 +384,24 @@ def sft_stage(
         best_metric=best_metric,
         console=("loss/answer", best_metric, "time/samples_per_s"),
         shardings=functools.partial(everywhere, mesh=mesh),
+        **taking,
     )
+
+
+def _reading(
+    step: Callable[[Carry, Any, Labels], tuple[Carry, Metrics]],
+    read: Callable[[int], Labels],
+    carry: Carry,
+    frozen: Any,
+    updates: int,
+    mesh: Mesh,
+) -> HostUpdate:
+    """A step on labels that are read by its number, the next ones while it is taken."""
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=mesh_lib.replicated(mesh))
+    lowered = jitted.lower(carry, frozen, read(0))
+    compiled, labels = lowered.compile(), Prefetch(read, updates=updates)
+
+    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        return compiled(carry, data[0], labels(int(jax.device_get(carry.updates))))
+
+    return HostUpdate(update, mesh_lib.replicated_shapes(lowered.out_info[1], mesh=mesh))
