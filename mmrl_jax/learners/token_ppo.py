@@ -175,9 +175,9 @@ def _read(
     return found.log_prob, found.entropy, value
 
 
-def _flat(x: jax.Array) -> jax.Array:
+def _flat(tree: Any) -> Any:
     """[N, G, L] to [N * G, L]."""
-    return x.reshape(-1, x.shape[-1])
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tree)
 
 
 def _samples(
@@ -202,9 +202,8 @@ def _samples(
             return jnp.zeros(count * group)
         if group != 1:
             raise ValueError(f"Every turn has {group} answers, but after only one is there a next.")
-        first = jax.tree.map(
-            lambda x: x[-1, :, :, :1], answers
-        )  # Its value is of the prompt alone.
+        # The value before a first token is of the prompt alone, whatever the token.
+        first = jax.tree.map(lambda x: x[-1, :, :, :1], answers)
         # The largest equal parts of B questions that are no more than are learned from at once.
         size = math.gcd(count, turns * count // parts)
         found = in_parts(lambda part: read(state.params, *part)[2], (last, first), count // size)
