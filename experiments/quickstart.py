@@ -37,6 +37,7 @@ from experiments.train import (
     write_json,
 )
 from mmrl_jax import envs
+from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import evaluate as evaluation
@@ -152,9 +153,10 @@ def cloned_learner(
     config: ml_collections.ConfigDict, data: Demonstrations, workdir: pathlib.Path
 ) -> LearnerState:
     """The learner of the warm start as it ended, with its optimiser, from its last checkpoint."""
-    stage = factory.cloning_stage(config, factory.make_mesh(config), data)
-    like = {"learner": jax.eval_shape(stage.init).learner}
-    return checkpoint.restore_parts(workdir, like, which="latest")[0]["learner"]
+    mesh = factory.make_mesh(config)
+    like = jax.eval_shape(factory.cloning_stage(config, mesh, data).init).learner
+    parts = {"learner": mesh_lib.replicated_shapes(like, mesh=mesh)}
+    return checkpoint.restore_parts(workdir, parts, which="latest")[0]["learner"]
 
 
 def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float] | None:
