@@ -37,14 +37,16 @@ from experiments.train import (
     write_json,
 )
 from mmrl_jax import envs
+from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import evaluate as evaluation
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, Evaluator, Modality, describe
+from mmrl_jax.learners.bc import Demonstrations
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
-from mmrl_jax.training import control_models, factory, loop, report, videos
+from mmrl_jax.training import checkpoint, control_models, factory, loop, report, videos
 
 FLAGS = flags.FLAGS
 HIDDEN: tuple[Modality, ...] = ("pixels", "instruction")  # From the final policy.
@@ -96,6 +98,7 @@ def evaluate_scripted(summary: dict[str, float], config: ml_collections.ConfigDi
         functools.partial(scripted, config),
         factory.evaluation_key(config),
         episodes=config.run.eval_episodes,
+        mesh=factory.make_mesh(config),
     )
     for i, name in enumerate(SCRIPTED):
         record(summary, name.format(split=split), evaluator(jnp.int32(i), split))
@@ -146,6 +149,16 @@ def film(
     return [video, strip]
 
 
+def cloned_learner(
+    config: ml_collections.ConfigDict, data: Demonstrations, workdir: pathlib.Path
+) -> LearnerState:
+    """The learner of the warm start as it ended, with its optimiser, from its last checkpoint."""
+    mesh = factory.make_mesh(config)
+    like = jax.eval_shape(factory.cloning_stage(config, mesh, data).init).learner
+    parts = {"learner": mesh_lib.replicated_shapes(like, mesh=mesh)}
+    return checkpoint.restore_parts(workdir, parts, which="latest")[0]["learner"]
+
+
 def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float] | None:
     """Runs everything; returns the summary, or None if a signal interrupted it."""
     started = time.perf_counter()
@@ -153,6 +166,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     if trained.interrupted:
         return None
     warm, tuned = trained.warm_start, trained.tuned
+    cloned = cloned_learner(config, trained.demonstrations, workdir / "warm_start")
     # As long as PPO took, on the same demonstrations; the bound on updates is never reached.
     stage = factory.cloning_stage(
         config,
@@ -160,7 +174,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
         trained.demonstrations,
         name="more_cloning",
         updates=100 * config.warm_start.updates,
-        start=warm.carry.learner,
+        start=cloned,
     )
     more = loop.run(
         stage, workdir=workdir / "more_cloning", config=config, max_seconds=tuned.wall_s
@@ -172,8 +186,12 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     summary: dict[str, float] = {}
     print(f"Success over {config.run.eval_episodes} episodes, with 95 % intervals:")
     evaluate_scripted(summary, config)
-    results = {"warm_start": warm, "more_cloning": more, "final": tuned}
-    evaluate_stages(summary, config, {name: r.carry.learner for name, r in results.items()})
+    learners = {
+        "warm_start": cloned,
+        "more_cloning": more.carry.learner,
+        "final": tuned.carry.learner,
+    }
+    evaluate_stages(summary, config, learners)
     summary |= {
         "warm_start/wall_s": warm.wall_s,
         "ppo/wall_s": tuned.wall_s,

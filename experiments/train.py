@@ -42,7 +42,6 @@ from mmrl_jax.training import (
     metrics,
     question_factory,
     report,
-    token_models,
 )
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import workdir as workdir_lib
@@ -62,14 +61,20 @@ FAILURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run leaves in memory: the demonstrations and how each stage ended.
+    """What a run leaves in memory: how each stage ended, and what its last one needs besides.
 
-    `warm_start` is of cloning or of supervised fine-tuning, `tuned` of RL.
+    Attributes:
+      warm_start: of cloning or of supervised fine-tuning. Its carry is None where RL followed,
+        which no copy of it is kept beside; its checkpoints hold it.
+      tuned: of RL.
+      demonstrations: on the host; None where none were recorded.
+      frozen: half of the variables of the last stage of a token policy, on its devices.
     """
 
-    demonstrations: Demonstrations | None
     warm_start: Result | None
     tuned: Result | None
+    demonstrations: Demonstrations | None = None
+    frozen: Any = None
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -129,10 +134,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
 def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
     """Cloning and PPO, whichever the config asks for."""
     mesh = factory.make_mesh(config)
-    data, warm, tuned = None, None, None
+    data, start, warm, tuned = None, None, None, None
     if config.warm_start.updates:
         place = workdir if config.algorithm == "bc" else workdir / "warm_start"
         data, success = factory.record_demonstrations(config)
+        data = jax.device_get(data)  # The devices have them for as long as the stage runs.
         print(
             f"{config.warm_start.episodes} demonstrated episodes of an expert that succeeds in "
             f"{success:.0%} of them.",
@@ -141,26 +147,37 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
         warm = loop.run(factory.cloning_stage(config, mesh, data), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
     if config.algorithm == "ppo" and not (warm is not None and warm.interrupted):
-        start = warm.carry.learner if warm is not None else None
-        tuned = loop.run(
-            factory.ppo_stage(config, mesh, start=start), workdir=workdir, config=config
-        )
+        if warm is not None:
+            start = warm.carry.learner.without_optimiser()
+            warm = dataclasses.replace(warm, carry=None)
+        stage = factory.ppo_stage(config, mesh, start=start)
+        start = None  # The stage alone has it, and lets it go.
+        tuned = loop.run(stage, workdir=workdir, config=config)
         draw_curves(workdir, x="progress/env_steps")
-    return Trained(data, warm, tuned)
+    return Trained(warm, tuned, demonstrations=data)
 
 
 def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
     """Supervised fine-tuning and RL, whichever the config asks for."""
-    build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
+    build, mesh = factory_of(config), factory.make_mesh(config)
+    start, frozen, warm, tuned = None, None, None, None
     if config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
-        warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
+        stage = build.sft_stage(config, mesh)
+        warm = loop.run(stage, workdir=place, config=config)
+        frozen = stage.data[0]
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
-        start = warm.carry.learner.params if warm is not None else None
-        tuned = loop.run(build.rl_stage(config, mesh, start=start), workdir=workdir, config=config)
+        if warm is not None:
+            start, warm = warm.carry.learner.params, dataclasses.replace(warm, carry=None)
+        # What fine-tuning held on the devices goes before RL's takes its place.
+        stage = frozen = None
+        stage = build.rl_stage(config, mesh, start=start)
+        start = None  # The stage alone has it, and lets it go.
+        tuned = loop.run(stage, workdir=workdir, config=config)
+        frozen = stage.data
         draw_curves(workdir, x="progress/updates")
-    trained = Trained(None, warm, tuned)
+    trained = Trained(warm, tuned, frozen=frozen)
     # What agents do is shown by no question.
     if build is not agent_factory and not trained.interrupted and jax.process_index() == 0:
         samples = build.answered_samples(config, acting(config, trained), SAMPLES)
@@ -170,17 +187,10 @@ def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tr
 
 def acting(config: ml_collections.ConfigDict, trained: Trained) -> Any:
     """What the policy of the last stage is made of, as its factory's evaluations want it."""
-    build, learner = factory_of(config), trained.results[-1].carry.learner
-    if build is factory:
+    learner = trained.results[-1].carry.learner
+    if factory_of(config) is factory:
         return learner.without_optimiser()
-    warm, tuned = trained.warm_start, trained.tuned
-    return token_models.made_of(
-        config,
-        build.make_parts(config).model,
-        learner.params,
-        start=None if warm is None or tuned is None else warm.carry.learner.params,
-        stage="sft" if tuned is None else "rl",
-    )
+    return learner.params, trained.frozen
 
 
 def draw_curves(workdir: pathlib.Path, *, x: str) -> None:

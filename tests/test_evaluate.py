@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmrl_jax.distributed.mesh import make_mesh
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import (
     MODALITIES,
@@ -215,3 +216,47 @@ def test_an_evaluator_of_one_episode_hides_nothing():
     np.testing.assert_array_equal(evaluator(None, "low").success, [1])
     with pytest.raises(ValueError, match="batch of 1"):
         evaluator(None, "low", "pixels")
+
+
+class Drawn(Guess):
+    """One step, whose reward is what the policy does; a number in the pixels, by the key alone."""
+
+    def reset(self, rng: jax.Array) -> State:
+        return super().reset(rng).replace(obs={"pixels": jax.vmap(jax.random.uniform)(rng)})
+
+    def step(self, state: State, action: jax.Array) -> State:
+        return super().step(state, action).replace(reward=action)
+
+
+def copy(_):
+    """A policy that does what it sees, with more work for every environment than all else takes."""
+
+    def policy(state: State, rng: jax.Array) -> Decision:
+        seen = jnp.broadcast_to(state.obs["pixels"][:, None], (state.done.shape[0], 64))
+        same = seen @ (jnp.ones((64, 64)) / 64)
+        return nothing(state, rng)._replace(environment_action=same[:, 0])
+
+    return policy
+
+
+def test_devices_and_chunks_change_no_episode_and_share_the_work():
+    rng, work = jax.random.PRNGKey(0), {}
+    expected = None
+    # 5 episodes: alone; 8 environments on 8 devices; 3 chunks of 2, the last of which has one more.
+    for devices, together in ((1, None), (8, None), (2, 2)):
+        evaluator = Evaluator(
+            lambda _: Drawn("low"), copy, rng, episodes=5, mesh=make_mesh(devices),
+            together=together,
+        )  # fmt: skip
+        found = evaluator(None, "low").episode_return
+        if expected is None:
+            expected = found
+        assert len(set(expected)) == 5
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        if together is None:  # Environment i sees i - 1, and environment 0 the last that counts.
+            hidden = evaluator(None, "low", "pixels").episode_return
+            np.testing.assert_allclose(hidden, np.roll(expected, 1), rtol=1e-6)
+        state = evaluator._starts["low"](rng, first=0)
+        arguments = (state, None, rng, jnp.int32(-1), jnp.int32(5))
+        work[devices] = evaluator._run.lower(*arguments).compile().cost_analysis()["flops"]
+    assert work[8] < work[1] * 2 / 5  # One of 8 environments instead of 5.

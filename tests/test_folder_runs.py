@@ -146,11 +146,13 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
                          run__updates=1)  # fmt: skip
     trained = train(config, tmp_path)
     assert trained.warm_start.updates == 30 and trained.tuned.updates == 1
-    ((asked, tokens, present),) = given
+    # A batch of 8 of the 6 records: an epoch, and the beginning of the next one.
+    asked, tokens, present = jax.device_get(given[0](0))
     chat, train_records = folder_factory.make_parts(config).chat, open_split(config).train
-    assert len(tokens) == len(train_records) == 6
-    for row, name in enumerate(train_records.names):
-        i = int(name.split(":")[1]) - 1  # Record i is line i + 1.
+    numbers = train_records.batched(8).batch(0).records
+    assert set(numbers[:6]) == set(range(6)) and len(tokens) == 8
+    for row, number in enumerate(numbers):
+        i = int(train_records.names[number].split(":")[1]) - 1  # Record i is line i + 1.
         question = chat.prompt(f"which of {i} ?", images=4)
         np.testing.assert_array_equal(asked.tokens[row][asked.present[row]], question)
         np.testing.assert_array_equal(tokens[row][present[row]], chat.answer(str(i)))
@@ -159,7 +161,8 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     (row,) = rows(tmp_path / "sft")
     assert row["loss/answer"] < 4
     # RL begins with what was learned, and both can be evaluated from what was stored.
-    before, after = trained.warm_start.carry.learner.params, trained.tuned.carry.learner.params
+    before = evaluate.restore_tokens(tmp_path / "sft", "latest")[1][0]
+    after = trained.tuned.carry.learner.params
     assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh(config)) > 0.05
     page = (tmp_path / "samples.html").read_text()
     assert page.count("<img") == 2 and "of 2 answers are the right one" in page
@@ -172,6 +175,48 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         held_out = open_split(config).heldout.batch(0)
         assert tuple(sample.question for sample in shown) == held_out.prompts
         assert tuple(sample.right for sample in shown) == held_out.answers
+
+
+def test_fine_tuning_reads_a_batch_at_a_time_and_goes_on_bitwise(make_config, tmp_path):
+    changes = {"algorithm": "sft", "sft__updates": 4, "sft__batch_size": 2,
+               "sft__updates_per_dispatch": 1, "sft__checkpoint_interval": 1}  # fmt: skip
+    config, largest = make_config(**changes), []
+    original, before = folder_lib.Records.read, jax.live_arrays()
+
+    def read(self, numbers):
+        others = {id(x) for x in before}
+        live = [x for x in jax.live_arrays() if x.shape[1:] == (16, 16, 3) and id(x) not in others]
+        largest.append((len(numbers), sum(len(x) for x in live)))
+        return original(self, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_lib.Records, "read", read)
+        whole = train(config, tmp_path / "whole")
+    # Held-out records are 2 too. On the device there are the batch and the one that is read ahead.
+    assert {count for count, _ in largest} == {2} and max(live for _, live in largest) <= 4
+    train(make_config(**changes | {"sft__updates": 2}), tmp_path / "half")
+    (tmp_path / "half" / "config.json").write_text((tmp_path / "whole/config.json").read_text())
+    parts = train(config, tmp_path / "half")
+    bitwise_equal(whole.warm_start.carry, parts.warm_start.carry)
+
+
+def test_held_out_records_are_answered_in_chunks(make_config, monkeypatch):
+    shown, answer, asked = [], TokenPolicy.answer, []
+
+    def counted(self, params, frozen, question, *args, **kwargs):
+        asked.append(len(question.tokens))
+        return answer(self, params, frozen, question, *args, **kwargs)
+
+    monkeypatch.setattr(TokenPolicy, "answer", counted)
+    for together in (4, 2):
+        config = make_config(run__eval_episodes=3, rl__questions=together)
+        made_of = token_models.halves(fresh(config), config, "rl")
+        shown.append(folder_factory.answered_samples(config, made_of, 24))
+        assert len(shown[-1]) == 3
+    assert asked == [3, 2]  # Of the three, two and one that is filled up.
+    for one, other in zip(*shown, strict=True):
+        assert one[1:] == other[1:]
+        np.testing.assert_array_equal(one.image, other.image)
 
 
 def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path, capfd):

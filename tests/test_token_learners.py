@@ -23,6 +23,7 @@ from mmrl_jax.rl.token_losses import PRESETS, TokenLoss
 from mmrl_jax.rollouts.generate import Generated, Sampling
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Words
+from mmrl_jax.training import token_stages
 from mmrl_jax.types import Transition
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -451,7 +452,7 @@ def turns():
         privileged={},
         metrics={},
     )
-    return batch, jax.tree.map(lambda x: x[:2], questions())
+    return token_ppo.one_completion(batch), jax.tree.map(lambda x: x[:2], questions())
 
 
 def with_value(reference=False):
@@ -473,8 +474,8 @@ def ppo_update(state=None, batch=None, **hyperparameters):
         optimiser=OPTIMISER,
         hyperparameters=token_ppo.Hyperparameters(**h | hyperparameters),
     )
-    given, last = turns()
-    return jit(step)(state or start, frozen, batch or given, last, jax.random.key(4))
+    given, last = (batch, None) if batch else turns()
+    return jit(step)(state or start, frozen, given, last, jax.random.key(4))
 
 
 def test_one_step_of_token_ppo_is_written_out():
@@ -487,9 +488,8 @@ def test_one_step_of_token_ppo_is_written_out():
             lambda x: x.reshape(-1, *x.shape[2:]), (batch.observation, batch.action)
         )
         found, value = POLICY.log_probs_and_values(
-            params, frozen, flat[0], flat[1].tokens[:, None], flat[1].present[:, None],
-            temperature=1.0,
-        )  # fmt: skip
+            params, frozen, flat[0], flat[1].tokens, flat[1].present, temperature=1.0
+        )
         return [x.reshape(mask.shape) for x in (found.log_prob, found.entropy, value)]
 
     first = jnp.zeros((2, 1, 1), jnp.int32)
@@ -503,15 +503,16 @@ def test_one_step_of_token_ppo_is_written_out():
 
     value, behind = values(state.params)
     advantage, target = advantages.token_advantages(
-        reward=batch.reward.at[1, 0].set(0.0),
-        value=value,
+        reward=batch.reward[..., 0].at[1, 0].set(0.0),
+        value=value[:, :, 0],
         last_value=behind[:, 0, 0],
-        present=batch.action.present,
-        terminated=batch.terminated,
+        present=batch.action.present[:, :, 0],
+        terminated=batch.terminated[..., 0],
         truncated=jnp.array([[1.0, 0.0], [0.0, 0.0]]),  # The first episode broke after one turn.
         discount=0.9,
         lambda_=0.8,
     )
+    advantage, target = (x[:, :, None] for x in (advantage, target))
     advantage = losses.normalise(advantage, mask)
 
     def loss(params):
@@ -535,3 +536,52 @@ def test_token_ppo_keeps_near_to_its_reference():
     assert float(metrics["policy/reference_kl"]) > 0
     with pytest.raises(ValueError, match="reduction"):
         ppo_update(loss=TokenLoss(reduction="sequence"))
+
+
+def test_token_ppo_learns_from_a_group_what_it_learns_from_its_answers_apart():
+    given = experience()
+    together = token_stages.single_turns(given)
+    # Each answer with a copy of its prompt; what follows has no influence, for nothing does.
+    asked = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), given.question)
+    apart = together.replace(
+        observation=jax.tree.map(lambda x: x[None], asked),
+        **{
+            name: jax.tree.map(lambda x: x.reshape(1, 12, 1, *x.shape[3:]), getattr(together, name))
+            for name in ("action", "reward", "terminated", "truncated", "valid")
+        },
+    )
+    (one, _), (other, _) = ppo_update(batch=together, accumulate=2), ppo_update(batch=apart)
+    assert largest_difference(one.params, with_value()[0].params) > 1e-3
+    assert largest_difference(one.params, other.params) < 2e-6
+
+
+class Recorded(token_learner.TokenPolicy):
+    """Notes the questions and answers of every pass that is traced."""
+
+    def log_probs_and_values(self, params, frozen, question, tokens, present, **kwargs):
+        passes.append((len(question.images), *tokens.shape[:2]))
+        return super().log_probs_and_values(params, frozen, question, tokens, present, **kwargs)
+
+
+passes = []
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    # 4 questions with 3 answers each; 2 turns of 2 episodes, and the question after them.
+    [("single", (1, 1, 3)), ("turns", (1, 1, 1))],
+)
+def test_no_pass_of_token_ppo_is_over_more_than_a_part(batch, expected):
+    given, last = turns() if batch == "turns" else (token_stages.single_turns(experience()), None)
+    hyperparameters = token_ppo.Hyperparameters(
+        discount=0.9, gae_lambda=0.8, loss=TokenLoss(kl_weight=0.1), value_clip=None,
+        value_weight=0.5, entropy_weight=0.01, temperature=1.0,
+        epochs=1, minibatches=2, accumulate=2,
+    )  # fmt: skip
+    policy = Recorded(**{f.name: getattr(POLICY, f.name) for f in dataclasses.fields(POLICY)})
+    step = functools.partial(
+        token_ppo.update, policy=policy, optimiser=OPTIMISER, hyperparameters=hyperparameters
+    )
+    passes.clear()
+    jax.eval_shape(step, *with_value(reference=True), given, last, jax.random.key(4))
+    assert len(passes) > 2 and set(passes) == {expected}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
+from experiments import evaluate
 from experiments.train import train
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained import chat, packages
@@ -50,6 +51,11 @@ def make_variables(config):
     return token_models.make_variables(config, question_factory.make_parts(config).model)
 
 
+def aligned_params(workdir):
+    """What fine-tuning trained, from its checkpoint: a run keeps no copy of it beside RL's."""
+    return evaluate.restore_tokens(workdir / "sft", "latest")[1][0]
+
+
 def by_path(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
@@ -64,11 +70,11 @@ def bitwise_equal(a, b):
 
 
 def test_each_stage_moves_what_it_trains_and_nothing_else(run, directory):
-    trained, _ = run
+    trained, workdir = run
     config = make_config(directory)
     assert [result.updates for result in trained.results] == [4, 4]
     before = by_path(make_variables(config))
-    aligned = by_path(trained.warm_start.carry.learner.params)
+    aligned = by_path(aligned_params(workdir))
     tuned = by_path(trained.tuned.carry.learner.params)
     assert aligned.keys() == {path for path in before if path.startswith("params/vision/")}
     assert tuned.keys() == {path for path in before if path.startswith("lora/")}
@@ -76,16 +82,13 @@ def test_each_stage_moves_what_it_trains_and_nothing_else(run, directory):
 
 
 def test_frozen_are_the_aligned_eyes_and_the_language_model_on_disk(run, directory):
-    trained, _ = run
-    config = make_config(directory)
-    stage = question_factory.rl_stage(
-        config, factory.make_mesh(config), start=trained.warm_start.carry.learner.params
-    )
+    _, workdir = run
+    config, aligned = make_config(directory), aligned_params(workdir)
+    stage = question_factory.rl_stage(config, factory.make_mesh(config), start=aligned)
     carry, shardings = loop.start(stage)
     carry, _ = loop.make_dispatch(stage.update, 1, shardings)(carry, stage.data)
     assert carry.learner.steps == 1
     read = {"params": {"language": ours.load_language_model(directory).params["params"]}}
-    aligned = trained.warm_start.carry.learner.params
     bitwise_equal(by_path(stage.data), by_path(read) | by_path(aligned))
 
 

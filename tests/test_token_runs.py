@@ -1,6 +1,5 @@
 """Runs of token policies: configs, resuming, what is refused, and what is logged."""
 
-import dataclasses
 import json
 
 import jax
@@ -12,7 +11,7 @@ from experiments import train as train_script
 from experiments.evaluate import evaluate
 from experiments.train import train
 from mmrl_jax.training import agent_factory, factory, metrics, question_factory, token_models
-from tests import tiny
+from tests import live_arrays, tiny
 
 
 def bitwise_equal(a, b):
@@ -58,8 +57,12 @@ def test_every_config_trains(name, changes, tmp_path):
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
     whole = train(tiny.token_config(), tmp_path / "whole")
-    train(tiny.token_config(run__updates=2), tmp_path / "parts")
-    parts = train(tiny.token_config(), tmp_path / "parts")
+    with live_arrays.shares_of_runs() as shares:
+        train(tiny.token_config(run__updates=2), tmp_path / "parts")
+        parts = train(tiny.token_config(), tmp_path / "parts")
+    # Parameters, Adam's two moments and the reference, on each stage and on resume: no dead copy.
+    assert {name for name, _ in shares} == {"sft", "dapo"}
+    assert max(share for _, share in shares) <= 1.1, shares
     assert parts.tuned.updates == 4
     bitwise_equal(whole.tuned.carry, parts.tuned.carry)
 
@@ -73,7 +76,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
         ({"rl__group": 1}, "rl.group=1, but algorithm='grpo'"),
         ({"rl__group": 2, "grpo__pass_at_k": 3}, "grpo.pass_at_k=3 is above rl.group=2"),
         ({"rl__group": 4, "rl__pack_rows": 4}, "rl.pack_rows=4.*'grpo' learns from 4 answers"),
-        ({"algorithm": "token_ppo", "rl__pack_rows": 1}, "'token_ppo' learns from 1 answers"),
+        ({"algorithm": "token_ppo", "rl__pack_rows": 2}, "'token_ppo' learns from 2 answers"),
         ({"rl__reference_decay": 1.5}, "'rl.reference_decay' is 1.5"),
         ({"model__patch": 7}, "model.patch=7"),
         ({"model__heads": 16}, "model.heads=16"),
@@ -123,8 +126,11 @@ def test_an_agent_trains_and_goes_on_where_it_was_stopped(name, tmp_path):
     assert np.isfinite(last["loss/total"]) and 0 <= last["answer/malformed"] <= 1
     assert 0 <= last["eval/train/success"] <= 1
     assert "final/train/success" in json.loads((tmp_path / "whole/summary.json").read_text())
-    train(tiny.agent_config(name, run__updates=2), tmp_path / "parts")
-    parts = train(tiny.agent_config(name), tmp_path / "parts")
+    with live_arrays.shares_of_runs() as shares:
+        train(tiny.agent_config(name, run__updates=2), tmp_path / "parts")
+        parts = train(tiny.agent_config(name), tmp_path / "parts")
+    assert len({stage for stage, _ in shares}) == 2
+    assert max(share for _, share in shares) <= 1.1, shares
     bitwise_equal(whole.tuned.carry, parts.tuned.carry)
 
 
@@ -143,13 +149,13 @@ def test_a_stage_is_evaluated_from_its_checkpoint(tmp_path):
     trained = train(config, tmp_path)
     logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)[-1]
     assert {"eval/train/easy/accuracy", "eval/train/hard/accuracy_lo"} <= logged.keys()
+    # Beside RL no copy of what fine-tuning learned is kept: alone it learns the same.
+    config.algorithm = "sft"
+    alone = train(config, tmp_path / "alone")
     measure = question_factory.make_measure(config, episodes=16)
-    for place, which in (
-        (tmp_path, trained),
-        (tmp_path / "sft", dataclasses.replace(trained, tuned=None)),
-    ):
+    for place, which in ((tmp_path, trained), (tmp_path / "sft", alone)):
         table = evaluate(place, which="latest", split="train", episodes=16)
-        expected = measure(train_script.acting(config, which), "train")
+        expected = measure((which.results[-1].carry.learner.params, which.frozen), "train")
         assert table["train/accuracy"] == expected["accuracy"]
         assert table["train/blind_accuracy"] == expected["blind_accuracy"]
         assert table["train/hard/accuracy"] == expected["hard/accuracy"]
@@ -201,10 +207,11 @@ def test_pictures_are_swapped_when_asked_for():
     seen = []
 
     def answer(_, question, rng):
-        seen.append(question.images)
-        return np.zeros((8, 1, 2), np.int32), np.zeros((8, 1, 2), bool)
+        seen.append(np.asarray(question.images))
+        return np.zeros((4, 1, 2), np.int32), np.zeros((4, 1, 2), bool)
 
-    evaluator._answer, evaluator._run = answer, evaluator._evaluate
+    evaluator._answer = answer
     evaluator(made_of, "train"), evaluator(made_of, "train", swapped=True)
-    np.testing.assert_array_equal(seen[1], np.roll(seen[0], 1, axis=0))
-    assert np.abs(seen[0].astype(int) - seen[1]).max() > 0
+    shown, swapped = np.concatenate(seen[:2]), np.concatenate(seen[2:])
+    np.testing.assert_array_equal(swapped, np.roll(shown, 1, axis=0))
+    assert np.abs(shown.astype(int) - swapped).max() > 0

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 
-from experiments import export
+from experiments import evaluate, export
 from experiments.train import train
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.models import lora
@@ -299,7 +299,8 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
     )  # fmt: skip
     trained = train(config, tmp_path / "run")
     assert [result.updates for result in trained.results] == [2, 2]
-    aligned = by_path(trained.warm_start.carry.learner.params)
+    start = evaluate.restore_tokens(tmp_path / "run" / "sft", "latest")[1][0]
+    aligned = by_path(start)
     tuned = by_path(trained.tuned.carry.learner.params)
     assert any(path.startswith("params/vision/projector") for path in aligned)
     assert any(path.startswith("value/") for path in tuned)
@@ -310,9 +311,7 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
     written = {"which": "latest", "dtype": np.float32}
     export.export(tmp_path / "run", tmp_path / "tuned", adapter=False, **written)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "tuned")
-    stage = question_factory.rl_stage(
-        config, factory.make_mesh(config), start=trained.warm_start.carry.learner.params
-    )
+    stage = question_factory.rl_stage(config, factory.make_mesh(config), start=start)
     compare(trained.tuned.carry.learner.params, stage.data, config, processor, theirs.eval())
     for stage in ("run", "run/sft"):
         with pytest.raises(ValueError, match=r"the run trained \['lora', 'params'\]"):

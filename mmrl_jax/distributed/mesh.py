@@ -62,6 +62,18 @@ def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, DATA))
 
 
+def put_batch(tree: Any, *, mesh: Mesh) -> Any:
+    """Puts a batch [N, ...] of the host on the devices, split along axis 0; they divide N."""
+    return jax.device_put(tree, batch_sharding(mesh, 0))
+
+
+def replicated_shapes(tree: Any, *, mesh: Mesh) -> Any:
+    """Shapes and dtypes of a tree of arrays that have a whole copy on every device."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree
+    )
+
+
 def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
     """Inside `jit`: splits axis 0 of a batch [N, ...] over the devices, each learns its part.
 

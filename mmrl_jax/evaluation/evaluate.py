@@ -7,10 +7,13 @@ from typing import Any, Literal
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
+from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation import statistics
+from mmrl_jax.evaluation.chunks import chunk_size
 from mmrl_jax.rendering import render
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
 
@@ -33,9 +36,13 @@ class Episodes:
     length: jax.Array
 
 
-def start(env: Env, rng: jax.Array, *, episodes: int) -> State:
-    """N = `episodes` environments at the start of an episode; the i-th does not depend on N."""
-    return env.reset(jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(episodes)))
+def start(env: Env, rng: jax.Array, *, episodes: int, first: jax.Array | int = 0) -> State:
+    """N = `episodes` environments at the start of an episode, from the `first` on.
+
+    The i-th of all does not depend on how many there are.
+    """
+    numbers = first + jnp.arange(episodes)
+    return env.reset(jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers))
 
 
 def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Episodes:
@@ -66,13 +73,16 @@ class Evaluator:
     """Evaluates policies of one kind on the splits of an environment, each on the same episodes.
 
     A split decides what `reset` draws and nothing else, and what a policy is made of is data: one
-    compiled program serves all policies, splits and hidden modalities.
+    compiled program serves all policies, splits and hidden modalities. The environments that step
+    together are split over the devices; those that fill up the last ones are not counted.
 
     Args:
       make_env: split -> batched environment.
       policy: what a policy is made of -> policy function; a learner, say.
       rng: key of the episodes and of the policy.
       episodes: N.
+      mesh: whose devices share the work.
+      together: the most environments that step at once; None: all.
     """
 
     def __init__(
@@ -82,33 +92,51 @@ class Evaluator:
         rng: jax.Array,
         *,
         episodes: int,
+        mesh: Mesh | None = None,
+        together: int | None = None,
     ):
         self._make_env, self._policy, self._episodes = make_env, policy, episodes
+        self._mesh = mesh or mesh_lib.make_mesh(1)
+        self._size = chunk_size(episodes, together or episodes, devices=self._mesh.size)
         self._start_key, self._policy_key = jax.random.split(rng)
-        self._starts: dict[str, State] = {}
+        self._starts: dict[str, Any] = {}
         self._run: Any = None
 
     def __call__(self, made_of: Any, split: str, hidden: Modality | None = None) -> Episodes:
         """Runs the policy on `split`; see `hide` for `hidden`. Returns numpy arrays."""
         if split not in self._starts:
             env = self._make_env(split)
-            begin = functools.partial(start, env, episodes=self._episodes)
-            self._starts[split] = jax.jit(begin)(self._start_key)
+            self._starts[split] = jax.jit(functools.partial(start, env, episodes=self._size))
             self._run = self._run or jax.jit(functools.partial(self._evaluate, env))
-        state = self._starts[split]
-        if hidden is not None:
-            _check_hideable(state, hidden)
         index = jnp.int32(-1 if hidden is None else MODALITIES.index(hidden))
-        return jax.device_get(self._run(state, made_of, self._policy_key, index))
+        found = []
+        for first in range(0, self._episodes, self._size):
+            state = self._starts[split](self._start_key, first=first)
+            count = min(self._size, self._episodes - first)
+            if hidden is not None:
+                _check_hideable(state, hidden, count)
+            episodes = self._run(state, made_of, self._policy_key, index, jnp.int32(count))
+            found.append(jax.device_get(episodes))
+        return jax.tree.map(lambda *x: np.concatenate(x)[: self._episodes], *found)
 
     def _evaluate(
-        self, env: Env, state: State, made_of: Any, rng: jax.Array, hidden: jax.Array
+        self,
+        env: Env,
+        state: State,
+        made_of: Any,
+        rng: jax.Array,
+        hidden: jax.Array,
+        count: jax.Array,
     ) -> Episodes:
+        # XLA replicates arrays without elements, whatever is asked for.
+        state = jax.tree.map(
+            lambda x: mesh_lib.constrain_batch(x, mesh=self._mesh) if x.size else x, state
+        )
         policy = self._policy(made_of)
         if self._episodes > 1:
             for i, modality in enumerate(MODALITIES):
                 if modality in state.obs:
-                    policy = hide(policy, modality, hidden == i)
+                    policy = hide(policy, modality, hidden == i, count)
         return evaluate(env, state, policy, rng)
 
 
@@ -132,7 +160,10 @@ def describe(episodes: Episodes) -> dict[str, float]:
 
 
 def hide(
-    policy: PolicyFunction, modality: Modality, when: jax.Array | bool = True
+    policy: PolicyFunction,
+    modality: Modality,
+    when: jax.Array | bool = True,
+    count: jax.Array | None = None,
 ) -> PolicyFunction:
     """The policy, given another environment's input for one modality.
 
@@ -143,15 +174,19 @@ def hide(
       policy: see `rollouts.unroll`.
       modality: the one to hide.
       when: bool [], may be traced: one compiled program then serves with and without.
+      count: int32 [], the environments that count; they are the first ones, and are given each
+        other's input. None: all.
 
     Raises:
       ValueError: the observation has no such modality, or the batch no other environment.
     """
 
     def blind(state: State, rng: jax.Array) -> Decision:
-        _check_hideable(state, modality)
+        environments = state.done.shape[0]
+        _check_hideable(state, modality, environments)
+        other = (jnp.arange(environments) - 1) % (environments if count is None else count)
         right = state.obs[modality]
-        given = jax.tree.map(lambda x: jnp.where(when, jnp.roll(x, 1, axis=0), x), right)
+        given = jax.tree.map(lambda x: jnp.where(when, x[other], x), right)
         return policy(state.replace(obs=state.obs | {modality: given}), rng)
 
     return blind
@@ -191,10 +226,10 @@ def film(
     return first, jnp.concatenate([frame[None], frames])
 
 
-def _check_hideable(state: State, modality: Modality) -> None:
+def _check_hideable(state: State, modality: Modality, count: int) -> None:
     if modality not in state.obs:
         raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
-    if state.done.shape[0] < 2:
+    if count < 2:
         raise ValueError(
             f"{modality!r} cannot be hidden in a batch of 1, which has no other environment's "
             f"input: evaluate at least 2 episodes."

@@ -1,13 +1,16 @@
 """Evaluation of a token policy: answers to a fixed set of questions, with pictures swapped."""
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
+from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation import statistics
+from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.tasks.question import Question, Score, Task
 
 # (what a policy is made of, questions [B], key) -> tokens and which are present, [B, 1, T].
@@ -51,16 +54,33 @@ class Sample(NamedTuple):
 class QuestionEvaluator:
     """Evaluates policies of one kind on the splits of a task, each on the same questions.
 
+    One compiled program answers the questions of all splits, a chunk at a time, which is split over
+    the devices.
+
     Args:
       task: asks and scores.
       answer: the policy, one answer to each question.
       rng: key of the questions.
       questions: N.
+      mesh: whose devices share the work.
+      together: the most questions that are answered at once.
     """
 
-    def __init__(self, task: Task, answer: Answer, rng: jax.Array, *, questions: int):
-        self._task, self._answer, self._rng, self._questions = task, answer, rng, questions
-        self._run = jax.jit(self._evaluate, static_argnames="split")
+    def __init__(
+        self,
+        task: Task,
+        answer: Answer,
+        rng: jax.Array,
+        *,
+        questions: int,
+        mesh: Mesh,
+        together: int,
+    ):
+        self._task, self._rng, self._questions = task, rng, questions
+        self._mesh, self._together = mesh, together
+        self._sample = jax.jit(task.sample, static_argnums=(1, 2))
+        self._answer = jax.jit(answer)
+        self._score = jax.jit(functools.partial(task.texts.score, penalty=0.0))
 
     def __call__(self, made_of: Any, split: str, *, swapped: bool = False) -> Answered:
         """The questions of a split and the answers of a policy, in numpy.
@@ -71,9 +91,18 @@ class QuestionEvaluator:
           swapped: every question is asked about another question's picture: how well one answers
             without looking.
         """
-        found = self._run(made_of, self._rng, jnp.asarray(swapped), split=split)
-        question, *rest = jax.tree.map(np.asarray, found)
-        return Answered(question, *jax.tree.map(lambda x: x[:, 0], rest))
+        asked = jax.device_get(self._sample(self._rng, self._questions, split))
+        shown = asked
+        if swapped:
+            shown = asked._replace(images=np.roll(asked.images, 1, axis=0))
+
+        def answer(chunk: Question) -> tuple[jax.Array, jax.Array]:
+            chunk = mesh_lib.put_batch(chunk, mesh=self._mesh)
+            return self._answer(made_of, chunk, self._rng)
+
+        tokens, present = in_chunks(answer, shown, most=self._together, devices=self._mesh.size)
+        score = jax.device_get(self._score(asked, tokens, present))
+        return Answered(asked, *jax.tree.map(lambda x: x[:, 0], (tokens, present, score)))
 
     def samples(self, made_of: Any, split: str, count: int) -> list[Sample]:
         """The first questions of a split as texts, with the answers of a policy."""
@@ -88,15 +117,6 @@ class QuestionEvaluator:
             )
             for i in range(min(count, self._questions))
         ]
-
-    def _evaluate(
-        self, made_of: Any, rng: jax.Array, swapped: jax.Array, *, split: str
-    ) -> Answered:
-        asked = self._task.sample(rng, self._questions, split)
-        images = jnp.where(swapped, jnp.roll(asked.images, 1, axis=0), asked.images)
-        tokens, present = self._answer(made_of, asked._replace(images=images), rng)
-        score = self._task.texts.score(asked, tokens, present, penalty=0.0)
-        return Answered(asked, tokens, present, score)
 
 
 def describe(score: Score) -> dict[str, float]:

@@ -1,14 +1,15 @@
 """PPO over tokens (Ouyang et al., 2022, arXiv 2203.02155): every token is a step, with a value.
 
-    questions [T, B] -> answers [T, B, L] -> rewards [T, B] -> advantages [T, B, L]
+    questions [T, B] -> answers [T, B, G, L] -> rewards [T, B, G] -> advantages [T, B, G, L]
 
-A question with one answer is an episode of one turn; an agent that writes its actions has as many
-as its environment has steps.
+A question with G answers is G episodes of one turn that share the pass over their prompt; an agent
+that writes its actions has as many turns as its environment has steps, with one answer each.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -39,6 +40,7 @@ class Hyperparameters:
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide T * B.
       accumulate: parts of a minibatch whose gradients are added up; must divide what that leaves.
+        A pass of the model is never over more than such a part.
     """
 
     discount: float
@@ -60,7 +62,7 @@ class Hyperparameters:
 class _Sample(NamedTuple):
     question: Question
     answers: Generated
-    advantage: jax.Array  # [..., L], as those below.
+    advantage: jax.Array  # [..., G, L], as those below.
     target: jax.Array
     mask: jax.Array  # 1 for the tokens of turns that were taken.
     old: jax.Array | None  # Log-probs before the update; None for a single step.
@@ -68,11 +70,19 @@ class _Sample(NamedTuple):
     reference: jax.Array | None  # Log-probs.
 
 
+def one_completion(batch: Transition) -> Transition:
+    """Turns with an answer each, [T, B], as turns with groups of one, [T, B, 1]."""
+    names = ("action", "reward", "terminated", "truncated", "valid")
+    return batch.replace(
+        **jax.tree.map(lambda x: x[:, :, None], {name: getattr(batch, name) for name in names})
+    )
+
+
 def update(
     state: TokenState,
     frozen: Any,
     batch: Transition,
-    last: Question,
+    last: Question | None,
     rng: jax.Array,
     *,
     policy: TokenPolicy,
@@ -85,9 +95,11 @@ def update(
     Args:
       state: the learner, whose parameters drew the answers and hold a value head.
       frozen: the other half of the model's variables.
-      batch: of T turns of B episodes; its observation is a Question [T, B, ...], its action a
-        Generated [T, B, L]; `log_prob`, `value` and `privileged` are not read.
-      last: the question [B, ...] after the last turn.
+      batch: of T turns of B questions with G answers; its observation is a Question [T, B, ...],
+        its action a Generated [T, B, G, L], its reward, ends and `valid` are float32 [T, B, G];
+        `log_prob`, `value` and `privileged` are not read.
+      last: the question [B, ...] after the last turn, where G is 1; None where every episode
+        terminates with its last turn, so that nothing of what follows is asked.
       rng: key of the shuffles.
       policy: the model.
       optimiser: the one whose state the learner holds.
@@ -96,6 +108,9 @@ def update(
 
     Returns:
       The new learner, and metrics: means over the optimiser steps that were taken.
+
+    Raises:
+      ValueError: there is a `last` question, but G is not 1.
     """
     h, valid = hyperparameters, batch.valid
     read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
@@ -105,13 +120,13 @@ def update(
         """The part's share of the loss of a minibatch that has `whole` tokens."""
         log_prob, entropies, value = read(params, part.question, part.answers)
         sums = token_loss_sums(
-            log_prob,
-            part.old,
-            part.advantage,
-            part.mask,
+            _flat(log_prob),
+            _flat(part.old),
+            _flat(part.advantage),
+            _flat(part.mask),
             h.loss,
-            reference_log_prob=part.reference,
-            rollout_log_prob=part.answers.log_probs,
+            reference_log_prob=_flat(part.reference),
+            rollout_log_prob=_flat(part.answers.log_probs),
         )
 
         def mean(x: jax.Array) -> jax.Array:
@@ -153,45 +168,63 @@ def _read(
     frozen: Any,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probs, entropies and values, float32 [N, L], of one answer to each of N questions."""
-    tokens, present = answers.tokens[:, None], answers.present[:, None]
+    """Log-probs, entropies and values, float32 [N, G, L], of G answers to each of N questions."""
     found, value = policy.log_probs_and_values(
-        params, frozen, question, tokens, present, temperature=temperature
+        params, frozen, question, answers.tokens, answers.present, temperature=temperature
     )
-    return found.log_prob[:, 0], found.entropy[:, 0], value[:, 0]
+    return found.log_prob, found.entropy, value
+
+
+def _flat(tree: Any) -> Any:
+    """[N, G, L] to [N * G, L]."""
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tree)
 
 
 def _samples(
     state: TokenState,
     batch: Transition,
-    last: Question,
+    last: Question | None,
     read: Callable[[Params, Question, Generated], tuple[jax.Array, jax.Array, jax.Array]],
     hyperparameters: Hyperparameters,
 ) -> _Sample:
     """What is learned from, [T, B, ...]."""
     h, valid = hyperparameters, batch.valid
     question, answers = batch.observation, cast(Generated, batch.action)
+    turns, count, group = valid.shape
+    parts = h.minibatches * h.accumulate
 
     def of_all(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        found = in_parts(
-            lambda part: read(params, *part),
-            flatten((question, answers)),
-            h.minibatches * h.accumulate,
-        )
-        return unflatten(found, len(valid))
+        found = in_parts(lambda part: read(params, *part), flatten((question, answers)), parts)
+        return unflatten(found, turns)
+
+    def last_value() -> jax.Array:
+        if last is None:
+            return jnp.zeros(count * group)
+        if group != 1:
+            raise ValueError(f"Every turn has {group} answers, but after only one is there a next.")
+        # The value before a first token is of the prompt alone, whatever the token.
+        first = jax.tree.map(lambda x: x[-1, :, :, :1], answers)
+        # The largest equal parts of B questions that are no more than are learned from at once.
+        size = math.gcd(count, turns * count // parts)
+        found = in_parts(lambda part: read(state.params, *part)[2], (last, first), count // size)
+        return found.reshape(count)
+
+    def episodes(x: jax.Array) -> jax.Array:
+        """[T, B, G, ...] to [T, B * G, ...]."""
+        return x.reshape(turns, -1, *x.shape[3:])
 
     old, _, value = of_all(state.params)
-    first = jax.tree.map(lambda x: x[-1, :, :1], answers)  # Its value is of the prompt alone.
-    advantage, target = advantages.token_advantages(
-        reward=jnp.where(valid > 0, batch.reward, 0.0),
-        value=value,
-        last_value=read(state.params, last, first)[2][:, 0],
-        present=answers.present,
-        terminated=batch.terminated,
-        truncated=advantages.cut(batch.terminated, batch.truncated, valid),
+    found = advantages.token_advantages(
+        reward=episodes(jnp.where(valid > 0, batch.reward, 0.0)),
+        value=episodes(value),
+        last_value=last_value(),
+        present=episodes(answers.present),
+        terminated=episodes(batch.terminated),
+        truncated=episodes(advantages.cut(batch.terminated, batch.truncated, valid)),
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
+    advantage, target = (x.reshape(value.shape) for x in found)
     mask = (answers.present & (valid > 0)[..., None]).astype(jnp.float32)
     return _Sample(
         question=question,

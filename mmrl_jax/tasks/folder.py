@@ -80,6 +80,16 @@ class Batch(NamedTuple):
     columns: tuple[dict[str, Any], ...]
     records: np.ndarray
 
+    def take(self, places: Sequence[int]) -> "Batch":
+        """The samples at these places of the batch."""
+        return Batch(
+            images=self.images[places],
+            prompts=tuple(self.prompts[i] for i in places),
+            answers=tuple(self.answers[i] for i in places),
+            columns=tuple(self.columns[i] for i in places),
+            records=self.records[places],
+        )
+
 
 class Records:
     """The good records of a source, shuffled anew in each epoch.
@@ -145,6 +155,10 @@ class Records:
         drawn = np.random.default_rng(self._seed).permutation(len(self))
         rest, held_out = np.sort(drawn[count:]), np.sort(drawn[:count])
         return self._of(rest, self._batch_size), self._of(held_out, count)
+
+    def batched(self, size: int) -> "Records":
+        """The same records in batches of another size."""
+        return self._of(np.arange(len(self)), size)
 
     def _of(self, numbers: np.ndarray, batch_size: int) -> "Records":
         """These records alone."""

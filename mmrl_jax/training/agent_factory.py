@@ -24,7 +24,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory, token_models, token_stages
 from mmrl_jax.training.config import one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.loop import Carry, Stage, Start
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -86,7 +86,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             "rl.num_envs * rl.unroll / rl.minibatches / rl.accumulate": turns
             // r.minibatches
             // r.accumulate,
-            "run.eval_episodes": config.run.eval_episodes,
         },
     )
     if config.algorithm == "sft" and not config.sft.updates:
@@ -176,9 +175,10 @@ def rl_stage(
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     optimisation = token_stages.make_optimisation(config)
     hyperparameters = token_stages.ppo_hyperparameters(config)
+    begin = Start(trained)
 
     def init() -> Carry:
-        learner = token_stages.rl_learner(config, trained, optimisation.optimiser)
+        learner = token_stages.rl_learner(config, begin(), optimisation.optimiser)
         carry = token_stages.fresh_carry(config, learner, 4)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(carry.rng, 0), jnp.arange(r.num_envs)
@@ -202,9 +202,11 @@ def rl_stage(
         learner, learned = token_ppo.update(
             carry.learner,
             frozen,
-            batch.replace(
-                observation=jax.vmap(interface.ask)(batch.observation),
-                reward=batch.reward - r.penalty * malformed,
+            token_ppo.one_completion(
+                batch.replace(
+                    observation=jax.vmap(interface.ask)(batch.observation),
+                    reward=batch.reward - r.penalty * malformed,
+                )
             ),
             interface.ask(env_state.obs),
             learn_key,
@@ -226,6 +228,7 @@ def rl_stage(
     return Stage(
         name=config.algorithm,
         init=init,
+        release=begin.release,
         update=update,
         data=frozen,
         env_steps_per_update=r.num_envs * r.unroll,
@@ -248,7 +251,12 @@ def make_evaluator(
         return agent_policy(model.policy, made_of, interface, Sampling(temperature=0.0))
 
     return Evaluator(
-        lambda split: factory.make_env(config, split=split), policy, rng, episodes=episodes
+        lambda split: factory.make_env(config, split=split),
+        policy,
+        rng,
+        episodes=episodes,
+        mesh=factory.make_mesh(config),
+        together=config.rl.num_envs,
     )
 
 

@@ -26,7 +26,7 @@ from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import control_models
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.loop import Carry, Stage, Start
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 SCHEMA: config_lib.Schema = {
@@ -310,15 +310,17 @@ def cloning_stage(
         ),
     )
 
+    begin, stream = Start(start), 2 if start is None else 3
+
     def init() -> Carry:
-        learner = start
+        learner = begin()
         if learner is None:
             learner = control_models.fresh_learner(config, env, optimiser)
             proprio = data.observation["proprio"]
             counted = jnp.ones(proprio.shape[:-1])
             seen = normalisation.update(learner.statistics, proprio, counted)
             learner = learner.replace(statistics=seen)
-        rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 2 if start is None else 3)
+        rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), stream)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
     def update(carry: Carry, data: bc.Demonstrations) -> tuple[Carry, Metrics]:
@@ -329,6 +331,7 @@ def cloning_stage(
     return Stage(
         name=name,
         init=init,
+        release=begin.release,
         update=update,
         data=jax.device_put(data, mesh_lib.replicated(mesh)),
         updates=updates or warm.updates,
@@ -411,14 +414,15 @@ def ppo_stage(
     """PPO, from scratch or from the parameters and statistics of a cloned learner."""
     p, env = config.ppo, make_env(config)
     act, learn, optimiser = ppo_parts(config, mesh)
+    begin = Start(start)
 
     def init() -> Carry:
-        learner = control_models.fresh_learner(config, env, optimiser)
-        if start is not None:
+        learner, cloned = control_models.fresh_learner(config, env, optimiser), begin()
+        if cloned is not None:
             learner = learner.replace(
-                params=start.params,
-                opt_state=optimiser.init(start.params),
-                statistics=start.statistics,
+                params=cloned.params,
+                opt_state=optimiser.init(cloned.params),
+                statistics=cloned.statistics,
             )
         learner = learner.replace(params=control_models.with_std(learner.params, p.initial_std))
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 4)
@@ -439,6 +443,7 @@ def ppo_stage(
     return Stage(
         name="ppo",
         init=init,
+        release=begin.release,
         update=update,
         data=None,
         env_steps_per_update=p.num_envs * p.unroll,
@@ -488,7 +493,13 @@ def make_evaluator(
     def policy(learner: LearnerState) -> PolicyFunction:
         return policy_function(apply, learner, deterministic=True)
 
-    return Evaluator(lambda split: make_env(config, split=split), policy, rng, episodes=episodes)
+    return Evaluator(
+        lambda split: make_env(config, split=split),
+        policy,
+        rng,
+        episodes=episodes,
+        mesh=make_mesh(config),
+    )
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

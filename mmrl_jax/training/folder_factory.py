@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.evaluation.statistics import bootstrap_interval
 from mmrl_jax.learners import grpo
@@ -45,6 +46,7 @@ from mmrl_jax.training.folder_data import (
     tell_rejected,
 )
 from mmrl_jax.training.loop import Carry, HostUpdate, Stage
+from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -88,7 +90,7 @@ SCHEMA: config_lib.Schema = {
         "timeout_s": positive(float, "seconds for one call"),
     },
     "model": token_models.MODEL,
-    # On the records' answers; the pictures of all of them lie in the device's memory then.
+    # On the records' answers.
     "sft": token_stages.SFT,
     "rl": {
         "questions": positive(int, "learned from in an update"),
@@ -238,14 +240,14 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
 def make_ask(
     config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh
 ) -> Callable[[Batch], Question]:
-    """A function that puts the B questions of a batch on every device of a mesh."""
+    """A function that splits the B questions of a batch over the devices of a mesh."""
     length, images = config.folder.prompt_tokens, parts.images
 
     def ask(batch: Batch) -> Question:
         tokens, present = prompt_rows(parts.chat, batch.prompts, length=length, images=images)
         unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
         arrays = tokens, present, batch.images, *(unnamed,) * 4
-        return Question(*jax.device_put(arrays, mesh_lib.replicated(mesh)))
+        return Question(*mesh_lib.put_batch(arrays, mesh=mesh))
 
     return ask
 
@@ -261,15 +263,19 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     records = open_records(config, parts)
     tell_records(config, records)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
-    measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
-    batch = records.train.read(range(len(records.train)))
-    length = config.folder.answer_tokens
-    tokens, present = answer_rows(parts.chat, batch.answers, length=length)
+    measure = _make_measure(_make_greedy(config, parts, mesh, records.heldout, ask, scorer))
+    train = records.train.batched(config.sft.batch_size)
+
+    def labels(update: int) -> token_stages.Labels:
+        batch = train.batch(update)
+        rows = answer_rows(parts.chat, batch.answers, length=config.folder.answer_tokens)
+        return ask(batch), *mesh_lib.put_batch(rows, mesh=mesh)
+
     return token_stages.sft_stage(
         config,
         mesh,
         parts.model,
-        (ask(batch), jnp.asarray(tokens), jnp.asarray(present)),
+        labels,
         evaluation=lambda frozen: token_stages.evaluation(measure, frozen, SPLIT),
         best_metric=BEST,
     )
@@ -310,22 +316,23 @@ def rl_stage(
         unscored = {"answer/unscored": 1 - jnp.mean(experience.scored)}
         return carry, metrics | grpo.describe(experience) | unscored
 
-    def placed(shapes: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
-        )
+    placed = functools.partial(mesh_lib.replicated_shapes, mesh=mesh)
+
+    def read(update: int) -> tuple[Batch, Question]:
+        batch = records.train.batch(update)
+        return batch, ask(batch)
 
     def on_host(carry: Carry, frozen: Any) -> HostUpdate:
-        asked = ask(records.train.batch(0))
+        _, asked = read(0)
         generating = generate.lower(carry.learner.params, frozen, asked, carry.rng, carry.updates)
         number = placed(np.empty((r.questions, r.group), np.float32))
         learned_from = Experience(asked, placed(generating.out_info), number, number)
         stepping = step.lower(carry, frozen, learned_from)
         generated, stepped = generating.compile(), stepping.compile()
+        batches = Prefetch(read, updates=config.run.updates)
 
         def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
-            batch = records.train.batch(int(jax.device_get(carry.updates)))
-            asked = ask(batch)
+            batch, asked = batches(int(jax.device_get(carry.updates)))
             answers = generated(carry.learner.params, frozen, asked, carry.rng, carry.updates)
             _, rewards = scorer(records.train, batch, answers)
             # NaN times a mask of 0 is NaN.
@@ -335,7 +342,7 @@ def rl_stage(
 
         return HostUpdate(update, placed(stepping.out_info[1]))
 
-    measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
+    measure = _make_measure(_make_greedy(config, parts, mesh, records.heldout, ask, scorer))
 
     return token_stages.make_stage(
         config,
@@ -395,12 +402,13 @@ Greedy = Callable[[tuple[Params, Any]], tuple[Batch, Scored]]
 
 def _greedy_of(config: ml_collections.ConfigDict) -> Greedy:
     """`_make_greedy` of a config alone."""
-    parts = make_parts(config)
+    parts, mesh = make_parts(config), make_mesh(config)
     return _make_greedy(
         config,
         parts,
+        mesh,
         open_records(config, parts).heldout,
-        make_ask(config, parts, make_mesh(config)),
+        make_ask(config, parts, mesh),
         make_scorer(config, parts.chat),
     )
 
@@ -408,20 +416,30 @@ def _greedy_of(config: ml_collections.ConfigDict) -> Greedy:
 def _make_greedy(
     config: ml_collections.ConfigDict,
     parts: Parts,
+    mesh: Mesh,
     records: Records,
     ask: Callable[[Batch], Question],
     scorer: Scorer,
 ) -> Greedy:
     """Both halves -> the first batch of these records, and the greedy answers to it, G = 1."""
     batch = records.batch(0)
-    asked = ask(batch)
+    most = token_stages.evaluated_together(config)
 
     @jax.jit
     def answer(made_of: tuple[Params, Any], asked: Question) -> Generated:
         greedy = Sampling(temperature=0.0)
         return parts.policy.answer(*made_of, asked, jax.random.key(0), group=1, sampling=greedy)
 
-    return lambda made_of: (batch, scorer(records, batch, answer(made_of, asked)))
+    def greedy(made_of: tuple[Params, Any]) -> tuple[Batch, Scored]:
+        answers = in_chunks(
+            lambda places: answer(made_of, ask(batch.take(places))),
+            np.arange(len(batch.records)),
+            most=most,
+            devices=mesh.size,
+        )
+        return batch, scorer(records, batch, answers)
+
+    return greedy
 
 
 def _make_measure(greedy: Greedy) -> Callable[[tuple[Params, Any], str], dict[str, float]]:

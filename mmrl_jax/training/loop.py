@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.training.alarms import Alarms
-from mmrl_jax.training.checkpoint import Checkpointer
+from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.types import Metrics
@@ -60,6 +60,30 @@ class HostUpdate(NamedTuple):
     metrics: dict[str, jax.ShapeDtypeStruct]
 
 
+class Start:
+    """Arrays that a fresh carry is made of, kept until it is; None where it needs none.
+
+    A closure over them would keep them beside the carry for as long as the run takes.
+    """
+
+    def __init__(self, arrays: Any):
+        self._arrays, self._released = arrays, False
+
+    def __call__(self) -> Any:
+        """The arrays.
+
+        Raises:
+          RuntimeError: they were released.
+        """
+        if self._released:
+            raise RuntimeError("The carry was made of this stage's start: build another stage.")
+        return self._arrays
+
+    def release(self) -> None:
+        """Lets go of them."""
+        self._arrays, self._released = None, self._arrays is not None or self._released
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of a run, as the factory builds it.
@@ -84,6 +108,8 @@ class Stage:
       console: metrics to show.
       shardings: carry -> shardings of a carry, for the mesh the stage runs on.
       on_host: instead of `update`: compiles the programs of an update for a carry and the data.
+      release: lets go of the arrays that `init` begins with, see `Start`; called once they are in a
+        carry, or are not needed for one.
     """
 
     name: str
@@ -102,6 +128,7 @@ class Stage:
     console: tuple[str, ...]
     shardings: Callable[[Any], Any]
     on_host: Callable[[Carry, Any], HostUpdate] | None = None
+    release: Callable[[], object] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +153,7 @@ class Result:
     """How a stage ended.
 
     Attributes:
-      carry: the last one.
+      carry: the last one, or None once a later stage has taken over what it needs of it.
       updates: updates done, those before a resume included.
       counters: see there; those before a resume included.
       earlier_s: the part of counters.total_s that was spent before this process resumed the stage.
@@ -134,7 +161,7 @@ class Result:
         be started. The checkpoint is saved.
     """
 
-    carry: Carry
+    carry: Carry | None
     updates: int
     counters: Counters
     earlier_s: float
@@ -208,15 +235,42 @@ def _mean_where(counted: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def start(stage: Stage) -> tuple[Carry, Any]:
-    """A fresh carry on the stage's devices, and its shardings.
+    """A fresh carry on the stage's devices, and its shardings; the stage's start is released.
 
     Its arrays are of strong types, so that nothing recompiles.
     """
     fresh = stage.init()
     shardings = stage.shardings(fresh)
-    strong = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), fresh)
-    # A copy: two leaves of a fresh state may be one buffer, which cannot be donated twice.
-    return jax.tree.map(jnp.copy, jax.device_put(strong, shardings)), shardings
+    leaves, structure = jax.tree.flatten(fresh)
+    del fresh
+    stage.release()
+    # Two leaves of a fresh state may be one buffer, which cannot be donated twice, so that each is
+    # copied; one at a time, which needs no memory for a second carry.
+    for i, sharding in enumerate(jax.tree.leaves(shardings)):
+        strong = jax.lax.convert_element_type(leaves[i], jnp.asarray(leaves[i]).dtype)
+        leaves[i] = jnp.copy(jax.device_put(strong, sharding))
+    return jax.tree.unflatten(structure, leaves), shardings
+
+
+def restore(stage: Stage, checkpointer: Checkpointer) -> tuple[Carry, Any, dict[str, Any], int]:
+    """The carry of the newest checkpoint, its shardings, what was stored with it, and its step.
+
+    There is a checkpoint. No fresh carry is made, and the stage's start is released before the
+    arrays are read.
+    """
+    # JAX keeps what it traced, and the arrays in it, for as long as the function lives: not `init`.
+    like = jax.eval_shape(lambda: stage.init())
+    shardings = stage.shardings(like)
+    stage.release()
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        like,
+        shardings,
+    )
+    restored = checkpointer.restore_latest(like)
+    assert restored is not None
+    carry, extra, step = restored
+    return carry, shardings, extra, step
 
 
 def run(
@@ -246,8 +300,6 @@ def run(
         because their loss or gradient is not; nothing of that dispatch is saved.
     """
     started = time.perf_counter()
-    carry, shardings = start(stage)
-    init_s = time.perf_counter() - started
     with (
         Checkpointer(
             workdir,
@@ -259,11 +311,15 @@ def run(
         ) as checkpointer,
         Terminated() as terminated,
     ):
-        restored = checkpointer.restore_latest(carry)
-        done, counters = 0, Counters()
-        if restored is not None:
-            carry, extra, done = restored
+        init_s, done, counters = 0.0, 0, Counters()
+        resumed = bool(saved_steps(workdir))
+        if resumed:
+            carry, shardings, extra, done = restore(stage, checkpointer)
             counters = Counters(**extra)
+        else:
+            init_start = time.perf_counter()
+            carry, shardings = start(stage)
+            init_s = time.perf_counter() - init_start
         earlier_s = counters.total_s
 
         def over() -> bool:
@@ -285,7 +341,7 @@ def run(
             workdir,
             total_steps=stage.updates,
             max_wall_s=max_seconds,
-            resume_step=done if restored is not None else None,
+            resume_step=done if resumed else None,
             console_names=stage.console,
             console_interval_s=log_interval_s,
             label=stage.name,

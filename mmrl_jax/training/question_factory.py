@@ -27,6 +27,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_models, token_stages
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
+from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
@@ -117,7 +118,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             "sft.batch_size": config.sft.batch_size,
             "rl.questions": config.rl.questions,
             **learned_together(config),
-            "run.eval_episodes": config.run.eval_episodes,
         },
     )
     if config.algorithm == "sft" and not config.sft.updates:
@@ -129,17 +129,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     token_models.check_halves(config, parts.model)
 
 
-def samples(config: ml_collections.ConfigDict) -> int:
-    """Of an update, to be cut into minibatches: PPO takes answers apart, the others questions."""
-    return config.rl.questions * (config.rl.group if config.algorithm == "token_ppo" else 1)
-
-
 def learned_together(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """The samples whose gradient is taken at once, by the fields that say how many."""
+    """The questions whose gradient is taken at once, by the fields that say how many."""
     r = config.rl
-    name = "rl.questions * rl.group" if config.algorithm == "token_ppo" else "rl.questions"
-    size = samples(config) // r.minibatches // r.accumulate
-    return {f"{name} / rl.minibatches / rl.accumulate": size}
+    return {
+        "rl.questions / rl.minibatches / rl.accumulate": r.questions
+        // r.minibatches
+        // r.accumulate
+    }
 
 
 def check_groups(config: ml_collections.ConfigDict) -> None:
@@ -149,7 +146,7 @@ def check_groups(config: ml_collections.ConfigDict) -> None:
       ValueError: names the field, its value and the remedy.
     """
     r = config.rl
-    if samples(config) % (r.minibatches * r.accumulate):
+    if r.questions % (r.minibatches * r.accumulate):
         raise ValueError(
             f"rl.minibatches={r.minibatches} * rl.accumulate={r.accumulate} does not divide "
             f"rl.questions={r.questions}."
@@ -161,12 +158,11 @@ def check_groups(config: ml_collections.ConfigDict) -> None:
         )
     if config.grpo.pass_at_k is not None and config.grpo.pass_at_k > r.group:
         raise ValueError(f"grpo.pass_at_k={config.grpo.pass_at_k} is above rl.group={r.group}.")
-    together = {"dpo": 2, "token_ppo": 1}.get(config.algorithm, r.group)
+    together = 2 if config.algorithm == "dpo" else r.group
     if r.pack_rows is not None and r.pack_rows >= together:
         raise ValueError(
             f"rl.pack_rows={r.pack_rows}, but algorithm={config.algorithm!r} learns from "
-            f"{together} answers to a question together; give "
-            + ("None." if together == 1 else "less, or None.")
+            f"{together} answers to a question together; give less, or None."
         )
 
 
@@ -304,7 +300,14 @@ def make_evaluator(
         )
         return answers.tokens, answers.present
 
-    return QuestionEvaluator(parts.task, answer, rng, questions=questions)
+    return QuestionEvaluator(
+        parts.task,
+        answer,
+        rng,
+        questions=questions,
+        mesh=make_mesh(config),
+        together=token_stages.evaluated_together(config),
+    )
 
 
 def answered_samples(

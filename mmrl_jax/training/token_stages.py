@@ -21,7 +21,8 @@ from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.factory import adam, run_fields, schedule
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.loop import Carry, HostUpdate, Stage, Start
+from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.token_models import TokenModel, halves, make_variables
 from mmrl_jax.types import Metrics, Params, Transition
 
@@ -109,6 +110,14 @@ def rl_learner(
     return token_learner.init(trained, optimiser=optimiser, with_reference=wanted)
 
 
+def evaluated_together(config: ml_collections.ConfigDict) -> int:
+    """The most questions that an evaluation answers at once: as many as training asks at once.
+
+    An evaluation then never needs more memory than the updates, however many records it is of.
+    """
+    return config.sft.batch_size if config.algorithm == "sft" else config.rl.questions
+
+
 def evaluation(
     measure: Callable[[Any, str], dict[str, float]], frozen: Any, split: str
 ) -> Callable[[TokenState], dict[str, float]]:
@@ -193,9 +202,9 @@ def make_learn(
         def learn(
             learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
-            batch, last = single_turns(experience)
+            batch = single_turns(experience)
             return token_ppo.update(
-                learner, frozen, batch, last, key, hyperparameters=stepping, **update
+                learner, frozen, batch, None, key, hyperparameters=stepping, **update
             )
 
     else:
@@ -219,16 +228,14 @@ def make_learn(
     return learn
 
 
-def single_turns(experience: Experience) -> tuple[Transition, Question]:
-    """Answers to questions as episodes of one turn each, [1, B * G], and what follows: anything."""
+def single_turns(experience: Experience) -> Transition:
+    """Groups of answers as episodes of one turn each, [1, B, G], to questions [1, B]."""
     question, answers, reward, scored = experience
-    group = reward.shape[1]
-    asked = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), question)
-    reward, valid = reward.reshape(1, -1), scored.reshape(1, -1)
+    reward, valid = reward[None], scored[None]
     zeros = jnp.zeros_like(reward)
-    batch = Transition(
-        observation=jax.tree.map(lambda x: x[None], asked),
-        action=jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), answers),
+    return Transition(
+        observation=jax.tree.map(lambda x: x[None], question),
+        action=jax.tree.map(lambda x: x[None], answers),
         log_prob=zeros,
         value=zeros,
         reward=reward,
@@ -238,7 +245,6 @@ def single_turns(experience: Experience) -> tuple[Transition, Question]:
         privileged={},
         metrics={},
     )
-    return batch, asked
 
 
 class Learning(NamedTuple):
@@ -247,11 +253,13 @@ class Learning(NamedTuple):
     Attributes:
       frozen: half of the model's variables, on every device.
       init: makes a fresh carry.
+      release: of the `Stage`.
       step: (carry, frozen half, answers with rewards, key) -> (carry after an update, metrics).
     """
 
     frozen: Any
     init: Callable[[], Carry]
+    release: Callable[[], object]
     step: Callable[[Carry, Any, Experience, jax.Array], tuple[Carry, Metrics]]
 
 
@@ -263,9 +271,10 @@ def make_learning(
     trained, frozen = halves(variables, config, "rl")
     optimisation = make_optimisation(config)
     learn = make_learn(config, mesh, model.policy, optimisation)
+    begin = Start(trained)
 
     def init() -> Carry:
-        learner = rl_learner(config, trained, optimisation.optimiser)
+        learner = rl_learner(config, begin(), optimisation.optimiser)
         return fresh_carry(config, learner, 3)
 
     def step(
@@ -276,7 +285,8 @@ def make_learning(
         metrics |= {"lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32)}
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
-    return Learning(jax.device_put(frozen, mesh_lib.replicated(mesh)), init, step)
+    frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+    return Learning(frozen, init, begin.release, step)
 
 
 def make_stage(
@@ -286,6 +296,7 @@ def make_stage(
     return Stage(
         name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
         init=learning.init,
+        release=learning.release,
         data=learning.frozen,
         env_steps_per_update=0,
         **run_fields(config.run),
@@ -294,53 +305,74 @@ def make_stage(
     )
 
 
+# Questions [B], the tokens of their answers, and which are there, [B, T].
+Labels = tuple[Question, jax.Array, jax.Array]
+
+
 def sft_stage(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     model: TokenModel,
-    labels: tuple[Question, jax.Array, jax.Array],
+    labels: Labels | Callable[[int], Labels],
     *,
     evaluation: Callable[[Any], Callable[[TokenState], dict[str, float]]],
     best_metric: str,
 ) -> Stage:
-    """Supervised fine-tuning on a fixed set of answered questions.
+    """Supervised fine-tuning on answered questions.
 
     Args:
       config: of the run.
       mesh: that it runs on.
       model: learns.
-      labels: questions [N], the tokens of their answers, and which are there, [N, T].
+      labels: a fixed set, which lies on every device; or what reads the batch of an update by its
+        number and puts it on the mesh, so that no more than two batches are in memory.
       evaluation: frozen half -> learner -> metrics.
       best_metric: by which the best checkpoint is chosen.
+
+    Returns:
+      The stage; its data is the frozen half, and the fixed set or None.
     """
     s = config.sft
     optimiser = adam(s.learning_rate, s.max_grad_norm)
     trained, frozen = halves(make_variables(config, model), config, "sft")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
+    begin = Start(trained)
 
     def init() -> Carry:
-        learner = token_learner.init(trained, optimiser=optimiser, with_reference=False)
+        learner = token_learner.init(begin(), optimiser=optimiser, with_reference=False)
         return fresh_carry(config, learner, 2)
 
-    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
-        frozen, labels = data
-        rng = jax.random.fold_in(carry.rng, carry.updates)
-        chosen = jax.random.randint(rng, (s.batch_size,), 0, len(labels[1]))
+    def step(carry: Carry, frozen: Any, labels: Labels) -> tuple[Carry, Metrics]:
         learner, metrics = sft.update(
             carry.learner,
             frozen,
-            *jax.tree.map(lambda x: x[chosen], labels),
+            *labels,
             policy=model.policy,
             optimiser=optimiser,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
+    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        frozen, labels = data
+        rng = jax.random.fold_in(carry.rng, carry.updates)
+        chosen = jax.random.randint(rng, (s.batch_size,), 0, len(labels[1]))
+        return step(carry, frozen, jax.tree.map(lambda x: x[chosen], labels))
+
+    if callable(labels):
+        read, fixed = labels, None
+        taking: dict[str, Any] = {
+            "update": None,
+            "on_host": lambda carry, data: _reading(step, read, carry, data[0], s.updates, mesh),
+        }
+    else:
+        fixed = jax.device_put(labels, mesh_lib.replicated(mesh))
+        taking = {"update": update}
     return Stage(
         name="sft",
         init=init,
-        update=update,
-        data=(frozen, jax.device_put(labels, mesh_lib.replicated(mesh))),
+        release=begin.release,
+        data=(frozen, fixed),
         updates=s.updates,
         updates_per_dispatch=s.updates_per_dispatch,
         env_steps_per_update=0,
@@ -352,4 +384,24 @@ def sft_stage(
         best_metric=best_metric,
         console=("loss/answer", best_metric, "time/samples_per_s"),
         shardings=functools.partial(everywhere, mesh=mesh),
+        **taking,
     )
+
+
+def _reading(
+    step: Callable[[Carry, Any, Labels], tuple[Carry, Metrics]],
+    read: Callable[[int], Labels],
+    carry: Carry,
+    frozen: Any,
+    updates: int,
+    mesh: Mesh,
+) -> HostUpdate:
+    """A step on labels that are read by its number, the next ones while it is taken."""
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=mesh_lib.replicated(mesh))
+    lowered = jitted.lower(carry, frozen, read(0))
+    compiled, labels = lowered.compile(), Prefetch(read, updates=updates)
+
+    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
+        return compiled(carry, data[0], labels(int(jax.device_get(carry.updates))))
+
+    return HostUpdate(update, mesh_lib.replicated_shapes(lowered.out_info[1], mesh=mesh))
