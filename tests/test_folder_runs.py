@@ -199,6 +199,8 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         assert np.all(np.asarray(reward)[level == 0] == 0)
         row = rows(tmp_path)[update]
         assert row["answer/unscored"] == np.mean(level == 0) and row["update/skipped"] == 0
+        # One of the two functions fails there.
+        assert row["reward/failed"] == np.mean(level == 0) / 2
     assert {0 < row["answer/unscored"] < 1 for row in rows(tmp_path)} == {True}
     # One line for one reason, with who and why; once more when held-out samples are written.
     line, *_ = lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("No reward")]
@@ -207,11 +209,15 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
     assert HALF in line
 
 
-def test_functions_that_always_fail_stop_the_run(run, make_config, tmp_path):
+def test_functions_that_always_fail_stop_the_run_before_it_compiles(
+    make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(token_stages, "make_stage", None)  # Nothing is built.
     config = make_config(rewards__functions=(NEVER,))
-    with pytest.raises(NoRewards, match=r"None of 16 samples(.|\n)*never\(\).*ZeroDivisionError"):
+    # Called for the right answers to the first four questions.
+    with pytest.raises(NoRewards, match=r"None of 4 samples(.|\n)*never\(\).*ZeroDivisionError"):
         train(config, tmp_path)
-    assert rows(tmp_path) == [] and NoRewards in train_script.FAILURES
+    assert not (tmp_path / metrics.JSONL_NAME).exists() and NoRewards in train_script.FAILURES
 
 
 def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):

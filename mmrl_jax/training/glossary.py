@@ -88,6 +88,11 @@ GLOSSARY: dict[str, Metric] = {
     "answer/unscored": Metric(
         "fraction", "Answers drawn whose reward functions failed: they are left out", "0"
     ),
+    "reward/failed": Metric(
+        "fraction",
+        "Calls of reward functions that raised, took too long or returned no finite number",
+        "0; of functions that declare `on_failure`, falls to 0",
+    ),
     "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
     "answer/rows": Metric(
         "rows",
