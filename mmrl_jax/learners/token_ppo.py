@@ -181,7 +181,8 @@ def _samples(
         return unflatten(found, len(valid))
 
     old, _, value = of_all(state.params)
-    first = jax.tree.map(lambda x: x[-1, :, :1], answers)  # Its value is of the prompt alone.
+    # The value before its first token is that of the prompt alone.
+    first = answers._replace(tokens=answers.tokens[-1, :, :1], present=answers.present[-1, :, :1])
     advantage, target = advantages.token_advantages(
         reward=jnp.where(valid > 0, batch.reward, 0.0),
         value=value,

@@ -167,12 +167,14 @@ class Scorer:
         Raises:
           NoRewards: not a single answer has one.
         """
-        tokens, present = jax.device_get((answers.tokens, answers.present))
+        tokens, present, finished = jax.device_get(
+            (answers.tokens, answers.present, answers.finished)
+        )
         completions = [
             [self._chat.decode(row[there]) for row, there in zip(*group, strict=True)]
             for group in zip(tokens, present, strict=True)
         ]
-        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns)
+        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns, finished)
         self._tell_all(rewards, records, batch)
         return Scored(completions, rewards)
 

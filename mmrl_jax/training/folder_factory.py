@@ -103,7 +103,8 @@ SCHEMA: config_lib.Schema = {
         "pack_rows": question_factory.PACK_ROWS,
     }
     # An answer in free text has a meaning, or not, for the reward functions alone.
-    | {name: field for name, field in token_stages.RL.items() if name != "penalty"},
+    | {name: field for name, field in token_stages.RL.items() if name != "penalty"}
+    | dict(token_stages.TRUNCATION),
     "grpo": question_factory.SCHEMA["grpo"],
     "dpo": question_factory.SCHEMA["dpo"],
     "ppo": question_factory.SCHEMA["ppo"],
@@ -138,6 +139,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     reward_functions(config)
     parts = make_parts(config)
     token_models.check_halves(config, parts.model)
+    token_stages.check_overlong(config, config.folder.answer_tokens)
     open_records(config, parts)
 
 
@@ -324,6 +326,7 @@ def rl_stage(
         carry: Carry, frozen: Any, experience: Experience, failed: jax.Array
     ) -> tuple[Carry, Metrics]:
         key = keys(carry.rng, carry.updates)[1]
+        experience = token_stages.shape_rewards(config, experience)
         carry, metrics = learning.step(carry, frozen, experience, key)
         lost = {"answer/unscored": 1 - jnp.mean(experience.scored), "reward/failed": failed}
         return carry, metrics | grpo.describe(experience) | lost
@@ -404,7 +407,12 @@ def answered_samples(
     batch, (completions, rewards) = _greedy_of(config)(made_of)
     return [
         Sample(
-            batch.images[i], batch.prompts[i], batch.answers[i], text, float(rewards.reward[i, 0])
+            batch.images[i],
+            batch.prompts[i],
+            batch.answers[i],
+            text,
+            float(rewards.reward[i, 0]),
+            correct=None,  # What is right, the reward functions alone can say.
         )
         for i, (text,) in enumerate(completions[:count])
     ]
