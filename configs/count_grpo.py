@@ -69,6 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.pack_rows = ml_collections.config_dict.placeholder(int)
     config.rl.oversample = 1
     config.rl.swapped = False
+    config.rl.mask_truncated_completions = False
+    config.rl.overlong_buffer = ml_collections.config_dict.placeholder(int)
     config.rl.temperature = 1.5
     config.rl.penalty = 0.5
     config.rl.trained = ".*"

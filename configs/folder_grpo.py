@@ -8,7 +8,8 @@ function takes keywords and returns a number, e.g. in my_rewards.py in the curre
         return -len(completion) / 100
 
 It is called in processes of its own, between the program that answers and the one that learns. An
-answer whose reward fails, or takes too long, is left out and counted (answer/unscored).
+answer whose reward fails, or takes too long, is left out and counted (answer/unscored), unless its
+function declares what a failed call counts as, see mmrl_jax/tasks/rewards.py.
 
 Command:   python -m experiments.train --config=configs/folder_grpo.py --workdir=runs/folder \
                --config.folder.directory=DIR --config.rewards.functions="('my_rewards:length',)"
@@ -47,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rewards.weights = (1.0,)
     config.rewards.workers = 4
     config.rewards.timeout_s = 10.0
+    config.rewards.memory_mb = ml_collections.config_dict.placeholder(int)
 
     config.model = base.model
     config.sft = base.sft

@@ -13,10 +13,12 @@ from experiments import train as train_script
 from experiments.train import train
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.rl import group_advantages
+from mmrl_jax.rollouts.generate import Generated
 from mmrl_jax.tasks import folder as folder_lib
-from mmrl_jax.tasks.rewards import NoRewards
+from mmrl_jax.tasks.rewards import NoRewards, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import folder_factory, loop, metrics, token_models, token_stages
+from mmrl_jax.training.folder_data import Scorer
 from tests import processors
 from tests.test_folder import colour, folder
 
@@ -98,7 +100,7 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     for row in logged:
         assert np.isfinite(row["loss/total"]) and row["update/skipped"] == 0
-        assert row["answer/unscored"] == 0
+        assert row["answer/unscored"] == 0 and 0 <= row["completion/truncated_fraction"] <= 1
         # The reward is half the number of letters, of which a token holds one at most or so.
         assert 0 < row["answer/reward"] <= 4 and 1 <= row["answer/length"] <= 4
     # Of the functions' results, one for each record, their weights make the return.
@@ -125,7 +127,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(run, make_config, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["dpo", "token_ppo"])
 def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
-    config = make_config(algorithm=algorithm, run__updates=1)
+    config = make_config(algorithm=algorithm, run__updates=1, rl__mask_truncated_completions=True)
     trained = train(config, tmp_path)
     (row,) = rows(tmp_path)
     assert trained.tuned.updates == 1 and np.isfinite(row["loss/total"])
@@ -165,7 +167,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     after = trained.tuned.carry.learner.params
     assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh(config)) > 0.05
     page = (tmp_path / "samples.html").read_text()
-    assert page.count("<img") == 2 and "of 2 answers are the right one" in page
+    assert page.count("<img") == 2 and "mean reward of 2 answers" in page
     for place in (tmp_path, tmp_path / "sft"):
         _, made_of, _ = evaluate.restore_tokens(place, "latest")
         found = evaluate.evaluate(place, which="latest", split="all", episodes=2)
@@ -244,6 +246,8 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         assert np.all(np.asarray(reward)[level == 0] == 0)
         row = rows(tmp_path)[update]
         assert row["answer/unscored"] == np.mean(level == 0) and row["update/skipped"] == 0
+        # One of the two functions fails there.
+        assert row["reward/failed"] == np.mean(level == 0) / 2
     assert {0 < row["answer/unscored"] < 1 for row in rows(tmp_path)} == {True}
     # One line for one reason, with who and why; once more when held-out samples are written.
     line, *_ = lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("No reward")]
@@ -252,11 +256,37 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
     assert HALF in line
 
 
-def test_functions_that_always_fail_stop_the_run(run, make_config, tmp_path):
+def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(make_config):
+    config, given = make_config(), []
+    records, chat = open_split(config).train, folder_factory.make_parts(config).chat
+
+    def pool(*arguments):
+        given.append(arguments)
+        return Rewards(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), {}, ())
+
+    two = chat.answer("2")[0]
+    tokens = np.array([[[two, chat.stop, two], [two, chat.pad, two]]] * 4)
+    present = np.array([[[True, True, False], [True, False, False]]] * 4)
+    finished = np.array([[True, False]] * 4)
+    batch = records.batch(0)
+    answers = Generated(tokens, np.zeros(tokens.shape), present, finished)
+    scored = Scorer(pool, chat)(records, batch, answers)
+    assert scored.completions == [["2", "2"]] * 4
+    ((prompts, completions, right, columns, ended),) = given
+    assert completions == scored.completions
+    assert (prompts, right, columns) == (batch.prompts, batch.answers, batch.columns)
+    np.testing.assert_array_equal(ended, finished)
+
+
+def test_functions_that_always_fail_stop_the_run_before_it_compiles(
+    make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(token_stages, "make_stage", None)  # Nothing is built.
     config = make_config(rewards__functions=(NEVER,))
-    with pytest.raises(NoRewards, match=r"None of 16 samples(.|\n)*never\(\).*ZeroDivisionError"):
+    # Called for the right answers to the first four questions.
+    with pytest.raises(NoRewards, match=r"None of 4 samples(.|\n)*never\(\).*ZeroDivisionError"):
         train(config, tmp_path)
-    assert rows(tmp_path) == [] and NoRewards in train_script.FAILURES
+    assert not (tmp_path / metrics.JSONL_NAME).exists() and NoRewards in train_script.FAILURES
 
 
 def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):
@@ -360,6 +390,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ({"rewards__weights": (1.0, 1.0)}, r"rewards.weights=\(1.0, 1.0\)"),
         ({"rewards__workers": 0}, "'rewards.workers' is 0"),
         ({"rl__group": 1}, "rl.group=1, but algorithm='grpo'"),
+        ({"rl__overlong_buffer": 5}, "rl.overlong_buffer=5 is more than the 4 tokens"),
         ({"rl__trained": "lora"}, "rl.trained: 'lora' matches no leaf"),
         ({"run__eval_episodes": 8}, "run.eval_episodes=8: 8 of 8 records"),
     ],

@@ -135,6 +135,20 @@ def test_a_stop_token_ends_its_answer_alone():
         assert np.all(tokens[b, g, n:] == 0) and np.all(stopped.log_probs[b, g, n:] == 0)
         assert np.all(present[b, g, :n])
     assert 4 >= lengths[0, 0] and lengths.max() > lengths[0, 0]
+    last = np.take_along_axis(tokens, lengths[..., None] - 1, axis=-1)[..., 0]
+    np.testing.assert_array_equal(stopped.finished, last == stop)
+    assert stopped.finished.any() and not stopped.finished.all() and not free.finished.any()
+
+
+def test_each_of_several_stop_tokens_ends_an_answer():
+    free = run(Sampling(), group=4, length=12)
+    stops = tuple(int(free.tokens[0, g, 3]) for g in (0, 1))
+    stopped = run(Sampling(), group=4, length=12, stop=stops)
+    is_stop = np.isin(free.tokens, stops)
+    lengths = np.where(is_stop.any(-1), is_stop.argmax(-1) + 1, 12)
+    np.testing.assert_array_equal(np.asarray(stopped.present).sum(-1), lengths)
+    np.testing.assert_array_equal(stopped.finished, is_stop.any(-1))
+    assert stops[0] != stops[1] and stopped.finished[0, 0] and stopped.finished[0, 1]
 
 
 def test_generation_ends_when_all_answers_have():

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import nanstd
 
 from mmrl_jax.rl import group_advantages as ga
+from mmrl_jax.rl.overlong import soft_overlong_penalty
 
 REWARD = jnp.array([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [1.0, 0.5, 0.0, 0.5]])
 ALL = jnp.ones((3, 4))
@@ -117,3 +119,13 @@ def test_what_is_not_scored_has_no_part(estimator):
     assert one[0, 3] == 0 and np.isfinite(one).all()
     np.testing.assert_array_equal(estimator(REWARD, 0 * ALL), 0 * ALL)
     assert np.asarray(ga.degenerate(REWARD.at[0, 0].set(jnp.nan), ALL.at[0, 0].set(0)))[0]
+
+
+def test_a_completion_that_comes_close_to_the_limit_loses_reward():
+    length = jnp.array([1, 16, 17, 18, 20, 21])
+    # Of 20 tokens the last 4 cost 1/4 each.
+    expected = np.array([0, 0, -0.25, -0.5, -1, -1], np.float32)
+    found = soft_overlong_penalty(length, max_length=20, buffer=4)
+    np.testing.assert_array_equal(found, expected)
+    theirs = get_soft_overlong_punishment(max_completion_len=20, soft_punish_cache=4)
+    np.testing.assert_array_equal(found, theirs([[1] * int(n) for n in length]))

@@ -158,8 +158,8 @@ def test_bad_input(tmp_path, call, words):
 def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     samples = [
-        Sample(image, "is <this> one ?", "yes", "yes", 1.0),
-        Sample(image, "and this ?", "no", "", -0.5),
+        Sample(image, "is <this> one ?", "yes", "yes", 1.0, True),
+        Sample(image, "and this ?", "no", "", -0.5, False),
     ]
     report.sample_table(tmp_path / "page.html", samples, "a & b")
     page = (tmp_path / "page.html").read_text()
@@ -170,9 +170,23 @@ def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
     assert (
         '.right::before { content: "\\2713' in page and '.wrong::before { content: "\\2717' in page
     )
-    assert "1 of 2 answers are the right one" in page
+    assert "1 of 2 answers are right" in page and "mean reward of 2 answers is 0.25" in page
     assert "class='reward'>1.00<" in page and "class='reward'>-0.50<" in page
     encoded = page.split("base64,")[1].split("'")[0]
     np.testing.assert_array_equal(
         np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image
     )
+
+
+def test_no_sample_is_marked_where_rewards_alone_say_how_good_it_is(tmp_path):
+    image = np.zeros((4, 4, 3), np.uint8)
+    samples = [
+        Sample(image, "?", "red", "The color is red.", 1.0, None),
+        Sample(image, "?", "red", "red", 0.5, None),
+        Sample(image, "?", "red", "red", float("nan"), None),
+    ]
+    report.sample_table(tmp_path / "page.html", samples, "title")
+    page = (tmp_path / "page.html").read_text()
+    assert "text right" not in page and "text wrong" not in page and "answers are right" not in page
+    assert "mean reward of 2 answers is 0.75. 1 have none" in page
+    assert page.count("class='reward'>none<") == 1

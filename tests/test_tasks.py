@@ -1,5 +1,6 @@
 """Visual questions: the picture holds what the answer says, blind answers are at chance."""
 
+import dataclasses
 import functools
 
 import jax
@@ -302,6 +303,12 @@ def test_answers_are_read_exactly():
     np.testing.assert_array_equal(texts.parse(given, present), expected)
     question = texts.ask(jnp.zeros((2, 8, 8, 3), jnp.uint8), *(jnp.array([0, 0]),) * 4)
     question = question._replace(answer=jnp.array([1, 2]))
+    # Of several stop tokens each ends an answer, and none stands for another token.
+    other = jnp.array([[4, 6], [4, 5], [6, 1]])
+    several = dataclasses.replace(texts, tokeniser=Fixed(said))
+    several.tokeniser.stops = (1, 6)
+    np.testing.assert_array_equal(several.parse(other, jnp.ones((3, 2), bool)), [0, ABSENT, ABSENT])
+    np.testing.assert_array_equal(texts.parse(other, jnp.ones((3, 2), bool)), [ABSENT] * 3)
     score = texts.score(question, given.reshape(2, 4, 4), present.reshape(2, 4, 4), penalty=0.5)
     np.testing.assert_array_equal(score.correct, [[0, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(score.malformed, [[0, 0, 0, 1], [1, 1, 1, 1]])

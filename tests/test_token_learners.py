@@ -23,6 +23,7 @@ from mmrl_jax.rl.token_losses import PRESETS, TokenLoss
 from mmrl_jax.rollouts.generate import Generated, Sampling
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Words
+from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_stages
 from mmrl_jax.types import Transition
 
@@ -47,7 +48,7 @@ MODEL = VisionLanguageModel(
     image_token=Words.image,
 )
 POLICY = token_learner.TokenPolicy(
-    MODEL, length=TASK.texts.length, stop=Words.stop, pad=Words.pad, tile=16
+    MODEL, length=TASK.texts.length, stop=Words.stops, pad=Words.pad, tile=16
 )
 OPTIMISER = optax.sgd(0.1)
 PLAIN = grpo.Hyperparameters(
@@ -270,7 +271,7 @@ def table_update(dtype, hyperparameters, scored):
     table = jax.random.normal(jax.random.key(0), (4, 3, 5))
     length = jnp.array([[5, 2, 1], [3, 3, 4], [1, 5, 2], [4, 4, 1]])
     present = jnp.arange(5) < length[..., None]
-    drawn = Generated(jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), present)
+    drawn = Generated(jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), present, length < 5)
     reward = jax.random.normal(jax.random.key(1), (4, 3))
     asked = jax.tree.map(lambda x: x[:4], questions())._replace(answer=jnp.arange(4))
     state = token_learner.init(table, optimiser=optax.sgd(1.0), with_reference=False)
@@ -312,6 +313,67 @@ def test_a_completion_without_a_reward_is_in_no_divisor(reduction, minibatches, 
     expected = -advantage[..., None] * jax.nn.sigmoid(before) / divisor
     expected = jnp.where(jnp.arange(5) < length[..., None], expected, 0.0)
     np.testing.assert_allclose(after - before, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_completions_are_left_out_of_the_loss_alone(masked):
+    # Three of twelve completions have all 5 tokens, and are truncated. The advantages are those of
+    # all rewards: by d log p / dw = -sigmoid(w), a token moves by A * -sigmoid(w) over how many
+    # tokens are learned from.
+    h = dataclasses.replace(PLAIN, mask_truncated_completions=masked)
+    before, after, advantage, length, _ = table_update(jnp.float32, h, jnp.ones((4, 3)))
+    learned = jnp.arange(5) < length[..., None]
+    if masked:
+        learned &= (length < 5)[..., None]
+    expected = -advantage[..., None] * jax.nn.sigmoid(before) / jnp.sum(learned)
+    np.testing.assert_allclose(after - before, jnp.where(learned, expected, 0.0), atol=1e-6)
+
+
+def test_dpo_and_ppo_prefer_and_learn_from_no_truncated_completion():
+    given = experience()._replace(reward=jnp.array([[0.0, 1, 2]] * 4))
+    finished = jnp.array([[True, True, False]] * 4)
+    given = given._replace(answers=given.answers._replace(finished=finished))
+    taken = {}
+
+    def spy(name):
+        return lambda *args, **_: taken.setdefault(name, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "update", spy("dpo"))
+        patch.setattr(token_ppo, "update", spy("token_ppo"))
+        for algorithm in ("dpo", "token_ppo"):
+            config = config_lib.load_config("configs/count_grpo.py")
+            config.algorithm, config.rl.mask_truncated_completions = algorithm, True
+            optimisation = token_stages.make_optimisation(config)
+            learn = token_stages.make_learn(config, meshes.make_mesh(1), POLICY, optimisation)
+            learn(None, None, given, jax.random.key(0))
+    chosen = taken["dpo"][2].tokens
+    np.testing.assert_array_equal(chosen, given.answers.tokens[:, [1, 0]])
+    batch = taken["token_ppo"][2]
+    np.testing.assert_array_equal(batch.valid, finished.reshape(1, -1))
+    np.testing.assert_array_equal(batch.action.finished, finished.reshape(1, -1))
+
+
+def test_overlong_completions_lose_reward_where_it_is_known():
+    given = experience()
+    length = given.answers.tokens.shape[-1]
+    present = jnp.arange(length) < jnp.array([[1, length - 1, length]] * 4)[..., None]
+    given = given._replace(
+        answers=given.answers._replace(present=present),
+        reward=jnp.ones((4, 3)).at[0].set(0.0),
+        scored=jnp.ones((4, 3)).at[0].set(0.0),
+    )
+    config = config_lib.load_config("configs/count_grpo.py")
+    assert token_stages.shape_rewards(config, given) is given
+    config.rl.overlong_buffer = 2
+    # Of the last two tokens each costs a half.
+    expected = [[1, 0.5, 0]] * 3 if length > 2 else None
+    shaped = token_stages.shape_rewards(config, given)
+    np.testing.assert_array_equal(shaped.reward[1:], expected)
+    np.testing.assert_array_equal(shaped.reward[0], 0.0)
+    token_stages.check_overlong(config, 2)
+    with pytest.raises(ValueError, match="rl.overlong_buffer=2 is more than the 1 tokens"):
+        token_stages.check_overlong(config, 1)
 
 
 def test_equal_rewards_teach_nothing():

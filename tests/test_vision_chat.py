@@ -112,7 +112,7 @@ def log_probs(params, sight, prompt, answer, image):
     """The same by our policy of two halves of variables, behind two more tokens of padding."""
     chat = sight.chat
     policy = TokenPolicy(
-        sight.model, len(answer), chat.stop, chat.pad, sight.pictures, sight.positions
+        sight.model, len(answer), chat.stops, chat.pad, sight.pictures, sight.positions
     )
     tokens = np.array([[chat.pad] * 2 + prompt])
     question = Question(tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], *(None,) * 4)
@@ -164,7 +164,7 @@ def test_an_answer_is_read_behind_its_prompt():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     assert tokenizer(" two")["input_ids"] == [1, 2]
     assert tokenizer("? user: two")["input_ids"] == [4, 3, 2]
-    chat = Chat(tokenizer, Template("", "? user:", " ", 0), image=9)
+    chat = Chat(tokenizer, Template("", "? user:", " ", (0,)), image=9)
     assert chat.answer("two") == [2, 0]
 
 

@@ -147,7 +147,7 @@ class Ours:
         self.question = Question(tokens, present, None, *(unused,) * 4)
         # No token has this id: every answer has all its tokens.
         policy = token_learner.TokenPolicy(
-            model, length=job.length, stop=model.vocabulary, pad=tokenizer.pad_token_id
+            model, length=job.length, stop=(model.vocabulary,), pad=tokenizer.pad_token_id
         )
         optimiser = optax.chain(
             optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0)
@@ -298,6 +298,7 @@ def check(ours: Ours, peer: Peer) -> None:
         jnp.asarray(batch["completion_ids"].numpy(), jnp.int32).reshape(shape),
         jnp.asarray(old).reshape(shape),
         jnp.ones(shape, bool),
+        jnp.ones(shape[:2], bool),
     )
     theirs = peer.learn(batch | {"old_per_token_logps": torch.tensor(old)})
     mine = ours.learn(ours.experience(answers))

@@ -41,7 +41,9 @@ class Sample(NamedTuple):
       question: its text.
       right: the right answer.
       answer: what was answered.
-      reward: for it.
+      reward: for it; NaN where there is none.
+      correct: whether the task takes it for right; None of a task where rewards alone say how good
+        an answer is.
     """
 
     image: np.ndarray
@@ -49,6 +51,7 @@ class Sample(NamedTuple):
     right: str
     answer: str
     reward: float
+    correct: bool | None
 
 
 class QuestionEvaluator:
@@ -114,6 +117,7 @@ class QuestionEvaluator:
                 right=texts.answers[found.question.answer[i]],
                 answer=texts.tokeniser.decode(found.tokens[i][found.present[i]]),
                 reward=float(found.score.reward[i]),
+                correct=bool(found.score.correct[i]),
             )
             for i in range(min(count, self._questions))
         ]

@@ -37,6 +37,8 @@ class Hyperparameters:
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide B.
       accumulate: parts of a minibatch whose gradients are added up; must divide B / minibatches.
+      mask_truncated_completions: answers that were truncated are left out of the loss, as by TRL;
+        their rewards still count in the advantages of their groups.
     """
 
     advantage: Callable[[jax.Array, jax.Array], jax.Array]
@@ -46,6 +48,7 @@ class Hyperparameters:
     epochs: int
     minibatches: int
     accumulate: int
+    mask_truncated_completions: bool = False
 
 
 class Experience(NamedTuple):
@@ -68,7 +71,7 @@ class _Sample(NamedTuple):
     question: Question
     answers: Generated
     advantage: jax.Array  # [B, G]
-    mask: jax.Array  # [B, G, T], 1 for tokens of answers that could be scored.
+    mask: jax.Array  # [B, G, T], 1 for tokens of answers that are learned from.
     old: jax.Array | None  # [B, G, T], log-probs before the update; None for a single step.
     reference: jax.Array | None  # [B, G, T]
 
@@ -124,7 +127,10 @@ def update(
 
     old = None if h.epochs * h.minibatches == 1 else of_all(state.params)
     reference = of_all(state.reference) if h.loss.kl_weight else None
-    mask = answers.present * (experience.scored > 0)[..., None].astype(jnp.float32)
+    learned_from = experience.scored > 0
+    if h.mask_truncated_completions:
+        learned_from &= answers.finished
+    mask = answers.present * learned_from[..., None].astype(jnp.float32)
     samples = _Sample(experience.question, answers, advantage, mask, old, reference)
 
     def flat(tree: Any) -> Any:
@@ -189,6 +195,7 @@ def describe(experience: Experience) -> Metrics:
     return {
         "answer/reward": losses.masked_mean(reward, scored),
         "answer/length": jnp.mean(jnp.sum(present, axis=-1)),
+        "completion/truncated_fraction": 1 - jnp.mean(experience.answers.finished),
         "answer/rows": packing.rows_used(experience.answers.present).astype(jnp.float32),
         "answer/degenerate_groups": jnp.mean(degenerate.astype(jnp.float32)),
     }

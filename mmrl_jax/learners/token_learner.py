@@ -172,7 +172,7 @@ class TokenPolicy:
     Attributes:
       model: the model; one without vision reads the questions' tokens alone.
       length: most tokens of an answer.
-      stop: token that ends an answer.
+      stop: tokens any of which ends an answer.
       pad: token that stands behind it.
       pictures: images of questions, uint8 [B, H, W, 3], to what the vision model takes.
       positions: of tokens int32 [B, S] of which bool [B, S] are present, as `Prompt.positions`;
@@ -184,7 +184,7 @@ class TokenPolicy:
 
     model: VisionLanguageModel | LanguageModel
     length: int
-    stop: int
+    stop: tuple[int, ...]
     pad: int
     pictures: Callable[[jax.Array], Any] = lambda images: images
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
@@ -220,7 +220,7 @@ class TokenPolicy:
             group=group,
             length=self.length,
             sampling=sampling,
-            stop=(self.stop,),
+            stop=self.stop,
             pad=self.pad,
         )
 

@@ -203,7 +203,12 @@ def _samples(
         if group != 1:
             raise ValueError(f"Every turn has {group} answers, but after only one is there a next.")
         # The value before a first token is of the prompt alone, whatever the token.
-        first = jax.tree.map(lambda x: x[-1, :, :, :1], answers)
+        first = answers._replace(
+            tokens=answers.tokens[-1, :, :, :1],
+            present=answers.present[-1, :, :, :1],
+            log_probs=answers.log_probs[-1, :, :, :1],
+            finished=answers.finished[-1],
+        )
         # The largest equal parts of B questions that are no more than are learned from at once.
         size = math.gcd(count, turns * count // parts)
         found = in_parts(lambda part: read(state.params, *part)[2], (last, first), count // size)

@@ -9,12 +9,15 @@ The chat template is the model's own; image tokens come before the question.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
+import json
 import pathlib
 from typing import Any, NamedTuple
 
 from mmrl_jax.pretrained import packages
 
 SMOLLM2 = "smollm2"
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _TURN, _REPLY = "<turn>", "<reply>"
 
 
@@ -25,13 +28,13 @@ class Template(NamedTuple):
       before: text before what the user says.
       after: text behind it, up to where the answer begins.
       lead: white space that an answer begins with.
-      stop: id that ends an answer.
+      stops: ids any of which ends an answer; the first one ends an answer that is learned from.
     """
 
     before: str
     after: str
     lead: str
-    stop: int
+    stops: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,8 +53,13 @@ class Chat:
 
     @property
     def stop(self) -> int:
-        """The id that ends an answer."""
-        return self.template.stop
+        """The id that ends an answer which is learned from."""
+        return self.template.stops[0]
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids any of which ends an answer."""
+        return self.template.stops
 
     def prompt(self, question: str, *, images: int) -> list[int]:
         """The ids of a question about a picture of `images` image tokens."""
@@ -76,10 +84,23 @@ class Chat:
         return self.stop
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, without special tokens, image tokens, and the template's lead."""
-        kept = [int(token) for token in tokens if int(token) not in (self.image, self.stop)]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        """The text of ids before the first stop token, without the template's lead.
+
+        What else is no text is shown, so that no answer passes for another one: special and image
+        tokens as the tokenizer writes them, and ids that it does not know as U+FFFD each.
+        """
+        ids = list(itertools.takewhile(lambda x: x not in self.stops, map(int, tokens)))
+        text = "".join(
+            self.tokenizer.decode(list(run), skip_special_tokens=False)
+            if known
+            else UNKNOWN * len(list(run))
+            for known, run in itertools.groupby(ids, self._known)
+        )
         return text.removeprefix(self.template.lead)
+
+    def _known(self, token: int) -> bool:
+        # A model may have more tokens than its tokenizer.
+        return self.tokenizer.convert_ids_to_tokens(token) is not None
 
     def _ids(self, text: str) -> list[int]:
         # What a tokenizer puts around any text, the template has already.
@@ -161,5 +182,31 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
         before,
         after,
         lead if lead.isspace() else "",
-        tokenizer.eos_token_id if stop is None else stop,
+        stop_tokens(tokenizer, directory, *([] if stop is None else [stop])),
     )
+
+
+def stop_tokens(tokenizer: Any, directory: pathlib.Path, *first: int) -> tuple[int, ...]:
+    """The ids that end an answer: those given, the tokenizer's own, and generation_config.json's.
+
+    Args:
+      tokenizer: transformers'.
+      directory: of the model.
+      *first: those that come first.
+
+    Raises:
+      ValueError: generation_config.json has something else than ids.
+    """
+    path, listed = directory / "generation_config.json", []
+    if path.is_file():
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); restore or delete it.") from error
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in listed):
+        raise ValueError(
+            f"{path} has eos_token_id={listed!r}, which must be an id, or a list of ids."
+        )
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*first, *own, *listed]))

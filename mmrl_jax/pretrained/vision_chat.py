@@ -20,7 +20,7 @@ from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, processing, qwen_processing
-from mmrl_jax.pretrained.chat import Chat, Template, read_template
+from mmrl_jax.pretrained.chat import Chat, Template, read_template, stop_tokens
 from mmrl_jax.pretrained.families import qwen_vl
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
@@ -105,7 +105,7 @@ def read_sight(
 
     tokenizer = processor.tokenizer
     if plan.config["model_type"] in PLAIN:
-        template = Template(processor.mark, "", "", tokenizer.eos_token_id)
+        template = Template(processor.mark, "", "", stop_tokens(tokenizer, directory))
     else:
         template = read_template(tokenizer, directory, picture=True)
         start = tokenizer.bos_token

@@ -74,11 +74,14 @@ class Generated(NamedTuple):
       log_probs: float32 [B, G, T], of these tokens at the sampling's temperature (1 where that is
         0), before top-k, top-p and min-p; 0 where there is none.
       present: bool [B, G, T], the tokens of the answers, a stop token among them.
+      finished: bool [B, G], whether an answer ended with a stop token; one that has not was
+        truncated at T tokens.
     """
 
     tokens: jax.Array
     log_probs: jax.Array
     present: jax.Array
+    finished: jax.Array
 
 
 def text_prompt(
@@ -210,12 +213,18 @@ def read_prompt(
     return ReadPrompt(features, kept["prefix"], present, place, axes)
 
 
+class _Written(NamedTuple):
+    tokens: jax.Array  # [B * G, T], see `Generated`, as those below.
+    log_probs: jax.Array
+    present: jax.Array
+
+
 class _State(NamedTuple):
     step: jax.Array
     token: jax.Array  # int32 [B * G], the last one, not yet read.
     running: jax.Array  # bool [B * G]
     cache: Any
-    out: Generated  # [B * G, T]
+    out: _Written
 
 
 def generate(
@@ -260,7 +269,7 @@ def generate(
         token, log_prob = jax.vmap(functools.partial(choose, sampling=sampling))(logits, keys)
         running = state.running
         token = jnp.where(running, token, pad)
-        new = Generated(token, jnp.where(running, log_prob, 0.0), running)
+        new = _Written(token, jnp.where(running, log_prob, 0.0), running)
         out = jax.tree.map(lambda all_, x: all_.at[:, state.step].set(x), state.out, new)
         ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(running))
         return _State(state.step + 1, token, running & ~ends, state.cache, out)
@@ -281,7 +290,7 @@ def generate(
         logits = apply(variables, hidden[:, 0], method="logits")
         return put(state._replace(cache=changed["cache"]), logits)
 
-    out = Generated(
+    out = _Written(
         tokens=jnp.full((samples, length), pad, jnp.int32),
         log_probs=jnp.zeros((samples, length), jnp.float32),
         present=jnp.zeros((samples, length), bool),
@@ -296,4 +305,5 @@ def generate(
     state = jax.lax.while_loop(
         lambda s: (s.step < length) & jnp.any(s.running), proceed, put(state, logits)
     )
-    return jax.tree.map(lambda x: x.reshape(batch, group, length), state.out)
+    tokens, log_probs, present = (x.reshape(batch, group, length) for x in state.out)
+    return Generated(tokens, log_probs, present, ~state.running.reshape(batch, group))

@@ -67,7 +67,8 @@ class Tokeniser(Protocol):
 
     Attributes:
       pad: id that stands for no token.
-      stop: id that ends an answer.
+      stop: id that ends an answer which is learned from.
+      stops: ids any of which ends an answer that is read, `stop` among them.
       image: id whose places image features take.
     """
 
@@ -76,6 +77,9 @@ class Tokeniser(Protocol):
 
     @property
     def stop(self) -> int: ...
+
+    @property
+    def stops(self) -> tuple[int, ...]: ...
 
     @property
     def image(self) -> int: ...
@@ -87,7 +91,7 @@ class Tokeniser(Protocol):
         """The ids of an answer, the stop token as last."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, without padding and image tokens."""
+        """The text of the ids of an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +145,14 @@ class Texts:
         return jnp.where(there, rows, self.tokeniser.pad), there
 
     def parse(self, tokens: jax.Array, present: jax.Array) -> jax.Array:
-        """Which answer tokens int32 [..., T'] are, exactly and with the stop token: int32 [...].
+        """Which answer tokens int32 [..., T'] are, exactly and with a stop token: int32 [...].
 
         Returns:
           The index of the answer; ABSENT for what is none.
         """
-        given = jnp.where(present, tokens, ABSENT)
+        # Generation ends at any of the stop tokens, the table's answers with one of them.
+        ends = jnp.isin(tokens, jnp.array(self.tokeniser.stops))
+        given = jnp.where(present, jnp.where(ends, self.tokeniser.stop, tokens), ABSENT)
         width = max(given.shape[-1], self.length)
         given = _widen(given, width)
         same = jnp.all(given[..., None, :] == _widen(self.answer_tokens, width), axis=-1)
@@ -211,6 +217,7 @@ class Words:
     """
 
     pad, stop, image = 0, 1, 2
+    stops = (1,)
 
     def __init__(self, texts: Sequence[str]):
         self.words = tuple(sorted({word for text in texts for word in text.split()}))

@@ -2,35 +2,60 @@
 
 A reward function takes keywords and returns a number:
 
-    def length(*, prompt, completion, answer, **columns) -> float:
-        return -len(completion) / 100
+    def length(*, prompt, completion, answer, finished, **columns) -> float:
+        return -len(completion) / 100 if finished else -1.0
 
-Between the program that generates and the one that updates, the host calls it for every sample. A
-call that raises, returns no finite number, or takes too long is reported, and its sample masked
-out: it is never counted as a reward of 0, for which a policy would be punished.
+`finished` says whether the completion ended by itself: it is False where the completion was
+truncated at its most tokens. It is left out of calls of a function without such a parameter, or
+`**columns`. A number is a bool, int, float, Decimal or Fraction, or a scalar or an
+array of shape () of NumPy, JAX or torch; it must be finite as a float32.
+
+Between the program that generates and the one that updates, the host calls the function for every
+sample. A call fails if it raises, returns anything else, or takes too long. Its sample is then
+masked out, not given a reward of 0, for which a policy would be punished. Some functions fail
+exactly where the completion is bad: `json.loads` raises on text that is no JSON. If such samples
+were masked out, the policy would never learn to avoid them, so the function declares what a failed
+call counts as:
+
+    @on_failure(-1.0)
+    def valid_json(*, completion, **columns) -> float:
+        return float(set(json.loads(completion)) == {"answer"})
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
+import inspect
+import itertools
 import math
-import multiprocessing
+from multiprocessing import util
 from multiprocessing.connection import Connection, wait
-import numbers
-import os
 import pickle
-import signal
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-# Seconds for a process to start and to import the functions' modules, jax perhaps among them.
-START_TIMEOUT_S = 120.0
+from mmrl_jax.tasks.reward_workers import Result, RewardFunction, Worker, WorkerLost, Workers
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Keywords of every call, which no column of a record may be named.
+GIVEN = ("prompt", "completion", "answer", "finished")
 
-RewardFunction = Callable[..., float]
+Function = TypeVar("Function", bound=RewardFunction)
+
+
+def on_failure(value: float) -> Callable[[Function], Function]:
+    """Declares, as a decorator of a reward function, the result that a failed call counts as.
+
+    Args:
+      value: finite; it is kept as the function's attribute `on_failure`.
+    """
+
+    def declare(function: Function) -> Function:
+        function.on_failure = value  # type: ignore[attr-defined]
+        return function
+
+    return declare
 
 
 class NoRewards(RuntimeError):
@@ -44,22 +69,26 @@ class Failure(NamedTuple):
       prompt: number of the prompt, of B.
       completion: number of the completion, of G.
       function: name of the function.
-      reason: the exception, or what was returned, or the time that was up.
+      reason: the exception, or what was returned, or the time that was up; short and printable.
+      value: what the call counts as, the function's `on_failure`; NaN without one.
     """
 
     prompt: int
     completion: int
     function: str
     reason: str
+    value: float
 
 
 class Rewards(NamedTuple):
     """Of G completions of each of B prompts.
 
     Attributes:
-      reward: float32 [B, G], weighted sum of the functions' results; NaN where one failed.
+      reward: float32 [B, G], weighted sum of the functions' results; NaN where one failed that has
+        a weight other than 0 and no `on_failure`.
       valid: bool [B, G], False where the reward is NaN: to be left out of losses and statistics.
-      parts: each function's results before its weight, float32 [B, G], NaN where it failed.
+      parts: each function's results before its weight, float32 [B, G]; where it failed its
+        `on_failure`, or NaN without one.
       failures: every call that failed.
     """
 
@@ -68,15 +97,24 @@ class Rewards(NamedTuple):
     parts: dict[str, np.ndarray]
     failures: tuple[Failure, ...]
 
+    @property
+    def failed(self) -> float:
+        """Share of the calls that failed, in [0, 1]."""
+        return len(self.failures) / (self.reward.size * len(self.parts))
+
 
 def exact_match(*, prompt: str, completion: str, answer: str, **columns: Any) -> float:
     """1 where the completion is the answer, spaces around them and case aside; else 0."""
     return float(completion.strip().casefold() == answer.strip().casefold())
 
 
-class _Worker(NamedTuple):
-    process: Any
-    connection: Connection
+def _takes(function: RewardFunction, name: str) -> bool:
+    """Whether a function has a parameter of this name, or takes any keyword."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # Of some functions in C.
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class Pool:
@@ -84,13 +122,19 @@ class Pool:
 
     Processes are spawned, not forked, for a fork of a process with JAX's threads can hang: the
     functions' modules are imported anew, and a script must guard its entry by
-    `if __name__ == "__main__"`.
+    `if __name__ == "__main__"`. A function may start processes of its own. They are killed with
+    their worker when a call takes too long, when the pool is closed or collected, and when this
+    process ends, in whatever way; see `process_guard.kill_all` for what it cannot find.
 
     Args:
       functions: name -> function; each must be importable, so neither a lambda nor of a notebook.
-      weights: name -> weight of its result in the reward.
+      weights: name -> weight of its result in the reward; a function of weight 0 is called for its
+        part alone. One weight at least is not 0.
       workers: number of processes.
       timeout_s: seconds for one call.
+      memory_mb: limit in MiB on the address space of each process, those that functions start
+        among them; None for no limit. Address space is more than memory in use: a function that
+        imports jax may need several thousand.
 
     Raises:
       ValueError: an argument is out of range, the names differ, or a function is not importable.
@@ -104,6 +148,7 @@ class Pool:
         *,
         workers: int,
         timeout_s: float,
+        memory_mb: int | None = None,
     ):
         if not functions or set(functions) != set(weights):
             raise ValueError(
@@ -113,10 +158,14 @@ class Pool:
         for name, weight in weights.items():
             if not abs(weight) <= FLOAT32_MAX:
                 raise ValueError(f"weights[{name!r}]={weight} must be a finite float32.")
+        if not any(weights.values()):
+            raise ValueError(f"weights={dict(weights)} are all 0, so that nothing is rewarded.")
         if workers < 1:
             raise ValueError(f"workers={workers} must be at least 1.")
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s} must be above 0.")
+        if memory_mb is not None and memory_mb < 1:
+            raise ValueError(f"memory_mb={memory_mb} must be at least 1, or None.")
         for name, function in functions.items():
             try:
                 pickle.dumps(function)
@@ -125,13 +174,27 @@ class Pool:
                     f"functions[{name!r}]={function!r} cannot be given to another process "
                     f"({error}); define it at the top level of a module."
                 ) from error
-        self._functions, self._weights = dict(functions), dict(weights)
-        self._timeout_s = timeout_s
-        self._workers: list[_Worker] = []
+            declared = getattr(function, "on_failure", 0.0)
+            if not isinstance(declared, (int, float)) or not abs(declared) <= FLOAT32_MAX:
+                raise ValueError(
+                    f"functions[{name!r}] has on_failure={declared!r}; give a number that is "
+                    "finite as a float32."
+                )
+        self._weights, self._timeout_s = dict(weights), timeout_s
+        self._on_failure = {
+            name: float(getattr(function, "on_failure", math.nan))
+            for name, function in functions.items()
+        }
+        self._without = {
+            name: () if _takes(function, "finished") else ("finished",)
+            for name, function in functions.items()
+        }
+        self._numbers = itertools.count(1)
+        self._workers = Workers(functions, memory_mb)
+        # At the end of this process it comes before multiprocessing waits for its processes.
+        self._finalize = util.Finalize(self, self._workers.close, exitpriority=10)
         try:
-            started = [self._spawn() for _ in range(workers)]
-            for worker in started:
-                self._await_start(worker)
+            self._workers.start(workers)
         except BaseException:
             self.close()
             raise
@@ -144,8 +207,7 @@ class Pool:
 
     def close(self) -> None:
         """Stops all processes."""
-        for worker in list(self._workers):
-            self._stop(worker)
+        self._finalize()
 
     def __call__(
         self,
@@ -153,6 +215,7 @@ class Pool:
         completions: Sequence[Sequence[str]],
         answers: Sequence[str],
         columns: Sequence[Mapping[str, Any]],
+        finished: Sequence[Sequence[bool]] | None = None,
     ) -> Rewards:
         """Calls every function for every completion.
 
@@ -161,6 +224,7 @@ class Pool:
           completions: B times G texts.
           answers: B texts.
           columns: B mappings, further keywords of the functions.
+          finished: B times G, False for a completion that was truncated; None if none was.
 
         Raises:
           ValueError: the lengths differ.
@@ -174,32 +238,37 @@ class Pool:
                 f"prompts, completions, answers and columns are {lengths} long, and the groups of "
                 f"completions {sorted(groups)}; give B of each, and G > 0 completions of each."
             )
-        for taken in ("prompt", "completion", "answer"):
+        for taken in GIVEN:
             if any(taken in own for own in columns):
                 raise ValueError(f"columns has {taken!r}, which functions are given already.")
         shape = lengths[0], groups.pop()
-        calls = [(name, b, g) for b, g in np.ndindex(*shape) for name in self._functions]
+        ended = np.ones(shape, bool) if finished is None else np.asarray(finished, bool)
+        if ended.shape != shape:
+            raise ValueError(f"finished has the shape {ended.shape}, but completions {shape}.")
+        calls = [(name, b, g) for b, g in np.ndindex(*shape) for name in self._weights]
 
-        def keywords(b: int, g: int) -> dict[str, Any]:
-            own = {"prompt": prompts[b], "completion": completions[b][g], "answer": answers[b]}
-            return {**columns[b], **own}
+        def keywords(name: str, b: int, g: int) -> dict[str, Any]:
+            given = (prompts[b], completions[b][g], answers[b], bool(ended[b, g]))
+            found = {**columns[b], **dict(zip(GIVEN, given, strict=True))}
+            return {key: x for key, x in found.items() if key not in self._without[name]}
 
-        results = self._run([(name, keywords(b, g)) for name, b, g in calls])
-        parts = {name: np.full(shape, np.nan, np.float32) for name in self._functions}
+        results = self._run([(name, keywords(name, b, g)) for name, b, g in calls])
+        parts = {name: np.full(shape, np.nan, np.float32) for name in self._weights}
         failures = []
         for (name, b, g), (value, reason) in zip(calls, results, strict=True):
-            scale = max(1.0, abs(self._weights[name])) * len(self._functions)
+            scale = max(1.0, abs(self._weights[name])) * len(self._weights)
             if reason is None and abs(value) * scale > FLOAT32_MAX:
                 reason = f"it returned {value}, with which the reward can leave float32"
-            if reason is None:
-                parts[name][b, g] = value
-            else:
-                failures.append(Failure(b, g, name, reason))
-        weighted = [np.float32(self._weights[name]) * part for name, part in parts.items()]
-        reward = np.stack(weighted).sum(axis=0)
+            if reason is not None:
+                value = self._on_failure[name]
+                failures.append(Failure(b, g, name, reason, value))
+            parts[name][b, g] = value
+        # 0 times NaN is NaN: what has no weight must not decide which samples are masked out.
+        weights = {name: np.float32(weight) for name, weight in self._weights.items() if weight}
+        reward = np.stack([weight * parts[name] for name, weight in weights.items()]).sum(axis=0)
         valid = np.isfinite(reward)
         if not valid.any():
-            first = failures[0]
+            first = next(x for x in failures if x.function in weights and math.isnan(x.value))
             raise NoRewards(
                 f"None of {reward.size} samples has a reward: {len(failures)} of {len(calls)} "
                 f"calls failed. The first: {first.function}() of completion {first.completion} of "
@@ -207,107 +276,41 @@ class Pool:
             )
         return Rewards(reward, valid, parts, tuple(failures))
 
-    def _run(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[float, str | None]]:
-        """For each call its value, and a reason where it failed."""
-        results: list[tuple[float, str | None]] = [(math.nan, "not called")] * len(calls)
-        waiting, idle = deque(range(len(calls))), deque(self._workers)
-        busy: dict[Connection, tuple[int, float, _Worker]] = {}
+    def _run(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Result]:
+        """What comes of each call."""
+        results = [Result(math.nan, "not called")] * len(calls)
+        waiting, idle = deque(range(len(calls))), deque(self._workers.all)
+        # Of those that work: which of the calls, its number, until when.
+        busy: dict[Connection, tuple[int, int, float, Worker]] = {}
         try:
             while waiting or busy:
                 while waiting and idle:
-                    number, worker = waiting.popleft(), idle.popleft()
-                    if not worker.process.is_alive():
-                        worker = self._replace(worker)
-                    worker.connection.send(calls[number])
-                    busy[worker.connection] = number, time.monotonic() + self._timeout_s, worker
-                soonest = min(deadline for _, deadline, _ in busy.values())
+                    i, worker = waiting.popleft(), idle.popleft()
+                    if not worker.is_alive():
+                        worker = self._workers.replace(worker)
+                    number = next(self._numbers)
+                    worker.send(number, *calls[i])
+                    busy[worker.connection] = i, number, time.monotonic() + self._timeout_s, worker
+                soonest = min(deadline for _, _, deadline, _ in busy.values())
                 ready = wait(list(busy), max(0.0, soonest - time.monotonic()))
                 # Taken once: a call may finish in time while another's process is replaced.
                 now = time.monotonic()
                 for connection in [*busy]:
-                    number, deadline, worker = busy[connection]
-                    if connection in ready:
-                        try:
-                            results[number] = connection.recv()
-                            idle.append(worker)
-                        except (EOFError, OSError):
-                            results[number] = math.nan, "the process that ran it died"
-                            idle.append(self._replace(worker))
-                        del busy[connection]
-                    elif now > deadline:
-                        results[number] = math.nan, f"no result within {self._timeout_s} s"
-                        idle.append(self._replace(worker))
-                        del busy[connection]
+                    i, number, deadline, worker = busy[connection]
+                    if connection not in ready and now <= deadline:
+                        continue
+                    del busy[connection]
+                    try:
+                        if connection not in ready:
+                            raise WorkerLost(f"no result within {self._timeout_s} s")
+                        results[i] = worker.receive(number)
+                    except WorkerLost as lost:
+                        results[i] = Result(math.nan, str(lost))
+                        worker = self._workers.replace(worker)
+                    idle.append(worker)
         except BaseException:
             # Whoever is still busy would answer to the next batch's calls.
-            for _, _, worker in busy.values():
-                self._replace(worker)
+            for *_, worker in busy.values():
+                self._workers.replace(worker)
             raise
         return results
-
-    def _spawn(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._functions), daemon=True)
-        # A reward that uses JAX must not take the accelerator from the training.
-        with _environment("JAX_PLATFORMS", "cpu"):
-            process.start()
-        theirs.close()
-        self._workers.append(_Worker(process, ours))
-        return self._workers[-1]
-
-    def _await_start(self, worker: _Worker) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            if worker.connection.poll(START_TIMEOUT_S) and worker.connection.recv():
-                return
-        raise RuntimeError(
-            "A process for reward functions did not start; see its error above. Their modules must "
-            "be importable from there, and a script must guard its entry by "
-            'if __name__ == "__main__".'
-        )
-
-    def _stop(self, worker: _Worker) -> None:
-        self._workers.remove(worker)
-        worker.process.kill()
-        worker.process.join()
-        worker.connection.close()
-
-    def _replace(self, worker: _Worker) -> _Worker:
-        self._stop(worker)
-        new = self._spawn()
-        self._await_start(new)
-        return new
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Sets a variable for the processes that are started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-def _serve(connection: Connection, functions: Mapping[str, RewardFunction]) -> None:
-    """Of a process: answers calls until there are no more."""
-    # Ctrl-C is for the training, which ends its update first, and all processes get it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection.send(True)
-    with contextlib.suppress(EOFError):
-        while True:
-            name, keywords = connection.recv()
-            connection.send(_call(functions[name], keywords))
-
-
-def _call(function: RewardFunction, keywords: Mapping[str, Any]) -> tuple[float, str | None]:
-    try:
-        value = function(**keywords)
-        if isinstance(value, (numbers.Real, np.number, np.bool_)) and math.isfinite(value):
-            return float(value), None
-        return math.nan, f"it returned {value!r}, which is no finite number"
-    except Exception as error:
-        return math.nan, f"{type(error).__name__}: {error}"

@@ -218,6 +218,9 @@ def rl_stage(
         learner = token_learner.move_reference(learner, r.reference_decay)
         metrics |= learned | {
             "answer/malformed": losses.masked_mean(malformed, batch.valid),
+            "completion/truncated_fraction": losses.masked_mean(
+                1.0 - answers.finished, batch.valid
+            ),
             "lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32),
         }
         return carry.replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import functools
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -12,10 +13,10 @@ from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated
 from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, shown
-from mmrl_jax.tasks.rewards import Failure, Pool, Rewards
+from mmrl_jax.tasks.reward_workers import printable
+from mmrl_jax.tasks.rewards import GIVEN, Failure, Pool, Rewards
 
-GIVEN = ("prompt", "completion", "answer")  # To reward functions, beside a record's columns.
-TOLD = 10  # Reasons of failures that a process prints; answer/unscored counts them all.
+TOLD = 10  # Reasons of failures that a process prints; reward/failed counts all failures.
 
 
 def prompt_rows(
@@ -124,7 +125,7 @@ def open_split(
 def tell_rejected(records: Split) -> None:
     """Prints the first records that were left out, and why."""
     for name, reason in records.train.rejected[:TOLD]:
-        print(f"Left out: {name}: {reason}", file=sys.stderr, flush=True)
+        print(f"Left out: {name}: {printable(reason)}", file=sys.stderr, flush=True)
 
 
 def tell_images(records: Split, size: tuple[int, int], *, resize: str) -> None:
@@ -166,15 +167,32 @@ class Scorer:
         Raises:
           NoRewards: not a single answer has one.
         """
-        tokens, present = jax.device_get((answers.tokens, answers.present))
+        tokens, present, finished = jax.device_get(
+            (answers.tokens, answers.present, answers.finished)
+        )
         completions = [
             [self._chat.decode(row[there]) for row, there in zip(*group, strict=True)]
             for group in zip(tokens, present, strict=True)
         ]
-        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns)
+        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns, finished)
+        self._tell_all(rewards, records, batch)
+        return Scored(completions, rewards)
+
+    def rehearse(self, records: Records) -> None:
+        """Scores the records' own answers, to find before compiling that no function works.
+
+        Raises:
+          NoRewards: not a single answer of the first batch has a reward.
+        """
+        batch = records.batch(0)
+        rewards = self._pool(
+            batch.prompts, [[text] for text in batch.answers], batch.answers, batch.columns
+        )
+        self._tell_all(rewards, records, batch)
+
+    def _tell_all(self, rewards: Rewards, records: Records, batch: Batch) -> None:
         for failure in rewards.failures:
             self._tell(failure, records.names[batch.records[failure.prompt]])
-        return Scored(completions, rewards)
 
     def _tell(self, failure: Failure, record: str) -> None:
         """Prints a failure, of a function and a reason only the first."""
@@ -182,9 +200,10 @@ class Scorer:
         if what in self._told or len(self._told) == TOLD:
             return
         self._told.add(what)
+        counts = "is left out" if math.isnan(failure.value) else f"counts as {failure.value}"
         print(
-            f"No reward of an answer to {record}: {failure.function}: {failure.reason}. It is left "
-            "out; further ones for this reason are only counted, see answer/unscored.",
+            f"No reward of an answer to {record}: {failure.function}: {failure.reason}. It "
+            f"{counts}; further ones for this reason are only counted, see reward/failed.",
             file=sys.stderr,
             flush=True,
         )

@@ -94,6 +94,13 @@ SCHEMA: config_lib.Schema = {
         ),
         "workers": positive(int, "processes that call the functions"),
         "timeout_s": positive(float, "seconds for one call"),
+        "memory_mb": Field(
+            (int, type(None)),
+            lambda x: x > 0,
+            "greater than 0, or None",
+            "limit in MiB on the address space of each process that calls the functions or is "
+            "started by them; None: no limit",
+        ),
     },
     "model": token_models.MODEL,
     # On the records' answers.
@@ -104,7 +111,8 @@ SCHEMA: config_lib.Schema = {
         "pack_rows": question_factory.PACK_ROWS,
     }
     # An answer in free text has a meaning, or not, for the reward functions alone.
-    | {name: field for name, field in token_stages.RL.items() if name != "penalty"},
+    | {name: field for name, field in token_stages.RL.items() if name != "penalty"}
+    | dict(token_stages.TRUNCATION),
     "grpo": question_factory.SCHEMA["grpo"],
     "dpo": question_factory.SCHEMA["dpo"],
     "ppo": question_factory.SCHEMA["ppo"],
@@ -139,6 +147,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     reward_functions(config)
     parts = make_parts(config)
     token_models.check_halves(config, parts.model)
+    token_stages.check_overlong(config, config.folder.answer_tokens)
     open_records(config, parts)
 
 
@@ -218,7 +227,14 @@ def make_scorer(config: ml_collections.ConfigDict, chat: Chat) -> Scorer:
     """
     r, functions = config.rewards, reward_functions(config)
     weights = dict(zip(functions, r.weights, strict=True))
-    return Scorer(Pool(functions, weights, workers=r.workers, timeout_s=r.timeout_s), chat)
+    pool = Pool(
+        functions,
+        weights,
+        workers=r.workers,
+        timeout_s=r.timeout_s,
+        memory_mb=r.memory_mb,
+    )
+    return Scorer(pool, chat)
 
 
 def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
@@ -270,6 +286,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     records = open_records(config, parts)
     tell_records(config, records)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
+    scorer.rehearse(records.train)
     measure = _make_measure(_make_greedy(config, parts, mesh, records.heldout, ask, scorer))
     train = records.train.batched(config.sft.batch_size)
 
@@ -301,6 +318,7 @@ def rl_stage(
     records, everywhere = open_records(config, parts), mesh_lib.replicated(mesh)
     learning = token_stages.make_learning(config, mesh, parts.model, start)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
+    scorer.rehearse(records.train)
     if not config.sft.updates:
         tell_records(config, records)
 
@@ -317,11 +335,14 @@ def rl_stage(
         return parts.policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
-    def step(carry: Carry, frozen: Any, experience: Experience) -> tuple[Carry, Metrics]:
+    def step(
+        carry: Carry, frozen: Any, experience: Experience, failed: jax.Array
+    ) -> tuple[Carry, Metrics]:
         key = keys(carry.rng, carry.updates)[1]
+        experience = token_stages.shape_rewards(config, experience)
         carry, metrics = learning.step(carry, frozen, experience, key)
-        unscored = {"answer/unscored": 1 - jnp.mean(experience.scored)}
-        return carry, metrics | grpo.describe(experience) | unscored
+        lost = {"answer/unscored": 1 - jnp.mean(experience.scored), "reward/failed": failed}
+        return carry, metrics | grpo.describe(experience) | lost
 
     placed = functools.partial(mesh_lib.replicated_shapes, mesh=mesh)
 
@@ -334,7 +355,7 @@ def rl_stage(
         generating = generate.lower(carry.learner.params, frozen, asked, carry.rng, carry.updates)
         number = placed(np.empty((r.questions, r.group), np.float32))
         learned_from = Experience(asked, placed(generating.out_info), number, number)
-        stepping = step.lower(carry, frozen, learned_from)
+        stepping = step.lower(carry, frozen, learned_from, placed(np.float32(0)))
         generated, stepped = generating.compile(), stepping.compile()
         batches = Prefetch(read, updates=config.run.updates)
 
@@ -344,8 +365,10 @@ def rl_stage(
             _, rewards = scorer(records.train, batch, answers)
             # NaN times a mask of 0 is NaN.
             numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
-            reward, scored = jax.device_put(numbers, everywhere)
-            return stepped(carry, frozen, Experience(asked, answers, reward, scored))
+            reward, scored, failed = jax.device_put(
+                (*numbers, np.float32(rewards.failed)), everywhere
+            )
+            return stepped(carry, frozen, Experience(asked, answers, reward, scored), failed)
 
         return HostUpdate(update, placed(stepping.out_info[1]))
 
@@ -398,7 +421,12 @@ def answered_samples(
     batch, (completions, rewards) = _greedy_of(config)(made_of)
     return [
         Sample(
-            batch.images[i], batch.prompts[i], batch.answers[i], text, float(rewards.reward[i, 0])
+            batch.images[i],
+            batch.prompts[i],
+            batch.answers[i],
+            text,
+            float(rewards.reward[i, 0]),
+            correct=None,  # What is right, the reward functions alone can say.
         )
         for i, (text,) in enumerate(completions[:count])
     ]
@@ -458,8 +486,9 @@ def _make_measure(greedy: Greedy) -> Callable[[tuple[Params, Any], str], dict[st
             rewards.reward[rewards.valid], confidence=0.95, resamples=2000, seed=0
         )
         parts = {
-            f"reward/{name}": float(part[rewards.valid].mean())
+            f"reward/{name}": float(part[np.isfinite(part)].mean())
             for name, part in rewards.parts.items()
+            if np.isfinite(part).any()
         }
         return {"return": mean, "return_lo": low, "return_hi": high} | parts
 

@@ -88,7 +88,17 @@ GLOSSARY: dict[str, Metric] = {
     "answer/unscored": Metric(
         "fraction", "Answers drawn whose reward functions failed: they are left out", "0"
     ),
+    "reward/failed": Metric(
+        "fraction",
+        "Calls of reward functions that raised, took too long or returned no finite number",
+        "0; of functions that declare `on_failure`, falls to 0",
+    ),
     "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
+    "completion/truncated_fraction": Metric(
+        "fraction",
+        "Answers drawn that were truncated at their most tokens, without a stop token",
+        "0 to 0.1",
+    ),
     "answer/rows": Metric(
         "rows",
         "Most rows of the answers' length that all answers to a question can be packed into",

@@ -78,7 +78,8 @@ SCHEMA: config_lib.Schema = {
         ),
         "swapped": anything(bool, "ask about another question's picture: what a blind one learns"),
     }
-    | dict(token_stages.RL),
+    | dict(token_stages.RL)
+    | dict(token_stages.TRUNCATION),
     "grpo": {
         "preset": one_of(tuple(PRESETS), "advantage and loss, see mmrl_jax/rl/token_losses.py"),
         "pass_at_k": positive(
@@ -123,6 +124,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     # Pictures that do not divide into cells are refused when they are drawn.
     jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
     token_models.check_halves(config, parts.model)
+    token_stages.check_overlong(config, parts.policy.length)
 
 
 def learned_together(config: ml_collections.ConfigDict) -> dict[str, int]:
@@ -262,7 +264,9 @@ def rl_stage(
             sampling=Sampling(temperature=r.temperature),
         )
         score = parts.task.texts.score(asked, answers.tokens, answers.present, penalty=r.penalty)
-        experience = Experience(asked, answers, score.reward, jnp.ones_like(score.reward))
+        experience = token_stages.shape_rewards(
+            config, Experience(asked, answers, score.reward, jnp.ones_like(score.reward))
+        )
         chosen = grpo.informative(experience, r.questions)
         carry, metrics = learning.step(carry, frozen, chosen, learn_key)
         return carry, metrics | grpo.describe(experience) | {

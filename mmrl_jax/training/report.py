@@ -31,8 +31,7 @@ img {{ width: 128px; image-rendering: pixelated; display: block; }}
 .right {{ color: #187a2f; }} .wrong {{ color: #b3261e; }}
 .right::before {{ content: "\\2713\\00a0"; }} .wrong::before {{ content: "\\2717\\00a0"; }}
 </style></head><body><h1>{title}</h1>
-<p>{right} of {all} answers are the right one, word for word (&#10003;); the others are marked
-&#10007;.</p>
+<p>{summary}</p>
 <table><tr><th>picture</th><th>question</th><th>right answer</th><th>answer</th>
 <th class="reward">reward</th></tr>
 {rows}
@@ -268,24 +267,40 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
     """
     rows = "\n".join(
         "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td class='text'>{}</td>"
-        "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{:.2f}</td></tr>"
+        "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{}</td></tr>"
         "".format(
             _png(sample.image),
             html.escape(sample.question),
             html.escape(sample.right),
-            "right" if sample.answer == sample.right else "wrong",
+            {True: "right", False: "wrong", None: ""}[sample.correct],
             html.escape(sample.answer) or "(nothing)",
-            sample.reward,
+            f"{sample.reward:.2f}" if math.isfinite(sample.reward) else "none",
         )
         for sample in samples
     )
-    right = sum(sample.answer == sample.right for sample in samples)
-    page = _PAGE.format(title=html.escape(title), right=right, all=len(samples), rows=rows)
+    page = _PAGE.format(title=html.escape(title), summary=_summary(samples), rows=rows)
 
     def write(place: pathlib.Path) -> None:
         place.write_text(page, encoding="utf-8")
 
     saved(pathlib.Path(path), write)
+
+
+def _summary(samples: Sequence[Sample]) -> str:
+    """How many samples are right where the task says so, and their mean reward."""
+    rewards = [sample.reward for sample in samples if math.isfinite(sample.reward)]
+    texts = []
+    if any(sample.correct is not None for sample in samples):
+        right = sum(sample.correct is True for sample in samples)
+        texts.append(
+            f"{right} of {len(samples)} answers are right (&#10003;); the others are marked "
+            "&#10007;."
+        )
+    if rewards:
+        texts.append(f"The mean reward of {len(rewards)} answers is {np.mean(rewards):.2f}.")
+    if len(rewards) < len(samples):
+        texts.append(f"{len(samples) - len(rewards)} have none, for their reward function failed.")
+    return " ".join(texts)
 
 
 def _png(image: np.ndarray) -> str:

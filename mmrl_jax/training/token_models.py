@@ -168,7 +168,7 @@ def make_model(
       ValueError: see `vlm.check_counts`.
     """
     tokeniser = texts.tokeniser
-    ends = texts.length, tokeniser.stop, tokeniser.pad
+    ends = texts.length, tokeniser.stops, tokeniser.pad
     if isinstance(source, Sight):
         policy = TokenPolicy(source.model, *ends, source.pictures, source.positions)
     else:

@@ -16,6 +16,7 @@ from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
 from mmrl_jax.learners.grpo import Experience
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
 from mmrl_jax.rl import group_advantages
+from mmrl_jax.rl.overlong import soft_overlong_penalty
 from mmrl_jax.rl.token_losses import KLS, PRESETS, TokenLoss
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
@@ -59,6 +60,19 @@ RL: config_lib.Schema = {
     "accumulate": positive(int, "parts of a minibatch whose gradients are added up"),
 }
 
+# Of completions whose length is the policy's to choose, as that of actions is not.
+TRUNCATION: config_lib.Schema = {
+    "mask_truncated_completions": anything(
+        bool, "answers without an end are not learned from, though their rewards count"
+    ),
+    "overlong_buffer": Field(
+        (int, type(None)),
+        lambda x: x > 0,
+        "greater than 0, or None",
+        "last tokens of the most of an answer over which it loses up to 1 of its reward (DAPO)",
+    ),
+}
+
 PPO: config_lib.Schema = {
     "discount": between(float, 0, 1, "per turn"),
     "gae_lambda": between(float, 0, 1, "of the advantage estimate, per token"),
@@ -66,6 +80,33 @@ PPO: config_lib.Schema = {
     "value_clip": positive((float, type(None)), "of the value loss"),
     "value_weight": non_negative(float, "of the value loss"),
 }
+
+
+def check_overlong(config: ml_collections.ConfigDict, length: int) -> None:
+    """Checks the buffer of answers of up to `length` tokens.
+
+    Raises:
+      ValueError: it is longer than these.
+    """
+    buffer = config.rl.overlong_buffer
+    if buffer is not None and buffer > length:
+        raise ValueError(
+            f"rl.overlong_buffer={buffer} is more than the {length} tokens that an answer may "
+            "have; lower it."
+        )
+
+
+def shape_rewards(config: ml_collections.ConfigDict, experience: Experience) -> Experience:
+    """Adds to rewards what the config punishes in the form of the answers, not in their content."""
+    buffer, present = config.rl.overlong_buffer, experience.answers.present
+    if buffer is None:
+        return experience
+    penalty = soft_overlong_penalty(
+        jnp.sum(present, axis=-1), max_length=present.shape[-1], buffer=buffer
+    )
+    # Rewards that are not known are 0, and stay so.
+    reward = experience.reward + jnp.where(experience.scored > 0, penalty, 0.0)
+    return experience._replace(reward=reward)
 
 
 class Optimisation(NamedTuple):
@@ -176,15 +217,22 @@ def make_learn(
         "shard": functools.partial(mesh_lib.constrain_batch, mesh=mesh),
     }
     steps = {"epochs": r.epochs, "minibatches": r.minibatches, "accumulate": r.accumulate}
+
+    def kept(experience: Experience) -> jax.Array:
+        """Which answers are learned from where none is compared with a group's mean, [B, G]."""
+        if not r.mask_truncated_completions:
+            return experience.scored
+        return experience.scored * experience.answers.finished
+
     if config.algorithm == "dpo":
         preferring = dpo.Hyperparameters(**config.dpo, **steps)
 
         def learn(
             learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
-            question, answers, reward, scored = experience
+            question, answers, reward, _ = experience
             preferences = dpo.best_and_worst(
-                question, answers.tokens, answers.present, reward, scored
+                question, answers.tokens, answers.present, reward, kept(experience)
             )
             return dpo.update(
                 learner, frozen, preferences, key, hyperparameters=preferring, **update
@@ -196,7 +244,7 @@ def make_learn(
         def learn(
             learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
-            batch = single_turns(experience)
+            batch = single_turns(experience._replace(scored=kept(experience)))
             return token_ppo.update(
                 learner, frozen, batch, None, key, hyperparameters=stepping, **update
             )
@@ -211,6 +259,7 @@ def make_learn(
             loss=make_loss(config, loss),
             entropy_weight=r.entropy_weight,
             temperature=r.temperature,
+            mask_truncated_completions=r.mask_truncated_completions,
             **steps,
         )
 
@@ -223,7 +272,11 @@ def make_learn(
 
 
 def single_turns(experience: Experience) -> Transition:
-    """Groups of answers as episodes of one turn each, [1, B, G], to questions [1, B]."""
+    """Groups of answers as episodes of one turn each, [1, B, G], to questions [1, B].
+
+    An answer that was truncated has terminated too: its reward is for the text as it is, and no
+    later reward is left out that a value would have to stand for.
+    """
     question, answers, reward, scored = experience
     reward, valid = reward[None], scored[None]
     zeros = jnp.zeros_like(reward)
