@@ -110,7 +110,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       ValueError: the config cannot run, or the workdir is another config's or cannot be written.
     """
     factory_of(config).check(config)
-    workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
+    fixed = factory.fixed_on_resume(config) if checkpoint.saved_steps(workdir) else {}
+    workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE, fixed=fixed)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Trained:

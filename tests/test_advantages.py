@@ -208,19 +208,21 @@ def test_nothing_that_follows_an_end_needs_to_be_a_number():
     np.testing.assert_allclose(advantage[:2, 0], [1.17, -1.0], rtol=1e-5)
 
 
-def test_discounted_returns_by_hand():
-    # discount 0.5, r = 1 2 4, and 8 after the last step.
-    # No end: 4 + 4 = 8, 2 + 4 = 6, 1 + 3 = 4. An end of either kind at 1: 8; 2; 1 + 1 = 2.
+def test_bootstrapped_returns_by_hand():
+    # discount 0.5, r = 1 2 4. No end: 1 + 1 + 1, 2 + 2, 4, and the value behind the third step by
+    # 1/8, 1/4, 1/2. An end at 1: 1 + 1, 2, 4; the value behind the second step counts if a limit
+    # truncated the episode, by 1/4 and 1/2, and not if it terminated.
     terminated, truncated = np.zeros((3, 3)), np.zeros((3, 3))
     terminated[1, 1] = truncated[1, 2] = 1
-    returns = advantages.discounted_returns(
+    returns, weight, step = advantages.bootstrapped_returns(
         reward=jnp.outer(jnp.array([1.0, 2.0, 4.0]), jnp.ones(3)),
-        last_value=jnp.full(3, 8.0),
         terminated=jnp.asarray(terminated),
         truncated=jnp.asarray(truncated),
         discount=0.5,
     )
-    np.testing.assert_array_equal(returns, [[4, 2, 2], [6, 2, 2], [8, 8, 8]])
+    np.testing.assert_array_equal(returns, [[3, 2, 2], [4, 2, 2], [4, 4, 4]])
+    np.testing.assert_array_equal(weight, [[0.125, 0, 0.25], [0.25, 0, 0.5], [0.5] * 3])
+    np.testing.assert_array_equal(step, [[3, 2, 2], [3, 2, 2], [3, 3, 3]])
 
 
 def token_estimate(reward, value, last_value, present, terminated, truncated, discount, lambda_):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.train import train
+from experiments.train import prepare, train
 from mmrl_jax import envs
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.rl import normalisation
@@ -299,6 +299,31 @@ def test_a_finished_stage_compiles_nothing(tmp_path):
     # With another limit it is not finished, and is compiled.
     with pytest.raises(AssertionError, match="traced"):
         run(toy(never, updates=5), tmp_path)
+
+
+def test_a_learning_rate_that_falls_to_the_end_of_a_run_keeps_its_end(tmp_path):
+    linear = tiny.config("mlp_ppo", ppo__schedule="linear", **tiny.FAST)
+    for updates in (4, 8):  # Nothing is learned yet: the end may still move.
+        linear.run.updates = updates
+        prepare(linear, tmp_path / "linear")
+    (tmp_path / "linear" / "checkpoints" / "6").mkdir(parents=True)
+    for updates in (6, 16):
+        linear.run.updates = updates
+        with pytest.raises(
+            ValueError, match=f"8 there, {updates} now; ppo.schedule='lin.*constant"
+        ):
+            prepare(linear, tmp_path / "linear")
+    linear.run.updates, linear.run.eval_interval = 8, 3
+    prepare(linear, tmp_path / "linear")
+    constant = tiny.config("mlp_ppo", ppo__schedule="constant", **tiny.FAST)
+    (tmp_path / "constant" / "checkpoints" / "4").mkdir(parents=True)
+    for updates in (4, 8):
+        constant.run.updates = updates
+        prepare(constant, tmp_path / "constant")
+    tokens = tiny.token_config(rl__schedule="linear")
+    assert list(factory.fixed_on_resume(tokens)) == ["run.updates"]
+    tokens.algorithm = "sft"
+    assert not factory.fixed_on_resume(tokens)
 
 
 def test_counters_go_on_after_a_resume(tmp_path):

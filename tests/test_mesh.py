@@ -178,7 +178,7 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
     hyperparameters = ppo.Hyperparameters(
         discount=0.95, gae_lambda=0.9, advantage="gae", clip=0.2, value_clip=0.2, value_weight=0.5,
         entropy_weight=0.01, auxiliary_weight=0.5, pointing_weight=0.5,
-        epochs=2, minibatches=5, target_kl=None,
+        epochs=2, minibatches=5, target_kl=None, recompute=True,
     )  # fmt: skip
     observation = {
         "pixels": jnp.zeros((1, 8, 8, 3), jnp.uint8),

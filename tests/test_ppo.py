@@ -34,6 +34,7 @@ PLAIN = ppo.Hyperparameters(
     epochs=1,
     minibatches=1,
     target_kl=None,
+    recompute=False,
 )
 
 
@@ -250,6 +251,26 @@ def test_the_first_ratio_of_a_flax_network_is_1():
     _, metrics = run(state, batch, last, optimiser, network=model.apply, minibatches=3, epochs=2)
     assert abs(float(metrics["policy/kl"])) < 1e-10
     assert float(metrics["update/steps"]) == 6
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16(minibatches):
+    # The network of the learner rounds its features to bfloat16, the one that acted did not: as if
+    # the rollout, another program, had rounded otherwise. A narrow spread and clip show it.
+    def rounded(params, observation):
+        near = jax.lax.reduce_precision(observation["proprio"], exponent_bits=8, mantissa_bits=7)
+        return apply(params, observation | {"proprio": near})
+
+    optimiser = optax.sgd(0.0)
+    params = initial_params() | {"log_std": jnp.full(2, -3.0)}
+    state = learner_state(optimiser, params)
+    batch, last = record(state)
+    steps = {"minibatches": minibatches, "clip": 1e-3}
+    _, noisy = run(state, batch, last, optimiser, network=rounded, **steps)
+    assert float(noisy["policy/clip_fraction"]) > 0.5 and float(noisy["policy/kl"]) > 1e-4
+    _, metrics = run(state, batch, last, optimiser, network=rounded, recompute=True, **steps)
+    assert float(metrics["policy/clip_fraction"]) == 0 and float(metrics["policy/kl"]) < 1e-10
+    assert float(metrics["grad/norm"]) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])

@@ -36,13 +36,14 @@ def test_advantages_with_an_end_of_either_kind_at_every_position(ends, lambda_):
     np.testing.assert_allclose(target, theirs + ends["value"], rtol=1e-5, atol=1e-6)
 
 
-def test_discounted_returns(ends):
-    over = jnp.maximum(ends["terminated"], ends["truncated"])
-    theirs = jax.vmap(rlax.discounted_returns, in_axes=(1, 1, 0), out_axes=1)(
-        ends["reward"], DISCOUNT * (1 - over), ends["last_value"]
+def test_bootstrapped_returns(ends):
+    value = jnp.concatenate([ends["value"], ends["last_value"][None]])
+    theirs = jax.vmap(rlax.lambda_returns, in_axes=1, out_axes=1)(
+        ends["reward"], DISCOUNT * (1 - ends["terminated"]), value[1:], 1 - ends["truncated"]
     )
-    del ends["value"]
-    ours = advantages.discounted_returns(**ends, discount=DISCOUNT)
+    steps = {name: ends[name] for name in ("reward", "terminated", "truncated")}
+    returns, weight, step = advantages.bootstrapped_returns(**steps, discount=DISCOUNT)
+    ours = returns + weight * jnp.take_along_axis(value, step, axis=0)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
+from mmrl_jax.learners.learner import in_parts
 from mmrl_jax.models.encoders import VisionEncoder
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.lora import split
@@ -140,7 +141,7 @@ def test_accumulated_gradients_are_those_of_the_whole(reduction):
 
 def test_what_is_worked_out_in_parts_comes_back_in_order():
     x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
-    found = token_learner.in_parts(lambda part: jax.tree.map(lambda x: 2 * x, part), x, 3)
+    found = in_parts(lambda part: jax.tree.map(lambda x: 2 * x, part), x, 3)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), found, x)
 
 

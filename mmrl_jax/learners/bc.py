@@ -21,18 +21,26 @@ from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 @struct.dataclass
 class Demonstrations:
-    """A fixed set of N demonstrated decisions, on the device.
+    """A fixed set of N demonstrated decisions of B environments, on the device.
+
+    The value that a decision is worth under the demonstrator is
+    value_return + bootstrap_weight * v(observation[bootstrap]), as PPO's: an episode that a limit
+    truncated would have gone on.
 
     Attributes:
-      observation: [N, ...].
+      observation: [N + B, ...], of the decisions and, behind them, after the last ones.
       action: what the environment was given, float32 [N, A] in [-1, 1] or int32 [N].
-      value_target: float32 [N], discounted return from there under the demonstrator.
+      value_return: float32 [N], discounted sum of the rewards until the episode ended.
+      bootstrap: int32 [N], in [0, N + B).
+      bootstrap_weight: float32 [N], 0 where the episode terminated.
       privileged: training-only targets, [N, ...].
     """
 
     observation: Observation
     action: jax.Array
-    value_target: jax.Array
+    value_return: jax.Array
+    bootstrap: jax.Array
+    bootstrap_weight: jax.Array
     privileged: dict[str, jax.Array]
 
 
@@ -41,29 +49,46 @@ class Hyperparameters:
     """Behaviour cloning's hyperparameters.
 
     Attributes:
-      batch_size: samples an optimiser step.
       value_weight, auxiliary_weight, pointing_weight: of the losses' parts.
     """
 
-    batch_size: int
     value_weight: float
     auxiliary_weight: float
     pointing_weight: float
 
 
 def demonstrations(
-    transitions: Transition, environment_action: jax.Array, *, discount: float
+    transitions: Transition,
+    environment_action: jax.Array,
+    last_observation: Observation,
+    *,
+    discount: float,
 ) -> Demonstrations:
-    """Turns recorded whole episodes [T, B, ...] into N = T * B samples."""
-    returns = advantages.discounted_returns(
+    """Turns recorded whole episodes [T, B, ...] into N = T * B samples.
+
+    Args:
+      transitions: [T, B, ...].
+      environment_action: what the environments were given, [T, B, ...].
+      last_observation: [B, ...], after the last transition and before any reset.
+      discount: per step, in [0, 1].
+    """
+    returns, weight, step = advantages.bootstrapped_returns(
         reward=transitions.reward,
-        last_value=jnp.zeros(transitions.reward.shape[1]),
         terminated=transitions.terminated,
         truncated=transitions.truncated,
         discount=discount,
     )
+    batch = returns.shape[1]
+    observation = jax.tree.map(
+        lambda x, last: jnp.concatenate([x, last[None]]), transitions.observation, last_observation
+    )
     data = Demonstrations(
-        transitions.observation, environment_action, returns, transitions.privileged
+        observation=observation,
+        action=environment_action,
+        value_return=returns,
+        bootstrap=step * batch + jnp.arange(batch),
+        bootstrap_weight=weight,
+        privileged=transitions.privileged,
     )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data)
 
@@ -71,30 +96,33 @@ def demonstrations(
 def update(
     state: LearnerState,
     data: Demonstrations,
-    rng: jax.Array,
+    indices: jax.Array,
     *,
     apply: Apply,
     optimiser: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
-    """One optimiser step on a random minibatch of the demonstrations.
+    """One optimiser step on the demonstrations [n] with these indices, int32 [n].
 
     The loss is the cloning loss of the action distribution, plus weighted squared errors of the
     value and of the auxiliary predictions. The state's statistics must have been computed.
     """
     h = hyperparameters
-    indices = jax.random.randint(rng, (h.batch_size,), 0, data.value_target.shape[0])
     batch = shard(jax.tree.map(lambda x: x[indices], data))
+    last = shard(jax.tree.map(lambda x: x[data.bootstrap[indices]], data.observation))
+    behind = run_network(apply, state, last).value
+    # A select: behind the end of a task there need be no number.
+    target = batch.value_return + jnp.where(
+        batch.bootstrap_weight > 0, batch.bootstrap_weight * behind, 0.0
+    )
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
         output = run_network(apply, state.replace(params=params), batch.observation)
-        ones = jnp.ones(h.batch_size)
+        ones = jnp.ones(len(indices))
         parts = {
             "loss/cloning": jnp.mean(output.distribution.cloning_loss(batch.action)),
-            "loss/value": jnp.mean(
-                losses.value_loss(output.value, batch.value_target, output.value, None)
-            ),
+            "loss/value": jnp.mean(losses.value_loss(output.value, target, output.value, None)),
         } | auxiliary_losses(output, batch.privileged, ones)
         value = (
             parts["loss/cloning"]

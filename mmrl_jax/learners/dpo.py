@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts, take_steps
+from mmrl_jax.learners.learner import Shard, in_parts
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, take_steps
 from mmrl_jax.rl.token_losses import dpo_loss
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.types import Metrics, Params

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts, take_steps
+from mmrl_jax.learners.learner import Shard, in_parts
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, take_steps
 from mmrl_jax.rl import group_advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
 from mmrl_jax.rollouts import packing

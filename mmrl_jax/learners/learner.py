@@ -1,6 +1,7 @@
 """What all learners of control policies share: their state and how they run the network."""
 
 from collections.abc import Callable
+import math
 from typing import Any, TypeVar
 
 import chex
@@ -124,6 +125,54 @@ def apply_gradients(
     }
 
 
+ROUNDS = 6  # Of the shuffle in `epoch_indices`, an even number.
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Other bits for each uint32: the finalizer of MurmurHash3 (Appleby, 2011)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def epoch_indices(rng: jax.Array, update: jax.Array, *, batch_size: int, size: int) -> jax.Array:
+    """The samples of an update on a fixed set, int32 [batch_size]: each once in every epoch.
+
+    An epoch goes through all samples in an order of its own, and the next one begins within a
+    batch where the batch size does not divide the set. The indices are a function of the key and
+    the number of the update alone, so that a resumed run goes on with the same ones. No order is
+    held in memory: a position is shuffled by a Feistel network over rows and columns, walked until
+    it is in the set (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
+
+    Args:
+      rng: key of the orders.
+      update: int32 [], at most 2^32 / batch_size.
+      batch_size: samples of an update; may be more than there are.
+      size: number of samples in the set.
+    """
+    first = update.astype(jnp.uint32) * jnp.uint32(batch_size)
+    position = first + jnp.arange(batch_size, dtype=jnp.uint32)
+    epoch, index = position // size, position % size
+    # Not keys folded for each sample: of some generators a batch of keys gives other numbers.
+    words = jax.random.bits(rng, (ROUNDS,), jnp.uint32)
+    keys = [_mixed(word + _mixed(epoch + 1)) for word in words]
+    columns = math.isqrt(size - 1) + 1
+    rows = -(-size // columns)
+
+    def shuffled(index: jax.Array) -> jax.Array:
+        row, column = index // columns, index % columns
+        for i in range(0, ROUNDS, 2):
+            row = (row + _mixed(column ^ keys[i]) % rows) % rows
+            column = (column + _mixed(row ^ keys[i + 1]) % columns) % columns
+        return row * columns + column
+
+    return jax.lax.while_loop(
+        lambda x: jnp.any(x >= size),
+        lambda x: jnp.where(x >= size, shuffled(x), x),
+        shuffled(index),
+    ).astype(jnp.int32)
+
+
 def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
     """The samples of every optimiser step, int32 [E * M, size / M], for `gather`.
 
@@ -166,6 +215,12 @@ def unflatten(tree: Any, length: int) -> Any:
 def cut(tree: Any, parts: int) -> Any:
     """[N, ...] to [parts, N / parts, ...]: every `parts`-th sample, so some of each device's."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
+    found = jax.lax.map(function, cut(batch, parts))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def summed(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:

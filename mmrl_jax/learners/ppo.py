@@ -15,6 +15,7 @@ from mmrl_jax.learners.learner import (
     auxiliary_losses,
     flatten,
     gather,
+    in_parts,
     minibatch_order,
     over_steps,
     run_network,
@@ -42,6 +43,9 @@ class Hyperparameters:
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide T * B.
       target_kl: skip what is left of the update once a minibatch's KL exceeds it; None: never.
+      recompute: the log-probs of the actions are computed anew, in minibatches, before the first
+        step. In less than float32 those of the rollout, which is another program, differ by
+        rounding, so that ratios would not be 1 before the policy moved.
     """
 
     discount: float
@@ -56,6 +60,7 @@ class Hyperparameters:
     epochs: int
     minibatches: int
     target_kl: float | None
+    recompute: bool
 
 
 def loss(
@@ -130,6 +135,13 @@ def update(
     h, valid = hyperparameters, batch.valid
     batch, advantage, target = _with_advantages(state, batch, last_observation, apply, h)
     samples = flatten((batch, losses.normalise(advantage, valid), target))
+    if h.recompute:
+
+        def log_prob(part: Transition) -> jax.Array:
+            return run_network(apply, state, part.observation).distribution.log_prob(part.action)
+
+        old = in_parts(lambda part: log_prob(shard(part)), samples[0], h.minibatches)
+        samples = (samples[0].replace(log_prob=old), *samples[1:])
     # Acting normalised with these statistics: normalising the same way here makes the first
     # ratio exactly 1. They take in the new batch at the end.
     statistics = state.statistics

@@ -14,7 +14,6 @@ from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import (
     Shard,
     apply_gradients,
-    cut,
     gather,
     minibatch_order,
     over_steps,
@@ -107,12 +106,6 @@ _VALUE = ValueHead()
 def with_value_head(rng: jax.Array, variables: Params, width: int) -> Params:
     """Variables of a model, and beside them, as 'value', a head on its features [..., width]."""
     return variables | {"value": _VALUE.init(rng, jnp.zeros((1, width)))["params"]}
-
-
-def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
-    found = jax.lax.map(function, cut(batch, parts))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def take_steps(

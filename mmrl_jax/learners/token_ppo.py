@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, flatten, unflatten
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, in_parts, take_steps
+from mmrl_jax.learners.learner import Shard, flatten, in_parts, unflatten
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, take_steps
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
 from mmrl_jax.rollouts.generate import Generated

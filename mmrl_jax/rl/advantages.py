@@ -169,31 +169,40 @@ def return_advantages(
     return reward + discount * jnp.where(terminated > 0, 0.0, behind) - value
 
 
-def discounted_returns(
-    *,
-    reward: jax.Array,
-    last_value: jax.Array,
-    terminated: jax.Array,
-    truncated: jax.Array,
-    discount: float,
-) -> jax.Array:
-    """Monte Carlo returns within the recorded steps: G_t = r_t + discount * G_{t+1}, cut at ends.
+def bootstrapped_returns(
+    *, reward: jax.Array, terminated: jax.Array, truncated: jax.Array, discount: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Monte Carlo returns up to the observation whose value stands for the rest of the episode.
+
+      G_t = return_t + weight_t * v(o_{step_t})
+
+    That observation is the one behind a truncated step, or behind the last recorded one. A step
+    that terminates is followed by nothing, and has weight 0.
 
     Args:
       reward: float32 [T, B].
-      last_value: float32 [B], what follows the last step.
-      terminated: float32 [T, B].
-      truncated: float32 [T, B]; nothing is known of what would have followed, so it counts as 0.
+      terminated: float32 [T, B], 1 where the step ended the task.
+      truncated: float32 [T, B], 1 where the step reached a limit.
       discount: in [0, 1].
 
     Returns:
-      float32 [T, B].
+      The discounted sums of rewards float32 [T, B], the weights float32 [T, B], and the steps
+      int32 [T, B], in [1, T].
     """
-    going_on = (1 - terminated) * (1 - truncated)
+    length, batch = reward.shape
 
-    def step(return_tp1: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple:
-        reward_t, going_on_t = x
-        return_t = reward_t + discount * going_on_t * return_tp1
-        return return_t, return_t
+    def step(behind: tuple[jax.Array, ...], x: tuple[jax.Array, ...]) -> tuple:
+        return_tp1, weight_tp1, step_tp1 = behind
+        t, reward_t, terminated_t, truncated_t = x
+        ended, cut_short = terminated_t > 0, truncated_t > 0
+        over = ended | cut_short
+        found = (
+            reward_t + discount * jnp.where(over, 0.0, return_tp1),
+            discount * jnp.where(ended, 0.0, jnp.where(cut_short, 1.0, weight_tp1)),
+            jnp.where(over, t + 1, step_tp1),
+        )
+        return found, found
 
-    return jax.lax.scan(step, last_value, (reward, going_on), reverse=True)[1]
+    first = jnp.zeros(batch), jnp.ones(batch), jnp.full(batch, length, jnp.int32)
+    steps = jnp.arange(length, dtype=jnp.int32)
+    return jax.lax.scan(step, first, (steps, reward, terminated, truncated), reverse=True)[1]

@@ -20,7 +20,7 @@ from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
-from mmrl_jax.learners.learner import LearnerState, policy_function
+from mmrl_jax.learners.learner import LearnerState, epoch_indices, policy_function
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
@@ -222,6 +222,20 @@ def schedule(name: str, rate: float, steps: int) -> optax.Schedule:
     return optax.constant_schedule(rate)
 
 
+def fixed_on_resume(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Keys of config.run that a run with checkpoints must keep, and why: schedules read them."""
+    group = "rl" if "rl" in config else "ppo"
+    if config.algorithm in ("bc", "sft") or config[group].schedule == "constant":
+        return {}
+    return {
+        "run.updates": (
+            f"{group}.schedule={config[group].schedule!r} ends at run.updates, so that another "
+            f"number would make the learning rate jump. Keep it; a longer run starts in a fresh "
+            f"workdir, and with {group}.schedule='constant' may be extended at any time"
+        )
+    }
+
+
 def adam(
     learning_rate: float | optax.Schedule, max_grad_norm: float, frozen: str | None = None
 ) -> Any:
@@ -264,10 +278,11 @@ def record_demonstrations(config: ml_collections.ConfigDict) -> tuple[bc.Demonst
     def record(rng: jax.Array) -> tuple[bc.Demonstrations, jax.Array]:
         reset_key, rng = jax.random.split(rng)
         state = env.reset(jax.random.split(reset_key, episodes))
-        _, batch = unroll(env, state, expert(config), rng, env.episode_length)
+        last, batch = unroll(env, state, expert(config), rng, env.episode_length)
         ended = batch.terminated + batch.truncated
         success = losses.masked_mean(batch.metrics["success"], ended)
-        return bc.demonstrations(batch, batch.action, discount=config.ppo.discount), success
+        data = bc.demonstrations(batch, batch.action, last.obs, discount=config.ppo.discount)
+        return data, success
 
     data, success = record(jax.random.fold_in(jax.random.PRNGKey(config.seed), 1))
     return data, float(success)
@@ -300,7 +315,6 @@ def cloning_stage(
         optimiser=optimiser,
         shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         hyperparameters=bc.Hyperparameters(
-            batch_size=warm.batch_size,
             value_weight=warm.value_weight,
             auxiliary_weight=warm.auxiliary_weight,
             pointing_weight=warm.pointing_weight,
@@ -313,7 +327,7 @@ def cloning_stage(
         learner = begin()
         if learner is None:
             learner = control_models.fresh_learner(config, env, optimiser)
-            proprio = data.observation["proprio"]
+            proprio = data.observation["proprio"][: len(data.action)]
             counted = jnp.ones(proprio.shape[:-1])
             seen = normalisation.update(learner.statistics, proprio, counted)
             learner = learner.replace(statistics=seen)
@@ -321,8 +335,10 @@ def cloning_stage(
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
     def update(carry: Carry, data: bc.Demonstrations) -> tuple[Carry, Metrics]:
-        rng = jax.random.fold_in(carry.rng, carry.updates)
-        learner, metrics = step(carry.learner, data, rng)
+        indices = epoch_indices(
+            carry.rng, carry.updates, batch_size=warm.batch_size, size=len(data.action)
+        )
+        learner, metrics = step(carry.learner, data, indices)
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
     return Stage(
@@ -381,6 +397,7 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
         epochs=p.epochs,
         minibatches=p.minibatches,
         target_kl=p.target_kl,
+        recompute=config.model.dtype != "float32",
     )
 
     def act(learner: LearnerState, env_state: State, key: jax.Array) -> tuple[State, Transition]:

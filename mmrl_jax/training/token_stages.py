@@ -14,6 +14,7 @@ import optax
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
 from mmrl_jax.learners.grpo import Experience
+from mmrl_jax.learners.learner import epoch_indices
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.overlong import soft_overlong_penalty
@@ -402,8 +403,9 @@ def sft_stage(
 
     def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
         frozen, labels = data
-        rng = jax.random.fold_in(carry.rng, carry.updates)
-        chosen = jax.random.randint(rng, (s.batch_size,), 0, len(labels[1]))
+        chosen = epoch_indices(
+            carry.rng, carry.updates, batch_size=s.batch_size, size=len(labels[1])
+        )
         return step(carry, frozen, jax.tree.map(lambda x: x[chosen], labels))
 
     if callable(labels):

@@ -1,10 +1,11 @@
 """The working directory of a run: made, claimed for a config, and written to."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 import errno
 import os
 import pathlib
 import shutil
+import types
 
 import jax
 
@@ -16,6 +17,7 @@ def claim_workdir(
     config: config_lib.ConfigLike,
     *,
     may_change: Collection[str] = (),
+    fixed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Writes `workdir/config.json`, or compares with the one that is there.
 
@@ -24,6 +26,7 @@ def claim_workdir(
         config: Config of the run.
         may_change: Keys, or groups of keys, in which the two may differ; the file then gets the
             new values.
+        fixed: Keys among those that may not differ all the same, and why.
 
     Raises:
         ValueError: The workdir cannot be written, or belongs to another config (each differing
@@ -38,10 +41,14 @@ def claim_workdir(
         refused = {
             key: pair
             for key, pair in differences.items()
-            if not any(key == name or key.startswith(f"{name}.") for name in may_change)
+            if key in fixed
+            or not any(key == name or key.startswith(f"{name}.") for name in may_change)
         }
         if refused:
-            lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
+            lines = [
+                f"  {key}: {old!r} there, {new!r} now" + (f"; {fixed[key]}" if key in fixed else "")
+                for key, (old, new) in refused.items()
+            ]
             raise ValueError(
                 f"Workdir {workdir} belongs to a run of another config:\n"
                 + "\n".join(lines)
