@@ -21,7 +21,15 @@ from mmrl_jax.rl.overlong import soft_overlong_penalty
 from mmrl_jax.rl.token_losses import KLS, PRESETS, TokenLoss
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training.config import between, non_negative, one_of, pattern, positive
+from mmrl_jax.training.config import (
+    Field,
+    anything,
+    between,
+    non_negative,
+    one_of,
+    pattern,
+    positive,
+)
 from mmrl_jax.training.factory import adam, run_fields, schedule
 from mmrl_jax.training.loop import Carry, HostUpdate, Stage, Start
 from mmrl_jax.training.prefetch import Prefetch
