@@ -153,6 +153,8 @@ class Pool:
         completions: Sequence[Sequence[str]],
         answers: Sequence[str],
         columns: Sequence[Mapping[str, Any]],
+        *,
+        allow_none: bool = False,
     ) -> Rewards:
         """Calls every function for every completion.
 
@@ -161,10 +163,11 @@ class Pool:
           completions: B times G texts.
           answers: B texts.
           columns: B mappings, further keywords of the functions.
+          allow_none: whether it is no error that no sample has a reward.
 
         Raises:
           ValueError: the lengths differ.
-          NoRewards: not a single sample has a reward.
+          NoRewards: not a single sample has a reward, and that is not allowed.
           RuntimeError: a process does not start again.
         """
         lengths = [len(x) for x in (prompts, completions, answers, columns)]
@@ -198,7 +201,7 @@ class Pool:
         weighted = [np.float32(self._weights[name]) * part for name, part in parts.items()]
         reward = np.stack(weighted).sum(axis=0)
         valid = np.isfinite(reward)
-        if not valid.any():
+        if not valid.any() and not allow_none:
             first = failures[0]
             raise NoRewards(
                 f"None of {reward.size} samples has a reward: {len(failures)} of {len(calls)} "
