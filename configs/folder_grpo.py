@@ -7,6 +7,10 @@ function takes keywords and returns a number, e.g. in my_rewards.py in the curre
     def length(*, prompt, completion, answer, **columns):
         return -len(completion) / 100
 
+At least 64 records choose the best checkpoint (folder.validation_size) and as many others are
+reported (folder.test_size, or all of a folder of your own, folder.test_directory); all records of
+an image are on one side, and the same images are held out whatever the seed of the run.
+
 It is called in processes of its own, between the program that answers and the one that learns. An
 answer whose reward fails, or takes too long, is left out and counted (answer/unscored), unless its
 function declares what a failed call counts as, see mmrl_jax/tasks/rewards.py.
@@ -42,6 +46,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.folder.prompt_tokens = 192
     config.folder.answer_tokens = 64
     config.folder.max_rejected = 0.01
+    config.folder.validation_size = 64
+    config.folder.test_size = 64
+    config.folder.test_directory = ml_collections.config_dict.placeholder(str)
+    config.folder.split_seed = 0
 
     config.rewards = ml_collections.ConfigDict()
     config.rewards.functions = ("mmrl_jax.tasks.rewards:exact_match",)
@@ -49,6 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rewards.workers = 4
     config.rewards.timeout_s = 10.0
     config.rewards.memory_mb = ml_collections.config_dict.placeholder(int)
+    config.rewards.max_failed = 0.1
 
     config.model = base.model
     config.sft = base.sft
@@ -69,6 +78,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.run = base.run
     config.run.updates_per_dispatch = 1
     config.run.eval_interval = 50
-    config.run.eval_episodes = 64
+    del config.run["eval_episodes"]  # folder.validation_size says what is evaluated.
     config.run.checkpoint_interval = 50
     return config

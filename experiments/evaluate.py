@@ -12,8 +12,9 @@ evaluation.json, beside those of earlier calls:
   <split>/[no_<modality>/]success, success_lo, success_hi, return, return_lo, return_hi, length
   <split>/[no_<modality>/]checkpoint, episodes       what the numbers are of
 
-For questions of several levels of difficulty there is also <split>/<level>/accuracy and so on, of
-those of the episodes that are of the level.
+Without --episodes there are as many as in the run's own evaluations; of a folder, all records of
+the split. For questions of several levels of difficulty there is also <split>/<level>/accuracy and
+so on, of those of the episodes that are of the level.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ import ml_collections
 from experiments.train import clean_exit, factory_of, write_json
 from mmrl_jax.evaluation.evaluate import MODALITIES, describe
 from mmrl_jax.learners.learner import LearnerState
-from mmrl_jax.training import checkpoint, factory, token_models
+from mmrl_jax.training import checkpoint, factory, folder_factory, token_models
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.types import Params
 
@@ -108,26 +109,44 @@ def _restore_parts(
 
 
 def measures(
-    workdir: pathlib.Path, which: str, episodes: int
-) -> tuple[tuple[str, ...], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
+    workdir: pathlib.Path, which: str, episodes: int | None
+) -> tuple[dict[str, int], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
     """The splits, what measures one of them, row by row, and the step of a stage.
 
     A row is of what is hidden, or of one level, '' for nothing and all; for errors see `restore`.
+
+    Args:
+      workdir: of the stage.
+      which: see `restore`.
+      episodes: of a row; None for as many as the run's own evaluations have.
+
+    Returns:
+      The splits with the episodes of a row, the function, and the step.
     """
-    build = factory_of(read_config(workdir))
+    config = read_config(workdir)
+    build = factory_of(config)
+    if build is folder_factory:
+        sizes = folder_factory.split_sizes(config)
+    else:
+        sizes = dict.fromkeys(build.splits(config), config.run.eval_episodes)
+    if episodes is not None:
+        sizes = dict.fromkeys(sizes, episodes)
     if build is not factory:
         config, made_of, step = restore_tokens(workdir, which)
-        measure = build.make_measure(config, episodes=episodes)
-        return build.splits(config), lambda split: _rows(measure(made_of, split)), step
+        count = episodes if build is folder_factory else next(iter(sizes.values()))
+        measure = build.make_measure(config, episodes=count)
+        return sizes, lambda split: _rows(measure(made_of, split)), step
     config, learner, step = restore(workdir, which)
     observed = factory.make_env(config).observation_size
-    evaluator = factory.make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
+    evaluator = factory.make_evaluator(
+        config, factory.evaluation_key(config), episodes=next(iter(sizes.values()))
+    )
 
     def rows(split: str) -> Iterator[tuple[str, dict[str, float]]]:
         for hidden in (None, *(modality for modality in MODALITIES if modality in observed)):
             yield f"no_{hidden}" if hidden else "", describe(evaluator(learner, split, hidden))
 
-    return factory.splits(config), rows, step
+    return sizes, rows, step
 
 
 def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -141,19 +160,23 @@ def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
     yield from rows.items()
 
 
-def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) -> dict[str, float]:
+def evaluate(
+    workdir: pathlib.Path, *, which: str, split: str, episodes: int | None
+) -> dict[str, float]:
     """Prints the table of one split, or of 'all', and returns what evaluation.json then holds.
 
     Raises:
-      ValueError: see `restore`; or the split is unknown.
+      ValueError: see `restore`; the split is unknown; or a split of a folder has fewer records
+        than `episodes`.
     """
     known, rows, step = measures(workdir, which, episodes)
     if split not in (*known, "all"):
-        raise ValueError(f"--split={split!r} is unknown; choose one of {known} or 'all'.")
-    print(f"{workdir}: checkpoint {step}; mean [95 % interval] of {episodes} episodes")
+        raise ValueError(f"--split={split!r} is unknown; choose one of {tuple(known)} or 'all'.")
+    print(f"{workdir}: checkpoint {step}; mean [95 % interval]")
     path = workdir / "evaluation.json"
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in known if split == "all" else (split,):
+        print(f"{part}: {known[part]} episodes a row")
         for name, row in rows(part):
             shown = [
                 f"{measure} {row[measure]:8.3f} [{row[f'{measure}_lo']:.3f}, "
@@ -163,11 +186,11 @@ def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) ->
             ]
             shown += [
                 f"{measure} {row[measure]:.3f}"
-                for measure in ("blind_accuracy", "malformed")
+                for measure in ("blind_accuracy", "malformed", "failed_fraction")
                 if measure in row
             ]
             print(f"{part:24} {name or '-':15} {'   '.join(shown)}", flush=True)
-            row |= {"checkpoint": step, "episodes": episodes}
+            row |= {"checkpoint": step, "episodes": known[part]}
             prefix = "/".join(word for word in (part, name) if word)
             table |= {f"{prefix}/{key}": value for key, value in row.items()}
         write_json(path, table)
@@ -191,7 +214,13 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of a stage.", required=True)
     flags.DEFINE_string("split", "all", "Split to evaluate, or 'all'.")
-    flags.DEFINE_integer("episodes", 512, "Episodes a row.", lower_bound=2)
+    flags.DEFINE_integer(
+        "episodes",
+        None,
+        "Episodes a row; of a folder, the first so many records of a split. By default as many as "
+        "in the run's own evaluations; of a folder, all records of a split.",
+        lower_bound=2,
+    )
     flags.DEFINE_string("which", "latest", "Checkpoint to evaluate: 'latest', 'best' or a step.")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -94,7 +94,8 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
     if trained.interrupted:
         return None
     build = factory_of(config)
-    measure = build.make_measure(config, episodes=config.run.eval_episodes)
+    # A folder's runs have no such number: they are evaluated on all records of a split.
+    measure = build.make_measure(config, episodes=config.run.get("eval_episodes"))
     made_of = acting(config, trained)
     result: dict[str, Any] = {}
     for split in build.splits(config):

@@ -5,7 +5,8 @@ r"""Trains a policy as a config says; the same command again goes on from the la
 
 Writes to the workdir:
   summary.json          final success (return, where an environment has no success) on the training
-                        split with its 95 % interval, from the last evaluation; times; steps
+                        split with its 95 % interval, from the last evaluation; for a folder the
+                        return on its test split, which chooses no checkpoint; times; steps
   metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
   checkpoints/          the newest ones and the best
   config.json           the config; a workdir of another config is refused
@@ -15,10 +16,11 @@ Writes to the workdir:
 Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
@@ -72,12 +74,14 @@ class Trained:
       tuned: of RL.
       demonstrations: on the host; None where none were recorded.
       frozen: half of the variables of the last stage of a token policy, on its devices.
+      tested: metrics of the test split of a folder, by their logged names; empty without one.
     """
 
     warm_start: Result | None
     tuned: Result | None
     demonstrations: Demonstrations | None = None
     frozen: Any = None
+    tested: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -130,7 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     stages = control_stages if factory_of(config) is factory else token_stages
     trained = stages(config, workdir)
     if not trained.interrupted and jax.process_index() == 0:
-        summary = final_evaluation(workdir) | totals(trained.results, started)
+        summary = final_evaluation(workdir, trained.tested) | totals(trained.results, started)
         write_json(workdir / "summary.json", summary)
     return trained
 
@@ -184,7 +188,11 @@ def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tr
     trained = Trained(warm, tuned, frozen=frozen)
     # What agents do is shown by no question.
     if build is not agent_factory and not trained.interrupted and jax.process_index() == 0:
-        samples = build.answered_samples(config, acting(config, trained), SAMPLES)
+        if build is folder_factory:
+            samples, tested = build.tested_samples(config, acting(config, trained), SAMPLES)
+            trained = dataclasses.replace(trained, tested=tested)
+        else:
+            samples = build.answered_samples(config, acting(config, trained), SAMPLES)
         report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
     return trained
 
@@ -204,19 +212,26 @@ def draw_curves(workdir: pathlib.Path, *, x: str) -> None:
         report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
-def final_evaluation(workdir: pathlib.Path) -> dict[str, float]:
-    """'final/<split>/success', '_lo' and '_hi', as a stage last logged them.
+def final_evaluation(workdir: pathlib.Path, tested: Mapping[str, float]) -> dict[str, float]:
+    """'final/<split>/success', '_lo' and '_hi', of a test split or as a stage last logged them.
 
-    Where there is no success it is 'return', or for questions 'accuracy'.
+    Where there is no success it is 'return', or for questions 'accuracy'; for a folder there is
+    'failed_fraction' too.
+
+    Args:
+      workdir: of the stage.
+      tested: metrics of a test split by their logged names; empty where there is none.
     """
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    row = next(row for row in reversed(rows) if any(name.startswith("eval/") for name in row))
+    row = tested or next(x for x in reversed(rows) if any(n.startswith("eval/") for n in x))
     for score in ("success", "accuracy", "return"):
         found = [name for name in row if glossary.matches(f"eval/<split>/{score}", name)]
         if found:
             break
     name = found[0].removeprefix("eval/")
-    return {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
+    final = {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
+    failed = f"{name.rpartition('/')[0]}/failed_fraction"
+    return final | ({f"final/{failed}": row[f"eval/{failed}"]} if f"eval/{failed}" in row else {})
 
 
 def totals(results: Sequence[Result], started: float) -> dict[str, float]:
@@ -245,9 +260,13 @@ def totals(results: Sequence[Result], started: float) -> dict[str, float]:
 
 
 def write_json(path: pathlib.Path, values: dict[str, float]) -> None:
-    """Writes a flat dictionary in one atomic replacement."""
+    """Writes a flat dictionary in one atomic replacement; what is not finite becomes null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

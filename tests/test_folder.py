@@ -64,6 +64,68 @@ def test_batches_depend_on_the_update_alone(tmp_path):
     assert not np.array_equal(np.concatenate([other.batch(u).records for u in range(6)]), in_order)
 
 
+def parts_of(path, **changes):
+    """The images of each part of a folder, as the colors of their files."""
+    sizes = {"test": 3, "validation": 4} | changes.pop("sizes", {})
+    records = open_folder(path, **(KEYS | changes))
+    return records.divided(sizes, seed=changes.get("split_seed", 0))
+
+
+def digests(records):
+    return {info.digest for info in records.images}
+
+
+def test_parts_share_no_image_and_do_not_depend_on_names_lines_or_the_runs_seed(tmp_path):
+    folder(tmp_path / "d", count=12)
+    lines = (tmp_path / "d/metadata.jsonl").read_text().splitlines()
+    # A second question about every image, and a copy of one under another name.
+    second = [line.replace("which of", "what is") for line in lines]
+    (tmp_path / "d/a/copy.png").write_bytes(png(0))
+    copy = lines[0].replace("a/0.png", "a/copy.png")
+    (tmp_path / "d/metadata.jsonl").write_text("\n".join([*lines, *second, copy]))
+    parts = parts_of(tmp_path / "d")
+    assert list(parts) == ["test", "validation", "train"]
+    assert sum(len(part) for part in parts.values()) == 25
+    assert 3 <= len(parts["test"]) <= 5 and 4 <= len(parts["validation"]) <= 6
+    for one, other in ("test", "train"), ("validation", "train"), ("test", "validation"):
+        assert not digests(parts[one]) & digests(parts[other])
+    assert len(set.union(*map(digests, parts.values()))) == 12
+    # The part is that of what the batches hold.
+    asked = parts["test"].read(range(len(parts["test"]))).prompts
+    assert len({prompt.split()[2] for prompt in asked}) == len(digests(parts["test"])) == 2
+
+    for i in range(12):
+        (tmp_path / f"d/a/{i}.png").rename(tmp_path / f"d/{11 - i}.png")
+    moved = [
+        json.dumps(json.loads(x) | {"file_name": f"{11 - i}.png"}) for i, x in enumerate(lines)
+    ]
+    (tmp_path / "d/metadata.jsonl").write_text("\n".join([*moved[::-1], *moved, copy]))
+    again = parts_of(tmp_path / "d", seed=5, batch_size=2)
+    assert {name: digests(x) for name, x in again.items()} == {
+        name: digests(x) for name, x in parts.items()
+    }
+
+
+def test_the_first_part_depends_on_its_own_size_and_seed_alone(tmp_path):
+    folder(tmp_path, count=20)
+    records = open_folder(tmp_path, **KEYS)
+
+    def part(seed=0, **sizes):
+        return [records.divided(sizes, seed=seed)[name].names for name in sizes]
+
+    ((few,), (more,)) = part(test=3), part(test=6)
+    assert few == more[:3] and len(few) == 3
+    assert part(test=3, validation=4) == [few, part(test=3, validation=9)[1][:4]]
+    assert part(seed=1, test=6) != [more]
+    # An image more takes its place in the order; of the others at most one changes sides.
+    (tmp_path / "a/0.png").write_bytes(png(21))
+    fewer = digests(open_folder(tmp_path, **KEYS).divided({"test": 6}, seed=0)["test"])
+    before = digests(records.divided({"test": 6}, seed=0)["test"])
+    assert len(fewer & before) >= 5 - 1
+    with pytest.raises(ValueError, match=r"\{'test': 20\} of 20 records of 20 images leave none"):
+        part(test=20)
+
+
 def bad_lines(path):
     """Lines that cannot be used -> a part of the reason."""
     (path / "a/text.png").write_text("no image")

@@ -18,6 +18,7 @@ from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import folder_factory, loop, metrics, token_models, token_stages
+from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.folder_data import Scorer
 from tests import processors
 from tests.test_folder import colour, folder
@@ -31,7 +32,7 @@ LENGTH, HALF, NEVER = (
 def make_config(tmp_path_factory):
     """The public config at a size that trains in seconds, with changes as group__field=value."""
     model = processors.save_decoder(tmp_path_factory.mktemp("llama"))
-    pictures = folder(tmp_path_factory.mktemp("pictures"), count=8)
+    pictures = folder(tmp_path_factory.mktemp("pictures"), count=10)
 
     def make(**changes):
         config = config_lib.load_config("configs/folder_grpo.py")
@@ -42,6 +43,8 @@ def make_config(tmp_path_factory):
             resize="stretch",
             prompt_tokens=64,
             answer_tokens=4,
+            validation_size=2,
+            test_size=2,
         )
         config.rewards.update(functions=(LENGTH,), weights=(0.5,), workers=1, timeout_s=60.0)
         config.model.update(
@@ -52,7 +55,7 @@ def make_config(tmp_path_factory):
             questions=4, group=4, minibatches=1, accumulate=1, schedule="constant",
             learning_rate=1e-2,
         )  # fmt: skip
-        config.run.update(updates=4, eval_interval=2, eval_episodes=2, checkpoint_interval=1)
+        config.run.update(updates=4, eval_interval=2, checkpoint_interval=1)
         config.update_from_flattened_dict({k.replace("__", "."): x for k, x in changes.items()})
         return config
 
@@ -105,12 +108,23 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
         assert 0 < row["answer/reward"] <= 4 and 1 <= row["answer/length"] <= 4
     # Of the functions' results, one for each record, their weights make the return.
     for row in logged[1::2]:
-        part = row[f"eval/heldout/reward/{LENGTH}"]
-        assert 0 < part <= 8 and row["eval/heldout/return"] == pytest.approx(0.5 * part)
-    assert "eval/heldout/return" in logged[1] and "eval/heldout/return" not in logged[0]
-    assert logged[-1]["eval/heldout/return_lo"] <= logged[-1]["eval/heldout/return_hi"]
+        part = row[f"eval/validation/reward/{LENGTH}"]
+        assert 0 < part <= 8 and row["eval/validation/return"] == pytest.approx(0.5 * part)
+        assert row["eval/validation/failed_fraction"] == 0
+    assert "eval/validation/return" in logged[1] and "eval/validation/return" not in logged[0]
+    assert logged[-1]["eval/validation/return_lo"] <= logged[-1]["eval/validation/return_hi"]
+    # What is reported is the test split, which is not what chose a checkpoint.
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["final/heldout/return"] == logged[-1]["eval/heldout/return"]
+    assert [name for name in summary if name.startswith("final/")] == [
+        "final/test/return", "final/test/return_lo", "final/test/return_hi",
+        "final/test/failed_fraction",
+    ]  # fmt: skip
+    assert not any("test" in name for row in logged for name in row)
+    made_of = train_script.acting(make_config(), trained)
+    shown = folder_factory.answered_samples(make_config(), made_of, 24)
+    assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
+    test = open_split(make_config()).test
+    assert {sample.question for sample in shown} == set(test.read(range(2)).prompts)
 
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same(run, make_config, tmp_path):
@@ -170,13 +184,17 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     assert page.count("<img") == 2 and "mean reward of 2 answers" in page
     for place in (tmp_path, tmp_path / "sft"):
         _, made_of, _ = evaluate.restore_tokens(place, "latest")
-        found = evaluate.evaluate(place, which="latest", split="all", episodes=2)
+        found = evaluate.evaluate(place, which="latest", split="all", episodes=None)
         shown = folder_factory.answered_samples(config, made_of, 24)
-        assert found["heldout/return"] == np.mean([sample.reward for sample in shown])
+        assert found["test/return"] == np.mean([sample.reward for sample in shown])
+        assert found["test/episodes"] == found["validation/episodes"] == 2
+        assert found["test/failed_fraction"] == found["validation/failed_fraction"] == 0
         assert [2 * sample.reward for sample in shown] == [len(sample.answer) for sample in shown]
-        held_out = open_split(config).heldout.batch(0)
-        assert tuple(sample.question for sample in shown) == held_out.prompts
-        assert tuple(sample.right for sample in shown) == held_out.answers
+        tested = open_split(config).test.read(range(2))
+        assert tuple(sample.question for sample in shown) == tested.prompts
+        assert tuple(sample.right for sample in shown) == tested.answers
+    with pytest.raises(ValueError, match="3 episodes, but split 'validation' has 2 records"):
+        evaluate.evaluate(place, which="latest", split="all", episodes=3)
 
 
 def test_fine_tuning_reads_a_batch_at_a_time_and_goes_on_bitwise(make_config, tmp_path):
@@ -211,7 +229,7 @@ def test_held_out_records_are_answered_in_chunks(make_config, monkeypatch):
 
     monkeypatch.setattr(TokenPolicy, "answer", counted)
     for together in (4, 2):
-        config = make_config(run__eval_episodes=3, rl__questions=together)
+        config = make_config(folder__test_size=3, rl__questions=together)
         made_of = token_models.halves(fresh(config), config, "rl")
         shown.append(folder_factory.answered_samples(config, made_of, 24))
         assert len(shown[-1]) == 3
@@ -234,7 +252,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
             rewards__functions=(LENGTH, HALF),
             rewards__weights=(1.0, 1.0),
             run__updates=2,
-            run__eval_episodes=3,
+            folder__test_size=3,
         )
         trained = train(config, tmp_path)
     assert trained.tuned.updates == 2 and len(seen) == 2
@@ -249,8 +267,24 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         # One of the two functions fails there.
         assert row["reward/failed"] == np.mean(level == 0) / 2
     assert {0 < row["answer/unscored"] < 1 for row in rows(tmp_path)} == {True}
+    # An evaluation counts every record, and a mean over half of them is not reported.
+    row, summary = rows(tmp_path)[-1], json.loads((tmp_path / "summary.json").read_text())
+    for name, part, found in (
+        ("validation", split.validation, {k.removeprefix("eval/"): x for k, x in row.items()}),
+        ("test", split.test, {k.removeprefix("final/"): x for k, x in summary.items()}),
+    ):
+        columns = part.read(range(len(part))).columns
+        failed = np.mean([x["level"] == 0 for x in columns])
+        assert found[f"{name}/failed_fraction"] == pytest.approx(failed) and 0.1 < failed
+        assert found[f"{name}/return"] is None and found[f"{name}/return_lo"] is None
+    assert row[f"eval/validation/reward/{HALF}"] is None
+    assert row[f"eval/validation/reward/{LENGTH}"] >= 0
+    with pytest.raises(ValueError, match="has a score"):
+        evaluate.restore_tokens(tmp_path, "best")
     # One line for one reason, with who and why; once more when held-out samples are written.
-    line, *_ = lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("No reward")]
+    told = capfd.readouterr().err.splitlines()
+    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in told) == 2
+    line, *_ = lines = [x for x in told if x.startswith("No reward")]
     assert len(lines) <= 2
     assert "answer to metadata.jsonl:" in line and "KeyError: 'no such level'" in line
     assert HALF in line
@@ -336,23 +370,84 @@ def test_a_run_reads_its_folder_once(make_config, tmp_path, monkeypatch):
     train(config, tmp_path / "run")
     assert len(read) == 8
     # Another config, or another table, is another opening.
-    config = make_config(folder__directory=str(pictures), run__eval_episodes=3)
-    assert len(open_split(config).train) == 5 and len(read) == 16
+    config = make_config(folder__directory=str(pictures), folder__test_size=3)
+    assert len(open_split(config).train) == 3 and len(read) == 16
     metadata = pictures / "metadata.jsonl"
     metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:7]))
-    assert len(open_split(config).train) == 4 and len(read) == 23
+    assert len(open_split(config).train) == 2 and len(read) == 23
+
+
+def digests(records):
+    return {info.digest for info in records.images}
 
 
 def test_held_out_records_are_never_learned_from(make_config):
-    config = make_config()
-    split = open_split(config)
+    split = open_split(make_config())
     asked = {prompt for update in range(6) for prompt in split.train.batch(update).prompts}
-    held_out = set(split.heldout.batch(0).prompts)
-    assert len(asked) == 6 and len(held_out) == 2 and not asked & held_out
+    held_out = [set(part.read(range(2)).prompts) for part in (split.validation, split.test)]
+    assert len(asked) == 6 and not asked & (held_out[0] | held_out[1])
+    assert len(held_out[0]) == len(held_out[1]) == 2 and not held_out[0] & held_out[1]
+    # Whoever compares seeds compares them on the same records.
+    other = open_split(make_config(seed=1))
+    for name in ("train", "validation", "test"):
+        assert digests(getattr(other, name)) == digests(getattr(split, name))
+    assert not np.array_equal(other.train.batch(0).records, split.train.batch(0).records)
+    assert digests(open_split(make_config(folder__split_seed=1)).test) != digests(split.test)
+
+
+def test_what_a_resumed_run_may_change_leaves_its_batches_as_they_were(make_config, tmp_path):
+    config = make_config()
+    batch = open_split(config).train.batch(5)
+    workdir_lib.claim_workdir(tmp_path, config, may_change=loop.MAY_CHANGE)
+    for name, value in config.run.items():
+        changed = make_config(**{f"run__{name}": value + 3})
+        folder_factory.check(changed)
+        workdir_lib.claim_workdir(tmp_path, changed, may_change=loop.MAY_CHANGE)
+        bitwise_equal(open_split(changed).train.batch(5)._asdict(), batch._asdict())
+    # What would move records from one side to the other is another run.
+    for name in ("validation_size", "test_size", "split_seed"):
+        changed = make_config(**{f"folder__{name}": 3})
+        with pytest.raises(ValueError, match=f"folder.{name}: . there, 3 now"):
+            workdir_lib.claim_workdir(tmp_path, changed, may_change=loop.MAY_CHANGE)
+
+
+def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, tmp_path, capfd):
+    tested = folder(tmp_path / "d", count=12)  # The first ten are those of training.
+    lines = (tested / "metadata.jsonl").read_text().splitlines(keepends=True)
+    changes = {"folder__test_directory": str(tested), "folder__test_size": 0}
+    config = make_config(**changes)
+    with pytest.raises(ValueError, match=r"10 of 12 records of folder.test_directory have an im"):
+        folder_factory.check(config)
+    (tested / "metadata.jsonl").write_text("".join([lines[10], lines[11], "{"]))
+    config = make_config(**changes, folder__max_rejected=0.4)
+    folder_factory.check(config)
+    split = open_split(config)
+    assert split.test.read(range(2)).prompts == ("which of 10 ?", "which of 11 ?")
+    assert len(split.train) == 8 and len(split.validation) == 2
+    assert folder_factory.split_sizes(config) == {"validation": 2, "test": 2}
+    folder_factory.tell_records(config, split)
+    assert "Left out of folder.test_directory: metadata.jsonl:3" in capfd.readouterr().err
+
+
+def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not():
+    # Five answers: of one the first function failed, of two the second, which has no weight.
+    nan = np.nan
+    first = np.float32([[1], [2], [nan], [4], [5]])
+    second = np.float32([[nan], [1], [nan], [1], [1]])
+    rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, ())
+    found = folder_factory.described(rewards, "test", max_failed=0.2)
+    assert found["failed_fraction"] == pytest.approx(0.2)
+    assert found["return"] == 6 and found["reward/f"] == 3 and np.isnan(found["reward/g"])
+    assert found["return_lo"] <= 6 <= found["return_hi"]
+    lost = folder_factory.described(rewards, "test", max_failed=0.19)
+    assert lost["failed_fraction"] == pytest.approx(0.2)
+    assert all(np.isnan(x) for name, x in lost.items() if name != "failed_fraction")
+    none = rewards._replace(reward=0 * first * nan, valid=np.zeros((5, 1), bool))
+    assert folder_factory.described(none, "test", max_failed=0.9)["failed_fraction"] == 1
 
 
 def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
-    good = folder(tmp_path / "d", count=8)
+    good = folder(tmp_path / "d", count=8)  # Of which four are held out.
     lines = (good / "metadata.jsonl").read_text()
     long = {"file_name": "a/0.png", "prompt": "x" * 60, "answer": "y"}
     taken = {"file_name": "a/0.png", "prompt": "p", "answer": "y", "completion": "z"}
@@ -392,7 +487,15 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ({"rl__group": 1}, "rl.group=1, but algorithm='grpo'"),
         ({"rl__overlong_buffer": 5}, "rl.overlong_buffer=5 is more than the 4 tokens"),
         ({"rl__trained": "lora"}, "rl.trained: 'lora' matches no leaf"),
-        ({"run__eval_episodes": 8}, "run.eval_episodes=8: 8 of 8 records"),
+        ({"run__eval_episodes": 2}, "Unknown config key 'run.eval_episodes'"),
+        (
+            {"folder__test_size": 8},
+            r"folder.validation_size=2, folder.test_size=8: .* of 10 records of 10 images leave",
+        ),
+        ({"folder__test_size": 0}, "folder.test_size=0, folder.test_directory=None: what is rep"),
+        ({"folder__test_directory": "x"}, "folder.test_size=2, folder.test_directory='x': what"),
+        ({"folder__resize": "crop"}, "'folder.resize' is 'crop'"),
+        ({"rewards__max_failed": 1.0}, "'rewards.max_failed' is 1.0"),
     ],
 )
 def test_what_cannot_run_is_refused(changes, message, make_config):

@@ -200,9 +200,7 @@ def small(name, directory, **changes):
         trained="lora/.*", questions=4, group=2, minibatches=1, accumulate=1,
         schedule="constant", learning_rate=1e-2, kl_weight=0.1,
     )  # fmt: skip
-    config.run.update(
-        updates=2, updates_per_dispatch=1, eval_interval=2, eval_episodes=2, checkpoint_interval=1
-    )
+    config.run.update(updates=2, updates_per_dispatch=1, eval_interval=2, checkpoint_interval=1)
     config.update_from_flattened_dict({k.replace("__", "."): x for k, x in changes.items()})
     return config
 
@@ -216,7 +214,8 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
         devices=1 if family == "smolvlm" else 2,
         folder__directory=str(folder(tmp_path / "pictures", count=8)),
         folder__height=SIZE[0], folder__width=SIZE[1], folder__prompt_tokens=128,
-        folder__answer_tokens=4, rewards__functions=("tests.reward_functions:length",),
+        folder__answer_tokens=4, folder__validation_size=2, folder__test_size=2,
+        rewards__functions=("tests.reward_functions:length",),
         rewards__workers=1,
     )  # fmt: skip
     trained = train(config, tmp_path / "run")
@@ -292,7 +291,7 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
         "count_grpo",
         directory,
         algorithm="token_ppo",
-        task__rows=2, task__counts=(0, 2), task__distractors=1,
+        run__eval_episodes=2, task__rows=2, task__counts=(0, 2), task__distractors=1,
         sft__updates=2, sft__examples=8, sft__counts=(0, 1), sft__batch_size=4,
         sft__updates_per_dispatch=1, sft__eval_interval=2, sft__checkpoint_interval=2,
         sft__trained="params/vision/projector.*|lora/.*",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import pathlib
@@ -144,17 +145,41 @@ class Records:
     def __len__(self) -> int:
         return len(self.names)
 
-    def divided(self, count: int) -> tuple["Records", "Records"]:
-        """The records but for `count` of them, which the seed draws, and these, as one batch.
+    def divided(self, sizes: Mapping[str, int], *, seed: int) -> dict[str, "Records"]:
+        """Parts by name that share no image, each as one batch, and the rest as 'train'.
+
+        Images are put in order by a hash of their content and the seed. The first part takes the
+        records of one image after the other until it has as many as it should, then the next part.
+        So all records of an image are in one part, and a part may have a few records more than
+        asked for. Neither names, lines nor the seed of the batches matter, and the first part does
+        not depend on the sizes of the others. Where images are added or removed, the order of the
+        others stays: only those at the ends of the parts change sides.
+
+        Args:
+          sizes: name of a part -> least number of its records.
+          seed: of the order of images.
 
         Raises:
-          ValueError: there are no more records than that.
+          ValueError: no record is left to train on.
         """
-        if not 1 <= count < len(self):
-            raise ValueError(f"{count} of {len(self)} records cannot be held out; hold out fewer.")
-        drawn = np.random.default_rng(self._seed).permutation(len(self))
-        rest, held_out = np.sort(drawn[count:]), np.sort(drawn[:count])
-        return self._of(rest, self._batch_size), self._of(held_out, count)
+        by_image: dict[str, list[int]] = {}
+        for number, info in enumerate(self.images):
+            by_image.setdefault(info.digest, []).append(number)
+        key = str(seed).encode()
+        order = sorted(by_image, key=lambda x: hashlib.blake2b(x.encode(), key=key).digest())
+        parts: dict[str, list[int]] = {name: [] for name in sizes}
+        for name, size in sizes.items():
+            while len(parts[name]) < size and order:
+                parts[name] += by_image[order.pop(0)]
+        if not order:
+            raise ValueError(
+                f"{dict(sizes)} of {len(self)} records of {len(by_image)} images leave none to "
+                "train on; hold out fewer."
+            )
+        rest = sorted(number for image in order for number in by_image[image])
+        return {name: self._of(np.array(x), len(x)) for name, x in parts.items()} | {
+            "train": self._of(np.array(rest), self._batch_size)
+        }
 
     def batched(self, size: int) -> "Records":
         """The same records in batches of another size."""

@@ -216,6 +216,8 @@ class Pool:
         answers: Sequence[str],
         columns: Sequence[Mapping[str, Any]],
         finished: Sequence[Sequence[bool]] | None = None,
+        *,
+        allow_none: bool = False,
     ) -> Rewards:
         """Calls every function for every completion.
 
@@ -225,10 +227,11 @@ class Pool:
           answers: B texts.
           columns: B mappings, further keywords of the functions.
           finished: B times G, False for a completion that was truncated; None if none was.
+          allow_none: whether it is no error that no sample has a reward.
 
         Raises:
           ValueError: the lengths differ.
-          NoRewards: not a single sample has a reward.
+          NoRewards: not a single sample has a reward, and that is not allowed.
           RuntimeError: a process does not start again.
         """
         lengths = [len(x) for x in (prompts, completions, answers, columns)]
@@ -267,7 +270,7 @@ class Pool:
         weights = {name: np.float32(weight) for name, weight in self._weights.items() if weight}
         reward = np.stack([weight * parts[name] for name, weight in weights.items()]).sum(axis=0)
         valid = np.isfinite(reward)
-        if not valid.any():
+        if not valid.any() and not allow_none:
             first = next(x for x in failures if x.function in weights and math.isnan(x.value))
             raise NoRewards(
                 f"None of {reward.size} samples has a reward: {len(failures)} of {len(calls)} "

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import functools
 import json
 import math
+import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -75,19 +76,25 @@ class Split(NamedTuple):
 
     Attributes:
       train: in batches of rl.questions.
-      heldout: run.eval_episodes of them, in one batch, for evaluation alone.
+      validation: for evaluation while training, by which the best checkpoint is chosen.
+      test: for the evaluation that is reported.
     """
 
     train: Records
-    heldout: Records
+    validation: Records
+    test: Records
 
 
 @functools.lru_cache(maxsize=1)  # A run opens its folder several times, which reads all pictures.
 def open_split(
-    written: tuple[int, int] | None,
+    written: tuple[tuple[int, int] | None, ...],
     chat: Chat,
     *,
-    held_out: int,
+    directory: pathlib.Path,
+    test_directory: pathlib.Path | None,
+    validation_size: int,
+    test_size: int,
+    split_seed: int,
     answer_length: int | None,
     length: int,
     images: int,
@@ -96,16 +103,21 @@ def open_split(
     """The records of a folder.
 
     Args:
-      written: time and size of its table, which with the rest tell one opening from another.
+      written: time and size of the tables, which with the rest tell one opening from another.
       chat: the model's texts.
-      held_out: how many records are.
+      directory: the folder.
+      test_directory: a folder of the test split alone, or None for a part of the other one.
+      validation_size: least number of records of the validation split.
+      test_size: least number of records of the test split; 0 with a folder of its own.
+      split_seed: of the splits, see `Records.divided`.
       answer_length: the most tokens of an answer; None where none is learned from.
       length: the most tokens of a prompt.
       images: image tokens of a picture.
       **opening: see `open_folder`.
 
     Raises:
-      ValueError: see `open_folder`; or there are too few records for so many to be held out.
+      ValueError: see `open_folder`; there are too few records for so many to be held out; or an
+        image of the test folder is in the other folder too.
     """
 
     def usable(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
@@ -120,17 +132,45 @@ def open_split(
         if taken:
             raise ValueError(f"columns {taken} are what reward functions are given already.")
 
-    records = open_folder(check=usable, **opening)
+    records = open_folder(directory, check=usable, **opening)
+    # The test split comes first, so that it does not depend on the size of the other one.
+    sizes = {"test": test_size, "validation": validation_size}
     try:
-        return Split(*records.divided(held_out))
+        parts = records.divided(sizes, seed=split_seed)
     except ValueError as error:
-        raise ValueError(f"run.eval_episodes={held_out}: {error}") from error
+        raise ValueError(
+            f"folder.validation_size={validation_size}, folder.test_size={test_size}: {error}"
+        ) from error
+    if test_directory is not None:
+        parts["test"] = open_folder(test_directory, check=usable, **opening)
+        _check_unseen(records, parts["test"])
+    return Split(**parts)
+
+
+def _check_unseen(records: Records, test: Records) -> None:
+    """Raises ValueError if an image of the test records is among those of the others."""
+    seen = {info.digest: name for name, info in zip(records.names, records.images, strict=True)}
+    shared = [
+        (name, seen[info.digest])
+        for name, info in zip(test.names, test.images, strict=True)
+        if info.digest in seen
+    ]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(test)} records of folder.test_directory have an image that "
+            f"folder.directory has too, first {shared[0][0]} that of {shared[0][1]} there: a model "
+            "is not tested on what it learned from. Take them out of one of the two."
+        )
 
 
 def tell_rejected(records: Split) -> None:
     """Prints the first records that were left out, and why."""
-    for name, reason in records.train.rejected[:TOLD]:
-        print(f"Left out: {name}: {printable(reason)}", file=sys.stderr, flush=True)
+    lists = {"": records.train.rejected}
+    if records.test.rejected is not records.train.rejected:  # Of a folder of its own.
+        lists[" of folder.test_directory"] = records.test.rejected
+    for where, rejected in lists.items():
+        for name, reason in rejected[:TOLD]:
+            print(f"Left out{where}: {name}: {printable(reason)}", file=sys.stderr, flush=True)
 
 
 def tell_images(records: Split, size: tuple[int, int], *, resize: str) -> None:
@@ -166,11 +206,13 @@ class Scorer:
         self._pool, self._chat = pool, chat
         self._told: set[tuple[str, str]] = set()
 
-    def __call__(self, records: Records, batch: Batch, answers: Generated) -> Scored:
+    def __call__(
+        self, records: Records, batch: Batch, answers: Generated, *, allow_none: bool = False
+    ) -> Scored:
         """Texts and rewards [B, G] of answers [B, G, T] to the questions of a batch.
 
         Raises:
-          NoRewards: not a single answer has one.
+          NoRewards: not a single answer has one, and that is not allowed.
         """
         tokens, present, finished = jax.device_get(
             (answers.tokens, answers.present, answers.finished)
@@ -179,7 +221,14 @@ class Scorer:
             [self._chat.decode(row[there]) for row, there in zip(*group, strict=True)]
             for group in zip(tokens, present, strict=True)
         ]
-        rewards = self._pool(batch.prompts, completions, batch.answers, batch.columns, finished)
+        rewards = self._pool(
+            batch.prompts,
+            completions,
+            batch.answers,
+            batch.columns,
+            finished,
+            allow_none=allow_none,
+        )
         self._tell_all(rewards, records, batch)
         return Scored(completions, rewards)
 

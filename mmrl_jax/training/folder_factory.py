@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +30,12 @@ from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.pretrained.chat import Chat
 from mmrl_jax.rollouts.generate import Generated, Sampling
 from mmrl_jax.tasks import images as images_lib
-from mmrl_jax.tasks.folder import METADATA, Batch, Records
+from mmrl_jax.tasks.folder import METADATA, Batch
 from mmrl_jax.tasks.question import Question, Texts
-from mmrl_jax.tasks.rewards import Pool, RewardFunction
+from mmrl_jax.tasks.rewards import Pool, RewardFunction, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models, token_stages
-from mmrl_jax.training.config import Field, between, one_of, positive, texts
+from mmrl_jax.training.config import Field, between, non_negative, one_of, positive, texts
 from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.folder_data import (
     Scored,
@@ -52,8 +53,11 @@ from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
 ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
-SPLIT = "heldout"
-BEST = f"eval/{SPLIT}/return"
+VALIDATION, TEST = SPLITS = ("validation", "test")
+BEST = f"eval/{VALIDATION}/return"
+
+_RUN = question_factory.SCHEMA["run"]
+assert not isinstance(_RUN, Field)  # A group of them.
 
 SCHEMA: config_lib.Schema = {
     "seed": question_factory.SCHEMA["seed"],
@@ -83,6 +87,23 @@ SCHEMA: config_lib.Schema = {
             "longer ones are rejected",
         ),
         "max_rejected": between(float, 0, 1, "share of records, below 1, that may be of no use"),
+        "validation_size": positive(
+            int,
+            "least number of records that are evaluated while training and choose the best "
+            "checkpoint; records of one image stay together",
+        ),
+        "test_size": non_negative(
+            int, "least number of records that are reported; 0 with folder.test_directory"
+        ),
+        "test_directory": Field(
+            (str, type(None)),
+            lambda x: x != "",
+            "given, or None",
+            "a folder whose records are reported; none of its images may be in folder.directory",
+        ),
+        "split_seed": non_negative(
+            int, "of the choice of validation and test images; independent of seed"
+        ),
     },
     "rewards": {
         "functions": texts("'module:function' each, see mmrl_jax/tasks/rewards.py"),
@@ -101,6 +122,13 @@ SCHEMA: config_lib.Schema = {
             "limit in MiB on the address space of each process that calls the functions or is "
             "started by them; None: no limit",
         ),
+        "max_failed": Field(
+            float,
+            lambda x: 0 <= x < 1,
+            "at least 0 and below 1",
+            "share of the answers of an evaluation that may be without a reward; above it the "
+            "return is not reported and chooses no checkpoint",
+        ),
     },
     "model": token_models.MODEL,
     # On the records' answers.
@@ -116,7 +144,8 @@ SCHEMA: config_lib.Schema = {
     "grpo": question_factory.SCHEMA["grpo"],
     "dpo": question_factory.SCHEMA["dpo"],
     "ppo": question_factory.SCHEMA["ppo"],
-    "run": question_factory.SCHEMA["run"],
+    # What is evaluated is folder.validation_size.
+    "run": {name: field for name, field in _RUN.items() if name != "eval_episodes"},
 }
 
 
@@ -144,6 +173,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
     if config.algorithm == "sft" and not config.sft.updates:
         raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
+    f = config.folder
+    if (f.test_directory is None) == (f.test_size == 0):
+        raise ValueError(
+            f"folder.test_size={f.test_size}, folder.test_directory={f.test_directory!r}: what is "
+            "reported is either so many records of folder.directory or all of another folder; "
+            "give a size above 0 and None, or 0 and a folder."
+        )
     reward_functions(config)
     parts = make_parts(config)
     token_models.check_halves(config, parts.model)
@@ -190,21 +226,25 @@ def open_records(config: ml_collections.ConfigDict, parts: Parts) -> Split:
     """Opens the folder of a config; again, only if its table or what is asked of it has changed.
 
     Raises:
-      ValueError: see `open_folder`; or there are too few records for run.eval_episodes of them.
+      ValueError: see `open_split`.
     """
     f = config.folder
-    table = pathlib.Path(f.directory).resolve() / METADATA
-    written = (table.stat().st_mtime_ns, table.stat().st_size) if table.is_file() else None
+    directory = pathlib.Path(f.directory).resolve()
+    tested = None if f.test_directory is None else pathlib.Path(f.test_directory).resolve()
+    tables = [place / METADATA for place in (directory, tested) if place is not None]
     return open_split(
-        written,
+        tuple((x.stat().st_mtime_ns, x.stat().st_size) if x.is_file() else None for x in tables),
         parts.chat,
-        directory=table.parent,
+        directory=directory,
+        test_directory=tested,
+        validation_size=f.validation_size,
+        test_size=f.test_size,
+        split_seed=f.split_seed,
         size=(f.height, f.width),
         resize=f.resize,
         batch_size=config.rl.questions,
         seed=config.seed,
         max_rejected=f.max_rejected,
-        held_out=config.run.eval_episodes,
         answer_length=f.answer_tokens if config.sft.updates else None,
         length=f.prompt_tokens,
         images=parts.images,
@@ -287,7 +327,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     tell_records(config, records)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     scorer.rehearse(records.train)
-    measure = _make_measure(_make_greedy(config, parts, mesh, records.heldout, ask, scorer))
+    measure = _make_measure(config, _make_greedy(config, parts, mesh, records, ask, scorer))
     train = records.train.batched(config.sft.batch_size)
 
     def labels(update: int) -> token_stages.Labels:
@@ -300,7 +340,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
         mesh,
         parts.model,
         labels,
-        evaluation=lambda frozen: token_stages.evaluation(measure, frozen, SPLIT),
+        evaluation=lambda frozen: token_stages.evaluation(measure, frozen, VALIDATION),
         best_metric=BEST,
     )
 
@@ -372,7 +412,7 @@ def rl_stage(
 
         return HostUpdate(update, placed(stepping.out_info[1]))
 
-    measure = _make_measure(_make_greedy(config, parts, mesh, records.heldout, ask, scorer))
+    measure = _make_measure(config, _make_greedy(config, parts, mesh, records, ask, scorer))
 
     return token_stages.make_stage(
         config,
@@ -381,44 +421,62 @@ def rl_stage(
         update=None,
         on_host=on_host,
         samples_per_update=r.questions * r.group,
-        evaluate=token_stages.evaluation(measure, learning.frozen, SPLIT),
+        evaluate=token_stages.evaluation(measure, learning.frozen, VALIDATION),
         best_metric=BEST,
         console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
     )
 
 
+def split_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Numbers of records of what can be evaluated on."""
+    records = open_records(config, make_parts(config))
+    return {split: len(getattr(records, split)) for split in SPLITS}
+
+
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """What can be evaluated on: the records that are held out."""
-    return (SPLIT,)
+    """What can be evaluated on: records that are not learned from."""
+    return SPLITS
 
 
 def make_measure(
-    config: ml_collections.ConfigDict, *, episodes: int
+    config: ml_collections.ConfigDict, *, episodes: int | None
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
-    """The reported evaluation: (trained and frozen half, split) -> the 'return' of greedy answers.
+    """The reported evaluation: (trained and frozen half, split) -> see `described`.
 
-    Raises:
-      ValueError: `episodes` is not the number of records that are held out.
+    The function raises ValueError if a split has fewer records.
+
+    Args:
+      config: of the run.
+      episodes: the first so many records of a split; None for all.
     """
-    if episodes != config.run.eval_episodes:
-        raise ValueError(
-            f"{episodes} episodes, but the run holds out {config.run.eval_episodes} records; ask "
-            "for as many."
-        )
-    return _make_measure(_greedy_of(config))
+    return _make_measure(config, _greedy_of(config, episodes))
 
 
 def answered_samples(
     config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
 ) -> list[Sample]:
-    """The first questions that are held out, with the greedy answers of a policy.
+    """The first records of the test split, with the greedy answers of a policy.
 
     Args:
       config: of the run.
       made_of: trained and frozen half.
       count: the most that are returned.
     """
-    batch, (completions, rewards) = _greedy_of(config)(made_of)
+    return _samples(*_greedy_of(config)(made_of, TEST), count)
+
+
+def tested_samples(
+    config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
+) -> tuple[list[Sample], dict[str, float]]:
+    """`answered_samples`, and the metrics of the whole test split by their logged names."""
+    answered = _greedy_of(config)(made_of, TEST)
+    found = described(answered[1].rewards, TEST, max_failed=config.rewards.max_failed)
+    tested = {f"eval/{TEST}/{name}": value for name, value in found.items()}
+    return _samples(*answered, count), tested
+
+
+def _samples(batch: Batch, scored: Scored, count: int) -> list[Sample]:
+    completions, rewards = scored
     return [
         Sample(
             batch.images[i],
@@ -432,19 +490,20 @@ def answered_samples(
     ]
 
 
-Greedy = Callable[[tuple[Params, Any]], tuple[Batch, Scored]]
+Greedy = Callable[[tuple[Params, Any], str], tuple[Batch, Scored]]
 
 
-def _greedy_of(config: ml_collections.ConfigDict) -> Greedy:
+def _greedy_of(config: ml_collections.ConfigDict, episodes: int | None = None) -> Greedy:
     """`_make_greedy` of a config alone."""
     parts, mesh = make_parts(config), make_mesh(config)
     return _make_greedy(
         config,
         parts,
         mesh,
-        open_records(config, parts).heldout,
+        open_records(config, parts),
         make_ask(config, parts, mesh),
         make_scorer(config, parts.chat),
+        episodes,
     )
 
 
@@ -452,44 +511,91 @@ def _make_greedy(
     config: ml_collections.ConfigDict,
     parts: Parts,
     mesh: Mesh,
-    records: Records,
+    records: Split,
     ask: Callable[[Batch], Question],
     scorer: Scorer,
+    episodes: int | None = None,
 ) -> Greedy:
-    """Both halves -> the first batch of these records, and the greedy answers to it, G = 1."""
-    batch = records.batch(0)
+    """(both halves, split) -> its first records, or all, and the greedy answers to them, G = 1."""
     most = token_stages.evaluated_together(config)
+
+    @functools.cache  # An evaluation is repeated, and images are read from files.
+    def read(split: str) -> Batch:
+        part = getattr(records, split)
+        count = len(part) if episodes is None else episodes
+        if count > len(part):
+            raise ValueError(
+                f"{count} episodes, but split {split!r} has {len(part)} records; ask for as many "
+                "at most."
+            )
+        return part.read(range(count))
 
     @jax.jit
     def answer(made_of: tuple[Params, Any], asked: Question) -> Generated:
         greedy = Sampling(temperature=0.0)
         return parts.policy.answer(*made_of, asked, jax.random.key(0), group=1, sampling=greedy)
 
-    def greedy(made_of: tuple[Params, Any]) -> tuple[Batch, Scored]:
+    def greedy(made_of: tuple[Params, Any], split: str) -> tuple[Batch, Scored]:
+        batch, part = read(split), getattr(records, split)
         answers = in_chunks(
             lambda places: answer(made_of, ask(batch.take(places))),
             np.arange(len(batch.records)),
             most=most,
             devices=mesh.size,
         )
-        return batch, scorer(records, batch, answers)
+        return batch, scorer(part, batch, answers, allow_none=True)
 
     return greedy
 
 
-def _make_measure(greedy: Greedy) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
-    """(both halves, split) -> mean reward of greedy answers, its interval, and its parts."""
+def _make_measure(
+    config: ml_collections.ConfigDict, greedy: Greedy
+) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
+    """(both halves, split) -> see `described`."""
 
-    def measure(made_of: tuple[Params, Any], _: str) -> dict[str, float]:
-        _, (_, rewards) = greedy(made_of)
-        mean, low, high = bootstrap_interval(
-            rewards.reward[rewards.valid], confidence=0.95, resamples=2000, seed=0
-        )
-        parts = {
-            f"reward/{name}": float(part[np.isfinite(part)].mean())
-            for name, part in rewards.parts.items()
-            if np.isfinite(part).any()
-        }
-        return {"return": mean, "return_lo": low, "return_hi": high} | parts
+    def measure(made_of: tuple[Params, Any], split: str) -> dict[str, float]:
+        _, (_, rewards) = greedy(made_of, split)
+        return described(rewards, split, max_failed=config.rewards.max_failed)
 
     return measure
+
+
+def described(rewards: Rewards, split: str, *, max_failed: float) -> dict[str, float]:
+    """Metrics of the answers to the records of a split, one answer each.
+
+    A mean over those answers alone whose reward functions did not fail is a mean of those that are
+    well-formed, where malformed ones are what functions fail on. It is therefore reported next to
+    the share that failed, and not at all (NaN, which is no best value either) above `max_failed`.
+
+    Args:
+      rewards: of the answers, [B, 1].
+      split: its name, for the message.
+      max_failed: the share of answers, in [0, 1), that may be without a reward.
+
+    Returns:
+      'failed_fraction', the share of answers without a reward; 'return', their mean reward, and
+      'return_lo' and 'return_hi', its 95 % interval; and for each function 'reward/<function>', the
+      mean of its results, NaN if more than `max_failed` of them are missing.
+    """
+    failed = float(np.mean(~rewards.valid))
+    interval = math.nan, math.nan, math.nan
+    if failed <= max_failed:
+        scored = rewards.reward[rewards.valid]
+        interval = bootstrap_interval(scored, confidence=0.95, resamples=2000, seed=0)
+    else:
+        print(
+            f"{failed:.0%} of the answers to split {split!r} have no reward, more than "
+            f"rewards.max_failed={max_failed}: the return is not reported, for it would be that of "
+            "the other answers. Let the reward functions return a number for every answer, or "
+            "declare what a failed call counts as, see mmrl_jax/tasks/rewards.py.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def mean(part: np.ndarray) -> float:
+        there = np.isfinite(part)
+        return float(part[there].mean()) if np.mean(~there) <= max_failed else math.nan
+
+    parts = {f"reward/{name}": mean(part) for name, part in rewards.parts.items()}
+    names = ("return", "return_lo", "return_hi")
+    return dict(zip(names, interval, strict=True)) | {"failed_fraction": failed} | parts

@@ -170,6 +170,12 @@ GLOSSARY: dict[str, Metric] = {
     "eval/<split>/return": Metric("reward", "Mean return over the evaluation episodes", "rises"),
     "eval/<split>/return_lo": Metric("reward", "Lower end of its 95 % interval", "-"),
     "eval/<split>/return_hi": Metric("reward", "Upper end of its 95 % interval", "-"),
+    "eval/<split>/failed_fraction": Metric(
+        "fraction",
+        "Evaluated answers without a reward: the return is a mean over the others, and NaN above "
+        "rewards.max_failed",
+        "0",
+    ),
     "eval/<split>/reward/<function>": Metric(
         "reward", "Mean result of one reward function, before its weight", "-"
     ),
