@@ -18,10 +18,10 @@ those of the episodes that are of the level.
 
 from collections.abc import Callable, Iterator
 import json
-import pathlib
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 import jax.numpy as jnp
 import ml_collections
 
@@ -29,15 +29,13 @@ from experiments.train import clean_exit, factory_of, write_json
 from mmrl_jax.evaluation.evaluate import MODALITIES, describe
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.training import checkpoint, factory, token_models
-from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.types import Params
 
 FLAGS = flags.FLAGS
 
 
-def restore(
-    workdir: pathlib.Path, which: str
-) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
+def restore(workdir: epath.Path, which: str) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
     """The config, the learner (without optimiser) and the checkpoint's step of a control stage.
 
     Args:
@@ -56,7 +54,7 @@ def restore(
 
 
 def restore_tokens(
-    workdir: pathlib.Path, which: str
+    workdir: epath.Path, which: str
 ) -> tuple[ml_collections.ConfigDict, tuple[Params, Any], int]:
     """The config, both halves of the variables and the step of a stage of a token policy.
 
@@ -67,7 +65,7 @@ def restore_tokens(
     model = factory_of(config).make_parts(config).model
     stage = "sft" if config.algorithm == "sft" or workdir.name == "sft" else "rl"
 
-    def params(stage: str, place: pathlib.Path, which: str) -> tuple[Params, int]:
+    def params(stage: str, place: epath.Path, which: str) -> tuple[Params, int]:
         like = token_models.stored_params(config, model, stage)
         restored, step = _restore_parts(place, {"params": like}, which)
         return restored["params"], step
@@ -80,16 +78,15 @@ def restore_tokens(
     return config, made_of, step
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
     """The config of a stage, for one device, wherever the run was trained.
 
     Raises:
       ValueError: no run, or its config is not one of this version.
     """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir={workdir} holds no run (no config.json there).")
-    config = config_lib.from_json(path.read_text(encoding="utf-8"))
+    config = workdir_lib.stored_config(workdir)
+    if config is None:
+        raise ValueError(f"--workdir={workdir} holds no run (no config.json that can be read).")
     if "devices" in config:
         config.devices = 1
     factory_of(config).check(config)
@@ -97,7 +94,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def _restore_parts(
-    workdir: pathlib.Path, like: dict[str, Any], which: str
+    workdir: epath.Path, like: dict[str, Any], which: str
 ) -> tuple[dict[str, Any], int]:
     parts, step = checkpoint.restore_parts(
         workdir,
@@ -108,7 +105,7 @@ def _restore_parts(
 
 
 def measures(
-    workdir: pathlib.Path, which: str, episodes: int
+    workdir: epath.Path, which: str, episodes: int
 ) -> tuple[tuple[str, ...], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
     """The splits, what measures one of them, row by row, and the step of a stage.
 
@@ -141,7 +138,7 @@ def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
     yield from rows.items()
 
 
-def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) -> dict[str, float]:
+def evaluate(workdir: epath.Path, *, which: str, split: str, episodes: int) -> dict[str, float]:
     """Prints the table of one split, or of 'all', and returns what evaluation.json then holds.
 
     Raises:
@@ -152,7 +149,7 @@ def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) ->
         raise ValueError(f"--split={split!r} is unknown; choose one of {known} or 'all'.")
     print(f"{workdir}: checkpoint {step}; mean [95 % interval] of {episodes} episodes")
     path = workdir / "evaluation.json"
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table = _read_table(path)
     for part in known if split == "all" else (split,):
         for name, row in rows(part):
             shown = [
@@ -175,13 +172,31 @@ def evaluate(workdir: pathlib.Path, *, which: str, split: str, episodes: int) ->
     return table
 
 
+def _read_table(path: epath.Path) -> dict[str, float]:
+    """The numbers of earlier calls; none where there are none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_bytes())
+        if isinstance(table, dict):
+            return table
+        reason = "it holds no JSON object"
+    except (OSError, ValueError) as error:
+        reason = workdir_lib.one_line(error)
+    raise ValueError(f"{path} cannot be read ({reason}): move it away.")
+
+
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     with clean_exit(ValueError):
         evaluate(
-            pathlib.Path(FLAGS.workdir),
+            workdir_lib.as_path(FLAGS.workdir),
             which=FLAGS.which,
             split=FLAGS.split,
             episodes=FLAGS.episodes,

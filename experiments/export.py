@@ -10,6 +10,7 @@ with. The second writes the adapters alone. A value head is of no use there, and
 import pathlib
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -20,13 +21,14 @@ from mmrl_jax.models import lora
 from mmrl_jax.pretrained import chat, hub, weights
 from mmrl_jax.pretrained.peft_format import save_adapter
 from mmrl_jax.training import token_models
+from mmrl_jax.training import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(
-    workdir: pathlib.Path, output: pathlib.Path, *, which: str, adapter: bool, dtype: jnp.dtype
+    workdir: epath.Path, output: pathlib.Path, *, which: str, adapter: bool, dtype: jnp.dtype
 ) -> None:
     """Writes the model of a stage.
 
@@ -65,7 +67,7 @@ def export(
     print(f"Written: {output}, of checkpoint {step}")
 
 
-def _trained(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> set[str]:
+def _trained(config: ml_collections.ConfigDict, workdir: epath.Path) -> set[str]:
     """The collections of variables of which a stage, or the one before it, trained anything."""
     model = factory_of(config).make_parts(config).model
     alone = config.algorithm == "sft" or workdir.name == "sft"
@@ -80,7 +82,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     with clean_exit(ValueError):
         export(
-            pathlib.Path(FLAGS.workdir),
+            workdir_lib.as_path(FLAGS.workdir),
             pathlib.Path(FLAGS.output),
             which=FLAGS.which,
             adapter=FLAGS.adapter,

@@ -12,26 +12,27 @@ Writes to the workdir:
   samples.html          of policies that answer questions: pictures, questions, answers, rewards
   warm_start/           the same of a warm start before PPO; sft/, of fine-tuning before RL
 
-Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
+Ctrl-C or SIGTERM saves and stops. Training that diverged, or whose rewards or records fail each
+time they are tried, ends with an error and exit code 1. An evaluation or report that fails is a
+message.
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
 import time
 import types
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 import ml_collections
 from ml_collections import config_flags
 
 from mmrl_jax.learners.bc import Demonstrations
-from mmrl_jax.tasks import rewards
 from mmrl_jax.training import (
     agent_factory,
     checkpoint,
@@ -46,6 +47,7 @@ from mmrl_jax.training import (
 )
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax.training.lock import locked
 from mmrl_jax.training.loop import Result
 
 FLAGS = flags.FLAGS
@@ -56,7 +58,7 @@ FAILURES = (
     checkpoint.CheckpointDamaged,
     checkpoint.CheckpointMismatch,
     checkpoint.CheckpointWriteError,
-    rewards.NoRewards,
+    loop.HostFailed,
 )
 
 
@@ -95,17 +97,26 @@ def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     return agent_factory if "sft" in config else factory
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def prepare(
+    config: ml_collections.ConfigDict, workdir: epath.Path
+) -> contextlib.AbstractContextManager[object]:
     """Checks the config and claims the workdir for it.
 
+    Returns:
+      The lock of the workdir, held until its context is left.
+
     Raises:
-      ValueError: the config cannot run, or the workdir is another config's or cannot be written.
+      ValueError: the config cannot run, or the workdir is another config's, is in use by another
+        process, or cannot be written.
     """
     factory_of(config).check(config)
-    workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(workdir))
+        workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
+        return stack.pop_all()
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Trained:
+def train(config: ml_collections.ConfigDict, workdir: workdir_lib.PathLike) -> Trained:
     """Runs the stages of a config, each resumed from its newest checkpoint.
 
     Writes what the module's docstring lists; summary.json only if nothing interrupted it.
@@ -113,20 +124,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     Raises:
       ValueError: see `prepare`.
       FloatingPointError: training diverged.
-      NoRewards: a user's reward functions failed for all answers of an update.
+      HostFailed: a user's reward functions, or files, failed each time that an update asked.
     """
     started = time.perf_counter()
-    workdir = pathlib.Path(workdir)
-    prepare(config, workdir)
-    stages = control_stages if factory_of(config) is factory else token_stages
-    trained = stages(config, workdir)
-    if not trained.interrupted and jax.process_index() == 0:
-        summary = final_evaluation(workdir) | totals(trained.results, started)
-        write_json(workdir / "summary.json", summary)
+    workdir = workdir_lib.as_path(workdir)
+    with prepare(config, workdir):
+        stages = control_stages if factory_of(config) is factory else token_stages
+        trained = stages(config, workdir)
+        if not trained.interrupted and jax.process_index() == 0:
+            with report.surviving("Writing summary.json"):
+                summary = final_evaluation(workdir) | totals(trained.results, started)
+                write_json(workdir / "summary.json", summary)
     return trained
 
 
-def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
+def control_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trained:
     """Cloning and PPO, whichever the config asks for."""
     mesh = factory.make_mesh(config)
     data, warm, tuned = None, None, None
@@ -149,7 +161,7 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     return Trained(data, warm, tuned)
 
 
-def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
+def token_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trained:
     """Supervised fine-tuning and RL, whichever the config asks for."""
     build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
     if config.sft.updates:
@@ -163,8 +175,9 @@ def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tr
     trained = Trained(None, warm, tuned)
     # What agents do is shown by no question.
     if build is not agent_factory and not trained.interrupted and jax.process_index() == 0:
-        samples = build.answered_samples(config, acting(config, trained), SAMPLES)
-        report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
+        with report.surviving("Writing samples.html"):
+            samples = build.answered_samples(config, acting(config, trained), SAMPLES)
+            report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
     return trained
 
 
@@ -183,26 +196,40 @@ def acting(config: ml_collections.ConfigDict, trained: Trained) -> Any:
     )
 
 
-def draw_curves(workdir: pathlib.Path, *, x: str) -> None:
+def draw_curves(workdir: epath.Path, *, x: str) -> None:
     """Draws a stage's learning_curves.png; not of a stage stopped before it logged anything."""
     path = workdir / metrics.JSONL_NAME
-    if jax.process_index() == 0 and metrics.read_jsonl(path):
-        report.learning_curves(path, workdir / "learning_curves.png", x=x)
+    with report.surviving("Drawing learning_curves.png"):
+        if jax.process_index() == 0 and metrics.read_jsonl(path):
+            report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
-def final_evaluation(workdir: pathlib.Path) -> dict[str, float]:
+def final_evaluation(workdir: epath.Path) -> dict[str, float]:
     """'final/<split>/success', '_lo' and '_hi', as a stage last logged them.
 
-    Where there is no success it is 'return', or for questions 'accuracy'.
+    Where there is no success it is 'return', or for questions 'accuracy'. There is nothing, and a
+    message, where no evaluation is logged: all failed, or metrics.jsonl was deleted.
     """
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    row = next(row for row in reversed(rows) if any(name.startswith("eval/") for name in row))
+    row = next((row for row in reversed(rows) if any(map(_is_evaluation, row))), None)
+    if row is None:
+        print(
+            f"summary.json has no final evaluation, for {workdir / metrics.JSONL_NAME} has none: "
+            f"python -m experiments.evaluate --workdir={workdir}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return {}
     for score in ("success", "accuracy", "return"):
         found = [name for name in row if glossary.matches(f"eval/<split>/{score}", name)]
         if found:
             break
     name = found[0].removeprefix("eval/")
     return {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
+
+
+def _is_evaluation(name: str) -> bool:
+    return name.startswith("eval/") and name != "eval/failed"
 
 
 def totals(results: Sequence[Result], started: float) -> dict[str, float]:
@@ -230,11 +257,9 @@ def totals(results: Sequence[Result], started: float) -> dict[str, float]:
     }
 
 
-def write_json(path: pathlib.Path, values: dict[str, float]) -> None:
+def write_json(path: epath.Path, values: dict[str, float]) -> None:
     """Writes a flat dictionary in one atomic replacement."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    workdir_lib.write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -250,14 +275,14 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    workdir = pathlib.Path(FLAGS.workdir)
     # A ValueError from training itself would be a fault of the code, and keeps its stack.
     with clean_exit(ValueError):
-        prepare(FLAGS.config, workdir)
-    with clean_exit(*FAILURES):
+        workdir = workdir_lib.as_path(FLAGS.workdir)
+        lock = prepare(FLAGS.config, workdir)
+    with lock, clean_exit(*FAILURES):
         trained = train(FLAGS.config, workdir)
     ended = "interrupted; the same command goes on" if trained.interrupted else "done"
-    print(f"Training {ended}. Outputs: {workdir}")
+    print(f"Training {ended}. Outputs: {FLAGS.workdir}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mmrl_jax.rl import group_advantages
 from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import folder_factory, loop, metrics, token_models, token_stages
+from mmrl_jax.training import dispatch, folder_factory, loop, metrics, token_models, token_stages
 from tests import processors
 from tests.test_folder import colour, folder
 
@@ -207,11 +207,14 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
     assert HALF in line
 
 
-def test_functions_that_always_fail_stop_the_run(run, make_config, tmp_path):
+def test_functions_that_always_fail_stop_the_run(run, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "RETRY_AFTER_S", (0.0,))
     config = make_config(rewards__functions=(NEVER,))
-    with pytest.raises(NoRewards, match=r"None of 16 samples(.|\n)*never\(\).*ZeroDivisionError"):
+    message = r"None of 16 samples(.|\n)*never\(\).*ZeroDivisionError"
+    with pytest.raises(loop.HostFailed, match=message) as caught:
         train(config, tmp_path)
-    assert rows(tmp_path) == [] and NoRewards in train_script.FAILURES
+    assert isinstance(caught.value.__cause__, NoRewards)
+    assert rows(tmp_path) == [] and loop.HostFailed in train_script.FAILURES
 
 
 def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):

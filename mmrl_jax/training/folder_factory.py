@@ -323,7 +323,7 @@ def rl_stage(
         stepping = step.lower(carry, frozen, learned_from)
         generated, stepped = generating.compile(), stepping.compile()
 
-        def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
+        def collect(carry: Carry, frozen: Any) -> Experience:
             batch = records.train.batch(int(jax.device_get(carry.updates)))
             asked = ask(batch)
             answers = generated(carry.learner.params, frozen, asked, carry.rng, carry.updates)
@@ -331,9 +331,9 @@ def rl_stage(
             # NaN times a mask of 0 is NaN.
             numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
             reward, scored = jax.device_put(numbers, everywhere)
-            return stepped(carry, frozen, Experience(asked, answers, reward, scored))
+            return Experience(asked, answers, reward, scored)
 
-        return HostUpdate(update, placed(stepping.out_info[1]))
+        return HostUpdate(collect, stepped, placed(stepping.out_info[1]))
 
     measure = _make_measure(_make_greedy(config, parts, records.heldout, ask, scorer))
 
