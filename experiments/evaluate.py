@@ -16,7 +16,7 @@ For questions of several levels of difficulty there is also <split>/<level>/accu
 those of the episodes that are of the level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import json
 from typing import Any
 
@@ -28,25 +28,30 @@ import ml_collections
 from experiments.train import clean_exit, factory_of, write_json
 from mmrl_jax.evaluation.evaluate import MODALITIES, describe
 from mmrl_jax.learners.learner import LearnerState
-from mmrl_jax.training import checkpoint, factory, token_models
+from mmrl_jax.training import checkpoint, factory, fingerprints, token_models
 from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.types import Params
 
 FLAGS = flags.FLAGS
 
 
-def restore(workdir: epath.Path, which: str) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
+def restore(
+    workdir: epath.Path, which: str, *, accept: Collection[str] = ()
+) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
     """The config, the learner (without optimiser) and the checkpoint's step of a control stage.
 
     Args:
       workdir: of the stage.
       which: 'latest', 'best' or a step.
+      accept: changes of what the run depends on that are meant, see `fingerprints.check`.
 
     Raises:
-      ValueError: no run, or no such checkpoint there, or its config is not one of this version.
+      ValueError: no run, or no such checkpoint there, or its config is not one of this version, or
+        what its model depends on has changed.
       CheckpointDamaged: it cannot be read.
     """
     config = read_config(workdir)
+    _check_model(workdir, config, accept)
     like = factory.stored_learner(config)
     names = ("params", "statistics")
     restored, step = _restore_parts(workdir, {name: getattr(like, name) for name in names}, which)
@@ -54,16 +59,21 @@ def restore(workdir: epath.Path, which: str) -> tuple[ml_collections.ConfigDict,
 
 
 def restore_tokens(
-    workdir: epath.Path, which: str
+    workdir: epath.Path,
+    which: str,
+    *,
+    trust_modules: bool = False,
+    accept: Collection[str] = (),
 ) -> tuple[ml_collections.ConfigDict, tuple[Params, Any], int]:
     """The config, both halves of the variables and the step of a stage of a token policy.
 
     A checkpoint of RL holds what RL trains; the rest is read from that of fine-tuning, in the
-    folder 'sft'. For arguments and errors see `restore`.
+    folder 'sft'. For arguments and errors see `restore` and `read_config`.
     """
-    config = read_config(workdir)
+    config = read_config(workdir, trust_modules=trust_modules)
+    _check_model(workdir, config, accept)
     model = factory_of(config).make_parts(config).model
-    stage = "sft" if config.algorithm == "sft" or workdir.name == "sft" else "rl"
+    stage = "sft" if config.algorithm == "sft" or is_fine_tuning(workdir) else "rl"
 
     def params(stage: str, place: epath.Path, which: str) -> tuple[Params, int]:
         like = token_models.stored_params(config, model, stage)
@@ -72,25 +82,64 @@ def restore_tokens(
 
     start = None
     if stage == "rl" and config.sft.updates:
-        start, _ = params("sft", workdir / "sft", "latest")
+        # RL began where fine-tuning ended, and nowhere before.
+        start, _ = params("sft", workdir / "sft", str(config.sft.updates))
     trained, step = params(stage, workdir, which)
     made_of = token_models.made_of(config, model, trained, start=start, stage=stage)
     return config, made_of, step
 
 
-def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+def is_fine_tuning(workdir: epath.Path) -> bool:
+    """Whether a workdir is that of the fine-tuning before RL."""
+    run = fingerprints.read(workdir)
+    if run is not None:
+        return run.stage == "sft"
+    # A run of an earlier version, which kept no stage: RL's workdir is the one above.
+    return workdir.name == "sft" and workdir_lib.stored_config(workdir.parent) is not None
+
+
+def _check_model(
+    workdir: epath.Path, config: ml_collections.ConfigDict, accept: Collection[str]
+) -> None:
+    """Compares what the model of a run depends on; records and rewards may be gone by now."""
+    now = factory_of(config).dependencies(config)
+    of_model = {name: x for name, x in now.items() if name in fingerprints.OF_MODEL}
+    fingerprints.check(workdir, of_model, accept=accept)
+
+
+def read_config(workdir: epath.Path, *, trust_modules: bool = False) -> ml_collections.ConfigDict:
     """The config of a stage, for one device, wherever the run was trained.
 
+    Args:
+      workdir: of the stage.
+      trust_modules: import the modules that the config names, whoever wrote it.
+
     Raises:
-      ValueError: no run, or its config is not one of this version.
+      ValueError: no run, or its config is not one of this version, or it names modules of others
+        and these are not trusted.
     """
     config = workdir_lib.stored_config(workdir)
     if config is None:
         raise ValueError(f"--workdir={workdir} holds no run (no config.json that can be read).")
+    modules = _modules(config)
+    if modules and not trust_modules:
+        raise ValueError(
+            f"--workdir={workdir} has reward functions of {', '.join(modules)}, which would be "
+            "imported and run here. If you trust the module that this name finds on this machine, "
+            "add --trust_modules."
+        )
     if "devices" in config:
         config.devices = 1
     factory_of(config).check(config)
     return config
+
+
+def _modules(config: ml_collections.ConfigDict) -> list[str]:
+    """The modules that a config names and that are none of ours."""
+    rewards = config.get("rewards")
+    names = rewards.get("functions", ()) if isinstance(rewards, ml_collections.ConfigDict) else ()
+    found = {str(name).partition(":")[0] for name in names if isinstance(names, tuple)}
+    return sorted(name for name in found if name.partition(".")[0] != "mmrl_jax")
 
 
 def _restore_parts(
@@ -105,18 +154,27 @@ def _restore_parts(
 
 
 def measures(
-    workdir: epath.Path, which: str, episodes: int
+    workdir: epath.Path,
+    which: str,
+    episodes: int,
+    *,
+    trust_modules: bool = False,
+    accept: Collection[str] = (),
 ) -> tuple[tuple[str, ...], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
     """The splits, what measures one of them, row by row, and the step of a stage.
 
     A row is of what is hidden, or of one level, '' for nothing and all; for errors see `restore`.
     """
-    build = factory_of(read_config(workdir))
+    config = read_config(workdir, trust_modules=trust_modules)
+    build = factory_of(config)
+    fingerprints.check(workdir, build.dependencies(config), accept=accept)
     if build is not factory:
-        config, made_of, step = restore_tokens(workdir, which)
+        config, made_of, step = restore_tokens(
+            workdir, which, trust_modules=trust_modules, accept=accept
+        )
         measure = build.make_measure(config, episodes=episodes)
         return build.splits(config), lambda split: _rows(measure(made_of, split)), step
-    config, learner, step = restore(workdir, which)
+    config, learner, step = restore(workdir, which, accept=accept)
     observed = factory.make_env(config).observation_size
     evaluator = factory.make_evaluator(config, factory.evaluation_key(config), episodes=episodes)
 
@@ -138,13 +196,31 @@ def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
     yield from rows.items()
 
 
-def evaluate(workdir: epath.Path, *, which: str, split: str, episodes: int) -> dict[str, float]:
+def evaluate(
+    workdir: epath.Path,
+    *,
+    which: str,
+    split: str,
+    episodes: int,
+    trust_modules: bool = False,
+    accept: Collection[str] = (),
+) -> dict[str, float]:
     """Prints the table of one split, or of 'all', and returns what evaluation.json then holds.
+
+    Args:
+      workdir: of the stage.
+      which: 'latest', 'best' or a step.
+      split: one of the run's, or 'all'.
+      episodes: a row.
+      trust_modules: see `read_config`.
+      accept: see `restore`.
 
     Raises:
       ValueError: see `restore`; or the split is unknown.
     """
-    known, rows, step = measures(workdir, which, episodes)
+    known, rows, step = measures(
+        workdir, which, episodes, trust_modules=trust_modules, accept=accept
+    )
     if split not in (*known, "all"):
         raise ValueError(f"--split={split!r} is unknown; choose one of {known} or 'all'.")
     print(f"{workdir}: checkpoint {step}; mean [95 % interval] of {episodes} episodes")
@@ -200,6 +276,8 @@ def main(argv: list[str]) -> None:
             which=FLAGS.which,
             split=FLAGS.split,
             episodes=FLAGS.episodes,
+            trust_modules=FLAGS.trust_modules,
+            accept=FLAGS.accept_changes,
         )
 
 
@@ -208,5 +286,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "all", "Split to evaluate, or 'all'.")
     flags.DEFINE_integer("episodes", 512, "Episodes a row.", lower_bound=2)
     flags.DEFINE_string("which", "latest", "Checkpoint to evaluate: 'latest', 'best' or a step.")
+    flags.DEFINE_bool("trust_modules", False, "Import the modules of the run's reward functions.")
+    flags.DEFINE_list(
+        "accept_changes", [], f"What may have changed: {', '.join(fingerprints.ACCEPTABLE)}."
+    )
     logging.set_verbosity(logging.WARNING)
     app.run(main)

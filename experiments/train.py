@@ -17,7 +17,7 @@ time they are tried, ends with an error and exit code 1. An evaluation or report
 message.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import contextlib
 import dataclasses
 import json
@@ -37,6 +37,7 @@ from mmrl_jax.training import (
     agent_factory,
     checkpoint,
     factory,
+    fingerprints,
     folder_factory,
     glossary,
     loop,
@@ -98,21 +99,32 @@ def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: epath.Path
+    config: ml_collections.ConfigDict, workdir: epath.Path, *, accept: Collection[str] = ()
 ) -> contextlib.AbstractContextManager[object]:
     """Checks the config and claims the workdir for it.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      accept: changes of what the run depends on that are meant, see `fingerprints.check`.
 
     Returns:
       The lock of the workdir, held until its context is left.
 
     Raises:
       ValueError: the config cannot run, or the workdir is another config's, is in use by another
-        process, or cannot be written.
+        process, or cannot be written, or what the run depends on has changed.
     """
     factory_of(config).check(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(workdir))
         workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE)
+        depends_on = factory_of(config).dependencies(config)
+        # What has trained nothing yet depends on nothing.
+        if any(workdir_lib.saved_steps(workdir / stage) for stage in ("", "sft", "warm_start")):
+            fingerprints.check(workdir, depends_on, accept=accept)
+        stage = config.algorithm if config.algorithm in ("sft", "bc") else "rl"
+        fingerprints.write(workdir, fingerprints.Run(stage, depends_on))
         return stack.pop_all()
 
 
@@ -144,6 +156,7 @@ def control_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Tr
     data, warm, tuned = None, None, None
     if config.warm_start.updates:
         place = workdir if config.algorithm == "bc" else workdir / "warm_start"
+        fingerprints.write(place, fingerprints.Run("bc", factory.dependencies(config)))
         data, success = factory.record_demonstrations(config)
         print(
             f"{config.warm_start.episodes} demonstrated episodes of an expert that succeeds in "
@@ -166,6 +179,7 @@ def token_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trai
     build, mesh, warm, tuned = factory_of(config), factory.make_mesh(config), None, None
     if config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
+        fingerprints.write(place, fingerprints.Run("sft", build.dependencies(config)))
         warm = loop.run(build.sft_stage(config, mesh), workdir=place, config=config)
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
@@ -278,7 +292,7 @@ def main(argv: list[str]) -> None:
     # A ValueError from training itself would be a fault of the code, and keeps its stack.
     with clean_exit(ValueError):
         workdir = workdir_lib.as_path(FLAGS.workdir)
-        lock = prepare(FLAGS.config, workdir)
+        lock = prepare(FLAGS.config, workdir, accept=FLAGS.accept_changes)
     with lock, clean_exit(*FAILURES):
         trained = train(FLAGS.config, workdir)
     ended = "interrupted; the same command goes on" if trained.interrupted else "done"
@@ -296,6 +310,12 @@ if __name__ == "__main__":
         __doc__ += f"{config_lib.describe_schema(build.SCHEMA)}\n"
     config_flags.DEFINE_config_file("config", None, "File of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
+    flags.DEFINE_list(
+        "accept_changes",
+        [],
+        "Of a run that is resumed: what may have changed since it began, "
+        f"{', '.join(fingerprints.ACCEPTABLE)}.",
+    )
     flags.mark_flags_as_required(["config", "workdir"])
     with clean_exit(ValueError):
         config_lib.validate_overrides(sys.argv)

@@ -21,7 +21,7 @@ def at_once(monkeypatch):
 
 
 def hosted(fail=lambda call, update: None, **changes):
-    """The toy stage with an update on the host: parameters grow by 1, 2, 3, ... times a draw.
+    """The toy stage with an update on the host: parameters grow by what its number draws.
 
     `fail` is called with the number of the call, from 0 on, and of the update, from 1 on.
     """
@@ -31,8 +31,7 @@ def hosted(fail=lambda call, update: None, **changes):
         update = int(jax.device_get(carry.updates)) + 1
         calls.append(update)
         fail(len(calls) - 1, update)
-        key = jax.random.fold_in(carry.rng, update)
-        return jax.device_put(update * np.asarray(jax.device_get(jax.random.uniform(key, (2,)))))
+        return jax.device_put(np.random.default_rng(update).uniform(size=2).astype(np.float32))
 
     def learn(carry, data, batch):
         learner: LearnerState = carry.learner
@@ -46,7 +45,6 @@ def hosted(fail=lambda call, update: None, **changes):
             name: jax.ShapeDtypeStruct((), jnp.float32)
             for name in ("loss/total", "update/steps", "update/skipped")
         }
-        collect(carry, data), calls.clear()  # Compiles what it needs.
         return HostUpdate(collect, jax.jit(learn, donate_argnums=0), metrics)
 
     return toy(update=None, on_host=on_host, **changes), calls
@@ -64,12 +62,12 @@ def never(update_that_fails, error):
     return fail
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no reward"), ValueError("no record")])
+@pytest.mark.parametrize("error", [RuntimeError("no reward"), ValueError("no record")], ids=str)
 def test_an_outage_changes_nothing(error, tmp_path, capsys):
     whole = run(hosted(updates=6, updates_per_dispatch=3)[0], tmp_path / "whole")
 
     def fail(call, update):
-        if call in (1, 2):
+        if call in (1, 2):  # Of update 2, and of its second try.
             raise error
 
     stage, calls = hosted(fail, updates=6, updates_per_dispatch=3)
@@ -92,9 +90,7 @@ def test_what_fails_each_time_stops_with_all_that_was_learned(tmp_path):
     assert loop.HostFailed in train_script.FAILURES
     assert calls == [1, 2, 3, 4, 5, 5, 5, 5]
     # In the middle of a dispatch, far from an interval: update 4 is saved and logged.
-    assert checkpoint.saved_steps(tmp_path / "run") == [3, 4] or checkpoint.saved_steps(
-        tmp_path / "run"
-    ) == [4]
+    assert checkpoint.saved_steps(tmp_path / "run") == [4]
     assert [row["step"] for row in rows(tmp_path / "run")] == [3, 4]
     assert rows(tmp_path / "run")[1]["loss/total"] == 4
     resumed = run(hosted(updates=6, updates_per_dispatch=3)[0], tmp_path / "run")

@@ -125,6 +125,12 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
     return Parts(env, interface, model)
 
 
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
+    tokeniser = make_parts(config).model.texts.tokeniser
+    return token_models.dependencies(config.model, tokeniser)
+
+
 def record_demonstrations(
     config: ml_collections.ConfigDict,
 ) -> tuple[Question, jax.Array, jax.Array]:

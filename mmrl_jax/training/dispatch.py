@@ -18,8 +18,6 @@ MAX_SKIPPED = 0.5
 # Seconds before the host's half of an update is called again: a restart of a server is waited for,
 # an outage of hours is not, for the same command goes on from what is saved.
 RETRY_AFTER_S = (1.0, 5.0, 25.0)
-# What an outage may raise; another error is one of the code, which no time mends.
-RETRIED = (ValueError, RuntimeError, OSError)
 
 
 class Dispatched(NamedTuple):
@@ -95,7 +93,7 @@ def make_host_dispatch(
                     batch = host.collect(carry, data)
                     break
                 except Exception as caught:
-                    if not (isinstance(caught, RETRIED) and waits and not stopping()):
+                    if not waits or stopping() or not may_pass(caught):
                         error = caught
                         break
                     retries += 1
@@ -113,6 +111,12 @@ def make_host_dispatch(
         return Dispatched(carry, summarised, len(rows), retries, error)
 
     return dispatch
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether an error of the host's half may be an outage, and none of the code or the device."""
+    outside = isinstance(error, (ValueError, RuntimeError, OSError))
+    return outside and not isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _wait(seconds: float, stopping: Callable[[], bool]) -> None:

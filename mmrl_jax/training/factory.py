@@ -21,6 +21,7 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners.learner import LearnerState, policy_function
+from mmrl_jax.pretrained import readers, weights
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
@@ -489,6 +490,17 @@ def make_evaluator(
         return policy_function(apply, learner, deterministic=True)
 
     return Evaluator(lambda split: make_env(config, split=split), policy, rng, episodes=episodes)
+
+
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`.
+
+    Other pretrained parts than a text encoder are parameters, and lie in the checkpoints.
+    """
+    encoder = getattr(config.model, "text_encoder", None)
+    if encoder is None:
+        return {}
+    return {"text_encoder": weights.fingerprint(readers.directory_of(encoder))}
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

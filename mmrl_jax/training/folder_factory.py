@@ -9,6 +9,7 @@ records' own answers can be learned from first.
 from collections.abc import Callable
 import functools
 import importlib
+import inspect
 import pathlib
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.question import Question, Texts
 from mmrl_jax.tasks.rewards import Pool, RewardFunction
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import question_factory, token_models, token_stages
+from mmrl_jax.training import fingerprints, question_factory, token_models, token_stages
 from mmrl_jax.training.config import Field, anything, between, one_of, positive
 from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.folder_data import (
@@ -233,6 +234,26 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
                 "'module:function', of a module that is installed or in the current directory."
             ) from error
     return functions
+
+
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
+    parts = make_parts(config)
+    records = open_records(config, parts)
+    table = pathlib.Path(config.folder.directory) / METADATA
+    images = [
+        (name, info.digest)
+        for part in records
+        for name, info in zip(part.names, part.images, strict=True)
+    ]
+    sources = {
+        name: pathlib.Path(inspect.getfile(function)).read_bytes()
+        for name, function in reward_functions(config).items()
+    }
+    return token_models.dependencies(config.model, parts.chat) | {
+        "records": fingerprints.digest(table.read_bytes(), sorted(images)),
+        "reward_functions": fingerprints.digest(sorted(sources.items())),
+    }
 
 
 def make_ask(

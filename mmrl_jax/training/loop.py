@@ -15,11 +15,11 @@ from mmrl_jax.training.alarms import Alarms
 from mmrl_jax.training.checkpoint import Checkpointer
 from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.dispatch import (
-    RETRIED,
     RETRY_AFTER_S,
     Dispatched,
     make_dispatch,
     make_host_dispatch,
+    may_pass,
 )
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
@@ -230,7 +230,7 @@ def run(
                 )
         checkpointer.wait()
         if error is not None and not terminated():
-            if not isinstance(error, RETRIED):
+            if not may_pass(error):
                 raise error
             raise HostFailed(_host_failed(stage.name, done, error)) from error
         return Result(carry, done, add(), earlier_s, terminated())

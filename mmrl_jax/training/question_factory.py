@@ -321,6 +321,12 @@ def answered_samples(
     return evaluator.samples(made_of, "train", count)
 
 
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
+    tokeniser = make_parts(config).model.texts.tokeniser
+    return token_models.dependencies(config.model, tokeniser)
+
+
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The splits of the config's task; none of counts, of which RL sees all."""
     without = {"heldout_count"}
