@@ -17,39 +17,42 @@ the split. For questions of several levels of difficulty there is also <split>/<
 so on, of those of the episodes that are of the level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import json
-import pathlib
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 import jax.numpy as jnp
 import ml_collections
 
 from experiments.train import clean_exit, factory_of, write_json
 from mmrl_jax.evaluation.evaluate import MODALITIES, describe
 from mmrl_jax.learners.learner import LearnerState
-from mmrl_jax.training import checkpoint, factory, folder_factory, token_models
-from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import checkpoint, factory, fingerprints, folder_factory, token_models
+from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.types import Params
 
 FLAGS = flags.FLAGS
 
 
 def restore(
-    workdir: pathlib.Path, which: str
+    workdir: epath.Path, which: str, *, accept: Collection[str] = ()
 ) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
     """The config, the learner (without optimiser) and the checkpoint's step of a control stage.
 
     Args:
       workdir: of the stage.
       which: 'latest', 'best' or a step.
+      accept: changes of what the run depends on that are meant, see `fingerprints.check`.
 
     Raises:
-      ValueError: no run, or no such checkpoint there, or its config is not one of this version.
+      ValueError: no run, or no such checkpoint there, or its config is not one of this version, or
+        what its model depends on has changed.
       CheckpointDamaged: it cannot be read.
     """
     config = read_config(workdir)
+    _check_model(workdir, config, accept)
     like = factory.stored_learner(config)
     names = ("params", "statistics")
     restored, step = _restore_parts(workdir, {name: getattr(like, name) for name in names}, which)
@@ -57,48 +60,91 @@ def restore(
 
 
 def restore_tokens(
-    workdir: pathlib.Path, which: str
+    workdir: epath.Path,
+    which: str,
+    *,
+    trust_modules: bool = False,
+    accept: Collection[str] = (),
 ) -> tuple[ml_collections.ConfigDict, tuple[Params, Any], int]:
     """The config, both halves of the variables and the step of a stage of a token policy.
 
     A checkpoint of RL holds what RL trains; the rest is read from that of fine-tuning, in the
-    folder 'sft'. For arguments and errors see `restore`.
+    folder 'sft'. For arguments and errors see `restore` and `read_config`.
     """
-    config = read_config(workdir)
+    config = read_config(workdir, trust_modules=trust_modules)
+    _check_model(workdir, config, accept)
     model = factory_of(config).make_parts(config).model
-    stage = "sft" if config.algorithm == "sft" or workdir.name == "sft" else "rl"
+    stage = "sft" if config.algorithm == "sft" or is_fine_tuning(workdir) else "rl"
 
-    def params(stage: str, place: pathlib.Path, which: str) -> tuple[Params, int]:
+    def params(stage: str, place: epath.Path, which: str) -> tuple[Params, int]:
         like = token_models.stored_params(config, model, stage)
         restored, step = _restore_parts(place, {"params": like}, which)
         return restored["params"], step
 
     start = None
     if stage == "rl" and config.sft.updates:
-        start, _ = params("sft", workdir / "sft", "latest")
+        # RL began where fine-tuning ended, and nowhere before.
+        start, _ = params("sft", workdir / "sft", str(config.sft.updates))
     trained, step = params(stage, workdir, which)
     made_of = token_models.made_of(config, model, trained, start=start, stage=stage)
     return config, made_of, step
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def is_fine_tuning(workdir: epath.Path) -> bool:
+    """Whether a workdir is that of the fine-tuning before RL."""
+    run = fingerprints.read(workdir)
+    if run is not None:
+        return run.stage == "sft"
+    # A run of an earlier version, which kept no stage: RL's workdir is the one above.
+    return workdir.name == "sft" and workdir_lib.stored_config(workdir.parent) is not None
+
+
+def _check_model(
+    workdir: epath.Path, config: ml_collections.ConfigDict, accept: Collection[str]
+) -> None:
+    """Compares what the model of a run depends on; records and rewards may be gone by now."""
+    now = factory_of(config).dependencies(config)
+    of_model = {name: x for name, x in now.items() if name in fingerprints.OF_MODEL}
+    fingerprints.check(workdir, of_model, accept=accept)
+
+
+def read_config(workdir: epath.Path, *, trust_modules: bool = False) -> ml_collections.ConfigDict:
     """The config of a stage, for one device, wherever the run was trained.
 
+    Args:
+      workdir: of the stage.
+      trust_modules: import the modules that the config names, whoever wrote it.
+
     Raises:
-      ValueError: no run, or its config is not one of this version.
+      ValueError: no run, or its config is not one of this version, or it names modules of others
+        and these are not trusted.
     """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir={workdir} holds no run (no config.json there).")
-    config = config_lib.from_json(path.read_text(encoding="utf-8"))
+    config = workdir_lib.stored_config(workdir)
+    if config is None:
+        raise ValueError(f"--workdir={workdir} holds no run (no config.json that can be read).")
+    modules = _modules(config)
+    if modules and not trust_modules:
+        raise ValueError(
+            f"--workdir={workdir} has reward functions of {', '.join(modules)}, which would be "
+            "imported and run here. If you trust the module that this name finds on this machine, "
+            "add --trust_modules."
+        )
     if "devices" in config:
         config.devices = 1
     factory_of(config).check(config)
     return config
 
 
+def _modules(config: ml_collections.ConfigDict) -> list[str]:
+    """The modules that a config names and that are none of ours."""
+    rewards = config.get("rewards")
+    names = rewards.get("functions", ()) if isinstance(rewards, ml_collections.ConfigDict) else ()
+    found = {str(name).partition(":")[0] for name in names if isinstance(names, tuple)}
+    return sorted(name for name in found if name.partition(".")[0] != "mmrl_jax")
+
+
 def _restore_parts(
-    workdir: pathlib.Path, like: dict[str, Any], which: str
+    workdir: epath.Path, like: dict[str, Any], which: str
 ) -> tuple[dict[str, Any], int]:
     parts, step = checkpoint.restore_parts(
         workdir,
@@ -109,7 +155,12 @@ def _restore_parts(
 
 
 def measures(
-    workdir: pathlib.Path, which: str, episodes: int | None
+    workdir: epath.Path,
+    which: str,
+    episodes: int | None,
+    *,
+    trust_modules: bool = False,
+    accept: Collection[str] = (),
 ) -> tuple[dict[str, int], Callable[[str], Iterator[tuple[str, dict[str, float]]]], int]:
     """The splits, what measures one of them, row by row, and the step of a stage.
 
@@ -119,12 +170,15 @@ def measures(
       workdir: of the stage.
       which: see `restore`.
       episodes: of a row; None for as many as the run's own evaluations have.
+      trust_modules: see `read_config`.
+      accept: see `restore`.
 
     Returns:
       The splits with the episodes of a row, the function, and the step.
     """
-    config = read_config(workdir)
+    config = read_config(workdir, trust_modules=trust_modules)
     build = factory_of(config)
+    fingerprints.check(workdir, build.dependencies(config), accept=accept)
     if build is folder_factory:
         sizes = folder_factory.split_sizes(config)
     else:
@@ -132,11 +186,13 @@ def measures(
     if episodes is not None:
         sizes = dict.fromkeys(sizes, episodes)
     if build is not factory:
-        config, made_of, step = restore_tokens(workdir, which)
+        config, made_of, step = restore_tokens(
+            workdir, which, trust_modules=trust_modules, accept=accept
+        )
         count = episodes if build is folder_factory else next(iter(sizes.values()))
         measure = build.make_measure(config, episodes=count)
         return sizes, lambda split: _rows(measure(made_of, split)), step
-    config, learner, step = restore(workdir, which)
+    config, learner, step = restore(workdir, which, accept=accept)
     observed = factory.make_env(config).observation_size
     evaluator = factory.make_evaluator(
         config, factory.evaluation_key(config), episodes=next(iter(sizes.values()))
@@ -161,20 +217,36 @@ def _rows(found: dict[str, float]) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def evaluate(
-    workdir: pathlib.Path, *, which: str, split: str, episodes: int | None
+    workdir: epath.Path,
+    *,
+    which: str,
+    split: str,
+    episodes: int | None,
+    trust_modules: bool = False,
+    accept: Collection[str] = (),
 ) -> dict[str, float]:
     """Prints the table of one split, or of 'all', and returns what evaluation.json then holds.
+
+    Args:
+      workdir: of the stage.
+      which: 'latest', 'best' or a step.
+      split: one of the run's, or 'all'.
+      episodes: a row.
+      trust_modules: see `read_config`.
+      accept: see `restore`.
 
     Raises:
       ValueError: see `restore`; the split is unknown; or a split of a folder has fewer records
         than `episodes`.
     """
-    known, rows, step = measures(workdir, which, episodes)
+    known, rows, step = measures(
+        workdir, which, episodes, trust_modules=trust_modules, accept=accept
+    )
     if split not in (*known, "all"):
         raise ValueError(f"--split={split!r} is unknown; choose one of {tuple(known)} or 'all'.")
     print(f"{workdir}: checkpoint {step}; mean [95 % interval]")
     path = workdir / "evaluation.json"
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table = _read_table(path)
     for part in known if split == "all" else (split,):
         print(f"{part}: {known[part]} episodes a row")
         for name, row in rows(part):
@@ -198,16 +270,36 @@ def evaluate(
     return table
 
 
+def _read_table(path: epath.Path) -> dict[str, float]:
+    """The numbers of earlier calls; none where there are none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_bytes())
+        if isinstance(table, dict):
+            return table
+        reason = "it holds no JSON object"
+    except (OSError, ValueError) as error:
+        reason = workdir_lib.one_line(error)
+    raise ValueError(f"{path} cannot be read ({reason}): move it away.")
+
+
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     with clean_exit(ValueError):
         evaluate(
-            pathlib.Path(FLAGS.workdir),
+            workdir_lib.as_path(FLAGS.workdir),
             which=FLAGS.which,
             split=FLAGS.split,
             episodes=FLAGS.episodes,
+            trust_modules=FLAGS.trust_modules,
+            accept=FLAGS.accept_changes,
         )
 
 
@@ -222,5 +314,9 @@ if __name__ == "__main__":
         lower_bound=2,
     )
     flags.DEFINE_string("which", "latest", "Checkpoint to evaluate: 'latest', 'best' or a step.")
+    flags.DEFINE_bool("trust_modules", False, "Import the modules of the run's reward functions.")
+    flags.DEFINE_list(
+        "accept_changes", [], f"What may have changed: {', '.join(fingerprints.ACCEPTABLE)}."
+    )
     logging.set_verbosity(logging.WARNING)
     app.run(main)

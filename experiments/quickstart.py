@@ -17,10 +17,10 @@ Ctrl-C or SIGTERM saves and stops; the same command goes on where it stopped.
 
 from collections.abc import Mapping
 import functools
-import pathlib
 import time
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -47,6 +47,7 @@ from mmrl_jax.learners.bc import Demonstrations
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.training import checkpoint, control_models, factory, loop, report, videos
+from mmrl_jax.training import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
 HIDDEN: tuple[Modality, ...] = ("pixels", "instruction")  # From the final policy.
@@ -128,8 +129,8 @@ def evaluate_stages(
 
 
 def film(
-    config: ml_collections.ConfigDict, learner: LearnerState, workdir: pathlib.Path
-) -> list[pathlib.Path]:
+    config: ml_collections.ConfigDict, learner: LearnerState, workdir: epath.Path
+) -> list[epath.Path]:
     """Writes the video and the strip of the final policy's episodes."""
     env = factory.make_env(config)
     apply = control_models.make_network(config, env).apply
@@ -150,7 +151,7 @@ def film(
 
 
 def cloned_learner(
-    config: ml_collections.ConfigDict, data: Demonstrations, workdir: pathlib.Path
+    config: ml_collections.ConfigDict, data: Demonstrations, workdir: epath.Path
 ) -> LearnerState:
     """The learner of the warm start as it ended, with its optimiser, from its last checkpoint."""
     mesh = factory.make_mesh(config)
@@ -159,7 +160,7 @@ def cloned_learner(
     return checkpoint.restore_parts(workdir, parts, which="latest")[0]["learner"]
 
 
-def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, float] | None:
+def quickstart(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, float] | None:
     """Runs everything; returns the summary, or None if a signal interrupted it."""
     started = time.perf_counter()
     trained = train(config, workdir)
@@ -198,17 +199,18 @@ def quickstart(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
         "more_cloning/wall_s": more.wall_s,
     } | totals((warm, tuned, more), started)
     write_json(workdir / "summary.json", summary)
-    curves = report.stage_curves(
-        {
-            "warm start (cloning)": [workdir / "warm_start"],
-            "then PPO": [workdir / "warm_start", workdir],
-            "then more cloning": [workdir / "warm_start", workdir / "more_cloning"],
-        },
-        workdir / "success.png",
-        metric=f"eval/{config.env.split}/success",
-    )
-    written = [workdir / "summary.json", curves, *film(config, tuned.carry.learner, workdir)]
-    print("Written: " + ", ".join(str(path) for path in written))
+    with report.surviving("Drawing success.png, or recording episodes"):
+        curves = report.stage_curves(
+            {
+                "warm start (cloning)": [workdir / "warm_start"],
+                "then PPO": [workdir / "warm_start", workdir],
+                "then more cloning": [workdir / "warm_start", workdir / "more_cloning"],
+            },
+            workdir / "success.png",
+            metric=f"eval/{config.env.split}/success",
+        )
+        written = [workdir / "summary.json", curves, *film(config, tuned.carry.learner, workdir)]
+        print("Written: " + ", ".join(str(path) for path in written))
     return summary
 
 
@@ -236,10 +238,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     config = reach_ppo.get_config()
     config.seed = FLAGS.seed
-    workdir = pathlib.Path(FLAGS.workdir)
     with clean_exit(ValueError):
-        prepare(config, workdir)
-    with clean_exit(*FAILURES):
+        workdir = workdir_lib.as_path(FLAGS.workdir)
+        lock = prepare(config, workdir)
+    with lock, clean_exit(*FAILURES):
         summary = quickstart(config, workdir)
     if summary is None:
         print("Interrupted; the same command goes on from the last checkpoint.")

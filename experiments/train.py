@@ -13,21 +13,23 @@ Writes to the workdir:
   samples.html          of policies that answer questions: pictures, questions, answers, rewards
   warm_start/           the same of a warm start before PPO; sft/, of fine-tuning before RL
 
-Ctrl-C or SIGTERM saves and stops. Training that diverged ends with an error and exit code 1.
+Ctrl-C or SIGTERM saves and stops. Training that diverged, or whose rewards or records fail each
+time they are tried, ends with an error and exit code 1. An evaluation or report that fails is a
+message.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
 import math
-import pathlib
 import sys
 import time
 import types
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 import ml_collections
 from ml_collections import config_flags
@@ -40,6 +42,7 @@ from mmrl_jax.training import (
     checkpoint,
     control_models,
     factory,
+    fingerprints,
     folder_factory,
     glossary,
     loop,
@@ -49,6 +52,7 @@ from mmrl_jax.training import (
 )
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax.training.lock import locked
 from mmrl_jax.training.loop import Result
 
 FLAGS = flags.FLAGS
@@ -60,6 +64,7 @@ FAILURES = (
     checkpoint.CheckpointMismatch,
     checkpoint.CheckpointWriteError,
     envs.InvalidEnvironment,
+    loop.HostFailed,
     rewards.NoRewards,
 )
 
@@ -107,18 +112,38 @@ def factory_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     return agent_factory if "sft" in config else factory
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def prepare(
+    config: ml_collections.ConfigDict, workdir: epath.Path, *, accept: Collection[str] = ()
+) -> contextlib.AbstractContextManager[object]:
     """Checks the config and claims the workdir for it.
 
+    Args:
+      config: of the run.
+      workdir: of the run.
+      accept: changes of what the run depends on that are meant, see `fingerprints.check`.
+
+    Returns:
+      The lock of the workdir, held until its context is left.
+
     Raises:
-      ValueError: the config cannot run, or the workdir is another config's or cannot be written.
+      ValueError: the config cannot run, or the workdir is another config's, is in use by another
+        process, or cannot be written, or what the run depends on has changed.
     """
     factory_of(config).check(config)
-    fixed = factory.fixed_on_resume(config) if checkpoint.saved_steps(workdir) else {}
-    workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE, fixed=fixed)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(workdir))
+        fixed = factory.fixed_on_resume(config) if workdir_lib.saved_steps(workdir) else {}
+        workdir_lib.claim_workdir(workdir, config, may_change=loop.MAY_CHANGE, fixed=fixed)
+        depends_on = factory_of(config).dependencies(config)
+        # What has trained nothing yet depends on nothing.
+        if any(workdir_lib.saved_steps(workdir / stage) for stage in ("", "sft", "warm_start")):
+            fingerprints.check(workdir, depends_on, accept=accept)
+        stage = config.algorithm if config.algorithm in ("sft", "bc") else "rl"
+        fingerprints.write(workdir, fingerprints.Run(stage, depends_on))
+        return stack.pop_all()
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Trained:
+def train(config: ml_collections.ConfigDict, workdir: workdir_lib.PathLike) -> Trained:
     """Runs the stages of a config, each resumed from its newest checkpoint.
 
     Writes what the module's docstring lists; summary.json only if nothing interrupted it.
@@ -126,25 +151,27 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Tra
     Raises:
       ValueError: see `prepare`.
       FloatingPointError: training diverged.
-      NoRewards: a user's reward functions failed for all answers of an update.
+      HostFailed: a user's reward functions, or files, failed each time that an update asked.
     """
     started = time.perf_counter()
-    workdir = pathlib.Path(workdir)
-    prepare(config, workdir)
-    stages = control_stages if factory_of(config) is factory else token_stages
-    trained = stages(config, workdir)
-    if not trained.interrupted and jax.process_index() == 0:
-        summary = final_evaluation(workdir, trained.tested) | totals(trained.results, started)
-        write_json(workdir / "summary.json", summary)
+    workdir = workdir_lib.as_path(workdir)
+    with prepare(config, workdir):
+        stages = control_stages if factory_of(config) is factory else token_stages
+        trained = stages(config, workdir)
+        if not trained.interrupted and jax.process_index() == 0:
+            with report.surviving("Writing summary.json"):
+                summary = final_evaluation(workdir, trained.tested)
+                write_json(workdir / "summary.json", summary | totals(trained.results, started))
     return trained
 
 
-def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
+def control_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trained:
     """Cloning and PPO, whichever the config asks for."""
     mesh = factory.make_mesh(config)
     data, start, warm, tuned = None, None, None, None
     if config.warm_start.updates:
         place = workdir if config.algorithm == "bc" else workdir / "warm_start"
+        fingerprints.write(place, fingerprints.Run("bc", factory.dependencies(config)))
         data, success = factory.record_demonstrations(config)
         data = jax.device_get(data)  # The devices have them for as long as the stage runs.
         print(
@@ -165,12 +192,13 @@ def control_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     return Trained(warm, tuned, demonstrations=data)
 
 
-def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Trained:
+def token_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trained:
     """Supervised fine-tuning and RL, whichever the config asks for."""
     build, mesh = factory_of(config), factory.make_mesh(config)
     start, frozen, warm, tuned = None, None, None, None
     if config.sft.updates:
         place = workdir if config.algorithm == "sft" else workdir / "sft"
+        fingerprints.write(place, fingerprints.Run("sft", build.dependencies(config)))
         stage = build.sft_stage(config, mesh)
         warm = loop.run(stage, workdir=place, config=config)
         frozen = stage.data[0]
@@ -188,12 +216,13 @@ def token_stages(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tr
     trained = Trained(warm, tuned, frozen=frozen)
     # What agents do is shown by no question.
     if build is not agent_factory and not trained.interrupted and jax.process_index() == 0:
-        if build is folder_factory:
-            samples, tested = build.tested_samples(config, acting(config, trained), SAMPLES)
-            trained = dataclasses.replace(trained, tested=tested)
-        else:
-            samples = build.answered_samples(config, acting(config, trained), SAMPLES)
-        report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
+        with report.surviving("Writing samples.html"):
+            if build is folder_factory:
+                samples, tested = build.tested_samples(config, acting(config, trained), SAMPLES)
+                trained = dataclasses.replace(trained, tested=tested)
+            else:
+                samples = build.answered_samples(config, acting(config, trained), SAMPLES)
+            report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
     return trained
 
 
@@ -205,25 +234,35 @@ def acting(config: ml_collections.ConfigDict, trained: Trained) -> Any:
     return learner.params, trained.frozen
 
 
-def draw_curves(workdir: pathlib.Path, *, x: str) -> None:
+def draw_curves(workdir: epath.Path, *, x: str) -> None:
     """Draws a stage's learning_curves.png; not of a stage stopped before it logged anything."""
     path = workdir / metrics.JSONL_NAME
-    if jax.process_index() == 0 and metrics.read_jsonl(path):
-        report.learning_curves(path, workdir / "learning_curves.png", x=x)
+    with report.surviving("Drawing learning_curves.png"):
+        if jax.process_index() == 0 and metrics.read_jsonl(path):
+            report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
-def final_evaluation(workdir: pathlib.Path, tested: Mapping[str, float]) -> dict[str, float]:
+def final_evaluation(workdir: epath.Path, tested: Mapping[str, float]) -> dict[str, float]:
     """'final/<split>/success', '_lo' and '_hi', of a test split or as a stage last logged them.
 
     Where there is no success it is 'return', or for questions 'accuracy'; for a folder there is
-    'failed_fraction' too.
+    'failed_fraction' too. There is nothing, and a message, where no evaluation is logged: all
+    failed, or metrics.jsonl was deleted.
 
     Args:
       workdir: of the stage.
       tested: metrics of a test split by their logged names; empty where there is none.
     """
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    row = tested or next(x for x in reversed(rows) if any(n.startswith("eval/") for n in x))
+    row = tested or next((x for x in reversed(rows) if any(map(_is_evaluation, x))), None)
+    if row is None:
+        print(
+            f"summary.json has no final evaluation, for {workdir / metrics.JSONL_NAME} has none: "
+            f"python -m experiments.evaluate --workdir={workdir}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return {}
     for score in ("success", "accuracy", "return"):
         found = [name for name in row if glossary.matches(f"eval/<split>/{score}", name)]
         if found:
@@ -232,6 +271,10 @@ def final_evaluation(workdir: pathlib.Path, tested: Mapping[str, float]) -> dict
     final = {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
     failed = f"{name.rpartition('/')[0]}/failed_fraction"
     return final | ({f"final/{failed}": row[f"eval/{failed}"]} if f"eval/{failed}" in row else {})
+
+
+def _is_evaluation(name: str) -> bool:
+    return name.startswith("eval/") and name != "eval/failed"
 
 
 def totals(results: Sequence[Result], started: float) -> dict[str, float]:
@@ -259,15 +302,13 @@ def totals(results: Sequence[Result], started: float) -> dict[str, float]:
     }
 
 
-def write_json(path: pathlib.Path, values: dict[str, float]) -> None:
+def write_json(path: epath.Path, values: dict[str, float]) -> None:
     """Writes a flat dictionary in one atomic replacement; what is not finite becomes null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
     }
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    workdir_lib.write_text(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -283,14 +324,14 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    workdir = pathlib.Path(FLAGS.workdir)
     # A ValueError from training itself would be a fault of the code, and keeps its stack.
     with clean_exit(ValueError):
-        prepare(FLAGS.config, workdir)
-    with clean_exit(*FAILURES):
+        workdir = workdir_lib.as_path(FLAGS.workdir)
+        lock = prepare(FLAGS.config, workdir, accept=FLAGS.accept_changes)
+    with lock, clean_exit(*FAILURES):
         trained = train(FLAGS.config, workdir)
     ended = "interrupted; the same command goes on" if trained.interrupted else "done"
-    print(f"Training {ended}. Outputs: {workdir}")
+    print(f"Training {ended}. Outputs: {FLAGS.workdir}")
 
 
 if __name__ == "__main__":
@@ -304,6 +345,12 @@ if __name__ == "__main__":
         __doc__ += f"{config_lib.describe_schema(build.SCHEMA)}\n"
     config_flags.DEFINE_config_file("config", None, "File of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
+    flags.DEFINE_list(
+        "accept_changes",
+        [],
+        "Of a run that is resumed: what may have changed since it began, "
+        f"{', '.join(fingerprints.ACCEPTABLE)}.",
+    )
     flags.mark_flags_as_required(["config", "workdir"])
     with clean_exit(ValueError):
         config_lib.validate_overrides(sys.argv, elsewhere=control_models.ELSEWHERE)

@@ -119,6 +119,7 @@ def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monke
     config.devices = 64
     (workdir / "config.json").write_text(config_lib.to_json(config))
     chosen = {"workdir": str(workdir), "episodes": 4, "split": "train", "which": "best"}
+    chosen |= {"trust_modules": False, "accept_changes": []}
 
     def table(**changes) -> dict:
         monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**(chosen | changes)))
@@ -153,7 +154,7 @@ def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monke
 
 
 def train_main(monkeypatch, config, workdir) -> None:
-    flags = types.SimpleNamespace(config=config, workdir=str(workdir))
+    flags = types.SimpleNamespace(config=config, workdir=str(workdir), accept_changes=[])
     monkeypatch.setattr(train_script, "FLAGS", flags)
     train_script.main(["train"])
 

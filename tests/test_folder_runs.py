@@ -183,8 +183,10 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     page = (tmp_path / "samples.html").read_text()
     assert page.count("<img") == 2 and "mean reward of 2 answers" in page
     for place in (tmp_path, tmp_path / "sft"):
-        _, made_of, _ = evaluate.restore_tokens(place, "latest")
-        found = evaluate.evaluate(place, which="latest", split="all", episodes=None)
+        _, made_of, _ = evaluate.restore_tokens(place, "latest", trust_modules=True)
+        found = evaluate.evaluate(
+            place, which="latest", split="all", episodes=None, trust_modules=True
+        )
         shown = folder_factory.answered_samples(config, made_of, 24)
         assert found["test/return"] == np.mean([sample.reward for sample in shown])
         assert found["test/episodes"] == found["validation/episodes"] == 2

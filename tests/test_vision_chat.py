@@ -232,8 +232,9 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
     assert all(row["update/skipped"] == 0 for row in rows)
 
     export.export(
-        tmp_path / "run", tmp_path / "lora", which="latest", adapter=True, dtype=np.float32
-    )
+        tmp_path / "run", tmp_path / "lora", which="latest", adapter=True, dtype=np.float32,
+        trust_modules=True,
+    )  # fmt: skip
     tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "lora"))
     compare(trained.tuned.carry.learner.params, stage.data, config, processor, tuned.eval())
 

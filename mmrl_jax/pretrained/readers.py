@@ -77,10 +77,15 @@ def _finder(sentences: Sequence[str], words: Sequence[str]) -> Reader:
     return find
 
 
+def directory_of(encoder: str) -> pathlib.Path:
+    """The directory of a text encoder, 'minilm' or a local one in the hub's format."""
+    return packages.minilm() if encoder == MINILM else pathlib.Path(encoder)
+
+
 @functools.lru_cache(maxsize=2)
 def read(encoder: str, sentences: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 [I, S, E] of the tokens of sentences, and bool [I, S], where they are."""
-    directory = packages.minilm() if encoder == MINILM else pathlib.Path(encoder)
+    directory = directory_of(encoder)
     model, variables, _ = hub.load_text_tower(directory)
     tokenizer = processor_files.read_tokenizer(directory)
     batch = tokenizer(list(sentences), return_tensors="np", padding=True)

@@ -24,7 +24,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory, token_models, token_stages
 from mmrl_jax.training.config import one_of, positive
 from mmrl_jax.training.factory import SCHEMA as CONTROL
-from mmrl_jax.training.loop import Carry, Stage, Start
+from mmrl_jax.training.stage import Carry, Stage, Start
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -122,6 +122,12 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
     )
     model = token_models.make_model(config.model, source, interface.texts, size)
     return Parts(env, interface, model)
+
+
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
+    tokeniser = make_parts(config).model.texts.tokeniser
+    return token_models.dependencies(config.model, tokeniser)
 
 
 def record_demonstrations(

@@ -18,11 +18,9 @@ one before is used.
 from collections.abc import Collection, Mapping
 import json
 import logging
-import os
-import pathlib
-import shutil
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -32,10 +30,10 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import integrity
 from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.integrity import CheckpointMismatch
+from mmrl_jax.training.workdir import CHECKPOINTS, saved_steps
 
 PyTree = Any
 
-_CHECKPOINTS = "checkpoints"
 _DAMAGED = "damaged_checkpoints"
 
 logger = logging.getLogger(__name__)
@@ -57,7 +55,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: workdir_lib.PathLike,
         *,
         config: config_lib.ConfigLike,
         keep: int,
@@ -86,8 +84,8 @@ class Checkpointer:
             raise ValueError(f"keep is {keep}, but must be at least 1 checkpoint.")
         if save_interval < 1:
             raise ValueError(f"save_interval is {save_interval}, but must be at least 1 step.")
-        self._workdir = pathlib.Path(workdir).absolute()
-        self._directory = self._workdir / _CHECKPOINTS
+        self._workdir = workdir_lib.as_path(workdir)
+        self._directory = self._workdir / CHECKPOINTS
         self._config = json.loads(config_lib.to_json(config))
         self._best_metric = best_metric
         self._save_interval = save_interval
@@ -242,14 +240,17 @@ class Checkpointer:
         return None
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
-            ),
-        )
+        try:
+            return ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy,
+                    enable_async_checkpointing=True,
+                    cleanup_tmp_directories=True,
+                ),
+            )
+        except ImportError as error:
+            raise workdir_lib.missing_package(self._directory, error) from error
 
     def _set_aside(self, damaged: list[tuple[int, Exception]], *, used: int) -> None:
         """Moves damaged steps away: a step that stays could not be saved again later."""
@@ -265,7 +266,7 @@ class Checkpointer:
             )
             if jax.process_index() == 0:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(self._directory / str(step), place)
+                (self._directory / str(step)).rename(place)
             self._scores.pop(step, None)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints moved")
@@ -278,27 +279,17 @@ class Checkpointer:
         if step is not None:
             self._scores.pop(step, None)
         intact = [saved for saved in saved_steps(self._workdir) if saved != step]
-        free = workdir_lib.free_bytes(self._directory)
         return CheckpointWriteError(
             f"Checkpoint {step} could not be written to {self._directory}: "
-            f"{workdir_lib.one_line(error)} "
-            f"({free / 2**20:.0f} MiB free there). "
+            f"{workdir_lib.one_line(error)}"
+            f"{workdir_lib.free_space(self._directory)}. "
             + (f"Checkpoint {intact[-1]} is intact" if intact else "There is no earlier one")
             + ": make space or give another workdir, then start the same command again."
         )
 
 
-def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
-    """Returns the steps of the finished checkpoints of a run, in order."""
-    directory = pathlib.Path(workdir) / _CHECKPOINTS
-    if not directory.is_dir():
-        return []
-    # Orbax's temporary directories have longer names ("5.orbax-checkpoint-tmp").
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-
-
 def restore_parts(
-    workdir: str | os.PathLike[str], parts: Mapping[str, PyTree], *, which: str | int
+    workdir: workdir_lib.PathLike, parts: Mapping[str, PyTree], *, which: str | int
 ) -> tuple[dict[str, PyTree], int]:
     """Restores parts of a carry, for evaluation or a warm start; changes nothing on disk.
 
@@ -317,7 +308,7 @@ def restore_parts(
         CheckpointMismatch: A part differs from what is given (lists the differing paths).
         CheckpointDamaged: It cannot be read.
     """
-    directory = pathlib.Path(workdir).absolute() / _CHECKPOINTS
+    directory = workdir_lib.as_path(workdir) / CHECKPOINTS
     steps = saved_steps(workdir)
     if not steps:
         raise ValueError(f"No checkpoint in {directory}: give the workdir of a run that saved one.")
@@ -377,7 +368,7 @@ def _best_step(scores: Mapping[int, float | None]) -> int | None:
     return max(scored)[1] if scored else None
 
 
-def _read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
+def _read_record(directory: epath.Path, step: int) -> dict[str, Any]:
     """Returns the verified body of a checkpoint's record."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         record = reader.restore(directory / str(step) / "record", args=ocp.args.JsonRestore())
@@ -386,7 +377,7 @@ def _read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
     return record["body"]
 
 
-def _score_on_disk(directory: pathlib.Path, step: int) -> float | None:
+def _score_on_disk(directory: epath.Path, step: int) -> float | None:
     try:
         return _read_record(directory, step)["score"]
     except Exception:  # A damaged record; restoring says so, here it only has no score.
@@ -394,7 +385,7 @@ def _score_on_disk(directory: pathlib.Path, step: int) -> float | None:
 
 
 def _try_load(
-    directory: pathlib.Path, step: int, parts: Mapping[str, PyTree]
+    directory: epath.Path, step: int, parts: Mapping[str, PyTree]
 ) -> tuple[tuple[dict[str, PyTree], dict[str, Any]] | None, Exception | None]:
     """Returns ((trees by path, record), None), or (None, the error) for a damaged checkpoint.
 
@@ -417,7 +408,7 @@ def _try_load(
 
 
 def _load(
-    directory: pathlib.Path, step: int, parts: Mapping[str, PyTree]
+    directory: epath.Path, step: int, parts: Mapping[str, PyTree]
 ) -> tuple[dict[str, PyTree], dict[str, Any]]:
     body = _read_record(directory, step)
     starts = {prefix: f"{prefix}/" if prefix else "" for prefix in parts}
@@ -463,9 +454,7 @@ def _load(
     return trees, body
 
 
-def _all_damaged(
-    directory: pathlib.Path, damaged: list[tuple[int, Exception]]
-) -> CheckpointDamaged:
+def _all_damaged(directory: epath.Path, damaged: list[tuple[int, Exception]]) -> CheckpointDamaged:
     lines = [f"  {step}: {workdir_lib.one_line(error)}" for step, error in damaged]
     return CheckpointDamaged(
         f"No checkpoint in {directory} can be read:\n"

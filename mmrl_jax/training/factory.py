@@ -21,13 +21,14 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners.learner import LearnerState, epoch_indices, policy_function
+from mmrl_jax.pretrained import readers, weights
 from mmrl_jax.rl import losses, normalisation
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import control_models
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
-from mmrl_jax.training.loop import Carry, Stage, Start
 from mmrl_jax.training.settings import check_settings
+from mmrl_jax.training.stage import Carry, Stage, Start
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 SCHEMA: config_lib.Schema = {
@@ -514,6 +515,17 @@ def make_evaluator(
         episodes=episodes,
         mesh=make_mesh(config),
     )
+
+
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`.
+
+    Other pretrained parts than a text encoder are parameters, and lie in the checkpoints.
+    """
+    encoder = getattr(config.model, "text_encoder", None)
+    if encoder is None:
+        return {}
+    return {"text_encoder": weights.fingerprint(readers.directory_of(encoder))}
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

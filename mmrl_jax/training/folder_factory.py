@@ -9,6 +9,7 @@ records' own answers can be learned from first.
 from collections.abc import Callable
 import functools
 import importlib
+import inspect
 import math
 import pathlib
 import sys
@@ -34,7 +35,7 @@ from mmrl_jax.tasks.folder import METADATA, Batch
 from mmrl_jax.tasks.question import Question, Texts
 from mmrl_jax.tasks.rewards import Pool, RewardFunction, Rewards
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import question_factory, token_models, token_stages
+from mmrl_jax.training import fingerprints, question_factory, token_models, token_stages
 from mmrl_jax.training.config import Field, between, non_negative, one_of, positive, texts
 from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.folder_data import (
@@ -47,8 +48,8 @@ from mmrl_jax.training.folder_data import (
     tell_images,
     tell_rejected,
 )
-from mmrl_jax.training.loop import Carry, HostUpdate, Stage
 from mmrl_jax.training.prefetch import Prefetch
+from mmrl_jax.training.stage import Carry, HostUpdate, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -300,6 +301,26 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
     return functions
 
 
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
+    parts = make_parts(config)
+    records = open_records(config, parts)
+    table = pathlib.Path(config.folder.directory) / METADATA
+    images = [
+        (name, info.digest)
+        for part in records
+        for name, info in zip(part.names, part.images, strict=True)
+    ]
+    sources = {
+        name: pathlib.Path(inspect.getfile(function)).read_bytes()
+        for name, function in reward_functions(config).items()
+    }
+    return token_models.dependencies(config.model, parts.chat) | {
+        "records": fingerprints.digest(table.read_bytes(), sorted(images)),
+        "reward_functions": fingerprints.digest(sorted(sources.items())),
+    }
+
+
 def make_ask(
     config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh
 ) -> Callable[[Batch], Question]:
@@ -399,7 +420,7 @@ def rl_stage(
         generated, stepped = generating.compile(), stepping.compile()
         batches = Prefetch(read, updates=config.run.updates)
 
-        def update(carry: Carry, frozen: Any) -> tuple[Carry, Metrics]:
+        def collect(carry: Carry, frozen: Any) -> tuple[Experience, jax.Array]:
             batch, asked = batches(int(jax.device_get(carry.updates)))
             answers = generated(carry.learner.params, frozen, asked, carry.rng, carry.updates)
             _, rewards = scorer(records.train, batch, answers)
@@ -408,9 +429,13 @@ def rl_stage(
             reward, scored, failed = jax.device_put(
                 (*numbers, np.float32(rewards.failed)), everywhere
             )
-            return stepped(carry, frozen, Experience(asked, answers, reward, scored), failed)
+            return Experience(asked, answers, reward, scored), failed
 
-        return HostUpdate(update, placed(stepping.out_info[1]))
+        return HostUpdate(
+            collect,
+            lambda carry, frozen, collected: stepped(carry, frozen, *collected),
+            placed(stepping.out_info[1]),
+        )
 
     measure = _make_measure(config, _make_greedy(config, parts, mesh, records, ask, scorer))
 

@@ -164,6 +164,14 @@ GLOSSARY: dict[str, Metric] = {
         "Optimiser steps of an update, skipped because the loss or its gradient is not finite",
         "0; half of all steps stop the run",
     ),
+    "update/retries": Metric(
+        "1",
+        "Failures of the host's half of an update, rewards for example, that another try mended",
+        "absent",
+    ),
+    "eval/failed": Metric(
+        "1", "Evaluations of this process that failed; the run goes on without", "absent"
+    ),
     "eval/<split>/success": Metric("fraction", "Success over the evaluation episodes", "rises"),
     "eval/<split>/success_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
     "eval/<split>/success_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),

@@ -6,10 +6,10 @@ beside its shape and dtype.
 
 from collections.abc import Mapping
 import json
-import pathlib
 from typing import Any
 import zlib
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +130,7 @@ def finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) ->
 
 
 def check_layout(
-    layout: Mapping[str, Any], targets: Mapping[str, Any], *, place: pathlib.Path
+    layout: Mapping[str, Any], targets: Mapping[str, Any], *, place: epath.Path
 ) -> None:
     """Compares the saved leaves with the wanted ones.
 

@@ -4,134 +4,37 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import math
 import os
-import pathlib
 import signal
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from mmrl_jax import envs
-from mmrl_jax.envs.brax_api import State
-from mmrl_jax.rl import losses
 from mmrl_jax.training.alarms import Alarms
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.config import ConfigLike
+from mmrl_jax.training.dispatch import (
+    OF_STEPS,
+    RETRY_AFTER_S,
+    Dispatched,
+    make_dispatch,
+    make_host_dispatch,
+    may_pass,
+)
+from mmrl_jax.training.lock import locked
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.settings import check_settings
-from mmrl_jax.types import Metrics
+from mmrl_jax.training.stage import Carry, HostUpdate, Stage
+from mmrl_jax.training.workdir import PathLike, as_path, one_line
 
 # What a resumed run may change: how long it goes on and how often it reports.
 MAY_CHANGE = ("run",)
-# Metrics of optimiser steps: of an update that took none they say nothing.
-OF_STEPS = ("loss/", "grad/", "policy/")
-# The share of a dispatch's optimiser steps that may be skipped because they are not finite.
-MAX_SKIPPED = 0.5
 
 
-class Carry(struct.PyTreeNode):
-    """All that a run needs to go on: a checkpoint of it is a checkpoint of the run.
-
-    Attributes:
-      learner: parameters, optimiser, statistics; `without_optimiser` is what it acts with.
-      env_state: of all environments, [B, ...]; None for a stage without environments.
-      rng: key of the run; update u uses fold_in(rng, u) and nothing else.
-      updates: int32 [], updates done; for demonstrations this is the data position too.
-    """
-
-    learner: Any  # A LearnerState or a TokenState.
-    env_state: State | None
-    rng: jax.Array
-    updates: jax.Array
-
-
-Update = Callable[[Carry, Any], tuple[Carry, Metrics]]
-
-
-class HostUpdate(NamedTuple):
-    """An update that is called from Python, with what the host does between compiled programs.
-
-    Attributes:
-      update: (carry, data) -> (carry, metrics), see `Stage`; it compiles nothing any more, and may
-        donate the carry.
-      metrics: their shapes, dtypes and shardings.
-    """
-
-    update: Update
-    metrics: dict[str, jax.ShapeDtypeStruct]
-
-
-class Start:
-    """Arrays that a fresh carry is made of, kept until it is; None where it needs none.
-
-    A closure over them would keep them beside the carry for as long as the run takes.
-    """
-
-    def __init__(self, arrays: Any):
-        self._arrays, self._released = arrays, False
-
-    def __call__(self) -> Any:
-        """The arrays.
-
-        Raises:
-          RuntimeError: they were released.
-        """
-        if self._released:
-            raise RuntimeError("The carry was made of this stage's start: build another stage.")
-        return self._arrays
-
-    def release(self) -> None:
-        """Lets go of them."""
-        self._arrays, self._released = None, self._arrays is not None or self._released
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of a run, as the factory builds it.
-
-    Attributes:
-      name: for the console and the reports.
-      init: () -> Carry, fresh.
-      update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'update/steps' and
-        'update/skipped', the optimiser steps taken, and those skipped because the loss or its
-        gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and the
-        updates of a dispatch are one compiled program. None for a stage with `on_host`.
-      data: pytree given to every update, or None; never donated.
-      updates: where the stage ends.
-      updates_per_dispatch: updates in one compiled call; the last one may have fewer.
-      env_steps_per_update: steps of the unroll, resets among them (0 without environments).
-      samples_per_update: samples learned from in one update, for the rate on the console.
-      evaluate: learner -> metrics to log, or None.
-      eval_interval: updates between evaluations.
-      checkpoint_interval: updates between checkpoints.
-      keep: newest checkpoints kept, beside the best.
-      best_metric: by which the best is chosen, or None.
-      console: metrics to show.
-      shardings: carry -> shardings of a carry, for the mesh the stage runs on.
-      on_host: instead of `update`: compiles the programs of an update for a carry and the data.
-      release: lets go of the arrays that `init` begins with, see `Start`; called once they are in a
-        carry, or are not needed for one.
-    """
-
-    name: str
-    init: Callable[[], Carry]
-    update: Update | None
-    data: Any
-    updates: int
-    updates_per_dispatch: int
-    env_steps_per_update: int
-    samples_per_update: int
-    evaluate: Callable[[Any], dict[str, float]] | None
-    eval_interval: int
-    checkpoint_interval: int
-    keep: int
-    best_metric: str | None
-    console: tuple[str, ...]
-    shardings: Callable[[Any], Any]
-    on_host: Callable[[Carry, Any], HostUpdate] | None = None
-    release: Callable[[], object] = lambda: None
+class HostFailed(RuntimeError):
+    """The host's half of an update failed, and did so each time; what was learned is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,65 +77,6 @@ class Result:
     def wall_s(self) -> float:
         """Time of the updates."""
         return self.counters.wall_s
-
-
-def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
-    """One compiled call of `updates` updates; the carry is donated.
-
-    Returns:
-      (carry, data) -> (carry, metrics). Metrics are means over the updates; those of 'episode/*'
-      over the updates in which an episode ended, those in OF_STEPS over the updates that took a
-      step, each 0 where there is none: 'counted' has their numbers of updates by the metrics'
-      names. 'sound' is a bool []: less than MAX_SKIPPED of the optimiser steps were skipped, and
-      what the learner acts with is finite.
-    """
-
-    def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
-        carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
-        return carry, _summary(carry.learner.without_optimiser(), metrics)
-
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def make_host_dispatch(host: HostUpdate, updates: int, carry: Carry) -> Update:
-    """The same of an update that is called from Python, for carries like this one."""
-
-    def summary(acts: Any, rows: list[Metrics]) -> Metrics:
-        return _summary(acts, jax.tree.map(lambda *x: jnp.stack(x), *rows))
-
-    acts = carry.learner.without_optimiser()
-    summarise = jax.jit(summary).lower(acts, [host.metrics] * updates).compile()
-
-    def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
-        rows = []
-        for _ in range(updates):
-            carry, metrics = host.update(carry, data)
-            rows.append(metrics)
-        return carry, summarise(carry.learner.without_optimiser(), rows)
-
-    return dispatch
-
-
-def _summary(acts: Any, metrics: Metrics) -> Metrics:
-    """What a dispatch returns of the metrics of its updates, [updates] each.
-
-    Args:
-      acts: what the learner acts with after the last one.
-      metrics: of the updates.
-    """
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
-    taken, skipped = metrics["update/steps"], metrics["update/skipped"]
-
-    counts = {name: taken > 0 for name in metrics if name.startswith(OF_STEPS)}
-    counts |= {name: ~jnp.isnan(x) for name, x in metrics.items() if name.startswith("episode/")}
-    means = {
-        name: losses.masked_mean(x, counts[name]) if name in counts else jnp.mean(x)
-        for name, x in metrics.items()
-    }
-    sound = jnp.all(finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
-    # That there is no mean is no NaN: JAX_DEBUG_NANS takes any in what a program returns for a
-    # fault.
-    return means | {"sound": sound, "counted": jax.tree.map(jnp.sum, counts)}
 
 
 def start(stage: Stage) -> tuple[Carry, Any]:
@@ -282,7 +126,7 @@ def restore(stage: Stage, checkpointer: Checkpointer) -> tuple[Carry, Any, dict[
 def run(
     stage: Stage,
     *,
-    workdir: str | pathlib.Path,
+    workdir: PathLike,
     config: ConfigLike,
     max_seconds: float | None = None,
     log_interval_s: float = 10.0,
@@ -301,15 +145,17 @@ def run(
       log_interval_s: least time between two console lines where there is no terminal.
 
     Raises:
-      ValueError: see `check_settings` and `Checkpointer`.
+      ValueError: see `check_settings`, `Checkpointer` and `locked`.
       InvalidEnvironment: see `start`; or all steps of a dispatch's environments are broken, see
         `AutoReset`.
+      HostFailed: the host's half of an update failed each time; the update before is saved.
       FloatingPointError: a parameter is not finite, or too many steps of a dispatch were skipped
         because their loss or gradient is not; nothing of that dispatch is saved.
     """
     check_settings()
     started = time.perf_counter()
     with (
+        locked(workdir),
         Checkpointer(
             workdir,
             config=config,
@@ -343,9 +189,9 @@ def run(
         if over():
             return Result(carry, done, counters, earlier_s, terminated())
         counters = add(compile_s=init_s)
-        programs: dict[int, Update] = {}
-        compiled = _compiler(stage, shardings)
+        programs: dict[int, Callable[[Carry, Any], Dispatched]] = {}
         alarms = _alarms_until(workdir, done)
+        error: Exception | None = None
         with MetricWriter(
             workdir,
             total_steps=stage.updates,
@@ -356,7 +202,9 @@ def run(
             label=stage.name,
             active=jax.process_index() == 0,
         ) as writer:
-            while not (over() or terminated()):
+            compiled = _compiler(stage, shardings, terminated, writer.message)
+            failed_evaluations = 0
+            while error is None and not (over() or terminated()):
                 size = min(stage.updates_per_dispatch, stage.updates - done)
                 if size not in programs:
                     writer.message(f"{stage.name}: compiling ...")
@@ -368,8 +216,10 @@ def run(
                     continue  # A signal may have come meanwhile.
                 update_start = time.perf_counter()
                 with jax.transfer_guard("disallow"):
-                    carry, metrics = programs[size](carry, stage.data)
+                    carry, metrics, size, retries, error = programs[size](carry, stage.data)
                     jax.block_until_ready(carry.updates)
+                if metrics is None:
+                    break
                 seconds = time.perf_counter() - update_start
                 before, done = done, done + size
                 metrics = jax.device_get(metrics)
@@ -381,6 +231,7 @@ def run(
                     "time/update_s": seconds / size,
                     "time/samples_per_s": size * stage.samples_per_update / seconds,
                 }
+                values |= {"update/retries": retries} if retries else {}
                 if valid == 0.0 and metrics["rollout/broken"] > 0:
                     writer.write(done, values)
                     raise envs.InvalidEnvironment(_all_broken(before, done))
@@ -392,12 +243,21 @@ def run(
                     last or done // stage.eval_interval > before // stage.eval_interval
                 ):
                     eval_start = time.perf_counter()
-                    values |= stage.evaluate(carry.learner)
+                    try:
+                        values |= stage.evaluate(carry.learner)
+                    except Exception as caught:  # It must not end what it only looks at.
+                        failed_evaluations += 1
+                        writer.message(
+                            f"{stage.name}: the evaluation at update {done} failed, and the run "
+                            f"goes on without: {one_line(caught)}"
+                        )
                     values["time/eval_s"] = time.perf_counter() - eval_start
+                values |= {"eval/failed": failed_evaluations} if failed_evaluations else {}
                 for text in alarms.see(values).values():
                     writer.message(f"{stage.name}: alarm at update {done}: {text}")
                 values |= {f"alarm/{name}": 1.0 for name in alarms.raised}
                 writer.write(done, values)
+                writer.flush()
                 best = stage.best_metric
                 scores = {best: values[best]} if best is not None and best in values else {}
                 checkpointer.save(
@@ -412,21 +272,33 @@ def run(
                     done, carry, extra=dataclasses.asdict(add()), metrics={}, force=True
                 )
         checkpointer.wait()
+        if error is not None and not terminated():
+            if not may_pass(error):
+                raise error
+            raise HostFailed(_host_failed(stage.name, done, error)) from error
         return Result(carry, done, add(), earlier_s, terminated())
 
 
-def _compiler(stage: Stage, shardings: Any) -> Callable[[int, Carry], Update]:
+def _compiler(
+    stage: Stage, shardings: Any, stopping: Callable[[], bool], tell: Callable[[str], None]
+) -> Callable[[int, Carry], Callable[[Carry, Any], Dispatched]]:
     """(number of updates, a carry) -> the compiled dispatch of so many."""
     host: list[HostUpdate] = []  # Its programs serve dispatches of every size.
 
-    def compiled(size: int, carry: Carry) -> Update:
+    def compiled(size: int, carry: Carry) -> Callable[[Carry, Any], Dispatched]:
         if stage.on_host is None:
             assert stage.update is not None
             dispatch = make_dispatch(stage.update, size, shardings)
-            return dispatch.lower(carry, stage.data).compile()
+            program = dispatch.lower(carry, stage.data).compile()
+
+            def traced(carry: Carry, data: Any) -> Dispatched:
+                carry, metrics = program(carry, data)
+                return Dispatched(carry, metrics, size)
+
+            return traced
         if not host:
             host.append(stage.on_host(carry, stage.data))
-        return make_host_dispatch(host[0], size, carry)
+        return make_host_dispatch(host[0], size, carry, stopping=stopping, tell=tell)
 
     return compiled
 
@@ -449,22 +321,30 @@ def _row(
     }
 
 
-def _alarms_until(workdir: str | pathlib.Path, done: int) -> Alarms:
+def _alarms_until(workdir: PathLike, done: int) -> Alarms:
     """Alarms that have seen what was logged up to `done` updates."""
-    alarms, path = Alarms(), pathlib.Path(workdir) / JSONL_NAME
-    for row in read_jsonl(path) if path.is_file() else []:
+    alarms = Alarms()
+    for row in read_jsonl(as_path(workdir) / JSONL_NAME):
         if row["step"] <= done:
             alarms.see(row)
     return alarms
 
 
-def _diverged(name: str, workdir: str | pathlib.Path, before: int, done: int) -> str:
+def _diverged(name: str, workdir: PathLike, before: int, done: int) -> str:
     return (
         f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
         f"the loss or gradient of half of the optimiser steps or more is not. Nothing of them is "
         f"saved. The same command would come to the same point again: start in a fresh workdir "
         f"with a lower learning rate, or look at update/skipped, loss/* and grad/norm in "
-        f"{pathlib.Path(workdir) / JSONL_NAME}."
+        f"{as_path(workdir) / JSONL_NAME}."
+    )
+
+
+def _host_failed(name: str, done: int, error: Exception) -> str:
+    return (
+        f"Stage {name!r}: update {done + 1} failed {1 + len(RETRY_AFTER_S)} times: {error}\n"
+        f"{f'Update {done} is saved' if done else 'Nothing had been learned yet'}: mend what is "
+        "named above, then start the same command again."
     )
 
 

@@ -7,10 +7,7 @@ A name that is not in the glossary is an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 import math
-import os
-import pathlib
 import shutil
 import sys
 import time
@@ -19,20 +16,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from mmrl_jax.training import glossary
+from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax.training.metric_files import JSONL_NAME, TENSORBOARD_NAME, MetricFiles, read_jsonl
 
-JSONL_NAME = "metrics.jsonl"
-TENSORBOARD_NAME = "tensorboard"
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file; the half line that a killed run leaves is left out."""
-    rows = []
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        # Each line is written whole, with its end; one without an end was cut off.
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+__all__ = ["JSONL_NAME", "TENSORBOARD_NAME", "MetricWriter", "read_jsonl"]
 
 
 class MetricWriter:
@@ -44,7 +31,7 @@ class MetricWriter:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: workdir_lib.PathLike,
         *,
         total_steps: int,
         max_wall_s: float | None,
@@ -81,18 +68,6 @@ class MetricWriter:
         self._active = active
         if not active:
             return
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / JSONL_NAME
-        _truncate(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        # Imported here: a core installation runs without it until something is logged.
-        from tensorboardX import SummaryWriter
-
-        first = 0 if resume_step is None else resume_step + 1
-        if resume_step is None:
-            shutil.rmtree(workdir / TENSORBOARD_NAME, ignore_errors=True)
-        self._board = SummaryWriter(str(workdir / TENSORBOARD_NAME), purge_step=first)
         self._console = _Console(
             stream=sys.stderr if stream is None else stream,
             total=total_steps,
@@ -103,6 +78,7 @@ class MetricWriter:
             label=label,
             clock=clock,
         )
+        self._files = MetricFiles(workdir, resume_step=resume_step, tell=self.message)
         self._last_step: int | None = resume_step
 
     def __enter__(self) -> "MetricWriter":
@@ -134,11 +110,7 @@ class MetricWriter:
                 "give resume_step when a run goes on."
             )
         self._last_step = step
-        row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        self._files.append(step, scalars)
         self._console.update(step, scalars)
 
     def message(self, text: str) -> None:
@@ -146,12 +118,16 @@ class MetricWriter:
         if self._active:
             self._console.message(text)
 
+    def flush(self) -> None:
+        """Sees to it that all that was logged lies in the workdir, before a checkpoint does."""
+        if self._active:
+            self._files.flush()
+
     def close(self) -> None:
         """Ends the console line and closes the files."""
         if self._active:
             self._console.close()
-            self._file.close()
-            self._board.close()
+            self._files.close()
 
 
 class _Console:
@@ -267,19 +243,6 @@ def _scalar(name: str, value: Any) -> float:
             f"Metric '{name}' has shape {array.shape}, but must be a scalar: take its mean first."
         )
     return float(array)
-
-
-def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
-    """Removes the lines after `resume_step`, in one atomic replacement."""
-    if not path.exists():
-        return
-    rows = [] if resume_step is None else read_jsonl(path)
-    kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text(
-        "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept), encoding="utf-8"
-    )
-    temporary.replace(path)
 
 
 def _short(value: float) -> str:

@@ -28,7 +28,7 @@ from mmrl_jax.training import token_models, token_stages
 from mmrl_jax.training.config import anything, between, non_negative, one_of, positive, texts
 from mmrl_jax.training.factory import SCHEMA as CONTROL
 from mmrl_jax.training.factory import make_mesh
-from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.stage import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
 from mmrl_jax.types import Metrics, Params
 
@@ -322,6 +322,12 @@ def answered_samples(
     """
     evaluator = make_evaluator(config, evaluation_key(config), questions=count)
     return evaluator.samples(made_of, "train", count)
+
+
+def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
+    tokeniser = make_parts(config).model.texts.tokeniser
+    return token_models.dependencies(config.model, tokeniser)
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

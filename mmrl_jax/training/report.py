@@ -5,19 +5,23 @@ draws.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import html
 import io
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 
+from etils import epath
 import numpy as np
 
 from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.training import glossary, metrics
-from mmrl_jax.training.videos import saved
+from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax.training.videos import file_path, saved
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -57,12 +61,25 @@ CURVES: dict[str, tuple[str, ...]] = {
 }
 
 
+@contextlib.contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Makes an error of what only shows a run a message: it must not end the run."""
+    try:
+        yield
+    except Exception as error:
+        print(
+            f"{what} failed, and the run goes on without: {workdir_lib.one_line(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def learning_curves(
     jsonl_path: str | os.PathLike[str],
     out_png: str | os.PathLike[str],
     *,
     x: str = "progress/env_steps",
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
     """Draws small multiples of what a run logged.
 
     Args:
@@ -112,7 +129,7 @@ def learning_curves(
             axis.set_ylim(-0.03, 1.03)
         if len(series) > 1:
             axis.legend(fontsize=7)
-    return saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
+    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
 def stage_curves(
@@ -120,7 +137,7 @@ def stage_curves(
     out_png: str | os.PathLike[str],
     *,
     metric: str,
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
     """Draws one metric over the time of the updates, of stages that follow each other.
 
     Args:
@@ -147,7 +164,7 @@ def stage_curves(
     for label, workdirs in lines.items():
         before_s, points = 0.0, np.empty((0, 4))
         for workdir in workdirs:
-            rows = metrics.read_jsonl(pathlib.Path(workdir) / metrics.JSONL_NAME)
+            rows = metrics.read_jsonl(workdir_lib.as_path(workdir) / metrics.JSONL_NAME)
             found = [
                 (before_s + row["time/wall_s"], *(row.get(name, row[metric]) for name in wanted))
                 for row in rows
@@ -166,7 +183,7 @@ def stage_curves(
         axis.set_ylim(-0.03, 1.03)
     axis.grid(alpha=0.3)
     axis.legend()
-    return saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
+    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
 def study_figure(
@@ -175,7 +192,7 @@ def study_figure(
     out_png: str | os.PathLike[str],
     *,
     metric: str,
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
     """Draws a study: each variant's interval, and the fraction of its runs above every score.
 
     Args:
@@ -215,7 +232,7 @@ def study_figure(
     right.set_ylabel("fraction of runs above it")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
     right.grid(alpha=0.3)
-    return saved(pathlib.Path(out_png), lambda path: figure.savefig(path, dpi=110))
+    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
 def _series(
@@ -283,7 +300,7 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
     def write(place: pathlib.Path) -> None:
         place.write_text(page, encoding="utf-8")
 
-    saved(pathlib.Path(path), write)
+    saved(file_path(path), write)
 
 
 def _summary(samples: Sequence[Sample]) -> str:

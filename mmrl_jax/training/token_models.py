@@ -14,10 +14,11 @@ from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
-from mmrl_jax.pretrained import chat, hub, vision_chat
+from mmrl_jax.pretrained import chat, hub, vision_chat, weights
 from mmrl_jax.pretrained.vision_chat import Sight
 from mmrl_jax.tasks.question import Texts, Tokeniser, Words
 from mmrl_jax.training import config as config_lib
+from mmrl_jax.training import fingerprints
 from mmrl_jax.training.config import anything, non_negative, one_of, positive
 from mmrl_jax.training.control_models import DTYPES, LORA, check_margin, with_adapters
 from mmrl_jax.training.settings import check_settings
@@ -134,6 +135,24 @@ def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> Speech | 
         return Speech(language, chat.read_chat(directory.resolve(), language.vocabulary))
     except ValueError as error:
         raise ValueError(f"model.pretrained={m.pretrained!r}: {error}") from error
+
+
+def dependencies(m: ml_collections.ConfigDict, tokeniser: Tokeniser) -> dict[str, str]:
+    """Fingerprints of the pretrained model, see `fingerprints`.
+
+    Args:
+      m: the config of the model.
+      tokeniser: its texts.
+    """
+    if m.pretrained is None:
+        return {}
+    texts = cast(chat.Chat, tokeniser)
+    probe = "How many red circles are there?"
+    rendered = texts.prompt(probe, images=1), texts.answer(probe)
+    return {
+        "base_weights": weights.fingerprint(chat.directory_of(m.pretrained)),
+        "chat_template": fingerprints.digest(tuple(texts.template), rendered),
+    }
 
 
 class TokenModel(NamedTuple):

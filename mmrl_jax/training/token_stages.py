@@ -31,8 +31,8 @@ from mmrl_jax.training.config import (
     positive,
 )
 from mmrl_jax.training.factory import adam, run_fields, schedule
-from mmrl_jax.training.loop import Carry, HostUpdate, Stage, Start
 from mmrl_jax.training.prefetch import Prefetch
+from mmrl_jax.training.stage import Carry, HostUpdate, Stage, Start
 from mmrl_jax.training.token_models import TokenModel, halves, make_variables
 from mmrl_jax.types import Metrics, Params, Transition
 
@@ -458,7 +458,11 @@ def _reading(
     lowered = jitted.lower(carry, frozen, read(0))
     compiled, labels = lowered.compile(), Prefetch(read, updates=updates)
 
-    def update(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
-        return compiled(carry, data[0], labels(int(jax.device_get(carry.updates))))
+    def collect(carry: Carry, _: Any) -> Labels:
+        return labels(int(jax.device_get(carry.updates)))
 
-    return HostUpdate(update, mesh_lib.replicated_shapes(lowered.out_info[1], mesh=mesh))
+    def update(carry: Carry, data: Any, batch: Labels) -> tuple[Carry, Metrics]:
+        return compiled(carry, data[0], batch)
+
+    metrics = mesh_lib.replicated_shapes(lowered.out_info[1], mesh=mesh)
+    return HostUpdate(collect, update, metrics)

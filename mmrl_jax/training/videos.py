@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 import math
 import os
 import pathlib
+import tempfile
 from typing import Any
 import warnings
 
+from etils import epath
 import numpy as np
+
+from mmrl_jax.training import workdir as workdir_lib
 
 _TILE_PIXELS = 256
 _GAP_PIXELS = 8
@@ -76,7 +80,7 @@ def episodes_video(
     captions: Sequence[str],
     fps: float,
     columns: int,
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
     """Writes episodes side by side, each with its caption, as mp4 where ffmpeg is there, or gif.
 
     Args:
@@ -102,12 +106,12 @@ def episodes_video(
     every_caption = [caption for caption in captions for _ in range(steps)]
     clips = captioned(frames.reshape(-1, *frames.shape[2:]), every_caption)
     grid = tiled(clips.reshape(count, steps, *clips.shape[1:]), columns=columns)
-    return _write_frames(pathlib.Path(path), grid, fps)
+    return _write_frames(file_path(path), grid, fps)
 
 
 def episode_strip(
     path: str | os.PathLike[str], frames: np.ndarray, caption: str, *, count: int
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
     """Writes one episode as a PNG: `count` frames from first to last in a row, caption beneath.
 
     Args:
@@ -134,7 +138,7 @@ def episode_strip(
 
     from PIL import Image
 
-    return saved(pathlib.Path(path), lambda place: Image.fromarray(strip).save(place))
+    return saved(file_path(path), lambda place: Image.fromarray(strip).save(place))
 
 
 def _caption_bars(captions: Sequence[str], *, width: int) -> np.ndarray:
@@ -174,7 +178,9 @@ def _padded(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return whole
 
 
-def _write_frames(path: pathlib.Path, frames: np.ndarray, fps: float) -> pathlib.Path:
+def _write_frames(
+    path: pathlib.Path | epath.Path, frames: np.ndarray, fps: float
+) -> pathlib.Path | epath.Path:
     if not fps > 0:
         raise ValueError(f"fps is {fps}, but must be over 0.")
     with warnings.catch_warnings():
@@ -237,8 +243,24 @@ def _check_frames(frames: np.ndarray, *, axes: str) -> None:
         raise ValueError(f"frames have shape {frames.shape}: give at least one frame.")
 
 
-def saved(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Makes the directory of a path, lets `write` write there, and returns the path."""
+def file_path(path: workdir_lib.PathLike) -> pathlib.Path | epath.Path:
+    """Returns where a file lies, on a local disk or in a bucket."""
+    return workdir_lib.as_path(path) if workdir_lib.is_remote(path) else pathlib.Path(path)
+
+
+def saved(
+    path: pathlib.Path | epath.Path, write: Callable[[pathlib.Path], None]
+) -> pathlib.Path | epath.Path:
+    """Makes the directory of a path, lets `write` write there, and returns the path.
+
+    In a bucket the file is a copy of a local one, for what writes pictures knows local disks alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path)
+    if not workdir_lib.is_remote(path):
+        write(pathlib.Path(path))
+        return path
+    with tempfile.TemporaryDirectory() as directory:
+        local = pathlib.Path(directory) / path.name
+        write(local)
+        path.write_bytes(local.read_bytes())
     return path
