@@ -13,14 +13,15 @@ def check_settings() -> None:
     Raises:
       ValueError: names the setting and the remedy.
     """
-    if jax.config.jax_enable_x64:
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise ValueError(
             "jax_enable_x64=True is not supported: runs compute in float32 and bfloat16. Unset "
             "JAX_ENABLE_X64."
         )
-    if jax.config.jax_numpy_dtype_promotion != "standard":
+    promotion = jax.config.jax_numpy_dtype_promotion  # type: ignore[attr-defined]
+    if promotion != "standard":
         raise ValueError(
-            f"jax_numpy_dtype_promotion={jax.config.jax_numpy_dtype_promotion!r} is not "
+            f"jax_numpy_dtype_promotion={promotion!r} is not "
             "supported: integers and floats are mixed throughout, in Brax too. Unset "
             "JAX_NUMPY_DTYPE_PROMOTION."
         )

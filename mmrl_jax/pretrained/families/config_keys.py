@@ -15,8 +15,10 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
+from mmrl_jax.models.transformer import Activation
+
 # transformers' names of activations, and those of `models.transformer.ACTIVATIONS`.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
@@ -170,7 +172,7 @@ def _followed(
     keys, defaults = KEYS[kind], {x.name: x.default for x in dataclasses.fields(config)}
     values = {name: x for name, x in values.items() if name in defaults or name in KEPT}
     known = {*keys.followed, *keys.idle, *IDLE, *RECORDS}
-    for name, default in (defaults | required).items():
+    for name, default in {**defaults, **required}.items():
         if name not in known and not _same(values.get(name), default):
             problems.append(
                 f"{prefix}{name}={values.get(name)!r}: of a {kind!r}, only {default!r} is "
