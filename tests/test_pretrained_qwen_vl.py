@@ -22,7 +22,7 @@ from mmrl_jax.models import qwen_vision
 from mmrl_jax.models.language import Rope, next_position
 from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import qwen_processing
+from mmrl_jax.pretrained import processing, qwen_processing
 from tests import hub
 
 PATCH, FRAMES, IMAGE, VOCABULARY = 4, 2, 5, 60
@@ -382,7 +382,7 @@ def photographs():
 @pytest.mark.parametrize("size", [(16, 32), (24, 16), (40, 96), (40, 24)])
 def test_noise_is_resized_as_pillow_does_it(size):
     height, width = size
-    found = qwen_processing.resize_bicubic(jnp.asarray(noise(20, 33)), height, width)
+    found = processing.resize(jnp.asarray(noise(20, 33), jnp.float32)[None], size, "bicubic")[0]
     image = PIL.Image.fromarray(noise(20, 33))
     # One axis at a time, for Pillow 13 sometimes begins with the height, others never.
     for shape in ((width, 20), (width, height)):

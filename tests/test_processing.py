@@ -250,7 +250,7 @@ def test_prompts_that_do_not_fit_raise(directory):
 def test_files_of_before_transformers_5_are_read(directory, tmp_path):
     _, processor = pair("llava", directory)
     shutil.copytree(directory / "llava", tmp_path, dirs_exist_ok=True)
-    config = dict(processor.config)
+    config = json.loads((tmp_path / "processor_config.json").read_text())
     image = config.pop("image_processor")
     (tmp_path / "processor_config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(image))
@@ -266,12 +266,25 @@ def test_files_of_before_transformers_5_are_read(directory, tmp_path):
     ("family", "name", "value", "message"),
     [
         ("llava", "do_pad", True, "do_pad=True"),
-        ("llava", "do_normalize", False, "do_normalize=False"),
+        ("llava", "do_resize", False, "do_resize=False .* default, True, is"),
+        ("llava", "pad_size", 40, "pad_size=.* default, None, is"),
         ("llava", "resample", 0, "resample=0"),
-        ("llava", "size", {"longest_edge": 5000}, "the most is 4096"),
+        ("llava", "size", {"longest_edge": 5000}, "size=.*give whole numbers"),
+        ("llava", "size", {"height": 32, "width": 0}, "size=.*give whole numbers"),
+        ("llava", "rescale_factor", "1/255", "rescale_factor='1/255'"),
+        ("llava", "image_std", 0, "image_std=0.* must not be 0"),
+        ("llava", "image_mean", [0.5, 0.5], r"image_mean=.*\(0.5, 0.5\)"),
+        ("llava", "image_processor_type", "ViTImageProcessor", "'ViTImageProcessor' is not supp"),
+        ("llava", "size", "large", "cannot be read: ValueError"),
+        ("idefics3", "size", {"longest_edge": 5000}, "the most is 4096"),
+        ("idefics3", "size", {"shortest_edge": 50}, "size=.*give whole numbers"),
+        ("idefics3", "max_image_size", 32, "max_image_size=32.*{'longest_edge': '...'}"),
+        ("paligemma", "image_seq_length", None, "image_seq_length=None"),
         ("llava_onevision", "do_center_crop", True, "do_center_crop=True"),
-        ("llava_onevision", "size", {"shortest_edge": 32}, "height and width, alike, are"),
-        ("llava_onevision", "image_grid_pinpoints", [[32, 40]], r"\[32, 40\] is not divisible"),
+        ("llava_onevision", "crop_size", 32, "crop_size=.* default, None, is"),
+        ("llava_onevision", "size", {"shortest_edge": 32}, "size=.*give whole numbers"),
+        ("llava_onevision", "size", {"height": 32, "width": 64}, "height and width, alike, are"),
+        ("llava_onevision", "image_grid_pinpoints", [[32, 40]], r"\[\[32, 40\]\] is not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(family, name, value, message, directory, tmp_path):

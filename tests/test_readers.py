@@ -166,7 +166,7 @@ def test_frozen_parameters_stay_and_have_no_optimiser_state(clip):
     ("changes", "message"),
     [
         ({"frozen": "vision/nothing"}, "model.frozen='vision/nothing' is the whole path of no"),
-        ({"vision_encoder": "/nowhere"}, "/nowhere has no preprocessor_config.json"),
+        ({"vision_encoder": "/nowhere"}, "/nowhere has no config.json"),
         ({"text_encoder": "/nowhere"}, "/nowhere has no config.json"),
     ],
 )

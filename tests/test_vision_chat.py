@@ -164,7 +164,7 @@ def test_an_answer_is_read_behind_its_prompt():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     assert tokenizer(" two")["input_ids"] == [1, 2]
     assert tokenizer("? user: two")["input_ids"] == [4, 3, 2]
-    chat = Chat(tokenizer, Template("", "? user:", " ", 0), image=9)
+    chat = Chat(tokenizer, Template("", "? user:", " ", 0), image=9, vocabulary=9)
     assert chat.answer("two") == [2, 0]
 
 

@@ -6,16 +6,26 @@
 The chat template is the model's own; image tokens come before the question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
+import datetime
 import functools
+import json
 import pathlib
 from typing import Any, NamedTuple
 
-from mmrl_jax.pretrained import packages
+from mmrl_jax.pretrained import packages, processor_files
+from mmrl_jax.tasks.folder import shown
 
 SMOLLM2 = "smollm2"
+# A prompt and a completion that show where a template puts them, and a second pair that shows
+# whether it changes them: with quotes, a line's end, and what HTML or a template would escape.
 _TURN, _REPLY = "<turn>", "<reply>"
+_OTHER_TURN = "Is \"a\" < 'b' & {{ c }}?\nOr  \\n, \u00e9?"
+_OTHER_REPLY = 'It\'s "c" > &d; {% e %},\nor  \\t, \u00fc.'
+# The day that a template is told. Llama 3's own templates write it where they know of no clock.
+_TODAY = datetime.datetime(2024, 7, 26)
+_UNPADDED = ("-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j")
 
 
 class Template(NamedTuple):
@@ -42,11 +52,17 @@ class Chat:
       tokenizer: transformers'.
       template: see there.
       image: id of an image token.
+      vocabulary: rows of the model's table of tokens; the ids of a text are below it.
     """
 
     tokenizer: Any
     template: Template
     image: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a stop token without a row, which also stands for padding."""
+        check_ids(self.tokenizer, [self.stop], self.vocabulary, "the end of an answer")
 
     @property
     def stop(self) -> int:
@@ -54,21 +70,28 @@ class Chat:
         return self.template.stop
 
     def prompt(self, question: str, *, images: int) -> list[int]:
-        """The ids of a question about a picture of `images` image tokens."""
-        return [
-            *self._ids(self.template.before),
-            *[self.image] * images,
-            *self._ids(question + self.template.after),
-        ]
+        """The ids of a question about a picture of `images` image tokens.
+
+        Raises:
+          ValueError: see `check_text` and `check_ids`.
+        """
+        check_text(question, "prompt")
+        before = self._ids(self.template.before)
+        behind = self._ids(question + self.template.after)
+        check_ids(self.tokenizer, [*before, *behind], self.vocabulary, f"prompt {shown(question)}")
+        return [*before, *[self.image] * images, *behind]
 
     def answer(self, text: str) -> list[int]:
-        """The ids of an answer, the stop token as last."""
+        """The ids of an answer, the stop token as last; for errors see `prompt`."""
+        check_text(text, "answer")
         # Some tokenizers begin any text with a space, so the answer is read behind its prompt.
         prompt = self._ids(self.template.after)
         ids = self._ids(self.template.after + self.template.lead + text)
         if ids[: len(prompt)] != prompt:
             prompt, ids = [], self._ids(self.template.lead + text)
-        return [*ids[len(prompt) :], self.stop]
+        ids = [*ids[len(prompt) :], self.stop]
+        check_ids(self.tokenizer, ids, self.vocabulary, f"answer {shown(text)}")
+        return ids
 
     @property
     def pad(self) -> int:
@@ -80,6 +103,16 @@ class Chat:
         kept = [int(token) for token in tokens if int(token) not in (self.image, self.stop)]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text.removeprefix(self.template.lead)
+
+    def rendered(self) -> dict[str, Any]:
+        """What every prompt and every answer of a run has around it, as data for JSON.
+
+        Two models read the same texts only if this is the same: the template as it was rendered,
+        with the ids that the tokenizer gives it.
+        """
+        texts = self.template.before, self.template.after, self.template.lead
+        ids = [self._ids(text) for text in texts]
+        return json.loads(json.dumps(self.template._asdict() | {"ids": ids}))
 
     def _ids(self, text: str) -> list[int]:
         # What a tokenizer puts around any text, the template has already.
@@ -104,29 +137,28 @@ def directory_of(pretrained: str) -> pathlib.Path:
 
 
 @functools.lru_cache(maxsize=4)  # A run makes its task several times.
-def read_chat(directory: pathlib.Path, image: int) -> Chat:
+def read_chat(directory: pathlib.Path, vocabulary: int) -> Chat:
     """Reads tokenizer and chat template of a local directory in the hub's format.
+
+    An image token is the id that is the size of the vocabulary, which no text has.
 
     Args:
       directory: of a model that was trained to chat.
-      image: id of an image token: one that no text has, such as the size of the vocabulary.
+      vocabulary: rows of the model's table of tokens.
 
     Raises:
-      ValueError: there is no tokenizer, no chat template, or no token that ends an answer.
+      ValueError: there is no tokenizer, or see `read_template`.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} has no tokenizer that we know: {error}") from error
-    return Chat(tokenizer, read_template(tokenizer, directory, picture=False), image)
+    tokenizer = processor_files.read_tokenizer(directory)
+    template = read_template(tokenizer, directory, picture=False)
+    return Chat(tokenizer, template, vocabulary, vocabulary)
 
 
 def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> Template:
     """Reads a chat template.
+
+    What a template writes must not depend on the day, or a run that is resumed would learn from
+    other prompts: one that asks for the date is always given the same.
 
     Args:
       tokenizer: transformers'.
@@ -134,7 +166,8 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
       picture: the user shows a picture first, whose mark is then part of the first text.
 
     Raises:
-      ValueError: there is no chat template, or no token that ends a text.
+      ValueError: there is no chat template, or no token that ends a text; or the template cannot
+        render a prompt and a completion, or changes, repeats or drops one of them.
     """
     for name in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, name) is None:
@@ -142,17 +175,20 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
                 f"The tokenizer of {directory} has no {name}: give a model that was trained to "
                 "chat, an 'Instruct' one."
             )
-    turn, reply = (
-        [{"type": "text", "text": text}] if picture else text for text in (_TURN, _REPLY)
-    )
-    asked = [{"role": "user", "content": [{"type": "image"}, *turn] if picture else turn}]
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    prompt = str(render(asked, add_generation_prompt=True))
+    render = functools.partial(_render, tokenizer, directory, picture)
+    prompt, answered = render(_TURN), render(_TURN, _REPLY)
+    for text, probes in ((prompt, [_TURN]), (answered, [_TURN, _REPLY])):
+        for probe in probes:
+            if text.count(probe) != 1:
+                raise _not_verbatim(directory, probe, text)
+    if render(_OTHER_TURN) != prompt.replace(_TURN, _OTHER_TURN):
+        raise _not_verbatim(directory, _OTHER_TURN, render(_OTHER_TURN))
+    other = render(_OTHER_TURN, _OTHER_REPLY)
+    if other != answered.replace(_TURN, _OTHER_TURN).replace(_REPLY, _OTHER_REPLY):
+        raise _not_verbatim(directory, _OTHER_REPLY, other)
     before, _, after = prompt.partition(_TURN)
-    answered, _, behind = str(render([*asked, {"role": "assistant", "content": reply}])).partition(
-        _REPLY
-    )
-    lead = answered.removeprefix(prompt)
+    ahead, _, behind = answered.partition(_REPLY)
+    lead = ahead.removeprefix(prompt)
     # A turn may end with another token than a text does, as "<end_of_utterance>".
     ends = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
     known = tokenizer.added_tokens_decoder
@@ -162,4 +198,92 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
         after,
         lead if lead.isspace() else "",
         tokenizer.eos_token_id if stop is None else stop,
+    )
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses a text that no tokenizer reads and no file holds.
+
+    Raises:
+      ValueError: it has a lone surrogate, half of a character, which JSON and file names may have.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} {shown(text)} has {ascii(text[error.start])}, a lone surrogate, at "
+            f"character {error.start}, which is no text; replace it, it is often half of an emoji "
+            "that was cut."
+        ) from error
+
+
+def check_ids(tokenizer: Any, ids: Iterable[int], vocabulary: int, where: str) -> None:
+    """Refuses token ids that a model has no row for.
+
+    Inside `jit` such an index is clamped to another token's, or read as NaN, without an error.
+
+    Args:
+      tokenizer: transformers', which made the ids.
+      ids: of a text.
+      vocabulary: rows of the model's table of tokens.
+      where: what has these ids, for the message.
+
+    Raises:
+      ValueError: an id is not below `vocabulary`.
+    """
+    beyond = sorted({int(i) for i in ids if not 0 <= i < vocabulary})
+    if beyond:
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in beyond[:3])
+        raise ValueError(
+            f"{where} has token {named}, but the model's table has {vocabulary} rows: tokens were "
+            "added to the tokenizer alone. Give the model rows for them with transformers' "
+            "resize_token_embeddings and train them, or take them out of the text."
+        )
+
+
+def _render(
+    tokenizer: Any, directory: pathlib.Path, picture: bool, turn: str, reply: str | None = None
+) -> str:
+    """A prompt up to where the completion begins; with a reply, the whole conversation."""
+
+    def content(text: str, *images: dict[str, str]) -> Any:
+        return [*images, {"type": "text", "text": text}] if picture else text
+
+    messages = [{"role": "user", "content": content(turn, {"type": "image"})}]
+    if reply is not None:
+        messages.append({"role": "assistant", "content": content(reply)})
+    try:
+        template = tokenizer.get_chat_template()
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=_without_clock(template),
+                tokenize=False,
+                add_generation_prompt=reply is None,
+            )
+        )
+    except Exception as error:  # A template is a program, and raises whatever it likes.
+        raise ValueError(
+            f"The chat template of {directory} cannot render {messages}: {type(error).__name__}: "
+            f"{error}. Give a model whose template takes a user's turn alone."
+        ) from error
+
+
+def _without_clock(template: str) -> str:
+    """The template, in which `strftime_now`, where it is used, is always of the same day."""
+    if "strftime_now" not in template:
+        return template
+    text = "format"
+    for directive in (*"aAbBcdDeFfGHIjmMpRSTuUVwWxXyY", *_UNPADDED):
+        text += f" | replace('%{directive}', '{_TODAY.strftime('%' + directive)}')"
+    # What a template defines goes before what transformers gives it. The line's end is of the
+    # macro, as templates are read there, and the template begins a line, as it did.
+    return "{%- macro strftime_now(format) -%}{{ " + text + " }}{%- endmacro %}\n" + template
+
+
+def _not_verbatim(directory: pathlib.Path, probe: str, text: str) -> ValueError:
+    return ValueError(
+        f"The chat template of {directory} must write what it is given as it is, and once, but of "
+        f"{probe!r} it made {text!r}. Mend the template (chat_template.jinja), or give a model "
+        "whose template does."
     )

@@ -6,7 +6,6 @@ expanded, a mark for every feature      "<image><image><image><image> How many r
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any, Literal, NamedTuple
@@ -17,13 +16,10 @@ import numpy as np
 
 from mmrl_jax.models.tiles import AnyresTiles, Tiles, anyres_features
 from mmrl_jax.models.vlm import check_counts
-from mmrl_jax.pretrained import hub
+from mmrl_jax.pretrained import hub, processor_files
 from mmrl_jax.pretrained.families import vlm
 
 Size = tuple[int, int]  # Height and width, pixels.
-
-METHODS = {1: "lanczos3", 2: "linear", 3: "bicubic"}  # PIL's numbers, jax.image's names.
-LONGEST = 4096  # Pixels; Idefics3 scales what is longer once more.
 
 
 class Plan(NamedTuple):
@@ -75,7 +71,7 @@ def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array
 
     The whole is made of what the tiles are cut from.
     """
-    method = METHODS[config["resample"]]
+    method = processor_files.METHODS[config["resample"]]
     for size in plan.resizes:
         images = resize(images, size, method)
     height, width = plan.tile
@@ -99,7 +95,7 @@ def anyres_tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> ja
     Tiles are cut from a black canvas. Without them the whole keeps its proportions, on a square of
     the mean colour, as LLaVA-OneVision has it.
     """
-    method = METHODS[config["resample"]]
+    method = processor_files.METHODS[config["resample"]]
     if not plan.rows:
         edge = max(plan.size)
         images = pad(images, (edge, edge), [int(mean * 255) for mean in config["image_mean"]])
@@ -151,8 +147,8 @@ class Processor:
       mark: stands for an image in a prompt, and is the image token's text.
       vision: the vision model, without its parameters; it knows the number of its features.
       family: how its family works.
-      config: the processor's, in the hub's format.
-      image: the image processor's.
+      config: the processor's, see `ProcessorFiles`.
+      image: the image processor's, see there.
     """
 
     tokenizer: Any
@@ -195,9 +191,7 @@ class Processor:
         x = images.reshape(-1, height, width, 3).astype(jnp.float32)
         plan = self.family.plan(self.image, (height, width), count)
         x = self.family.tiles(x, plan, self.image)
-        mean, std = (
-            np.asarray(self.image[f"image_{name}"], np.float32) for name in ("mean", "std")
-        )
+        mean, std = (np.asarray(x, np.float32) for x in processor_files.mean_and_std(self.image))
         x = (x / 255 - mean) / std
         if present is None:
             present = jnp.ones((batch, count), bool)
@@ -364,7 +358,7 @@ def _llava_tokens(config: Mapping[str, Any], tile: Size) -> int:
 
 def _anyres_tokens(config: Mapping[str, Any], plan: Plan) -> int:
     whole = config["num_image_tokens"] - int(config["vision_feature_select_strategy"] == "default")
-    most = vlm.most_tiles(config.get("vision_aspect_ratio", "anyres_max_9"))
+    most = vlm.most_tiles(config["vision_aspect_ratio"])
     return anyres_features(plan.size, plan.grid, whole, most)
 
 
@@ -403,60 +397,17 @@ def load_processor(directory: str | pathlib.Path) -> Processor:
         tokenizer.
 
     Raises:
-      ValueError: a config is missing, the family or what a config asks for is not supported, or
-        the tokenizer and the model's config disagree about the image token.
+      ValueError: the family is not supported, the tokenizer and the model's config disagree about
+        the image token, or see `processor_files.read`.
     """
-    from transformers import AutoTokenizer
-
-    path, whole_config = pathlib.Path(directory), hub.read_config(directory)
+    whole_config = hub.read_config(directory)
     kind = whole_config["model_type"]
     if kind not in FAMILIES:
         raise ValueError(f"model_type={kind!r} is not supported; these are: {list(FAMILIES)}.")
-    config = _read(path / "processor_config.json")
-    image = config.get("image_processor") or _read(path / "preprocessor_config.json")
-    if not image:
-        raise ValueError(f"{path} has no image processor's config: preprocessor_config.json.")
-    _check(image)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    chat = _read(path / "chat_template.json")  # As it was before transformers 5.
-    if chat:
-        tokenizer.chat_template = chat["chat_template"]
-    mark = getattr(tokenizer, "image_token", "<image>")
+    tokenizer, config, image = processor_files.read(directory, kind)
+    mark = getattr(tokenizer, "image_token", config.get("image_token", "<image>"))
     model = vlm.FAMILIES[kind](whole_config, (), jnp.float32, False).model
     found = tokenizer.convert_tokens_to_ids(mark)
     if found != model.image_token:
         raise ValueError(f"{mark!r} is token {found}, but the model's is {model.image_token}.")
     return Processor(tokenizer, mark, model.vision, FAMILIES[kind], config, image)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _check(image: Mapping[str, Any]) -> None:
-    """Raises ValueError for what an image processor's config asks for and we do not do."""
-    done: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True}
-    done["rescale_factor"] = 1 / 255
-    pinpoints = image.get("image_grid_pinpoints")
-    if pinpoints:
-        done |= {"do_center_crop": False, "crop_size": None}
-    elif "max_image_size" not in image:  # These two pad samples with fewer tiles,
-        done["do_pad"] = False  # LLaVA pads to squares.
-    for name, value in done.items():
-        if image.get(name, value) not in (value, None):
-            raise ValueError(f"{name}={image[name]} of the image processor is not supported.")
-    if image["resample"] not in METHODS:
-        raise ValueError(f"resample={image['resample']} is not supported; {METHODS} are.")
-    if image["size"].get("longest_edge", 0) > LONGEST:
-        raise ValueError(f"size={image['size']} is not supported: the most is {LONGEST} pixels.")
-    if pinpoints:
-        edge = image["size"].get("height")
-        if edge is None or edge != image["size"].get("width"):
-            raise ValueError(
-                f"size={image['size']} is not supported; height and width, alike, are."
-            )
-        for pinpoint in pinpoints:
-            if any(length % edge for length in pinpoint):
-                raise ValueError(
-                    f"image_grid_pinpoints: {pinpoint} is not divisible into tiles of {edge}."
-                )

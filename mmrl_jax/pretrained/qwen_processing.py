@@ -6,7 +6,6 @@ Images keep their proportions, so their sizes differ; padding makes the shapes o
 from collections.abc import Sequence
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ import numpy as np
 
 from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.vlm import check_counts
+from mmrl_jax.pretrained import processing, processor_files
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-FILES = ("preprocessor_config.json", "processor_config.json")
 ELONGATION = 200  # The longest edge to the shortest one, at most.
 
 
@@ -36,6 +35,7 @@ class PixelSpec:
       largest: size of an image, pixels.
       mean: of red, green and blue, of the range from 0 to 1.
       std: of red, green and blue.
+      method: of resizing, see `jax.image.resize`.
     """
 
     patch: int
@@ -45,6 +45,7 @@ class PixelSpec:
     largest: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    method: str = "bicubic"
 
 
 class Prompts(NamedTuple):
@@ -87,29 +88,17 @@ def smart_resize(height: int, width: int, spec: PixelSpec) -> tuple[int, int]:
     return high, wide
 
 
-def resize_bicubic(image: jax.Array, height: int, width: int) -> jax.Array:
-    """Resizes an image, uint8 [H, W, C], to whole numbers from 0 to 255, float32.
-
-    As Pillow does it: the width, then the height, each rounded, and wider kernels to shrink.
-    Pillow 13 begins with the height of some images, whose levels then differ by the rounding.
-    """
-    x = image.astype(jnp.float32)
-    for shape in ((x.shape[0], width, x.shape[2]), (height, width, x.shape[2])):
-        x = jax.image.resize(x, shape, "cubic", antialias=True)
-        x = jnp.clip(jnp.floor(x + 0.5), 0, 255)
-    return x
-
-
 @functools.partial(jax.jit, static_argnames="spec")
 def cut_image(image: jax.Array, spec: PixelSpec) -> jax.Array:
     """Patches, float32 [P, frames * patch * patch * 3], of an image, uint8 [H, W, 3].
 
-    They come neighbourhood by neighbourhood, see `models.qwen_vision`.
+    They come neighbourhood by neighbourhood, see `models.qwen_vision`. Pillow 13 resizes the rows
+    of some images first, whose levels then differ by the rounding.
     """
-    high, wide = smart_resize(image.shape[0], image.shape[1], spec)
-    x = resize_bicubic(image, high, wide) / 255
+    size = smart_resize(image.shape[0], image.shape[1], spec)
+    x = processing.resize(image[None].astype(jnp.float32), size, spec.method)[0] / 255
     x = (x - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
-    merge, patch = spec.merge, spec.patch
+    (high, wide), merge, patch = size, spec.merge, spec.patch
     unit = merge * patch
     x = x.reshape(high // unit, merge, patch, wide // unit, merge, patch, 3)
     x = x.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, patch * patch * 3)
@@ -223,7 +212,7 @@ class Processor:
         """
         packed = pack(images, self.pixels, patches)
         token = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        tokens = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
+        tokens = np.full((len(texts), length), self.tokenizer.pad_token_id or 0, np.int32)
         present = np.zeros(tokens.shape, bool)
         for b, (text, sample) in enumerate(zip(texts, images, strict=True)):
             ids = self.ids(text, [image.shape[:2] for image in sample])
@@ -259,25 +248,19 @@ def load_processor(directory: str | pathlib.Path) -> Processor:
     """The processor of a local directory in the hub's format.
 
     Raises:
-      ValueError: it has no config of an image processor.
+      ValueError: see `processor_files.read`.
     """
-    from transformers import AutoTokenizer
-
-    path = pathlib.Path(directory)
-    found = [path / name for name in FILES if (path / name).is_file()]
-    if not found:
-        raise ValueError(f"{path} has neither of {', '.join(FILES)}.")
-    config = json.loads(found[0].read_text(encoding="utf-8"))
-    config = config.get("image_processor", config)
-    size = config.get("size") or {}
+    # Qwen2.5-VL and Qwen3-VL have the same one.
+    tokenizer, _, image = processor_files.read(directory, "qwen2_5_vl")
+    mean, std = processor_files.mean_and_std(image)
     spec = PixelSpec(
-        patch=config["patch_size"],
-        frames=config["temporal_patch_size"],
-        merge=config["merge_size"],
-        smallest=config.get("min_pixels") or size["shortest_edge"],
-        largest=config.get("max_pixels") or size["longest_edge"],
-        mean=tuple(config["image_mean"]),
-        std=tuple(config["image_std"]),
+        patch=image["patch_size"],
+        frames=image["temporal_patch_size"],
+        merge=image["merge_size"],
+        smallest=image["size"]["shortest_edge"],
+        largest=image["size"]["longest_edge"],
+        mean=mean,
+        std=std,
+        method=processor_files.METHODS[image["resample"]],
     )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return Processor(tokenizer, spec)

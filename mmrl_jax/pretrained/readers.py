@@ -5,7 +5,6 @@ Sentence encoders, vision towers, and whole vision-language models.
 
 from collections.abc import Callable, Sequence
 import functools
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple, cast
@@ -16,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
-from mmrl_jax.models.towers import Pictures, VisionTower
+from mmrl_jax.models.towers import Pictures, TextTower, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
-from mmrl_jax.pretrained import hub, packages, processing
+from mmrl_jax.pretrained import chat, hub, packages, processing, processor_files
 from mmrl_jax.pretrained.families import vlm
 
 # (tokens int32 [B, L], mask bool [B, L]) -> features [B, L', E], present bool [B, L'].
@@ -80,12 +79,13 @@ def _finder(sentences: Sequence[str], words: Sequence[str]) -> Reader:
 
 def read(encoder: str, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 [I, S, E] of the tokens of sentences, and bool [I, S], where they are."""
-    from transformers import AutoTokenizer
-
     directory = packages.minilm() if encoder == MINILM else pathlib.Path(encoder)
     model, variables, _ = hub.load_text_tower(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = processor_files.read_tokenizer(directory)
     batch = tokenizer(list(sentences), return_tensors="np", padding=True)
+    chat.check_ids(
+        tokenizer, batch["input_ids"].flat, cast(TextTower, model).vocabulary, "an instruction"
+    )
     present = batch["attention_mask"].astype(bool)
     apply: Callable = jax.jit(model.apply)
     return np.asarray(apply(variables, batch["input_ids"], present).tokens), present
@@ -103,20 +103,17 @@ def vision_encoder(directory: str, dtype: jnp.dtype, remat: bool) -> Encoder:
     """A vision tower for `MultimodalPolicy.vision_encoder`, from a local directory.
 
     Raises:
-      ValueError: see `hub.load_vision_tower`; or the directory has no preprocessor_config.json.
+      ValueError: see `hub.load_vision_tower` and `processor_files.read_image_processor`.
     """
-    path = pathlib.Path(directory) / "preprocessor_config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} has no preprocessor_config.json, which says mean and std.")
-    how = json.loads(path.read_text(encoding="utf-8"))
     loaded = hub.load_vision_tower(directory, remat=remat)
+    image = processor_files.read_image_processor(directory, loaded.config["model_type"])
     # The policy trains its parameters in float32, whatever it computes in.
     tower = cast(VisionTower, loaded.model).clone(dtype=dtype, pool=None, projection=None)
     params = loaded.params["params"]
     kept = {name: x for name, x in params.items() if name not in ("head", "projection")}
     if not tower.norm_tokens:
         kept.pop("norm")
-    module = Pictures(tower, tuple(how["image_mean"]), tuple(how["image_std"]))
+    module = Pictures(tower, *processor_files.mean_and_std(image))
     return Encoder(module, {"tower": kept})
 
 
@@ -180,6 +177,8 @@ def vision_language_model(
     )
     config = hub.read_config(directory)
     model = vlm.FAMILIES[config["model_type"]](config, (), dtype, remat).model
+    words_read = ids[ids != model.image_token]
+    chat.check_ids(processor.tokenizer, words_read, model.language.vocabulary, "an instruction")
     # Without an output layer of its own, for no token is predicted.
     model = model.clone(language=model.language.clone(tied=True))
     nothing = int(model.image_token == 0)  # Any other token.

@@ -20,8 +20,9 @@ from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, processing, qwen_processing
-from mmrl_jax.pretrained.chat import Chat, Template, read_template
+from mmrl_jax.pretrained.chat import Chat, Template, check_ids, check_text, read_template
 from mmrl_jax.pretrained.families import qwen_vl
+from mmrl_jax.tasks.folder import shown
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
 # Trained on a picture and words, without a template.
@@ -43,12 +44,16 @@ class VisionChat(Chat):
 
         Raises:
           ValueError: the processor gives the picture another number of them, or the question has
-            the mark of a picture in it.
+            the mark of a picture in it; or see `check_text` and `check_ids`.
         """
+        check_text(question, "prompt")
         ids = self.read(self.template.before + question + self.template.after)
         found = ids.count(self.image)
         if found != images:
             raise ValueError(f"{found} image tokens, but the picture has {images} features.")
+        # Features take the place of image tokens, which need no rows.
+        words = [token for token in ids if token != self.image]
+        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {shown(question)}")
         return ids
 
 
@@ -112,7 +117,8 @@ def read_sight(
         # A template may begin with what the tokenizer puts before any text.
         if start is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
             template = template._replace(before=template.before.removeprefix(start))
-    chat = VisionChat(tokenizer, template, model.image_token, read)
+    vocabulary = model.language.vocabulary
+    chat = VisionChat(tokenizer, template, model.image_token, vocabulary, read)
 
     def pictures(images: jax.Array) -> Tiles | AnyresTiles:
         return processor.pixels(images[:, None])
@@ -144,6 +150,7 @@ def _qwen_sight(
         processor.tokenizer,
         read_template(processor.tokenizer, directory, picture=True),
         model.image_token,
+        model.language.vocabulary,
         lambda text: processor.ids(text, [size]),
     )
     return Sight(model, chat, len(rows) // spec.merge**2, pictures, positions)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 import functools
+import json
 import sys
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mmrl_jax.pretrained.chat import Chat
+from mmrl_jax.pretrained.chat import Chat, check_text
 from mmrl_jax.rollouts.generate import Generated
 from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, shown
@@ -30,7 +31,7 @@ def prompt_rows(
       images: image tokens of a picture.
 
     Raises:
-      ValueError: one is longer than S, folder.prompt_tokens.
+      ValueError: one is longer than S, folder.prompt_tokens; or see `Chat.prompt`.
     """
     rows = [chat.prompt(text, images=images) for text in prompts]
     for text, ids in zip(prompts, rows, strict=True):
@@ -50,7 +51,7 @@ def answer_rows(
     """Token ids of B answers with their stop tokens, int32 [B, T], and which are there, bool.
 
     Raises:
-      ValueError: one is longer than T, the length.
+      ValueError: one is longer than T, the length; or see `Chat.answer`.
     """
     rows = [chat.answer(text) for text in answers]
     for text, ids in zip(answers, rows, strict=True):
@@ -107,6 +108,10 @@ def open_split(
     """
 
     def usable(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
+        check_text(prompt, "prompt")
+        check_text(answer, "answer")
+        for column in columns.items():
+            check_text(json.dumps(column, ensure_ascii=False), "column")
         prompt_rows(chat, [prompt], length=length, images=images)
         if answer_length is not None:
             answer_rows(chat, [answer], length=answer_length)
