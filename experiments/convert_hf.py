@@ -106,8 +106,8 @@ def with_adapter(
     if adapter is None:
         return pretrained
     kind, params = hub.kind_of(pretrained.model), pretrained.params
-    keys = hub.read_blueprint(kind, source, dtype=jnp.float32, remat=False).keys
-    lora = load_adapter(adapter, params["params"], keys)
+    plan = hub.read_blueprint(kind, source, dtype=jnp.float32, remat=False)
+    lora = load_adapter(adapter, params["params"], plan.keys, ignored=plan.ignored)
     return pretrained._replace(params={**params, "lora": lora})
 
 

@@ -17,7 +17,7 @@ from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.towers import TextTower, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import safetensors_files, weights
-from mmrl_jax.pretrained.families import decoders, encoders, qwen_vl, vlm
+from mmrl_jax.pretrained.families import config_keys, decoders, encoders, qwen_vl, vlm
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
@@ -75,19 +75,32 @@ class Blueprint(NamedTuple):
 def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
     """The config of a local directory, with transformers' defaults for what it leaves out.
 
+    Keys that transformers does not read are not in it.
+
     Raises:
-      ValueError: there is none, or it is of no model that transformers knows without running code.
+      ValueError: there is none, it is damaged or of no model that transformers knows without
+        running code, or it asks for what is not supported, see `config_keys.followed`.
     """
     from transformers import AutoConfig
 
     path = pathlib.Path(directory)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: give a local directory in the hub's format.")
+    file = path / "config.json"
     try:
+        if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("it is no object")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # Of values that make no sense, transformers raises errors of any type.
+    except Exception as error:
+        raise ValueError(
+            f"{file} is damaged, or of no model that we know ({type(error).__name__}: {error}). "
+            "Fetch it again, or correct it."
+        ) from error
+    try:
+        return config_keys.followed(config)
     except ValueError as error:
-        raise ValueError(f"{path}/config.json is of no model that we know: {error}") from error
-    return config.to_dict()
+        raise ValueError(f"{file}: {error}") from error
 
 
 def load_language_model(
@@ -231,9 +244,7 @@ def export(
             shard_bytes=shard_bytes,
         )
         copy_data(path, folder)
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = _with_dtype(config, str(jax.tree.leaves(params)[0].dtype))
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_config(path, folder, pretrained.config, str(jax.tree.leaves(params)[0].dtype))
 
 
 def merged(variables: Mapping[str, Any]) -> Any:
@@ -265,11 +276,30 @@ def kind_of(model: nn.Module) -> str:
 def read_blueprint(
     kind: str, directory: str | pathlib.Path, *, dtype: jnp.dtype, remat: bool
 ) -> Blueprint:
-    """The blueprint of a local directory in the hub's format; for the rest see `blueprint`."""
-    config = read_config(directory)
+    """The blueprint of a local directory in the hub's format; for the rest see `blueprint`.
+
+    Whether the output layer is tied is decided by the config and the tensors, see
+    `safetensors_files`; the blueprint's config says what was decided.
+    """
+    path, config = pathlib.Path(directory), read_config(directory)
     _known(config, KINDS[kind][1])  # Before files are asked for, of a model that is not ours.
-    names = safetensors_files.tensor_files(pathlib.Path(directory))
-    return blueprint(kind, config, names, dtype=dtype, remat=remat)
+    files = safetensors_files.tensor_files(path)
+    try:
+        plan = blueprint(kind, config, files, dtype=dtype, remat=remat)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
+    if not plan.tied:
+        return plan
+    names = {ours.rpartition("/")[2]: name for name, ours in plan.keys.items()}
+    head, table = names["head"], names["table"]
+    if head in files and table not in files:
+        ours = plan.keys[table]
+        keys = {name: x for name, x in plan.keys.items() if name not in (head, table)}
+        return plan._replace(keys=keys | {head: ours}, tied=())
+    if head in files and not safetensors_files.tensors_equal(files, head, table):
+        config["tie_word_embeddings"] = False
+        return blueprint(kind, config, files, dtype=dtype, remat=remat)
+    return plan
 
 
 def blueprint(
@@ -321,6 +351,25 @@ def copy_data(source: pathlib.Path, target: pathlib.Path) -> None:
         if path.suffix in DATA and path.is_file() and not hidden and str(place) not in NOT_DATA:
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / place)
+
+
+def write_config(
+    source: pathlib.Path, target: pathlib.Path, config: Mapping[str, Any], dtype: str | None
+) -> None:
+    """Copies config.json with what was decided of a model when it was loaded.
+
+    Args:
+      source: directory that the model was loaded from.
+      target: directory to write to.
+      config: see `Blueprint`.
+      dtype: to be named where the source names one; None: as it was.
+    """
+    written = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config.get("tie_word_embeddings") is False:
+        written["tie_word_embeddings"] = False
+    if dtype is not None:
+        written = _with_dtype(written, dtype)
+    (target / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
 
 
 def _language_model(

@@ -11,7 +11,6 @@ with optimiser and config of the run; this is of a model alone.
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -48,7 +47,7 @@ def save(
         with ocp.StandardCheckpointer() as writer:
             writer.save(folder / PARAMS, params)
         hub.copy_data(path, folder)
-        shutil.copyfile(path / "config.json", folder / "config.json")
+        hub.write_config(path, folder, pretrained.config, None)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,16 +5,17 @@ from collections.abc import Callable, Mapping
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 from flax.traverse_util import unflatten_dict
 import jax.numpy as jnp
 import numpy as np
-from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
 from mmrl_jax.models.lora import Adapter, adapters, dense_kernels
-from mmrl_jax.pretrained.safetensors_files import LISTED
+from mmrl_jax.pretrained import safetensors_files
+from mmrl_jax.pretrained.safetensors_files import INCOMPLETE, LISTED
 from mmrl_jax.pretrained.weights import WeightMismatch, counterparts
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,14 +105,23 @@ def save_adapter(
 
 
 def load_adapter(
-    directory: str | pathlib.Path, params: Any, keys: Mapping[str, str]
+    directory: str | pathlib.Path,
+    params: Any,
+    keys: Mapping[str, str],
+    *,
+    ignored: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Reads adapters that PEFT, or `save_adapter`, wrote.
+
+    Adapters of layers that the model never reads, such as the last ones of LLaVA's tower, are left
+    out with a message: they change nothing.
 
     Args:
       directory: of adapter_config.json and adapter_model.safetensors.
       params: the base's parameters, or their shapes.
       keys: of the model's family, see `weights.counterparts`.
+      ignored: patterns of the hub's tensors that the model has no use for. Without them, layers
+        that are never read are recognized by an adapter that is zero, as PEFT leaves it there.
 
     Returns:
       The collection 'lora', float32.
@@ -119,21 +129,15 @@ def load_adapter(
     Raises:
       WeightMismatch: names all tensors that fit no layer, lack their other half, or have another
         shape than the base and the config say.
-      ValueError: a file is not there, or the config has an option that we do not have.
+      ValueError: a file is not there or is damaged, a value is NaN or infinite, or the config has
+        an option that we do not have.
     """
     folder = pathlib.Path(directory)
-    for file in (CONFIG, TENSORS):
-        if not (folder / file).is_file():
-            raise ValueError(
-                f"{folder} has no {file}. An adapter_model.bin is a pickle, which can run any "
-                "code, and is never read: save it with safetensors first."
-            )
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    _check(config, folder)
+    config = _read_config(folder)
     rename = _module_names(keys)
     tensors = {
         PREFIX + rename(name.removeprefix(PREFIX)): x
-        for name, x in load_file(folder / TENSORS).items()
+        for name, x in _read_tensors(folder / TENSORS).items()
     }
     kernels, flat, problems = dense_kernels(params), {}, []
     for path, (name, tensor) in _hub_names(kernels, keys).items():
@@ -150,17 +154,91 @@ def load_adapter(
             continue
         # Rank-stabilised adapters (Kalajdzievski, 2023) are scaled by alpha / sqrt(rank).
         alpha *= rank**0.5 if config.get("use_rslora") else 1
-        a, b = (x.T.astype(jnp.float32) for x in (a, b))
+        a, b = (jnp.asarray(x.T, jnp.float32) for x in (a, b))
         flat[f"{path}/adapter"] = Adapter(a, b, alpha, config.get("lora_dropout", 0.0))
-    problems += [f"unexpected: {name}" for name in tensors]
+    unread = _unread(tensors, keys, ignored)
+    problems += [f"unexpected: {name}" for name in tensors if _module(name) not in unread]
     if problems or not flat:
-        listed = "\n  ".join(problems[:LISTED] or ["there are no tensors"])
+        listed = "\n  ".join(problems[:LISTED] or ["there are no tensors of layers that are read"])
         more = len(problems) - LISTED
         raise WeightMismatch(
             f"{folder} does not fit this model:\n  {listed}"
             + (f"\n  and {more} more" if more > 0 else "")
         )
+    if unread:
+        print(
+            f"Left out: {len(unread)} adapters in {folder} of layers that the model never reads: "
+            f"{', '.join(sorted(unread)[:LISTED])}",
+            file=sys.stderr,
+            flush=True,
+        )
     return unflatten_dict(flat, sep="/")
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The config, whose options are followed, of a folder that has both files."""
+    for file in (CONFIG, TENSORS):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"{folder} has no {file}. An adapter_model.bin is a pickle, which can run any "
+                "code, and is never read: save it with safetensors first."
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+        if not all(isinstance(x, int) and x > 0 for x in ranks):
+            raise ValueError(f"ranks must be positive integers, not {ranks}")
+        if not all(isinstance(x, int | float) for x in alphas):
+            raise ValueError(f"alphas must be numbers, not {alphas}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is no config of an adapter ({type(error).__name__}: {error}). "
+            f"{INCOMPLETE}"
+        ) from error
+    _check(config, folder)
+    return config
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    with safetensors_files.open_file(path) as file:
+        for name in file.keys():
+            x = safetensors_files.tensor_slice(file, path, name)[...]
+            safetensors_files.refuse_nonfinite(x, x, f"{path}: {name}")
+            tensors[name] = x
+    return tensors
+
+
+def _unread(
+    tensors: Mapping[str, np.ndarray], keys: Mapping[str, str], ignored: tuple[str, ...]
+) -> set[str]:
+    """Of adapters without a layer of ours, the modules that the model has and never reads.
+
+    Args:
+      tensors: of these adapters alone, by PEFT's names.
+      keys: see `load_adapter`.
+      ignored: see `load_adapter`.
+    """
+    rename = _module_names(keys)
+    templates, unread = {rename(name): name for name in keys}, set()
+    for name, x in tensors.items():
+        module = _module(name)
+        number = re.search(r"\.(\d+)\.", module)
+        if number is None or not name.endswith(".lora_B.weight"):
+            continue
+        template = templates.get(module.replace(number[0], ".{i}.", 1))
+        if template is None:
+            continue
+        tensor = template.replace("{i}", number[1]) + ".weight"
+        if any(re.fullmatch(pattern, tensor) for pattern in ignored) or not np.any(x):
+            unread.add(module)
+    return unread
+
+
+def _module(tensor: str) -> str:
+    """The module that a tensor of an adapter belongs to."""
+    return re.sub(r"\.lora_[AB]\.weight$", "", tensor.removeprefix(PREFIX))
 
 
 def _hub_names(paths: Any, keys: Mapping[str, str]) -> dict[str, tuple[str, str]]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 # The hub's names and ours. '{i}' is a layer; matrices are transposed, for ours map rows.
 BLOCK = {
@@ -49,10 +50,12 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Langua
     size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     gemma = kind.startswith("gemma")
     both = kind in ("gemma2", "gemma3_text")
-    sliding = c.get("layer_types") if both else None
-    if not both and c.get("use_sliding_window"):
-        raise ValueError(f"use_sliding_window=True of {kind!r} is not supported; set it to False.")
-    pattern = sliding and tuple(int(name == "sliding_attention") for name in sliding)
+    types = c.get("layer_types") or ()
+    known = ("full_attention", "sliding_attention") if both else ("full_attention",)
+    if others := sorted({*types} - {*known}):
+        raise ValueError(f"layer_types of {kind!r} has {others}; supported are {list(known)}.")
+    sliding = types if both else ()
+    pattern = tuple(int(name == "sliding_attention") for name in sliding) or None
     ropes = tuple(
         rope(c["rope_parameters"], size, name)
         for name in (("full_attention", "sliding_attention") if sliding else ("",))
@@ -62,7 +65,7 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Langua
         biases = ("query", "key", "value", "out")
     if c.get("mlp_bias"):
         biases += ("mlp",)
-    activation = c.get("hidden_activation") or c["hidden_act"]
+    activation = c["hidden_activation" if both else "hidden_act"]
     return LanguageModel(
         vocabulary=c["vocab_size"],
         width=c["hidden_size"],
@@ -75,12 +78,12 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Langua
             norm="rms_offset" if gemma else "rms",
             epsilon=c["rms_norm_eps"],
             placement="both" if both else "pre",
-            activation="gelu_tanh" if activation == "gelu_pytorch_tanh" else activation,
+            activation=ACTIVATIONS[activation],
             gated=True,
             biases=biases,
             qk_norm=kind in ("qwen3", "gemma3_text"),
             scale=c["query_pre_attn_scalar"] ** -0.5 if both else None,
-            softcap=c.get("attn_logit_softcapping") if both else None,
+            softcap=c["attn_logit_softcapping"] if kind == "gemma2" else None,
         ),
         ropes=ropes,
         pattern=pattern,

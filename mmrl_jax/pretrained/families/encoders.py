@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.models.towers import TextTower, VisionTower
 from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 # CLIP's and SigLIP's blocks have the same names.
 _BLOCK = {
@@ -142,7 +143,7 @@ def build_bert(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> T
             norm="layer",
             epsilon=c["layer_norm_eps"],
             placement="post",
-            activation=c["hidden_act"],
+            activation=ACTIVATIONS[c["hidden_act"]],
         ),
         positions=c["max_position_embeddings"],
         pool="mean",
@@ -155,11 +156,10 @@ def build_bert(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> T
 
 
 def _block(config: Mapping[str, Any]) -> BlockSpec:
-    activation = config["hidden_act"]
     return BlockSpec(
         heads=config["num_attention_heads"],
         hidden=config["intermediate_size"],
         norm="layer",
         epsilon=config["layer_norm_eps"],
-        activation="gelu_tanh" if activation == "gelu_pytorch_tanh" else activation,
+        activation=ACTIVATIONS[config["hidden_act"]],
     )

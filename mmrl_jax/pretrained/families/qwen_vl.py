@@ -12,8 +12,11 @@ from mmrl_jax.models.qwen_vision import PatchImages, PatchTower
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained.families import decoders
+from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 DECODERS = {"qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+# transformers' own, for a config without `mrope_section`.
+SECTIONS = {"qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
 _BLOCK = {
     "norm1": "attention_norm",
@@ -69,7 +72,7 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Vision
     language = decoders.build(text, dtype=dtype, remat=remat)
     rope = dataclasses.replace(
         language.ropes[0],
-        sections=tuple(text["rope_parameters"]["mrope_section"]),
+        sections=tuple(text["rope_parameters"].get("mrope_section", SECTIONS[kind])),
         interleaved=kind == "qwen3_vl",
     )
     vision = build_vision(config["vision_config"], kind, dtype=dtype, remat=remat)
@@ -81,7 +84,7 @@ def build_vision(
 ) -> PatchTower:
     """The tower of a vision config."""
     c, third = config, model_type == "qwen3_vl"
-    merge, activation = c["spatial_merge_size"], c["hidden_act"]
+    merge = c["spatial_merge_size"]
     return PatchTower(
         width=c["hidden_size"],
         layers=c["depth"],
@@ -90,7 +93,7 @@ def build_vision(
             hidden=c["intermediate_size"],
             norm="layer" if third else "rms",
             epsilon=1e-6,  # No config has it.
-            activation="gelu_tanh" if activation == "gelu_pytorch_tanh" else activation,
+            activation=ACTIVATIONS[c["hidden_act"]],
             gated=not third,
         ),
         features=c["out_hidden_size"],

@@ -12,6 +12,7 @@ from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
 from mmrl_jax.models.towers import VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained.families import decoders, encoders
+from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 
 class Recipe(NamedTuple):
@@ -84,19 +85,27 @@ def llava(
       path: ours, of what reads a tile.
 
     Raises:
-      ValueError: the features are those of several layers.
+      ValueError: the features are those of several layers, or of one that is not there, or are
+        chosen in an unknown way.
     """
     layer, layers = config["vision_feature_layer"], config["vision_config"]["num_hidden_layers"]
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer} is not supported; a single one is.")
+    if not -layers - 1 <= layer <= layers:
+        raise ValueError(f"vision_feature_layer={layer} is beyond the tower's {layers} layers.")
+    strategy = config["vision_feature_select_strategy"]
+    if strategy not in ("default", "full"):
+        raise ValueError(
+            f"vision_feature_select_strategy={strategy!r} is neither 'default' nor 'full'."
+        )
     # Layer 0 is what goes into the first block, -1 what comes out of the last.
     read = layer if layer >= 0 else layers + 1 + layer
     tower = _tower(config, dtype, remat).clone(layers=read, norm_tokens=False)
     vision = TiledVision(
         tower,
         config["text_config"]["hidden_size"],
-        skip=int(config["vision_feature_select_strategy"] == "default"),
-        activation=config["projector_hidden_act"],
+        skip=int(strategy == "default"),
+        activation=ACTIVATIONS[config["projector_hidden_act"]],
         bias=config["multimodal_projector_bias"],
     )
     language, token = _language(config, dtype, remat), config["image_token_index"]
