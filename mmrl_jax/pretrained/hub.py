@@ -366,7 +366,9 @@ def write_config(
     """
     written = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("tie_word_embeddings") is False:
-        written["tie_word_embeddings"] = False
+        # LLaVA's decoder says it for the whole model.
+        for part in (written, written.get("text_config", {})):
+            part["tie_word_embeddings"] = False
     if dtype is not None:
         written = _with_dtype(written, dtype)
     (target / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
