@@ -23,6 +23,7 @@ from mmrl_jax.distributed import partition
 from mmrl_jax.pretrained import hub, weights
 
 RECORD, PARAMS = "model.json", "params"
+AGAIN = "Convert the model again with experiments.convert_hf --to=checkpoint."
 
 
 def save(
@@ -70,7 +71,8 @@ def load(
       rules: which parts go to which devices, see `partition.shardings`.
 
     Raises:
-      ValueError: there is no model of ours, or see `partition.shardings`.
+      ValueError: there is no model of ours, it is damaged or has values that are not finite, or see
+        `hub.read_config` and `partition.shardings`.
     """
     path = pathlib.Path(directory).absolute()
     if not (path / RECORD).is_file():
@@ -78,7 +80,7 @@ def load(
             f"{path} has no {RECORD}: give a directory that experiments.convert_hf wrote with "
             "--to=checkpoint."
         )
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    record = _read_record(path / RECORD)
     wanted = jnp.dtype(record["dtype"]) if dtype is None else dtype
     config = hub.read_config(path)
     plan = hub.blueprint(record["kind"], config, (), dtype=wanted, remat=remat)
@@ -93,8 +95,37 @@ def load(
             like,
             partition.shardings(like, mesh, rules),
         )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params: Any = reader.restore(
-            path / PARAMS, args=ocp.args.PyTreeRestore(item=like, restore_args=arguments)
-        )
-    return hub.Pretrained(plan.model, {"params": jax.tree.map(jnp.asarray, params)}, plan.config)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            params: Any = reader.restore(
+                path / PARAMS, args=ocp.args.PyTreeRestore(item=like, restore_args=arguments)
+            )
+    # Of files that are damaged or of another model, Orbax raises errors of any type.
+    except Exception as error:
+        raise ValueError(
+            f"{path / PARAMS} cannot be read ({type(error).__name__}: {error}). {AGAIN}"
+        ) from error
+    params = jax.tree.map(jnp.asarray, params)
+    for place, x in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.isfinite(x).all():
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise ValueError(
+                f"{path / PARAMS}: {name} has values that are NaN or infinite. {AGAIN}"
+            )
+    return hub.Pretrained(plan.model, {"params": params}, plan.config)
+
+
+def _read_record(path: pathlib.Path) -> dict[str, str]:
+    """The kind and the dtype.
+
+    Raises:
+      ValueError: it has none that we know.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["kind"] not in hub.KINDS:
+            raise ValueError(f"kind={record['kind']!r} is none of {list(hub.KINDS)}")
+        jnp.dtype(record["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {AGAIN}") from error
+    return record
