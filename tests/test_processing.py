@@ -215,6 +215,7 @@ def test_the_number_of_image_tokens_is_transformers_s_for_any_size(directory):
     )
     image = {"size": dict(images.size), "image_grid_pinpoints": images.image_grid_pinpoints}
     config = {"num_image_tokens": 729, "vision_feature_select_strategy": "full"}
+    config["vision_aspect_ratio"] = "anyres_max_9"
     for size in np.random.default_rng(0).integers(20, 3000, (200, 2)).tolist():
         plan = processor.family.plan(image, size, 1)
         found = len(processor.family.expand(config, image, plan, "x"))
