@@ -20,9 +20,8 @@ def get_config(name: str = "inverted_pendulum") -> ml_collections.ConfigDict:
     config.env.options = ml_collections.ConfigDict(
         {"backend": "positional", "episode_length": 1000}
     )
-    config.model.kind = "mlp"
-    config.model.auxiliary = ()
-    config.model.pointing = ml_collections.config_dict.placeholder(str)
+    config.model = ml_collections.ConfigDict({"kind": "mlp", "lora": config.model.lora})
+    config.model.frozen = ml_collections.config_dict.placeholder(str)
     config.warm_start.updates = 0
     config.ppo.num_envs = 256
     config.ppo.unroll = 10

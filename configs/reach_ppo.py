@@ -43,8 +43,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.pointing = "target_pixel"
     config.model.text_encoder = ml_collections.config_dict.placeholder(str)
     config.model.vision_encoder = ml_collections.config_dict.placeholder(str)
-    config.model.directory = ml_collections.config_dict.placeholder(str)
-    config.model.prompt = "{image}{instruction}"
     config.model.frozen = ml_collections.config_dict.placeholder(str)
     config.model.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0})
     config.model.lora.pattern = ml_collections.config_dict.placeholder(str)

@@ -21,7 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
     """The config of the main job with another model, and fewer samples at a time."""
     config = reach_ppo.get_config()
     config.env.height = config.env.width = 64
-    config.model.kind = "vlm"
+    base = config.model
+    config.model = ml_collections.ConfigDict({"kind": "vlm"})
+    for name in ("auxiliary", "pointing", "lora"):
+        config.model[name] = base[name]
+    config.model.directory = ml_collections.config_dict.placeholder(str)
     config.model.prompt = (
         "<|im_start|>User:{image}Where does the arm have to go? {instruction}<end_of_utterance>\n"
         "Assistant:"

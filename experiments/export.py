@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from experiments.evaluate import restore_tokens
+from experiments.evaluate import read_config, restore_tokens
 from experiments.train import clean_exit, factory_of
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained import chat, hub, weights
 from mmrl_jax.pretrained.peft_format import save_adapter
-from mmrl_jax.training import token_models
+from mmrl_jax.training import factory, token_models
 
 FLAGS = flags.FLAGS
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,12 +42,19 @@ def export(
         `restore_tokens`, `hub.export` and `save_adapter`.
     """
     weights.refuse_taken(output)
-    config, made_of, step = restore_tokens(workdir, which)
+    config = read_config(workdir)
+    if factory_of(config) is factory:
+        raise ValueError(
+            f"--workdir={workdir} is of a control policy (algorithm={config.algorithm!r}), whose "
+            "heads have no format of the hub: only runs that fine-tune a whole vision-language "
+            "model can be exported (see configs/vlm_grpo.py)."
+        )
     if not token_models.is_whole(config.model):
         raise ValueError(
             f"--workdir={workdir} has model.pretrained={config.model.pretrained!r}, which is no "
             "whole vision-language model: a vision encoder of ours has no format of the hub."
         )
+    config, made_of, step = restore_tokens(workdir, which)
     variables, source = lora.join(*made_of), chat.directory_of(config.model.pretrained)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:

@@ -30,11 +30,13 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from mmrl_jax import envs
 from mmrl_jax.learners.bc import Demonstrations
 from mmrl_jax.tasks import rewards
 from mmrl_jax.training import (
     agent_factory,
     checkpoint,
+    control_models,
     factory,
     folder_factory,
     glossary,
@@ -56,6 +58,7 @@ FAILURES = (
     checkpoint.CheckpointDamaged,
     checkpoint.CheckpointMismatch,
     checkpoint.CheckpointWriteError,
+    envs.InvalidEnvironment,
     rewards.NoRewards,
 )
 
@@ -273,6 +276,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
     flags.mark_flags_as_required(["config", "workdir"])
     with clean_exit(ValueError):
-        config_lib.validate_overrides(sys.argv)
+        config_lib.validate_overrides(sys.argv, elsewhere=control_models.ELSEWHERE)
     logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -406,7 +406,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         ({"run__updates_per_dispatch": 0}, "run.updates_per_dispatch"),
         ({"env__split": "heldout_colours"}, "heldout_colours"),
         ({"env__height": 0}, "env.height=0"),
-        ({"model__kind": "mlp"}, "sees no pixels"),
+        ({"model__kind": "mlp"}, "model.kind='mlp' does not read model.auxiliary="),
         ({"model__auxiliary": (("place", 2),)}, "names 'place' of shape"),
         ({"model__auxiliary": (("target_place", 1),)}, r"'target_place' of shape \(1,\)"),
         ({"model__auxiliary": ("target_place",)}, "must hold"),

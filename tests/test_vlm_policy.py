@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import reach_ppo
+from configs import reach_vlm
 from mmrl_jax.models.transformer import Transformer
 from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import hub, readers
@@ -31,9 +31,13 @@ def directories(tmp_path_factory):
 
 
 def small(directory, **changes):
-    config = reach_ppo.get_config()
+    config = reach_vlm.get_config()
     config.env.height = config.env.width = 16
-    config.model.update(kind="vlm", directory=directory, **changes)
+    config.model.update(
+        directory=directory, prompt="{image}{instruction}", dtype="float32", remat=False
+    )
+    config.model.frozen = config.model.lora.pattern = None
+    config.model.update(**changes)
     config.warm_start.updates = 0
     config.ppo.update(num_envs=4, unroll=17, minibatches=2)
     config.run.updates = 2
@@ -271,10 +275,10 @@ def test_what_acts_can_be_stored_and_restored_without_the_optimiser(trained):
     [
         (lambda c: c.model.update(directory=None), "model.directory=None, but model.kind='vlm'"),
         (lambda c: c.env.update(history=2), "env.history=2, but model.kind='vlm' sees one frame"),
-        (lambda c: c.model.update(text_encoder="minilm"), "model.text_encoder='minilm', but model"),
+        (lambda c: c.model.update(text_encoder="minilm"), "not read model.text_encoder='minilm'"),
         (lambda c: c.env.update(height=0), "env.height=0, env.width=16: model.kind='vlm' needs"),
         (lambda c: c.model.update(prompt="{image}"), "'model.prompt' is '{image}', but must be a"),
-        (lambda c: c.model.update(kind="multimodal"), "but model.kind='multimodal' is no pretrain"),
+        (lambda c: c.model.update(kind="multimodal"), "model.kind='multimodal' does not read mo"),
         (lambda c: c.model.lora.update(rank=0), "'model.lora.rank' is 0, but must be greater"),
     ],
 )

@@ -24,6 +24,7 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
     tiny = config_lib.load_config(f"configs/{name}.py")
     if tiny.model.kind != "mlp":
         tiny.env.height = tiny.env.width = 16
+    if tiny.model.kind == "multimodal":
         tiny.model.width, tiny.model.layers, tiny.model.heads = 16, 1, 2
         tiny.model.patch_hidden = 16
     if "episode_length" in tiny.env.options:  # `recall` is of one length, and has no such option.

@@ -1,5 +1,14 @@
 """Environments with Brax's own interface, pixels and instructions; see `create`."""
 
-from mmrl_jax.envs.registry import NAMES, create, splits
+from mmrl_jax.envs.check import InvalidEnvironment, check_env, check_started
+from mmrl_jax.envs.registry import NAMES, create, splits, unwrapped
 
-__all__ = ["NAMES", "create", "splits"]
+__all__ = [
+    "NAMES",
+    "InvalidEnvironment",
+    "check_env",
+    "check_started",
+    "create",
+    "splits",
+    "unwrapped",
+]

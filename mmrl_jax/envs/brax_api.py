@@ -15,7 +15,10 @@ with contextlib.redirect_stdout(io.StringIO()):
 # Said once here and in the README, instead of whenever an environment is made.
 warnings.filterwarnings("ignore", message="Brax System, piplines and environments are not")
 
+BACKENDS = ("generalized", "mjx", "positional", "spring")  # Brax's physics pipelines.
+
 __all__ = [
+    "BACKENDS",
     "Env",
     "PipelineEnv",
     "State",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.envs import instructions, system_scene
-from mmrl_jax.envs.brax_api import Env, State, environment_names, get_environment
+from mmrl_jax.envs.brax_api import BACKENDS, Env, State, environment_names, get_environment
+from mmrl_jax.envs.check import whole_number
 from mmrl_jax.rendering import Camera, Scene, look_at
 
 INSTRUCTIONS = {
@@ -56,8 +57,9 @@ class FromBrax(Env):
       fovy: vertical field of view, degrees.
 
     Raises:
-      ValueError: no environment is registered under the name, or its observation is neither flat
-        nor a dict with 'state'; from `scene`, if it has no geoms that the renderer can draw.
+      ValueError: no environment is registered under the name, it does not run on the backend, an
+        argument is impossible, or its observation is neither flat nor a dict with 'state'; from
+        `scene`, if it has no geoms that the renderer can draw.
     """
 
     action_kind = "continuous"
@@ -73,14 +75,15 @@ class FromBrax(Env):
         camera_offset: tuple[float, float, float] | None = None,
         fovy: float = 45.0,
     ):
-        if episode_length < 1:
-            raise ValueError(f"episode_length={episode_length}; give at least 1 control step.")
+        self.episode_length = whole_number("episode_length", episode_length, 1)
+        _check_view(fovy, camera_offset)
+        if instruction is not None and not (isinstance(instruction, str) and instruction.split()):
+            raise ValueError(f"instruction={instruction!r} must be a text of one word or more.")
         if isinstance(env, str):
-            if env not in environment_names():
-                raise ValueError(f"env={env!r} is none of Brax's {environment_names()}.")
-            env = get_environment(env, backend=backend)
+            env = _registered(env, backend)
         self.env = env
-        self.episode_length = episode_length
+        model = _model(env)
+        whole_number("link", link, 0, 0 if model is None else model.nbody - 2)
         self._link, self._offset, self._fovy = link, camera_offset, fovy
         self._view: _View | None = None
         self._tokens: np.ndarray | None = None
@@ -139,7 +142,7 @@ class FromBrax(Env):
         return "" if self._tokens is None else self.vocabulary.decode(self._tokens.tolist())
 
     def _look(self) -> _View:
-        model = getattr(getattr(self.env, "sys", self.env), "mj_model", None)
+        model = _model(self.env)
         if model is None:
             raise ValueError(
                 f"env={type(self.env).__name__} has no bodies to draw; use it without pixels, "
@@ -174,6 +177,42 @@ class FromBrax(Env):
             metrics={k: v.astype(jnp.float32) for k, v in inner.metrics.items()},
             info=info,
         )
+
+
+def _registered(name: str, backend: str) -> Any:
+    """Brax's environment of a name, on a physics pipeline."""
+    if name not in environment_names():
+        raise ValueError(f"env={name!r} is none of Brax's {environment_names()}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is none of Brax's {BACKENDS}.")
+    try:
+        return get_environment(name, backend=backend)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"backend={backend!r} cannot run Brax's {name!r} ({error}); choose another one of "
+            f"{BACKENDS}."
+        ) from error
+
+
+def _check_view(fovy: Any, camera_offset: Any) -> None:
+    """Raises ValueError for an impossible camera."""
+    if not _is_number(fovy) or not 0 < fovy < 180:
+        raise ValueError(f"fovy={fovy!r} must be an angle between 0 and 180 degrees.")
+    listed = isinstance(camera_offset, (tuple, list, np.ndarray))
+    if camera_offset is not None and not (
+        listed and len(camera_offset) == 3 and all(map(_is_number, camera_offset))
+    ):
+        raise ValueError(f"camera_offset={camera_offset!r} must be three finite numbers, in m.")
+
+
+def _is_number(x: Any) -> bool:
+    real = isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
+    return real and abs(x) < 1e9  # Neither infinite nor NaN.
+
+
+def _model(env: Any) -> Any:
+    """MuJoCo's model of an environment; None for one without bodies."""
+    return getattr(getattr(env, "sys", env), "mj_model", None)
 
 
 def playground(name: str) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmrl_jax.envs import instructions
 from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.envs.check import whole_number
 from mmrl_jax.rendering import Camera, Scene, look_at
 
 Split = Literal["train", "heldout_pair", "heldout_layout"]
@@ -65,11 +66,9 @@ class LanguageGrid(Env):
     def __init__(self, split: Split = "train", rows: int = 4, episode_length: int = 10):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
-        if not 4 <= rows <= 8:
-            raise ValueError(f"rows={rows} is not in 4..8 cells.")
-        if episode_length < 1:
-            raise ValueError(f"episode_length={episode_length} must be at least 1 step.")
-        self.split, self.rows, self.episode_length = split, rows, episode_length
+        self.split = split
+        self.rows = whole_number("rows", rows, 4, 8)
+        self.episode_length = whole_number("episode_length", episode_length, 1)
         self.vocabulary = TEMPLATES.vocabulary
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmrl_jax.envs import instructions, system_scene
 from mmrl_jax.envs.brax_api import PipelineEnv, State, get_environment
+from mmrl_jax.envs.check import whole_number
 from mmrl_jax.envs.physics import Physics
 from mmrl_jax.rendering import Camera, Scene, look_at
 
@@ -85,12 +86,10 @@ class LanguageLocomotion(PipelineEnv):
     def __init__(self, split: Split = "train", episode_length: int = 200):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
-        if episode_length < 1:
-            raise ValueError(f"episode_length={episode_length}; give at least 1 control step.")
         ant = get_environment("ant", backend="spring")
         super().__init__(sys=_with_true_mass(ant.sys), backend="spring", n_frames=ant._n_frames)
         self.split = split
-        self.episode_length = episode_length
+        self.episode_length = whole_number("episode_length", episode_length, 1)
         self.vocabulary = TEMPLATES.vocabulary
         geometry = system_scene.geometry(self.sys.mj_model)
         floor = np.array(geometry.kind)[:, None] == "plane"

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmrl_jax.envs import instructions
 from mmrl_jax.envs.brax_api import PipelineEnv, State, mjcf
+from mmrl_jax.envs.check import whole_number
 from mmrl_jax.envs.physics import Physics
 from mmrl_jax.rendering import Camera, Scene, look_at, project
 
@@ -160,13 +161,11 @@ class LanguageReach(PipelineEnv):
             raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
         if reward not in ("dense", "sparse"):
             raise ValueError(f"reward={reward!r} is unknown; choose 'dense' or 'sparse'.")
-        if not 16 <= episode_length <= 32:
-            raise ValueError(f"episode_length={episode_length} is not in 16..32 control steps.")
         # The other pipelines leave out some of the factors in `Physics`.
         super().__init__(sys=mjcf.loads(XML), backend="generalized", n_frames=5)
         self.split = split
         self.reward = reward
-        self.episode_length = episode_length
+        self.episode_length = whole_number("episode_length", episode_length, 16, 32)
         self.vocabulary = TEMPLATES.vocabulary
 
     @property

@@ -73,6 +73,13 @@ def splits(name: str) -> tuple[str, ...]:
     raise ValueError(f"name={name!r} is no environment.{_nearest(name, known)}")
 
 
+def unwrapped(env: Env) -> Env:
+    """The core environment, of one episode, of one that `create` has made."""
+    while isinstance(env, (AutoReset, Pixels, History)):
+        env = env.env
+    return env
+
+
 def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> Env:
     kind, _, wrapped = name.partition(":")
     if not wrapped:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import Env, State, Wrapper
+from mmrl_jax.envs.check import with_float_numbers
 from mmrl_jax.rendering import render
 
 
@@ -26,6 +27,12 @@ def _finite(tree: Any) -> jax.Array:
     return jnp.stack(leaves).all(axis=0)
 
 
+def _numbers(state: State) -> Any:
+    """All numbers of a state that are learned from or logged."""
+    targets = state.info["truncation"], state.info["privileged"]
+    return state.obs, state.reward, state.done, state.metrics, targets
+
+
 class AutoReset(Wrapper):
     """A batch of environments, each of which resets itself in the step after its episode's end.
 
@@ -37,9 +44,9 @@ class AutoReset(Wrapper):
     `info['was_reset']` = 1. So the value of a truncated state is had without rendering it twice.
     `metrics['episode_return']` and `['episode_length']` tell of the episode so far.
 
-    An environment whose observation or reward is no longer finite is broken: its step returns the
-    first state of a new episode at once, marked as a reset, and `metrics['broken']` = 1. The
-    episode has no end; the others do not notice.
+    An environment whose observation, reward, end, metrics or privileged targets are no longer
+    finite is broken: its step returns the first state of a new episode at once, marked as a reset,
+    and `metrics['broken']` = 1. The episode has no end; the others do not notice.
     """
 
     INFO = ("key", "episode", "was_reset")
@@ -58,10 +65,10 @@ class AutoReset(Wrapper):
             info={k: v for k, v in state.info.items() if k not in self.INFO},
             metrics={k: v for k, v in state.metrics.items() if k not in self.METRICS},
         )
-        stepped = jax.vmap(self.env.step)(inner, action)
+        stepped = with_float_numbers(jax.vmap(self.env.step)(inner, action))
         episode_return = state.metrics["episode_return"] + stepped.reward
         episode_length = state.metrics["episode_length"] + 1
-        broken = ~_finite((stepped.obs, stepped.reward)) & ~ended
+        broken = ~(_finite(inner.obs) & _finite(_numbers(stepped))) & ~ended
         over = ended | broken
         rng, episode = state.info["key"], state.info["episode"] + over
         state = where(over, self._start(rng, episode), stepped)
@@ -94,7 +101,8 @@ class AutoReset(Wrapper):
         )
 
     def _start(self, rng: jax.Array, episode: jax.Array) -> State:
-        return jax.vmap(self.env.reset)(jax.vmap(jax.random.fold_in)(rng, episode))
+        keys = jax.vmap(jax.random.fold_in)(rng, episode)
+        return with_float_numbers(jax.vmap(self.env.reset)(keys))
 
 
 class Pixels(Wrapper):

@@ -78,7 +78,8 @@ def _finder(sentences: Sequence[str], words: Sequence[str]) -> Reader:
     return find
 
 
-def read(encoder: str, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=2)
+def read(encoder: str, sentences: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 [I, S, E] of the tokens of sentences, and bool [I, S], where they are."""
     from transformers import AutoTokenizer
 

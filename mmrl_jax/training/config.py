@@ -14,10 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import pathlib
+import re
 import textwrap
+import traceback
 import types
 from typing import Any, TypeAlias
 
@@ -26,6 +29,8 @@ import ml_collections
 ConfigDict = ml_collections.ConfigDict
 ConfigLike: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
 _ANYTHING = "anything"
+# What 32 bits hold: on the device a larger int would wrap, a larger float be infinite.
+_LARGEST_INT, _LARGEST_FLOAT, _SMALLEST_FLOAT = 2**32 - 1, 3.4e38, 1.2e-38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +56,24 @@ Schema = Mapping[str, "Field | Schema"]
 
 def positive(kind: type | tuple[type, ...], meaning: str) -> Field:
     """Returns a field whose number is finite and greater than 0."""
-    return Field(kind, lambda x: math.isfinite(x) and x > 0, "greater than 0", meaning)
+    return Field(
+        kind, lambda x: math.isfinite(x) and x > 0, _or_none(kind, "greater than 0"), meaning
+    )
 
 
 def non_negative(kind: type | tuple[type, ...], meaning: str) -> Field:
     """Returns a field whose number is finite and at least 0."""
-    return Field(kind, lambda x: math.isfinite(x) and x >= 0, "at least 0", meaning)
+    return Field(kind, lambda x: math.isfinite(x) and x >= 0, _or_none(kind, "at least 0"), meaning)
+
+
+def texts(meaning: str) -> Field:
+    """Returns a field that takes a tuple of texts."""
+    return Field(tuple, lambda x: all(isinstance(t, str) for t in x), "texts alone", meaning)
+
+
+def pattern(kind: type | tuple[type, ...], meaning: str) -> Field:
+    """Returns a field that takes a regular expression."""
+    return Field(kind, _is_pattern, _or_none(kind, "a regular expression"), meaning)
 
 
 def between(
@@ -78,6 +95,19 @@ def one_of(choices: Collection[str | int], meaning: str) -> Field:
 def anything(kind: type | tuple[type, ...], meaning: str) -> Field:
     """Returns a field of which only the type is checked."""
     return Field(kind, lambda x: True, _ANYTHING, meaning)
+
+
+def _or_none(kind: type | tuple[type, ...], requirement: str) -> str:
+    optional = isinstance(kind, tuple) and type(None) in kind
+    return f"{requirement}, or None" if optional else requirement
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def flatten(config: ConfigLike) -> dict[str, Any]:
@@ -123,18 +153,28 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     """Loads `configs/name.py` or `configs/name.py:argument` as `config_flags` does.
 
     Raises:
-        ValueError: No such file (names the nearest one beside it), or no `get_config` in it.
+        ValueError: See `load_module`; or an argument is given to a `get_config` that takes none,
+            or is missing for one that needs it.
     """
     path, _, argument = spec.partition(":")
-    module = load_module(pathlib.Path(path))
-    return module.get_config(argument) if argument else module.get_config()
+    get_config = load_module(pathlib.Path(path)).get_config
+    arguments = (argument,) if argument else ()
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        remedy = f"give '{path}' alone" if argument else f"give '{path}:ARGUMENT'"
+        raise ValueError(
+            f"Config file '{spec}' does not fit its get_config() ({error}): {remedy}."
+        ) from error
+    return get_config(*arguments)
 
 
 def load_module(path: pathlib.Path) -> types.ModuleType:
     """Executes a config file.
 
     Raises:
-        ValueError: No such file (names the nearest one beside it), or no `get_config` in it.
+        ValueError: No such file (names the nearest one beside it), no `get_config` in it, or it
+            cannot be executed (names the line).
     """
     if not path.is_file():
         beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -145,14 +185,38 @@ def load_module(path: pathlib.Path) -> types.ModuleType:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"Config file '{path}' is not a Python file: give one that ends in .py.")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(
+            f"Config file '{path}' cannot be executed: {describe_failure(error)}."
+        ) from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"Config file '{path}' has no get_config(): add one.")
     return module
 
 
+def describe_failure(error: Exception) -> str:
+    """Returns the error of executing a user's module in one line, with the file and the line."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # The frames of the import system itself say nothing about the user's file.
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{text}{place}"
+
+
 def validate_overrides(
-    argv: Sequence[str], reference: ConfigLike | None = None, *, flag: str = "config"
+    argv: Sequence[str],
+    reference: ConfigLike | None = None,
+    *,
+    flag: str = "config",
+    elsewhere: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Checks `--config.a.b=value` arguments; call it before absl parses its flags.
 
@@ -164,6 +228,7 @@ def validate_overrides(
         reference: Config that has every valid key. None: the one that `--config=FILE` in `argv`
             names; without such an argument nothing is checked.
         flag: Name of the config flag.
+        elsewhere: Keys that only some configs have, and which these are.
 
     Raises:
         ValueError: One line for each unknown key with the nearest valid one, or for a group that
@@ -188,6 +253,11 @@ def validate_overrides(
             errors.append(
                 f"Config key '{key}' is a group and takes no value. Set one of its fields: "
                 f"{', '.join(inside)}."
+            )
+        elif key in elsewhere:
+            errors.append(
+                f"Config key '{key}' is of configs with {elsewhere[key]}, and would not be read "
+                "here: leave it out."
             )
         else:
             errors.append(unknown_key_message(key, known))
@@ -375,12 +445,24 @@ def _has_kind(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
+def _fits(value: Any) -> bool:
+    """Whether a value is no number, or one that 32 bits hold; NaN is left to the field's check."""
+    if isinstance(value, float):
+        return math.isnan(value) or not value or _SMALLEST_FLOAT < abs(value) <= _LARGEST_FLOAT
+    return not isinstance(value, int) or abs(value) <= _LARGEST_INT
+
+
 def _field_error(name: str, value: Any, field: Field) -> str | None:
     kinds = field.kind if isinstance(field.kind, tuple) else (field.kind,)
     if not any(_has_kind(value, kind) for kind in kinds):
         return (
             f"Config key '{name}' is {value!r} ({type(value).__name__}), but must be "
             f"{_kind_name(field.kind)}: {field.meaning}."
+        )
+    if not _fits(value):
+        return (
+            f"Config key '{name}' is {value!r}, but must be a number that 32 bits can hold: "
+            f"{field.meaning}."
         )
     if value is not None and not field.check(value):
         return (

@@ -1,5 +1,7 @@
 """Networks of control policies: what a config's 'model' means, and their parameters."""
 
+from collections.abc import Iterator
+import contextlib
 import re
 from typing import Any, cast
 
@@ -20,14 +22,14 @@ from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
 from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import readers
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training.config import Field, anything, non_negative, one_of, positive
+from mmrl_jax.training.config import Field, anything, non_negative, one_of, pattern, positive
 from mmrl_jax.types import Observation, Params
 
 MODELS = ("multimodal", "vlm", "mlp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 LORA: config_lib.Schema = {
-    "pattern": anything(
+    "pattern": pattern(
         (str, type(None)), "of the paths of layers that get adapters; None for no adapters"
     ),
     "rank": positive(int, "of the adapters"),
@@ -37,9 +39,8 @@ LORA: config_lib.Schema = {
 MODEL: config_lib.Schema = {
     "kind": one_of(
         MODELS,
-        "'vlm' is a whole vision-language model, of which 'directory', 'prompt', 'auxiliary', "
-        "'pointing', 'frozen', 'lora', 'dtype' and 'remat' are read; 'mlp' sees "
-        "proprioception only",
+        "'vlm' is a whole vision-language model, 'mlp' sees proprioception only; a config has the "
+        "keys that its kind reads and no others",
     ),
     "width": positive(int, "of the tokens"),
     "layers": positive(int, "blocks of the fusion stack"),
@@ -71,7 +72,7 @@ MODEL: config_lib.Schema = {
         "a text with one '{image}' and one '{instruction}'",
         "that kind 'vlm' reads",
     ),
-    "frozen": anything(
+    "frozen": pattern(
         (str, type(None)),
         "pattern of the paths of parameters that are not trained; adapters always are",
     ),
@@ -81,10 +82,49 @@ MODEL: config_lib.Schema = {
 }
 
 
+_ALL = ("kind", "frozen", "lora")
+_SEEING = (*_ALL, "auxiliary", "pointing", "dtype", "remat")
+# The keys that each kind of model reads.
+READ = {
+    "multimodal": tuple(name for name in MODEL if name not in ("directory", "prompt")),
+    "vlm": (*_SEEING, "directory", "prompt"),
+    "mlp": _ALL,
+}
+
+
+# The configs that have a key which others have not.
+ELSEWHERE = {
+    f"model.{name}": "model.kind=" + " or ".join(repr(k) for k in MODELS if name in READ[k])
+    for name in MODEL
+    if name not in _ALL
+}
+
+
+def schema(config: ml_collections.ConfigDict) -> config_lib.Schema:
+    """The keys of 'model' that the config's kind of model reads.
+
+    Raises:
+      ValueError: the config has keys that only models of another kind read.
+    """
+    model = config.get("model")
+    kind = model.get("kind") if isinstance(model, ml_collections.ConfigDict) else None
+    if kind not in MODELS:
+        return MODEL  # Whose check says so.
+    unread = [name for name in model if name in MODEL and name not in READ[kind]]
+    if unread:
+        others = [other for other in MODELS if set(unread) <= set(READ[other])]
+        raise ValueError(
+            f"model.kind={kind!r} does not read "
+            + ", ".join(f"model.{name}={model[name]!r}" for name in unread)
+            + ": leave these keys out of the config"
+            + (f", or choose model.kind={others[0]!r}." if others else ".")
+        )
+    return {name: MODEL[name] for name in READ[kind]}
+
+
 def check_vlm(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for what a whole vision-language model needs, or cannot do."""
-    model = config.model
-    if model.directory is None:
+    if config.model.directory is None:
         raise ValueError(
             "model.directory=None, but model.kind='vlm' is read from a local directory in the "
             "hub's format; name it."
@@ -94,12 +134,66 @@ def check_vlm(config: ml_collections.ConfigDict) -> None:
             f"env.history={config.env.history}, but model.kind='vlm' sees one frame; set "
             f"env.history to 1, or model.kind='multimodal'."
         )
-    for name in ("text_encoder", "vision_encoder"):
-        if model[name] is not None:
-            raise ValueError(
-                f"model.{name}={model[name]!r}, but model.kind='vlm' reads and sees by itself; set "
-                f"it to None, or model.kind='multimodal'."
-            )
+
+
+def check_multimodal(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for sizes of our own transformer that do not fit each other."""
+    env, model = config.env, config.model
+    if env.height % model.patch or env.width % model.patch:
+        raise ValueError(
+            f"env.height={env.height} and env.width={env.width} are not both divisible by "
+            f"model.patch={model.patch}."
+        )
+    check_margin(model)
+    if model.width % model.heads:
+        raise ValueError(
+            f"model.width={model.width} is not divisible by model.heads={model.heads}."
+        )
+    if model.width % 4:
+        raise ValueError(f"model.width={model.width} is not divisible by 4.")
+
+
+def check_margin(model: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for a margin that makes more than 9 copies of each pixel in memory."""
+    if model.patch_margin > model.patch:
+        copies = (1 + 2 * model.patch_margin / model.patch) ** 2
+        raise ValueError(
+            f"model.patch_margin={model.patch_margin} makes {copies:.0f} copies of each pixel in "
+            f"memory; it must be at most model.patch={model.patch}, which makes 9."
+        )
+
+
+def check_network(config: ml_collections.ConfigDict, env: Env) -> None:
+    """Builds the network and its parameters' shapes; reads and compiles no pretrained weights.
+
+    Raises:
+      ValueError: a directory is not there or not of a supported model, a pattern matches nothing,
+        or see `make_network`.
+    """
+    m = config.model
+
+    def shapes(key: jax.Array) -> Params:
+        return with_adapters(network.init(key, zeros)["params"], m.lora, key)
+
+    network, zeros = make_network(config, env), _zeros(env)
+    check_frozen(jax.eval_shape(shapes, jax.eval_shape(jax.random.PRNGKey, 0)), m.frozen)
+
+
+def check_frozen(variables: Params, frozen: str | None) -> None:
+    """Raises ValueError if a pattern of frozen parameters matches none of these variables'."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    if frozen is not None and not any(is_fitting(path, frozen) for path in paths):
+        raise ValueError(
+            f"model.frozen={frozen!r} is the whole path of no parameter; these are: "
+            + ", ".join(_name(path)[1] for path in paths)
+        )
+
+
+def _zeros(env: Env) -> Observation:
+    """A batch of one observation of a batched environment, all of it zero."""
+    keys = jax.eval_shape(lambda: jax.random.PRNGKey(0)[None])
+    observation = jax.eval_shape(env.reset, keys).obs
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
 
 
 def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
@@ -113,11 +207,15 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     text_encoder = vision_encoder = None
     if m.text_encoder is not None:
         vocabulary = env.vocabulary
-        text_encoder = readers.sentence_reader(
-            m.text_encoder, vocabulary.sentences, vocabulary.words
-        )
+        with _naming("text_encoder", m):
+            text_encoder = readers.sentence_reader(
+                m.text_encoder, vocabulary.sentences, vocabulary.words
+            )
     if m.vision_encoder is not None:
-        vision_encoder = readers.vision_encoder(m.vision_encoder, DTYPES[m.dtype], m.remat).module
+        with _naming("vision_encoder", m):
+            vision_encoder = readers.vision_encoder(
+                m.vision_encoder, DTYPES[m.dtype], m.remat
+            ).module
     return MultimodalPolicy(
         kind=env.action_kind,
         actions=env.action_size,
@@ -142,19 +240,29 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     )
 
 
+@contextlib.contextmanager
+def _naming(name: str, model: ml_collections.ConfigDict) -> Iterator[None]:
+    """Puts the key of 'model' that names a directory before a ValueError about its files."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model.{name}={model[name]!r}: {error}") from error
+
+
 def _vlm_policy(
     config: ml_collections.ConfigDict, env: Env, auxiliary: tuple[tuple[str, int], ...]
 ) -> VLMPolicy:
     m, size = config.model, (config.env.height, config.env.width)
-    read = readers.vision_language_model(
-        m.directory,
-        m.prompt,
-        env.vocabulary.sentences,
-        env.vocabulary.words,
-        size,
-        DTYPES[m.dtype],
-        m.remat,
-    )
+    with _naming("directory", m):
+        read = readers.vision_language_model(
+            m.directory,
+            m.prompt,
+            env.vocabulary.sentences,
+            env.vocabulary.words,
+            size,
+            DTYPES[m.dtype],
+            m.remat,
+        )
     if m.pointing is not None and not read.grid:
         raise ValueError(
             f"model.pointing={m.pointing!r}, but the features of {m.directory} are no square grid "
@@ -209,13 +317,11 @@ def fresh_learner(
     """
     m = config.model
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), 0)
-    observation = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
-    loaded = {}
+    zeros, loaded = _zeros(env), {}
     with jax.ensure_compile_time_eval():  # Numbers, where only shapes are asked for too.
         if m.kind == "vlm":
             loaded["vlm"] = readers.vision_language_params(m.directory)
-        elif m.vision_encoder is not None:
+        elif m.kind == "multimodal" and m.vision_encoder is not None:
             loaded["vision_encoder"] = readers.vision_encoder(
                 m.vision_encoder, DTYPES[m.dtype], m.remat
             ).params
@@ -228,16 +334,8 @@ def fresh_learner(
         return {name: x for name, x in drawn.items() if name not in loaded}
 
     params = with_adapters(draw(key) | loaded, m.lora, jax.random.fold_in(key, 1))
-    frozen = m.frozen
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if frozen is not None and not any(is_fitting(path, frozen) for path in paths):
-        raise ValueError(
-            f"model.frozen={frozen!r} is the whole path of no parameter; these are: "
-            + ", ".join(_name(path)[1] for path in paths)
-        )
-    return learner_lib.init(
-        params, optimiser=optimiser, proprio_size=observation["proprio"].shape[-1]
-    )
+    check_frozen(params, m.frozen)
+    return learner_lib.init(params, optimiser=optimiser, proprio_size=zeros["proprio"].shape[-1])
 
 
 def with_adapters(params: Any, options: ml_collections.ConfigDict, key: jax.Array) -> Params:

@@ -30,7 +30,8 @@ from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 SCHEMA: config_lib.Schema = {
-    "seed": non_negative(int, "of every random draw of the run"),
+    # A larger one would begin the same draws as what is left of it in 32 bits.
+    "seed": between(int, 0, 2**32 - 1, "of every random draw of the run"),
     "algorithm": one_of(("bc", "ppo"), "'ppo' clones first if warm_start.updates is above 0"),
     "devices": non_negative(int, "of the mesh; 0 for all there are"),
     "env": {
@@ -70,18 +71,14 @@ SCHEMA: config_lib.Schema = {
         "gae_lambda": between(float, 0, 1, "of the advantage estimate"),
         "advantage": one_of(ppo.ADVANTAGES, "'return' is Brax's, see rl/advantages.py"),
         "clip": positive(float, "half width of the trust interval of the ratio"),
-        "value_clip": Field(
-            (float, type(None)), lambda x: x > 0, "greater than 0, or None", "of the value loss"
-        ),
+        "value_clip": positive((float, type(None)), "of the value loss"),
         "value_weight": non_negative(float, "of the value loss"),
         "entropy_weight": non_negative(float, "of the entropy bonus"),
         "auxiliary_weight": non_negative(float, "of the squared errors of privileged targets"),
         "pointing_weight": non_negative(float, "of the cross-entropy of pointing"),
         "epochs": positive(int, "passes over a batch"),
         "minibatches": positive(int, "optimiser steps a pass"),
-        "target_kl": Field(
-            (float, type(None)), lambda x: x > 0, "greater than 0, or None", "stops an update early"
-        ),
+        "target_kl": positive((float, type(None)), "stops an update early"),
         "initial_std": positive(float, "of the unsquashed Gaussian, when PPO begins"),
     },
     "run": {
@@ -106,48 +103,43 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: names the field, its value and the remedy.
     """
-    config_lib.check_config(config, SCHEMA)
-    env, model, warm, p = config.env, config.model, config.warm_start, config.ppo
-    check_env(config)
-    devices = config.devices or jax.device_count()
-    if devices > jax.device_count():
-        raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
+    config_lib.check_config(config, SCHEMA | {"model": control_models.schema(config)})
+    env, model, warm = config.env, config.model, config.warm_start
+    envs.splits(env.name)  # There is such an environment.
     if model.kind == "mlp" and env.height:
         raise ValueError(
             f"env.height={env.height}, but model.kind='mlp' sees no pixels; set env.height and "
             f"env.width to 0, or model.kind='multimodal'."
         )
-    if model.kind == "mlp":
-        for name in ("text_encoder", "vision_encoder"):
-            if model[name] is not None:
-                raise ValueError(
-                    f"model.{name}={model[name]!r}, but model.kind='mlp' reads and sees nothing; "
-                    f"set it to None, or model.kind='multimodal'."
-                )
-    elif not env.height or not env.width:
+    if model.kind != "mlp" and (not env.height or not env.width):
         raise ValueError(
             f"env.height={env.height}, env.width={env.width}: model.kind={model.kind!r} needs "
             f"pixels; give both a size, or model.kind='mlp'."
         )
+    _check_sizes(config)
+    if config.algorithm == "bc" and not warm.updates:
+        raise ValueError("warm_start.updates=0, but algorithm='bc' is nothing else; raise it.")
+    if warm.updates and env.name != "language_reach":
+        raise ValueError(
+            f"warm_start.updates={warm.updates}, but env.name={env.name!r} has no scripted expert; "
+            f"set warm_start.updates to 0."
+        )
+    state = check_env(config)
     if model.kind == "vlm":
         control_models.check_vlm(config)
-    elif model.directory is not None:
-        raise ValueError(
-            f"model.directory={model.directory!r}, but model.kind={model.kind!r} is no pretrained "
-            f"model; set it to None, or model.kind='vlm'."
-        )
     if model.kind == "multimodal":
-        if env.height % model.patch or env.width % model.patch:
-            raise ValueError(
-                f"env.height={env.height} and env.width={env.width} are not both divisible by "
-                f"model.patch={model.patch}."
-            )
-        if model.width % model.heads:
-            raise ValueError(
-                f"model.width={model.width} is not divisible by model.heads={model.heads}."
-            )
-        if model.width % 4:
-            raise ValueError(f"model.width={model.width} is not divisible by 4.")
+        control_models.check_multimodal(config)
+    if model.kind != "mlp":
+        _check_observation(config, state)
+    control_models.check_network(config, make_env(config))
+
+
+def _check_sizes(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for batches that do not divide into minibatches, or among the devices."""
+    warm, p = config.warm_start, config.ppo
+    devices = config.devices or jax.device_count()
+    if devices > jax.device_count():
+        raise ValueError(f"devices={devices}, but there are {jax.device_count()}; give 0 for all.")
     if (p.num_envs * p.unroll) % p.minibatches:
         raise ValueError(
             f"ppo.minibatches={p.minibatches} does not divide ppo.num_envs * ppo.unroll = "
@@ -165,33 +157,37 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(
                 f"devices={devices} do not divide {name} = {size}; change one of them."
             )
-    if config.algorithm == "bc" and not warm.updates:
-        raise ValueError("warm_start.updates=0, but algorithm='bc' is nothing else; raise it.")
-    if warm.updates and env.name != "language_reach":
-        raise ValueError(
-            f"warm_start.updates={warm.updates}, but env.name={env.name!r} has no scripted expert; "
-            f"set warm_start.updates to 0."
-        )
-    if model.kind != "mlp":
-        _check_observation(config)
 
 
-def _check_observation(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError unless the environment has what the model reads and predicts."""
+def _check_observation(config: ml_collections.ConfigDict, state: State) -> None:
+    """Raises ValueError unless the environment has what the model reads and predicts.
+
+    Args:
+      config: of a model that sees.
+      state: shapes of the environment's, of one episode.
+    """
     model = config.model
     for entry in model.auxiliary:
-        if len(entry) != 2 or not isinstance(entry[0], str) or not isinstance(entry[1], int):
+        pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not pair or not isinstance(entry[0], str) or type(entry[1]) is not int:
             raise ValueError(f"model.auxiliary holds {entry!r}, but must hold (name, size).")
+    names = [name for name, _ in model.auxiliary]
+    if model.pointing is not None:
+        names.append(model.pointing)
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"model.auxiliary={tuple(model.auxiliary)} and model.pointing={model.pointing!r} name "
+            "a target twice; name each once."
+        )
     wanted: dict[str, tuple[int, ...]] = {name: (size,) for name, size in model.auxiliary}
     if model.pointing is not None:
         wanted[model.pointing] = (2,)
-    state = jax.eval_shape(make_env(config).reset, jnp.zeros((1, 2), jnp.uint32))
     if "instruction" not in state.obs:
         raise ValueError(
             f"env.name={config.env.name!r} with env.options={config.env.options.to_dict()} gives "
             f"no instruction, which model.kind={model.kind!r} needs; give one in env.options."
         )
-    there = {name: x.shape[1:] for name, x in state.info["privileged"].items()}
+    there = {name: x.shape for name, x in state.info["privileged"].items()}
     for name, shape in wanted.items():
         if there.get(name) != shape:
             raise ValueError(
@@ -535,11 +531,23 @@ def best_metric(config: ml_collections.ConfigDict) -> str:
     return f"eval/{config.env.split}/return"
 
 
-def check_env(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError if there is no such environment or split."""
-    splits = envs.splits(config.env.name)
-    if config.env.split not in splits:
-        raise ValueError(f"env.split={config.env.split!r} is unknown; choose one of {splits}.")
+def check_env(config: ml_collections.ConfigDict) -> State:
+    """Checks the environment, and returns the shapes of its state after `reset`, of one episode.
+
+    Raises:
+      ValueError: there is no such environment, split or option, an argument is impossible, or see
+        `envs.check_env`.
+    """
+    env, known = config.env, envs.splits(config.env.name)
+    if env.split not in known:
+        raise ValueError(f"env.split={env.split!r} is unknown; choose one of {known}.")
+    options = env.options.to_dict()
+    for name in sorted(set(options) & set(env.keys())):
+        raise ValueError(
+            f"env.options.{name}={options[name]!r}: set env.{name}, which is {env[name]!r}, and "
+            "leave the option out."
+        )
+    return envs.check_env(envs.unwrapped(make_env(config)), pixels=env.height > 0)
 
 
 def by_environment(carry: Carry, *, mesh: Mesh) -> Carry:

@@ -9,6 +9,7 @@ records' own answers can be learned from first.
 from collections.abc import Callable
 import functools
 import importlib
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from mmrl_jax.tasks.question import Question, Texts
 from mmrl_jax.tasks.rewards import Pool, RewardFunction
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import question_factory, token_models, token_stages
-from mmrl_jax.training.config import Field, anything, between, one_of, positive
+from mmrl_jax.training.config import Field, between, one_of, positive, texts
 from mmrl_jax.training.factory import make_mesh
 from mmrl_jax.training.folder_data import (
     Scored,
@@ -82,8 +83,13 @@ SCHEMA: config_lib.Schema = {
         "max_rejected": between(float, 0, 1, "share of records, below 1, that may be of no use"),
     },
     "rewards": {
-        "functions": anything(tuple, "'module:function' each, see mmrl_jax/tasks/rewards.py"),
-        "weights": anything(tuple, "of the functions' results, whose sum is the reward"),
+        "functions": texts("'module:function' each, see mmrl_jax/tasks/rewards.py"),
+        "weights": Field(
+            tuple,
+            lambda x: all(type(w) in (int, float) and math.isfinite(w) for w in x),
+            "finite numbers alone",
+            "of the functions' results, whose sum is the reward",
+        ),
         "workers": positive(int, "processes that call the functions"),
         "timeout_s": positive(float, "seconds for one call"),
     },
@@ -218,7 +224,7 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
     names, weights = tuple(config.rewards.functions), tuple(config.rewards.weights)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"rewards.functions={names} must name one function or more, each once.")
-    if len(weights) != len(names) or not all(isinstance(x, (int, float)) for x in weights):
+    if len(weights) != len(names):
         raise ValueError(
             f"rewards.weights={weights} must be as many numbers as rewards.functions={names}."
         )
@@ -227,10 +233,11 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
         module, _, function = str(name).partition(":")
         try:
             functions[name] = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # Importing executes the user's module.
             raise ValueError(
-                f"rewards.functions has {name!r}, which cannot be imported ({error}); write "
-                "'module:function', of a module that is installed or in the current directory."
+                f"rewards.functions has {name!r}, which cannot be imported "
+                f"({config_lib.describe_failure(error)}); write 'module:function', of a module "
+                "that is installed or in the current directory."
             ) from error
     return functions
 

@@ -13,6 +13,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax import envs
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.training.alarms import Alarms
 from mmrl_jax.training.checkpoint import Checkpointer
@@ -211,8 +212,13 @@ def start(stage: Stage) -> tuple[Carry, Any]:
     """A fresh carry on the stage's devices, and its shardings.
 
     Its arrays are of strong types, so that nothing recompiles.
+
+    Raises:
+      InvalidEnvironment: see `envs.check_started`.
     """
     fresh = stage.init()
+    if fresh.env_state is not None:
+        envs.check_started(fresh.env_state)
     shardings = stage.shardings(fresh)
     strong = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), fresh)
     # A copy: two leaves of a fresh state may be one buffer, which cannot be donated twice.
@@ -242,6 +248,8 @@ def run(
 
     Raises:
       ValueError: see `Checkpointer`.
+      InvalidEnvironment: see `start`; or all steps of a dispatch's environments are broken, see
+        `AutoReset`.
       FloatingPointError: a parameter is not finite, or too many steps of a dispatch were skipped
         because their loss or gradient is not; nothing of that dispatch is saved.
     """
@@ -316,6 +324,9 @@ def run(
                     "time/update_s": seconds / size,
                     "time/samples_per_s": size * stage.samples_per_update / seconds,
                 }
+                if valid == 0.0 and metrics["rollout/broken"] > 0:
+                    writer.write(done, values)
+                    raise envs.InvalidEnvironment(_all_broken(before, done))
                 if not sound:
                     writer.write(done, values)
                     raise FloatingPointError(_diverged(stage.name, workdir, before, done))
@@ -394,6 +405,14 @@ def _diverged(name: str, workdir: str | pathlib.Path, before: int, done: int) ->
         f"saved. The same command would come to the same point again: start in a fresh workdir "
         f"with a lower learning rate, or look at update/skipped, loss/* and grad/norm in "
         f"{pathlib.Path(workdir) / JSONL_NAME}."
+    )
+
+
+def _all_broken(before: int, done: int) -> str:
+    return (
+        f"No step of any environment in updates {before + 1} to {done} gave finite numbers alone, "
+        "so that there is nothing to learn from: state.obs, reward, done, metrics, "
+        "info['truncation'] and info['privileged'] must stay finite under actions in [-1, 1]."
     )
 
 

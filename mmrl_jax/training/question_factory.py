@@ -25,7 +25,7 @@ from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_models, token_stages
-from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
+from mmrl_jax.training.config import anything, between, non_negative, one_of, positive, texts
 from mmrl_jax.training.factory import SCHEMA as CONTROL
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel
@@ -34,10 +34,8 @@ from mmrl_jax.types import Metrics, Params
 ALGORITHMS = ("sft", "grpo", "dpo", "token_ppo")
 BEST = "eval/train/accuracy"
 
-PACK_ROWS = Field(
+PACK_ROWS = positive(
     (int, type(None)),
-    lambda x: x > 0,
-    "greater than 0, or None",
     "rows of an answer's most tokens that the answers to a question share where they are learned "
     "from; for those that do not fit there is a second pass; None: each has its own",
 )
@@ -51,14 +49,14 @@ SCHEMA: config_lib.Schema = {
     ),
     "devices": CONTROL["devices"],
     "task": {
-        "kinds": anything(tuple, "of questions, see mmrl_jax.tasks.shapes.KINDS"),
+        "kinds": texts("of questions, see mmrl_jax.tasks.shapes.KINDS"),
         "rows": positive(int, "of the grid of places, which has as many columns"),
         "height": positive(int, "of the pictures, pixels"),
         "width": positive(int, "of the pictures, pixels"),
         "counts": anything(tuple, "(least, most) that is counted"),
         "distractors": non_negative(int, "the most objects that a question is not about"),
-        "levels": anything(
-            tuple, "of difficulty, drawn evenly for each question, see mmrl_jax.tasks.shapes.LEVELS"
+        "levels": texts(
+            "of difficulty, drawn evenly for each question, see mmrl_jax.tasks.shapes.LEVELS"
         ),
     },
     "model": token_models.MODEL,
@@ -82,10 +80,8 @@ SCHEMA: config_lib.Schema = {
     | dict(token_stages.RL),
     "grpo": {
         "preset": one_of(tuple(PRESETS), "advantage and loss, see mmrl_jax/rl/token_losses.py"),
-        "pass_at_k": Field(
+        "pass_at_k": positive(
             (int, type(None)),
-            lambda x: x > 0,
-            "greater than 0, or None",
             "k of the advantage that wants one of k answers to be right; None: the preset's own",
         ),
     },

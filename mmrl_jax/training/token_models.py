@@ -19,7 +19,7 @@ from mmrl_jax.pretrained.vision_chat import Sight
 from mmrl_jax.tasks.question import Texts, Tokeniser, Words
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import anything, non_negative, one_of, positive
-from mmrl_jax.training.control_models import DTYPES, LORA, with_adapters
+from mmrl_jax.training.control_models import DTYPES, LORA, check_margin, with_adapters
 from mmrl_jax.types import Params
 
 MODEL: config_lib.Schema = {
@@ -64,6 +64,7 @@ def check_model(config: ml_collections.ConfigDict, height: int, width: int, wher
             f"{where}.height={height} and {where}.width={width} are not both divisible by "
             f"model.patch={m.patch}."
         )
+    check_margin(m)
     if m.width % (2 * m.heads) or m.width % 4:
         raise ValueError(
             f"model.width={m.width} is not divisible by 4 and by twice model.heads={m.heads}."
@@ -325,7 +326,11 @@ def stored_params(config: ml_collections.ConfigDict, model: TokenModel, stage: s
 
 
 def check_halves(config: ml_collections.ConfigDict, model: TokenModel) -> None:
-    """Raises ValueError if a stage trains nothing, or an adapter has no layer; compiles nothing."""
+    """Raises ValueError if a pattern of what is trained or has adapters matches nothing."""
+    drawn = jax.eval_shape(lambda key: draw_variables(config, model, key), jax.random.key(0))
     for stage in ("sft", "rl"):
-        if stage in config:
-            stored_params(config, model, stage)
+        halves(drawn, config, stage)
+    try:
+        lora.split(drawn, config.rl.trained)  # Of its own, without a value head.
+    except ValueError as error:
+        raise ValueError(f"rl.trained: {error}") from error

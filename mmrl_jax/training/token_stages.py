@@ -19,7 +19,7 @@ from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.token_losses import KLS, PRESETS, TokenLoss
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
+from mmrl_jax.training.config import between, non_negative, one_of, pattern, positive
 from mmrl_jax.training.factory import adam, run_fields, schedule
 from mmrl_jax.training.loop import Carry, Stage
 from mmrl_jax.training.token_models import TokenModel, halves, make_variables
@@ -28,9 +28,7 @@ from mmrl_jax.types import Metrics, Params, Transition
 SFT: config_lib.Schema = {
     "updates": non_negative(int, "optimiser steps of supervised fine-tuning; 0 for none"),
     "batch_size": positive(int, "samples an optimiser step"),
-    "trained": anything(
-        str, "pattern of the paths of variables, params/... or lora/...; others are frozen"
-    ),
+    "trained": pattern(str, "of the paths of variables, params/... or lora/...; others are frozen"),
     "learning_rate": positive(float, "of Adam"),
     "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
     "updates_per_dispatch": positive(int, "updates in one compiled call"),
@@ -41,17 +39,15 @@ SFT: config_lib.Schema = {
 RL: config_lib.Schema = {
     "temperature": positive(float, "of the answers"),
     "penalty": non_negative(float, "reward that an answer of no meaning loses"),
-    "trained": anything(str, "as sft.trained; the reference has the frozen ones too"),
+    "trained": pattern(str, "as sft.trained; the reference has the frozen ones too"),
     "kl": one_of(KLS, "estimator of the KL to the reference, which is where RL began"),
     "kl_weight": non_negative(float, "of it; 0 for none"),
     "reference_decay": between(
         float, 0, 1, "the reference moves to the policy by 1 - decay an update; 1 for not at all"
     ),
     "entropy_weight": non_negative(float, "of the entropy bonus"),
-    "max_correction": Field(
+    "max_correction": positive(
         (float, type(None)),
-        lambda x: x > 0,
-        "greater than 0, or None",
         "largest importance weight where answers are drawn in another precision than learned from",
     ),
     "learning_rate": positive(float, "of Adam, at the start"),
@@ -66,9 +62,7 @@ PPO: config_lib.Schema = {
     "discount": between(float, 0, 1, "per turn"),
     "gae_lambda": between(float, 0, 1, "of the advantage estimate, per token"),
     "clip": positive(float, "half width of the trust interval of the ratio"),
-    "value_clip": Field(
-        (float, type(None)), lambda x: x > 0, "greater than 0, or None", "of the value loss"
-    ),
+    "value_clip": positive((float, type(None)), "of the value loss"),
     "value_weight": non_negative(float, "of the value loss"),
 }
 
