@@ -139,7 +139,9 @@ def test_reward_done_and_metrics_of_any_number_become_float32():
     envs.check_env(env)
     state, last, batch = batch_of(coarse)
     for one in (state, last):
-        assert {x.dtype for x in (one.reward, one.done, *one.metrics.values())} == {jnp.float32}
+        assert {x.dtype for x in (one.reward, one.done, *one.metrics.values())} == {
+            np.dtype(np.float32)
+        }
     ended = np.asarray(batch.terminated + batch.truncated)
     np.testing.assert_array_equal(np.unique(ended), [0, 1])
     np.testing.assert_array_equal(batch.reward, 2 * np.asarray(batch.valid))

@@ -27,6 +27,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import control_models
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
 from mmrl_jax.training.loop import Carry, Stage
+from mmrl_jax.training.settings import check_settings
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 SCHEMA: config_lib.Schema = {
@@ -536,8 +537,9 @@ def check_env(config: ml_collections.ConfigDict) -> State:
 
     Raises:
       ValueError: there is no such environment, split or option, an argument is impossible, or see
-        `envs.check_env`.
+        `check_settings` and `envs.check_env`.
     """
+    check_settings()
     env, known = config.env, envs.splits(config.env.name)
     if env.split not in known:
         raise ValueError(f"env.split={env.split!r} is unknown; choose one of {known}.")

@@ -145,6 +145,12 @@ def check_layout(
             lines.append(f"  {path}: {saved} in the checkpoint, {wanted} in the model")
     if lines:
         more = [f"  and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+        if any(line.startswith("  rng: ") for line in lines):
+            impl = jax.config.jax_default_prng_impl
+            more.append(
+                f"The random keys differ: jax_default_prng_impl is {impl!r} now; set it to what it "
+                "was when the run began."
+            )
         raise CheckpointMismatch(
             f"Checkpoint {place} is of another model; {len(lines)} paths differ:\n"
             + "\n".join(lines[:_MAX_LISTED] + more)

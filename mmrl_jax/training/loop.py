@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from mmrl_jax import envs
 from mmrl_jax.envs.brax_api import State
+from mmrl_jax.rl import losses
 from mmrl_jax.training.alarms import Alarms
 from mmrl_jax.training.checkpoint import Checkpointer
 from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
+from mmrl_jax.training.settings import check_settings
 from mmrl_jax.types import Metrics
 
 # What a resumed run may change: how long it goes on and how often it reports.
@@ -153,7 +155,8 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     Returns:
       (carry, data) -> (carry, metrics). Metrics are means over the updates; those of 'episode/*'
       over the updates in which an episode ended, those in OF_STEPS over the updates that took a
-      step. 'sound' is a bool []: less than MAX_SKIPPED of the optimiser steps were skipped, and
+      step, each 0 where there is none: 'counted' has their numbers of updates by the metrics'
+      names. 'sound' is a bool []: less than MAX_SKIPPED of the optimiser steps were skipped, and
       what the learner acts with is finite.
     """
 
@@ -193,19 +196,16 @@ def _summary(acts: Any, metrics: Metrics) -> Metrics:
     finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
     taken, skipped = metrics["update/steps"], metrics["update/skipped"]
 
-    def mean(name: str, x: jax.Array) -> jax.Array:
-        if name.startswith("episode/"):
-            return _mean_where(~jnp.isnan(x), x)
-        return _mean_where(taken > 0, x) if name.startswith(OF_STEPS) else jnp.mean(x)
-
-    means = {name: mean(name, x) for name, x in metrics.items()}
+    counts = {name: taken > 0 for name in metrics if name.startswith(OF_STEPS)}
+    counts |= {name: ~jnp.isnan(x) for name, x in metrics.items() if name.startswith("episode/")}
+    means = {
+        name: losses.masked_mean(x, counts[name]) if name in counts else jnp.mean(x)
+        for name, x in metrics.items()
+    }
     sound = jnp.all(finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
-    return means | {"sound": sound}
-
-
-def _mean_where(counted: jax.Array, x: jax.Array) -> jax.Array:
-    """NaN where nothing counts."""
-    return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.sum(counted)
+    # That there is no mean is no NaN: JAX_DEBUG_NANS takes any in what a program returns for a
+    # fault.
+    return means | {"sound": sound, "counted": jax.tree.map(jnp.sum, counts)}
 
 
 def start(stage: Stage) -> tuple[Carry, Any]:
@@ -247,12 +247,13 @@ def run(
       log_interval_s: least time between two console lines where there is no terminal.
 
     Raises:
-      ValueError: see `Checkpointer`.
+      ValueError: see `check_settings` and `Checkpointer`.
       InvalidEnvironment: see `start`; or all steps of a dispatch's environments are broken, see
         `AutoReset`.
       FloatingPointError: a parameter is not finite, or too many steps of a dispatch were skipped
         because their loss or gradient is not; nothing of that dispatch is saved.
     """
+    check_settings()
     started = time.perf_counter()
     carry, shardings = start(stage)
     init_s = time.perf_counter() - started
@@ -316,11 +317,11 @@ def run(
                 seconds = time.perf_counter() - update_start
                 before, done = done, done + size
                 metrics = jax.device_get(metrics)
-                sound = bool(metrics.pop("sound"))
+                sound, counted = bool(metrics.pop("sound")), metrics.pop("counted")
                 valid = float(metrics.get("rollout/valid_fraction", 1.0))
                 steps = size * stage.env_steps_per_update * valid
                 counters = add(wall_s=seconds, env_steps=round(steps) if sound else 0)
-                values = _row(metrics, counters, done) | {
+                values = _row(metrics, counted, counters, done) | {
                     "time/update_s": seconds / size,
                     "time/samples_per_s": size * stage.samples_per_update / seconds,
                 }
@@ -374,9 +375,17 @@ def _compiler(stage: Stage, shardings: Any) -> Callable[[int, Carry], Update]:
     return compiled
 
 
-def _row(metrics: Mapping[str, Any], counters: Counters, done: int) -> dict[str, float]:
-    """What is logged of a dispatch that ended at update `done`."""
-    return {name: float(x) for name, x in metrics.items() if not _absent(name, x)} | {
+def _row(
+    metrics: Mapping[str, Any], counted: Mapping[str, int], counters: Counters, done: int
+) -> dict[str, float]:
+    """What is logged of a dispatch that ended at update `done`; for `counted` see `make_dispatch`.
+
+    Metrics of episodes are left out where none ended, those of optimiser steps are NaN where none
+    was taken.
+    """
+    absent = {name for name, count in counted.items() if not count}
+    values = {name: math.nan if name in absent else float(x) for name, x in metrics.items()}
+    return {n: x for n, x in values.items() if n not in absent or n.startswith(OF_STEPS)} | {
         "time/compile_s": counters.compile_s,
         "time/wall_s": counters.wall_s,
         "progress/updates": done,
@@ -391,11 +400,6 @@ def _alarms_until(workdir: str | pathlib.Path, done: int) -> Alarms:
         if row["step"] <= done:
             alarms.see(row)
     return alarms
-
-
-def _absent(name: str, value: float) -> bool:
-    """An episode metric of a dispatch in which no episode ended."""
-    return name.startswith("episode/") and math.isnan(value)
 
 
 def _diverged(name: str, workdir: str | pathlib.Path, before: int, done: int) -> str:

@@ -20,6 +20,7 @@ from mmrl_jax.tasks.question import Texts, Tokeniser, Words
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import anything, non_negative, one_of, positive
 from mmrl_jax.training.control_models import DTYPES, LORA, check_margin, with_adapters
+from mmrl_jax.training.settings import check_settings
 from mmrl_jax.types import Params
 
 MODEL: config_lib.Schema = {
@@ -53,6 +54,7 @@ def check_model(config: ml_collections.ConfigDict, height: int, width: int, wher
     Raises:
       ValueError: names the field, its value and the remedy.
     """
+    check_settings()
     m = config.model
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
