@@ -104,7 +104,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: names the field, its value and the remedy.
     """
-    config_lib.check_config(config, SCHEMA | {"model": control_models.schema(config)})
+    config_lib.check_config(config, {**SCHEMA, "model": control_models.schema(config)})
     env, model, warm = config.env, config.model, config.warm_start
     envs.splits(env.name)  # There is such an environment.
     if model.kind == "mlp" and env.height:

@@ -146,9 +146,10 @@ def check_layout(
     if lines:
         more = [f"  and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
         if any(line.startswith("  rng: ") for line in lines):
-            impl = jax.config.jax_default_prng_impl
+            config: Any = jax.config  # Its type does not know this setting.
             more.append(
-                f"The random keys differ: jax_default_prng_impl is {impl!r} now; set it to what it "
+                "The random keys differ: jax_default_prng_impl is "
+                f"{config.jax_default_prng_impl!r} now; set it to what it "
                 "was when the run began."
             )
         raise CheckpointMismatch(
