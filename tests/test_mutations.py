@@ -211,7 +211,7 @@ def test_a_config_file_that_cannot_be_executed_names_the_line(tmp_path):
 
 
 def test_arguments_that_a_config_does_not_take_or_lacks(tmp_path):
-    with pytest.raises(ValueError, match=r"take.*: give 'configs/reach_ppo\.py' alone"):
+    with pytest.raises(ValueError, match=r"positional.*: give 'configs/reach_ppo\.py' alone"):
         config_lib.load_config("configs/reach_ppo.py:reacher")
     path = tmp_path / "mine.py"
     path.write_text("def get_config(name):\n    return name\n")

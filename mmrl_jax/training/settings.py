@@ -1,5 +1,7 @@
 """Settings of JAX that runs do not support: refused before anything is traced."""
 
+from typing import Any
+
 import jax
 
 
@@ -13,15 +15,15 @@ def check_settings() -> None:
     Raises:
       ValueError: names the setting and the remedy.
     """
-    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    config: Any = jax.config  # Its type knows no settings that a context manager changes.
+    if config.jax_enable_x64:
         raise ValueError(
             "jax_enable_x64=True is not supported: runs compute in float32 and bfloat16. Unset "
             "JAX_ENABLE_X64."
         )
-    promotion = jax.config.jax_numpy_dtype_promotion  # type: ignore[attr-defined]
-    if promotion != "standard":
+    if config.jax_numpy_dtype_promotion != "standard":
         raise ValueError(
-            f"jax_numpy_dtype_promotion={promotion!r} is not "
+            f"jax_numpy_dtype_promotion={config.jax_numpy_dtype_promotion!r} is not "
             "supported: integers and floats are mixed throughout, in Brax too. Unset "
             "JAX_NUMPY_DTYPE_PROMOTION."
         )
