@@ -188,11 +188,13 @@ def test_a_record_with_what_cannot_be_read_is_set_aside(line, learned, reason, t
     said = read(tmp_path / "model", HEAD + "{{ m.content }}" + TAIL, added=FAR)
     pictures = records(tmp_path / "pictures", [{}, line, {}, {"more": "\U0001f600"}])
     found = folder_data.open_split(
-        None, said, held_out=1, answer_length=learned, length=64, images=4,
-        directory=pictures, size=(8, 8), batch_size=2, seed=0, max_rejected=0.5,
+        (), said, validation_size=1, test_size=1, test_directory=None, split_seed=0,
+        answer_length=learned, length=64, images=4, directory=pictures, size=(8, 8),
+        resize="stretch", batch_size=1, seed=0, max_rejected=0.5,
     )  # fmt: skip
     ((name, why),) = found.train.rejected
-    assert name == "metadata.jsonl:2" and len(found.train) == 2
+    assert name == "metadata.jsonl:2"
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [1, 1, 1]
     assert re.search(reason, why), why
     why.encode()  # It can be printed and written.
 

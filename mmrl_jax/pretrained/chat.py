@@ -221,7 +221,7 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
     )
 
 
-def stop_tokens(tokenizer: Any, directory: pathlib.Path, *first: int) -> tuple[int, ...]:
+def stop_tokens(tokenizer: Any, directory: str | pathlib.Path, *first: int) -> tuple[int, ...]:
     """The ids that end an answer: those given, the tokenizer's own, and generation_config.json's.
 
     Args:
@@ -232,7 +232,7 @@ def stop_tokens(tokenizer: Any, directory: pathlib.Path, *first: int) -> tuple[i
     Raises:
       ValueError: generation_config.json has something else than ids.
     """
-    path, listed = directory / "generation_config.json", []
+    path, listed = pathlib.Path(directory) / "generation_config.json", []
     if path.is_file():
         try:
             listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
