@@ -34,14 +34,14 @@ def run(model, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     config = config_lib.load_config("configs/folder_grpo.py")
     config.folder.update(
-        directory=str(images), height=16, width=16, prompt_tokens=64, answer_tokens=4
-    )
+        directory=str(images), height=16, width=16, prompt_tokens=64, answer_tokens=4,
+        validation_size=2, test_size=2,
+    )  # fmt: skip
     config.rewards.update(functions=("my_rewards:letters",), weights=(1.0,), workers=1)
     config.model.update(
         pretrained=str(tmp_path / "model"), width=16, heads=2, patch_hidden=16, vision_layers=0
     )
     config.rl.update(questions=4, group=4, minibatches=1, accumulate=1)
-    config.run.update(eval_episodes=2)
     workdir = workdir_lib.as_path(tmp_path / "run")
     train_script.prepare(config, workdir)
     (workdir / "checkpoints" / "1").mkdir(parents=True)
