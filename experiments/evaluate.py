@@ -15,6 +15,10 @@ evaluation.json, beside those of earlier calls:
 Without --episodes there are as many as in the run's own evaluations; of a folder, all records of
 the split. For questions of several levels of difficulty there is also <split>/<level>/accuracy and
 so on, of those of the episodes that are of the level.
+
+A run on a folder has reward functions, which are imported and run: those of a module that is not of
+this package with --trust_modules alone. What the run depends on must be what it was trained with;
+--accept_changes=records evaluates it on other records.
 """
 
 from collections.abc import Callable, Collection, Iterator

@@ -10,6 +10,8 @@ Writes to the workdir:
   metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
   checkpoints/          the newest ones and the best
   config.json           the config; a workdir of another config is refused
+  run.json              fingerprints of what the run depends on beside it, see --accept_changes
+  lock.json             while a process runs there: which one
   samples.html          of policies that answer questions: pictures, questions, answers, rewards
   warm_start/           the same of a warm start before PPO; sft/, of fine-tuning before RL
 

@@ -119,7 +119,7 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
         "final/test/return", "final/test/return_lo", "final/test/return_hi",
         "final/test/failed_fraction",
     ]  # fmt: skip
-    assert not any("test" in name for row in logged for name in row)
+    assert not any(name.startswith("eval/test/") for row in logged for name in row)
     made_of = train_script.acting(make_config(), trained)
     shown = folder_factory.answered_samples(make_config(), made_of, 24)
     assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
@@ -177,7 +177,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     (row,) = rows(tmp_path / "sft")
     assert row["loss/answer"] < 4
     # RL begins with what was learned, and both can be evaluated from what was stored.
-    before = evaluate.restore_tokens(tmp_path / "sft", "latest")[1][0]
+    before = evaluate.restore_tokens(tmp_path / "sft", "latest", trust_modules=True)[1][0]
     after = trained.tuned.carry.learner.params
     assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh(config)) > 0.05
     page = (tmp_path / "samples.html").read_text()
@@ -196,7 +196,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         assert tuple(sample.question for sample in shown) == tested.prompts
         assert tuple(sample.right for sample in shown) == tested.answers
     with pytest.raises(ValueError, match="3 episodes, but split 'validation' has 2 records"):
-        evaluate.evaluate(place, which="latest", split="all", episodes=3)
+        evaluate.evaluate(place, which="latest", split="all", episodes=3, trust_modules=True)
 
 
 def test_fine_tuning_reads_a_batch_at_a_time_and_goes_on_bitwise(make_config, tmp_path):
@@ -282,7 +282,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
     assert row[f"eval/validation/reward/{HALF}"] is None
     assert row[f"eval/validation/reward/{LENGTH}"] >= 0
     with pytest.raises(ValueError, match="has a score"):
-        evaluate.restore_tokens(tmp_path, "best")
+        evaluate.restore_tokens(tmp_path, "best", trust_modules=True)
     # One line for one reason, with who and why; once more when held-out samples are written.
     told = capfd.readouterr().err.splitlines()
     assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in told) == 2

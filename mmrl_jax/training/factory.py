@@ -398,7 +398,7 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
         epochs=p.epochs,
         minibatches=p.minibatches,
         target_kl=p.target_kl,
-        recompute=config.model.dtype != "float32",
+        recompute=config.model.get("dtype", "float32") != "float32",  # An MLP has no other.
     )
 
     def act(learner: LearnerState, env_state: State, key: jax.Array) -> tuple[State, Transition]:

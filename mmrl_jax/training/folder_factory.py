@@ -305,7 +305,8 @@ def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
     parts = make_parts(config)
     records = open_records(config, parts)
-    table = pathlib.Path(config.folder.directory) / METADATA
+    directories = config.folder.directory, config.folder.test_directory
+    tables = [(pathlib.Path(d) / METADATA).read_bytes() for d in directories if d is not None]
     images = [
         (name, info.digest)
         for part in records
@@ -316,7 +317,7 @@ def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
         for name, function in reward_functions(config).items()
     }
     return token_models.dependencies(config.model, parts.chat) | {
-        "records": fingerprints.digest(table.read_bytes(), sorted(images)),
+        "records": fingerprints.digest(tables, sorted(images)),
         "reward_functions": fingerprints.digest(sorted(sources.items())),
     }
 

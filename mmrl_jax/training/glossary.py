@@ -151,7 +151,7 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "rollout/broken": Metric(
         "steps",
-        "Steps after which an environment's observation or reward was not finite: it was reset",
+        "Steps after which numbers of an environment were not finite: it was reset",
         "0",
     ),
     "update/steps": Metric(

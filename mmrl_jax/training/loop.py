@@ -175,23 +175,10 @@ def run(
             init_start = time.perf_counter()
             carry, shardings = start(stage)
             init_s = time.perf_counter() - init_start
-        earlier_s = counters.total_s
-
-        def over() -> bool:
-            late = max_seconds is not None and counters.wall_s >= max_seconds
-            return late or done >= stage.updates
-
-        def add(**more: float) -> Counters:
-            total = earlier_s + time.perf_counter() - started
-            sums = {name: getattr(counters, name) + x for name, x in more.items()}
-            return dataclasses.replace(counters, total_s=total, **sums)
-
-        if over():
-            return Result(carry, done, counters, earlier_s, terminated())
-        counters = add(compile_s=init_s)
-        programs: dict[int, Callable[[Carry, Any], Dispatched]] = {}
-        alarms = _alarms_until(workdir, done)
-        error: Exception | None = None
+        progress = _Progress(stage.updates, max_seconds, started, done, counters)
+        if progress.over():
+            return Result(carry, done, counters, progress.earlier_s, terminated())
+        progress.add(compile_s=init_s)
         with MetricWriter(
             workdir,
             total_steps=stage.updates,
@@ -203,80 +190,179 @@ def run(
             active=jax.process_index() == 0,
         ) as writer:
             compiled = _compiler(stage, shardings, terminated, writer.message)
-            failed_evaluations = 0
-            while error is None and not (over() or terminated()):
-                size = min(stage.updates_per_dispatch, stage.updates - done)
-                if size not in programs:
-                    writer.message(f"{stage.name}: compiling ...")
-                    compile_start = time.perf_counter()
-                    programs[size] = compiled(size, carry)
-                    compile_s = time.perf_counter() - compile_start
-                    counters = add(compile_s=compile_s)
-                    writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
-                    continue  # A signal may have come meanwhile.
-                update_start = time.perf_counter()
-                with jax.transfer_guard("disallow"):
-                    carry, metrics, size, retries, error = programs[size](carry, stage.data)
-                    jax.block_until_ready(carry.updates)
-                if metrics is None:
-                    break
-                seconds = time.perf_counter() - update_start
-                before, done = done, done + size
-                metrics = jax.device_get(metrics)
-                sound, counted = bool(metrics.pop("sound")), metrics.pop("counted")
-                valid = float(metrics.get("rollout/valid_fraction", 1.0))
-                steps = size * stage.env_steps_per_update * valid
-                counters = add(wall_s=seconds, env_steps=round(steps) if sound else 0)
-                values = _row(metrics, counted, counters, done) | {
-                    "time/update_s": seconds / size,
-                    "time/samples_per_s": size * stage.samples_per_update / seconds,
-                }
-                values |= {"update/retries": retries} if retries else {}
-                if valid == 0.0 and metrics["rollout/broken"] > 0:
-                    writer.write(done, values)
-                    raise envs.InvalidEnvironment(_all_broken(before, done))
-                if not sound:
-                    writer.write(done, values)
-                    raise FloatingPointError(_diverged(stage.name, workdir, before, done))
-                last = over()
-                if stage.evaluate is not None and (
-                    last or done // stage.eval_interval > before // stage.eval_interval
-                ):
-                    eval_start = time.perf_counter()
-                    try:
-                        values |= stage.evaluate(carry.learner)
-                    except Exception as caught:  # It must not end what it only looks at.
-                        failed_evaluations += 1
-                        writer.message(
-                            f"{stage.name}: the evaluation at update {done} failed, and the run "
-                            f"goes on without: {one_line(caught)}"
-                        )
-                    values["time/eval_s"] = time.perf_counter() - eval_start
-                values |= {"eval/failed": failed_evaluations} if failed_evaluations else {}
-                for text in alarms.see(values).values():
-                    writer.message(f"{stage.name}: alarm at update {done}: {text}")
-                values |= {f"alarm/{name}": 1.0 for name in alarms.raised}
-                writer.write(done, values)
-                writer.flush()
-                best = stage.best_metric
-                scores = {best: values[best]} if best is not None and best in values else {}
-                checkpointer.save(
-                    done,
-                    carry,
-                    extra=dataclasses.asdict(add()),
-                    metrics=scores,
-                    force=last or bool(scores),
-                )
-            if done:
-                checkpointer.save(
-                    done, carry, extra=dataclasses.asdict(add()), metrics={}, force=True
-                )
+            logging = _Logging(stage, workdir, writer, checkpointer, done)
+            carry, error = _train(carry, stage, compiled, progress, logging, terminated)
+            if progress.done:
+                logging.save(carry, progress, {}, force=True)
         checkpointer.wait()
         if error is not None and not terminated():
             if not may_pass(error):
                 raise error
-            raise HostFailed(_host_failed(stage.name, done, error)) from error
-        return Result(carry, done, add(), earlier_s, terminated())
+            raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
+        counters = progress.add()
+        return Result(carry, progress.done, counters, progress.earlier_s, terminated())
+
+
+class _Progress:
+    """How far a stage has come, and what that took.
+
+    Attributes:
+      done: updates.
+      counters: see there.
+      earlier_s: see `Result`.
+    """
+
+    def __init__(
+        self,
+        updates: int,
+        max_seconds: float | None,
+        started: float,
+        done: int,
+        counters: Counters,
+    ):
+        self._updates, self._max_seconds, self._started = updates, max_seconds, started
+        self.done, self.counters, self.earlier_s = done, counters, counters.total_s
+
+    def over(self) -> bool:
+        """Whether the stage ends here."""
+        late = self._max_seconds is not None and self.counters.wall_s >= self._max_seconds
+        return late or self.done >= self._updates
+
+    def add(self, **more: float) -> Counters:
+        """Adds to counters, and brings the total time up to now."""
+        total = self.earlier_s + time.perf_counter() - self._started
+        sums = {name: getattr(self.counters, name) + x for name, x in more.items()}
+        self.counters = dataclasses.replace(self.counters, total_s=total, **sums)
+        return self.counters
+
+
+class _Logging:
+    """What is logged, shown and saved of a stage's updates, from update `done` on.
+
+    Attributes:
+      writer: of metrics and messages.
+      path: of the rows.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        workdir: PathLike,
+        writer: MetricWriter,
+        checkpointer: Checkpointer,
+        done: int,
+    ):
+        self._stage, self._checkpointer = stage, checkpointer
+        self._failed_evaluations = 0
+        self.writer = writer
+        self.path = as_path(workdir) / JSONL_NAME
+        self._alarms = Alarms()
+        for row in read_jsonl(self.path):  # Alarms that the whole run would have had.
+            if row["step"] <= done:
+                self._alarms.see(row)
+
+    def log(self, values: dict[str, float], carry: Carry, progress: _Progress, before: int) -> None:
+        """Evaluates if it is due, writes a row and, if it is due, a checkpoint.
+
+        Args:
+          values: of the dispatch.
+          carry: after it.
+          progress: after it.
+          before: updates that were done before it.
+        """
+        stage, last, done = self._stage, progress.over(), progress.done
+        if stage.evaluate is not None and (
+            last or done // stage.eval_interval > before // stage.eval_interval
+        ):
+            values |= self._evaluation(carry, done)
+        if self._failed_evaluations:
+            values["eval/failed"] = self._failed_evaluations
+        for text in self._alarms.see(values).values():
+            self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
+        values |= {f"alarm/{name}": 1.0 for name in self._alarms.raised}
+        self.writer.write(done, values)
+        self.writer.flush()
+        best = stage.best_metric
+        scores = {best: values[best]} if best is not None and best in values else {}
+        self.save(carry, progress, scores, force=last or bool(scores))
+
+    def save(
+        self, carry: Carry, progress: _Progress, scores: Mapping[str, float], *, force: bool
+    ) -> None:
+        """Saves the carry, if it is due or forced."""
+        extra = dataclasses.asdict(progress.add())
+        self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
+
+    def _evaluation(self, carry: Carry, done: int) -> dict[str, float]:
+        """Metrics of an evaluation; only its time if it fails, for it must end no run."""
+        assert self._stage.evaluate is not None
+        values, eval_start = {}, time.perf_counter()
+        try:
+            values = dict(self._stage.evaluate(carry.learner))
+        except Exception as error:
+            self._failed_evaluations += 1
+            self.writer.message(
+                f"{self._stage.name}: the evaluation at update {done} failed, and the run goes on "
+                f"without: {one_line(error)}"
+            )
+        return values | {"time/eval_s": time.perf_counter() - eval_start}
+
+
+def _train(
+    carry: Carry,
+    stage: Stage,
+    compiled: Callable[[int, Carry], Callable[[Carry, Any], Dispatched]],
+    progress: _Progress,
+    logging: _Logging,
+    stopping: Callable[[], bool],
+) -> tuple[Carry, Exception | None]:
+    """Takes the updates of a stage until it is over, is to stop, or an update's host half fails.
+
+    Returns:
+      The carry of progress.done updates, and the error of the host's half.
+
+    Raises:
+      InvalidEnvironment, FloatingPointError: see `run`.
+    """
+    programs: dict[int, Callable[[Carry, Any], Dispatched]] = {}
+    error: Exception | None = None
+    while error is None and not (progress.over() or stopping()):
+        size = min(stage.updates_per_dispatch, stage.updates - progress.done)
+        if size not in programs:
+            logging.writer.message(f"{stage.name}: compiling ...")
+            compile_start = time.perf_counter()
+            programs[size] = compiled(size, carry)
+            compile_s = time.perf_counter() - compile_start
+            progress.add(compile_s=compile_s)
+            logging.writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
+            continue  # A signal may have come meanwhile.
+        update_start = time.perf_counter()
+        with jax.transfer_guard("disallow"):
+            carry, metrics, size, retries, error = programs[size](carry, stage.data)
+            jax.block_until_ready(carry.updates)
+        if metrics is None:
+            break
+        seconds = time.perf_counter() - update_start
+        before = progress.done
+        progress.done += size
+        metrics = jax.device_get(metrics)
+        sound, counted = bool(metrics.pop("sound")), metrics.pop("counted")
+        valid = float(metrics.get("rollout/valid_fraction", 1.0))
+        steps = size * stage.env_steps_per_update * valid
+        progress.add(wall_s=seconds, env_steps=round(steps) if sound else 0)
+        values = _row(metrics, counted, progress.counters, progress.done) | {
+            "time/update_s": seconds / size,
+            "time/samples_per_s": size * stage.samples_per_update / seconds,
+        }
+        values |= {"update/retries": retries} if retries else {}
+        broken = valid == 0.0 and metrics["rollout/broken"] > 0
+        if broken or not sound:
+            logging.writer.write(progress.done, values)
+            if broken:
+                raise envs.InvalidEnvironment(_all_broken(before, progress.done))
+            raise FloatingPointError(_diverged(stage.name, logging.path, before, progress.done))
+        logging.log(values, carry, progress, before)
+    return carry, error
 
 
 def _compiler(
@@ -321,22 +407,13 @@ def _row(
     }
 
 
-def _alarms_until(workdir: PathLike, done: int) -> Alarms:
-    """Alarms that have seen what was logged up to `done` updates."""
-    alarms = Alarms()
-    for row in read_jsonl(as_path(workdir) / JSONL_NAME):
-        if row["step"] <= done:
-            alarms.see(row)
-    return alarms
-
-
-def _diverged(name: str, workdir: PathLike, before: int, done: int) -> str:
+def _diverged(name: str, path: PathLike, before: int, done: int) -> str:
     return (
         f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
         f"the loss or gradient of half of the optimiser steps or more is not. Nothing of them is "
         f"saved. The same command would come to the same point again: start in a fresh workdir "
         f"with a lower learning rate, or look at update/skipped, loss/* and grad/norm in "
-        f"{as_path(workdir) / JSONL_NAME}."
+        f"{path}."
     )
 
 

@@ -171,9 +171,7 @@ class MetricFiles:
             self._tell(f"{path.name} is damaged: it was moved to {beside.name}, and what can be "
                        "read of it is written again.")  # fmt: skip
         kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
-        if damaged or path.exists():
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            workdir_lib.write_text(path, text)
+        workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _open_board(directory: pathlib.Path, first: int) -> Any:
