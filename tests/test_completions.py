@@ -23,7 +23,7 @@ def tokenizer():
 
 
 def test_nothing_but_the_end_of_a_completion_is_left_out(tokenizer):
-    chat = Chat(tokenizer, Template("", "", "", (TURN, END)), IMAGE)
+    chat = Chat(tokenizer, Template("", "", "", (TURN, END)), IMAGE, len(WORDS))
     assert chat.stop == chat.pad == TURN and chat.stops == (TURN, END)
     for ids, text in (
         ([TWO, RED, TURN], "two red"),

@@ -357,8 +357,7 @@ def test_dpo_and_ppo_prefer_and_learn_from_no_truncated_completion():
 
 def test_overlong_completions_lose_reward_where_it_is_known():
     given = experience()
-    length = given.answers.tokens.shape[-1]
-    present = jnp.arange(length) < jnp.array([[1, length - 1, length]] * 4)[..., None]
+    present = jnp.arange(5) < jnp.array([[3, 4, 5]] * 4)[..., None]
     given = given._replace(
         answers=given.answers._replace(present=present),
         reward=jnp.ones((4, 3)).at[0].set(0.0),
@@ -367,10 +366,9 @@ def test_overlong_completions_lose_reward_where_it_is_known():
     config = config_lib.load_config("configs/count_grpo.py")
     assert token_stages.shape_rewards(config, given) is given
     config.rl.overlong_buffer = 2
-    # Of the last two tokens each costs a half.
-    expected = [[1, 0.5, 0]] * 3 if length > 2 else None
+    # Of the last two of five tokens each costs a half.
     shaped = token_stages.shape_rewards(config, given)
-    np.testing.assert_array_equal(shaped.reward[1:], expected)
+    np.testing.assert_array_equal(shaped.reward[1:], [[1, 0.5, 0]] * 3)
     np.testing.assert_array_equal(shaped.reward[0], 0.0)
     token_stages.check_overlong(config, 2)
     with pytest.raises(ValueError, match="rl.overlong_buffer=2 is more than the 1 tokens"):
