@@ -73,7 +73,7 @@ def check_env(env: Env, *, pixels: bool = False) -> State:
             whole_number(f"{who}.{name}", getattr(env, name), 1)
         except ValueError as error:
             raise InvalidEnvironment(str(error)) from error
-    state = _shapes(f"{who}.reset", env.reset, jax.eval_shape(jax.random.PRNGKey, 0))
+    state = _shapes(f"{who}.reset", env.reset, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     _check_state(f"{who}.reset", env, state)
     shape, dtype = ((env.action_size,), jnp.float32), ((), jnp.int32)
     action = jax.ShapeDtypeStruct(*(shape if env.action_kind == "continuous" else dtype))
@@ -148,7 +148,8 @@ def _check_state(what: str, env: Env, state: Any) -> None:
         _is(proprio, 1, jnp.float32), "state.obs['proprio']", _text(proprio), "a float32 vector [P]"
     )
     if "instruction" in obs:
-        need(hasattr(env, "vocabulary"), "an instruction", "without 'vocabulary'", "an attribute")
+        wanted = "given with a 'vocabulary', an attribute, see instructions.Vocabulary"
+        need(hasattr(env, "vocabulary"), "state.obs", "with an instruction", wanted)
         words = obs["instruction"]
         right = isinstance(words, dict) and words.keys() == {"tokens", "mask"}
         right = right and _is(words["tokens"], 1, jnp.int32) and _is(words["mask"], 1, jnp.bool_)

@@ -176,7 +176,7 @@ def check_network(config: ml_collections.ConfigDict, env: Env) -> None:
         return with_adapters(network.init(key, zeros)["params"], m.lora, key)
 
     network, zeros = make_network(config, env), _zeros(env)
-    check_frozen(jax.eval_shape(shapes, jax.eval_shape(jax.random.PRNGKey, 0)), m.frozen)
+    check_frozen(jax.eval_shape(shapes, jax.eval_shape(lambda: jax.random.PRNGKey(0))), m.frozen)
 
 
 def check_frozen(variables: Params, frozen: str | None) -> None:
