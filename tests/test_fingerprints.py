@@ -1,5 +1,6 @@
 """What a run depends on beside its config: changes are named where it is used again."""
 
+import dataclasses
 import shutil
 import sys
 
@@ -122,10 +123,7 @@ def test_tokens_and_template_are_part_of_the_prompts(run):
     assert set(now) < set(fingerprints.MEANINGS)
     chat = folder_factory.make_parts(config).chat
     other = chat.template._replace(before=chat.template.before + " ")
-    shifted = type("Chat", (), {
-        "template": other, "prompt": chat.prompt, "answer": chat.answer
-    })  # fmt: skip
-    changed = token_models.dependencies(config.model, shifted)
+    changed = token_models.dependencies(config.model, dataclasses.replace(chat, template=other))
     assert changed["chat_template"] != now["chat_template"]
     assert changed["base_weights"] == now["base_weights"]
 

@@ -23,7 +23,7 @@ from mmrl_jax.pretrained.chat import Chat, Template
 from mmrl_jax.pretrained.peft_format import load_adapter, save_adapter
 from mmrl_jax.tasks.question import Question
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import factory, folder_factory, metrics, question_factory
+from mmrl_jax.training import factory, folder_factory, metrics, question_factory, token_models
 from tests import processors
 from tests.test_folder import folder
 
@@ -149,6 +149,18 @@ def test_an_answer_begins_as_the_template_has_it(make):
         chat = read(make(family)[0]).chat
         assert chat.tokenizer.decode(chat.answer("two")) == said
         assert chat.decode(chat.answer("two")) == "two"
+
+
+def test_a_whole_model_s_texts_are_recorded_whatever_an_image_s_tokens(make):
+    digests = set()
+    for family in ("smolvlm", "qwen2_5_vl"):
+        directory = make(family)[0]
+        config = small("vlm_grpo", directory)
+        texts = read(directory).chat
+        digests.add(token_models.dependencies(config.model, texts)["chat_template"])
+        again = read(directory, splitting=False).chat
+        digests.add(token_models.dependencies(config.model, again)["chat_template"])
+    assert len(digests) == 2
 
 
 def test_an_answer_is_read_behind_its_prompt():

@@ -128,10 +128,10 @@ class Chat:
         """What every prompt and every answer of a run has around it, as data for JSON.
 
         Two models read the same texts only if this is the same: the template as it was rendered,
-        with the ids that the tokenizer gives it.
+        and the ids that the tokenizer gives to a prompt, with the mark of an image, and an answer.
         """
-        texts = self.template.before, self.template.after, self.template.lead
-        ids = [self._ids(text) for text in texts]
+        prompt = f"{self.template.before}{_OTHER_TURN}{self.template.after}"
+        ids = self._ids(prompt), self._ids(self.template.lead + _OTHER_REPLY)
         return json.loads(json.dumps(self.template._asdict() | {"ids": ids}))
 
     def _ids(self, text: str) -> list[int]:

@@ -147,11 +147,9 @@ def dependencies(m: ml_collections.ConfigDict, tokeniser: Tokeniser) -> dict[str
     if m.pretrained is None:
         return {}
     texts = cast(chat.Chat, tokeniser)
-    probe = "How many red circles are there?"
-    rendered = texts.prompt(probe, images=1), texts.answer(probe)
     return {
         "base_weights": weights.fingerprint(chat.directory_of(m.pretrained)),
-        "chat_template": fingerprints.digest(tuple(texts.template), rendered),
+        "chat_template": fingerprints.digest(texts.rendered()),
     }
 
 
