@@ -106,7 +106,7 @@ def is_fine_tuning(workdir: epath.Path) -> bool:
 def _check_model(
     workdir: epath.Path, config: ml_collections.ConfigDict, accept: Collection[str]
 ) -> None:
-    """Compares what the model of a run depends on; records and rewards may be gone by now."""
+    """Compares what the model of a run depends on; records and rewards may have changed."""
     now = factory_of(config).dependencies(config)
     of_model = {name: x for name, x in now.items() if name in fingerprints.OF_MODEL}
     fingerprints.check(workdir, of_model, accept=accept)

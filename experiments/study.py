@@ -129,6 +129,17 @@ def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Pat
         writer = csv.writer(file)
         writer.writerow(("variant", "metric", "iqm", "lo", "hi", "seeds"))
         writer.writerows(rows)
+    lacking = [
+        f"{variant}/{seed}"
+        for variant in variants
+        for seed, run in results[variant].items()
+        if run.get(study.MAIN) is None
+    ]
+    if lacking:
+        raise ValueError(
+            f"The runs {', '.join(lacking)} of {workdir} have no number for {study.MAIN}: see why "
+            f"in their output, mend it, and delete their {RESULT} so that they are run again."
+        )
     main = {variant: metrics(results[variant])[study.MAIN] for variant in variants}
     command = " ".join(["python -m experiments.study", *sys.argv[1:]])
     text = markdown(main, results, study.MAIN, command=command)
@@ -142,9 +153,13 @@ def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Pat
 
 
 def metrics(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Metric -> one value a seed."""
+    """Metric -> one value a seed; without metrics that a seed has no number for (null)."""
     first = next(iter(runs.values()))
-    names = [name for name in first if name not in PROVENANCE]
+    names = [
+        name
+        for name in first
+        if name not in PROVENANCE and all(run.get(name) is not None for run in runs.values())
+    ]
     return {name: [float(run[name]) for run in runs.values()] for name in names}
 
 
@@ -207,7 +222,7 @@ def main(argv: list[str]) -> None:
                 )
             config = study.get_config(variant)
             factory_of(config).check(config)
-    with clean_exit(*FAILURES):
+    with clean_exit(ValueError, *FAILURES):
         finished = run(study, workdir, variants, range(study.SEEDS))
     if not finished:
         print("Interrupted; the same command goes on from the last checkpoint.")

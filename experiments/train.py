@@ -145,10 +145,20 @@ def prepare(
         return stack.pop_all()
 
 
-def train(config: ml_collections.ConfigDict, workdir: workdir_lib.PathLike) -> Trained:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: workdir_lib.PathLike,
+    *,
+    accept: Collection[str] = (),
+) -> Trained:
     """Runs the stages of a config, each resumed from its newest checkpoint.
 
     Writes what the module's docstring lists; summary.json only if nothing interrupted it.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      accept: see `prepare`.
 
     Raises:
       ValueError: see `prepare`.
@@ -157,7 +167,7 @@ def train(config: ml_collections.ConfigDict, workdir: workdir_lib.PathLike) -> T
     """
     started = time.perf_counter()
     workdir = workdir_lib.as_path(workdir)
-    with prepare(config, workdir):
+    with prepare(config, workdir, accept=accept):
         stages = control_stages if factory_of(config) is factory else token_stages
         trained = stages(config, workdir)
         if not trained.interrupted and jax.process_index() == 0:
@@ -248,7 +258,7 @@ def final_evaluation(workdir: epath.Path, tested: Mapping[str, float]) -> dict[s
     """'final/<split>/success', '_lo' and '_hi', of a test split or as a stage last logged them.
 
     Where there is no success it is 'return', or for questions 'accuracy'; for a folder there is
-    'failed_fraction' too. There is nothing, and a message, where no evaluation is logged: all
+    'failed_fraction' too. There is nothing, and a message, where the last row has no evaluation: it
     failed, or metrics.jsonl was deleted.
 
     Args:
@@ -256,10 +266,12 @@ def final_evaluation(workdir: epath.Path, tested: Mapping[str, float]) -> dict[s
       tested: metrics of a test split by their logged names; empty where there is none.
     """
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    row = tested or next((x for x in reversed(rows) if any(map(_is_evaluation, x))), None)
+    # An evaluation of earlier parameters is none of what the run became.
+    row = tested or (rows[-1] if rows and any(map(_is_evaluation, rows[-1])) else None)
     if row is None:
         print(
-            f"summary.json has no final evaluation, for {workdir / metrics.JSONL_NAME} has none: "
+            f"summary.json has no final evaluation, for the last row of "
+            f"{workdir / metrics.JSONL_NAME} has none: "
             f"python -m experiments.evaluate --workdir={workdir}",
             file=sys.stderr,
             flush=True,
@@ -331,7 +343,7 @@ def main(argv: list[str]) -> None:
         workdir = workdir_lib.as_path(FLAGS.workdir)
         lock = prepare(FLAGS.config, workdir, accept=FLAGS.accept_changes)
     with lock, clean_exit(*FAILURES):
-        trained = train(FLAGS.config, workdir)
+        trained = train(FLAGS.config, workdir, accept=FLAGS.accept_changes)
     ended = "interrupted; the same command goes on" if trained.interrupted else "done"
     print(f"Training {ended}. Outputs: {FLAGS.workdir}")
 

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 
+from mmrl_jax.tasks import reward_workers
 from mmrl_jax.tasks.rewards import NoRewards, Pool, exact_match, on_failure
 from tests import reward_functions as user
 
@@ -332,3 +333,20 @@ def test_ctrl_c_is_left_to_the_training(pool):
         os.kill(worker.pid, signal.SIGINT)
     scored = ask(pool, [["fine"] * 4])
     assert scored.valid.all() and pool._workers.all == workers
+
+
+def test_workers_that_cannot_be_replaced_are_missing_only_for_a_while(monkeypatch):
+    def without_memory(*_):
+        raise OSError("Cannot allocate memory")
+
+    functions = {"exact_match": exact_match}
+    with Pool(functions, {"exact_match": 1.0}, workers=1, timeout_s=60.0) as pool:
+        (worker,) = pool._workers.all
+        worker._process.kill()
+        worker._process.join()
+        with monkeypatch.context() as patch:
+            patch.setattr(reward_workers, "Worker", without_memory)
+            with pytest.raises(OSError, match="Cannot allocate memory"):
+                pool(["p"], [["1"]], ["x"], [{}])
+        # The next call starts what is missing.
+        assert pool(["p"], [["x", "y"]], ["x"], [{}]).reward.tolist() == [[1.0, 0.0]]

@@ -80,6 +80,8 @@ class BraxPPO:
 
     def _run(self, config: ml_collections.ConfigDict) -> None:
         self._go.acquire()
+        if self._stopped:  # Our side failed before the peer was asked for anything.
+            return
         try:
             trainer(config)(
                 num_timesteps=1000 * UPDATES * _batch(config),

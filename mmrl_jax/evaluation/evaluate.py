@@ -133,7 +133,7 @@ class Evaluator:
             lambda x: mesh_lib.constrain_batch(x, mesh=self._mesh) if x.size else x, state
         )
         policy = self._policy(made_of)
-        if self._episodes > 1:
+        if self._size > 1:
             for i, modality in enumerate(MODALITIES):
                 if modality in state.obs:
                     policy = hide(policy, modality, hidden == i, count)

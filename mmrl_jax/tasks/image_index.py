@@ -84,8 +84,11 @@ class ImageIndex:
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"version": self._version, "images": images}))
-            temporary.replace(self._path)
+            try:
+                temporary.write_text(json.dumps({"version": self._version, "images": images}))
+                temporary.replace(self._path)
+            finally:
+                temporary.unlink(missing_ok=True)  # What a full disk has cut off.
             self._changed = False
 
     def _load(self) -> dict[str, tuple[tuple[int, int], ImageInfo]]:

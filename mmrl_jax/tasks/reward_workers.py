@@ -146,39 +146,52 @@ class Workers:
     Args:
       functions: name -> function.
       memory_mb: see `Worker`.
+      count: how many there are, once `refill` was called.
     """
 
-    def __init__(self, functions: Mapping[str, RewardFunction], memory_mb: int | None):
+    def __init__(
+        self, functions: Mapping[str, RewardFunction], memory_mb: int | None, *, count: int
+    ):
         self._functions, self._memory_mb = pickle.dumps(dict(functions)), memory_mb
         self._guard = process_guard.Guard()
+        self._count = count
         self.all: list[Worker] = []
 
-    def start(self, count: int) -> None:
-        """Starts workers, at the same time; for errors see `Worker.await_start`."""
-        started = [self._new() for _ in range(count)]
-        for worker in started:
-            worker.await_start()
+    def refill(self) -> None:
+        """Starts the workers that are missing, at the same time.
+
+        Some are at first, and where one could not be replaced. For errors see
+        `Worker.await_start`; what has not started is stopped then.
+        """
+        started = [self._new() for _ in range(self._count - len(self.all))]
+        try:
+            for worker in started:
+                worker.await_start()
+        except BaseException:
+            for worker in started:
+                self.stop(worker)
+            raise
 
     def replace(self, worker: Worker) -> Worker:
-        """Stops a worker and starts another one; for errors see `Worker.await_start`."""
-        self._stop(worker)
-        new = self._new()
-        new.await_start()
-        return new
+        """Stops a worker and starts another one; for errors see `refill`."""
+        self.stop(worker)
+        self.refill()
+        return self.all[-1]
+
+    def stop(self, worker: Worker) -> None:
+        """Stops a worker; `refill` starts another one."""
+        self.all.remove(worker)
+        worker.stop()
 
     def close(self) -> None:
         """Stops all workers and the guard."""
         for worker in list(self.all):
-            self._stop(worker)
+            self.stop(worker)
         self._guard.close()
 
     def _new(self) -> Worker:
         self.all.append(Worker(self._functions, self._memory_mb, self._guard))
         return self.all[-1]
-
-    def _stop(self, worker: Worker) -> None:
-        self.all.remove(worker)
-        worker.stop()
 
 
 @contextlib.contextmanager

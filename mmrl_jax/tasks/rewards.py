@@ -190,11 +190,11 @@ class Pool:
             for name, function in functions.items()
         }
         self._numbers = itertools.count(1)
-        self._workers = Workers(functions, memory_mb)
+        self._workers = Workers(functions, memory_mb, count=workers)
         # At the end of this process it comes before multiprocessing waits for its processes.
         self._finalize = util.Finalize(self, self._workers.close, exitpriority=10)
         try:
-            self._workers.start(workers)
+            self._workers.refill()
         except BaseException:
             self.close()
             raise
@@ -281,6 +281,7 @@ class Pool:
 
     def _run(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Result]:
         """What comes of each call."""
+        self._workers.refill()
         results = [Result(math.nan, "not called")] * len(calls)
         waiting, idle = deque(range(len(calls))), deque(self._workers.all)
         # Of those that work: which of the calls, its number, until when.
@@ -312,8 +313,8 @@ class Pool:
                         worker = self._workers.replace(worker)
                     idle.append(worker)
         except BaseException:
-            # Whoever is still busy would answer to the next batch's calls.
+            # Whoever is still busy would answer to the next batch's calls, which starts others.
             for *_, worker in busy.values():
-                self._workers.replace(worker)
+                self._workers.stop(worker)
             raise
         return results

@@ -72,6 +72,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             "'language_reach'."
         )
     token_models.check_model(config, env.height, env.width, "env")
+    token_stages.check_reference(config)
     turns = r.num_envs * r.unroll
     if turns % (r.minibatches * r.accumulate):
         raise ValueError(

@@ -26,6 +26,12 @@ from mmrl_jax.training.config import Field, anything, non_negative, one_of, patt
 from mmrl_jax.types import Observation, Params
 
 MODELS = ("multimodal", "vlm", "mlp")
+# Of each kind a config that has its keys.
+CONFIGS = {
+    "multimodal": "configs/reach_ppo.py",
+    "vlm": "configs/reach_vlm.py",
+    "mlp": "configs/mlp_ppo.py",
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 LORA: config_lib.Schema = {
@@ -117,7 +123,12 @@ def schema(config: ml_collections.ConfigDict) -> config_lib.Schema:
             f"model.kind={kind!r} does not read "
             + ", ".join(f"model.{name}={model[name]!r}" for name in unread)
             + ": leave these keys out of the config"
-            + (f", or choose model.kind={others[0]!r}." if others else ".")
+            + (
+                f", or begin with {CONFIGS[others[0]]}, of model.kind={others[0]!r}"
+                if others
+                else ""
+            )
+            + f"; {CONFIGS[kind]} has the keys of model.kind={kind!r}."
         )
     return {name: MODEL[name] for name in READ[kind]}
 
@@ -132,7 +143,7 @@ def check_vlm(config: ml_collections.ConfigDict) -> None:
     if config.env.history != 1:
         raise ValueError(
             f"env.history={config.env.history}, but model.kind='vlm' sees one frame; set "
-            f"env.history to 1, or model.kind='multimodal'."
+            f"env.history to 1, or begin with {CONFIGS['multimodal']}."
         )
 
 

@@ -111,12 +111,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     if model.kind == "mlp" and env.height:
         raise ValueError(
             f"env.height={env.height}, but model.kind='mlp' sees no pixels; set env.height and "
-            f"env.width to 0, or model.kind='multimodal'."
+            f"env.width to 0, or begin with {control_models.CONFIGS['multimodal']}."
         )
     if model.kind != "mlp" and (not env.height or not env.width):
         raise ValueError(
             f"env.height={env.height}, env.width={env.width}: model.kind={model.kind!r} needs "
-            f"pixels; give both a size, or model.kind='mlp'."
+            f"pixels; give both a size, or begin with {control_models.CONFIGS['mlp']}."
         )
     _check_sizes(config)
     if config.algorithm == "bc" and not warm.updates:
@@ -146,6 +146,11 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"ppo.minibatches={p.minibatches} does not divide ppo.num_envs * ppo.unroll = "
             f"{p.num_envs * p.unroll}."
+        )
+    if warm.updates * warm.batch_size >= 2**32:
+        raise ValueError(
+            f"warm_start.updates={warm.updates} * warm_start.batch_size={warm.batch_size} are "
+            "2**32 samples or more, beyond which epochs cannot be counted; lower one of them."
         )
     for name, size in (
         ("ppo.num_envs", p.num_envs),

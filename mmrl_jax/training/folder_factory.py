@@ -9,7 +9,6 @@ records' own answers can be learned from first.
 from collections.abc import Callable
 import functools
 import importlib
-import inspect
 import math
 import pathlib
 import sys
@@ -157,6 +156,12 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: names the field, its value and the remedy.
     """
     config_lib.check_config(config, SCHEMA)
+    # Each process would score all answers, and one whose rewards fail keep the others waiting.
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"folder.directory={config.folder.directory!r} on {jax.process_count()} processes: "
+            "runs with reward functions are for one process, which may have several devices."
+        )
     if config.model.pretrained is None:
         raise ValueError(
             "model.pretrained=None, but a folder's texts are free, and no decoder from scratch can "
@@ -164,6 +169,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     token_models.check_model(config, config.folder.height, config.folder.width, "folder")
     question_factory.check_groups(config)
+    token_stages.check_reference(config)
     token_models.check_sizes(
         config,
         {
@@ -312,14 +318,28 @@ def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
         for part in records
         for name, info in zip(part.names, part.images, strict=True)
     ]
-    sources = {
-        name: pathlib.Path(inspect.getfile(function)).read_bytes()
-        for name, function in reward_functions(config).items()
-    }
+    sources = {name: _source(name) for name in reward_functions(config)}
     return token_models.dependencies(config.model, parts.chat) | {
         "records": fingerprints.digest(tables, sorted(images)),
         "reward_functions": fingerprints.digest(sorted(sources.items())),
     }
+
+
+def _source(name: str) -> bytes:
+    """The file of the module that a reward function is named by, 'module:function'.
+
+    Not that of the function itself, which may be of a decorator in another module, or an object.
+
+    Raises:
+      ValueError: the module has no file.
+    """
+    file = importlib.import_module(name.partition(":")[0]).__file__
+    if file is None:
+        raise ValueError(
+            f"rewards.functions has {name!r}, whose module is a directory without __init__.py; "
+            "name the module in it that defines the function."
+        )
+    return pathlib.Path(file).read_bytes()
 
 
 def make_ask(

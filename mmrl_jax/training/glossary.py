@@ -80,7 +80,9 @@ GLOSSARY: dict[str, Metric] = {
     "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
     "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
     "rollout/reward": Metric("reward", "Mean reward of a valid step", "rises"),
-    "answer/reward": Metric("reward", "Mean reward of the answers drawn", "rises"),
+    "answer/reward": Metric(
+        "reward", "Mean reward of the answers drawn, rl.overlong_buffer taken off", "rises"
+    ),
     "answer/correct": Metric("fraction", "Answers drawn that are right", "rises"),
     "answer/malformed": Metric(
         "fraction", "Answers drawn that are none of the task's answers", "falls to 0"

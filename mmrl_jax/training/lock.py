@@ -64,7 +64,8 @@ def locked(workdir: workdir_lib.PathLike) -> Iterator[None]:
         ended.set()
         beating.join()
         _held.discard(name)
-        with contextlib.suppress(OSError), _alone(path):
+        # A lock that cannot be removed is taken over later; the run has ended well all the same.
+        with contextlib.suppress(Exception), _alone(path):
             if _same(_read(path), owner):
                 path.unlink()
 
@@ -105,6 +106,10 @@ def _beat(path: epath.Path, owner: Owner, ended: threading.Event) -> None:
         with contextlib.suppress(Exception), _alone(path):
             other = _read(path)
             if other is not None and not _same(other, owner):
+                _tell(
+                    f"{path} is now of {_named(other)}, which took {path.parent} over while this "
+                    "process gave no sign: stop one of the two, both write there."
+                )
                 return
             workdir_lib.write_text(path, json.dumps(owner | {"beats": beats}))
 

@@ -281,7 +281,6 @@ class _Logging:
             self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
         values |= {f"alarm/{name}": 1.0 for name in self._alarms.raised}
         self.writer.write(done, values)
-        self.writer.flush()
         best = stage.best_metric
         scores = {best: values[best]} if best is not None and best in values else {}
         self.save(carry, progress, scores, force=last or bool(scores))
@@ -289,7 +288,9 @@ class _Logging:
     def save(
         self, carry: Carry, progress: _Progress, scores: Mapping[str, float], *, force: bool
     ) -> None:
-        """Saves the carry, if it is due or forced."""
+        """Saves the carry, if it is due or forced; the rows before it are stored first."""
+        if force or self._checkpointer.due(progress.done):
+            self.writer.flush()
         extra = dataclasses.asdict(progress.add())
         self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
 

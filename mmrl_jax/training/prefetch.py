@@ -46,6 +46,5 @@ class Prefetch(Generic[Batch]):
             except BaseException as error:  # It is raised where the batch is asked for.
                 future.set_exception(error)
 
-        # A read that hangs must not keep the process from ending.
         threading.Thread(target=read, name=f"prefetch {update}", daemon=True).start()
         return future

@@ -109,6 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"{name}={tuple(pair)} must be two whole numbers, (least, most).")
     token_models.check_model(config, task.height, task.width, "task")
     check_groups(config)
+    token_stages.check_reference(config)
     token_models.check_sizes(
         config,
         {

@@ -72,7 +72,8 @@ RL: config_lib.Schema = {
 # Of completions whose length is the policy's to choose, as that of actions is not.
 TRUNCATION: config_lib.Schema = {
     "mask_truncated_completions": anything(
-        bool, "answers without an end are not learned from, though their rewards count"
+        bool,
+        "answers without an end are not learned from; with grpo their rewards still count",
     ),
     "overlong_buffer": Field(
         (int, type(None)),
@@ -89,6 +90,23 @@ PPO: config_lib.Schema = {
     "value_clip": positive((float, type(None)), "of the value loss"),
     "value_weight": non_negative(float, "of the value loss"),
 }
+
+
+def check_reference(config: ml_collections.ConfigDict) -> None:
+    """Checks that a reference that moves is there.
+
+    Raises:
+      ValueError: it moves, but the algorithm and the KL's weight need none.
+    """
+    if config.rl.reference_decay < 1 and not _has_reference(config):
+        raise ValueError(
+            f"rl.reference_decay={config.rl.reference_decay}, but rl.kl_weight=0 keeps no "
+            "reference that could move; set rl.reference_decay to 1, or raise rl.kl_weight."
+        )
+
+
+def _has_reference(config: ml_collections.ConfigDict) -> bool:
+    return config.rl.kl_weight > 0 or config.algorithm == "dpo"
 
 
 def check_overlong(config: ml_collections.ConfigDict, length: int) -> None:
@@ -150,8 +168,8 @@ def rl_learner(
     config: ml_collections.ConfigDict, trained: Params, optimiser: optax.GradientTransformation
 ) -> TokenState:
     """A learner as RL begins; it has a reference where one is used."""
-    wanted = config.rl.kl_weight > 0 or config.algorithm == "dpo"
-    return token_learner.init(trained, optimiser=optimiser, with_reference=wanted)
+    with_reference = _has_reference(config)
+    return token_learner.init(trained, optimiser=optimiser, with_reference=with_reference)
 
 
 def evaluated_together(config: ml_collections.ConfigDict) -> int:
