@@ -100,16 +100,20 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     assert trained.warm_start is None and trained.tuned.updates == 4
     assert train_script.factory_of(make_config()) is folder_factory
     logged = rows(workdir)
+    longest = max(map(len, folder_factory.make_parts(make_config()).chat.tokenizer.get_vocab()))
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     for row in logged:
         assert np.isfinite(row["loss/total"]) and row["update/skipped"] == 0
         assert row["answer/unscored"] == 0 and 0 <= row["completion/truncated_fraction"] <= 1
-        # The reward is half the number of letters, of which a token holds one at most or so.
-        assert 0 < row["answer/reward"] <= 4 and 1 <= row["answer/length"] <= 4
+        # The reward is half the number of letters; of an answer's four tokens each may be special,
+        # and is then shown as it is written.
+        assert 0 < row["answer/reward"] <= 4 * longest / 2 and 1 <= row["answer/length"] <= 4
     # Of the functions' results, one for each record, their weights make the return.
     for row in logged[1::2]:
         part = row[f"eval/validation/reward/{LENGTH}"]
-        assert 0 < part <= 8 and row["eval/validation/return"] == pytest.approx(0.5 * part)
+        assert 0 < part <= 4 * longest and row["eval/validation/return"] == pytest.approx(
+            0.5 * part
+        )
         assert row["eval/validation/failed_fraction"] == 0
     assert "eval/validation/return" in logged[1] and "eval/validation/return" not in logged[0]
     assert logged[-1]["eval/validation/return_lo"] <= logged[-1]["eval/validation/return_hi"]
@@ -296,7 +300,8 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     config, given = make_config(), []
     records, chat = open_split(config).train, folder_factory.make_parts(config).chat
 
-    def pool(*arguments):
+    def pool(*arguments, allow_none):
+        assert not allow_none
         given.append(arguments)
         return Rewards(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), {}, ())
 

@@ -368,9 +368,9 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     records = open_records(config, parts)
     tell_records(config, records)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
-    scorer.rehearse(records.train)
-    measure = _make_measure(config, _make_greedy(config, parts, mesh, records, ask, scorer))
     train = records.train.batched(config.sft.batch_size)
+    scorer.rehearse(train)
+    measure = _make_measure(config, _make_greedy(config, parts, mesh, records, ask, scorer))
 
     def labels(update: int) -> token_stages.Labels:
         batch = train.batch(update)
