@@ -17,7 +17,7 @@ import transformers
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.distributed import partition
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import native, weights
+from mmrl_jax.pretrained import native, safetensors_files, weights
 from tests import hub, memory
 
 TINY = {
@@ -162,6 +162,9 @@ class Counted:
     def get_shape(self):
         return self._tensor.get_shape()
 
+    def get_dtype(self):
+        return self._tensor.get_dtype()
+
     def __getitem__(self, index):
         x = self._tensor[index]
         self.read[self._name].append(x.nbytes)
@@ -172,7 +175,7 @@ class Counted:
 def counted(monkeypatch):
     """Bytes of each read, by the hub's name."""
     Counted.read.clear()
-    open_file = weights.safe_open
+    open_file = safetensors_files.open_file
 
     class File:
         def __init__(self, *args, **kwargs):
@@ -191,7 +194,7 @@ def counted(monkeypatch):
         def get_slice(self, name):
             return Counted(self._file.get_slice(name), name)
 
-    monkeypatch.setattr(weights, "safe_open", File)
+    monkeypatch.setattr(safetensors_files, "open_file", File)
     return Counted.read
 
 

@@ -351,8 +351,8 @@ def test_dpo_and_ppo_prefer_and_learn_from_no_truncated_completion():
     chosen = taken["dpo"][2].tokens
     np.testing.assert_array_equal(chosen, given.answers.tokens[:, [1, 0]])
     batch = taken["token_ppo"][2]
-    np.testing.assert_array_equal(batch.valid, finished.reshape(1, -1))
-    np.testing.assert_array_equal(batch.action.finished, finished.reshape(1, -1))
+    np.testing.assert_array_equal(batch.valid, finished[None])
+    np.testing.assert_array_equal(batch.action.finished, finished[None])
 
 
 def test_overlong_completions_lose_reward_where_it_is_known():
