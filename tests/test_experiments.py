@@ -161,7 +161,7 @@ def train_main(monkeypatch, config, workdir) -> None:
 
 @pytest.mark.parametrize("error", train_script.FAILURES)
 def test_failures_of_a_run_are_errors_without_a_stack(error, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise error("what happened")
 
     monkeypatch.setattr(train_script, "train", fail)
@@ -177,7 +177,7 @@ def test_only_the_check_of_the_config_may_hide_a_stack(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: .*belongs to a run of another config"):
         train_main(monkeypatch, tiny.config(), tmp_path / "b")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("a fault of the code")
 
     monkeypatch.setattr(train_script, "train", fail)
