@@ -72,10 +72,13 @@ def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
     # A blind policy of one answer: rewards that are always 0.
     config = tiny.token_config(sft__updates=0, rl__penalty=0.0, rl__learning_rate=1e-9)
     config.task.counts = config.sft.counts = (1, 1)
-    stage = question_factory.rl_stage(config, factory.make_mesh(config))
+
+    def stage():
+        return question_factory.rl_stage(config, factory.make_mesh(config))
+
     # A run that goes on knows what it was told before.
-    run(dataclasses.replace(stage, updates=3), workdir=tmp_path, config=config)
-    run(stage, workdir=tmp_path, config=config)
+    run(dataclasses.replace(stage(), updates=3), workdir=tmp_path, config=config)
+    run(stage(), workdir=tmp_path, config=config)
     logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)
     assert "alarm/reward_constant" not in logged[0]
     assert logged[-1]["alarm/reward_constant"] == 1

@@ -112,7 +112,8 @@ def test_values_and_pictures():
         return jit(jax.grad(loss, has_aux=True))(params)
 
     ours, full = gradient(2), gradient(None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, full)
+    # Gradients of up to 290, whose neighbors in float32 are 3e-5 apart.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, full)
     assert all(float(jnp.abs(x).max()) > 0.01 for x in jax.tree.leaves(full))
 
 
