@@ -112,8 +112,10 @@ def test_a_change_is_named_and_refused(kind, run, tmp_path):
 def test_what_has_trained_nothing_may_change(run, tmp_path):
     config, workdir = run
     (workdir / "checkpoints" / "1").rmdir()
+    before = fingerprints.read(workdir).fingerprints["reward_functions"]
     change_rewards(tmp_path)
     train_script.prepare(config, workdir)
+    assert fingerprints.read(workdir).fingerprints["reward_functions"] != before
 
 
 def test_tokens_and_template_are_part_of_the_prompts(run):

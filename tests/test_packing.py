@@ -112,8 +112,12 @@ def test_values_and_pictures():
         return jit(jax.grad(loss, has_aux=True))(params)
 
     ours, full = gradient(2), gradient(None)
-    # Gradients of up to 290, whose neighbors in float32 are 3e-5 apart.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, full)
+
+    def close(a, b):
+        # Some gradients are in the hundreds, where neighbors in float32 are 3e-5 apart.
+        np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5, 1e-6 * float(jnp.abs(b).max())))
+
+    jax.tree.map(close, ours, full)
     assert all(float(jnp.abs(x).max()) > 0.01 for x in jax.tree.leaves(full))
 
 
