@@ -54,7 +54,7 @@ def refused(check, config, key, value, message):
         ("model.width", [32], "'model.width' is [32]"),
         ("model.width", 10**12, "'model.width' is 1000000000000"),
         ("model.directory", "x", "does not read model.directory='x'"),
-        ("model.prompt", "x", "or choose model.kind='vlm'"),
+        ("model.prompt", "x", "configs/reach_vlm.py, of model.kind='vlm'"),
         ("model.patch_margin", 1000, "model.patch_margin=1000 makes 63001 copies of each pixel"),
         ("model.auxiliary", "cue", "'model.auxiliary' is 'cue'"),
         ("model.auxiliary", (3,), "model.auxiliary holds 3"),
