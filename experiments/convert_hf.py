@@ -6,10 +6,10 @@ r"""Converts a pretrained model from the hub's format to ours, and back.
       [--adapter=lora] [--dtype=bfloat16]
 
 The first reads a local directory of config.json and safetensors, and writes a checkpoint that
-`mmrl_jax.pretrained.native.load` loads, onto a mesh if one is given. The second writes a directory
-that transformers loads; what the checkpoint does not hold (names, tokenizer, tensors that our model
-has no use for) comes from the source, the directory that was converted. Adapters in PEFT's format
-are merged on the way.
+`mmrl_jax.pretrained.orbax_format.load` loads, onto a mesh if one is given. The second writes a
+directory that transformers loads; what the checkpoint does not hold (names, tokenizer, tensors that
+our model has no use for) comes from the source, the directory that was converted. Adapters in
+PEFT's format are merged on the way.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from experiments.train import clean_exit
 from mmrl_jax.distributed import partition
-from mmrl_jax.pretrained import hub, native, weights
+from mmrl_jax.pretrained import hub, orbax_format, weights
 from mmrl_jax.pretrained.peft_format import load_adapter
 
 FLAGS = flags.FLAGS
@@ -44,7 +44,7 @@ def to_checkpoint(
       dtype: of the parameters.
 
     Raises:
-      ValueError: see `kind_in`, `hub.load`, `load_adapter` and `native.save`.
+      ValueError: see `kind_in`, `hub.load`, `load_adapter` and `orbax_format.save`.
     """
     weights.refuse_taken(output)
     pretrained = hub.load(
@@ -55,7 +55,7 @@ def to_checkpoint(
         mesh=None,
         rules=partition.RULES,
     )
-    native.save(with_adapter(pretrained, adapter, source), output, source)
+    orbax_format.save(with_adapter(pretrained, adapter, source), output, source)
 
 
 def to_hub(
@@ -76,10 +76,10 @@ def to_hub(
       dtype: of the parameters; None: the checkpoint's.
 
     Raises:
-      ValueError: see `native.load`, `load_adapter` and `hub.export`.
+      ValueError: see `orbax_format.load`, `load_adapter` and `hub.export`.
     """
     weights.refuse_taken(output)
-    pretrained = native.load(checkpoint, dtype=dtype)
+    pretrained = orbax_format.load(checkpoint, dtype=dtype)
     hub.export(with_adapter(pretrained, adapter, source), output, source)
 
 

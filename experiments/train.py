@@ -46,8 +46,8 @@ from mmrl_jax.training import (
     factory,
     fingerprints,
     folder_factory,
-    glossary,
     loop,
+    metric_definitions,
     metrics,
     question_factory,
     report,
@@ -278,7 +278,7 @@ def final_evaluation(workdir: epath.Path, tested: Mapping[str, float]) -> dict[s
         )
         return {}
     for score in ("success", "accuracy", "return"):
-        found = [name for name in row if glossary.matches(f"eval/<split>/{score}", name)]
+        found = [name for name in row if metric_definitions.matches(f"eval/<split>/{score}", name)]
         if found:
             break
     name = found[0].removeprefix("eval/")

@@ -10,7 +10,7 @@ import pytest
 
 from mmrl_jax.learners import bc, learner
 from mmrl_jax.models.heads import PolicyOutput
-from mmrl_jax.rl import normalisation
+from mmrl_jax.rl import normalization
 from mmrl_jax.rl.distributions import Categorical, TanhNormal
 from mmrl_jax.types import Transition
 
@@ -158,7 +158,7 @@ def test_it_normalises_with_the_statistics_and_keeps_them():
 
     def trained(data):
         rows = data.observation["proprio"]
-        statistics = normalisation.update(state.statistics, rows, jnp.ones(SAMPLES))
+        statistics = normalization.update(state.statistics, rows, jnp.ones(SAMPLES))
         after, _ = compiled(optimiser)(state.replace(statistics=statistics), data, drawn(0))
         jax.tree.map(np.testing.assert_array_equal, after.statistics, statistics)
         return after.params

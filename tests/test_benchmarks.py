@@ -18,7 +18,7 @@ from experiments.benchmarks import (
 )
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
-from mmrl_jax.pretrained import packages
+from mmrl_jax.pretrained import bundled_weights
 from tests import tiny
 
 
@@ -28,7 +28,7 @@ def tiny_llama(directory: pathlib.Path) -> pathlib.Path:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(packages.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_weights.smollm2())
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -63,7 +63,7 @@ def of_loop(patch, _):
 
 def of_generate(patch, tmp_path):
     small = tiny_llama(tmp_path / "model")
-    patch.setattr(packages, "smollm2", lambda: small)
+    patch.setattr(bundled_weights, "smollm2", lambda: small)
     patch.setattr(generate, "BATCHES", (2,))
     patch.setattr(generate, "LENGTH", 2)
     patch.setattr(generate, "PEERS", {"growing cache": {}})

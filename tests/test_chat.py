@@ -10,7 +10,7 @@ from transformers.utils import chat_template_utils
 
 from mmrl_jax.pretrained import chat, qwen_processing
 from mmrl_jax.tasks import question
-from mmrl_jax.training import folder_data, question_factory
+from mmrl_jax.training import host_rewards, question_factory
 from tests import processors
 from tests.test_token_pretrained import make_config
 
@@ -187,7 +187,7 @@ def records(path, lines):
 def test_a_record_with_what_cannot_be_read_is_set_aside(line, learned, reason, tmp_path):
     said = read(tmp_path / "model", HEAD + "{{ m.content }}" + TAIL, added=FAR)
     pictures = records(tmp_path / "pictures", [{}, line, {}, {"more": "\U0001f600"}])
-    found = folder_data.open_split(
+    found = host_rewards.open_split(
         (), said, validation_size=1, test_size=1, test_directory=None, split_seed=0,
         answer_length=learned, length=64, images=4, directory=pictures, size=(8, 8),
         resize="stretch", batch_size=1, seed=0, max_rejected=0.5,

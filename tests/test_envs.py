@@ -12,7 +12,7 @@ from mmrl_jax.envs.brax_api import Env, State, environment_names, get_environmen
 from mmrl_jax.envs.from_brax import FromBrax
 from mmrl_jax.envs.language_locomotion import LanguageLocomotion
 from mmrl_jax.envs.language_reach import LanguageReach
-from mmrl_jax.envs.memory import Recall
+from mmrl_jax.envs.recall import Recall
 from mmrl_jax.rendering import project
 
 FLAT = {"height": 0, "width": 0, "history": 1}

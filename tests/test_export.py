@@ -21,7 +21,7 @@ import transformers
 from experiments import convert_hf
 from mmrl_jax.models import lora as lora_lib
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import native, safetensors_files, weights
+from mmrl_jax.pretrained import orbax_format, safetensors_files, weights
 from mmrl_jax.pretrained.families import decoders as decoder_families
 from mmrl_jax.pretrained.peft_format import save_adapter
 from tests import memory
@@ -335,7 +335,7 @@ def test_conversion_both_ways_merges_an_adapter(directory, tmp_path, monkeypatch
     merged = lora_lib.merge(params, lora)
     places = {"source": source, "output": tmp_path / "ours"}
     convert(monkeypatch, to="checkpoint", **places, adapter=tmp_path / "lora")
-    assert_same({"params": merged}, native.load(tmp_path / "ours").params)
+    assert_same({"params": merged}, orbax_format.load(tmp_path / "ours").params)
     convert(
         monkeypatch, to="hub", checkpoint=tmp_path / "ours", source=source, output=tmp_path / "hub"
     )
@@ -372,7 +372,7 @@ def test_conversion_refuses_what_it_cannot_do(directory, tmp_path, monkeypatch):
             convert(monkeypatch, **changes)
     assert not (tmp_path / "out").exists()
     convert(monkeypatch, to="checkpoint", source=clip, output=tmp_path / "clip", kind="text_tower")
-    assert_same(native.load(tmp_path / "clip").params, ours.load_text_tower(clip).params)
+    assert_same(orbax_format.load(tmp_path / "clip").params, ours.load_text_tower(clip).params)
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import evaluate
 from experiments import train as train_script
-from mmrl_jax.pretrained import packages
+from mmrl_jax.pretrained import bundled_weights
 from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import factory, fingerprints, folder_data, folder_factory, token_models
+from mmrl_jax.training import factory, fingerprints, folder_factory, host_rewards, token_models
 from mmrl_jax.training import workdir as workdir_lib
 from tests import processors, tiny
 from tests.test_folder import folder
@@ -57,7 +57,7 @@ def change_records(tmp_path):
 def change_image(tmp_path):
     images = sorted((tmp_path / "images").rglob("*.png"))
     images[0].write_bytes(images[1].read_bytes())
-    folder_data.open_split.cache_clear()  # As in another process: the table is the same.
+    host_rewards.open_split.cache_clear()  # As in another process: the table is the same.
 
 
 def change_rewards(tmp_path):
@@ -169,7 +169,7 @@ def test_control_policies_depend_on_what_reads_their_instructions(monkeypatch, t
     assert factory.dependencies(config) == {}
     config.model.text_encoder = "minilm"
     before = factory.dependencies(config)
-    shutil.copytree(packages.minilm(), tmp_path / "minilm")
+    shutil.copytree(bundled_weights.minilm(), tmp_path / "minilm")
     with config.unlocked():
         config.model.text_encoder = str(tmp_path / "minilm")
     assert factory.dependencies(config) == before and list(before) == ["text_encoder"]

@@ -19,7 +19,7 @@ from mmrl_jax.tasks.rewards import NoRewards, Rewards
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import folder_factory, loop, metrics, token_models, token_stages
 from mmrl_jax.training import workdir as workdir_lib
-from mmrl_jax.training.folder_data import Scorer
+from mmrl_jax.training.host_rewards import Scorer
 from tests import processors
 from tests.test_folder import colour, folder
 

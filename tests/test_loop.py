@@ -14,7 +14,7 @@ import pytest
 from experiments.train import prepare, train
 from mmrl_jax import envs
 from mmrl_jax.learners.learner import LearnerState
-from mmrl_jax.rl import normalisation
+from mmrl_jax.rl import normalization
 from mmrl_jax.training import checkpoint, control_models, factory, loop, metrics
 from tests import live_arrays, processors, tiny
 
@@ -32,7 +32,7 @@ def toy(update=lambda n, w: {}, **changes) -> loop.Stage:
     """
 
     def init() -> loop.Carry:
-        learner = LearnerState({"w": jnp.zeros(2)}, (), normalisation.init(1), jnp.int32(0))
+        learner = LearnerState({"w": jnp.zeros(2)}, (), normalization.init(1), jnp.int32(0))
         return loop.Carry(learner, None, jax.random.PRNGKey(0), jnp.int32(0))
 
     def step(carry: loop.Carry, data: None) -> tuple:
@@ -87,7 +87,8 @@ def bitwise_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-# Other tests train such models faster: test_vlm_policy.py, test_readers.py, and reach_ppo here.
+# Other tests train such models faster: test_vlm_policy.py, test_control_encoders.py, and
+# reach_ppo here.
 SLOW = ("reach_vlm", "reach_minilm", "reach_ppo_scratch")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax.training import glossary, metrics
+from mmrl_jax.training import metric_definitions, metrics
 
 
 class _Terminal(io.StringIO):
@@ -180,11 +180,11 @@ def test_inactive_writer_writes_nothing(tmp_path):
 
 
 def test_glossary_is_complete_and_becomes_a_table():
-    table = glossary.glossary_markdown().splitlines()
-    assert len(table) == len(glossary.GLOSSARY) + 2
+    table = metric_definitions.glossary_markdown().splitlines()
+    assert len(table) == len(metric_definitions.GLOSSARY) + 2
     assert all(line.count("|") == 5 for line in table)  # No cell holds a bar.
-    assert all(all(entry) for entry in glossary.GLOSSARY.values())
-    chosen = glossary.glossary_markdown(["lr", "eval/train/success"]).splitlines()
+    assert all(all(entry) for entry in metric_definitions.GLOSSARY.values())
+    chosen = metric_definitions.glossary_markdown(["lr", "eval/train/success"]).splitlines()
     assert [line.split("`")[1] for line in chosen[2:]] == ["lr", "eval/train/success"]
 
 
@@ -193,4 +193,4 @@ def test_readme_holds_the_glossary():
     _, _, after = readme.partition("<!-- glossary -->\n")
     table, end, _ = after.partition("<!-- /glossary -->")
     assert end, "README.md has no <!-- glossary --> and <!-- /glossary --> around the table"
-    assert table.strip() == glossary.glossary_markdown().strip()
+    assert table.strip() == metric_definitions.glossary_markdown().strip()

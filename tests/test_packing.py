@@ -12,11 +12,11 @@ from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.models.lora import split
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts import packing
-from mmrl_jax.rollouts.answers import answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import answer_log_probs, score_answers
 from mmrl_jax.training import question_factory, token_stages
 from tests import tiny
-from tests.test_answers import UNTIED, shared
 from tests.test_generate import MODEL, VOCABULARY, prompts, variables
+from tests.test_log_probs import UNTIED, shared
 from tests.test_token_learners import MODEL as SEEING
 from tests.test_token_learners import POLICY, jit, questions
 

@@ -17,7 +17,7 @@ import transformers
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.distributed import partition
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import native, safetensors_files, weights
+from mmrl_jax.pretrained import orbax_format, safetensors_files, weights
 from tests import hub, memory
 
 TINY = {
@@ -295,11 +295,11 @@ def test_what_lies_on_a_mesh_is_exported_and_kept_in_our_format(llama, tmp_path)
     mesh = mesh_of(fsdp=2, tensor=4)
     placed, whole = ours.load_language_model(llama, mesh=mesh), ours.load_language_model(llama)
     ours.export(placed, tmp_path / "hub", llama)
-    native.save(placed, tmp_path / "ours", llama)
-    again = native.load(tmp_path / "ours", mesh=mesh)
+    orbax_format.save(placed, tmp_path / "ours", llama)
+    again = orbax_format.load(tmp_path / "ours", mesh=mesh)
     for other in (
         ours.load_language_model(tmp_path / "hub"),
-        native.load(tmp_path / "ours"),
+        orbax_format.load(tmp_path / "ours"),
         again,
     ):
         jax.tree.map(np.testing.assert_array_equal, whole.params, other.params)
@@ -307,7 +307,7 @@ def test_what_lies_on_a_mesh_is_exported_and_kept_in_our_format(llama, tmp_path)
     assert shardings == [x.sharding for x in jax.tree.leaves(placed.params)]
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole.params)
     for where in (mesh, None):
-        half = native.load(tmp_path / "ours", dtype=jnp.bfloat16, mesh=where)
+        half = orbax_format.load(tmp_path / "ours", dtype=jnp.bfloat16, mesh=where)
         assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
         jax.tree.map(np.testing.assert_array_equal, cast, half.params)
 

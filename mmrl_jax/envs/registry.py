@@ -11,7 +11,7 @@ from mmrl_jax.envs.from_brax import FromBrax
 from mmrl_jax.envs.language_grid import LanguageGrid
 from mmrl_jax.envs.language_locomotion import LanguageLocomotion
 from mmrl_jax.envs.language_reach import LanguageReach
-from mmrl_jax.envs.memory import Recall
+from mmrl_jax.envs.recall import Recall
 from mmrl_jax.envs.wrappers import AutoReset, History, Pixels
 
 _CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {

@@ -12,7 +12,7 @@ import optax
 
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.models.heads import PolicyOutput
-from mmrl_jax.rl import losses, normalisation
+from mmrl_jax.rl import losses, normalization
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
 from mmrl_jax.types import Metrics, Observation, Params
 
@@ -35,7 +35,7 @@ class LearnerState(struct.PyTreeNode):
 
     params: Params
     opt_state: optax.OptState
-    statistics: normalisation.RunningStatistics
+    statistics: normalization.RunningStatistics
     steps: jax.Array
 
     def without_optimiser(self) -> "LearnerState":
@@ -50,14 +50,14 @@ def init(
     return LearnerState(
         params=params,
         opt_state=optimiser.init(params),
-        statistics=normalisation.init(proprio_size),
+        statistics=normalization.init(proprio_size),
         steps=jnp.zeros((), jnp.int32),
     )
 
 
 def run_network(apply: Apply, state: LearnerState, observation: Observation) -> PolicyOutput:
     """Runs the network on observations [B, ...] with proprioception normalised."""
-    proprio = normalisation.normalise(state.statistics, observation["proprio"])
+    proprio = normalization.normalise(state.statistics, observation["proprio"])
     return apply(state.params, observation | {"proprio": proprio})
 
 

@@ -21,7 +21,7 @@ from mmrl_jax.learners.learner import (
     run_network,
 )
 from mmrl_jax.models.heads import PolicyOutput
-from mmrl_jax.rl import advantages, losses, normalisation
+from mmrl_jax.rl import advantages, losses, normalization
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 Advantage = Literal["gae", "return"]
@@ -178,7 +178,7 @@ def update(
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
-    state = state.replace(statistics=normalisation.update(statistics, proprio, mask))
+    state = state.replace(statistics=normalization.update(statistics, proprio, mask))
     return state, metrics
 
 

@@ -25,7 +25,7 @@ from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.answers import Scores, answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import Scores, answer_log_probs, score_answers
 from mmrl_jax.rollouts.text_actions import TextActions
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
 from mmrl_jax.tasks.question import Question

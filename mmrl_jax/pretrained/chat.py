@@ -15,7 +15,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from mmrl_jax.pretrained import packages, processor_files
+from mmrl_jax.pretrained import bundled_weights, processor_files
 from mmrl_jax.tasks.folder import shown
 
 SMOLLM2 = "smollm2"
@@ -148,7 +148,7 @@ def directory_of(pretrained: str) -> pathlib.Path:
     if pretrained != SMOLLM2:
         return pathlib.Path(pretrained)
     try:
-        return packages.smollm2()
+        return bundled_weights.smollm2()
     except ImportError as error:
         raise ValueError(
             f"{SMOLLM2!r} lies in Python packages that are not here ({error}); install them: "

@@ -20,7 +20,7 @@ from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import FUSIONS, MultimodalPolicy
 from mmrl_jax.models.vlm_policy import VLMPolicy
-from mmrl_jax.pretrained import readers
+from mmrl_jax.pretrained import control_encoders
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import Field, anything, non_negative, one_of, pattern, positive
 from mmrl_jax.types import Observation, Params
@@ -219,12 +219,12 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     if m.text_encoder is not None:
         vocabulary = env.vocabulary
         with _naming("text_encoder", m):
-            text_encoder = readers.sentence_reader(
+            text_encoder = control_encoders.sentence_reader(
                 m.text_encoder, vocabulary.sentences, vocabulary.words
             )
     if m.vision_encoder is not None:
         with _naming("vision_encoder", m):
-            vision_encoder = readers.vision_encoder(
+            vision_encoder = control_encoders.vision_encoder(
                 m.vision_encoder, DTYPES[m.dtype], m.remat
             ).module
     return MultimodalPolicy(
@@ -265,7 +265,7 @@ def _vlm_policy(
 ) -> VLMPolicy:
     m, size = config.model, (config.env.height, config.env.width)
     with _naming("directory", m):
-        read = readers.vision_language_model(
+        read = control_encoders.vision_language_model(
             m.directory,
             m.prompt,
             env.vocabulary.sentences,
@@ -331,9 +331,9 @@ def fresh_learner(
     zeros, loaded = _zeros(env), {}
     with jax.ensure_compile_time_eval():  # Numbers, where only shapes are asked for too.
         if m.kind == "vlm":
-            loaded["vlm"] = readers.vision_language_params(m.directory)
+            loaded["vlm"] = control_encoders.vision_language_params(m.directory)
         elif m.kind == "multimodal" and m.vision_encoder is not None:
-            loaded["vision_encoder"] = readers.vision_encoder(
+            loaded["vision_encoder"] = control_encoders.vision_encoder(
                 m.vision_encoder, DTYPES[m.dtype], m.remat
             ).params
         network = make_network(config, env)

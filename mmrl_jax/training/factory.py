@@ -21,8 +21,8 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe
 from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners.learner import LearnerState, epoch_indices, policy_function
-from mmrl_jax.pretrained import readers, weights
-from mmrl_jax.rl import losses, normalisation
+from mmrl_jax.pretrained import control_encoders, weights
+from mmrl_jax.rl import losses, normalization
 from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import control_models
@@ -335,7 +335,7 @@ def cloning_stage(
             learner = control_models.fresh_learner(config, env, optimiser)
             proprio = data.observation["proprio"][: len(data.action)]
             counted = jnp.ones(proprio.shape[:-1])
-            seen = normalisation.update(learner.statistics, proprio, counted)
+            seen = normalization.update(learner.statistics, proprio, counted)
             learner = learner.replace(statistics=seen)
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), stream)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
@@ -530,7 +530,7 @@ def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
     encoder = getattr(config.model, "text_encoder", None)
     if encoder is None:
         return {}
-    return {"text_encoder": weights.fingerprint(readers.directory_of(encoder))}
+    return {"text_encoder": weights.fingerprint(control_encoders.directory_of(encoder))}
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

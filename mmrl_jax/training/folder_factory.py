@@ -37,7 +37,7 @@ from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import fingerprints, question_factory, token_models, token_stages
 from mmrl_jax.training.config import Field, between, non_negative, one_of, positive, texts
 from mmrl_jax.training.factory import make_mesh
-from mmrl_jax.training.folder_data import (
+from mmrl_jax.training.host_rewards import (
     Scored,
     Scorer,
     Split,

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax import envs
-from mmrl_jax.training.alarms import Alarms
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.dispatch import (
@@ -23,6 +22,7 @@ from mmrl_jax.training.dispatch import (
     make_host_dispatch,
     may_pass,
 )
+from mmrl_jax.training.health_checks import Alarms
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.settings import check_settings

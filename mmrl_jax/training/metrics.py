@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from mmrl_jax.training import glossary
+from mmrl_jax.training import metric_definitions
 from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.metric_files import JSONL_NAME, TENSORBOARD_NAME, MetricFiles, read_jsonl
 
@@ -64,7 +64,7 @@ class MetricWriter:
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}, but must be at least 1.")
         for name in console_names:
-            glossary.lookup(name)
+            metric_definitions.lookup(name)
         self._active = active
         if not active:
             return
@@ -101,7 +101,7 @@ class MetricWriter:
         """
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         for name in scalars:
-            glossary.lookup(name)
+            metric_definitions.lookup(name)
         if not self._active:
             return
         if self._last_step is not None and step < self._last_step:

@@ -19,7 +19,7 @@ from etils import epath
 import numpy as np
 
 from mmrl_jax.evaluation.questions import Sample
-from mmrl_jax.training import glossary, metrics
+from mmrl_jax.training import metric_definitions, metrics
 from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.videos import file_path, saved
 
@@ -116,11 +116,11 @@ def learning_curves(
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    label = "step" if x == "step" else glossary.lookup(x).meaning.lower()
+    label = "step" if x == "step" else metric_definitions.lookup(x).meaning.lower()
     for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
         for name, (across, values) in series.items():
             _draw_curve(axis, across, values, name)
-        unit = glossary.lookup(next(iter(series))).unit
+        unit = metric_definitions.lookup(next(iter(series))).unit
         axis.set_title(title if unit == "1" else f"{title} ({unit})", fontsize=10)
         axis.set_xlabel(label, fontsize=8)
         axis.tick_params(labelsize=8)
@@ -179,7 +179,7 @@ def stage_curves(
         axis.fill_between(minutes / 60, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axis.set_xlabel("time of the updates (minutes)")
     axis.set_ylabel(metric)
-    if glossary.lookup(metric).unit == "fraction":
+    if metric_definitions.lookup(metric).unit == "fraction":
         axis.set_ylim(-0.03, 1.03)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -243,7 +243,7 @@ def _series(
         name
         for pattern in patterns
         for name in dict.fromkeys(key for row in rows for key in row)
-        if glossary.matches(pattern, name)
+        if metric_definitions.matches(pattern, name)
     ]
     series = {}
     for name in names:

@@ -17,7 +17,7 @@ import numpy as np
 from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
 from mmrl_jax.models.towers import Pictures, TextTower, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
-from mmrl_jax.pretrained import chat, hub, packages, processing, processor_files
+from mmrl_jax.pretrained import bundled_weights, chat, hub, processing, processor_files
 from mmrl_jax.pretrained.families import vlm
 
 # (tokens int32 [B, L], mask bool [B, L]) -> features [B, L', E], present bool [B, L'].
@@ -42,7 +42,7 @@ def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, 
       No word at all is what a learner makes of a step that does not count: its features are 0.
 
     Raises:
-      ImportError, ValueError: see `packages.minilm`, `hub.load_text_tower`.
+      ImportError, ValueError: see `bundled_weights.minilm`, `hub.load_text_tower`.
     """
     features, present = read(encoder, sentences)
     find = _finder(sentences, words)
@@ -79,7 +79,7 @@ def _finder(sentences: Sequence[str], words: Sequence[str]) -> Reader:
 
 def directory_of(encoder: str) -> pathlib.Path:
     """The directory of a text encoder, 'minilm' or a local one in the hub's format."""
-    return packages.minilm() if encoder == MINILM else pathlib.Path(encoder)
+    return bundled_weights.minilm() if encoder == MINILM else pathlib.Path(encoder)
 
 
 @functools.lru_cache(maxsize=2)

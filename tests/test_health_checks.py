@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mmrl_jax.training import alarms, factory, metrics, question_factory
+from mmrl_jax.training import factory, health_checks, metrics, question_factory
 from mmrl_jax.training.loop import run
 from tests import tiny
 
@@ -24,16 +24,16 @@ def rows(count=30, **changes):
 
 
 def raised(lines):
-    watching = alarms.Alarms()
+    watching = health_checks.Alarms()
     for row in lines:
         watching.see(row)
     return watching.raised
 
 
 def test_an_alarm_is_new_once():
-    watching = alarms.Alarms()
+    watching = health_checks.Alarms()
     new = [watching.see(row) for row in rows(answer__reward=lambda i: 0.0)]
-    assert [bool(x) for x in new] == [i == alarms.WINDOW - 1 for i in range(30)]
+    assert [bool(x) for x in new] == [i == health_checks.WINDOW - 1 for i in range(30)]
     assert list(watching.raised) == ["reward_constant"]
 
 
@@ -68,7 +68,7 @@ def test_what_is_over_is_no_longer_raised():
 
 
 def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(alarms, "WINDOW", 2)
+    monkeypatch.setattr(health_checks, "WINDOW", 2)
     # A blind policy of one answer: rewards that are always 0.
     config = tiny.token_config(sft__updates=0, rl__penalty=0.0, rl__learning_rate=1e-9)
     config.task.counts = config.sft.counts = (1, 1)

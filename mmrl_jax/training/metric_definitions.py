@@ -122,7 +122,9 @@ GLOSSARY: dict[str, Metric] = {
         "Of DPO: pairs in which the preferred answer gained on the other one",
         "above 0.5",
     ),
-    "alarm/<name>": Metric("1", "1 where this alarm is raised, see training/alarms.py", "absent"),
+    "alarm/<name>": Metric(
+        "1", "1 where this alarm is raised, see training/health_checks.py", "absent"
+    ),
     "time/samples_per_s": Metric(
         "1/s",
         "Steps of the unroll, resets among them, or demonstrated steps, a second of time/wall_s",
@@ -226,7 +228,7 @@ def lookup(name: str) -> Metric:
     guess = config_lib.nearest(name, GLOSSARY)
     raise ValueError(
         f"Metric '{name}' is not in the glossary; the nearest name there is '{guess}'. Use that, "
-        "or add yours to GLOSSARY in mmrl_jax/training/glossary.py."
+        "or add yours to GLOSSARY in mmrl_jax/training/metric_definitions.py."
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.answers import answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import answer_log_probs, score_answers
 from tests.test_generate import MODEL, VOCABULARY, full_log_probs, prompts, run, variables
 
 UNTIED = MODEL.clone(tied=False)
