@@ -17,7 +17,7 @@ from experiments import study
 from experiments.provenance import commit, hardware
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation.evaluate import Evaluator
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output
 from mmrl_jax.training import factory
 
 GAIN = "gain"
@@ -89,7 +89,7 @@ def run_brax(config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
 
     def policy(params: Any) -> PolicyFunction:
         act = make_policy(params, deterministic=True)
-        return lambda state, rng: scripted(act(state.obs["proprio"], rng)[0])
+        return lambda state, rng: deterministic_output(act(state.obs["proprio"], rng)[0])
 
     mean = _mean_return(config, policy, params)
     return {
@@ -106,14 +106,14 @@ def random_return(config: ml_collections.ConfigDict) -> float:
     """Mean return of uniformly random actions."""
     size = factory.make_env(config).action_size
 
-    def policy(state: State, rng: jax.Array) -> Decision:
-        return scripted(jax.random.uniform(rng, (*state.done.shape, size), minval=-1.0))
+    def policy(state: State, rng: jax.Array) -> ActorOutput:
+        return deterministic_output(jax.random.uniform(rng, (*state.done.shape, size), minval=-1.0))
 
     return _mean_return(config, lambda _: policy, None)
 
 
 def _mean_return(
-    config: ml_collections.ConfigDict, policy: Callable[[Any], PolicyFunction], made_of: Any
+    config: ml_collections.ConfigDict, policy: Callable[[Any], PolicyFunction], variables: Any
 ) -> float:
     evaluator = Evaluator(
         lambda split: factory.make_env(config, split=split),
@@ -121,4 +121,4 @@ def _mean_return(
         factory.evaluation_key(config),
         episodes=config.run.eval_episodes,
     )
-    return float(np.mean(evaluator(made_of, "train").episode_return))
+    return float(np.mean(evaluator(variables, "train").episode_return))

@@ -58,7 +58,7 @@ def restore(
     config = read_config(workdir)
     _check_model(workdir, config, accept)
     like = factory.stored_learner(config)
-    names = ("params", "statistics")
+    names = ("params", "normalizer")
     restored, step = _restore_parts(workdir, {name: getattr(like, name) for name in names}, which)
     return config, like.replace(opt_state=(), steps=jnp.zeros((), jnp.int32), **restored), step
 
@@ -90,8 +90,8 @@ def restore_tokens(
         # RL began where fine-tuning ended, and nowhere before.
         start, _ = params("sft", workdir / "sft", str(config.sft.updates))
     trained, step = params(stage, workdir, which)
-    made_of = token_models.made_of(config, model, trained, start=start, stage=stage)
-    return config, made_of, step
+    variables = token_models.stage_variables(config, model, trained, start=start, stage=stage)
+    return config, variables, step
 
 
 def is_fine_tuning(workdir: epath.Path) -> bool:
@@ -190,12 +190,12 @@ def measures(
     if episodes is not None:
         sizes = dict.fromkeys(sizes, episodes)
     if build is not factory:
-        config, made_of, step = restore_tokens(
+        config, variables, step = restore_tokens(
             workdir, which, trust_modules=trust_modules, accept=accept
         )
         count = episodes if build is folder_factory else next(iter(sizes.values()))
         measure = build.make_measure(config, episodes=count)
-        return sizes, lambda split: _rows(measure(made_of, split)), step
+        return sizes, lambda split: _rows(measure(variables, split)), step
     config, learner, step = restore(workdir, which, accept=accept)
     observed = factory.make_env(config).observation_size
     evaluator = factory.make_evaluator(

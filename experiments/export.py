@@ -66,8 +66,8 @@ def export(
             f"--workdir={workdir} has model.pretrained={config.model.pretrained!r}, which is no "
             "whole vision-language model: a vision encoder of ours has no format of the hub."
         )
-    _, made_of, step = restore_tokens(workdir, which, trust_modules=trust_modules, accept=accept)
-    variables, source = lora.join(*made_of), chat.directory_of(config.model.pretrained)
+    _, parts, step = restore_tokens(workdir, which, trust_modules=trust_modules, accept=accept)
+    variables, source = lora.join(*parts), chat.directory_of(config.model.pretrained)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:
         trained = _trained(config, workdir) - {"value"}

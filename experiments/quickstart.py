@@ -45,7 +45,7 @@ from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, Evaluator, Modality, describe
 from mmrl_jax.learners.bc import Demonstrations
 from mmrl_jax.learners.learner import LearnerState, policy_function
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
 from mmrl_jax.training import checkpoint, control_models, factory, loop, report, videos
 from mmrl_jax.training import workdir as workdir_lib
 
@@ -66,7 +66,7 @@ def scripted(config: ml_collections.ConfigDict, which: jax.Array) -> PolicyFunct
     """
     expert = factory.expert(config)
 
-    def policy(state: State, rng: jax.Array) -> Decision:
+    def policy(state: State, rng: jax.Array) -> ActorOutput:
         active = state.info["objects"]["active"]
         # One draw an episode: the environment's own key and episode number.
         keys = jax.vmap(jax.random.fold_in)(state.info["key"], state.info["episode"] + 1)
@@ -128,7 +128,7 @@ def evaluate_stages(
                 record(summary, name, evaluator(learner.without_optimiser(), split, hidden))
 
 
-def film(
+def record_video(
     config: ml_collections.ConfigDict, learner: LearnerState, workdir: epath.Path
 ) -> list[epath.Path]:
     """Writes the video and the strip of the final policy's episodes."""
@@ -138,7 +138,7 @@ def film(
     @jax.jit
     def run(learner: LearnerState, rng: jax.Array) -> tuple:
         policy = policy_function(apply, learner, deterministic=True)
-        return evaluation.film(env, policy, rng, episodes=6, height=160, width=160)
+        return evaluation.record_video(env, policy, rng, episodes=6, height=160, width=160)
 
     # Other episodes than the evaluation's, taken as they come.
     rng = jax.random.fold_in(factory.evaluation_key(config), 2)
@@ -209,7 +209,11 @@ def quickstart(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[s
             workdir / "success.png",
             metric=f"eval/{config.env.split}/success",
         )
-        written = [workdir / "summary.json", curves, *film(config, tuned.carry.learner, workdir)]
+        written = [
+            workdir / "summary.json",
+            curves,
+            *record_video(config, tuned.carry.learner, workdir),
+        ]
         print("Written: " + ", ".join(str(path) for path in written))
     return summary
 

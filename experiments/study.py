@@ -31,7 +31,7 @@ from absl import app, flags, logging
 import numpy as np
 
 from experiments.provenance import commit, hardware
-from experiments.train import FAILURES, acting, clean_exit, factory_of, train, write_json
+from experiments.train import FAILURES, clean_exit, factory_of, final_variables, train, write_json
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import report
@@ -96,10 +96,10 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
     build = factory_of(config)
     # A folder's runs have no such number: they are evaluated on all records of a split.
     measure = build.make_measure(config, episodes=config.run.get("eval_episodes"))
-    made_of = acting(config, trained)
+    variables = final_variables(config, trained)
     result: dict[str, Any] = {}
     for split in build.splits(config):
-        described = measure(made_of, split)
+        described = measure(variables, split)
         for name in REPORTED:
             if name in described:
                 result[f"final/{split}/{name}"] = described[name]

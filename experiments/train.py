@@ -213,7 +213,7 @@ def token_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trai
         fingerprints.write(place, fingerprints.Run("sft", build.dependencies(config)))
         stage = build.sft_stage(config, mesh)
         warm = loop.run(stage, workdir=place, config=config)
-        frozen = stage.data[0]
+        frozen = stage.constants[0]
         draw_curves(place, x="progress/updates")
     if config.algorithm != "sft" and not (warm is not None and warm.interrupted):
         if warm is not None:
@@ -223,22 +223,24 @@ def token_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Trai
         stage = build.rl_stage(config, mesh, start=start)
         start = None  # The stage alone has it, and lets it go.
         tuned = loop.run(stage, workdir=workdir, config=config)
-        frozen = stage.data
+        frozen = stage.constants
         draw_curves(workdir, x="progress/updates")
     trained = Trained(warm, tuned, frozen=frozen)
     # What agents do is shown by no question.
     if build is not agent_factory and not trained.interrupted and jax.process_index() == 0:
         with report.surviving("Writing samples.html"):
             if build is folder_factory:
-                samples, tested = build.tested_samples(config, acting(config, trained), SAMPLES)
+                samples, tested = build.tested_samples(
+                    config, final_variables(config, trained), SAMPLES
+                )
                 trained = dataclasses.replace(trained, tested=tested)
             else:
-                samples = build.answered_samples(config, acting(config, trained), SAMPLES)
+                samples = build.answered_samples(config, final_variables(config, trained), SAMPLES)
             report.sample_table(workdir / "samples.html", samples, f"{workdir.name}: answers")
     return trained
 
 
-def acting(config: ml_collections.ConfigDict, trained: Trained) -> Any:
+def final_variables(config: ml_collections.ConfigDict, trained: Trained) -> Any:
     """What the policy of the last stage is made of, as its factory's evaluations want it."""
     learner = trained.results[-1].carry.learner
     if factory_of(config) is factory:

@@ -25,9 +25,9 @@ class Transition(struct.PyTreeNode):
     """What one environment step leaves behind, time-major [T, B, ...] after an unroll.
 
     Attributes:
-      observation: what the policy saw at t, an Observation; for PPO over tokens a Question.
+      observation: what the policy saw at t, an Observation; for PPO over tokens a Prompt.
       action: the distribution's sample at t before any squashing, float32 [T, B, A], or int32
-        [T, B] for discrete actions; for PPO over tokens the Generated text.
+        [T, B] for discrete actions; for PPO over tokens the Completions.
       log_prob: float32 [T, B], log-probability of `action` under the acting policy.
       value: float32 [T, B], the acting policy's value estimate at t.
       reward: float32 [T, B], reward of the step from t to t + 1.

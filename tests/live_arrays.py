@@ -42,7 +42,7 @@ def shares_of_runs() -> Iterator[list[tuple[str, float]]]:
     def noted_save(self: Checkpointer, step: int, carry: Any, **kwargs: Any) -> bool:
         gc.collect()
         live = [x for x in jax.live_arrays() if id(x) not in others]
-        owned = jax.tree.leaves((carry, stages[-1].data))
+        owned = jax.tree.leaves((carry, stages[-1].constants))
         shares.append((stages[-1].name, array_bytes(live) / array_bytes(owned)))
         saved = save(self, step, carry, **kwargs)
         self.wait()  # On CPU the files are written from a copy of the carry.

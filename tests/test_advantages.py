@@ -286,5 +286,5 @@ def test_what_broke_is_cut_before_it():
     terminated, truncated, valid = np.array(
         [[[1.0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
     )
-    found = advantages.cut(*map(jnp.asarray, (terminated, truncated, valid)))
+    found = advantages.truncation_mask(*map(jnp.asarray, (terminated, truncated, valid)))
     np.testing.assert_array_equal(found, [[0, 1, 1], [0, 0, 0]])

@@ -158,9 +158,9 @@ def test_it_normalises_with_the_statistics_and_keeps_them():
 
     def trained(data):
         rows = data.observation["proprio"]
-        statistics = normalization.update(state.statistics, rows, jnp.ones(SAMPLES))
-        after, _ = compiled(optimiser)(state.replace(statistics=statistics), data, drawn(0))
-        jax.tree.map(np.testing.assert_array_equal, after.statistics, statistics)
+        normalizer = normalization.update(state.normalizer, rows, jnp.ones(SAMPLES))
+        after, _ = compiled(optimiser)(state.replace(normalizer=normalizer), data, drawn(0))
+        jax.tree.map(np.testing.assert_array_equal, after.normalizer, normalizer)
         return after.params
 
     # Readings in other units are the same readings.

@@ -51,9 +51,9 @@ def test_brax_gets_our_hyperparameters():
 def test_random_actions_are_uniform(monkeypatch):
     seen = {}
 
-    def mean_return(config, policy, made_of):
+    def mean_return(config, policy, variables):
         state = type("State", (), {"done": np.zeros(4000)})
-        seen["action"] = policy(made_of)(state, jax.random.key(0)).environment_action
+        seen["action"] = policy(variables)(state, jax.random.key(0)).environment_action
         return 0.0
 
     monkeypatch.setattr(brax_ppo, "_mean_return", mean_return)

@@ -157,7 +157,7 @@ def test_a_task_whose_template_has_a_token_without_a_row_is_refused(tmp_path):
 def test_every_text_of_a_task_is_checked_where_it_becomes_a_table(tmp_path):
     said = read(tmp_path, HEAD + "{{ m.content }}" + TAIL, added=FAR)
     with pytest.raises(ValueError, match=f"answer '{FAR[-1]}' has token"):
-        question.tokenise(["what is it ?"], ["two", FAR[-1]], said, image_tokens=4)
+        question.tokenize(["what is it ?"], ["two", FAR[-1]], said, image_tokens=4)
 
 
 def records(path, lines):

@@ -8,7 +8,7 @@ import pytest
 from mmrl_jax import envs
 from mmrl_jax.envs.instructions import instruction
 from mmrl_jax.envs.wrappers import AutoReset
-from mmrl_jax.rollouts.unroll import scripted, unroll
+from mmrl_jax.rollouts.unroll import deterministic_output, unroll
 from mmrl_jax.training import loop
 from tests.test_loop import toy
 from tests.test_wrappers import Counter
@@ -120,7 +120,7 @@ def batch_of(changes, steps=8):
 
     @jax.jit
     def run(state):
-        act = scripted(jnp.full((4, 1), 0.5))
+        act = deterministic_output(jnp.full((4, 1), 0.5))
         return unroll(env, state, lambda *_: act, jax.random.PRNGKey(1), steps)
 
     return state, *run(state)

@@ -380,6 +380,20 @@ def test_restore_parts_takes_some_and_leaves_the_rest(tmp_path):
         checkpoint.restore_parts(tmp_path / "empty", wanted, which="latest")
 
 
+def test_a_checkpoint_from_before_the_normalizer_had_its_name_is_read(tmp_path):
+    def carry(name):
+        return {"learner": {name: {"mean": jnp.arange(3.0)}, "params": jnp.ones(2)}}
+
+    with _open(tmp_path) as checkpointer:
+        checkpointer.save(1, carry("statistics"), extra={}, metrics={})
+        restored, _, step = checkpointer.restore_latest(jax.eval_shape(lambda: carry("normalizer")))
+    assert step == 1
+    _assert_same_bits(restored, carry("normalizer"))
+    like = {"learner/normalizer": {"mean": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+    parts, _ = checkpoint.restore_parts(tmp_path, like, which="latest")
+    np.testing.assert_array_equal(parts["learner/normalizer"]["mean"], np.arange(3.0))
+
+
 def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):

@@ -47,15 +47,17 @@ def test_questions_are_answered_in_chunks_and_shared_by_the_devices(monkeypatch)
         config = tiny.token_config(devices=devices, rl__questions=together)
         evaluator = question_factory.make_evaluator(config, jax.random.key(0), questions=13)
         model = question_factory.make_parts(config).model
-        made_of = token_models.halves(token_models.make_variables(config, model), config, "rl")
+        variables = token_models.partition_trainable(
+            token_models.make_variables(config, model), config, "rl"
+        )
         calls, answer = [], evaluator._answer
 
-        def counted(made_of, chunk, rng, answer=answer, calls=calls):
-            calls.append((made_of, chunk, rng))
-            return answer(made_of, chunk, rng)
+        def counted(variables, chunk, rng, answer=answer, calls=calls):
+            calls.append((variables, chunk, rng))
+            return answer(variables, chunk, rng)
 
         monkeypatch.setattr(evaluator, "_answer", counted)
-        found.append(evaluator(made_of, "train", swapped=True))
+        found.append(evaluator(variables, "train", swapped=True))
         # 13 at once; then twice one question a device, 3 of them to fill up.
         assert [len(chunk.images) for _, chunk, _ in calls] == ([13] if devices == 1 else [8, 8])
         assert len(calls[0][1].images.sharding.device_set) == devices

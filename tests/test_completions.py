@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 import transformers
 
-from mmrl_jax.pretrained.chat import Chat, Template, stop_tokens
+from mmrl_jax.pretrained.chat import ChatTokenizer, Template, stop_tokens
 
 WORDS = ["</s>", "<|im_end|>", "<|im_start|>", "<image>", "two", "red"]
 END, TURN, START, IMAGE, TWO, RED = range(6)
@@ -23,7 +23,7 @@ def tokenizer():
 
 
 def test_nothing_but_the_end_of_a_completion_is_left_out(tokenizer):
-    chat = Chat(tokenizer, Template("", "", "", (TURN, END)), IMAGE, len(WORDS))
+    chat = ChatTokenizer(tokenizer, Template("", "", "", (TURN, END)), IMAGE, len(WORDS))
     assert chat.stop == chat.pad == TURN and chat.stops == (TURN, END)
     for ids, text in (
         ([TWO, RED, TURN], "two red"),

@@ -13,12 +13,12 @@ from mmrl_jax.evaluation.evaluate import (
     Evaluator,
     describe,
     evaluate,
-    film,
     hide,
+    record_video,
     start,
 )
 from mmrl_jax.rendering import Scene, look_at
-from mmrl_jax.rollouts.unroll import Decision
+from mmrl_jax.rollouts.unroll import ActorOutput
 
 
 class Staircase(Env):
@@ -52,9 +52,9 @@ class Staircase(Env):
         )
 
 
-def nothing(state: State, rng: jax.Array) -> Decision:
+def nothing(state: State, rng: jax.Array) -> ActorOutput:
     zero = jnp.zeros(state.done.shape[0])
-    return Decision(zero, zero, zero, zero)
+    return ActorOutput(zero, zero, zero, zero)
 
 
 def test_every_environment_counts_for_its_first_episode():
@@ -95,7 +95,9 @@ def test_a_film_stands_still_once_its_episode_ended():
             turn = unit * jnp.array([1.0, 0, 0, 0])
             return Scene(("plane",), 0 * red, turn, 0 * red, red), look_at((0, 0, 1), (0, 0, 0))
 
-    first, frames = film(Seen(), nothing, jax.random.PRNGKey(0), episodes=2, height=4, width=4)
+    first, frames = record_video(
+        Seen(), nothing, jax.random.PRNGKey(0), episodes=2, height=4, width=4
+    )
     assert frames.shape == (5, 2, 4, 4, 3) and (first.info["t"] == 0).all()
     redness = np.asarray(frames[..., 0], float).mean((2, 3))
     # Environment 0 ends at step 1 and environment 1 at step 2; what comes after is not shown.
@@ -144,7 +146,7 @@ def observed(batch: int) -> State:
 def test_hide_swaps_exactly_one_modality(modality):
     seen = []
 
-    def look(state: State, rng: jax.Array) -> Decision:
+    def look(state: State, rng: jax.Array) -> ActorOutput:
         seen.append(state.obs)
         return nothing(state, rng)
 
@@ -193,7 +195,7 @@ def test_one_program_evaluates_all_policies_splits_and_modalities():
     def see_and_add(added: jax.Array):
         compiled.append(added)
 
-        def policy(state: State, rng: jax.Array) -> Decision:
+        def policy(state: State, rng: jax.Array) -> ActorOutput:
             return nothing(state, rng)._replace(environment_action=state.obs["pixels"] + added)
 
         return policy
@@ -231,7 +233,7 @@ class Drawn(Guess):
 def copy(_):
     """A policy that does what it sees, with more work for every environment than all else takes."""
 
-    def policy(state: State, rng: jax.Array) -> Decision:
+    def policy(state: State, rng: jax.Array) -> ActorOutput:
         seen = jnp.broadcast_to(state.obs["pixels"][:, None], (state.done.shape[0], 64))
         same = seen @ (jnp.ones((64, 64)) / 64)
         return nothing(state, rng)._replace(environment_action=same[:, 0])

@@ -90,11 +90,11 @@ def test_quickstart_again_trains_nothing(finished, tmp_path, monkeypatch):
     (workdir / "summary.json").unlink()
     written = []
 
-    def film(*_) -> list:
+    def record_video(*_) -> list:
         written.append(json.loads((workdir / "summary.json").read_text()))
         return []
 
-    monkeypatch.setattr(quickstart, "film", film)
+    monkeypatch.setattr(quickstart, "record_video", record_video)
     trained = train_script.train(tiny.config(), workdir)
     monkeypatch.setattr(quickstart, "train", lambda *_: trained)
     summary = quickstart.quickstart(tiny.config(), workdir)

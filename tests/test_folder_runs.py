@@ -13,7 +13,7 @@ from experiments import train as train_script
 from experiments.train import train
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.rl import group_advantages
-from mmrl_jax.rollouts.generate import Generated
+from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards, Rewards
 from mmrl_jax.training import config as config_lib
@@ -124,8 +124,8 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
         "final/test/failed_fraction",
     ]  # fmt: skip
     assert not any(name.startswith("eval/test/") for row in logged for name in row)
-    made_of = train_script.acting(make_config(), trained)
-    shown = folder_factory.answered_samples(make_config(), made_of, 24)
+    variables = train_script.final_variables(make_config(), trained)
+    shown = folder_factory.answered_samples(make_config(), variables, 24)
     assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
     test = open_split(make_config()).test
     assert {sample.question for sample in shown} == set(test.read(range(2)).prompts)
@@ -187,11 +187,11 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     page = (tmp_path / "samples.html").read_text()
     assert page.count("<img") == 2 and "mean reward of 2 answers" in page
     for place in (tmp_path, tmp_path / "sft"):
-        _, made_of, _ = evaluate.restore_tokens(place, "latest", trust_modules=True)
+        _, variables, _ = evaluate.restore_tokens(place, "latest", trust_modules=True)
         found = evaluate.evaluate(
             place, which="latest", split="all", episodes=None, trust_modules=True
         )
-        shown = folder_factory.answered_samples(config, made_of, 24)
+        shown = folder_factory.answered_samples(config, variables, 24)
         assert found["test/return"] == np.mean([sample.reward for sample in shown])
         assert found["test/episodes"] == found["validation/episodes"] == 2
         assert found["test/failed_fraction"] == found["validation/failed_fraction"] == 0
@@ -236,8 +236,8 @@ def test_held_out_records_are_answered_in_chunks(make_config, monkeypatch):
     monkeypatch.setattr(TokenPolicy, "answer", counted)
     for together in (4, 2):
         config = make_config(folder__test_size=3, rl__questions=together)
-        made_of = token_models.halves(fresh(config), config, "rl")
-        shown.append(folder_factory.answered_samples(config, made_of, 24))
+        variables = token_models.partition_trainable(fresh(config), config, "rl")
+        shown.append(folder_factory.answered_samples(config, variables, 24))
         assert len(shown[-1]) == 3
     assert asked == [3, 2]  # Of the three, two and one that is filled up.
     for one, other in zip(*shown, strict=True):
@@ -310,7 +310,7 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     present = np.array([[[True, True, False], [True, False, False]]] * 4)
     finished = np.array([[True, False]] * 4)
     batch = records.batch(0)
-    answers = Generated(tokens, np.zeros(tokens.shape), present, finished)
+    answers = Completions(tokens, np.zeros(tokens.shape), present, finished)
     scored = Scorer(pool, chat)(records, batch, answers)
     assert scored.completions == [["2", "2"]] * 4
     ((prompts, completions, right, columns, ended),) = given

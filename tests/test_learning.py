@@ -8,7 +8,7 @@ from experiments.train import train
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, Evaluator
-from mmrl_jax.rollouts.unroll import Decision, scripted
+from mmrl_jax.rollouts.unroll import ActorOutput, deterministic_output
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory
 
@@ -27,8 +27,10 @@ def random_episodes(config) -> Episodes:
     """Evaluates uniformly random actions."""
     env = factory.make_env(config)
 
-    def policy(state: State, rng: jax.Array) -> Decision:
-        return scripted(jax.random.uniform(rng, (EPISODES, env.action_size), minval=-1, maxval=1))
+    def policy(state: State, rng: jax.Array) -> ActorOutput:
+        return deterministic_output(
+            jax.random.uniform(rng, (EPISODES, env.action_size), minval=-1, maxval=1)
+        )
 
     evaluator = Evaluator(lambda _: env, lambda _: policy, jax.random.PRNGKey(1), episodes=EPISODES)
     return evaluator(None, "train")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.log_probs import answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import completion_log_probs, log_probs_from_features
 from tests.test_generate import MODEL, VOCABULARY, full_log_probs, prompts, run, variables
 
 UNTIED = MODEL.clone(tied=False)
@@ -16,8 +16,8 @@ UNTIED = MODEL.clone(tied=False)
 
 def shared(model, variables, prompt, present, tokens, there, pack_rows=None):
     prompt = gen.text_prompt(model, variables, prompt, present)
-    score = functools.partial(answer_log_probs, model, variables, tile=8)
-    return score_answers(model, variables, prompt, tokens, there, score, pack_rows=pack_rows)
+    score = functools.partial(log_probs_from_features, model, variables, tile=8)
+    return completion_log_probs(model, variables, prompt, tokens, there, score, pack_rows=pack_rows)
 
 
 def unshared(model, variables, prompt, present, tokens, there):

@@ -272,7 +272,7 @@ def test_a_sigterm_during_the_compile_stops_before_the_first_update(tmp_path, mo
 
 def test_the_second_ctrl_c_does_not_wait():
     before = signal.getsignal(signal.SIGINT)
-    with loop.Terminated() as terminated:
+    with loop.PreemptionGuard() as terminated:
         assert not terminated()
         os.kill(os.getpid(), signal.SIGINT)
         assert terminated()
@@ -408,7 +408,9 @@ def test_the_whole_update_lowers_for_accelerators(name):
         stage = factory.cloning_stage(config, factory.make_mesh(config), data)
     carry = jax.eval_shape(stage.init)
     for platform in ("tpu", "cuda"):
-        exported = jax.export.export(jax.jit(stage.update), platforms=[platform])(carry, stage.data)
+        exported = jax.export.export(jax.jit(stage.update), platforms=[platform])(
+            carry, stage.constants
+        )
         assert exported.platforms == (platform,)
 
 

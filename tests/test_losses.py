@@ -30,13 +30,13 @@ def test_gradient_of_masked_mean_by_hand():
 
 def test_normalise_by_hand():
     # Of 1, 3 (masked in): mean 2, standard deviation 1; 10 counts for nothing: (10 - 2) / 1.
-    result = losses.normalise(jnp.array([1.0, 10.0, 3.0]), jnp.array([1.0, 0.0, 1.0]))
+    result = losses.whiten(jnp.array([1.0, 10.0, 3.0]), jnp.array([1.0, 0.0, 1.0]))
     np.testing.assert_allclose(result, [-1.0, 8.0, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("mask", [0.0, 1.0])
 def test_normalise_is_finite_without_spread_or_without_samples(mask):
-    result = losses.normalise(jnp.array([2.0, 2.0]), jnp.full(2, mask))
+    result = losses.whiten(jnp.array([2.0, 2.0]), jnp.full(2, mask))
     assert np.isfinite(result).all()
 
 

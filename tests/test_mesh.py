@@ -15,7 +15,7 @@ from mmrl_jax.envs.wrappers import AutoReset
 from mmrl_jax.learners import learner, ppo
 from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.rl.distributions import TanhNormal
-from mmrl_jax.rollouts.unroll import Decision, unroll
+from mmrl_jax.rollouts.unroll import ActorOutput, unroll
 from mmrl_jax.types import Transition
 
 # Compiled quickly: nothing here runs for long.
@@ -81,7 +81,7 @@ def test_environments_draw_the_same_wherever_they_lie():
     def policy(state, rng):
         distribution = TanhNormal(jnp.zeros((ENVS, 1)), jnp.zeros((ENVS, 1)))
         u = distribution.sample(rng)
-        return Decision(jnp.tanh(u), u, distribution.log_prob(u), jnp.zeros(ENVS))
+        return ActorOutput(jnp.tanh(u), u, distribution.log_prob(u), jnp.zeros(ENVS))
 
     def experience(devices):
         mesh = meshes.make_mesh(devices)
@@ -237,6 +237,6 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
         for a, b in (
             (gradients, several.opt_state[0][1]),
             (one.params, several.params),
-            (one.statistics, several.statistics),
+            (one.normalizer, several.normalizer),
         ):
             jax.tree_util.tree_map_with_path(compare, a, b)

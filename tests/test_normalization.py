@@ -15,7 +15,7 @@ def test_by_hand():
         2,
         2,
     )
-    np.testing.assert_allclose(normalization.normalise(statistics, jnp.array([[4.0]])), [[2.0]])
+    np.testing.assert_allclose(normalization.normalize(statistics, jnp.array([[4.0]])), [[2.0]])
 
 
 def test_pieces_equal_all_rows_at_once():
@@ -33,7 +33,7 @@ def test_pieces_equal_all_rows_at_once():
     np.testing.assert_allclose(statistics.m2 / statistics.count, seen.var(0), rtol=1e-4)
     x = rng.normal(size=(7, 3)) * [1.0, 10.0, 0.1] + [0.0, -50.0, 2.0]
     np.testing.assert_allclose(
-        normalization.normalise(statistics, jnp.asarray(x, jnp.float32)),
+        normalization.normalize(statistics, jnp.asarray(x, jnp.float32)),
         (x - seen.mean(0)) / seen.std(0),
         rtol=1e-3,
         atol=1e-3,
@@ -43,10 +43,10 @@ def test_pieces_equal_all_rows_at_once():
 def test_the_identity_before_the_first_row():
     x = jnp.array([[3.0, -7.0]])
     statistics = normalization.init(2)
-    np.testing.assert_array_equal(normalization.normalise(statistics, x), x)
+    np.testing.assert_array_equal(normalization.normalize(statistics, x), x)
     # Rows that are all masked are no rows.
     statistics = normalization.update(statistics, 5 * x, jnp.zeros(1))
-    np.testing.assert_array_equal(normalization.normalise(statistics, x), x)
+    np.testing.assert_array_equal(normalization.normalize(statistics, x), x)
 
 
 def test_masked_rows_change_nothing():
@@ -61,5 +61,5 @@ def test_masked_rows_change_nothing():
 def test_constant_readings_and_outliers_stay_finite():
     statistics = normalization.update(normalization.init(1), jnp.full((10, 1), 3.0), jnp.ones(10))
     # No spread: the least standard deviation is 1e-3; beyond 10 of them, clipped.
-    result = normalization.normalise(statistics, jnp.array([[3.0], [3.005], [1e9], [-1e9]]))
+    result = normalization.normalize(statistics, jnp.array([[3.0], [3.005], [1e9], [-1e9]]))
     np.testing.assert_allclose(result[:, 0], [0.0, 5.0, 10.0, -10.0], rtol=1e-3)

@@ -12,7 +12,7 @@ from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.models.lora import split
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts import packing
-from mmrl_jax.rollouts.log_probs import answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import completion_log_probs, log_probs_from_features
 from mmrl_jax.training import question_factory, token_stages
 from tests import tiny
 from tests.test_generate import MODEL, VOCABULARY, prompts, variables
@@ -152,9 +152,11 @@ def test_the_second_pass_is_left_out_where_all_fit():
 
         def score(features, tokens):
             jax.debug.callback(lambda: passes.append(tokens.shape[1]))
-            return answer_log_probs(MODEL, variables(), features, tokens).log_prob
+            return log_probs_from_features(MODEL, variables(), features, tokens).log_prob
 
-        return score_answers(MODEL, variables(), prompt, answers(), there, score, pack_rows=2)
+        return completion_log_probs(
+            MODEL, variables(), prompt, answers(), there, score, pack_rows=2
+        )
 
     for lengths, passed in ((FITS, 1), (OVERFLOWS, 2)):
         passes.clear()

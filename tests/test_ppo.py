@@ -67,10 +67,10 @@ def learner_state(optimiser, params):
     state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
     # Statistics as after some rows of another scale, so that normalisation does something.
     seen = np.random.default_rng(9).normal(size=(50, PROPRIO)) * [1.0, 2.0, 0.5] + [0.5, 0.0, -1.0]
-    statistics = normalization.update(
-        state.statistics, jnp.asarray(seen, jnp.float32), jnp.ones(50)
+    normalizer = normalization.update(
+        state.normalizer, jnp.asarray(seen, jnp.float32), jnp.ones(50)
     )
-    return state.replace(statistics=statistics)
+    return state.replace(normalizer=normalizer)
 
 
 def record(state, seed=1, network=apply):
@@ -137,12 +137,12 @@ def difference(a, b):
     return max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
-def expected_parts(params, statistics, batch, last, h, kind):
+def expected_parts(params, normalizer, batch, last, h, kind):
     """PPO's loss written out again: own GAE loop, own normalisation, own densities."""
-    deviation = jnp.sqrt(statistics.m2 / statistics.count)
+    deviation = jnp.sqrt(normalizer.m2 / normalizer.count)
 
     def see(proprio):
-        return jnp.clip((proprio - statistics.mean) / deviation, -10, 10)
+        return jnp.clip((proprio - normalizer.mean) / deviation, -10, 10)
 
     reward, value, valid, terminated, truncated = (
         np.asarray(x, np.float64)
@@ -217,7 +217,7 @@ def test_one_full_batch_step_equals_the_loss_written_out(kind, value_clip):
     other = initial_params(kind, seed=4)
     state = state.replace(params=jax.tree.map(lambda a, b: a + 0.3 * b, state.params, other))
     h = dataclasses.replace(PLAIN, **changes)
-    loss, gradient = expected_parts(state.params, state.statistics, batch, last, h, kind)
+    loss, gradient = expected_parts(state.params, state.normalizer, batch, last, h, kind)
     after, metrics = run(state, batch, last, SGD, **changes)
     assert 0 < float(metrics["policy/clip_fraction"]) < 1
     assert float(metrics["loss/total"]) == pytest.approx(float(loss), rel=1e-4)
@@ -360,7 +360,7 @@ def test_a_batch_without_valid_samples_changes_no_parameter():
     batch = batch.replace(valid=jnp.zeros_like(batch.valid))
     after, metrics = run(state, batch, last, SGD, entropy_weight=0.1, auxiliary_weight=1.0)
     assert_equal(after.params, state.params)
-    assert_equal(after.statistics, state.statistics)
+    assert_equal(after.normalizer, state.normalizer)
     assert all(np.isfinite(x) for x in metrics.values())
 
 
@@ -497,14 +497,14 @@ def test_statistics_take_in_the_valid_rows_of_every_frame_after_the_update():
     frames = {"proprio": jnp.stack([2 * batch.observation["proprio"] + 1,
                                     batch.observation["proprio"]], axis=2)}  # fmt: skip
     last = {"proprio": jnp.stack([last["proprio"]] * 2, axis=1)}
-    fresh = state.replace(statistics=normalization.init(PROPRIO))
+    fresh = state.replace(normalizer=normalization.init(PROPRIO))
     after, _ = run(
         fresh, batch.replace(observation=frames), last, SGD, network=newest, minibatches=2
     )
     seen = np.asarray(frames["proprio"])[np.asarray(batch.valid) == 1].reshape(-1, PROPRIO)
-    assert float(after.statistics.count) == len(seen) == 2 * (STEPS * BATCH - 3)
-    np.testing.assert_allclose(after.statistics.mean, seen.mean(0), rtol=1e-4, atol=1e-5)
-    variance = after.statistics.m2 / after.statistics.count
+    assert float(after.normalizer.count) == len(seen) == 2 * (STEPS * BATCH - 3)
+    np.testing.assert_allclose(after.normalizer.mean, seen.mean(0), rtol=1e-4, atol=1e-5)
+    variance = after.normalizer.m2 / after.normalizer.count
     np.testing.assert_allclose(variance, seen.var(0), rtol=1e-4)
 
 

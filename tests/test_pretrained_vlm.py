@@ -20,7 +20,7 @@ from mmrl_jax.pretrained import hub as ours
 from mmrl_jax.pretrained import weights
 from tests import hub
 
-DECODE, PLACE, SWAPAXES = LanguageModel.decode, vlm.place, jnp.swapaxes
+DECODE, PLACE, SWAPAXES = LanguageModel.hidden_states, vlm.scatter_features, jnp.swapaxes
 IMAGE = 100  # The id of the image token.
 TEXT = {
     "vocab_size": 101,
@@ -358,7 +358,7 @@ REPLACEMENTS = [
     (
         "paligemma2",
         "the prompt sees through windows",
-        "vlm.LanguageModel.decode",
+        "vlm.LanguageModel.hidden_states",
         lambda self, *args: DECODE(self, *args[:4]),
     ),
     (
@@ -370,7 +370,7 @@ REPLACEMENTS = [
     (
         "llava",
         "order of features",
-        "vlm.place",
+        "vlm.scatter_features",
         lambda x, is_image, *features: PLACE(x[:, ::-1], is_image[:, ::-1], *features)[:, ::-1],
     ),
 ]

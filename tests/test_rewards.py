@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mmrl_jax.tasks import reward_workers
-from mmrl_jax.tasks.rewards import NoRewards, Pool, exact_match, on_failure
+from mmrl_jax.tasks.rewards import NoRewards, RewardWorkerPool, exact_match, on_failure
 from tests import reward_functions as user
 
 
@@ -20,7 +20,9 @@ from tests import reward_functions as user
 def pool():
     """Two functions; the weights are powers of two, so that sums are exact."""
     functions = {"awkward": user.awkward, "length": user.length}
-    with Pool(functions, {"awkward": 2.0, "length": 0.25}, workers=2, timeout_s=20.0) as made:
+    with RewardWorkerPool(
+        functions, {"awkward": 2.0, "length": 0.25}, workers=2, timeout_s=20.0
+    ) as made:
         yield made
 
 
@@ -31,7 +33,9 @@ def ask(pool, completions):
 
 def test_every_function_is_given_its_samples_keywords():
     functions = {"keywords": user.keywords, "exact": exact_match}
-    with Pool(functions, {"keywords": 1.0, "exact": 10.0}, workers=1, timeout_s=20.0) as pool:
+    with RewardWorkerPool(
+        functions, {"keywords": 1.0, "exact": 10.0}, workers=1, timeout_s=20.0
+    ) as pool:
         scored = pool(
             ["p0", "p1"], [["a0", "A0 ", "a1"], ["a1", "a0", ""]], ["a0", "a1"],
             [{"bonus": 0.5}, {"bonus": 4.0}], [[True, True, True], [True, False, True]],
@@ -83,7 +87,9 @@ def test_what_float32_cannot_hold_is_a_failure_and_no_infinity(pool):
 
 
 def test_a_call_without_end_is_stopped_and_the_others_are_not():
-    with Pool({"awkward": user.awkward}, {"awkward": 1.0}, workers=2, timeout_s=0.5) as pool:
+    with RewardWorkerPool(
+        {"awkward": user.awkward}, {"awkward": 1.0}, workers=2, timeout_s=0.5
+    ) as pool:
         start = time.monotonic()
         scored = ask(pool, [["fine", "sleep", "fine", "fine"]])
         assert time.monotonic() - start < 60
@@ -102,7 +108,9 @@ def test_nothing_but_failures_is_an_error(pool):
 
 def test_reward_functions_leave_the_accelerator_alone(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    with Pool({"platform": user.platform}, {"platform": 1.0}, workers=1, timeout_s=20.0) as pool:
+    with RewardWorkerPool(
+        {"platform": user.platform}, {"platform": 1.0}, workers=1, timeout_s=20.0
+    ) as pool:
         assert ask(pool, [["x"]]).reward[0, 0] == 1.0
     assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
 
@@ -111,7 +119,7 @@ def test_every_kind_of_real_number_is_one():
     halves = ["float", "Decimal", "Fraction", "numpy.float16", "array of no axes", "jax"]
     ones = ["bool", "numpy.bool", "int", "numpy.int8"]
     none = ["complex", "numpy.complex64", "array of one axis", "array of text", "signaling"]
-    with Pool({"half": user.half}, {"half": 1.0}, workers=1, timeout_s=60.0) as pool:
+    with RewardWorkerPool({"half": user.half}, {"half": 1.0}, workers=1, timeout_s=60.0) as pool:
         scored = ask(pool, [halves + ones + none])
     np.testing.assert_array_equal(scored.reward, [[0.5] * 6 + [1.0] * 4 + [np.nan] * 5])
     reasons = [failure.reason for failure in scored.failures]
@@ -133,7 +141,7 @@ def test_reasons_are_short_and_printable_and_say_where(pool):
 
 def test_a_function_without_weight_masks_nothing():
     functions, weights = {"length": user.length, "watched": user.awkward}, {"length": 0.5}
-    with Pool(functions, weights | {"watched": 0.0}, workers=1, timeout_s=20.0) as pool:
+    with RewardWorkerPool(functions, weights | {"watched": 0.0}, workers=1, timeout_s=20.0) as pool:
         scored = ask(pool, [["raise", "fine"]])
     np.testing.assert_array_equal(scored.reward, [[2.5, 2.0]])
     assert scored.valid.all()
@@ -143,7 +151,9 @@ def test_a_function_without_weight_masks_nothing():
 
 def test_a_function_declares_what_its_failure_counts_as():
     functions = {"declared": user.declared, "length": user.length}
-    with Pool(functions, {"declared": 2.0, "length": 1.0}, workers=1, timeout_s=20.0) as pool:
+    with RewardWorkerPool(
+        functions, {"declared": 2.0, "length": 1.0}, workers=1, timeout_s=20.0
+    ) as pool:
         scored = ask(pool, [["4", "none", "nan", "1e39"]])
     # 2 * 4 + 1; and of the failures 2 * -0.25 + 4, 3 and 4 letters.
     np.testing.assert_array_equal(scored.reward, [[9, 3.5, 2.5, 3.5]])
@@ -155,7 +165,7 @@ def test_a_function_declares_what_its_failure_counts_as():
 def processes():
     """A function that starts processes; one worker, so that its calls follow each other."""
     functions = {"process": user.process}
-    with Pool(functions, {"process": 1.0}, workers=1, timeout_s=60.0) as made:
+    with RewardWorkerPool(functions, {"process": 1.0}, workers=1, timeout_s=60.0) as made:
         yield made
 
 
@@ -220,12 +230,12 @@ def test_what_a_call_without_end_has_started_ends_with_it(processes, tmp_path, m
 
 OWNER = """
 import sys, time
-from mmrl_jax.tasks.rewards import Pool
+from mmrl_jax.tasks.rewards import RewardWorkerPool
 from tests import reward_functions as user
 
 note, end = sys.argv[1:]
 if __name__ == "__main__":
-    pool = Pool({"process": user.process}, {"process": 1.0}, workers=1, timeout_s=60.0)
+    pool = RewardWorkerPool({"process": user.process}, {"process": 1.0}, workers=1, timeout_s=60.0)
     pool(["p"], [["start"]], ["a"], [{"note": note}])
     if end == "collected":
         del pool
@@ -263,7 +273,7 @@ def test_nothing_outlives_its_owner(end, tmp_path):
 def test_memory_has_a_limit():
     def made(memory_mb):
         functions, weights = {"process": user.process}, {"process": 1.0}
-        return Pool(functions, weights, workers=1, timeout_s=60.0, memory_mb=memory_mb)
+        return RewardWorkerPool(functions, weights, workers=1, timeout_s=60.0, memory_mb=memory_mb)
 
     with made(None) as pool:
         assert ask(pool, [["allocate"]]).reward.tolist() == [[6.0]]
@@ -272,7 +282,7 @@ def test_memory_has_a_limit():
 
 
 def test_processes_end_with_the_pool():
-    pool = Pool({"length": user.length}, {"length": 1.0}, workers=1, timeout_s=5.0)
+    pool = RewardWorkerPool({"length": user.length}, {"length": 1.0}, workers=1, timeout_s=5.0)
     workers = list(pool._workers.all)
     assert all(worker.is_alive() for worker in workers)
     pool.close()
@@ -303,7 +313,7 @@ def unable(**_):
 def test_what_cannot_be_is_refused(changes, message):
     good = {"functions": {"length": user.length}, "weights": {"length": 1.0}}
     with pytest.raises(ValueError, match=message):
-        Pool(**(good | {"workers": 1, "timeout_s": 1.0} | changes))
+        RewardWorkerPool(**(good | {"workers": 1, "timeout_s": 1.0} | changes))
 
 
 def test_ragged_samples_are_refused(pool):
@@ -324,7 +334,7 @@ def test_functions_that_other_processes_cannot_import_are_an_error(monkeypatch):
     exec("def reward(**_): return 1.0", module.__dict__)
     monkeypatch.setitem(sys.modules, "here_alone", module)
     with pytest.raises(RuntimeError, match="did not start; see its error above"):
-        Pool({"reward": module.reward}, {"reward": 1.0}, workers=1, timeout_s=5.0)
+        RewardWorkerPool({"reward": module.reward}, {"reward": 1.0}, workers=1, timeout_s=5.0)
 
 
 def test_ctrl_c_is_left_to_the_training(pool):
@@ -340,7 +350,7 @@ def test_workers_that_cannot_be_replaced_are_missing_only_for_a_while(monkeypatc
         raise OSError("Cannot allocate memory")
 
     functions = {"exact_match": exact_match}
-    with Pool(functions, {"exact_match": 1.0}, workers=1, timeout_s=60.0) as pool:
+    with RewardWorkerPool(functions, {"exact_match": 1.0}, workers=1, timeout_s=60.0) as pool:
         (worker,) = pool._workers.all
         worker._process.kill()
         worker._process.join()

@@ -10,7 +10,7 @@ import pytest
 
 from mmrl_jax.evaluation.questions import Answered, describe_levels
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import ABSENT, Question, Score, Words, tokenise
+from mmrl_jax.tasks.question import ABSENT, Prompt, Score, WordTokenizer, tokenize
 from mmrl_jax.tasks.scenes import COLOURS, SHAPES, Objects, draw
 
 # Compiling is what these tests wait for.
@@ -268,7 +268,7 @@ def test_a_question_depends_on_its_number_alone():
         np.testing.assert_array_equal(a, b[:5])
 
 
-class Fixed(Words):
+class Fixed(WordTokenizer):
     """A tokeniser that knows these answers alone, and asks by one token."""
 
     def __init__(self, answers):
@@ -283,7 +283,7 @@ class Fixed(Words):
 
 def test_answers_are_read_exactly():
     said = {"one": [4], "twenty one": [7, 4], "two": [5]}
-    texts = tokenise(["how many ?"], list(said), Fixed(said), image_tokens=0)
+    texts = tokenize(["how many ?"], list(said), Fixed(said), image_tokens=0)
     np.testing.assert_array_equal(texts.answer_tokens, [[4, 1, -1], [7, 4, 1], [5, 1, -1]])
     given = jnp.array(
         [
@@ -319,7 +319,7 @@ def test_accuracy_is_told_by_level():
     level = np.array([0, 2, 0, 2, 2])  # Of the second there is none.
     right = np.array([1, 0, 0, 1, 1], np.float32)
     score = Score(right, right, np.array([0, 1, 0, 0, 0], np.float32))
-    found = Answered(Question(*(None,) * 6, level=level), None, None, score)
+    found = Answered(Prompt(*(None,) * 6, level=level), None, None, score)
     described = describe_levels(found, ("easy", "medium", "hard"))
     assert described["easy/accuracy"] == 1 / 2 and described["easy/malformed"] == 0
     assert described["hard/accuracy"] == pytest.approx(2 / 3)
@@ -332,12 +332,12 @@ def test_labels_are_the_right_answers():
     labels, there = made.texts.labels(question.answer)
     parsed = made.texts.parse(labels, there)
     np.testing.assert_array_equal(parsed, question.answer)
-    assert (np.asarray(labels)[~np.asarray(there)] == Words.pad).all()
+    assert (np.asarray(labels)[~np.asarray(there)] == WordTokenizer.pad).all()
 
 
 def test_prompts_have_their_image_tokens():
     question = drawn()
-    assert ((question.tokens == Words.image).sum(axis=1) == 2).all()
+    assert ((question.tokens == WordTokenizer.image).sum(axis=1) == 2).all()
     assert not question.tokens[~question.present].any()
 
 
@@ -376,11 +376,11 @@ def test_splits_and_pictures_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="height=40 and width=41 do not divide"):
         jax.eval_shape(lambda: task(("count",), width=41).sample(jax.random.key(0), 1, "train"))
     with pytest.raises(ValueError, match="have the same tokens"):
-        tokenise(["a"], ["b", "c"], Fixed({"b": [2], "c": [2]}), image_tokens=0)
+        tokenize(["a"], ["b", "c"], Fixed({"b": [2], "c": [2]}), image_tokens=0)
 
 
 def test_words_are_read_back():
-    words = Words(["how many red balls ?", "two"])
+    words = WordTokenizer(["how many red balls ?", "two"])
     ids = words.prompt("how many balls ?", images=2)
     assert ids[:2] == [words.image] * 2 and words.decode(ids) == "how many balls ?"
     assert words.decode([*words.answer("two"), words.pad]) == "two"

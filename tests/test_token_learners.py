@@ -12,7 +12,7 @@ import pytest
 
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
-from mmrl_jax.learners.learner import in_parts
+from mmrl_jax.learners.learner import map_in_chunks
 from mmrl_jax.models.encoders import VisionEncoder
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.lora import split
@@ -21,9 +21,9 @@ from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel
 from mmrl_jax.rl import advantages, group_advantages, losses
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rl.token_losses import PRESETS, TokenLoss
-from mmrl_jax.rollouts.generate import Generated, Sampling
+from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import Words
+from mmrl_jax.tasks.question import WordTokenizer
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_stages
 from mmrl_jax.types import Transition
@@ -40,16 +40,16 @@ TASK = shapes.make(
     levels=("medium",),
     image_tokens=4,
 )
-VOCABULARY = Words([*TASK.texts.prompts, *TASK.texts.answers]).size
+VOCABULARY = WordTokenizer([*TASK.texts.prompts, *TASK.texts.answers]).size
 MODEL = VisionLanguageModel(
     vision=PatchVision(VisionEncoder(16, 8, 0, 16, layers=0, heads=1)),
     language=LanguageModel(
         VOCABULARY, 16, 1, BlockSpec(heads=2, hidden=24, norm="rms"), (Rope(100.0, 8),)
     ),
-    image_token=Words.image,
+    image_token=WordTokenizer.image,
 )
 POLICY = token_learner.TokenPolicy(
-    MODEL, length=TASK.texts.length, stop=Words.stops, pad=Words.pad, tile=16
+    MODEL, length=TASK.texts.length, stop=WordTokenizer.stops, pad=WordTokenizer.pad, tile=16
 )
 OPTIMISER = optax.sgd(0.1)
 PLAIN = grpo.Hyperparameters(
@@ -59,7 +59,7 @@ PLAIN = grpo.Hyperparameters(
     temperature=1.0,
     epochs=1,
     minibatches=1,
-    accumulate=1,
+    grad_accum_steps=1,
 )
 
 
@@ -84,7 +84,7 @@ def experience():
         state.params, frozen, questions(), jax.random.key(2)
     )
     reward = jax.random.normal(jax.random.key(3), (4, 3))
-    return grpo.Experience(questions(), answers, reward, jnp.ones((4, 3)))
+    return grpo.ScoredCompletions(questions(), answers, reward, jnp.ones((4, 3)))
 
 
 def update(hyperparameters, state=None, frozen=None, given=None):
@@ -134,14 +134,14 @@ def test_accumulated_gradients_are_those_of_the_whole(reduction):
     loss = TokenLoss(reduction=reduction, kl_weight=0.1, max_correction=2.0)
     whole = dataclasses.replace(PLAIN, loss=loss)
     one, _ = update(whole)
-    parts, _ = update(dataclasses.replace(whole, accumulate=4))
+    parts, _ = update(dataclasses.replace(whole, grad_accum_steps=4))
     assert largest_difference(one.params, learner()[0].params) > 1e-3
     assert largest_difference(one.params, parts.params) < 1e-6
 
 
 def test_what_is_worked_out_in_parts_comes_back_in_order():
     x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
-    found = in_parts(lambda part: jax.tree.map(lambda x: 2 * x, part), x, 3)
+    found = map_in_chunks(lambda part: jax.tree.map(lambda x: 2 * x, part), x, 3)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), found, x)
 
 
@@ -151,10 +151,10 @@ def test_two_devices_learn_what_one_does_and_no_answer_moves():
     answers = jit(functools.partial(POLICY.answer, group=3, sampling=Sampling()))(
         state.params, frozen, asked, jax.random.key(2)
     )
-    given = grpo.Experience(
+    given = grpo.ScoredCompletions(
         asked, answers, jax.random.normal(jax.random.key(3), (8, 3)), jnp.ones((8, 3))
     )
-    hyperparameters = dataclasses.replace(PLAIN, epochs=2, minibatches=2, accumulate=2)
+    hyperparameters = dataclasses.replace(PLAIN, epochs=2, minibatches=2, grad_accum_steps=2)
 
     def updated(devices):
         mesh = meshes.make_mesh(devices)
@@ -201,7 +201,7 @@ def test_a_model_without_vision_learns_from_text():
     np.testing.assert_allclose(answers.log_probs, expected, atol=1e-5)
     reward = jax.random.normal(jax.random.key(3), (4, 3))
     step = functools.partial(grpo.update, policy=policy, optimiser=OPTIMISER, hyperparameters=PLAIN)
-    given = grpo.Experience(asked, answers, reward, jnp.ones((4, 3)))
+    given = grpo.ScoredCompletions(asked, answers, reward, jnp.ones((4, 3)))
     new, metrics = jit(step)(state, frozen, given, jax.random.key(4))
     assert largest_difference(new.params, state.params) > 1e-3
     assert float(metrics["policy/kl"]) < 1e-8
@@ -272,7 +272,9 @@ def table_update(dtype, hyperparameters, scored):
     table = jax.random.normal(jax.random.key(0), (4, 3, 5))
     length = jnp.array([[5, 2, 1], [3, 3, 4], [1, 5, 2], [4, 4, 1]])
     present = jnp.arange(5) < length[..., None]
-    drawn = Generated(jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), present, length < 5)
+    drawn = Completions(
+        jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), present, length < 5
+    )
     reward = jax.random.normal(jax.random.key(1), (4, 3))
     asked = jax.tree.map(lambda x: x[:4], questions())._replace(answer=jnp.arange(4))
     state = token_learner.init(table, optimiser=optax.sgd(1.0), with_reference=False)
@@ -282,7 +284,7 @@ def table_update(dtype, hyperparameters, scored):
         optimiser=optax.sgd(1.0),
         hyperparameters=hyperparameters,
     )
-    given = grpo.Experience(asked, drawn, reward, scored)
+    given = grpo.ScoredCompletions(asked, drawn, reward, scored)
     new, metrics = jit(step)(state, None, given, jax.random.key(2))
     return table, new.params, hyperparameters.advantage(reward, scored), length, metrics
 
@@ -302,16 +304,18 @@ def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16(minibatches):
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "constant"])
-@pytest.mark.parametrize(("minibatches", "accumulate"), [(1, 2), (2, 2)])
-def test_a_completion_without_a_reward_is_in_no_divisor(reduction, minibatches, accumulate):
+@pytest.mark.parametrize(("minibatches", "grad_accum_steps"), [(1, 2), (2, 2)])
+def test_a_completion_without_a_reward_is_in_no_divisor(reduction, minibatches, grad_accum_steps):
     # Of each question two of three completions are scored, so that a minibatch has 8 or 4; one
     # step moves w by A * d log p / dw over the divisor, and d log p / dw = -sigmoid(w).
     loss = TokenLoss(clip=None, reduction=reduction)
-    h = dataclasses.replace(PLAIN, loss=loss, minibatches=minibatches, accumulate=accumulate)
+    h = dataclasses.replace(
+        PLAIN, loss=loss, minibatches=minibatches, grad_accum_steps=grad_accum_steps
+    )
     scored = jnp.array([[1.0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 0]])
     before, after, advantage, length, _ = table_update(jnp.float32, h, scored)
-    divisor = 8 / minibatches * (length[..., None] if reduction == "sequence" else 5)
-    expected = -advantage[..., None] * jax.nn.sigmoid(before) / divisor
+    loss_denominator = 8 / minibatches * (length[..., None] if reduction == "sequence" else 5)
+    expected = -advantage[..., None] * jax.nn.sigmoid(before) / loss_denominator
     expected = jnp.where(jnp.arange(5) < length[..., None], expected, 0.0)
     np.testing.assert_allclose(after - before, expected, atol=1e-6)
 
@@ -384,7 +388,7 @@ def test_equal_rewards_teach_nothing():
 
 def test_questions_with_different_rewards_come_first():
     given = experience()._replace(reward=jnp.array([[1.0, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]]))
-    kept = grpo.informative(given, 3)
+    kept = grpo.dynamic_sampling(given, 3)
     np.testing.assert_array_equal(kept.reward, given.reward[jnp.array([1, 3, 0])])
     np.testing.assert_array_equal(kept.question.images, given.question.images[jnp.array([1, 3, 0])])
 
@@ -409,7 +413,7 @@ def test_the_frozen_half_has_no_gradient_and_no_optimiser():
 def test_pictures_that_were_dropped_stop_the_update():
     given = experience()
     asked = given.question
-    dropped = asked._replace(tokens=jnp.where(asked.tokens == Words.image, 5, asked.tokens))
+    dropped = asked._replace(tokens=jnp.where(asked.tokens == WordTokenizer.image, 5, asked.tokens))
     new, metrics = update(PLAIN, *learner(), given._replace(question=dropped))
     assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (0, 1)
     assert largest_difference(new.params, learner()[0].params) == 0
@@ -444,7 +448,7 @@ def preferences(weight=(1.0, 1.0, 0.0, 1.0)):
 
 def prefer(given, **hyperparameters):
     state, frozen = learner(reference=True)
-    h = dict(beta=0.5, label_smoothing=0.0, epochs=1, minibatches=1, accumulate=1)
+    h = dict(beta=0.5, label_smoothing=0.0, epochs=1, minibatches=1, grad_accum_steps=1)
     step = functools.partial(
         dpo.update,
         policy=POLICY,
@@ -473,7 +477,7 @@ def test_one_step_of_dpo_is_written_out():
     assert largest_difference(new.params, expected) < 1e-6
     assert float(metrics["loss/policy"]) == pytest.approx(np.log(2), rel=1e-5)
     assert float(metrics["answer/preferences"]) == 0.75
-    parts, _ = prefer(given, accumulate=4)
+    parts, _ = prefer(given, grad_accum_steps=4)
     assert largest_difference(new.params, parts.params) < 1e-6
 
 
@@ -526,7 +530,7 @@ def with_value(reference=False):
 def ppo_update(state=None, batch=None, **hyperparameters):
     h = dict(
         discount=0.9, gae_lambda=0.8, loss=TokenLoss(), value_clip=None, value_weight=0.5,
-        entropy_weight=0.01, temperature=1.0, epochs=1, minibatches=1, accumulate=1,
+        entropy_weight=0.01, temperature=1.0, epochs=1, minibatches=1, grad_accum_steps=1,
     )  # fmt: skip
     start, frozen = with_value()
     step = functools.partial(
@@ -574,7 +578,7 @@ def test_one_step_of_token_ppo_is_written_out():
         lambda_=0.8,
     )
     advantage, target = (x[:, :, None] for x in (advantage, target))
-    advantage = losses.normalise(advantage, mask)
+    advantage = losses.whiten(advantage, mask)
 
     def loss(params):
         log_prob, entropy, value = read(params)
@@ -587,7 +591,7 @@ def test_one_step_of_token_ppo_is_written_out():
         assert largest_difference(state.params[part], expected[part]) > 1e-3
     assert largest_difference(new.params, expected) < 2e-6
     assert float(metrics["answer/length"]) == pytest.approx(float(mask.sum() / 3))
-    parts, _ = ppo_update(accumulate=4)
+    parts, _ = ppo_update(grad_accum_steps=4)
     assert largest_difference(new.params, parts.params) < 2e-6
 
 
@@ -611,7 +615,7 @@ def test_token_ppo_learns_from_a_group_what_it_learns_from_its_answers_apart():
             for name in ("action", "reward", "terminated", "truncated", "valid")
         },
     )
-    (one, _), (other, _) = ppo_update(batch=together, accumulate=2), ppo_update(batch=apart)
+    (one, _), (other, _) = ppo_update(batch=together, grad_accum_steps=2), ppo_update(batch=apart)
     assert largest_difference(one.params, with_value()[0].params) > 1e-3
     assert largest_difference(one.params, other.params) < 2e-6
 
@@ -637,7 +641,7 @@ def test_no_pass_of_token_ppo_is_over_more_than_a_part(batch, expected):
     hyperparameters = token_ppo.Hyperparameters(
         discount=0.9, gae_lambda=0.8, loss=TokenLoss(kl_weight=0.1), value_clip=None,
         value_weight=0.5, entropy_weight=0.01, temperature=1.0,
-        epochs=1, minibatches=2, accumulate=2,
+        epochs=1, minibatches=2, grad_accum_steps=2,
     )  # fmt: skip
     policy = Recorded(**{f.name: getattr(POLICY, f.name) for f in dataclasses.fields(POLICY)})
     step = functools.partial(

@@ -42,7 +42,7 @@ def loss(arrays, options):
         reference_log_prob=arrays["reference_log_prob"],
         rollout_log_prob=arrays["rollout_log_prob"],
     )
-    return sums.loss / tl.divisor(arrays["mask"], options.reduction)
+    return sums.loss / tl.loss_denominator(arrays["mask"], options.reduction)
 
 
 def value_and_gradient(arrays, options):
@@ -183,7 +183,7 @@ def test_completions_that_are_masked_count_in_no_divisor():
     # Of four completions of up to 3 places two are learned from, with 3 tokens between them.
     mask = jnp.array([[1.0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
     for reduction, expected in (("sequence", 2), ("token", 3), ("constant", 6)):
-        assert float(tl.divisor(mask, reduction)) == expected
+        assert float(tl.loss_denominator(mask, reduction)) == expected
 
 
 def test_on_policy_every_ratio_is_1_and_the_gradient_is_that_of_reinforce():
@@ -202,9 +202,10 @@ def test_parts_add_up_and_padding_counts_for_nothing(preset):
     value, gradient = value_and_gradient(arrays, options)
     parts = [{k: x[i : i + 2] for k, x in arrays.items()} for i in range(0, N, 2)]
     sums = [
-        float(loss(part, options) * tl.divisor(part["mask"], options.reduction)) for part in parts
+        float(loss(part, options) * tl.loss_denominator(part["mask"], options.reduction))
+        for part in parts
     ]
-    whole = sum(float(tl.divisor(part["mask"], options.reduction)) for part in parts)
+    whole = sum(float(tl.loss_denominator(part["mask"], options.reduction)) for part in parts)
     assert sum(sums) / whole == pytest.approx(float(value), rel=1e-5)
     there = arrays["mask"] > 0
     names = ("log_prob", "old_log_prob", "reference_log_prob", "rollout_log_prob")

@@ -86,10 +86,10 @@ def test_frozen_are_the_aligned_eyes_and_the_language_model_on_disk(run, directo
     config, aligned = make_config(directory), aligned_params(workdir)
     stage = question_factory.rl_stage(config, factory.make_mesh(config), start=aligned)
     carry, shardings = loop.start(stage)
-    carry, _ = loop.make_dispatch(stage.update, 1, shardings)(carry, stage.data)
+    carry, _ = loop.make_dispatch(stage.update, 1, shardings)(carry, stage.constants)
     assert carry.learner.steps == 1
     read = {"params": {"language": ours.load_language_model(directory).params["params"]}}
-    bitwise_equal(by_path(stage.data), by_path(read) | by_path(aligned))
+    bitwise_equal(by_path(stage.constants), by_path(read) | by_path(aligned))
 
 
 def test_policy_and_reference_are_one_where_grpo_begins(run):

@@ -203,7 +203,9 @@ def test_pictures_are_swapped_when_asked_for():
     config = tiny.token_config()
     evaluator = question_factory.make_evaluator(config, jax.random.key(0), questions=8)
     model = question_factory.make_parts(config).model
-    made_of = token_models.halves(token_models.make_variables(config, model), config, "rl")
+    variables = token_models.partition_trainable(
+        token_models.make_variables(config, model), config, "rl"
+    )
     seen = []
 
     def answer(_, question, rng):
@@ -211,7 +213,7 @@ def test_pictures_are_swapped_when_asked_for():
         return np.zeros((4, 1, 2), np.int32), np.zeros((4, 1, 2), bool)
 
     evaluator._answer = answer
-    evaluator(made_of, "train"), evaluator(made_of, "train", swapped=True)
+    evaluator(variables, "train"), evaluator(variables, "train", swapped=True)
     shown, swapped = np.concatenate(seen[:2]), np.concatenate(seen[2:])
     np.testing.assert_array_equal(swapped, np.roll(shown, 1, axis=0))
     assert np.abs(shown.astype(int) - swapped).max() > 0

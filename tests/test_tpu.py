@@ -49,9 +49,9 @@ def compiled(build, config, devices):
     carry = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
-    assert not jax.tree.leaves(stage.data)
+    assert not jax.tree.leaves(stage.constants)
     dispatch = loop.make_dispatch(stage.update, 1, shardings)
-    return dispatch.lower(carry, stage.data).compile(), shapes
+    return dispatch.lower(carry, stage.constants).compile(), shapes
 
 
 def collectives(text):

@@ -14,7 +14,7 @@ from mmrl_jax.models.transformer import (
     Dense,
     Transformer,
     attention,
-    normalise,
+    layer_norm,
 )
 
 # Compiled quickly: nothing here runs for long.
@@ -106,7 +106,7 @@ def test_only_readouts_change_in_cross_attention():
         y = block.apply({"params": params["params"][f"block_{i}"]}, x, Context(mask), 2)
         x = jnp.concatenate([x[:, :-2], y], axis=1)
     ours = stack().apply(params, tokens(), Context(mask), readouts=2, only_readouts=True)
-    np.testing.assert_allclose(ours, normalise(x[:, -2:]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours, layer_norm(x[:, -2:]), rtol=1e-5, atol=1e-5)
     joint = stack().apply(params, tokens(), Context(mask), readouts=2)
     assert np.abs(ours - joint).max() > 0.01
 

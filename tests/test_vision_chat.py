@@ -19,9 +19,9 @@ from experiments.train import train
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained import hub, vision_chat
-from mmrl_jax.pretrained.chat import Chat, Template
+from mmrl_jax.pretrained.chat import ChatTokenizer, Template
 from mmrl_jax.pretrained.peft_format import load_adapter, save_adapter
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory, folder_factory, metrics, question_factory, token_models
 from tests import processors
@@ -115,7 +115,7 @@ def log_probs(params, sight, prompt, answer, image):
         sight.model, len(answer), chat.stops, chat.pad, sight.pictures, sight.positions
     )
     tokens = np.array([[chat.pad] * 2 + prompt])
-    question = Question(tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], *(None,) * 4)
+    question = Prompt(tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], *(None,) * 4)
     found = jax.jit(functools.partial(policy.log_probs, temperature=1.0))(
         *params,
         question,
@@ -176,7 +176,7 @@ def test_an_answer_is_read_behind_its_prompt():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     assert tokenizer(" two")["input_ids"] == [1, 2]
     assert tokenizer("? user: two")["input_ids"] == [4, 3, 2]
-    chat = Chat(tokenizer, Template("", "? user:", " ", (0,)), image=9, vocabulary=9)
+    chat = ChatTokenizer(tokenizer, Template("", "? user:", " ", (0,)), image=9, vocabulary=9)
     assert chat.answer("two") == [2, 0]
 
 
@@ -233,8 +233,8 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
     trained = train(config, tmp_path / "run")
     before = by_path(hub.load_vision_language_model(directory).params)
     stage = folder_factory.rl_stage(config, factory.make_mesh(config))
-    assert by_path(stage.data).keys() == before.keys()
-    for path, x in by_path(stage.data).items():
+    assert by_path(stage.constants).keys() == before.keys()
+    for path, x in by_path(stage.constants).items():
         np.testing.assert_array_equal(x, before[path], err_msg=path)
     moved = by_path(trained.tuned.carry.learner.params)
     assert all(path.startswith("lora/language/") for path in moved)
@@ -248,7 +248,7 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
         trust_modules=True,
     )  # fmt: skip
     tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "lora"))
-    compare(trained.tuned.carry.learner.params, stage.data, config, processor, tuned.eval())
+    compare(trained.tuned.carry.learner.params, stage.constants, config, processor, tuned.eval())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -324,7 +324,7 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
     export.export(tmp_path / "run", tmp_path / "tuned", adapter=False, **written)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "tuned")
     stage = question_factory.rl_stage(config, factory.make_mesh(config), start=start)
-    compare(trained.tuned.carry.learner.params, stage.data, config, processor, theirs.eval())
+    compare(trained.tuned.carry.learner.params, stage.constants, config, processor, theirs.eval())
     for stage in ("run", "run/sft"):
         with pytest.raises(ValueError, match=r"the run trained \['lora', 'params'\]"):
             export.export(tmp_path / stage, tmp_path / "lora", adapter=True, **written)

@@ -79,7 +79,7 @@ def answer(model: Any) -> jax.stages.Wrapped:
     @jax.jit
     def program(
         variables: Any, ids: jax.Array, present: jax.Array, rng: jax.Array
-    ) -> gen.Generated:
+    ) -> gen.Completions:
         prompt = gen.text_prompt(model, variables, ids, present)
         sampling = gen.Sampling(temperature=0.0)
         return gen.generate(

@@ -31,8 +31,8 @@ from mmrl_jax.models.lora import split
 from mmrl_jax.pretrained import bundled_weights, hub
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.token_losses import PRESETS
-from mmrl_jax.rollouts.generate import Generated, Sampling
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.rollouts.generate import Completions, Sampling
+from mmrl_jax.tasks.question import Prompt
 
 GROUP = 8
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
@@ -144,7 +144,7 @@ class Ours:
         tokenizer = AutoTokenizer.from_pretrained(job.directory)
         tokens, present = map(jnp.asarray, prompts(tokenizer, job.questions))
         unused = jnp.zeros(job.questions, jnp.int32)
-        self.question = Question(tokens, present, None, *(unused,) * 4)
+        self.question = Prompt(tokens, present, None, *(unused,) * 4)
         # No token has this id: every answer has all its tokens.
         policy = token_learner.TokenPolicy(
             model, length=job.length, stop=(model.vocabulary,), pad=tokenizer.pad_token_id
@@ -170,23 +170,23 @@ class Ours:
                     temperature=1.0,
                     epochs=1,
                     minibatches=1,
-                    accumulate=1,
+                    grad_accum_steps=1,
                 ),
             ),
             donate_argnums=0,
         )
 
-    def generate(self) -> grpo.Experience:
+    def generate(self) -> grpo.ScoredCompletions:
         """Draws answers and scores them."""
         answers = self._answer(self.state.params, self._frozen, self.question, next(self._keys))
         return self.experience(answers)
 
-    def experience(self, answers: Generated) -> grpo.Experience:
+    def experience(self, answers: Completions) -> grpo.ScoredCompletions:
         """Scores answers by how many of their tokens are even."""
         reward = jnp.mean(answers.tokens % 2 == 0, axis=-1, dtype=jnp.float32)
-        return grpo.Experience(self.question, answers, reward, jnp.ones_like(reward))
+        return grpo.ScoredCompletions(self.question, answers, reward, jnp.ones_like(reward))
 
-    def learn(self, experience: grpo.Experience) -> dict[str, jax.Array]:
+    def learn(self, experience: grpo.ScoredCompletions) -> dict[str, jax.Array]:
         """Takes the step; returns its metrics."""
         self.state, metrics = self._update(self.state, self._frozen, experience, next(self._keys))
         return metrics

@@ -17,7 +17,7 @@ from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.generate import text_prompt
-from mmrl_jax.rollouts.log_probs import answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import completion_log_probs, log_probs_from_features
 from mmrl_jax.types import Params
 
 VOCABULARY, WIDTH = 49_152, 256
@@ -81,13 +81,13 @@ def programs(
 
     def compiled(pack_rows: int | None) -> jax.stages.Compiled:
         def loss(variables: Params, present: jax.Array) -> jax.Array:
-            found = score_answers(
+            found = completion_log_probs(
                 MODEL,
                 variables,
                 text_prompt(MODEL, variables, prompt, there),
                 tokens,
                 present,
-                functools.partial(answer_log_probs, MODEL, variables),
+                functools.partial(log_probs_from_features, MODEL, variables),
                 pack_rows=pack_rows,
             )
             return -jnp.sum(jnp.where(present, found.log_prob, 0.0)) / jnp.sum(present)

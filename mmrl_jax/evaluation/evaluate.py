@@ -15,7 +15,7 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.chunks import chunk_size
 from mmrl_jax.rendering import render
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, unroll
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, unroll
 
 Modality = Literal["pixels", "instruction", "proprio"]
 MODALITIES: tuple[Modality, ...] = ("pixels", "instruction", "proprio")
@@ -102,7 +102,7 @@ class Evaluator:
         self._starts: dict[str, Any] = {}
         self._run: Any = None
 
-    def __call__(self, made_of: Any, split: str, hidden: Modality | None = None) -> Episodes:
+    def __call__(self, variables: Any, split: str, hidden: Modality | None = None) -> Episodes:
         """Runs the policy on `split`; see `hide` for `hidden`. Returns numpy arrays."""
         if split not in self._starts:
             env = self._make_env(split)
@@ -115,7 +115,7 @@ class Evaluator:
             count = min(self._size, self._episodes - first)
             if hidden is not None:
                 _check_hideable(state, hidden, count)
-            episodes = self._run(state, made_of, self._policy_key, index, jnp.int32(count))
+            episodes = self._run(state, variables, self._policy_key, index, jnp.int32(count))
             found.append(jax.device_get(episodes))
         return jax.tree.map(lambda *x: np.concatenate(x)[: self._episodes], *found)
 
@@ -123,7 +123,7 @@ class Evaluator:
         self,
         env: Env,
         state: State,
-        made_of: Any,
+        variables: Any,
         rng: jax.Array,
         hidden: jax.Array,
         count: jax.Array,
@@ -132,7 +132,7 @@ class Evaluator:
         state = jax.tree.map(
             lambda x: mesh_lib.constrain_batch(x, mesh=self._mesh) if x.size else x, state
         )
-        policy = self._policy(made_of)
+        policy = self._policy(variables)
         if self._size > 1:
             for i, modality in enumerate(MODALITIES):
                 if modality in state.obs:
@@ -181,7 +181,7 @@ def hide(
       ValueError: the observation has no such modality, or the batch no other environment.
     """
 
-    def blind(state: State, rng: jax.Array) -> Decision:
+    def blind(state: State, rng: jax.Array) -> ActorOutput:
         environments = state.done.shape[0]
         _check_hideable(state, modality, environments)
         other = (jnp.arange(environments) - 1) % (environments if count is None else count)
@@ -192,7 +192,7 @@ def hide(
     return blind
 
 
-def film(
+def record_video(
     env: Env,
     policy: PolicyFunction,
     rng: jax.Array,

@@ -11,10 +11,10 @@ import numpy as np
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.chunks import in_chunks
-from mmrl_jax.tasks.question import Question, Score, Task
+from mmrl_jax.tasks.question import Prompt, Score, Task
 
 # (what a policy is made of, questions [B], key) -> tokens and which are present, [B, 1, T].
-Answer = Callable[[Any, Question, jax.Array], tuple[jax.Array, jax.Array]]
+Answer = Callable[[Any, Prompt, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Answered(NamedTuple):
@@ -27,7 +27,7 @@ class Answered(NamedTuple):
       score: of the answers.
     """
 
-    question: Question
+    question: Prompt
     tokens: Any
     present: Any
     score: Score
@@ -85,11 +85,11 @@ class QuestionEvaluator:
         self._answer = jax.jit(answer)
         self._score = jax.jit(functools.partial(task.texts.score, penalty=0.0))
 
-    def __call__(self, made_of: Any, split: str, *, swapped: bool = False) -> Answered:
+    def __call__(self, variables: Any, split: str, *, swapped: bool = False) -> Answered:
         """The questions of a split and the answers of a policy, in numpy.
 
         Args:
-          made_of: what the policy is made of.
+          variables: what the policy is made of.
           split: of the task.
           swapped: every question is asked about another question's picture: how well one answers
             without looking.
@@ -99,17 +99,17 @@ class QuestionEvaluator:
         if swapped:
             shown = asked._replace(images=np.roll(asked.images, 1, axis=0))
 
-        def answer(chunk: Question) -> tuple[jax.Array, jax.Array]:
+        def answer(chunk: Prompt) -> tuple[jax.Array, jax.Array]:
             chunk = mesh_lib.put_batch(chunk, mesh=self._mesh)
-            return self._answer(made_of, chunk, self._rng)
+            return self._answer(variables, chunk, self._rng)
 
         tokens, present = in_chunks(answer, shown, most=self._together, devices=self._mesh.size)
         score = jax.device_get(self._score(asked, tokens, present))
         return Answered(asked, *jax.tree.map(lambda x: x[:, 0], (tokens, present, score)))
 
-    def samples(self, made_of: Any, split: str, count: int) -> list[Sample]:
+    def samples(self, variables: Any, split: str, count: int) -> list[Sample]:
         """The first questions of a split as texts, with the answers of a policy."""
-        texts, found = self._task.texts, self(made_of, split)
+        texts, found = self._task.texts, self(variables, split)
         return [
             Sample(
                 image=np.asarray(found.question.images[i]),

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, in_parts
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, take_steps
+from mmrl_jax.learners.learner import Shard, map_in_chunks
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, minibatch_epochs
 from mmrl_jax.rl.token_losses import dpo_loss
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
@@ -27,14 +27,15 @@ class Hyperparameters:
       label_smoothing: see there.
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide B.
-      accumulate: parts of a minibatch whose gradients are added up; must divide B / minibatches.
+      grad_accum_steps: parts of a minibatch whose gradients are added up; must divide B /
+        minibatches.
     """
 
     beta: float
     label_smoothing: float
     epochs: int
     minibatches: int
-    accumulate: int
+    grad_accum_steps: int
 
 
 class Preferences(NamedTuple):
@@ -47,14 +48,14 @@ class Preferences(NamedTuple):
       weight: float32 [B], 0 where there is no preference.
     """
 
-    question: Question
+    question: Prompt
     tokens: jax.Array
     present: jax.Array
     weight: jax.Array
 
 
 def best_and_worst(
-    question: Question,
+    question: Prompt,
     tokens: jax.Array,
     present: jax.Array,
     reward: jax.Array,
@@ -120,18 +121,20 @@ def update(
         )
         return jnp.sum(jnp.where(part.present, found.log_prob, 0.0), axis=-1)
 
-    reference = in_parts(
-        lambda part: of_answers(state.reference, part), preferences, h.minibatches * h.accumulate
+    reference = map_in_chunks(
+        lambda part: of_answers(state.reference, part),
+        preferences,
+        h.minibatches * h.grad_accum_steps,
     )
 
-    def part_loss(params: Params, part: Any, whole: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss of a minibatch whose weights have the sum `whole`."""
+    def part_loss(params: Params, part: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The part's share of the loss of a minibatch whose weights have the sum `normalizer`."""
         part, reference = part
         gain = of_answers(params, part) - reference
         losses = dpo_loss(gain[:, 0], gain[:, 1], beta=h.beta, label_smoothing=h.label_smoothing)
 
         def mean(x: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(part.weight > 0, part.weight * x, 0.0)) / whole
+            return jnp.sum(jnp.where(part.weight > 0, part.weight * x, 0.0)) / normalizer
 
         margin = gain[:, 0] - gain[:, 1]
         loss = mean(losses)
@@ -141,16 +144,16 @@ def update(
             "policy/preferred": mean((margin > 0).astype(jnp.float32)),
         }
 
-    state, metrics = take_steps(
+    state, metrics = minibatch_epochs(
         state,
         (preferences, reference),
         rng,
         part_loss=part_loss,
-        whole=lambda minibatch: jnp.maximum(jnp.sum(minibatch[0].weight), 1.0),
+        normalizer=lambda minibatch: jnp.maximum(jnp.sum(minibatch[0].weight), 1.0),
         optimiser=optimiser,
         epochs=h.epochs,
         minibatches=h.minibatches,
-        accumulate=h.accumulate,
+        grad_accum_steps=h.grad_accum_steps,
         shard=shard,
     )
     return state, metrics | {"answer/preferences": jnp.mean(preferences.weight)}

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, in_parts
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, take_steps
+from mmrl_jax.learners.learner import Shard, map_in_chunks
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, minibatch_epochs
 from mmrl_jax.rl import group_advantages, losses
-from mmrl_jax.rl.token_losses import TokenLoss, divisor, token_loss_sums
+from mmrl_jax.rl.token_losses import TokenLoss, loss_denominator, token_loss_sums
 from mmrl_jax.rollouts import packing
-from mmrl_jax.rollouts.generate import Generated
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.rollouts.generate import Completions
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
@@ -36,7 +36,8 @@ class Hyperparameters:
       temperature: at which the answers were drawn.
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide B.
-      accumulate: parts of a minibatch whose gradients are added up; must divide B / minibatches.
+      grad_accum_steps: parts of a minibatch whose gradients are added up; must divide B /
+        minibatches.
       mask_truncated_completions: answers that were truncated are left out of the loss, as by TRL;
         their rewards still count in the advantages of their groups.
     """
@@ -47,11 +48,11 @@ class Hyperparameters:
     temperature: float
     epochs: int
     minibatches: int
-    accumulate: int
+    grad_accum_steps: int
     mask_truncated_completions: bool = False
 
 
-class Experience(NamedTuple):
+class ScoredCompletions(NamedTuple):
     """Answers to B questions, and what came of them.
 
     Attributes:
@@ -61,30 +62,30 @@ class Experience(NamedTuple):
       scored: float32 [B, G], 0 for answers that could not be scored.
     """
 
-    question: Question
-    answers: Generated
+    question: Prompt
+    answers: Completions
     reward: jax.Array
     scored: jax.Array
 
 
 class _Sample(NamedTuple):
-    question: Question
-    answers: Generated
+    question: Prompt
+    answers: Completions
     advantage: jax.Array  # [B, G]
     mask: jax.Array  # [B, G, T], 1 for tokens of answers that are learned from.
     old: jax.Array | None  # [B, G, T], log-probs before the update; None for a single step.
     reference: jax.Array | None  # [B, G, T]
 
 
-class _Whole(NamedTuple):
-    divisor: jax.Array  # [], of the loss of a minibatch.
+class _Normalizer(NamedTuple):
+    loss_denominator: jax.Array  # [], of the loss of a minibatch.
     tokens: jax.Array  # [], how many it has.
 
 
 def update(
     state: TokenState,
     frozen: Any,
-    experience: Experience,
+    experience: ScoredCompletions,
     rng: jax.Array,
     *,
     policy: TokenPolicy,
@@ -122,8 +123,8 @@ def update(
 
     def of_all(params: Params) -> jax.Array:
         # In parts of the steps' own shapes: of others the matrix products round differently.
-        parts = h.minibatches * h.accumulate
-        return in_parts(lambda part: log_probs(params, part).log_prob, experience, parts)
+        parts = h.minibatches * h.grad_accum_steps
+        return map_in_chunks(lambda part: log_probs(params, part).log_prob, experience, parts)
 
     old = None if h.epochs * h.minibatches == 1 else of_all(state.params)
     reference = of_all(state.reference) if h.loss.kl_weight else None
@@ -137,7 +138,9 @@ def update(
         """[B, G, ...] to [B * G, ...]."""
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
-    def part_loss(params: Params, part: _Sample, whole: _Whole) -> tuple[jax.Array, Metrics]:
+    def part_loss(
+        params: Params, part: _Sample, normalizer: _Normalizer
+    ) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch."""
         found = log_probs(params, part)
         mask = flat(part.mask)
@@ -151,31 +154,34 @@ def update(
             rollout_log_prob=flat(part.answers.log_probs),
         )
         entropy = jnp.sum(jnp.where(mask > 0, flat(found.entropy), 0.0))
-        loss = (sums.loss - h.entropy_weight * entropy) / whole.divisor
+        loss = (sums.loss - h.entropy_weight * entropy) / normalizer.loss_denominator
         metrics = sums.metrics | {"policy/entropy": entropy}
-        return loss, {name: x / whole.tokens for name, x in metrics.items()} | {"loss/policy": loss}
+        return loss, {name: x / normalizer.tokens for name, x in metrics.items()} | {
+            "loss/policy": loss
+        }
 
-    def whole(minibatch: _Sample) -> _Whole:
+    def normalizer(minibatch: _Sample) -> _Normalizer:
         mask = flat(minibatch.mask)
-        return _Whole(
-            jnp.maximum(divisor(mask, h.loss.reduction), 1.0), jnp.maximum(jnp.sum(mask), 1.0)
+        return _Normalizer(
+            jnp.maximum(loss_denominator(mask, h.loss.reduction), 1.0),
+            jnp.maximum(jnp.sum(mask), 1.0),
         )
 
-    return take_steps(
+    return minibatch_epochs(
         state,
         samples,
         rng,
         part_loss=part_loss,
-        whole=whole,
+        normalizer=normalizer,
         optimiser=optimiser,
         epochs=h.epochs,
         minibatches=h.minibatches,
-        accumulate=h.accumulate,
+        grad_accum_steps=h.grad_accum_steps,
         shard=shard,
     )
 
 
-def informative(experience: Experience, count: int) -> Experience:
+def dynamic_sampling(experience: ScoredCompletions, count: int) -> ScoredCompletions:
     """The first `count` questions, those whose answers have equal rewards last.
 
     Of more questions than are learned from, it is DAPO's dynamic sampling (Yu et al., 2025, arXiv
@@ -187,7 +193,7 @@ def informative(experience: Experience, count: int) -> Experience:
     return jax.tree.map(lambda x: x[order], experience)
 
 
-def describe(experience: Experience) -> Metrics:
+def describe(experience: ScoredCompletions) -> Metrics:
     """What the answers of an update were like."""
     reward, scored = experience.reward, experience.scored
     present = experience.answers.present.astype(jnp.float32)

@@ -13,7 +13,7 @@ import optax
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import losses, normalization
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
 from mmrl_jax.types import Metrics, Observation, Params
 
 Apply = Callable[[Params, Observation], PolicyOutput]
@@ -29,13 +29,13 @@ class LearnerState(struct.PyTreeNode):
     Attributes:
       params: float32 pytree of the network.
       opt_state: state of the optax optimiser.
-      statistics: running statistics of proprioception; acting and learning normalise with them.
+      normalizer: running statistics of proprioception; acting and learning normalise with them.
       steps: int32 [], optimiser steps taken.
     """
 
     params: Params
     opt_state: optax.OptState
-    statistics: normalization.RunningStatistics
+    normalizer: normalization.RunningStatistics
     steps: jax.Array
 
     def without_optimiser(self) -> "LearnerState":
@@ -50,25 +50,25 @@ def init(
     return LearnerState(
         params=params,
         opt_state=optimiser.init(params),
-        statistics=normalization.init(proprio_size),
+        normalizer=normalization.init(proprio_size),
         steps=jnp.zeros((), jnp.int32),
     )
 
 
 def run_network(apply: Apply, state: LearnerState, observation: Observation) -> PolicyOutput:
     """Runs the network on observations [B, ...] with proprioception normalised."""
-    proprio = normalization.normalise(state.statistics, observation["proprio"])
+    proprio = normalization.normalize(state.normalizer, observation["proprio"])
     return apply(state.params, observation | {"proprio": proprio})
 
 
 def policy_function(apply: Apply, state: LearnerState, *, deterministic: bool) -> PolicyFunction:
     """The learner's policy for `rollouts.unroll`; it reads observations and nothing else."""
 
-    def policy(env_state: State, rng: jax.Array) -> Decision:
+    def policy(env_state: State, rng: jax.Array) -> ActorOutput:
         output = run_network(apply, state, env_state.obs)
         distribution = output.distribution
         action = distribution.mode() if deterministic else distribution.sample(rng)
-        return Decision(
+        return ActorOutput(
             environment_action=distribution.action(action),
             action=action,
             log_prob=distribution.log_prob(action),
@@ -212,23 +212,23 @@ def unflatten(tree: Any, length: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def cut(tree: Any, parts: int) -> Any:
+def split_microbatches(tree: Any, parts: int) -> Any:
     """[N, ...] to [parts, N / parts, ...]: every `parts`-th sample, so some of each device's."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+def map_in_chunks(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
-    found = jax.lax.map(function, cut(batch, parts))
+    found = jax.lax.map(function, split_microbatches(batch, parts))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
-def summed(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """The sum of what a function gives for `parts` equal parts of a batch [N, ...], one at a time.
 
     Of gradients it is gradient accumulation: no more activations are held than a part's.
     """
-    batch = cut(batch, parts)
+    batch = split_microbatches(batch, parts)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(
@@ -236,7 +236,7 @@ def summed(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     )[0]
 
 
-def over_steps(metrics: Metrics) -> Metrics:
+def mean_over_steps(metrics: Metrics) -> Metrics:
     """Of metrics [steps], the means [] over the steps taken, and the sums of what counts steps."""
     taken = metrics["update/steps"]
 

@@ -15,9 +15,9 @@ from mmrl_jax.learners.learner import (
     auxiliary_losses,
     flatten,
     gather,
-    in_parts,
+    map_in_chunks,
+    mean_over_steps,
     minibatch_order,
-    over_steps,
     run_network,
 )
 from mmrl_jax.models.heads import PolicyOutput
@@ -134,17 +134,17 @@ def update(
     """
     h, valid = hyperparameters, batch.valid
     batch, advantage, target = _with_advantages(state, batch, last_observation, apply, h)
-    samples = flatten((batch, losses.normalise(advantage, valid), target))
+    samples = flatten((batch, losses.whiten(advantage, valid), target))
     if h.recompute:
 
         def log_prob(part: Transition) -> jax.Array:
             return run_network(apply, state, part.observation).distribution.log_prob(part.action)
 
-        old = in_parts(lambda part: log_prob(shard(part)), samples[0], h.minibatches)
+        old = map_in_chunks(lambda part: log_prob(shard(part)), samples[0], h.minibatches)
         samples = (samples[0].replace(log_prob=old), *samples[1:])
     # Acting normalised with these statistics: normalising the same way here makes the first
     # ratio exactly 1. They take in the new batch at the end.
-    statistics = state.statistics
+    normalizer = state.normalizer
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
         minibatch, advantage, target = shard(gather(samples, indices))
@@ -173,12 +173,12 @@ def update(
     (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )
-    metrics = over_steps(metrics)
+    metrics = mean_over_steps(metrics)
     metrics["value/explained_variance"] = losses.explained_variance(batch.value, target, valid)
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
-    state = state.replace(statistics=normalization.update(statistics, proprio, mask))
+    state = state.replace(normalizer=normalization.update(normalizer, proprio, mask))
     return state, metrics
 
 
@@ -208,7 +208,7 @@ def _with_advantages(
         "value": batch.value,
         "last_value": run_network(apply, state, last_observation).value,
         "terminated": batch.terminated,
-        "truncated": advantages.cut(batch.terminated, batch.truncated, valid),
+        "truncated": advantages.truncation_mask(batch.terminated, batch.truncated, valid),
     }
     advantage, target = advantages.generalised_advantages(
         **steps, discount=discount, lambda_=hyperparameters.gae_lambda

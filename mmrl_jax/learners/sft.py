@@ -9,14 +9,14 @@ import optax
 from mmrl_jax.learners.learner import Shard, apply_gradients
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
 from mmrl_jax.rl import losses
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
 def update(
     state: TokenState,
     frozen: Any,
-    question: Question,
+    question: Prompt,
     tokens: jax.Array,
     present: jax.Array,
     *,

@@ -13,11 +13,11 @@ import optax
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import (
     Shard,
+    accumulate,
     apply_gradients,
     gather,
+    mean_over_steps,
     minibatch_order,
-    over_steps,
-    summed,
 )
 from mmrl_jax.models.heads import ValueHead
 from mmrl_jax.models.language import LanguageModel
@@ -25,10 +25,10 @@ from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.log_probs import Scores, answer_log_probs, score_answers
+from mmrl_jax.rollouts.log_probs import Output, completion_log_probs, log_probs_from_features
 from mmrl_jax.rollouts.text_actions import TextActions
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
@@ -66,28 +66,28 @@ def init(
 
 def agent_policy(
     policy: "TokenPolicy",
-    made_of: tuple[Params, Any],
+    variables: tuple[Params, Any],
     interface: TextActions,
     sampling: gen.Sampling,
 ) -> PolicyFunction:
     """The policy function of an agent that writes its actions, for `rollouts.unroll`.
 
-    A decision's action is the `Generated` text [B, T]; its log-probs and values are those of the
+    A decision's action is the `Completions` text [B, T]; its log-probs and values are those of the
     text's tokens, and come with learning.
 
     Args:
       policy: the model.
-      made_of: trained and frozen half of its variables.
+      variables: trained and frozen half of its variables.
       interface: of the environment.
       sampling: how tokens are chosen.
     """
 
-    def decide(env_state: State, rng: jax.Array) -> Decision:
+    def decide(env_state: State, rng: jax.Array) -> ActorOutput:
         question = interface.ask(env_state.obs)
-        answers = policy.answer(*made_of, question, rng, group=1, sampling=sampling)
+        answers = policy.answer(*variables, question, rng, group=1, sampling=sampling)
         answers = jax.tree.map(lambda x: x[:, 0], answers)
         action, _ = interface.read(answers.tokens, answers.present)
-        return scripted(action)._replace(action=answers)
+        return deterministic_output(action)._replace(action=answers)
 
     return decide
 
@@ -108,17 +108,17 @@ def with_value_head(rng: jax.Array, variables: Params, width: int) -> Params:
     return variables | {"value": _VALUE.init(rng, jnp.zeros((1, width)))["params"]}
 
 
-def take_steps(
+def minibatch_epochs(
     state: TokenState,
     samples: Any,
     rng: jax.Array,
     *,
     part_loss: Callable[[Params, Any, Any], tuple[jax.Array, Metrics]],
-    whole: Callable[[Any], Any],
+    normalizer: Callable[[Any], Any],
     optimiser: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
-    accumulate: int,
+    grad_accum_steps: int,
     shard: Shard,
 ) -> tuple[TokenState, Metrics]:
     """Epochs of minibatch steps on samples [N, ...].
@@ -127,13 +127,13 @@ def take_steps(
       state: the learner.
       samples: pytree.
       rng: key of the shuffles.
-      part_loss: (parameters, part of a minibatch, what `whole` says of the minibatch) -> the part's
-        shares [] of the loss and of metrics, which add up to the minibatch's.
-      whole: minibatch -> what the losses of its parts are divided by.
+      part_loss: (parameters, part of a minibatch, what `normalizer` says of the minibatch) -> the
+        part's shares [] of the loss and of metrics, which add up to the minibatch's.
+      normalizer: minibatch -> what the losses of its parts are divided by.
       optimiser: the one whose state the learner holds.
       epochs: passes over the samples.
       minibatches: steps a pass.
-      accumulate: parts of a minibatch.
+      grad_accum_steps: parts of a minibatch.
       shard: places a minibatch on the mesh.
 
     Returns:
@@ -143,9 +143,9 @@ def take_steps(
 
     def take_step(state: TokenState, indices: jax.Array) -> tuple[TokenState, Metrics]:
         minibatch = shard(gather(samples, indices))
-        total = whole(minibatch)
-        (loss, metrics), gradients = summed(
-            lambda part: gradient(state.params, part, total), minibatch, accumulate
+        total = normalizer(minibatch)
+        (loss, metrics), gradients = accumulate(
+            lambda part: gradient(state.params, part, total), minibatch, grad_accum_steps
         )
         state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
         return state, metrics | step_metrics
@@ -153,7 +153,7 @@ def take_steps(
     size = len(jax.tree.leaves(samples)[0])
     order = minibatch_order(jax.random.split(rng, epochs), size, minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
-    return state, over_steps(metrics)
+    return state, mean_over_steps(metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +168,11 @@ class TokenPolicy:
       stop: tokens any of which ends an answer.
       pad: token that stands behind it.
       pictures: images of questions, uint8 [B, H, W, 3], to what the vision model takes.
-      positions: of tokens int32 [B, S] of which bool [B, S] are present, as `Prompt.positions`;
-        None where they are counted.
+      positions: of tokens int32 [B, S] of which bool [B, S] are present, as
+        `EmbeddedPrompt.positions`; None where they are counted.
       tile: rows of the output layer at a time, see `token_log_probs`.
-      pack_rows: that the answers to a question are packed into for learning, see `score_answers`;
+      pack_rows: that the answers to a question are packed into for learning, see
+        `completion_log_probs`;
         None: not packed.
     """
 
@@ -184,7 +185,7 @@ class TokenPolicy:
     tile: int = 4096
     pack_rows: int | None = None
 
-    def inputs(self, question: Question) -> tuple[Any, ...]:
+    def inputs(self, question: Prompt) -> tuple[Any, ...]:
         """What the model takes of B questions, behind its variables."""
         tokens, present = question.tokens, question.present
         if isinstance(self.model, LanguageModel):
@@ -196,12 +197,12 @@ class TokenPolicy:
         self,
         params: Params,
         frozen: Any,
-        question: Question,
+        question: Prompt,
         rng: jax.Array,
         *,
         group: int,
         sampling: gen.Sampling,
-    ) -> gen.Generated:
+    ) -> gen.Completions:
         """Draws `group` answers to each of B questions, [B, G, T]."""
         variables = join(params, frozen)
         language, within = gen.language(self.model, variables)
@@ -221,7 +222,7 @@ class TokenPolicy:
         self,
         params: Params,
         frozen: Any,
-        question: Question,
+        question: Prompt,
         tokens: jax.Array,
         present: jax.Array,
         *,
@@ -236,7 +237,7 @@ class TokenPolicy:
         self,
         params: Params,
         frozen: Any,
-        question: Question,
+        question: Prompt,
         tokens: jax.Array,
         present: jax.Array,
         *,
@@ -258,14 +259,14 @@ class TokenPolicy:
     def _score(
         self,
         variables: Any,
-        question: Question,
+        question: Prompt,
         tokens: jax.Array,
         present: jax.Array,
-        score: Callable[[jax.Array, jax.Array], Scores],
-    ) -> Scores:
+        score: Callable[[jax.Array, jax.Array], Output],
+    ) -> Output:
         language, within = gen.language(self.model, variables)
         prompt = self._prompt(variables, question)
-        return score_answers(
+        return completion_log_probs(
             language, within, prompt, tokens, present, score, pack_rows=self.pack_rows
         )
 
@@ -274,10 +275,10 @@ class TokenPolicy:
     ) -> Callable[[jax.Array, jax.Array], TokenLogProbs]:
         language, within = gen.language(self.model, variables)
         return functools.partial(
-            answer_log_probs, language, within, temperature=temperature, tile=self.tile
+            log_probs_from_features, language, within, temperature=temperature, tile=self.tile
         )
 
-    def _prompt(self, variables: Any, question: Question) -> gen.Prompt:
+    def _prompt(self, variables: Any, question: Prompt) -> gen.EmbeddedPrompt:
         if isinstance(self.model, LanguageModel):
             return gen.text_prompt(self.model, variables, *self.inputs(question))
         return gen.image_prompt(self.model, variables, *self.inputs(question))

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmrl_jax.learners.learner import Shard, flatten, in_parts, unflatten
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, take_steps
+from mmrl_jax.learners.learner import Shard, flatten, map_in_chunks, unflatten
+from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, minibatch_epochs
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
-from mmrl_jax.rollouts.generate import Generated
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.rollouts.generate import Completions
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params, Transition
 
 
@@ -39,8 +39,8 @@ class Hyperparameters:
       temperature: at which the answers were drawn.
       epochs: passes over a batch.
       minibatches: optimiser steps a pass; must divide T * B.
-      accumulate: parts of a minibatch whose gradients are added up; must divide what that leaves.
-        A pass of the model is never over more than such a part.
+      grad_accum_steps: parts of a minibatch whose gradients are added up; must divide what that
+        leaves. A pass of the model is never over more than such a part.
     """
 
     discount: float
@@ -52,7 +52,7 @@ class Hyperparameters:
     temperature: float
     epochs: int
     minibatches: int
-    accumulate: int
+    grad_accum_steps: int
 
     def __post_init__(self) -> None:
         if self.loss.reduction != "token":
@@ -60,8 +60,8 @@ class Hyperparameters:
 
 
 class _Sample(NamedTuple):
-    question: Question
-    answers: Generated
+    question: Prompt
+    answers: Completions
     advantage: jax.Array  # [..., G, L], as those below.
     target: jax.Array
     mask: jax.Array  # 1 for the tokens of turns that were taken.
@@ -82,7 +82,7 @@ def update(
     state: TokenState,
     frozen: Any,
     batch: Transition,
-    last: Question | None,
+    last: Prompt | None,
     rng: jax.Array,
     *,
     policy: TokenPolicy,
@@ -95,8 +95,8 @@ def update(
     Args:
       state: the learner, whose parameters drew the answers and hold a value head.
       frozen: the other half of the model's variables.
-      batch: of T turns of B questions with G answers; its observation is a Question [T, B, ...],
-        its action a Generated [T, B, G, L], its reward, ends and `valid` are float32 [T, B, G];
+      batch: of T turns of B questions with G answers; its observation is a Prompt [T, B, ...],
+        its action a Completions [T, B, G, L], its reward, ends and `valid` are float32 [T, B, G];
         `log_prob`, `value` and `privileged` are not read.
       last: the question [B, ...] after the last turn, where G is 1; None where every episode
         terminates with its last turn, so that nothing of what follows is asked.
@@ -116,8 +116,10 @@ def update(
     read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
     samples = _samples(state, batch, last, read, h)
 
-    def part_loss(params: Params, part: _Sample, whole: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss of a minibatch that has `whole` tokens."""
+    def part_loss(
+        params: Params, part: _Sample, normalizer: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The part's share of the loss of a minibatch that has `normalizer` tokens."""
         log_prob, entropies, value = read(params, part.question, part.answers)
         sums = token_loss_sums(
             _flat(log_prob),
@@ -130,25 +132,25 @@ def update(
         )
 
         def mean(x: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(part.mask > 0, x, 0.0)) / whole
+            return jnp.sum(jnp.where(part.mask > 0, x, 0.0)) / normalizer
 
         error = mean(losses.value_loss(value, part.target, part.value, h.value_clip))
         entropy = mean(entropies)
-        loss = sums.loss / whole
-        metrics = {name: x / whole for name, x in sums.metrics.items()}
+        loss = sums.loss / normalizer
+        metrics = {name: x / normalizer for name, x in sums.metrics.items()}
         metrics |= {"loss/policy": loss, "loss/value": error, "policy/entropy": entropy}
         return loss + h.value_weight * error - h.entropy_weight * entropy, metrics
 
-    state, metrics = take_steps(
+    state, metrics = minibatch_epochs(
         state,
         flatten(samples),
         rng,
         part_loss=part_loss,
-        whole=lambda minibatch: jnp.maximum(jnp.sum(minibatch.mask), 1.0),
+        normalizer=lambda minibatch: jnp.maximum(jnp.sum(minibatch.mask), 1.0),
         optimiser=optimiser,
         epochs=h.epochs,
         minibatches=h.minibatches,
-        accumulate=h.accumulate,
+        grad_accum_steps=h.grad_accum_steps,
         shard=shard,
     )
     return state, metrics | {
@@ -161,8 +163,8 @@ def update(
 
 def _read(
     params: Params,
-    question: Question,
-    answers: Generated,
+    question: Prompt,
+    answers: Completions,
     *,
     policy: TokenPolicy,
     frozen: Any,
@@ -183,18 +185,18 @@ def _flat(tree: Any) -> Any:
 def _samples(
     state: TokenState,
     batch: Transition,
-    last: Question | None,
-    read: Callable[[Params, Question, Generated], tuple[jax.Array, jax.Array, jax.Array]],
+    last: Prompt | None,
+    read: Callable[[Params, Prompt, Completions], tuple[jax.Array, jax.Array, jax.Array]],
     hyperparameters: Hyperparameters,
 ) -> _Sample:
     """What is learned from, [T, B, ...]."""
     h, valid = hyperparameters, batch.valid
-    question, answers = batch.observation, cast(Generated, batch.action)
+    question, answers = batch.observation, cast(Completions, batch.action)
     turns, count, group = valid.shape
-    parts = h.minibatches * h.accumulate
+    parts = h.minibatches * h.grad_accum_steps
 
     def of_all(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        found = in_parts(lambda part: read(params, *part), flatten((question, answers)), parts)
+        found = map_in_chunks(lambda part: read(params, *part), flatten((question, answers)), parts)
         return unflatten(found, turns)
 
     def last_value() -> jax.Array:
@@ -211,7 +213,9 @@ def _samples(
         )
         # The largest equal parts of B questions that are no more than are learned from at once.
         size = math.gcd(count, turns * count // parts)
-        found = in_parts(lambda part: read(state.params, *part)[2], (last, first), count // size)
+        found = map_in_chunks(
+            lambda part: read(state.params, *part)[2], (last, first), count // size
+        )
         return found.reshape(count)
 
     def episodes(x: jax.Array) -> jax.Array:
@@ -225,7 +229,7 @@ def _samples(
         last_value=last_value(),
         present=episodes(answers.present),
         terminated=episodes(batch.terminated),
-        truncated=episodes(advantages.cut(batch.terminated, batch.truncated, valid)),
+        truncated=episodes(advantages.truncation_mask(batch.terminated, batch.truncated, valid)),
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
@@ -234,7 +238,7 @@ def _samples(
     return _Sample(
         question=question,
         answers=answers,
-        advantage=losses.normalise(advantage, mask),
+        advantage=losses.whiten(advantage, mask),
         target=target,
         mask=mask,
         old=None if h.epochs * h.minibatches == 1 else old,

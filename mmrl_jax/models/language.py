@@ -86,7 +86,7 @@ def causal_mask(present: jax.Array) -> jax.Array:
     return (order[None, :] <= order[:, None])[None] & present[:, None, :]
 
 
-class Cursor(NamedTuple):
+class CachePosition(NamedTuple):
     """Where tokens stand that are read after a prefix.
 
     Attributes:
@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
         """
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
-        hidden = self.decode(self.embed(tokens), causal_mask(present), positions)
+        hidden = self.hidden_states(self.embed(tokens), causal_mask(present), positions)
         return self.logits(hidden)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -175,14 +175,14 @@ class LanguageModel(nn.Module):
         table = self.table.astype(self.dtype)
         return table[tokens] * jnp.asarray(self.embedding_scale, self.dtype)
 
-    def decode(
+    def hidden_states(
         self,
         x: jax.Array,
         mask: jax.Array,
         positions: jax.Array,
         added: Sequence[jax.Array] = (),
         ahead: jax.Array | None = None,
-        cursor: Cursor | None = None,
+        cache_position: CachePosition | None = None,
     ) -> jax.Array:
         """Features float32 [B, S, D] of embeddings [B, S, D].
 
@@ -193,9 +193,10 @@ class LanguageModel(nn.Module):
           positions: int32 [B, S], or [B, A, S], see `Rope.angles`.
           added: see `Transformer`.
           ahead: bool [B, S, S], of the mask what no window narrows.
-          cursor: where `x` stands behind a prefix that an earlier pass has kept, see `Attention`.
+          cache_position: where `x` stands behind a prefix that an earlier pass has kept, see
+            `Attention`.
         """
-        slot, keys = (None, positions) if cursor is None else cursor
+        slot, keys = (None, positions) if cache_position is None else cache_position
         contexts = []
         for rope, window in zip(self.ropes, self.windows, strict=True):
             narrowed = mask

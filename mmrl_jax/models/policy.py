@@ -16,7 +16,7 @@ from mmrl_jax.models.encoders import (
     VisionProjection,
 )
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
-from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer, normalise
+from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer, layer_norm
 from mmrl_jax.types import Observation
 
 MODALITIES = ("instruction", "pixels", "proprio", "readout")
@@ -189,7 +189,7 @@ class MultimodalPolicy(nn.Module):
             x = jnp.concatenate([summary, frame_tokens.reshape(batch, -1)], axis=1)
             x = nn.gelu(Dense(self.width, self.dtype, name="late_in")(x))
             x = nn.gelu(Dense(READOUTS * self.width, self.dtype, name="late_out")(x))
-            x = normalise(x.astype(jnp.float32).reshape(batch, READOUTS, -1))
+            x = layer_norm(x.astype(jnp.float32).reshape(batch, READOUTS, -1))
         else:
             readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
             readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))

@@ -211,7 +211,7 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """Layer norm without scale and bias (Ba et al., 2016), [..., D], float32 statistics.
 
     Every use of it feeds dense layers, which can express both; on XLA's CPU backend applying them
@@ -233,14 +233,14 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D], in the dtype of `x`."""
         if self.kind == "plain":
-            return normalise(x, self.epsilon)
+            return layer_norm(x, self.epsilon)
         y, width = x.astype(jnp.float32), x.shape[-1:]
         offset = self.kind == "rms_offset"
         init = nn.initializers.zeros if offset else nn.initializers.ones
         scale = self.param("scale", init, width).astype(jnp.float32) + offset
         if self.kind == "layer":
             bias = self.param("bias", nn.initializers.zeros, width).astype(jnp.float32)
-            return (normalise(y, self.epsilon) * scale + bias).astype(x.dtype)
+            return (layer_norm(y, self.epsilon) * scale + bias).astype(x.dtype)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         return (y * scale).astype(x.dtype)
 

@@ -49,7 +49,9 @@ def check_counts(is_image: np.ndarray, present: np.ndarray) -> None:
         )
 
 
-def place(x: jax.Array, is_image: jax.Array, features: jax.Array, present: jax.Array) -> jax.Array:
+def scatter_features(
+    x: jax.Array, is_image: jax.Array, features: jax.Array, present: jax.Array
+) -> jax.Array:
     """Puts the features that are present in the places of the image tokens, in order.
 
     Args:
@@ -114,7 +116,7 @@ class VisionLanguageModel(nn.Module):
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
         x, added = self.embed(tokens, self.encode(images))
         mask, ahead = self.mask(tokens, present, prompt), self.ahead(tokens, present, prompt)
-        hidden = self.language.decode(x, mask, positions, added, ahead)
+        hidden = self.language.hidden_states(x, mask, positions, added, ahead)
         return self.language.logits(hidden)
 
     def encode(self, images: Any) -> VisionFeatures:
@@ -128,9 +130,11 @@ class VisionLanguageModel(nn.Module):
         is_image = tokens == self.image_token
         # The image token's own id may lie outside the table.
         x = self.language.embed(jnp.where(is_image, 0, tokens))
-        x = place(x, is_image, features.tokens, features.present)
+        x = scatter_features(x, is_image, features.tokens, features.present)
         zeros = jnp.zeros_like(x)
-        added = tuple(place(zeros, is_image, deep, features.present) for deep in features.deep)
+        added = tuple(
+            scatter_features(zeros, is_image, deep, features.present) for deep in features.deep
+        )
         return x, added
 
     def mask(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.models.encoders import ProprioEncoder
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
-from mmrl_jax.models.transformer import Dense, normalise
+from mmrl_jax.models.transformer import Dense, layer_norm
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.types import Observation
 
@@ -51,7 +51,7 @@ class VLMPolicy(nn.Module):
     def __call__(self, observation: Observation) -> PolicyOutput:
         """Maps a batch of observations without a history to a PolicyOutput of batch [B].
 
-        Where image tokens and features disagree it is NaN, see `vlm.place`.
+        Where image tokens and features disagree it is NaN, see `vlm.scatter_features`.
 
         Raises:
           ValueError: `pointing` is asked for, and the image features are no square grid.
@@ -76,9 +76,9 @@ class VLMPolicy(nn.Module):
         positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0).at[:, -1].add(-1)
         added = tuple(jnp.pad(deep, (*behind, (0, 0))) for deep in added)
         ahead = self.vlm.ahead(tokens, present, prompt)
-        hidden = language.decode(x, mask, positions, added, ahead)[:, -READOUTS:]
+        hidden = language.hidden_states(x, mask, positions, added, ahead)[:, -READOUTS:]
         # The scale of a pretrained final norm is its own; the heads begin small on unit features.
-        policy, value = jnp.moveaxis(normalise(hidden.astype(jnp.float32)), 1, 0)
+        policy, value = jnp.moveaxis(layer_norm(hidden.astype(jnp.float32)), 1, 0)
 
         auxiliary = {
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary
@@ -89,7 +89,7 @@ class VLMPolicy(nn.Module):
             edge = math.isqrt(count)
             if count - edge**2 > 1:
                 raise ValueError(f"{count} image features are no square grid to point into.")
-            answers = normalise(features.tokens[:, : edge**2].astype(jnp.float32))
+            answers = layer_norm(features.tokens[:, : edge**2].astype(jnp.float32))
             logits = jnp.einsum("bd,bfd->bf", question, answers) / math.sqrt(language.width)
             auxiliary[self.pointing] = logits.reshape(-1, edge, edge)
         return PolicyOutput(

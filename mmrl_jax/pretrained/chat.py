@@ -47,7 +47,7 @@ class Template(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chat:
+class ChatTokenizer:
     """How a model is asked, and answers.
 
     Attributes:
@@ -157,7 +157,7 @@ def directory_of(pretrained: str) -> pathlib.Path:
 
 
 @functools.lru_cache(maxsize=4)  # A run makes its task several times.
-def read_chat(directory: pathlib.Path, vocabulary: int) -> Chat:
+def read_chat(directory: pathlib.Path, vocabulary: int) -> ChatTokenizer:
     """Reads tokenizer and chat template of a local directory in the hub's format.
 
     An image token is the id that is the size of the vocabulary, which no text has.
@@ -171,7 +171,7 @@ def read_chat(directory: pathlib.Path, vocabulary: int) -> Chat:
     """
     tokenizer = processor_files.read_tokenizer(directory)
     template = read_template(tokenizer, directory, picture=False)
-    return Chat(tokenizer, template, vocabulary, vocabulary)
+    return ChatTokenizer(tokenizer, template, vocabulary, vocabulary)
 
 
 def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> Template:

@@ -59,7 +59,7 @@ def resize(images: jax.Array, size: Size, method: str) -> jax.Array:
     return images
 
 
-def cut(images: jax.Array, plan: Plan) -> jax.Array:
+def crop_tiles(images: jax.Array, plan: Plan) -> jax.Array:
     """Tiles [B, rows * columns, h, w, 3], row by row, of images [B, rows * h, columns * w, 3]."""
     height, width = plan.tile
     x = images.reshape(-1, plan.rows, height, plan.columns, width, 3)
@@ -78,7 +78,9 @@ def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array
     if not plan.rows:
         top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
         return images[:, None, top : top + height, left : left + width]
-    return jnp.concatenate([cut(images, plan), resize(images, plan.tile, method)[:, None]], axis=1)
+    return jnp.concatenate(
+        [crop_tiles(images, plan), resize(images, plan.tile, method)[:, None]], axis=1
+    )
 
 
 def pad(images: jax.Array, size: Size, colour: Sequence[float]) -> jax.Array:
@@ -103,7 +105,7 @@ def anyres_tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> ja
     (size,), (height, width) = plan.resizes, plan.tile
     grid = pad(resize(images, size, method), (plan.rows * height, plan.columns * width), (0, 0, 0))
     whole = resize(images, plan.tile, method)
-    return jnp.concatenate([whole[:, None], cut(grid, plan)], axis=1)
+    return jnp.concatenate([whole[:, None], crop_tiles(grid, plan)], axis=1)
 
 
 def pack(x: jax.Array, present: jax.Array, plan: Plan) -> Tiles:

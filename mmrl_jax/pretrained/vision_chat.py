@@ -21,7 +21,7 @@ from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, processing, qwen_processing
 from mmrl_jax.pretrained.chat import (
-    Chat,
+    ChatTokenizer,
     Template,
     check_ids,
     check_text,
@@ -37,8 +37,8 @@ PLAIN = ("paligemma",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VisionChat(Chat):
-    """How a model is asked about a picture, and answers; see `Chat`.
+class VisionChatTokenizer(ChatTokenizer):
+    """How a model is asked about a picture, and answers; see `ChatTokenizer`.
 
     Attributes:
       read: a text with the mark of a picture to ids, with a token for each of its features.
@@ -64,7 +64,7 @@ class VisionChat(Chat):
         return ids
 
 
-class Sight(NamedTuple):
+class VLMSpec(NamedTuple):
     """A model that reads questions about pictures of one size, without its parameters.
 
     Attributes:
@@ -77,7 +77,7 @@ class Sight(NamedTuple):
     """
 
     model: VisionLanguageModel
-    chat: VisionChat
+    chat: VisionChatTokenizer
     image_tokens: int
     pictures: Callable[[jax.Array], Any]
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None
@@ -91,7 +91,7 @@ def read_sight(
     splitting: bool,
     dtype: jnp.dtype,
     remat: bool,
-) -> Sight:
+) -> VLMSpec:
     """Reads a vision-language model of a local directory in the hub's format, but its parameters.
 
     Args:
@@ -125,17 +125,17 @@ def read_sight(
         if start is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
             template = template._replace(before=template.before.removeprefix(start))
     vocabulary = model.language.vocabulary
-    chat = VisionChat(tokenizer, template, model.image_token, vocabulary, read)
+    chat = VisionChatTokenizer(tokenizer, template, model.image_token, vocabulary, read)
 
     def pictures(images: jax.Array) -> Tiles | AnyresTiles:
         return processor.pixels(images[:, None])
 
-    return Sight(model, chat, processor.image_tokens(size, 1), pictures, None)
+    return VLMSpec(model, chat, processor.image_tokens(size, 1), pictures, None)
 
 
 def _qwen_sight(
     directory: pathlib.Path, size: tuple[int, int], model: VisionLanguageModel
-) -> Sight:
+) -> VLMSpec:
     processor = qwen_processing.load_processor(directory)
     spec = processor.pixels
     high, wide = qwen_processing.smart_resize(*size, spec)
@@ -153,11 +153,11 @@ def _qwen_sight(
         is_image, images = tokens == model.image_token, packed(None, len(tokens))
         return qwen_processing.axial_positions(is_image, present, images, spec.merge)
 
-    chat = VisionChat(
+    chat = VisionChatTokenizer(
         processor.tokenizer,
         read_template(processor.tokenizer, directory, picture=True),
         model.image_token,
         model.language.vocabulary,
         lambda text: processor.ids(text, [size]),
     )
-    return Sight(model, chat, len(rows) // spec.merge**2, pictures, positions)
+    return VLMSpec(model, chat, len(rows) // spec.merge**2, pictures, positions)

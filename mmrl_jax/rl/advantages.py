@@ -49,7 +49,7 @@ def generalised_advantages(
     return advantage, advantage + value
 
 
-def cut(terminated: jax.Array, truncated: jax.Array, valid: jax.Array) -> jax.Array:
+def truncation_mask(terminated: jax.Array, truncated: jax.Array, valid: jax.Array) -> jax.Array:
     """Where an episode was cut short, float32 [T, B]: truncated, or broken.
 
     Without an end of its own, an episode whose next step is not valid broke there: what it was

@@ -15,7 +15,7 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.A
     return total / jnp.maximum(jnp.sum(mask, axis, keepdims=keep), 1.0)
 
 
-def normalise(x: jax.Array, mask: jax.Array) -> jax.Array:
+def whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
     """(x - mean) / (std + 1e-8) with the statistics of the masked entries, same shape as x."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)

@@ -21,7 +21,7 @@ class RunningStatistics:
 
 
 def init(size: int) -> RunningStatistics:
-    """No rows seen: `normalise` is then the identity."""
+    """No rows seen: `normalize` is then the identity."""
     return RunningStatistics(jnp.zeros(()), jnp.zeros(size), jnp.zeros(size))
 
 
@@ -42,7 +42,7 @@ def update(statistics: RunningStatistics, x: jax.Array, mask: jax.Array) -> Runn
     )
 
 
-def normalise(statistics: RunningStatistics, x: jax.Array) -> jax.Array:
+def normalize(statistics: RunningStatistics, x: jax.Array) -> jax.Array:
     """(x - mean) / std, clipped to [-10, 10]; x [..., P]. The identity before the first update."""
     variance = statistics.m2 / jnp.maximum(statistics.count, 1.0)
     std = jnp.where(statistics.count > 0, jnp.maximum(jnp.sqrt(variance), 1e-3), 1.0)

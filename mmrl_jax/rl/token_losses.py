@@ -90,7 +90,8 @@ class Sums(NamedTuple):
     """Of a part of a batch; added up over the parts.
 
     Attributes:
-      loss: sum over tokens, each over what `divisor` leaves: its answer's tokens for 'sequence'.
+      loss: sum over tokens, each over what `loss_denominator` leaves: its answer's tokens for
+        'sequence'.
       metrics: name -> sum over tokens that are present.
       tokens: tokens that are present.
     """
@@ -114,7 +115,7 @@ def kl_estimate(log_ratio: jax.Array, kind: KL) -> jax.Array:
     return losses.approximate_kl(log_ratio)
 
 
-def divisor(mask: jax.Array, reduction: Reduction) -> jax.Array:
+def loss_denominator(mask: jax.Array, reduction: Reduction) -> jax.Array:
     """What the sums of a whole batch are divided by, []; those of its parts add up.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.models.language import Cursor, LanguageModel, causal_mask, next_position
+from mmrl_jax.models.language import CachePosition, LanguageModel, causal_mask, next_position
 from mmrl_jax.models.vlm import VisionLanguageModel
 
 Variables = Mapping[str, Any]
@@ -46,7 +46,7 @@ class Sampling:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}.")
 
 
-class Prompt(NamedTuple):
+class EmbeddedPrompt(NamedTuple):
     """What a language model reads before it answers, see `text_prompt` and `image_prompt`.
 
     Attributes:
@@ -66,7 +66,7 @@ class Prompt(NamedTuple):
     ahead: jax.Array | None = None
 
 
-class Generated(NamedTuple):
+class Completions(NamedTuple):
     """G answers to each of B prompts, of up to T tokens.
 
     Attributes:
@@ -86,12 +86,12 @@ class Generated(NamedTuple):
 
 def text_prompt(
     model: LanguageModel, variables: Variables, tokens: jax.Array, present: jax.Array
-) -> Prompt:
+) -> EmbeddedPrompt:
     """The prompt of token ids int32 [B, S], of which bool [B, S] tells padding."""
     apply: Callable[..., Any] = model.apply
     x = apply(variables, tokens, method="embed")
     positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
-    return Prompt(x, present, positions, causal_mask(present))
+    return EmbeddedPrompt(x, present, positions, causal_mask(present))
 
 
 def image_prompt(
@@ -101,14 +101,14 @@ def image_prompt(
     present: jax.Array,
     images: Any,
     positions: jax.Array | None = None,
-) -> Prompt:
+) -> EmbeddedPrompt:
     """The prompt of token ids and images, as `VisionLanguageModel` takes them."""
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
     x, added = apply(tokens, apply(images, method="encode"), method="embed")
     mask, ahead = (apply(tokens, present, method=name) for name in ("mask", "ahead"))
-    return Prompt(x, present, positions, mask, added, ahead)
+    return EmbeddedPrompt(x, present, positions, mask, added, ahead)
 
 
 def language(
@@ -126,7 +126,7 @@ def log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
     return jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0), axis=-1)
 
 
-def keep_likely(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
+def apply_top_k_top_p(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
     """`log_probs` [..., V], -inf for tokens that top-k, top-p or min-p leave out.
 
     The most likely token stays in all cases. Ties at the edge of top-k stay too.
@@ -146,18 +146,20 @@ def keep_likely(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
     return log_probs
 
 
-def choose(logits: jax.Array, rng: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [...] drawn from logits [..., V], and their log-probs, see `Generated`."""
+def sample_token(
+    logits: jax.Array, rng: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [...] drawn from logits [..., V], and their log-probs, see `Completions`."""
     log_probs = log_softmax(logits, sampling.temperature)
     if sampling.temperature == 0:
         token = jnp.argmax(log_probs, axis=-1)
     else:
-        token = jax.random.categorical(rng, keep_likely(log_probs, sampling))
+        token = jax.random.categorical(rng, apply_top_k_top_p(log_probs, sampling))
     taken = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
     return token.astype(jnp.int32), taken
 
 
-class ReadPrompt(NamedTuple):
+class Prefill(NamedTuple):
     """What is kept of a prompt's pass, for G answers of up to T tokens to each of B prompts.
 
     Attributes:
@@ -188,9 +190,9 @@ class ReadPrompt(NamedTuple):
         )
 
 
-def read_prompt(
-    model: LanguageModel, variables: Variables, prompt: Prompt, *, group: int, length: int
-) -> ReadPrompt:
+def prefill(
+    model: LanguageModel, variables: Variables, prompt: EmbeddedPrompt, *, group: int, length: int
+) -> Prefill:
     """Runs the model over prompts, for `group` answers of up to `length` tokens each."""
     apply: Callable[..., Any] = model.apply
     hidden, kept = apply(
@@ -200,7 +202,7 @@ def read_prompt(
         prompt.positions,
         prompt.added,
         prompt.ahead,
-        method="decode",
+        method="hidden_states",
         mutable=["prefix"],
     )
     last = prompt.present.shape[1] - 1 - jnp.argmax(prompt.present[:, ::-1], axis=1)
@@ -210,11 +212,11 @@ def read_prompt(
     start = next_position(prompt.positions, prompt.present)
     place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
     place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
-    return ReadPrompt(features, kept["prefix"], present, place, axes)
+    return Prefill(features, kept["prefix"], present, place, axes)
 
 
 class _Written(NamedTuple):
-    tokens: jax.Array  # [B * G, T], see `Generated`, as those below.
+    tokens: jax.Array  # [B * G, T], see `Completions`, as those below.
     log_probs: jax.Array
     present: jax.Array
 
@@ -230,7 +232,7 @@ class _State(NamedTuple):
 def generate(
     model: LanguageModel,
     variables: Variables,
-    prompt: Prompt,
+    prompt: EmbeddedPrompt,
     rng: jax.Array,
     *,
     group: int,
@@ -238,7 +240,7 @@ def generate(
     sampling: Sampling,
     stop: tuple[int, ...] = (),
     pad: int = 0,
-) -> Generated:
+) -> Completions:
     """Answers prompts; to be jitted, with everything but `variables`, `prompt`, `rng` static.
 
     Stops early when every answer has ended.
@@ -257,16 +259,16 @@ def generate(
     batch = len(prompt.present)
     samples = batch * group
     apply: Callable[..., Any] = model.apply
-    read = read_prompt(model, variables, prompt, group=group, length=length)
+    read = prefill(model, variables, prompt, group=group, length=length)
     logits = jnp.repeat(apply(variables, read.features, method="logits"), group, axis=0)
 
-    def put(state: _State, logits: jax.Array) -> _State:
+    def write_token(state: _State, logits: jax.Array) -> _State:
         """Chooses the tokens of a step and writes them down."""
         # One key for every sample by its number, so that no mesh changes what is drawn.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(rng, state.step), jnp.arange(samples)
         )
-        token, log_prob = jax.vmap(functools.partial(choose, sampling=sampling))(logits, keys)
+        token, log_prob = jax.vmap(functools.partial(sample_token, sampling=sampling))(logits, keys)
         running = state.running
         token = jnp.where(running, token, pad)
         new = _Written(token, jnp.where(running, log_prob, 0.0), running)
@@ -274,7 +276,7 @@ def generate(
         ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(running))
         return _State(state.step + 1, token, running & ~ends, state.cache, out)
 
-    def proceed(state: _State) -> _State:
+    def decode_step(state: _State) -> _State:
         """Reads the last tokens and chooses the next ones."""
         slot = state.step - 1
         own = jnp.broadcast_to(jnp.arange(length) <= slot, (samples, length))
@@ -283,12 +285,12 @@ def generate(
             apply(variables, state.token[:, None], method="embed"),
             jnp.concatenate([read.present, own], axis=1)[:, None],
             read.positions(slot, 1),
-            cursor=Cursor(slot, read.place),
-            method="decode",
+            cache_position=CachePosition(slot, read.place),
+            method="hidden_states",
             mutable=["cache"],
         )
         logits = apply(variables, hidden[:, 0], method="logits")
-        return put(state._replace(cache=changed["cache"]), logits)
+        return write_token(state._replace(cache=changed["cache"]), logits)
 
     out = _Written(
         tokens=jnp.full((samples, length), pad, jnp.int32),
@@ -303,7 +305,7 @@ def generate(
         out=out,
     )
     state = jax.lax.while_loop(
-        lambda s: (s.step < length) & jnp.any(s.running), proceed, put(state, logits)
+        lambda s: (s.step < length) & jnp.any(s.running), decode_step, write_token(state, logits)
     )
     tokens, log_probs, present = (x.reshape(batch, group, length) for x in state.out)
-    return Generated(tokens, log_probs, present, ~state.running.reshape(batch, group))
+    return Completions(tokens, log_probs, present, ~state.running.reshape(batch, group))

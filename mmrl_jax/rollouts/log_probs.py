@@ -14,24 +14,24 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.models.language import Cursor, LanguageModel
+from mmrl_jax.models.language import CachePosition, LanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs, token_log_probs
 from mmrl_jax.rollouts import packing
-from mmrl_jax.rollouts.generate import Prompt, ReadPrompt, Variables, read_prompt
+from mmrl_jax.rollouts.generate import EmbeddedPrompt, Prefill, Variables, prefill
 
-Scores = TypeVar("Scores")
+Output = TypeVar("Output")
 
 
-def score_answers(
+def completion_log_probs(
     model: LanguageModel,
     variables: Variables,
-    prompt: Prompt,
+    prompt: EmbeddedPrompt,
     tokens: jax.Array,
     present: jax.Array,
-    score: Callable[[jax.Array, jax.Array], Scores],
+    per_token: Callable[[jax.Array, jax.Array], Output],
     *,
     pack_rows: int | None = None,
-) -> Scores:
+) -> Output:
     """Scores of each token of the answers, from the features of what stands before it.
 
     Args:
@@ -40,17 +40,17 @@ def score_answers(
       prompt: of B samples.
       tokens: int32 [B, G, T].
       present: bool [B, G, T]; an answer begins at its first place and has no holes.
-      score: features float32 [B, R, T, D] and tokens int32 [B, R, T] to a tree of [B, R, T].
+      per_token: features float32 [B, R, T, D] and tokens int32 [B, R, T] to a tree of [B, R, T].
       pack_rows: the answers to a question are packed, and those beyond the first so many rows go
         through a second pass, which is left out where there are none. None: each has its row.
 
     Returns:
       A tree of [B, G, T]; of padding 0 where answers are packed, else anything.
     """
-    read = read_prompt(model, variables, prompt, group=1, length=1)
+    read = prefill(model, variables, prompt, group=1, length=1)
 
-    def of(rows: packing.Rows) -> Scores:
-        return score(_features(model, variables, read, rows), rows.tokens)
+    def of(rows: packing.Rows) -> Output:
+        return per_token(_features(model, variables, read, rows), rows.tokens)
 
     if pack_rows is None or pack_rows >= tokens.shape[1]:
         return of(packing.padded(tokens, present))
@@ -70,7 +70,7 @@ def score_answers(
 
 
 def _features(
-    model: LanguageModel, variables: Variables, read: ReadPrompt, rows: packing.Rows
+    model: LanguageModel, variables: Variables, read: Prefill, rows: packing.Rows
 ) -> jax.Array:
     """What predicts each token of rows [B, R, T], float32 [B, R, T, D].
 
@@ -94,15 +94,15 @@ def _features(
         apply(variables, tokens, method="embed"),
         jnp.concatenate([before, own], axis=2),
         laid.positions(jnp.zeros((), jnp.int32), slots),
-        cursor=Cursor(jnp.zeros((), jnp.int32), place),
-        method="decode",
+        cache_position=CachePosition(jnp.zeros((), jnp.int32), place),
+        method="hidden_states",
         mutable=["cache"],
     )
     rest = jnp.pad(rest.reshape(batch, count, slots, -1), ((0, 0), (0, 0), (1, 0), (0, 0)))
     return jnp.where(rows.offset[..., None] == 0, first, rest)
 
 
-def answer_log_probs(
+def log_probs_from_features(
     model: LanguageModel,
     variables: Variables,
     features: jax.Array,

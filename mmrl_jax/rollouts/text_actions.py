@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.envs.brax_api import Env
-from mmrl_jax.tasks.question import ABSENT, Question, Texts, Tokeniser, tokenise
+from mmrl_jax.tasks.question import ABSENT, Prompt, Texts, Tokenizer, tokenize
 from mmrl_jax.types import Observation
 
 
@@ -26,7 +26,7 @@ class TextActions:
     sentences: np.ndarray
     actions: np.ndarray
 
-    def ask(self, observation: Observation) -> Question:
+    def ask(self, observation: Observation) -> Prompt:
         """The questions [B] that observations [B, ...] with pixels and an instruction are.
 
         What is right is not known: `answer` is ABSENT.
@@ -52,9 +52,9 @@ class TextActions:
         return self.texts.labels(nearest)
 
 
-def text_actions(env: Env, tokeniser: Tokeniser | None = None, *, image_tokens: int) -> TextActions:
-    """Makes them of an environment with `vocabulary` and `actions_as_text`; see `tokenise`."""
+def text_actions(env: Env, tokeniser: Tokenizer | None = None, *, image_tokens: int) -> TextActions:
+    """Makes them of an environment with `vocabulary` and `actions_as_text`; see `tokenize`."""
     sentences, actions = env.vocabulary.sentences, env.actions_as_text
-    texts = tokenise(sentences, tuple(actions), tokeniser, image_tokens=image_tokens)
+    texts = tokenize(sentences, tuple(actions), tokeniser, image_tokens=image_tokens)
     own = np.stack([env.vocabulary.encode(sentence) for sentence in sentences])
     return TextActions(texts, own, np.stack(list(actions.values())))

@@ -10,7 +10,7 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.types import Transition
 
 
-class Decision(NamedTuple):
+class ActorOutput(NamedTuple):
     """What a policy function returns for B environments.
 
     Attributes:
@@ -26,13 +26,13 @@ class Decision(NamedTuple):
     value: jax.Array
 
 
-PolicyFunction = Callable[[State, jax.Array], Decision]
+PolicyFunction = Callable[[State, jax.Array], ActorOutput]
 
 
-def scripted(action: jax.Array) -> Decision:
+def deterministic_output(action: jax.Array) -> ActorOutput:
     """A decision for `action` [B, A] or [B] of who knows no probabilities and no values: 0."""
     zero = jnp.zeros(action.shape[0])
-    return Decision(environment_action=action, action=action, log_prob=zero, value=zero)
+    return ActorOutput(environment_action=action, action=action, log_prob=zero, value=zero)
 
 
 def unroll(
@@ -43,7 +43,7 @@ def unroll(
     Args:
       env: a batched environment with `AutoReset` semantics.
       state: of B environments.
-      policy: (state, key) -> Decision; network policies read `state.obs` only.
+      policy: (state, key) -> ActorOutput; network policies read `state.obs` only.
       rng: key; step t uses fold_in(rng, t).
       length: T.
 

@@ -15,7 +15,7 @@ import numpy as np
 ABSENT = -1  # In a table of answers: no token.
 
 
-class Question(NamedTuple):
+class Prompt(NamedTuple):
     """B questions, each about a picture where the model sees.
 
     Attributes:
@@ -58,11 +58,11 @@ class Task(Protocol):
     def texts(self) -> "Texts":
         """Its questions and answers."""
 
-    def sample(self, rng: jax.Array, count: int, split: str) -> Question:
+    def sample(self, rng: jax.Array, count: int, split: str) -> Prompt:
         """Draws questions; the i-th does not depend on how many are drawn."""
 
 
-class Tokeniser(Protocol):
+class Tokenizer(Protocol):
     """Texts to token ids, and back.
 
     Attributes:
@@ -112,7 +112,7 @@ class Texts:
     prompt_tokens: np.ndarray
     prompt_present: np.ndarray
     answer_tokens: np.ndarray
-    tokeniser: Tokeniser
+    tokeniser: Tokenizer
 
     @property
     def length(self) -> int:
@@ -126,9 +126,9 @@ class Texts:
         answer: jax.Array,
         kind: jax.Array,
         level: jax.Array,
-    ) -> Question:
+    ) -> Prompt:
         """The questions with texts int32 [B] about images [B, H, W, 3]."""
-        return Question(
+        return Prompt(
             jnp.asarray(self.prompt_tokens)[text],
             jnp.asarray(self.prompt_present)[text],
             images,
@@ -159,7 +159,7 @@ class Texts:
         return jnp.where(jnp.any(same, axis=-1), jnp.argmax(same, axis=-1), ABSENT)
 
     def score(
-        self, question: Question, tokens: jax.Array, present: jax.Array, *, penalty: float
+        self, question: Prompt, tokens: jax.Array, present: jax.Array, *, penalty: float
     ) -> Score:
         """Scores answers int32 [B, G, T'], of which bool [B, G, T'] tells what is there."""
         given = self.parse(tokens, present)
@@ -173,10 +173,10 @@ def _widen(rows: jax.Array | np.ndarray, width: int) -> jax.Array:
     return jnp.pad(jnp.asarray(rows), padding, constant_values=ABSENT)
 
 
-def tokenise(
+def tokenize(
     prompts: Sequence[str],
     answers: Sequence[str],
-    tokeniser: Tokeniser | None = None,
+    tokeniser: Tokenizer | None = None,
     *,
     image_tokens: int,
 ) -> Texts:
@@ -185,14 +185,14 @@ def tokenise(
     Args:
       prompts: every question.
       answers: every answer.
-      tokeniser: by default `Words` of these texts.
+      tokeniser: by default `WordTokenizer` of these texts.
       image_tokens: of the picture of each question.
 
     Raises:
       ValueError: two answers have the same ids, so that none could be told from the other.
     """
     if tokeniser is None:
-        tokeniser = Words([*prompts, *answers])
+        tokeniser = WordTokenizer([*prompts, *answers])
     asked = [tokeniser.prompt(text, images=image_tokens) for text in prompts]
     said = [tokeniser.answer(text) for text in answers]
     for i, ids in enumerate(said):
@@ -209,7 +209,7 @@ def tokenise(
     return Texts(tuple(prompts), tuple(answers), tokens, present, rows, tokeniser)
 
 
-class Words:
+class WordTokenizer:
     """A tokeniser of whole words, for models that are trained from scratch on one task.
 
     Attributes:
@@ -228,11 +228,11 @@ class Words:
         return len(self.words) + 3
 
     def prompt(self, question: str, *, images: int) -> list[int]:
-        """See `Tokeniser`; for errors `encode`."""
+        """See `Tokenizer`; for errors `encode`."""
         return [self.image] * images + self.encode(question)
 
     def answer(self, text: str) -> list[int]:
-        """See `Tokeniser`; for errors `encode`."""
+        """See `Tokenizer`; for errors `encode`."""
         return [*self.encode(text), self.stop]
 
     def encode(self, text: str) -> list[int]:
@@ -247,5 +247,5 @@ class Words:
         return [self.words.index(word) + 3 for word in text.split()]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokeniser`; the stop token is no word either."""
+        """See `Tokenizer`; the stop token is no word either."""
         return " ".join(self.words[int(t) - 3] for t in tokens if int(t) >= 3)

@@ -117,7 +117,7 @@ def _takes(function: RewardFunction, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-class Pool:
+class RewardWorkerPool:
     """Processes that call reward functions; a context manager, or to be closed by `close`.
 
     Processes are spawned, not forked, for a fork of a process with JAX's threads can hang: the
@@ -199,7 +199,7 @@ class Pool:
             self.close()
             raise
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "RewardWorkerPool":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.tasks.question import Question, Texts, Tokeniser, tokenise
+from mmrl_jax.tasks.question import Prompt, Texts, Tokenizer, tokenize
 from mmrl_jax.tasks.scenes import COLOURS, LEAST_RADIUS, SHAPES, Objects, draw
 
 KINDS = ("count", "exists", "colour", "shape", "compare", "relation")
@@ -155,7 +155,7 @@ class Shapes:
     distractors: int
     levels: tuple[str, ...]
 
-    def sample(self, rng: jax.Array, count: int, split: str) -> Question:
+    def sample(self, rng: jax.Array, count: int, split: str) -> Prompt:
         """Draws `count` questions of a split; the i-th does not depend on how many.
 
         Raises:
@@ -354,7 +354,7 @@ def make(
     distractors: int,
     levels: Sequence[str],
     image_tokens: int,
-    tokeniser: Tokeniser | None = None,
+    tokeniser: Tokenizer | None = None,
 ) -> Shapes:
     """Makes the task.
 
@@ -368,7 +368,7 @@ def make(
       distractors: the most objects that a question is not about.
       levels: of LEVELS.
       image_tokens: of every picture.
-      tokeniser: by default `Words` of the texts.
+      tokeniser: by default `WordTokenizer` of the texts.
 
     Raises:
       ValueError: an unknown kind or level, impossible counts, more objects than places, or
@@ -401,7 +401,7 @@ def make(
     prompts = [text for kind in kinds for text in _texts(kind)]
     answers = list(NUMBERS[counts[0] : counts[1] + 1]) if "count" in kinds else []
     answers += [*COLOURS, *SHAPES, "yes", "no"]
-    texts = tokenise(prompts, answers, tokeniser, image_tokens=image_tokens)
+    texts = tokenize(prompts, answers, tokeniser, image_tokens=image_tokens)
     return Shapes(
         texts, tuple(kinds), rows, height, width, counts, seen, distractors, tuple(levels)
     )

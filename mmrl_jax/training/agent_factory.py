@@ -18,8 +18,8 @@ from mmrl_jax.learners.token_learner import TokenState, agent_policy
 from mmrl_jax.rl import losses
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.rollouts.text_actions import TextActions, text_actions
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output, unroll
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import factory, token_models, token_stages
 from mmrl_jax.training.config import one_of, positive
@@ -91,7 +91,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
     if config.algorithm == "sft" and not config.sft.updates:
         raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
-    token_models.check_halves(config, make_parts(config).model)
+    token_models.check_trainable(config, make_parts(config).model)
 
 
 class Parts(NamedTuple):
@@ -133,7 +133,7 @@ def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 def record_demonstrations(
     config: ml_collections.ConfigDict,
-) -> tuple[Question, jax.Array, jax.Array]:
+) -> tuple[Prompt, jax.Array, jax.Array]:
     """The turns of whole episodes of the environment's expert; the same seed gives the same.
 
     Returns:
@@ -141,10 +141,10 @@ def record_demonstrations(
     """
     env, interface, _ = make_parts(config)
 
-    def expert(state: State, rng: jax.Array) -> Decision:
+    def expert(state: State, rng: jax.Array) -> ActorOutput:
         written = interface.write(env.expert(state, rng))
         action, _ = interface.read(*written)
-        return scripted(action)._replace(action=written)
+        return deterministic_output(action)._replace(action=written)
 
     @jax.jit
     def record(rng: jax.Array) -> tuple[Any, jax.Array]:
@@ -178,7 +178,7 @@ def rl_stage(
     """PPO over the tokens of the agent's turns, from scratch or from what was cloned."""
     r, (env, interface, model) = config.rl, make_parts(config)
     variables = token_models.make_variables(config, model, start=start)
-    trained, frozen = token_models.halves(variables, config, "rl")
+    trained, frozen = token_models.partition_trainable(variables, config, "rl")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     optimisation = token_stages.make_optimisation(config)
     hyperparameters = token_stages.ppo_hyperparameters(config)
@@ -240,14 +240,14 @@ def rl_stage(
         init=init,
         release=begin.release,
         update=update,
-        data=frozen,
+        constants=frozen,
         env_steps_per_update=r.num_envs * r.unroll,
         samples_per_update=r.num_envs * r.unroll,
         evaluate=_periodic_evaluation(config, frozen),
         **factory.run_fields(config.run),
         best_metric=best,
         console=("episode/success", "answer/malformed", best, "time/samples_per_s"),
-        shardings=functools.partial(factory.by_environment, mesh=mesh),
+        shardings=functools.partial(factory.shard_env_state, mesh=mesh),
     )
 
 
@@ -257,8 +257,8 @@ def make_evaluator(
     """Evaluates the most likely texts of models of this config, made of trained and frozen half."""
     _, interface, model = make_parts(config)
 
-    def policy(made_of: tuple[Params, Any]) -> PolicyFunction:
-        return agent_policy(model.policy, made_of, interface, Sampling(temperature=0.0))
+    def policy(variables: tuple[Params, Any]) -> PolicyFunction:
+        return agent_policy(model.policy, variables, interface, Sampling(temperature=0.0))
 
     return Evaluator(
         lambda split: factory.make_env(config, split=split),
@@ -283,7 +283,7 @@ def make_measure(
 def _measure(
     evaluator: Evaluator,
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
-    return lambda made_of, split: describe(evaluator(made_of, split))
+    return lambda variables, split: describe(evaluator(variables, split))
 
 
 def _periodic_evaluation(

@@ -43,15 +43,17 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
     """One compiled call of `updates` updates; the carry is donated.
 
     Returns:
-      (carry, data) -> (carry, metrics). Metrics are means over the updates; those of 'episode/*'
-      over the updates in which an episode ended, those in OF_STEPS over the updates that took a
-      step, each 0 where there is none: 'counted' has their numbers of updates by the metrics'
-      names. 'sound' is a bool []: less than MAX_SKIPPED of the optimiser steps were skipped, and
-      what the learner acts with is finite.
+      (carry, constants) -> (carry, metrics). Metrics are means over the updates; those of
+      'episode/*' over the updates in which an episode ended, those in OF_STEPS over the updates
+      that took a step, each 0 where there is none: 'counted' has their numbers of updates by the
+      metrics' names. 'finite' is a bool []: less than MAX_SKIPPED of the optimiser steps were
+      skipped, and what the learner acts with is finite.
     """
 
-    def dispatch(carry: Carry, data: Any) -> tuple[Carry, Metrics]:
-        carry, metrics = jax.lax.scan(lambda c, _: update(c, data), carry, None, length=updates)
+    def dispatch(carry: Carry, constants: Any) -> tuple[Carry, Metrics]:
+        carry, metrics = jax.lax.scan(
+            lambda c, _: update(c, constants), carry, None, length=updates
+        )
         return carry, _summary(carry.learner.without_optimiser(), metrics)
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
@@ -85,14 +87,14 @@ def make_host_dispatch(
     acts = carry.learner.without_optimiser()
     summarise = jax.jit(summary).lower(acts, [host.metrics] * updates).compile()
 
-    def dispatch(carry: Carry, data: Any) -> Dispatched:
+    def dispatch(carry: Carry, constants: Any) -> Dispatched:
         rows: list[Metrics] = []
         retries, error = 0, None
         while len(rows) < updates and error is None:
             waits = list(RETRY_AFTER_S)
             while True:
                 try:
-                    batch = host.collect(carry, data)
+                    batch = host.collect(carry, constants)
                     break
                 except Exception as caught:
                     if not waits or stopping() or not may_pass(caught):
@@ -102,7 +104,7 @@ def make_host_dispatch(
                     tell(f"An update failed, and is tried again: {one_line(caught)}")
                     _wait(waits.pop(0), stopping)
             if error is None:
-                carry, metrics = host.step(carry, data, batch)
+                carry, metrics = host.step(carry, constants, batch)
                 rows.append(metrics)
         if not rows:
             return Dispatched(carry, None, 0, retries, error)
@@ -134,7 +136,7 @@ def _summary(acts: Any, metrics: Metrics) -> Metrics:
       acts: what the learner acts with after the last one.
       metrics: of the updates.
     """
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
+    leaves_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
     taken, skipped = metrics["update/steps"], metrics["update/skipped"]
 
     counts = {name: taken > 0 for name in metrics if name.startswith(OF_STEPS)}
@@ -143,7 +145,7 @@ def _summary(acts: Any, metrics: Metrics) -> Metrics:
         name: losses.masked_mean(x, counts[name]) if name in counts else jnp.mean(x)
         for name, x in metrics.items()
     }
-    sound = jnp.all(finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
+    finite = jnp.all(leaves_finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
     # That there is no mean is no NaN: JAX_DEBUG_NANS takes any in what a program returns for a
     # fault.
-    return means | {"sound": sound, "counted": jax.tree.map(jnp.sum, counts)}
+    return means | {"finite": finite, "counted": jax.tree.map(jnp.sum, counts)}

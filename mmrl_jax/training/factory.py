@@ -23,7 +23,7 @@ from mmrl_jax.learners import bc, ppo
 from mmrl_jax.learners.learner import LearnerState, epoch_indices, policy_function
 from mmrl_jax.pretrained import control_encoders, weights
 from mmrl_jax.rl import losses, normalization
-from mmrl_jax.rollouts.unroll import Decision, PolicyFunction, scripted, unroll
+from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output, unroll
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import control_models
 from mmrl_jax.training.config import Field, anything, between, non_negative, one_of, positive
@@ -265,8 +265,8 @@ def expert(config: ml_collections.ConfigDict) -> PolicyFunction:
     """The imperfect scripted expert, as a policy function that reads privileged state."""
     options = config.warm_start.expert.to_dict()
 
-    def policy(state: State, rng: jax.Array) -> Decision:
-        return scripted(language_reach.expert_action(state, rng, **options))
+    def policy(state: State, rng: jax.Array) -> ActorOutput:
+        return deterministic_output(language_reach.expert_action(state, rng, **options))
 
     return policy
 
@@ -335,8 +335,8 @@ def cloning_stage(
             learner = control_models.fresh_learner(config, env, optimiser)
             proprio = data.observation["proprio"][: len(data.action)]
             counted = jnp.ones(proprio.shape[:-1])
-            seen = normalization.update(learner.statistics, proprio, counted)
-            learner = learner.replace(statistics=seen)
+            seen = normalization.update(learner.normalizer, proprio, counted)
+            learner = learner.replace(normalizer=seen)
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), stream)
         return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
@@ -352,7 +352,7 @@ def cloning_stage(
         init=init,
         release=begin.release,
         update=update,
-        data=jax.device_put(data, mesh_lib.replicated(mesh)),
+        constants=jax.device_put(data, mesh_lib.replicated(mesh)),
         updates=updates or warm.updates,
         updates_per_dispatch=warm.updates_per_dispatch,
         env_steps_per_update=0,
@@ -363,7 +363,7 @@ def cloning_stage(
         keep=config.run.keep,
         best_metric=best_metric(config),
         console=("loss/cloning", "loss/pointing", best_metric(config), "time/samples_per_s"),
-        shardings=functools.partial(by_environment, mesh=mesh),
+        shardings=functools.partial(shard_env_state, mesh=mesh),
     )
 
 
@@ -442,7 +442,7 @@ def ppo_stage(
             learner = learner.replace(
                 params=cloned.params,
                 opt_state=optimiser.init(cloned.params),
-                statistics=cloned.statistics,
+                normalizer=cloned.normalizer,
             )
         learner = learner.replace(params=control_models.with_std(learner.params, p.initial_std))
         rng = jax.random.fold_in(jax.random.PRNGKey(config.seed), 4)
@@ -465,14 +465,14 @@ def ppo_stage(
         init=init,
         release=begin.release,
         update=update,
-        data=None,
+        constants=None,
         env_steps_per_update=p.num_envs * p.unroll,
         samples_per_update=p.num_envs * p.unroll,
         evaluate=_periodic_evaluation(config),
         **run_fields(config.run),
         best_metric=best_metric(config),
         console=("episode/return", "episode/success", best_metric(config), "time/samples_per_s"),
-        shardings=functools.partial(by_environment, mesh=mesh),
+        shardings=functools.partial(shard_env_state, mesh=mesh),
     )
 
 
@@ -597,12 +597,12 @@ def check_env(config: ml_collections.ConfigDict) -> State:
     return envs.check_env(envs.unwrapped(make_env(config)), pixels=env.height > 0)
 
 
-def by_environment(carry: Carry, *, mesh: Mesh) -> Carry:
+def shard_env_state(carry: Carry, *, mesh: Mesh) -> Carry:
     """Environments over the mesh's data axis, the rest replicated."""
-    everywhere = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
+    replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
     # XLA replicates arrays without elements, whatever is asked for.
     by_env = jax.tree.map(
         lambda x: mesh_lib.batch_sharding(mesh, 0) if x.size else mesh_lib.replicated(mesh),
         carry.env_state,
     )
-    return everywhere.replace(env_state=by_env)
+    return replicated.replace(env_state=by_env)

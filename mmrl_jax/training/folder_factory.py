@@ -25,14 +25,14 @@ from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.evaluation.statistics import bootstrap_interval
 from mmrl_jax.learners import grpo
-from mmrl_jax.learners.grpo import Experience
+from mmrl_jax.learners.grpo import ScoredCompletions
 from mmrl_jax.learners.token_learner import TokenPolicy
-from mmrl_jax.pretrained.chat import Chat
-from mmrl_jax.rollouts.generate import Generated, Sampling
+from mmrl_jax.pretrained.chat import ChatTokenizer
+from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import METADATA, Batch
-from mmrl_jax.tasks.question import Question, Texts
-from mmrl_jax.tasks.rewards import Pool, RewardFunction, Rewards
+from mmrl_jax.tasks.question import Prompt, Texts
+from mmrl_jax.tasks.rewards import RewardFunction, Rewards, RewardWorkerPool
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import fingerprints, question_factory, token_models, token_stages
 from mmrl_jax.training.config import Field, between, non_negative, one_of, positive, texts
@@ -189,7 +189,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     reward_functions(config)
     parts = make_parts(config)
-    token_models.check_halves(config, parts.model)
+    token_models.check_trainable(config, parts.model)
     token_stages.check_overlong(config, config.folder.answer_tokens)
     open_records(config, parts)
 
@@ -203,7 +203,7 @@ class Parts(NamedTuple):
       model: answers.
     """
 
-    chat: Chat
+    chat: ChatTokenizer
     images: int
     model: TokenModel
 
@@ -265,16 +265,16 @@ def tell_records(config: ml_collections.ConfigDict, records: Split) -> None:
     tell_images(records, (f.height, f.width), resize=f.resize)
 
 
-def make_scorer(config: ml_collections.ConfigDict, chat: Chat) -> Scorer:
+def make_scorer(config: ml_collections.ConfigDict, chat: ChatTokenizer) -> Scorer:
     """Scores answers by the functions of a config.
 
     Raises:
       ValueError: one cannot be imported, one is named twice, or there are not as many weights.
-      RuntimeError: see `Pool`.
+      RuntimeError: see `RewardWorkerPool`.
     """
     r, functions = config.rewards, reward_functions(config)
     weights = dict(zip(functions, r.weights, strict=True))
-    pool = Pool(
+    pool = RewardWorkerPool(
         functions,
         weights,
         workers=r.workers,
@@ -344,15 +344,15 @@ def _source(name: str) -> bytes:
 
 def make_ask(
     config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh
-) -> Callable[[Batch], Question]:
+) -> Callable[[Batch], Prompt]:
     """A function that splits the B questions of a batch over the devices of a mesh."""
     length, images = config.folder.prompt_tokens, parts.images
 
-    def ask(batch: Batch) -> Question:
+    def ask(batch: Batch) -> Prompt:
         tokens, present = prompt_rows(parts.chat, batch.prompts, length=length, images=images)
         unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
         arrays = tokens, present, batch.images, *(unnamed,) * 4
-        return Question(*mesh_lib.put_batch(arrays, mesh=mesh))
+        return Prompt(*mesh_lib.put_batch(arrays, mesh=mesh))
 
     return ask
 
@@ -362,7 +362,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
 
     Raises:
       ValueError: see `open_records`.
-      RuntimeError: see `Pool`.
+      RuntimeError: see `RewardWorkerPool`.
     """
     parts = make_parts(config)
     records = open_records(config, parts)
@@ -394,10 +394,10 @@ def rl_stage(
 
     Raises:
       ValueError: see `open_records`.
-      RuntimeError: see `Pool`.
+      RuntimeError: see `RewardWorkerPool`.
     """
     r, parts = config.rl, make_parts(config)
-    records, everywhere = open_records(config, parts), mesh_lib.replicated(mesh)
+    records, replicated = open_records(config, parts), mesh_lib.replicated(mesh)
     learning = token_stages.make_learning(config, mesh, parts.model, start)
     ask, scorer = make_ask(config, parts, mesh), make_scorer(config, parts.chat)
     scorer.rehearse(records.train)
@@ -407,18 +407,18 @@ def rl_stage(
     def keys(rng: jax.Array, updates: jax.Array) -> jax.Array:
         return jax.random.split(jax.random.fold_in(rng, updates))
 
-    @functools.partial(jax.jit, out_shardings=everywhere)
+    @functools.partial(jax.jit, out_shardings=replicated)
     def generate(
-        params: Params, frozen: Any, asked: Question, rng: jax.Array, updates: jax.Array
-    ) -> Generated:
+        params: Params, frozen: Any, asked: Prompt, rng: jax.Array, updates: jax.Array
+    ) -> Completions:
         asked = mesh_lib.constrain_batch(asked, mesh=mesh)  # Each device answers its part.
         sampling = Sampling(temperature=r.temperature)
         key = keys(rng, updates)[0]
         return parts.policy.answer(params, frozen, asked, key, group=r.group, sampling=sampling)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated)
     def step(
-        carry: Carry, frozen: Any, experience: Experience, failed: jax.Array
+        carry: Carry, frozen: Any, experience: ScoredCompletions, failed: jax.Array
     ) -> tuple[Carry, Metrics]:
         key = keys(carry.rng, carry.updates)[1]
         experience = token_stages.shape_rewards(config, experience)
@@ -428,7 +428,7 @@ def rl_stage(
 
     placed = functools.partial(mesh_lib.replicated_shapes, mesh=mesh)
 
-    def read(update: int) -> tuple[Batch, Question]:
+    def read(update: int) -> tuple[Batch, Prompt]:
         batch = records.train.batch(update)
         return batch, ask(batch)
 
@@ -436,21 +436,21 @@ def rl_stage(
         _, asked = read(0)
         generating = generate.lower(carry.learner.params, frozen, asked, carry.rng, carry.updates)
         number = placed(np.empty((r.questions, r.group), np.float32))
-        learned_from = Experience(asked, placed(generating.out_info), number, number)
+        learned_from = ScoredCompletions(asked, placed(generating.out_info), number, number)
         stepping = step.lower(carry, frozen, learned_from, placed(np.float32(0)))
         generated, stepped = generating.compile(), stepping.compile()
         batches = Prefetch(read, updates=config.run.updates)
 
-        def collect(carry: Carry, frozen: Any) -> tuple[Experience, jax.Array]:
+        def collect(carry: Carry, frozen: Any) -> tuple[ScoredCompletions, jax.Array]:
             batch, asked = batches(int(jax.device_get(carry.updates)))
             answers = generated(carry.learner.params, frozen, asked, carry.rng, carry.updates)
             _, rewards = scorer(records.train, batch, answers)
             # NaN times a mask of 0 is NaN.
             numbers = np.where(rewards.valid, rewards.reward, 0), rewards.valid.astype(np.float32)
             reward, scored, failed = jax.device_put(
-                (*numbers, np.float32(rewards.failed)), everywhere
+                (*numbers, np.float32(rewards.failed)), replicated
             )
-            return Experience(asked, answers, reward, scored), failed
+            return ScoredCompletions(asked, answers, reward, scored), failed
 
         return HostUpdate(
             collect,
@@ -499,23 +499,23 @@ def make_measure(
 
 
 def answered_samples(
-    config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
+    config: ml_collections.ConfigDict, variables: tuple[Params, Any], count: int
 ) -> list[Sample]:
     """The first records of the test split, with the greedy answers of a policy.
 
     Args:
       config: of the run.
-      made_of: trained and frozen half.
+      variables: trained and frozen half.
       count: the most that are returned.
     """
-    return _samples(*_greedy_of(config)(made_of, TEST), count)
+    return _samples(*_greedy_of(config)(variables, TEST), count)
 
 
 def tested_samples(
-    config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
+    config: ml_collections.ConfigDict, variables: tuple[Params, Any], count: int
 ) -> tuple[list[Sample], dict[str, float]]:
     """`answered_samples`, and the metrics of the whole test split by their logged names."""
-    answered = _greedy_of(config)(made_of, TEST)
+    answered = _greedy_of(config)(variables, TEST)
     found = described(answered[1].rewards, TEST, max_failed=config.rewards.max_failed)
     tested = {f"eval/{TEST}/{name}": value for name, value in found.items()}
     return _samples(*answered, count), tested
@@ -558,7 +558,7 @@ def _make_greedy(
     parts: Parts,
     mesh: Mesh,
     records: Split,
-    ask: Callable[[Batch], Question],
+    ask: Callable[[Batch], Prompt],
     scorer: Scorer,
     episodes: int | None = None,
 ) -> Greedy:
@@ -577,14 +577,14 @@ def _make_greedy(
         return part.read(range(count))
 
     @jax.jit
-    def answer(made_of: tuple[Params, Any], asked: Question) -> Generated:
+    def answer(variables: tuple[Params, Any], asked: Prompt) -> Completions:
         greedy = Sampling(temperature=0.0)
-        return parts.policy.answer(*made_of, asked, jax.random.key(0), group=1, sampling=greedy)
+        return parts.policy.answer(*variables, asked, jax.random.key(0), group=1, sampling=greedy)
 
-    def greedy(made_of: tuple[Params, Any], split: str) -> tuple[Batch, Scored]:
+    def greedy(variables: tuple[Params, Any], split: str) -> tuple[Batch, Scored]:
         batch, part = read(split), getattr(records, split)
         answers = in_chunks(
-            lambda places: answer(made_of, ask(batch.take(places))),
+            lambda places: answer(variables, ask(batch.take(places))),
             np.arange(len(batch.records)),
             most=most,
             devices=mesh.size,
@@ -599,8 +599,8 @@ def _make_measure(
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
     """(both halves, split) -> see `described`."""
 
-    def measure(made_of: tuple[Params, Any], split: str) -> dict[str, float]:
-        _, (_, rewards) = greedy(made_of, split)
+    def measure(variables: tuple[Params, Any], split: str) -> dict[str, float]:
+        _, (_, rewards) = greedy(variables, split)
         return described(rewards, split, max_failed=config.rewards.max_failed)
 
     return measure

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mmrl_jax.pretrained.chat import Chat, check_text
-from mmrl_jax.rollouts.generate import Generated
+from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
+from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, shown
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.rewards import GIVEN, Failure, Pool, Rewards
+from mmrl_jax.tasks.rewards import GIVEN, Failure, Rewards, RewardWorkerPool
 
 TOLD = 10  # Reasons of failures that a process prints; reward/failed counts all failures.
 
 
 def prompt_rows(
-    chat: Chat, prompts: Sequence[str], *, length: int, images: int
+    chat: ChatTokenizer, prompts: Sequence[str], *, length: int, images: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of B prompts, int32 [B, S], padded on the left, and which are there, bool [B, S].
 
@@ -33,7 +33,7 @@ def prompt_rows(
       images: image tokens of a picture.
 
     Raises:
-      ValueError: one is longer than S, folder.prompt_tokens; or see `Chat.prompt`.
+      ValueError: one is longer than S, folder.prompt_tokens; or see `ChatTokenizer.prompt`.
     """
     rows = [chat.prompt(text, images=images) for text in prompts]
     for text, ids in zip(prompts, rows, strict=True):
@@ -48,12 +48,12 @@ def prompt_rows(
 
 
 def answer_rows(
-    chat: Chat, answers: Sequence[str], *, length: int
+    chat: ChatTokenizer, answers: Sequence[str], *, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of B answers with their stop tokens, int32 [B, T], and which are there, bool.
 
     Raises:
-      ValueError: one is longer than T, the length; or see `Chat.answer`.
+      ValueError: one is longer than T, the length; or see `ChatTokenizer.answer`.
     """
     rows = [chat.answer(text) for text in answers]
     for text, ids in zip(answers, rows, strict=True):
@@ -88,7 +88,7 @@ class Split(NamedTuple):
 @functools.lru_cache(maxsize=1)  # A run opens its folder several times, which reads all pictures.
 def open_split(
     written: tuple[tuple[int, int] | None, ...],
-    chat: Chat,
+    chat: ChatTokenizer,
     *,
     directory: pathlib.Path,
     test_directory: pathlib.Path | None,
@@ -202,12 +202,12 @@ class Scorer:
       chat: the model's texts.
     """
 
-    def __init__(self, pool: Pool, chat: Chat):
+    def __init__(self, pool: RewardWorkerPool, chat: ChatTokenizer):
         self._pool, self._chat = pool, chat
         self._told: set[tuple[str, str]] = set()
 
     def __call__(
-        self, records: Records, batch: Batch, answers: Generated, *, allow_none: bool = False
+        self, records: Records, batch: Batch, answers: Completions, *, allow_none: bool = False
     ) -> Scored:
         """Texts and rewards [B, G] of answers [B, G, T] to the questions of a batch.
 

@@ -164,7 +164,7 @@ def run(
             save_interval=stage.checkpoint_interval,
             may_change=MAY_CHANGE,
         ) as checkpointer,
-        Terminated() as terminated,
+        PreemptionGuard() as terminated,
     ):
         init_s, done, counters = 0.0, 0, Counters()
         resumed = bool(saved_steps(workdir))
@@ -339,7 +339,7 @@ def _train(
             continue  # A signal may have come meanwhile.
         update_start = time.perf_counter()
         with jax.transfer_guard("disallow"):
-            carry, metrics, size, retries, error = programs[size](carry, stage.data)
+            carry, metrics, size, retries, error = programs[size](carry, stage.constants)
             jax.block_until_ready(carry.updates)
         if metrics is None:
             break
@@ -347,17 +347,17 @@ def _train(
         before = progress.done
         progress.done += size
         metrics = jax.device_get(metrics)
-        sound, counted = bool(metrics.pop("sound")), metrics.pop("counted")
+        finite, counted = bool(metrics.pop("finite")), metrics.pop("counted")
         valid = float(metrics.get("rollout/valid_fraction", 1.0))
         steps = size * stage.env_steps_per_update * valid
-        progress.add(wall_s=seconds, env_steps=round(steps) if sound else 0)
+        progress.add(wall_s=seconds, env_steps=round(steps) if finite else 0)
         values = _row(metrics, counted, progress.counters, progress.done) | {
             "time/update_s": seconds / size,
             "time/samples_per_s": size * stage.samples_per_update / seconds,
         }
         values |= {"update/retries": retries} if retries else {}
         broken = valid == 0.0 and metrics["rollout/broken"] > 0
-        if broken or not sound:
+        if broken or not finite:
             logging.writer.write(progress.done, values)
             if broken:
                 raise envs.InvalidEnvironment(_all_broken(before, progress.done))
@@ -376,15 +376,15 @@ def _compiler(
         if stage.on_host is None:
             assert stage.update is not None
             dispatch = make_dispatch(stage.update, size, shardings)
-            program = dispatch.lower(carry, stage.data).compile()
+            program = dispatch.lower(carry, stage.constants).compile()
 
-            def traced(carry: Carry, data: Any) -> Dispatched:
-                carry, metrics = program(carry, data)
+            def traced(carry: Carry, constants: Any) -> Dispatched:
+                carry, metrics = program(carry, constants)
                 return Dispatched(carry, metrics, size)
 
             return traced
         if not host:
-            host.append(stage.on_host(carry, stage.data))
+            host.append(stage.on_host(carry, stage.constants))
         return make_host_dispatch(host[0], size, carry, stopping=stopping, tell=tell)
 
     return compiled
@@ -434,7 +434,7 @@ def _all_broken(before: int, done: int) -> str:
     )
 
 
-class Terminated:
+class PreemptionGuard:
     """Notes a SIGTERM or SIGINT, so that the loop can save and stop between two dispatches.
 
     A SIGINT after that raises KeyboardInterrupt: who presses Ctrl-C twice does not want to wait.
@@ -442,7 +442,7 @@ class Terminated:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __enter__(self) -> "Terminated":
+    def __enter__(self) -> "PreemptionGuard":
         self._seen = False
         self._previous: dict[int, Any] = {}
         try:

@@ -17,12 +17,12 @@ from mmrl_jax.evaluation.questions import (
     describe_levels,
 )
 from mmrl_jax.learners import grpo
-from mmrl_jax.learners.grpo import Experience
+from mmrl_jax.learners.grpo import ScoredCompletions
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
 from mmrl_jax.rl.token_losses import PRESETS
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import token_models, token_stages
 from mmrl_jax.training.config import anything, between, non_negative, one_of, positive, texts
@@ -124,7 +124,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     few = labelled(config, parts.task)
     # Pictures that do not divide into cells are refused when they are drawn.
     jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
-    token_models.check_halves(config, parts.model)
+    token_models.check_trainable(config, parts.model)
     token_stages.check_overlong(config, parts.policy.length)
 
 
@@ -224,7 +224,7 @@ def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
     few = labelled(config, parts.task)
 
     @jax.jit
-    def label(rng: jax.Array) -> tuple[Question, jax.Array, jax.Array]:
+    def label(rng: jax.Array) -> tuple[Prompt, jax.Array, jax.Array]:
         asked = few.sample(rng, s.examples, "train")
         other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
         other = parts.task.sample(other_key, s.examples, "train")
@@ -266,9 +266,9 @@ def rl_stage(
         )
         score = parts.task.texts.score(asked, answers.tokens, answers.present, penalty=r.penalty)
         experience = token_stages.shape_rewards(
-            config, Experience(asked, answers, score.reward, jnp.ones_like(score.reward))
+            config, ScoredCompletions(asked, answers, score.reward, jnp.ones_like(score.reward))
         )
-        chosen = grpo.informative(experience, r.questions)
+        chosen = grpo.dynamic_sampling(experience, r.questions)
         carry, metrics = learning.step(carry, frozen, chosen, learn_key)
         return carry, metrics | grpo.describe(experience) | {
             "answer/correct": jnp.mean(score.correct),
@@ -294,10 +294,10 @@ def make_evaluator(
     parts = make_parts(config)
 
     def answer(
-        made_of: tuple[Params, Any], question: Question, rng: jax.Array
+        variables: tuple[Params, Any], question: Prompt, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         answers = parts.policy.answer(
-            *made_of, question, rng, group=1, sampling=Sampling(temperature=0.0)
+            *variables, question, rng, group=1, sampling=Sampling(temperature=0.0)
         )
         return answers.tokens, answers.present
 
@@ -312,17 +312,17 @@ def make_evaluator(
 
 
 def answered_samples(
-    config: ml_collections.ConfigDict, made_of: tuple[Params, Any], count: int
+    config: ml_collections.ConfigDict, variables: tuple[Params, Any], count: int
 ) -> list[Sample]:
     """Questions of the training split, with the greedy answers of a policy.
 
     Args:
       config: of the run.
-      made_of: trained and frozen half.
+      variables: trained and frozen half.
       count: of them.
     """
     evaluator = make_evaluator(config, evaluation_key(config), questions=count)
-    return evaluator.samples(made_of, "train", count)
+    return evaluator.samples(variables, "train", count)
 
 
 def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -355,9 +355,9 @@ def _measure(
 ) -> Callable[[tuple[Params, Any], str], dict[str, float]]:
     levels = tuple(config.task.levels)
 
-    def measure(made_of: tuple[Params, Any], split: str) -> dict[str, float]:
-        blind = describe(evaluator(made_of, split, swapped=True).score)["accuracy"]
-        found = evaluator(made_of, split)
+    def measure(variables: tuple[Params, Any], split: str) -> dict[str, float]:
+        blind = describe(evaluator(variables, split, swapped=True).score)["accuracy"]
+        found = evaluator(variables, split)
         described = describe(found.score) | {"blind_accuracy": blind}
         return described | (describe_levels(found, levels) if len(levels) > 1 else {})
 

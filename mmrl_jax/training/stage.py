@@ -34,11 +34,11 @@ class HostUpdate(NamedTuple):
     """An update that is called from Python, in two halves that compile nothing any more.
 
     Attributes:
-      collect: (carry, data) -> what is learned from. It may fail, as an API of rewards does that
-        is down for a while, and be called again: it depends on its arguments alone, and donates
-        nothing.
-      step: (carry, data, what `collect` gave) -> (carry, metrics), see `Stage`; it may donate the
-        carry.
+      collect: (carry, constants) -> what is learned from. It may fail, as an API of rewards does
+        that is down for a while, and be called again: it depends on its arguments alone, and
+        donates nothing.
+      step: (carry, constants, what `collect` gave) -> (carry, metrics), see `Stage`; it may donate
+        the carry.
       metrics: their shapes, dtypes and shardings.
     """
 
@@ -78,11 +78,11 @@ class Stage:
     Attributes:
       name: for the console and the reports.
       init: () -> Carry, fresh.
-      update: (carry, data) -> (carry, metrics), metrics float32 [], among them 'update/steps' and
-        'update/skipped', the optimiser steps taken, and those skipped because the loss or its
+      update: (carry, constants) -> (carry, metrics), metrics float32 [], among them 'update/steps'
+        and 'update/skipped', the optimiser steps taken, and those skipped because the loss or its
         gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and the
         updates of a dispatch are one compiled program. None for a stage with `on_host`.
-      data: pytree given to every update, or None; never donated.
+      constants: pytree given to every update, or None; never donated.
       updates: where the stage ends.
       updates_per_dispatch: updates in one compiled call; the last one may have fewer.
       env_steps_per_update: steps of the unroll, resets among them (0 without environments).
@@ -94,7 +94,8 @@ class Stage:
       best_metric: by which the best is chosen, or None.
       console: metrics to show.
       shardings: carry -> shardings of a carry, for the mesh the stage runs on.
-      on_host: instead of `update`: compiles the programs of an update for a carry and the data.
+      on_host: instead of `update`: compiles the programs of an update for a carry and the
+        constants.
       release: lets go of the arrays that `init` begins with, see `Start`; called once they are in a
         carry, or are not needed for one.
     """
@@ -102,7 +103,7 @@ class Stage:
     name: str
     init: Callable[[], Carry]
     update: Update | None
-    data: Any
+    constants: Any
     updates: int
     updates_per_dispatch: int
     env_steps_per_update: int

@@ -15,8 +15,8 @@ from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
 from mmrl_jax.pretrained import chat, hub, vision_chat, weights
-from mmrl_jax.pretrained.vision_chat import Sight
-from mmrl_jax.tasks.question import Texts, Tokeniser, Words
+from mmrl_jax.pretrained.vision_chat import VLMSpec
+from mmrl_jax.tasks.question import Texts, Tokenizer, WordTokenizer
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training import fingerprints
 from mmrl_jax.training.config import anything, non_negative, one_of, positive
@@ -82,7 +82,7 @@ def check_sizes(config: ml_collections.ConfigDict, sizes: dict[str, int]) -> Non
             raise ValueError(f"devices={devices} do not divide {name} = {size}; change one.")
 
 
-class Speech(NamedTuple):
+class DecoderSpec(NamedTuple):
     """A pretrained decoder and its texts.
 
     Attributes:
@@ -91,7 +91,7 @@ class Speech(NamedTuple):
     """
 
     language: LanguageModel
-    chat: chat.Chat
+    chat: chat.ChatTokenizer
 
 
 def is_whole(m: ml_collections.ConfigDict) -> bool:
@@ -109,7 +109,7 @@ def is_whole(m: ml_collections.ConfigDict) -> bool:
     return kind in vision_chat.FAMILIES
 
 
-def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> Speech | Sight | None:
+def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> DecoderSpec | VLMSpec | None:
     """The decoder, or the whole model, of model.pretrained; None for one from scratch.
 
     Args:
@@ -132,12 +132,12 @@ def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> Speech | 
             LanguageModel, hub.read_blueprint("language_model", directory, **options).model
         )
         # No text has the id that is the vocabulary's size.
-        return Speech(language, chat.read_chat(directory.resolve(), language.vocabulary))
+        return DecoderSpec(language, chat.read_chat(directory.resolve(), language.vocabulary))
     except ValueError as error:
         raise ValueError(f"model.pretrained={m.pretrained!r}: {error}") from error
 
 
-def dependencies(m: ml_collections.ConfigDict, tokeniser: Tokeniser) -> dict[str, str]:
+def dependencies(m: ml_collections.ConfigDict, tokeniser: Tokenizer) -> dict[str, str]:
     """Fingerprints of the pretrained model, see `fingerprints`.
 
     Args:
@@ -146,7 +146,7 @@ def dependencies(m: ml_collections.ConfigDict, tokeniser: Tokeniser) -> dict[str
     """
     if m.pretrained is None:
         return {}
-    texts = cast(chat.Chat, tokeniser)
+    texts = cast(chat.ChatTokenizer, tokeniser)
     return {
         "base_weights": weights.fingerprint(chat.directory_of(m.pretrained)),
         "chat_template": fingerprints.digest(texts.rendered()),
@@ -169,7 +169,7 @@ class TokenModel(NamedTuple):
 
 def make_model(
     m: ml_collections.ConfigDict,
-    source: Speech | Sight | None,
+    source: DecoderSpec | VLMSpec | None,
     texts: Texts,
     size: tuple[int, int],
 ) -> TokenModel:
@@ -186,7 +186,7 @@ def make_model(
     """
     tokeniser = texts.tokeniser
     ends = texts.length, tokeniser.stops, tokeniser.pad
-    if isinstance(source, Sight):
+    if isinstance(source, VLMSpec):
         policy = TokenPolicy(source.model, *ends, source.pictures, source.positions)
     else:
         policy = TokenPolicy(_with_eyes(m, source, tokeniser), *ends)
@@ -196,21 +196,21 @@ def make_model(
 
 
 def image_tokens(
-    m: ml_collections.ConfigDict, source: Speech | Sight | None, size: tuple[int, int]
+    m: ml_collections.ConfigDict, source: DecoderSpec | VLMSpec | None, size: tuple[int, int]
 ) -> int:
     """Image tokens of a picture of this size; for the rest see `make_model`."""
-    if isinstance(source, Sight):
+    if isinstance(source, VLMSpec):
         return source.image_tokens
     return (size[0] // m.patch) * (size[1] // m.patch)
 
 
 def _with_eyes(
-    m: ml_collections.ConfigDict, speech: Speech | None, tokeniser: Tokeniser
+    m: ml_collections.ConfigDict, speech: DecoderSpec | None, tokeniser: Tokenizer
 ) -> VisionLanguageModel:
     """A decoder, pretrained or small, that sees by our own encoder of patches."""
     dtype = DTYPES[m.dtype]
     if speech is None:
-        language, projector = _small_decoder(m, cast(Words, tokeniser).size), None
+        language, projector = _small_decoder(m, cast(WordTokenizer, tokeniser).size), None
     else:
         language, projector = speech.language, VisionProjection(speech.language.width, dtype)
     encoder = VisionEncoder(
@@ -296,11 +296,13 @@ def make_variables(
     variables = variables | {"params": variables["params"] | loaded}
     if start is None:
         return variables
-    _, frozen = halves(variables, config, "sft")
+    _, frozen = partition_trainable(variables, config, "sft")
     return lora.join(start, frozen)
 
 
-def halves(variables: Params, config: ml_collections.ConfigDict, stage: str) -> tuple[Params, Any]:
+def partition_trainable(
+    variables: Params, config: ml_collections.ConfigDict, stage: str
+) -> tuple[Params, Any]:
     """What a stage, 'sft' or 'rl', trains of the variables and what it does not.
 
     A value head is trained whatever the pattern says, but for supervised fine-tuning, which has no
@@ -318,7 +320,7 @@ def halves(variables: Params, config: ml_collections.ConfigDict, stage: str) -> 
         raise ValueError(f"{stage}.trained: {error}") from error
 
 
-def made_of(
+def stage_variables(
     config: ml_collections.ConfigDict,
     model: TokenModel,
     params: Params,
@@ -335,20 +337,20 @@ def made_of(
       start: parameters of supervised fine-tuning's learner, before RL.
       stage: whose learner it is.
     """
-    return params, halves(make_variables(config, model, start=start), config, stage)[1]
+    return params, partition_trainable(make_variables(config, model, start=start), config, stage)[1]
 
 
 def stored_params(config: ml_collections.ConfigDict, model: TokenModel, stage: str) -> Params:
     """Shapes and dtypes of what a learner of a stage, 'sft' or 'rl', trains."""
     drawn = jax.eval_shape(lambda key: draw_variables(config, model, key), jax.random.key(0))
-    return halves(drawn, config, stage)[0]
+    return partition_trainable(drawn, config, stage)[0]
 
 
-def check_halves(config: ml_collections.ConfigDict, model: TokenModel) -> None:
+def check_trainable(config: ml_collections.ConfigDict, model: TokenModel) -> None:
     """Raises ValueError if a pattern of what is trained or has adapters matches nothing."""
     drawn = jax.eval_shape(lambda key: draw_variables(config, model, key), jax.random.key(0))
     for stage in ("sft", "rl"):
-        halves(drawn, config, stage)
+        partition_trainable(drawn, config, stage)
     try:
         lora.split(drawn, config.rl.trained)  # Of its own, without a value head.
     except ValueError as error:

@@ -13,13 +13,13 @@ import optax
 
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
-from mmrl_jax.learners.grpo import Experience
+from mmrl_jax.learners.grpo import ScoredCompletions
 from mmrl_jax.learners.learner import epoch_indices
 from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rl.overlong import soft_overlong_penalty
 from mmrl_jax.rl.token_losses import KLS, PRESETS, TokenLoss
-from mmrl_jax.tasks.question import Question
+from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.training import config as config_lib
 from mmrl_jax.training.config import (
     Field,
@@ -33,7 +33,7 @@ from mmrl_jax.training.config import (
 from mmrl_jax.training.factory import adam, run_fields, schedule
 from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.stage import Carry, HostUpdate, Stage, Start
-from mmrl_jax.training.token_models import TokenModel, halves, make_variables
+from mmrl_jax.training.token_models import TokenModel, make_variables, partition_trainable
 from mmrl_jax.types import Metrics, Params, Transition
 
 SFT: config_lib.Schema = {
@@ -123,7 +123,9 @@ def check_overlong(config: ml_collections.ConfigDict, length: int) -> None:
         )
 
 
-def shape_rewards(config: ml_collections.ConfigDict, experience: Experience) -> Experience:
+def shape_rewards(
+    config: ml_collections.ConfigDict, experience: ScoredCompletions
+) -> ScoredCompletions:
     """Adds to rewards what the config punishes in the form of the answers, not in their content."""
     buffer, present = config.rl.overlong_buffer, experience.answers.present
     if buffer is None:
@@ -204,7 +206,7 @@ def fresh_carry(config: ml_collections.ConfigDict, learner: TokenState, stage: i
     return Carry(learner, None, rng, jnp.zeros((), jnp.int32))
 
 
-def everywhere(carry: Carry, *, mesh: Mesh) -> Carry:
+def replicate(carry: Carry, *, mesh: Mesh) -> Carry:
     """A copy of the carry on every device; minibatches are split as they are learned from."""
     return jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
 
@@ -222,12 +224,12 @@ def ppo_hyperparameters(config: ml_collections.ConfigDict) -> token_ppo.Hyperpar
         temperature=r.temperature,
         epochs=r.epochs,
         minibatches=r.minibatches,
-        accumulate=r.accumulate,
+        grad_accum_steps=r.accumulate,
     )
 
 
 # (learner, frozen half, answers with rewards, key) -> (learner, metrics).
-Learn = Callable[[TokenState, Any, Experience, jax.Array], tuple[TokenState, Metrics]]
+Learn = Callable[[TokenState, Any, ScoredCompletions, jax.Array], tuple[TokenState, Metrics]]
 
 
 def make_learn(
@@ -243,9 +245,9 @@ def make_learn(
         "optimiser": optimisation.optimiser,
         "shard": functools.partial(mesh_lib.constrain_batch, mesh=mesh),
     }
-    steps = {"epochs": r.epochs, "minibatches": r.minibatches, "accumulate": r.accumulate}
+    steps = {"epochs": r.epochs, "minibatches": r.minibatches, "grad_accum_steps": r.accumulate}
 
-    def kept(experience: Experience) -> jax.Array:
+    def kept(experience: ScoredCompletions) -> jax.Array:
         """Which answers are learned from where none is compared with a group's mean, [B, G]."""
         if not r.mask_truncated_completions:
             return experience.scored
@@ -255,7 +257,7 @@ def make_learn(
         preferring = dpo.Hyperparameters(**config.dpo, **steps)
 
         def learn(
-            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
+            learner: TokenState, frozen: Any, experience: ScoredCompletions, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
             question, answers, reward, _ = experience
             preferences = dpo.best_and_worst(
@@ -269,7 +271,7 @@ def make_learn(
         stepping = ppo_hyperparameters(config)
 
         def learn(
-            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
+            learner: TokenState, frozen: Any, experience: ScoredCompletions, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
             batch = single_turns(experience._replace(scored=kept(experience)))
             return token_ppo.update(
@@ -291,14 +293,14 @@ def make_learn(
         )
 
         def learn(
-            learner: TokenState, frozen: Any, experience: Experience, key: jax.Array
+            learner: TokenState, frozen: Any, experience: ScoredCompletions, key: jax.Array
         ) -> tuple[TokenState, Metrics]:
             return grpo.update(learner, frozen, experience, key, hyperparameters=grouping, **update)
 
     return learn
 
 
-def single_turns(experience: Experience) -> Transition:
+def single_turns(experience: ScoredCompletions) -> Transition:
     """Groups of answers as episodes of one turn each, [1, B, G], to questions [1, B].
 
     An answer that was truncated has terminated too: its reward is for the text as it is, and no
@@ -334,7 +336,7 @@ class Learning(NamedTuple):
     frozen: Any
     init: Callable[[], Carry]
     release: Callable[[], object]
-    step: Callable[[Carry, Any, Experience, jax.Array], tuple[Carry, Metrics]]
+    step: Callable[[Carry, Any, ScoredCompletions, jax.Array], tuple[Carry, Metrics]]
 
 
 def make_learning(
@@ -342,7 +344,7 @@ def make_learning(
 ) -> Learning:
     """RL of a model, from where it is or from what was fine-tuned."""
     variables = make_variables(config, model, start=start)
-    trained, frozen = halves(variables, config, "rl")
+    trained, frozen = partition_trainable(variables, config, "rl")
     optimisation = make_optimisation(config)
     learn = make_learn(config, mesh, model.policy, optimisation)
     begin = Start(trained)
@@ -352,7 +354,7 @@ def make_learning(
         return fresh_carry(config, learner, 3)
 
     def step(
-        carry: Carry, frozen: Any, experience: Experience, key: jax.Array
+        carry: Carry, frozen: Any, experience: ScoredCompletions, key: jax.Array
     ) -> tuple[Carry, Metrics]:
         learner, metrics = learn(carry.learner, frozen, experience, key)
         learner = token_learner.move_reference(learner, config.rl.reference_decay)
@@ -371,16 +373,16 @@ def make_stage(
         name=config.grpo.preset if config.algorithm == "grpo" else config.algorithm,
         init=learning.init,
         release=learning.release,
-        data=learning.frozen,
+        constants=learning.frozen,
         env_steps_per_update=0,
         **run_fields(config.run),
-        shardings=functools.partial(everywhere, mesh=mesh),
+        shardings=functools.partial(replicate, mesh=mesh),
         **differing,
     )
 
 
 # Questions [B], the tokens of their answers, and which are there, [B, T].
-Labels = tuple[Question, jax.Array, jax.Array]
+Labels = tuple[Prompt, jax.Array, jax.Array]
 
 
 def sft_stage(
@@ -404,11 +406,11 @@ def sft_stage(
       best_metric: by which the best checkpoint is chosen.
 
     Returns:
-      The stage; its data is the frozen half, and the fixed set or None.
+      The stage; its constants are the frozen half, and the fixed set or None.
     """
     s = config.sft
     optimiser = adam(s.learning_rate, s.max_grad_norm)
-    trained, frozen = halves(make_variables(config, model), config, "sft")
+    trained, frozen = partition_trainable(make_variables(config, model), config, "sft")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     begin = Start(trained)
 
@@ -447,7 +449,7 @@ def sft_stage(
         name="sft",
         init=init,
         release=begin.release,
-        data=(frozen, fixed),
+        constants=(frozen, fixed),
         updates=s.updates,
         updates_per_dispatch=s.updates_per_dispatch,
         env_steps_per_update=0,
@@ -458,7 +460,7 @@ def sft_stage(
         keep=config.run.keep,
         best_metric=best_metric,
         console=("loss/answer", best_metric, "time/samples_per_s"),
-        shardings=functools.partial(everywhere, mesh=mesh),
+        shardings=functools.partial(replicate, mesh=mesh),
         **taking,
     )
 
