@@ -1,6 +1,6 @@
 """A small vision-language model learns to count: from few labels, then from rewards alone.
 
-Supervised fine-tuning sees 32768 labelled pictures with one to three objects of a kind; one label
+Supervised fine-tuning sees 32768 labeled pictures with one to three objects of a kind; one label
 in ten is wrong, any number from zero to six. The GRPO family asks for zero to six, and tells right
 from wrong. Without the wrong labels no other number would ever be tried: fine-tuning leaves it a
 chance of 1 in 10000.

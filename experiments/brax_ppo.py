@@ -28,7 +28,7 @@ def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
 
     The hidden layers are those of our MLP by default. What stays different: Brax leaves truncated
     steps out of the loss where we bootstrap them, estimates advantages anew at every step of the
-    optimiser, shuffles pieces of episodes and not single steps, squashes the standard deviation by
+    optimizer, shuffles pieces of episodes and not single steps, squashes the standard deviation by
     softplus and not exp, and has an epsilon of 1e-8 in Adam, not 1e-5.
 
     Raises:

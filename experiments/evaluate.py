@@ -43,7 +43,7 @@ FLAGS = flags.FLAGS
 def restore(
     workdir: epath.Path, which: str, *, accept: Collection[str] = ()
 ) -> tuple[ml_collections.ConfigDict, LearnerState, int]:
-    """The config, the learner (without optimiser) and the checkpoint's step of a control stage.
+    """The config, the learner (without optimizer) and the checkpoint's step of a control stage.
 
     Args:
       workdir: of the stage.

@@ -125,7 +125,7 @@ def evaluate_stages(
             hide = HIDDEN if stage == "final" and trained_on else ()
             for hidden in (None, *hide):
                 name = f"{stage}/{split}" + (f"/no_{hidden}" if hidden else "")
-                record(summary, name, evaluator(learner.without_optimiser(), split, hidden))
+                record(summary, name, evaluator(learner.without_optimizer(), split, hidden))
 
 
 def record_video(
@@ -153,7 +153,7 @@ def record_video(
 def cloned_learner(
     config: ml_collections.ConfigDict, data: Demonstrations, workdir: epath.Path
 ) -> LearnerState:
-    """The learner of the warm start as it ended, with its optimiser, from its last checkpoint."""
+    """The learner of the warm start as it ended, with its optimizer, from its last checkpoint."""
     mesh = factory.make_mesh(config)
     like = jax.eval_shape(factory.cloning_stage(config, mesh, data).init).learner
     parts = {"learner": mesh_lib.replicated_shapes(like, mesh=mesh)}

@@ -195,7 +195,7 @@ def control_stages(config: ml_collections.ConfigDict, workdir: epath.Path) -> Tr
         draw_curves(place, x="progress/updates")
     if config.algorithm == "ppo" and not (warm is not None and warm.interrupted):
         if warm is not None:
-            start = warm.carry.learner.without_optimiser()
+            start = warm.carry.learner.without_optimizer()
             warm = dataclasses.replace(warm, carry=None)
         stage = factory.ppo_stage(config, mesh, start=start)
         start = None  # The stage alone has it, and lets it go.
@@ -244,7 +244,7 @@ def final_variables(config: ml_collections.ConfigDict, trained: Trained) -> Any:
     """What the policy of the last stage is made of, as its factory's evaluations want it."""
     learner = trained.results[-1].carry.learner
     if factory_of(config) is factory:
-        return learner.without_optimiser()
+        return learner.without_optimizer()
     return learner.params, trained.frozen
 
 
@@ -303,7 +303,7 @@ def totals(results: Sequence[Result], started: float) -> dict[str, float]:
     Returns:
       wall_s: all that this process took, and what earlier ones took for the stages, up to the
         checkpoints from which this one went on.
-      compile_s: of initialising and compiling the stages, of all processes.
+      compile_s: of initializing and compiling the stages, of all processes.
       env_steps: decisions of the policy in environments while training; a step that only resets
         is none.
       env_steps_per_s: env_steps over the time of the updates that took them; 0 without any.

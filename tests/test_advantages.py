@@ -17,7 +17,7 @@ def as_floats(*arrays):
 
 def estimate(reward, value, last_value, terminated, truncated, discount=DISCOUNT, lambda_=LAMBDA):
     arrays = as_floats(reward, value, last_value, terminated, truncated)
-    advantage, target = advantages.generalised_advantages(
+    advantage, target = advantages.generalized_advantages(
         **arrays, discount=discount, lambda_=lambda_
     )
     return np.asarray(advantage), np.asarray(target)
@@ -195,7 +195,7 @@ def test_return_advantages_by_hand():
     terminated, truncated = np.zeros((3, 3)), np.zeros((3, 3))
     truncated[0, 1] = terminated[0, 2] = 1
     steps = as_floats(reward, value, last_value, terminated, truncated)
-    _, target = advantages.generalised_advantages(**steps, discount=0.5, lambda_=0.5)
+    _, target = advantages.generalized_advantages(**steps, discount=0.5, lambda_=0.5)
     found = advantages.return_advantages(**steps, target=target, discount=0.5)
     np.testing.assert_allclose(found, [[1.25, 1, 0], [0.5] * 3, [0.0] * 3], atol=1e-6)
 

@@ -66,10 +66,10 @@ def problem(kind):
 
 
 @functools.cache
-def compiled(optimiser):
+def compiled(optimizer):
     return jit(
         functools.partial(
-            bc.update, apply=apply, optimiser=optimiser, hyperparameters=HYPERPARAMETERS
+            bc.update, apply=apply, optimizer=optimizer, hyperparameters=HYPERPARAMETERS
         )
     )
 
@@ -81,12 +81,12 @@ def drawn(update):
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_every_part_of_the_loss_falls(kind):
-    optimiser = optax.adam(0.05)
+    optimizer = optax.adam(0.05)
     params, data = problem(kind)
-    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
     history = []
     for i in range(150):
-        state, metrics = compiled(optimiser)(state, data, drawn(i))
+        state, metrics = compiled(optimizer)(state, data, drawn(i))
         history.append(metrics)
     first, last = history[0], history[-1]
     for name in ("cloning", "value", "auxiliary", "pointing", "total"):
@@ -113,9 +113,9 @@ def test_one_step_by_hand():
         bootstrap_weight=jnp.array([0.0]),
         privileged={"place": jnp.array([[1.0, -1.0]]), "target": jnp.array([[0.2, 0.5]])},
     )
-    optimiser = optax.sgd(1.0)
-    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
-    state, metrics = compiled(optimiser)(state, one, jnp.zeros(32, jnp.int32))
+    optimizer = optax.sgd(1.0)
+    state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
+    state, metrics = compiled(optimizer)(state, one, jnp.zeros(32, jnp.int32))
     expected = {"cloning": 0.25, "value": 2.0, "auxiliary": 2.0, "pointing": 0.6931472}
     expected["total"] = 0.25 + 0.5 * 2 + 0.3 * 2 + 0.7 * 0.6931472
     for name, value in expected.items():
@@ -133,8 +133,8 @@ def test_the_value_behind_a_limit_counts_and_has_no_gradient():
     # 0.5 * 1^2, and 0.5 * 1.
     params, _ = problem("continuous")
     params["value"] = jnp.array([3.0, 0.0, 0.0])
-    optimiser = optax.sgd(1.0)
-    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    optimizer = optax.sgd(1.0)
+    state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
     data = bc.Demonstrations(
         observation={"proprio": jnp.array([[1.0, 0, 0], [1.0, 0, 0], [4.0, 0, 0], [jnp.nan] * 3])},
         action=jnp.zeros((2, 2)),
@@ -144,22 +144,22 @@ def test_the_value_behind_a_limit_counts_and_has_no_gradient():
         privileged={"place": jnp.zeros((2, 2)), "target": jnp.zeros((2, 2))},
     )
     for sample, loss, step in ((0, 12.5, 2.5), (1, 0.5, -0.5)):
-        after, metrics = compiled(optimiser)(state, data, jnp.full(32, sample))
+        after, metrics = compiled(optimizer)(state, data, jnp.full(32, sample))
         assert float(metrics["loss/value"]) == pytest.approx(loss)
         np.testing.assert_allclose(after.params["value"], [3 + step, 0, 0], rtol=1e-6)
 
 
-def test_it_normalises_with_the_statistics_and_keeps_them():
+def test_it_normalizes_with_the_statistics_and_keeps_them():
     params, data = problem("discrete")
-    optimiser = optax.sgd(0.1)
-    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    optimizer = optax.sgd(0.1)
+    state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
     rows = data.observation["proprio"]
     scaled = data.replace(observation={"proprio": 7 * rows + 3})
 
     def trained(data):
         rows = data.observation["proprio"]
         normalizer = normalization.update(state.normalizer, rows, jnp.ones(SAMPLES))
-        after, _ = compiled(optimiser)(state.replace(normalizer=normalizer), data, drawn(0))
+        after, _ = compiled(optimizer)(state.replace(normalizer=normalizer), data, drawn(0))
         jax.tree.map(np.testing.assert_array_equal, after.normalizer, normalizer)
         return after.params
 

@@ -38,7 +38,7 @@ def _open(workdir, **changes):
 @flax.struct.dataclass
 class _Carry:
     params: dict
-    optimiser: optax.OptState
+    optimizer: optax.OptState
     raw_key: jax.Array
     typed_keys: jax.Array
     environment: dict
@@ -51,7 +51,7 @@ def _carry(seed=0):
     params = {"dense": {"kernel": jax.random.normal(key, (7, 5)), "bias": jnp.zeros(5)}}
     return _Carry(
         params=params,
-        optimiser=optax.adam(1e-3).init(params),
+        optimizer=optax.adam(1e-3).init(params),
         raw_key=key,
         typed_keys=jax.random.split(jax.random.key(seed + 1), 3),
         environment={

@@ -139,7 +139,7 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
     assert output.auxiliary["target_pixel"].shape == (2, 3, 3)
 
 
-def test_frozen_parameters_stay_and_have_no_optimiser_state(clip):
+def test_frozen_parameters_stay_and_have_no_optimizer_state(clip):
     config = recall_ppo.get_config()
     config.model.update(width=16, heads=1, vision_encoder=clip[0], frozen="vision_encoder/.*")
     config.ppo.update(num_envs=4, unroll=3, epochs=1, minibatches=2)

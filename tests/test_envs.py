@@ -293,9 +293,9 @@ def test_geoms_stand_where_mujoco_puts_them():
     np.testing.assert_allclose(first, matrix[..., 0], atol=1e-5)
     np.testing.assert_allclose(scene.size, [model.geom_size[SHOWN]] * 2)
     assert scene.checker.shape == (2, 5) and (scene.checker == 2).all()
-    # The floor: its texture's colour times its material's; the box has MuJoCo's own grey.
-    colours = [[0.1, 0.4, 0.6], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]]
-    np.testing.assert_allclose(scene.colour[0], colours, atol=2e-3)
+    # The floor: its texture's color times its material's; the box has MuJoCo's own gray.
+    colors = [[0.1, 0.4, 0.6], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]]
+    np.testing.assert_allclose(scene.color[0], colors, atol=2e-3)
 
 
 def test_a_visible_geom_that_cannot_be_drawn_is_named():
@@ -312,7 +312,7 @@ def test_extent_of_the_moving_part():
           <geom type="sphere" size="0.1"/><geom type="sphere" size="0.1" pos="0 0 0.8"/>
         </body>
       </worldbody></mujoco>""")
-    # Two balls of radius 0.1 whose centres are 0.8 apart: from -0.1 to 0.9 above the body.
+    # Two balls of radius 0.1 whose centers are 0.8 apart: from -0.1 to 0.9 above the body.
     height, radius = system_scene.extent(model, system_scene.geometry(model), 1)
     np.testing.assert_allclose((height, radius), (0.4, 0.5), rtol=1e-6)
 
@@ -346,8 +346,8 @@ def recall_episodes(history, choose, n=512):
     return np.asarray(state.reward), np.asarray(state.info["cue"])
 
 
-def by_colour(frame):
-    """The action for the colour in the middle of frames [n, 8, 8, 3]: red, green, blue, yellow."""
+def by_color(frame):
+    """The action for the color in the middle of frames [n, 8, 8, 3]: red, green, blue, yellow."""
     red, green, blue = np.moveaxis(frame[:, 4, 4].astype(int), -1, 0)
     return jnp.asarray(
         np.select([(red > 90) & (green > 90) & (blue < 60), red > 90, green > blue], [3, 0, 1], 2)
@@ -355,7 +355,7 @@ def by_colour(frame):
 
 
 def test_recall_is_solved_with_four_frames():
-    success, cue = recall_episodes(4, lambda pixels: by_colour(pixels[:, 0]))
+    success, cue = recall_episodes(4, lambda pixels: by_color(pixels[:, 0]))
     assert success.mean() == 1
     assert set(cue.tolist()) == {0, 1, 2, 3}
 

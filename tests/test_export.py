@@ -268,8 +268,8 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(directory, tmp_pat
             ours.export(pretrained._replace(params=variables), out, source)
         assert not list(tmp_path.iterdir())
 
-    rounded = lora_lib.quantise(params, r".*/mlp_in")
-    refused(r"mlp_in/kernel.* are int8.*lora.quantise", {"params": rounded})
+    rounded = lora_lib.quantize(params, r".*/mlp_in")
+    refused(r"mlp_in/kernel.* are int8.*lora.quantize", {"params": rounded})
     refused(r"mlp_in/kernel.* are int8", {"params": rounded, "lora": lora})
     mixed = params | {"table": params["table"].astype(jnp.bfloat16)}
     refused(r"\['bfloat16', 'float32'\].*one dtype", {"params": mixed})

@@ -14,13 +14,13 @@ from mmrl_jax.tasks.folder import open_folder, open_tfds
 KEYS = {"size": (4, 6), "batch_size": 4, "seed": 3, "max_rejected": 0.0}
 
 
-def colour(i):
+def color(i):
     return (10 * i, 255 - 10 * i, 7)
 
 
 def png(i, size=(6, 4)):
     data = io.BytesIO()
-    Image.new("RGB", size, colour(i)).save(data, "PNG")
+    Image.new("RGB", size, color(i)).save(data, "PNG")
     return data.getvalue()
 
 
@@ -42,7 +42,7 @@ def test_what_a_record_says_stays_with_its_image(tmp_path):
     batch = records.batch(0)
     assert batch.images.shape == (4, 4, 6, 3) and batch.images.dtype == np.uint8
     for b, i in enumerate(batch.records):
-        np.testing.assert_array_equal(batch.images[b], np.broadcast_to(colour(i), (4, 6, 3)))
+        np.testing.assert_array_equal(batch.images[b], np.broadcast_to(color(i), (4, 6, 3)))
         assert batch.prompts[b] == f"which of {i} ?"
         assert batch.answers[b] == str(i)
         assert batch.columns[b] == {"level": i % 2}
@@ -200,7 +200,7 @@ def test_images_are_resized(tmp_path):
     batches = records.batch(0), records.batch(1)
     place = np.concatenate([batch.records for batch in batches]).tolist().index(0)
     image = np.concatenate([batch.images for batch in batches])[place]
-    np.testing.assert_array_equal(image, np.broadcast_to(colour(0), (4, 6, 3)))
+    np.testing.assert_array_equal(image, np.broadcast_to(color(0), (4, 6, 3)))
 
 
 def test_images_keep_their_aspect_ratio_unless_they_are_to_be_stretched(tmp_path):
@@ -210,9 +210,9 @@ def test_images_keep_their_aspect_ratio_unless_they_are_to_be_stretched(tmp_path
         for resize in ("letterbox", "stretch")
     )
     # 30 x 10 in 6 x 4 is 6 x 2, with a black row above it and below it.
-    np.testing.assert_array_equal(padded[1:3], np.broadcast_to(colour(0), (2, 6, 3)))
+    np.testing.assert_array_equal(padded[1:3], np.broadcast_to(color(0), (2, 6, 3)))
     np.testing.assert_array_equal(padded[[0, 3]], np.zeros((2, 6, 3)))
-    np.testing.assert_array_equal(stretched, np.broadcast_to(colour(0), (4, 6, 3)))
+    np.testing.assert_array_equal(stretched, np.broadcast_to(color(0), (4, 6, 3)))
 
 
 def test_gray_of_more_than_8_bits_is_a_ramp_and_not_white(tmp_path):
@@ -334,7 +334,7 @@ def write_tfds(path, steps):
         def _generate_examples(self):
             rows = [
                 {
-                    "observation": {"image": np.full((4, 6, 3), colour(i), np.uint8)},
+                    "observation": {"image": np.full((4, 6, 3), color(i), np.uint8)},
                     "question": f"which of {i} ?",
                     "answer": ("a0", "a1", "")[i],
                     "level": i,
@@ -368,7 +368,7 @@ def test_data_sets_of_tfds_are_read(tmp_path, steps):
     assert sorted(batch.prompts) == ["which of 0 ?", "which of 1 ?"]
     for b, prompt in enumerate(batch.prompts):
         i = int(prompt.split()[2])
-        np.testing.assert_array_equal(batch.images[b], np.broadcast_to(colour(i), (4, 6, 3)))
+        np.testing.assert_array_equal(batch.images[b], np.broadcast_to(color(i), (4, 6, 3)))
         assert batch.answers[b] == f"a{i}" and batch.columns[b] == {"level": i}
     with pytest.raises(ValueError, match=r"lacks \['prompt'\]"):
         open_tfds(directory, fields={"image": "a", "answer": "b"}, **keys)

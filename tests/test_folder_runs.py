@@ -21,7 +21,7 @@ from mmrl_jax.training import folder_factory, loop, metrics, token_models, token
 from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.host_rewards import Scorer
 from tests import processors
-from tests.test_folder import colour, folder
+from tests.test_folder import color, folder
 
 LENGTH, HALF, NEVER = (
     f"tests.reward_functions:{name}" for name in ("length", "at_odd_levels", "never")
@@ -176,7 +176,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         question = chat.prompt(f"which of {i} ?", images=4)
         np.testing.assert_array_equal(asked.tokens[row][asked.present[row]], question)
         np.testing.assert_array_equal(tokens[row][present[row]], chat.answer(str(i)))
-        np.testing.assert_array_equal(asked.images[row, 0, 0], colour(i))
+        np.testing.assert_array_equal(asked.images[row, 0, 0], color(i))
     # Random guesses among 400 tokens cost 6 nats; a digit and the stop token are soon learned.
     (row,) = rows(tmp_path / "sft")
     assert row["loss/answer"] < 4
@@ -250,7 +250,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
 
     def spy(reward, scored):
         jax.debug.callback(lambda *x: seen.append(x), reward, scored)
-        return group_advantages.standardised(reward, scored)
+        return group_advantages.standardized(reward, scored)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(group_advantages.ESTIMATORS, "standardised", spy)
@@ -331,7 +331,7 @@ def test_functions_that_always_fail_stop_the_run_before_it_compiles(
 
 
 def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):
-    answer, advantage, traced, made = TokenPolicy.answer, group_advantages.standardised, [], []
+    answer, advantage, traced, made = TokenPolicy.answer, group_advantages.standardized, [], []
     # A clock of which tracing takes 100 s, and everything else next to nothing.
     ticks = itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: 100 * len(traced) + 1e-3 * next(ticks))

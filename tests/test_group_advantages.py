@@ -18,22 +18,22 @@ ALL = jnp.ones((3, 4))
 
 def test_by_hand():
     # Row 0: mean 1/4; std with n - 1: sqrt((9 + 3) / 16 / 3) = 1/2. Row 1: all equal.
-    np.testing.assert_allclose(ga.centred(REWARD, ALL)[0], [0.75, -0.25, -0.25, -0.25])
+    np.testing.assert_allclose(ga.centered(REWARD, ALL)[0], [0.75, -0.25, -0.25, -0.25])
     first = np.array([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4)
-    np.testing.assert_allclose(ga.standardised(REWARD, ALL)[0], first, rtol=1e-6)
+    np.testing.assert_allclose(ga.standardized(REWARD, ALL)[0], first, rtol=1e-6)
     # The others of the first have 0, those of the second 1/3.
     np.testing.assert_allclose(
         ga.leave_one_out(REWARD, ALL)[0], [1.0, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6
     )
-    for estimator in (ga.centred, ga.standardised, ga.leave_one_out):
+    for estimator in (ga.centered, ga.standardized, ga.leave_one_out):
         np.testing.assert_array_equal(estimator(REWARD, ALL)[1], np.zeros(4))
     np.testing.assert_array_equal(ga.degenerate(REWARD, ALL), [False, True, False])
 
 
 def test_the_whole_batch_has_one_scale():
-    advantage = np.asarray(ga.batch_standardised(REWARD, ALL))
-    centred = np.asarray(ga.centred(REWARD, ALL))
-    np.testing.assert_allclose(advantage, centred / (centred.std(ddof=1) + 1e-4), rtol=1e-5)
+    advantage = np.asarray(ga.batch_standardized(REWARD, ALL))
+    centered = np.asarray(ga.centered(REWARD, ALL))
+    np.testing.assert_allclose(advantage, centered / (centered.std(ddof=1) + 1e-4), rtol=1e-5)
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -50,7 +50,7 @@ def test_equal_trl(missing):
     there = torch.tensor(scored).sum(1, keepdim=True)
     others = (torch.nansum(theirs, 1, keepdim=True) - theirs) / (there - 1)
     ours = jnp.asarray(np.where(scored > 0, reward, 1e9))  # Whatever an error has left there.
-    for estimator, expected in ((ga.standardised, grpo), (ga.leave_one_out, theirs - others)):
+    for estimator, expected in ((ga.standardized, grpo), (ga.leave_one_out, theirs - others)):
         np.testing.assert_allclose(
             estimator(ours, jnp.asarray(scored)),
             torch.nan_to_num(expected, nan=0.0).numpy(),

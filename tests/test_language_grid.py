@@ -34,11 +34,11 @@ def test_a_split_differs_in_one_respect(split):
     assert len(np.unique(named)) == expected
 
 
-def test_neither_colour_nor_shape_alone_decides():
+def test_neither_color_nor_shape_alone_decides():
     _, state = started()
-    colour, shape = np.divmod(np.asarray(state.info["pairs"]), len(grid.SHAPES))
-    assert (colour[:, 1] == colour[:, 0]).all() and (shape[:, 1] != shape[:, 0]).all()
-    assert (shape[:, 2] == shape[:, 0]).all() and (colour[:, 2] != colour[:, 0]).all()
+    color, shape = np.divmod(np.asarray(state.info["pairs"]), len(grid.SHAPES))
+    assert (color[:, 1] == color[:, 0]).all() and (shape[:, 1] != shape[:, 0]).all()
+    assert (shape[:, 2] == shape[:, 0]).all() and (color[:, 2] != color[:, 0]).all()
     everything = np.concatenate(
         [cells(state.info["places"]), cells(state.info["agent"])[:, None]], 1
     )
@@ -77,10 +77,10 @@ def test_the_picture_shows_where_things_are():
         assert shown == {tuple(c) for c in np.asarray(state.info["places"][i])}
         row, column = np.asarray(state.info["agent"][i])
         assert pixels[i, row, column].min() > 200
-        colour = np.asarray(state.info["pairs"][i]) // len(grid.SHAPES)
+        color = np.asarray(state.info["pairs"][i]) // len(grid.SHAPES)
         seen = pixels[i][tuple(np.asarray(state.info["places"][i]).T)] / 255
         nearest = np.abs(seen[:, None] / seen.max(1)[:, None, None] - grid._RGB).sum(-1).argmin(1)
-        np.testing.assert_array_equal(nearest, colour)
+        np.testing.assert_array_equal(nearest, color)
     target = np.asarray(state.info["privileged"]["target_pixel"]) * 4 - 0.5
     np.testing.assert_allclose(target[:, ::-1], state.info["places"][:, 0], atol=1e-6)
 
@@ -106,7 +106,7 @@ def test_actions_are_written_and_read(name):
     again, malformed = interface.read(tokens, present)
     np.testing.assert_array_equal(again, actions)
     assert not malformed.any()
-    words = [interface.texts.tokeniser.decode(row) for row in np.asarray(tokens)]
+    words = [interface.texts.tokenizer.decode(row) for row in np.asarray(tokens)]
     assert words == list(env.actions_as_text) and words[0].startswith("stay")
     # What is no action does what the first one does, and is told.
     action, malformed = interface.read(tokens[1:, ::-1], present[1:])
@@ -118,11 +118,11 @@ def test_instructions_become_questions():
     state = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(2), 8))
     interface = text_actions(env, image_tokens=4)
     question = interface.ask(state.obs)
-    tokeniser = interface.texts.tokeniser
+    tokenizer = interface.texts.tokenizer
     for i in range(8):
         caption = env.caption(jax.tree.map(lambda x, i=i: x[i], state))
-        assert tokeniser.decode(np.asarray(question.tokens[i])) == caption
-        assert int((question.tokens[i] == tokeniser.image).sum()) == 4
+        assert tokenizer.decode(np.asarray(question.tokens[i])) == caption
+        assert int((question.tokens[i] == tokenizer.image).sum()) == 4
     np.testing.assert_array_equal(question.images, state.obs["pixels"])
 
 
@@ -130,7 +130,7 @@ def test_a_nearest_action_stands_for_others():
     env = envs.create("language_reach", split="train", height=0, width=0, history=1)
     interface = text_actions(env, image_tokens=1)
     tokens, _ = interface.write(jnp.array([[0.9, -0.2], [-0.6, 0.7]]))
-    words = [interface.texts.tokeniser.decode(row) for row in np.asarray(tokens)]
+    words = [interface.texts.tokenizer.decode(row) for row in np.asarray(tokens)]
     assert words == ["left stay", "right left"]
 
 

@@ -177,9 +177,9 @@ def test_the_camera_follows(env):
 def test_up_in_the_picture_is_north(env):
     _, camera = env.scene(standing(env, [0.0, 0.0, 0.5]))
     east, north = (project(camera, jnp.array(p)) for p in ([1.0, 0, 0.5], [0, 1.0, 0.5]))
-    centre = project(camera, jnp.array([0.0, 0.0, 0.5]))
-    assert east[0] > centre[0] + 0.1 and abs(east[1] - centre[1]) < 0.01
-    assert north[1] < centre[1] - 0.1 and abs(north[0] - centre[0]) < 0.01
+    center = project(camera, jnp.array([0.0, 0.0, 0.5]))
+    assert east[0] > center[0] + 0.1 and abs(east[1] - center[1]) < 0.01
+    assert north[1] < center[1] - 0.1 and abs(north[0] - center[0]) < 0.01
 
 
 # --- Dynamics.

@@ -42,7 +42,7 @@ def keys(n, seed=0):
 
 
 def pairs(info, active_only=True):
-    """The set of (colour, shape) of active objects in any episode."""
+    """The set of (color, shape) of active objects in any episode."""
     objects = info["objects"]
     active = objects["active"] > 0
     return set(zip(objects["colour"][active], objects["shape"][active], strict=True))
@@ -51,7 +51,7 @@ def pairs(info, active_only=True):
 def sentence(tokens):
     """An instruction as its template: slots in place of the words that fill them."""
     words = reach.TEMPLATES.vocabulary.decode(tokens).split()
-    slot = {w: "{colour}" for w in reach.COLOURS} | {w: "{shape}" for w in reach.NOUNS}
+    slot = {w: "{color}" for w in reach.COLORS} | {w: "{shape}" for w in reach.NOUNS}
     return " ".join(slot.get(w, w) for w in words)
 
 
@@ -67,8 +67,8 @@ HELDOUT_PAIRS = {(c, s) for c, s in np.argwhere(reach.HELDOUT)}
 
 def test_a_heldout_pair_is_on_no_training_table(resets):
     for split in set(reach.SPLITS) - {"heldout_colour_shape"}:
-        everything = {(c, s) for c in range(len(reach.COLOURS)) for s in range(len(reach.SHAPES))}
-        # All others do occur, each colour and each shape among them.
+        everything = {(c, s) for c in range(len(reach.COLORS)) for s in range(len(reach.SHAPES))}
+        # All others do occur, each color and each shape among them.
         assert pairs(resets(split)) == everything - HELDOUT_PAIRS
     for axis in (0, 1):
         assert {p[axis] for p in pairs(resets("train"))} >= {p[axis] for p in HELDOUT_PAIRS}
@@ -83,7 +83,7 @@ def test_the_heldout_pairs_are_what_that_split_names(resets):
     others = info["objects"]["active"].copy()
     others[at] = 0
     found = pairs({"objects": info["objects"] | {"active": others}})
-    assert found == {(c, s) for c in range(len(reach.COLOURS)) for s in range(len(reach.SHAPES))}
+    assert found == {(c, s) for c in range(len(reach.COLORS)) for s in range(len(reach.SHAPES))}
 
 
 def test_heldout_sentences_are_disjoint(resets):
@@ -141,7 +141,7 @@ def test_the_instruction_names_exactly_one_object(resets, split):
     info = resets(split)
     objects, vocabulary = info["objects"], reach.TEMPLATES.vocabulary
     token = {w: i + 1 for i, w in enumerate(vocabulary.words)}
-    colours = np.array([token[w] for w in reach.COLOURS])
+    colors = np.array([token[w] for w in reach.COLORS])
     nouns = np.array([token[w] for w in reach.NOUNS])
 
     def said(words):
@@ -149,10 +149,10 @@ def test_the_instruction_names_exactly_one_object(resets, split):
         assert (found.sum(1) == 1).all()
         return found.argmax(1)
 
-    colour, shape = said(colours), said(nouns) % len(reach.SHAPES)
+    color, shape = said(colors), said(nouns) % len(reach.SHAPES)
     match = (
         (objects["active"] > 0)
-        & (objects["colour"] == colour[:, None])
+        & (objects["colour"] == color[:, None])
         & (objects["shape"] == shape[:, None])
     )
     np.testing.assert_array_equal(match.sum(1), 1)
@@ -239,7 +239,7 @@ def test_the_picture_shows_the_objects_that_are_there():
     objects, camera = state.info["objects"], reach._camera(state.info["camera"])
     pixel = project(jax.tree.map(lambda x: x[:, None], camera), objects["position"])
     column, row = np.moveaxis(np.asarray(pixel * 48).astype(int), -1, 0)
-    # The colour in the middle of an object, its brightness taken out; the arm may cover a few.
+    # The color in the middle of an object, its brightness taken out; the arm may cover a few.
     batch = np.arange(episodes)[:, None]
     seen = np.asarray(state.obs["pixels"]).astype(float)[batch, row, column]
     want = reach.RGB[np.asarray(objects["colour"])]

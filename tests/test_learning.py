@@ -65,7 +65,7 @@ def test_recall_needs_its_history(tmp_path):
         config.env.history = frames
         episodes = trained_episodes(config, tmp_path / str(frames))
         success[frames] = float(np.mean(episodes.success))
-    # Four colours: without a memory the best there is is one in four, here of 128 episodes, whose
+    # Four colors: without a memory the best there is is one in four, here of 128 episodes, whose
     # standard deviation is 0.038.
     assert success[4] > 0.95
     assert success[1] < 0.25 + 4 * 0.038

@@ -196,7 +196,7 @@ def test_the_best_evaluated_update_can_be_restored(tmp_path):
 
 
 def skipping(*numbers):
-    """Metrics of updates of one optimiser step each, skipped in those of these numbers."""
+    """Metrics of updates of one optimizer step each, skipped in those of these numbers."""
 
     def update(n, w):
         skipped = jnp.isin(n, jnp.array(numbers)).astype(jnp.float32)

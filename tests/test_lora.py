@@ -168,8 +168,8 @@ def test_training_moves_the_adapters_and_nothing_else(loaded):
     model, params = loaded
     lora = lora_lib.init(jax.random.key(0), params, GROUPS)
     target = jnp.asarray(np.random.default_rng(2).normal(size=(2, 7, 101)), jnp.float32)
-    optimiser = optax.adamw(1e-2, weight_decay=0.1)
-    state = optimiser.init(lora)
+    optimizer = optax.adamw(1e-2, weight_decay=0.1)
+    state = optimizer.init(lora)
     grad = jax.jit(jax.grad(lambda lora: jnp.mean((logits(model, params, lora) - target) ** 2)))
     before = lora
     for step in range(2):
@@ -177,7 +177,7 @@ def test_training_moves_the_adapters_and_nothing_else(loaded):
         for path, x in lora_lib.adapters(gradient).items():
             assert jnp.any(x.b != 0), path
             assert jnp.any(x.a != 0) == (step > 0), path  # b is zero at first.
-        updates, state = optimiser.update(gradient, state, lora)
+        updates, state = optimizer.update(gradient, state, lora)
         lora = optax.apply_updates(lora, updates)
     for path, x in lora_lib.adapters(lora).items():
         old = lora_lib.adapters(before)[path]
@@ -309,40 +309,40 @@ def test_a_group_that_cannot_be_meant_is_refused(loaded, groups, message):
         lora_lib.init(jax.random.key(0), loaded[1], groups)
 
 
-def dequantised(params):
+def dequantized(params):
     if "kernel_scale" in params:
         others = {k: x for k, x in params.items() if k != "kernel_scale"}
         return others | {"kernel": params["kernel"].astype(jnp.float32) * params["kernel_scale"]}
-    return {k: dequantised(x) if isinstance(x, dict) else x for k, x in params.items()}
+    return {k: dequantized(x) if isinstance(x, dict) else x for k, x in params.items()}
 
 
 def test_int8_kernels_are_off_by_half_a_step_at_most(loaded):
     model, params = loaded
-    small = lora_lib.quantise(params, ".*")
-    before, stored, after = map(lora_lib.dense_kernels, (params, small, dequantised(small)))
+    small = lora_lib.quantize(params, ".*")
+    before, stored, after = map(lora_lib.dense_kernels, (params, small, dequantized(small)))
     assert {x.dtype for x in stored.values()} == {jnp.dtype(jnp.int8)}
     for path, kernel in before.items():
         step = np.abs(kernel).max(axis=0) / 127
         assert np.all(np.abs(after[path] - kernel) <= 0.5001 * step), path  # Some for rounding.
-    assert distance(logits(model, small), logits(model, dequantised(small))) < 1e-5
+    assert distance(logits(model, small), logits(model, dequantized(small))) < 1e-5
 
 
 def test_an_int8_base_carries_adapters_and_trains_them(loaded):
     model, params = loaded
-    small, lora = lora_lib.quantise(params, r".*/attention/.*"), random_lora(params)
-    expected = logits(model, lora_lib.merge(dequantised(small), lora))
+    small, lora = lora_lib.quantize(params, r".*/attention/.*"), random_lora(params)
+    expected = logits(model, lora_lib.merge(dequantized(small), lora))
     assert distance(logits(model, small, lora), expected) < 1e-5
     gradient = jax.jit(jax.grad(lambda lora: jnp.mean(logits(model, small, lora) ** 2)))(lora)
     assert all(jnp.any(x != 0) for x in jax.tree.leaves(gradient))
     with pytest.raises(ValueError, match="merge before"):
         lora_lib.merge(small, lora)
     with pytest.raises(ValueError, match="int8 already"):
-        lora_lib.quantise(small, ".*")
+        lora_lib.quantize(small, ".*")
 
 
 def test_an_int8_column_of_zeros_stays_zero():
     params = {"layer": {"kernel": jnp.zeros((3, 2)), "bias": jnp.ones(2)}}
-    small = lora_lib.quantise(params, "layer")["layer"]
+    small = lora_lib.quantize(params, "layer")["layer"]
     np.testing.assert_array_equal(small["kernel"] * small["kernel_scale"], np.zeros((3, 2)))
 
 
@@ -350,7 +350,7 @@ def test_the_scale_of_an_int8_kernel_keeps_bfloat16_products_close():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
     exact = Dense(8)
     params = exact.init(jax.random.key(0), x)["params"]
-    small = lora_lib.quantise({"dense": params}, "dense")["dense"]
+    small = lora_lib.quantize({"dense": params}, "dense")["dense"]
     y = Dense(8, jnp.bfloat16).apply({"params": small}, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), exact.apply({"params": params}, x), atol=0.05)
@@ -369,10 +369,10 @@ def test_a_split_trains_its_first_half_and_joins_to_the_whole(loaded):
         v = lora_lib.join(trainable, frozen)
         return jnp.mean(logits(model, v["params"], v["lora"]) ** 2)
 
-    optimiser = optax.adam(1e-2)
-    state = optimiser.init(trainable)
+    optimizer = optax.adam(1e-2)
+    state = optimizer.init(trainable)
     gradient = jax.jit(jax.grad(loss))(trainable)
-    updates, _ = optimiser.update(gradient, state, trainable)
+    updates, _ = optimizer.update(gradient, state, trainable)
     moved = optax.apply_updates(trainable, updates)
     for before, after in zip(*map(jax.tree.leaves, (trainable, moved)), strict=True):
         assert jnp.any(before != after)
@@ -393,11 +393,11 @@ def test_a_control_policy_takes_adapters_and_int8():
     model = MultimodalPolicy(kind="continuous", actions=2, vocabulary=5, width=16)
     params = jax.jit(model.init)(jax.random.key(0), observation)["params"]
     lora = random_lora(params, (LoraGroup(r".*", 2, 2.0),))
-    small = lora_lib.quantise(params, ".*")
+    small = lora_lib.quantize(params, ".*")
     value = jax.jit(lambda variables: model.apply(variables, observation).value)
     plain, adapted = value({"params": params}), value({"params": params, "lora": lora})
     np.testing.assert_allclose(adapted, value({"params": lora_lib.merge(params, lora)}), rtol=1e-4)
     np.testing.assert_allclose(
-        value({"params": small}), value({"params": dequantised(small)}), rtol=1e-4
+        value({"params": small}), value({"params": dequantized(small)}), rtol=1e-4
     )
     assert np.max(np.abs(adapted - plain)) > 0.01

@@ -28,14 +28,14 @@ def test_gradient_of_masked_mean_by_hand():
     np.testing.assert_array_equal(gradient, [0.5, 0.0, 0.5])
 
 
-def test_normalise_by_hand():
+def test_normalize_by_hand():
     # Of 1, 3 (masked in): mean 2, standard deviation 1; 10 counts for nothing: (10 - 2) / 1.
     result = losses.whiten(jnp.array([1.0, 10.0, 3.0]), jnp.array([1.0, 0.0, 1.0]))
     np.testing.assert_allclose(result, [-1.0, 8.0, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("mask", [0.0, 1.0])
-def test_normalise_is_finite_without_spread_or_without_samples(mask):
+def test_normalize_is_finite_without_spread_or_without_samples(mask):
     result = losses.whiten(jnp.array([2.0, 2.0]), jnp.full(2, mask))
     assert np.isfinite(result).all()
 

@@ -22,7 +22,7 @@ from mmrl_jax.types import Transition
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 STEPS, ENVS, WORDS, PROPRIO, ACTIONS = 5, 16, 3, 4, 2
-OPTIMISER_STEPS = 10
+OPTIMIZER_STEPS = 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,10 +107,10 @@ def test_environments_draw_the_same_wherever_they_lie():
 
 
 def gradient_recorder():
-    """An optimiser stage that keeps the gradients of all steps in its state."""
+    """An optimizer stage that keeps the gradients of all steps in its state."""
 
     def init(params):
-        zeros = jax.tree.map(lambda x: jnp.zeros((OPTIMISER_STEPS, *x.shape)), params)
+        zeros = jax.tree.map(lambda x: jnp.zeros((OPTIMIZER_STEPS, *x.shape)), params)
         return jnp.zeros((), jnp.int32), zeros
 
     def update(gradients, state, params=None):
@@ -164,7 +164,7 @@ def record(state, model):
     return batch, observation(ENVS)
 
 
-def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
+def test_ten_optimizer_steps_on_several_devices_are_those_on_one():
     model = MultimodalPolicy(
         kind="continuous", actions=ACTIONS, vocabulary=5, width=8, layers=1, heads=2, mlp_ratio=2,
         patch=4, patch_hidden=8, vision_layers=0, text_layers=0, film=True,
@@ -172,7 +172,7 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
     )  # fmt: skip
     # Some gradients are 0 but for rounding (a bias of attention keys moves no softmax), and Adam
     # would divide one rounding by another: its epsilon has to be larger than they are.
-    optimiser = optax.chain(
+    optimizer = optax.chain(
         gradient_recorder(), optax.clip_by_global_norm(1.0), optax.adam(1e-3, eps=1e-4)
     )
     hyperparameters = ppo.Hyperparameters(
@@ -189,7 +189,7 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
         "proprio": jnp.zeros((1, PROPRIO)),
     }
     params = jit(model.init)(jax.random.key(0), observation)
-    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
+    state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
     batch, last = record(state, model)
 
     def updated(devices):
@@ -197,7 +197,7 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
         update = functools.partial(
             ppo.update,
             apply=model.apply,
-            optimiser=optimiser,
+            optimizer=optimizer,
             hyperparameters=hyperparameters,
             shard=functools.partial(meshes.constrain_batch, mesh=mesh),
         )
@@ -216,10 +216,10 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
         return after, metrics, compiled.cost_analysis()["flops"]
 
     one, one_metrics, one_work = updated(1)
-    assert int(one.steps) == OPTIMISER_STEPS
+    assert int(one.steps) == OPTIMIZER_STEPS
     count, gradients = one.opt_state[0]
-    assert int(count) == OPTIMISER_STEPS
-    norms = [np.abs(g).reshape(OPTIMISER_STEPS, -1).max(1) for g in jax.tree.leaves(gradients)]
+    assert int(count) == OPTIMIZER_STEPS
+    norms = [np.abs(g).reshape(OPTIMIZER_STEPS, -1).max(1) for g in jax.tree.leaves(gradients)]
     assert np.max(norms, axis=0).min() > 1e-2  # Every step had one.
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, params)
     assert max(jax.tree.leaves(moved)) > 1e-3  # Ten times the rate is 1e-2.
@@ -230,7 +230,7 @@ def test_ten_optimiser_steps_on_several_devices_are_those_on_one():
     for devices in (2, 4, 8):
         several, metrics, work = updated(devices)
         # A device does its part of each minibatch, and not all of it; what every device has to do
-        # (the optimiser, the shuffles, padding) keeps it above that part.
+        # (the optimizer, the shuffles, padding) keeps it above that part.
         assert work < one_work * min(2 / devices, 0.75)
         for name, value in one_metrics.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -169,8 +169,8 @@ def test_what_learns_packs_as_the_config_says(monkeypatch):
     config = tiny.token_config(rl__group=3, rl__pack_rows=2)
     question_factory.check(config)
     monkeypatch.setattr(grpo, "update", lambda *_, policy, **__: policy.pack_rows)
-    policy, optimisation = (
+    policy, optimization = (
         question_factory.make_parts(config).policy,
-        token_stages.make_optimisation(config),
+        token_stages.make_optimization(config),
     )
-    assert token_stages.make_learn(config, None, policy, optimisation)(*[None] * 4) == 2
+    assert token_stages.make_learn(config, None, policy, optimization)(*[None] * 4) == 2

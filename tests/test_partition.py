@@ -115,7 +115,7 @@ def test_what_an_axis_does_not_divide_stays_whole():
         assert specs({"table": shape(rows, 3)}, mesh) == {"table": P(entry, None)}
 
 
-def test_an_optimiser_s_state_lies_as_its_parameters():
+def test_an_optimizer_s_state_lies_as_its_parameters():
     params = {"params": {"mlp_in": {"kernel": jnp.zeros((16, 64))}}}
     state = optax.adam(1e-3).init(params)
     found = specs(state, mesh_of(fsdp=2, tensor=4))

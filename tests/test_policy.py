@@ -58,7 +58,7 @@ def observe(seed=0, frames=None, height=EDGE, width=EDGE):
 
 
 def filled(shapes, seed=0):
-    """Random parameters without compiling an initialiser; the heads' are not near 0 either."""
+    """Random parameters without compiling an initializer; the heads' are not near 0 either."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -69,7 +69,7 @@ def filled(shapes, seed=0):
 
 
 @functools.cache
-def initialised(frames=None, **changes):
+def initialized(frames=None, **changes):
     """The compiled network, and parameters."""
     model = network(**changes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), observe(frames=frames))
@@ -178,7 +178,7 @@ def test_gradients_flow_along_the_attention_mask_and_nowhere_else():
 @pytest.mark.parametrize("fusion", policies.FUSIONS)
 @pytest.mark.parametrize("frames", [None, 2])
 def test_padding_words_have_exactly_no_influence(frames, fusion):
-    apply, params = initialised(frames=frames, fusion=fusion)
+    apply, params = initialized(frames=frames, fusion=fusion)
     observation = observe(frames=frames)
     before = mean_and_value(apply, params, observation)
     tokens, mask = observation["instruction"]["tokens"], observation["instruction"]["mask"]
@@ -195,7 +195,7 @@ def test_padding_words_have_exactly_no_influence(frames, fusion):
 
 
 def test_an_empty_instruction_is_finite():
-    apply, params = initialised()
+    apply, params = initialized()
     observation = observe()
     nothing = jnp.zeros((BATCH, WORDS), bool)
     observation["instruction"] = observation["instruction"] | {"mask": nothing}
@@ -208,7 +208,7 @@ def test_an_empty_instruction_is_finite():
 @pytest.mark.parametrize("fusion", policies.FUSIONS)
 @pytest.mark.parametrize("film", [True, False])
 def test_every_modality_reaches_action_and_value(film, fusion):
-    apply, params = initialised(film=film, fusion=fusion, layers=2)
+    apply, params = initialized(film=film, fusion=fusion, layers=2)
     observation, other = observe(0), observe(1)
     before = mean_and_value(apply, params, observation)
     assert before.shape == (BATCH, ACTIONS + 1)
@@ -223,7 +223,7 @@ def test_every_modality_reaches_action_and_value(film, fusion):
 
 
 def test_other_observations_are_not_read():
-    apply, params = initialised()
+    apply, params = initialized()
     observation = observe()
     more = observation | {"privileged": jnp.full((BATCH, 3), 1e9), "target": jnp.ones(BATCH)}
     np.testing.assert_array_equal(
@@ -232,7 +232,7 @@ def test_other_observations_are_not_read():
 
 
 def test_auxiliary_predictions_are_no_input_of_action_or_value():
-    apply, params = initialised()
+    apply, params = initialized()
     gradients = compiled_gradient()(params, observe())["params"]
     flat = jax.tree_util.tree_flatten_with_path(gradients)[0]
     heads = {"auxiliary_place": 0, "pointing": 0}
@@ -255,7 +255,7 @@ def test_auxiliary_predictions_are_no_input_of_action_or_value():
 
 
 def test_shapes_of_the_output():
-    apply, params = initialised()
+    apply, params = initialized()
     output = apply(params, observe())
     assert isinstance(output.distribution, TanhNormal)
     assert output.distribution.mean.shape == output.distribution.log_std.shape == (BATCH, ACTIONS)
@@ -293,7 +293,7 @@ def test_discrete_actions():
     assert "log_std" not in params["params"]["policy_head"]
 
 
-def test_the_policy_starts_in_the_centre_of_the_action_range():
+def test_the_policy_starts_in_the_center_of_the_action_range():
     model = network()
     params = jit(model.init)(jax.random.key(0), observe())
     distribution = jit(model.apply)(params, observe()).distribution
@@ -302,7 +302,7 @@ def test_the_policy_starts_in_the_centre_of_the_action_range():
 
 
 def test_a_history_is_read_and_its_order_matters():
-    apply, params = initialised(frames=3)
+    apply, params = initialized(frames=3)
     observation = observe(frames=3)
     before = mean_and_value(apply, params, observation)
     for name in ("pixels", "proprio"):
@@ -320,7 +320,7 @@ def test_a_history_is_read_and_its_order_matters():
 
 
 def test_a_history_of_one_frame_is_the_policy_without_a_history():
-    apply, params = initialised()
+    apply, params = initialized()
     observation = observe()
     one = {name: observation[name][:, None] for name in ("pixels", "proprio")}
     np.testing.assert_array_equal(
@@ -330,7 +330,7 @@ def test_a_history_of_one_frame_is_the_policy_without_a_history():
 
 
 def test_bfloat16_keeps_float32_parameters_heads_and_meaning():
-    apply, params = initialised()
+    apply, params = initialized()
     model = network(dtype=jnp.bfloat16)
     fresh = jax.eval_shape(model.init, jax.random.key(0), observe(frames=2))
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
@@ -358,7 +358,7 @@ def test_remat_covers_every_block_of_every_stack_and_changes_no_output():
         return jaxpr.count("checkpoint[") + jaxpr.count("remat2[")
 
     assert remats(remat=True) == 2 + 3 + 1 and remats() == 0
-    apply, params = initialised()
+    apply, params = initialized()
     np.testing.assert_allclose(
         mean_and_value(jit(network(remat=True).apply), params, observe()),
         mean_and_value(apply, params, observe()),

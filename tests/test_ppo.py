@@ -63,9 +63,9 @@ def initial_params(kind="continuous", seed=0):
     return params
 
 
-def learner_state(optimiser, params):
-    state = learner.init(params, optimiser=optimiser, proprio_size=PROPRIO)
-    # Statistics as after some rows of another scale, so that normalisation does something.
+def learner_state(optimizer, params):
+    state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
+    # Statistics as after some rows of another scale, so that normalization does something.
     seen = np.random.default_rng(9).normal(size=(50, PROPRIO)) * [1.0, 2.0, 0.5] + [0.5, 0.0, -1.0]
     normalizer = normalization.update(
         state.normalizer, jnp.asarray(seen, jnp.float32), jnp.ones(50)
@@ -107,25 +107,25 @@ def record(state, seed=1, network=apply):
 
 
 @functools.cache
-def compiled(network, optimiser, hyperparameters):
+def compiled(network, optimizer, hyperparameters):
     return jit(
         functools.partial(
-            ppo.update, apply=network, optimiser=optimiser, hyperparameters=hyperparameters
+            ppo.update, apply=network, optimizer=optimizer, hyperparameters=hyperparameters
         )
     )
 
 
-def run(state, batch, last, optimiser, network=apply, seed=2, **changes):
+def run(state, batch, last, optimizer, network=apply, seed=2, **changes):
     hyperparameters = dataclasses.replace(PLAIN, **changes)
-    update = compiled(network, optimiser, hyperparameters)
+    update = compiled(network, optimizer, hyperparameters)
     return update(state, batch, last, jax.random.key(seed))
 
 
 SGD = optax.sgd(0.1)
 
 
-def prepared(kind="continuous", optimiser=SGD):
-    state = learner_state(optimiser, initial_params(kind))
+def prepared(kind="continuous", optimizer=SGD):
+    state = learner_state(optimizer, initial_params(kind))
     return state, *record(state)
 
 
@@ -138,7 +138,7 @@ def difference(a, b):
 
 
 def expected_parts(params, normalizer, batch, last, h, kind):
-    """PPO's loss written out again: own GAE loop, own normalisation, own densities."""
+    """PPO's loss written out again: own GAE loop, own normalization, own densities."""
     deviation = jnp.sqrt(normalizer.m2 / normalizer.count)
 
     def see(proprio):
@@ -231,13 +231,13 @@ def test_one_full_batch_step_equals_the_loss_written_out(kind, value_clip):
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_the_first_ratio_is_1_and_a_rate_of_0_changes_nothing(kind):
-    optimiser = optax.sgd(0.0)
-    state, batch, last = prepared(kind, optimiser)
-    after, metrics = run(state, batch, last, optimiser)
+    optimizer = optax.sgd(0.0)
+    state, batch, last = prepared(kind, optimizer)
+    after, metrics = run(state, batch, last, optimizer)
     # Of a ratio of 1 up to a float32 rounding r, k3 is r^2 / 2.
     assert abs(float(metrics["policy/kl"])) < 1e-10
     assert float(metrics["policy/clip_fraction"]) == 0
-    # With ratio 1 the policy loss is minus the mean of the normalised advantages.
+    # With ratio 1 the policy loss is minus the mean of the normalized advantages.
     assert float(metrics["loss/policy"]) == pytest.approx(0.0, abs=1e-5)
     assert_equal(after.params, state.params)
 
@@ -245,10 +245,10 @@ def test_the_first_ratio_is_1_and_a_rate_of_0_changes_nothing(kind):
 def test_the_first_ratio_of_a_flax_network_is_1():
     model = MLPPolicy(kind="continuous", actions=ACTIONS, policy_layers=(8,), value_layers=(8,))
     params = jit(model.init)(jax.random.key(0), {"proprio": jnp.zeros((1, PROPRIO))})
-    optimiser = optax.sgd(0.0)
-    state = learner_state(optimiser, params)
+    optimizer = optax.sgd(0.0)
+    state = learner_state(optimizer, params)
     batch, last = record(state, network=model.apply)
-    _, metrics = run(state, batch, last, optimiser, network=model.apply, minibatches=3, epochs=2)
+    _, metrics = run(state, batch, last, optimizer, network=model.apply, minibatches=3, epochs=2)
     assert abs(float(metrics["policy/kl"])) < 1e-10
     assert float(metrics["update/steps"]) == 6
 
@@ -260,14 +260,14 @@ def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16():
         near = jax.lax.reduce_precision(observation["proprio"], exponent_bits=8, mantissa_bits=7)
         return apply(params, observation | {"proprio": near})
 
-    optimiser = optax.sgd(0.0)
+    optimizer = optax.sgd(0.0)
     params = initial_params() | {"log_std": jnp.full(2, -3.0)}
-    state = learner_state(optimiser, params)
+    state = learner_state(optimizer, params)
     batch, last = record(state)
     near = learner.run_network(rounded, state, batch.observation).distribution
     assert jnp.mean(jnp.abs(near.log_prob(batch.action) - batch.log_prob) > 1e-3) > 0.5
     changes = {"minibatches": 3, "clip": 1e-3, "recompute": True}
-    _, metrics = run(state, batch, last, optimiser, network=rounded, **changes)
+    _, metrics = run(state, batch, last, optimizer, network=rounded, **changes)
     assert float(metrics["policy/clip_fraction"]) == 0 and float(metrics["policy/kl"]) < 1e-10
     assert float(metrics["grad/norm"]) > 0.1
 
@@ -418,12 +418,12 @@ def test_a_generous_target_kl_stops_nothing():
 def test_every_sample_is_used_once_an_epoch():
     # While parameters stay, the mean over one epoch's minibatches is the mean over the batch,
     # whatever the shuffle.
-    optimiser = optax.sgd(0.0)
-    state, batch, last = prepared("continuous", optimiser)
+    optimizer = optax.sgd(0.0)
+    state, batch, last = prepared("continuous", optimizer)
     batch = batch.replace(valid=jnp.ones_like(batch.valid))
-    _, whole = run(state, batch, last, optimiser)
+    _, whole = run(state, batch, last, optimizer)
     for seed in range(3):
-        _, parts = run(state, batch, last, optimiser, minibatches=6, seed=seed)
+        _, parts = run(state, batch, last, optimizer, minibatches=6, seed=seed)
         for name in ("loss/value", "loss/auxiliary", "loss/pointing"):
             np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
 
@@ -452,26 +452,26 @@ def test_flattened_samples_stay_with_their_environment():
 
 
 def test_the_entropy_bonus_raises_the_entropy():
-    optimiser = optax.adam(0.05)
+    optimizer = optax.adam(0.05)
     for kind in ("continuous", "discrete"):
-        state, batch, last = prepared(kind, optimiser)
+        state, batch, last = prepared(kind, optimizer)
         # Nothing to win: all that pulls is the bonus.
         batch = batch.replace(reward=jnp.zeros_like(batch.reward))
-        state, before = run(state, batch, last, optimiser, entropy_weight=100.0, epochs=15)
-        _, after = run(state, batch, last, optimiser, entropy_weight=100.0, epochs=15)
+        state, before = run(state, batch, last, optimizer, entropy_weight=100.0, epochs=15)
+        _, after = run(state, batch, last, optimizer, entropy_weight=100.0, epochs=15)
         assert float(after["policy/entropy"]) > float(before["policy/entropy"]) + 0.05, kind
 
 
 def test_the_policy_learns_which_action_pays():
     # A bandit (discount 0) in which action 1 pays, and both are equally probable at first.
-    optimiser = optax.adam(0.03)
+    optimizer = optax.adam(0.03)
     params = initial_params("discrete")
-    state = learner_state(optimiser, params | {"policy": jnp.zeros((PROPRIO, ACTIONS))})
+    state = learner_state(optimizer, params | {"policy": jnp.zeros((PROPRIO, ACTIONS))})
     flat = {"proprio": jnp.ones((1, PROPRIO))}
     everywhere = jnp.zeros((STEPS, BATCH))
 
     def features(params, observation):
-        # A constant reading: otherwise the policy must be learnt for every state.
+        # A constant reading: otherwise the policy must be learned for every state.
         return apply(params, {"proprio": jnp.ones_like(observation["proprio"])})
 
     def probability(state):
@@ -483,7 +483,7 @@ def test_the_policy_learns_which_action_pays():
         batch, last = record(state, seed=seed, network=features)
         batch = batch.replace(reward=batch.action + everywhere)
         state, _ = run(
-            state, batch, last, optimiser, network=features, seed=seed,
+            state, batch, last, optimizer, network=features, seed=seed,
             discount=0.0, epochs=4, minibatches=2,
         )  # fmt: skip
     assert probability(state) > 0.8

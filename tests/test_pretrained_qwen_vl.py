@@ -370,8 +370,8 @@ def noise(height, width):
 
 def photograph(height, width):
     """Smooth, with a little noise."""
-    y, x, colour = np.mgrid[:height, :width, :3]
-    image = 128 + 70 * np.sin(0.3 * y + colour) * np.cos(0.4 * x - colour)
+    y, x, color = np.mgrid[:height, :width, :3]
+    image = 128 + 70 * np.sin(0.3 * y + color) * np.cos(0.4 * x - color)
     return np.uint8(image + noise(height, width) / 16)
 
 

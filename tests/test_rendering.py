@@ -18,16 +18,16 @@ ALONG_X = (2**-0.5, 0.0, 2**-0.5, 0.0)  # turns the local z to the world's x
 
 
 def scene_of(*primitives, checker=None):
-    """A scene of (kind, position, rotation, size, colour) tuples."""
+    """A scene of (kind, position, rotation, size, color) tuples."""
     kind, *arrays = zip(*primitives, strict=True)
-    position, rotation, size, colour = (jnp.asarray(a, jnp.float32) for a in arrays)
+    position, rotation, size, color = (jnp.asarray(a, jnp.float32) for a in arrays)
     return Scene(
-        kind=kind, position=position, rotation=rotation, size=size, colour=colour, checker=checker
+        kind=kind, position=position, rotation=rotation, size=size, color=color, checker=checker
     )
 
 
-def one(kind, position, size, rotation=UPRIGHT, colour=(1.0, 0.0, 0.0)):
-    return scene_of((kind, position, rotation, size, colour))
+def one(kind, position, size, rotation=UPRIGHT, color=(1.0, 0.0, 0.0)):
+    return scene_of((kind, position, rotation, size, color))
 
 
 def front_camera(fovy=90.0):
@@ -61,7 +61,7 @@ def random_scene(kinds, batch, seed, spread=0.7):
         position=jnp.asarray(rng.uniform(-spread, spread, (*shape, 3)), jnp.float32),
         rotation=jnp.asarray(rotation, jnp.float32),
         size=jnp.asarray(rng.uniform(0.1, 0.5, (*shape, 3)), jnp.float32),
-        colour=jnp.asarray(rng.uniform(0, 1, (*shape, 3)), jnp.float32),
+        color=jnp.asarray(rng.uniform(0, 1, (*shape, 3)), jnp.float32),
     )
     return scene, look_at(position, np.zeros(3))
 
@@ -91,7 +91,7 @@ def test_box_covers_its_front_face():
 
 
 def test_turned_box_shows_two_faces_that_meet_at_its_edge():
-    # Turned by 45 degrees about y, half extent 1, centre at 4: the nearest edge is vertical, at
+    # Turned by 45 degrees about y, half extent 1, center at 4: the nearest edge is vertical, at
     # x = 0 and depth 4 - sqrt(2); the outer edges are at x = +-sqrt(2) and depth 4.
     turn = (np.cos(np.pi / 8), 0, np.sin(np.pi / 8), 0)
     distance, index = look(one("box", (0, 0, -4), (1, 1, 1), turn))
@@ -102,7 +102,7 @@ def test_turned_box_shows_two_faces_that_meet_at_its_edge():
 
 @pytest.mark.parametrize("kind", ["capsule", "cylinder"])
 def test_lying_capsule_and_cylinder_reach_to_their_ends(kind):
-    # Radius 0.5, half length 1 along x, centre 5 away.
+    # Radius 0.5, half length 1 along x, center 5 away.
     _, index = look(one(kind, (0, 0, -5), (0.5, 1, 0), ALONG_X), size=401)
     x, y = slopes(401)
     # Middle column, both: a circle of radius 0.5 seen from 5: slope 0.5 / sqrt(25 - 0.25).
@@ -117,7 +117,7 @@ def test_lying_capsule_and_cylinder_reach_to_their_ends(kind):
 
 
 def test_capsule_and_cylinder_seen_end_on():
-    # Radius 0.5, half length 1 along the line of sight, centre 5 away: the cylinder's end is a disc
+    # Radius 0.5, half length 1 along the line of sight, center 5 away: the cylinder's end is a disc
     # at depth 4, slope below 0.5 / 4; the capsule's a sphere around depth 4, nearest point 3.5.
     x, y = slopes(101)
     distance, index = look(one("cylinder", (0, 0, -5), (0.5, 1, 0)))
@@ -193,19 +193,19 @@ def test_random_poses_agree_with_sphere_tracing(kind):
         ray = ray / np.linalg.norm(ray, axis=-1, keepdims=True) @ frame
         origin = np.asarray(camera.position[b] - scene.position[b, 0], np.float64) @ frame
         extent = np.asarray(scene.size[b, 0], np.float64)
-        travelled, nearest = np.zeros(len(ray)), np.full(len(ray), np.inf)
+        traveled, nearest = np.zeros(len(ray)), np.full(len(ray), np.inf)
         for _ in range(400):
-            gap = signed_distance(kind, origin + travelled[:, None] * ray, extent)
+            gap = signed_distance(kind, origin + traveled[:, None] * ray, extent)
             nearest = np.minimum(nearest, gap)
-            travelled = np.minimum(travelled + np.maximum(gap, 0), 10)
+            traveled = np.minimum(traveled + np.maximum(gap, 0), 10)
         hit, miss = nearest < 1e-5, nearest > 1e-3  # what grazes is neither
         if kind == "plane" and origin[2] < 0:
             hit, miss = np.zeros_like(hit), np.ones_like(miss)  # seen from behind
         flat_index, flat_distance = index[b].ravel(), distance[b].ravel()
         np.testing.assert_array_equal(flat_index[miss], -1)
         np.testing.assert_array_equal(flat_index[hit], 0)
-        inner = hit & (travelled < 9)
-        np.testing.assert_allclose(flat_distance[inner], travelled[inner], atol=2e-3)
+        inner = hit & (traveled < 9)
+        np.testing.assert_allclose(flat_distance[inner], traveled[inner], atol=2e-3)
         seen += hit.sum()
     assert seen > 100  # or nothing has been compared
 
@@ -265,7 +265,7 @@ def test_tracking_camera_keeps_the_target_in_the_middle():
         position=target[:, None],
         rotation=jnp.tile(jnp.asarray(UPRIGHT), (2, 1, 1)),
         size=jnp.full((2, 1, 3), 0.3),
-        colour=jnp.ones((2, 1, 3)),
+        color=jnp.ones((2, 1, 3)),
     )
     _, index = look(scene, camera, size=41)
     np.testing.assert_array_equal(index[0], index[1])
@@ -306,9 +306,9 @@ def test_one_camera_serves_a_batch_of_scenes_and_one_scene_a_batch_of_cameras():
     alone = jax.tree.map(lambda x: x[0], scene)
     distance, index = measure(alone, camera, height=16, width=16)
     assert distance.shape == index.shape == (3, 16, 16)
-    coloured = alone.replace(colour=scene.colour)
-    images = draw(coloured, first, height=16, width=16)
-    single = draw(alone.replace(colour=scene.colour[1]), first, height=16, width=16)
+    colored = alone.replace(color=scene.color)
+    images = draw(colored, first, height=16, width=16)
+    single = draw(alone.replace(color=scene.color[1]), first, height=16, width=16)
     np.testing.assert_allclose(np.asarray(images[1], int), np.asarray(single, int), atol=1)
 
 
@@ -318,18 +318,18 @@ def test_empty_scene_is_background():
         position=jnp.zeros((0, 3)),
         rotation=jnp.zeros((0, 4)),
         size=jnp.zeros((0, 3)),
-        colour=jnp.zeros((0, 3)),
+        color=jnp.zeros((0, 3)),
     )
     image = draw(scene, front_camera(), height=4, width=4)
     np.testing.assert_array_equal(image, np.broadcast_to(raycast.BACKGROUND, (4, 4, 3)))
 
 
-# Light and colour.
+# Light and color.
 
 
 def test_three_faces_of_a_box_differ_and_each_is_nearly_uniform():
     camera = look_at((30.0, -30.0, 30.0), (0.0, 0.0, 0.0), fovy=5.0)
-    scene = one("box", (0, 0, 0), (1, 1, 1), colour=(1, 1, 1))
+    scene = one("box", (0, 0, 0), (1, 1, 1), color=(1, 1, 1))
     image = np.asarray(draw(scene, camera, height=64, width=64))[..., 0].astype(int)
     values = np.unique(image[look(scene, camera, 64)[1] == 0])
     # Nearly parallel rays, so three narrow groups of values with gaps between them.
@@ -340,7 +340,7 @@ def test_three_faces_of_a_box_differ_and_each_is_nearly_uniform():
 def test_brightness_is_that_of_the_surface_normal(kind):
     # The normal is the gradient of the signed distance at the point that is hit.
     scene, camera = random_scene((kind,), (3,), seed=11)
-    scene = scene.replace(colour=jnp.ones((3, 1, 3)))
+    scene = scene.replace(color=jnp.ones((3, 1, 3)))
     size = 48
     image = np.asarray(draw(scene, camera, height=size, width=size))[..., 0] / 255
     distance, index = look(scene, camera, size)
@@ -365,9 +365,9 @@ def test_brightness_is_that_of_the_surface_normal(kind):
         assert close.mean() > 0.95
 
 
-def test_colour_keeps_its_hue():
+def test_color_keeps_its_hue():
     image = draw(
-        one("sphere", (0, 0, -5), (2, 0, 0), colour=(0.8, 0.4, 0.2)),
+        one("sphere", (0, 0, -5), (2, 0, 0), color=(0.8, 0.4, 0.2)),
         front_camera(),
         height=9,
         width=9,
@@ -386,15 +386,15 @@ def test_rounding_never_carries_into_the_next_channel():
 
 def test_checker_alternates_near_and_fades_far_away():
     # From 4 above, slopes in [-1, 1]: 8 m on 80 pixels, squares of 1 m are 10 pixels.
-    scene = one("plane", (0, 0, 0), (0, 0, 1), colour=(1, 1, 1))
+    scene = one("plane", (0, 0, 0), (0, 0, 1), color=(1, 1, 1))
     camera = look_at((0.0, 0.0, 4.0), (0.0, 0.0, 0.0), fovy=90.0)
     plain = np.asarray(draw(scene, camera, height=80, width=80))[..., 0].astype(float)
     squares = scene.replace(checker=jnp.ones(1))
     image = np.asarray(draw(squares, camera, height=80, width=80))[..., 0]
-    centres = (image / plain)[5::10, 5::10]
+    centers = (image / plain)[5::10, 5::10]
     light = np.add.outer(np.arange(8), np.arange(8)) % 2 == 1  # [0, 1] x [0, 1] is row 3, column 4
-    np.testing.assert_allclose(centres[light], 1.0, atol=0.02)
-    np.testing.assert_allclose(centres[~light], 0.7, atol=0.02)
+    np.testing.assert_allclose(centers[light], 1.0, atol=0.02)
+    np.testing.assert_allclose(centers[~light], 0.7, atol=0.02)
     # Squares much smaller than a pixel: their mean, 0.85, everywhere.
     fine = draw(scene.replace(checker=jnp.full(1, 0.01)), camera, height=80, width=80)
     np.testing.assert_allclose(np.asarray(fine)[..., 0] / plain, 0.85, atol=0.02)

@@ -30,7 +30,7 @@ FRAMES = 6
 
 # Run apart from the tests: the GL backend is chosen when mujoco is first imported, and software
 # GL prints an exception of its own at exit. Arguments: MJCF file, number of frames, seed, number
-# of pixels, vertical field of view, what to randomise (scene, state or camera), output file.
+# of pixels, vertical field of view, what to randomize (scene, state or camera), output file.
 _MUJOCO = """
 import sys
 import mujoco
@@ -125,10 +125,10 @@ _SHAPES = """
 """
 
 
-def compare(mjcf, randomise, folder, seed):
+def compare(mjcf, randomize, folder, seed):
     """Both renderers' results, as dicts of arrays `[FRAMES, SIZE, SIZE, ...]`, and the kinds."""
     out = folder / "mujoco.npz"
-    arguments = [str(a) for a in (mjcf, FRAMES, seed, SIZE, FOVY, randomise, out)]
+    arguments = [str(a) for a in (mjcf, FRAMES, seed, SIZE, FOVY, randomize, out)]
     result = subprocess.run(
         [sys.executable, "-c", _MUJOCO, *arguments],
         env={**os.environ, "MUJOCO_GL": "osmesa"},
@@ -144,7 +144,7 @@ def compare(mjcf, randomise, folder, seed):
         position=jnp.asarray(theirs["position"], jnp.float32),
         rotation=jnp.asarray(quaternions(theirs["matrix"]), jnp.float32),
         size=jnp.asarray(theirs["size"], jnp.float32),
-        colour=jnp.asarray(theirs["colour"], jnp.float32),
+        color=jnp.asarray(theirs["colour"], jnp.float32),
     )
     camera = Camera(
         position=jnp.asarray(theirs["camera_position"], jnp.float32),
@@ -235,7 +235,7 @@ def test_shapes_in_random_poses(tmp_path):
     mjcf.write_text(_SHAPES)
     ours, theirs, kind = compare(mjcf, "scene", tmp_path, seed=0)
     check(ours, theirs, kind)
-    # Colours, by hue: their light differs. All but the grey ones.
+    # Colors, by hue: their light differs. All but the gray ones.
     solid = (theirs["index"] >= 1) & (theirs["index"] < 8) & (ours["index"] == theirs["index"])
     hues = []
     for frames in (ours, theirs):
@@ -276,7 +276,7 @@ def test_the_reach_scene_from_random_cameras(tmp_path):
                 ("pos", scene.position[i]),
                 ("quat", scene.rotation[i]),
                 ("size", np.maximum(size, 1e-4)),
-                ("rgba", [*scene.colour[i], 1.0]),
+                ("rgba", [*scene.color[i], 1.0]),
             )
         }
         attributes = " ".join(f'{name}="{value}"' for name, value in text.items())

@@ -13,7 +13,7 @@ from mmrl_jax.training import report, videos
 
 
 def _frames(steps=3, size=32):
-    """Frames of one flat colour each, with one white pixel in the corner at the top left."""
+    """Frames of one flat color each, with one white pixel in the corner at the top left."""
     frames = np.zeros((steps, size, size, 3), np.uint8)
     frames[:] = (200, 40, 10)
     frames[:, 0, 0] = 255
@@ -72,7 +72,7 @@ def test_mp4_reads_back(tmp_path):
     width, height = info["size"]
     frames = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
     assert len(frames) == 5 and info["fps"] == 10
-    # Lossy, but the colour is there.
+    # Lossy, but the color is there.
     np.testing.assert_allclose(frames[2][128, 128], (200, 40, 10), atol=12)
 
 
@@ -166,7 +166,7 @@ def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
     assert "is &lt;this&gt; one ?" in page and "a &amp; b" in page and "<this>" not in page
     assert page.count("class='text right'>yes<") == 1
     assert page.count("class='text wrong'>(nothing)<") == 1
-    # Not by colour alone, and rewards with as many digits below each other.
+    # Not by color alone, and rewards with as many digits below each other.
     assert (
         '.right::before { content: "\\2713' in page and '.wrong::before { content: "\\2717' in page
     )

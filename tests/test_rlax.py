@@ -31,7 +31,7 @@ def test_advantages_with_an_end_of_either_kind_at_every_position(ends, lambda_):
         lambda_ * (1 - ends["truncated"]),
         jnp.concatenate([ends["value"], ends["last_value"][None]]),
     )
-    ours, target = advantages.generalised_advantages(**ends, discount=DISCOUNT, lambda_=lambda_)
+    ours, target = advantages.generalized_advantages(**ends, discount=DISCOUNT, lambda_=lambda_)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(target, theirs + ends["value"], rtol=1e-5, atol=1e-6)
 

@@ -11,7 +11,7 @@ import pytest
 from mmrl_jax.evaluation.questions import Answered, describe_levels
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import ABSENT, Prompt, Score, WordTokenizer, tokenize
-from mmrl_jax.tasks.scenes import COLOURS, SHAPES, Objects, draw
+from mmrl_jax.tasks.scenes import COLORS, SHAPES, Objects, draw
 
 # Compiling is what these tests wait for.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -39,9 +39,9 @@ def patterns():
     """[pairs, 10, 10, 3]: an object of each kind as it fills a cell, without noise."""
 
     def one(pair):
-        colour, shape = pair // len(SHAPES), pair % len(SHAPES)
+        color, shape = pair // len(SHAPES), pair % len(SHAPES)
         there = jnp.arange(16) == 5
-        objects = Objects(jnp.full(16, shape), jnp.full(16, colour), there)
+        objects = Objects(jnp.full(16, shape), jnp.full(16, color), there)
         return draw(jax.random.key(1), objects, rows=4, height=40, width=40, radius=0.3,
                     spread=0.12)  # fmt: skip
 
@@ -49,9 +49,9 @@ def patterns():
 
 
 def seen(picture):
-    """The objects of a picture of 4x4 cells as (column, cell, colour, shape), from pixels alone.
+    """The objects of a picture of 4x4 cells as (column, cell, color, shape), from pixels alone.
 
-    The colour is the nearest one of what stands out from the background. Of its bounding box a
+    The color is the nearest one of what stands out from the background. Of its bounding box a
     square fills all, a circle pi/4, a triangle and a cross about a half, and a triangle most of
     that below the middle.
     """
@@ -70,20 +70,20 @@ def seen(picture):
         if out.sum() < 0.08 * edge**2:
             continue
         mean = patch[out].mean(axis=0)
-        colour = COLOURS[np.linalg.norm(mean / np.linalg.norm(mean) - scaled, axis=1).argmin()]
+        color = COLORS[np.linalg.norm(mean / np.linalg.norm(mean) - scaled, axis=1).argmin()]
         box = out[np.ix_(out.any(axis=1), out.any(axis=0))]
         half = len(box) // 2
         if box.mean() > 0.68:
             shape = "square" if box.mean() > 0.9 else "circle"
         else:
             shape = "triangle" if box[-half:].sum() > 1.5 * box[:half].sum() else "cross"
-        found.append((cell % 4, cell, colour, shape))
+        found.append((cell % 4, cell, color, shape))
     return found
 
 
 def answer_of(text, found):
     """The answer to a question about objects, from its words."""
-    things = [(c, s) for c in COLOURS for s in SHAPES]
+    things = [(c, s) for c in COLORS for s in SHAPES]
     asked = sorted((text.index(f"{c} {s}"), (c, s)) for c, s in things if f"{c} {s}" in text)
     asked = [thing for _, thing in asked]
     numbers = [sum(thing == (c, s) for _, _, c, s in found) for thing in asked]
@@ -93,8 +93,8 @@ def answer_of(text, found):
         return "yes" if numbers[0] else "no"
     if not asked:
         (shape,) = [s for s in SHAPES if s in text.split()] or [None]
-        (colour,) = [c for c in COLOURS if c in text.split()] or [None]
-        (one,) = [(c, s) for _, _, c, s in found if shape == s or colour == c]
+        (color,) = [c for c in COLORS if c in text.split()] or [None]
+        (one,) = [(c, s) for _, _, c, s in found if shape == s or color == c]
         return one[0] if shape else one[1]
     if "left of" in text or "right of" in text:
         assert numbers == [1, 1]
@@ -153,7 +153,7 @@ def test_who_does_not_look_is_at_chance(split):
 
 
 def test_each_level_is_harder_than_the_one_before():
-    things = [(c, s) for c in COLOURS for s in SHAPES]
+    things = [(c, s) for c in COLORS for s in SHAPES]
     number, alike, area = [], [], []
     for level in shapes.LEVELS:
         question, others, sharing, covered = large("train", level), [], [], []
@@ -220,7 +220,7 @@ def test_splits_hold_out_what_they_say():
         kind = task(("count",))
         return [words(kind, question, i) for i in range(400)]
 
-    held = {f"{c} {s}" for i, (c, s) in enumerate((c, s) for c in COLOURS for s in SHAPES)
+    held = {f"{c} {s}" for i, (c, s) in enumerate((c, s) for c in COLORS for s in SHAPES)
             if shapes.HELDOUT_PAIR[i]}  # fmt: skip
 
     def about_held(text):
@@ -249,11 +249,11 @@ def test_who_does_not_look_is_at_chance_where_the_layout_is_held_out():
 
 
 @pytest.mark.parametrize("kind", ["count", "exists"])
-def test_neither_colour_nor_shape_decides_alone(kind):
+def test_neither_color_nor_shape_decides_alone(kind):
     draws, there = lists(kind, 2000)
     others = there & (draws.pairs != draws.text[:, None] % shapes.PAIRS)
     asked = np.asarray(draws.text)[:, None] % shapes.PAIRS
-    same = (shapes.colour_of(draws.pairs) == shapes.colour_of(asked)) | (
+    same = (shapes.color_of(draws.pairs) == shapes.color_of(asked)) | (
         shapes.shape_of(draws.pairs) == shapes.shape_of(asked)
     )
     # Half of the distractors, and of the rest the 5 to 7 of 19 pairs that share one.
@@ -269,7 +269,7 @@ def test_a_question_depends_on_its_number_alone():
 
 
 class Fixed(WordTokenizer):
-    """A tokeniser that knows these answers alone, and asks by one token."""
+    """A tokenizer that knows these answers alone, and asks by one token."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -305,8 +305,8 @@ def test_answers_are_read_exactly():
     question = question._replace(answer=jnp.array([1, 2]))
     # Of several stop tokens each ends an answer, and none stands for another token.
     other = jnp.array([[4, 6], [4, 5], [6, 1]])
-    several = dataclasses.replace(texts, tokeniser=Fixed(said))
-    several.tokeniser.stops = (1, 6)
+    several = dataclasses.replace(texts, tokenizer=Fixed(said))
+    several.tokenizer.stops = (1, 6)
     np.testing.assert_array_equal(several.parse(other, jnp.ones((3, 2), bool)), [0, ABSENT, ABSENT])
     np.testing.assert_array_equal(texts.parse(other, jnp.ones((3, 2), bool)), [ABSENT] * 3)
     score = texts.score(question, given.reshape(2, 4, 4), present.reshape(2, 4, 4), penalty=0.5)

@@ -51,9 +51,9 @@ MODEL = VisionLanguageModel(
 POLICY = token_learner.TokenPolicy(
     MODEL, length=TASK.texts.length, stop=WordTokenizer.stops, pad=WordTokenizer.pad, tile=16
 )
-OPTIMISER = optax.sgd(0.1)
+OPTIMIZER = optax.sgd(0.1)
 PLAIN = grpo.Hyperparameters(
-    advantage=group_advantages.centred,
+    advantage=group_advantages.centered,
     loss=TokenLoss(clip=None),
     entropy_weight=0.0,
     temperature=1.0,
@@ -73,7 +73,7 @@ def learner(trained=".*", reference=False):
     asked = questions()
     variables = MODEL.init(jax.random.key(1), asked.tokens, asked.present, asked.images)
     params, frozen = split(variables, trained)
-    state = token_learner.init(params, optimiser=OPTIMISER, with_reference=reference)
+    state = token_learner.init(params, optimizer=OPTIMIZER, with_reference=reference)
     return state, frozen
 
 
@@ -91,7 +91,7 @@ def update(hyperparameters, state=None, frozen=None, given=None):
     if state is None:
         state, frozen = learner(reference=hyperparameters.loss.kl_weight > 0)
     step = functools.partial(
-        grpo.update, policy=POLICY, optimiser=OPTIMISER, hyperparameters=hyperparameters
+        grpo.update, policy=POLICY, optimizer=OPTIMIZER, hyperparameters=hyperparameters
     )
     return jit(step)(state, frozen, given or experience(), jax.random.key(4))
 
@@ -161,7 +161,7 @@ def test_two_devices_learn_what_one_does_and_no_answer_moves():
         step = functools.partial(
             grpo.update,
             policy=dataclasses.replace(POLICY, pack_rows=2),
-            optimiser=OPTIMISER,
+            optimizer=OPTIMIZER,
             hyperparameters=hyperparameters,
             shard=functools.partial(meshes.constrain_batch, mesh=mesh),
         )
@@ -184,7 +184,7 @@ def test_a_model_without_vision_learns_from_text():
     asked = questions()._replace(images=None)
     variables = MODEL.language.init(jax.random.key(1), asked.tokens, asked.present)
     policy = dataclasses.replace(POLICY, model=MODEL.language)
-    state = token_learner.init(variables, optimiser=OPTIMISER, with_reference=False)
+    state = token_learner.init(variables, optimizer=OPTIMIZER, with_reference=False)
     frozen = jax.tree.map(lambda _: None, variables)
     answers = jit(functools.partial(policy.answer, group=3, sampling=Sampling()))(
         state.params, frozen, asked, jax.random.key(2)
@@ -200,7 +200,7 @@ def test_a_model_without_vision_learns_from_text():
     expected = jnp.where(answers.present, expected, 0.0)
     np.testing.assert_allclose(answers.log_probs, expected, atol=1e-5)
     reward = jax.random.normal(jax.random.key(3), (4, 3))
-    step = functools.partial(grpo.update, policy=policy, optimiser=OPTIMISER, hyperparameters=PLAIN)
+    step = functools.partial(grpo.update, policy=policy, optimizer=OPTIMIZER, hyperparameters=PLAIN)
     given = grpo.ScoredCompletions(asked, answers, reward, jnp.ones((4, 3)))
     new, metrics = jit(step)(state, frozen, given, jax.random.key(4))
     assert largest_difference(new.params, state.params) > 1e-3
@@ -277,11 +277,11 @@ def table_update(dtype, hyperparameters, scored):
     )
     reward = jax.random.normal(jax.random.key(1), (4, 3))
     asked = jax.tree.map(lambda x: x[:4], questions())._replace(answer=jnp.arange(4))
-    state = token_learner.init(table, optimiser=optax.sgd(1.0), with_reference=False)
+    state = token_learner.init(table, optimizer=optax.sgd(1.0), with_reference=False)
     step = functools.partial(
         grpo.update,
         policy=TablePolicy(dtype),
-        optimiser=optax.sgd(1.0),
+        optimizer=optax.sgd(1.0),
         hyperparameters=hyperparameters,
     )
     given = grpo.ScoredCompletions(asked, drawn, reward, scored)
@@ -349,8 +349,8 @@ def test_dpo_and_ppo_prefer_and_learn_from_no_truncated_completion():
         for algorithm in ("dpo", "token_ppo"):
             config = config_lib.load_config("configs/count_grpo.py")
             config.algorithm, config.rl.mask_truncated_completions = algorithm, True
-            optimisation = token_stages.make_optimisation(config)
-            learn = token_stages.make_learn(config, meshes.make_mesh(1), POLICY, optimisation)
+            optimization = token_stages.make_optimization(config)
+            learn = token_stages.make_learn(config, meshes.make_mesh(1), POLICY, optimization)
             learn(None, None, given, jax.random.key(0))
     chosen = taken["dpo"][2].tokens
     np.testing.assert_array_equal(chosen, given.answers.tokens[:, [1, 0]])
@@ -402,7 +402,7 @@ def test_the_reference_follows_the_policy():
     assert largest_difference(near.reference, expected) < 1e-6
 
 
-def test_the_frozen_half_has_no_gradient_and_no_optimiser():
+def test_the_frozen_half_has_no_gradient_and_no_optimizer():
     state, frozen = learner("params/vision/.*")
     new, _ = update(PLAIN, state, frozen)
     assert largest_difference(new.params, state.params) > 0
@@ -422,7 +422,7 @@ def test_pictures_that_were_dropped_stop_the_update():
 def test_supervised_fine_tuning_is_cross_entropy():
     state, frozen = learner()
     tokens, present = TASK.texts.labels(questions().answer)
-    step = functools.partial(sft.update, policy=POLICY, optimiser=OPTIMISER)
+    step = functools.partial(sft.update, policy=POLICY, optimizer=OPTIMIZER)
     new, metrics = jit(step)(state, frozen, questions(), tokens, present)
     rows = jnp.concatenate([questions().tokens, tokens], axis=1)
     there = jnp.concatenate([questions().present, present], axis=1)
@@ -452,7 +452,7 @@ def prefer(given, **hyperparameters):
     step = functools.partial(
         dpo.update,
         policy=POLICY,
-        optimiser=OPTIMISER,
+        optimizer=OPTIMIZER,
         hyperparameters=dpo.Hyperparameters(**h | hyperparameters),
     )
     return jit(step)(state, frozen, given, jax.random.key(4))
@@ -523,7 +523,7 @@ def turns():
 def with_value(reference=False):
     state, _ = learner()
     params = token_learner.with_value_head(jax.random.key(5), state.params, 16)
-    state = token_learner.init(params, optimiser=OPTIMISER, with_reference=reference)
+    state = token_learner.init(params, optimizer=OPTIMIZER, with_reference=reference)
     return state, jax.tree.map(lambda _: None, params)
 
 
@@ -536,7 +536,7 @@ def ppo_update(state=None, batch=None, **hyperparameters):
     step = functools.partial(
         token_ppo.update,
         policy=POLICY,
-        optimiser=OPTIMISER,
+        optimizer=OPTIMIZER,
         hyperparameters=token_ppo.Hyperparameters(**h | hyperparameters),
     )
     given, last = (batch, None) if batch else turns()
@@ -645,7 +645,7 @@ def test_no_pass_of_token_ppo_is_over_more_than_a_part(batch, expected):
     )  # fmt: skip
     policy = Recorded(**{f.name: getattr(POLICY, f.name) for f in dataclasses.fields(POLICY)})
     step = functools.partial(
-        token_ppo.update, policy=policy, optimiser=OPTIMISER, hyperparameters=hyperparameters
+        token_ppo.update, policy=policy, optimizer=OPTIMIZER, hyperparameters=hyperparameters
     )
     passes.clear()
     jax.eval_shape(step, *with_value(reference=True), given, last, jax.random.key(4))

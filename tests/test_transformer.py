@@ -36,7 +36,7 @@ def stack(heads=2, **changes):
     return Transformer(**{"layers": 2, "block": BlockSpec(heads, 2 * WIDTH)} | changes)
 
 
-def initialised(model, mask):
+def initialized(model, mask):
     return jit(model.init)(jax.random.key(0), tokens(), Context(mask))
 
 
@@ -75,7 +75,7 @@ def test_attention_equals_jax():
 @pytest.mark.parametrize("layers", [1, 3])
 def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
     model = stack(layers=layers)
-    params = initialised(model, some_mask())
+    params = initialized(model, some_mask())
     run = jit(model.apply, static_argnames="readouts")
     whole = run(params, tokens(), Context(some_mask()))
     last = run(params, tokens(), Context(some_mask()), readouts=readouts)
@@ -86,7 +86,7 @@ def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
 def test_spans_one_after_the_other_are_the_whole_stack():
     mask = some_mask()
     model = stack(layers=3)
-    params = initialised(model, mask)
+    params = initialized(model, mask)
     whole = jit(model.apply)(params, tokens(), Context(mask))
     run = jit(model.apply, static_argnames="span")
     first = run(params, tokens(), Context(mask), span=range(1))
@@ -98,7 +98,7 @@ def test_spans_one_after_the_other_are_the_whole_stack():
 
 
 def test_only_readouts_change_in_cross_attention():
-    params, mask = initialised(stack(), some_mask()), some_mask()
+    params, mask = initialized(stack(), some_mask()), some_mask()
     # Two blocks, written out: what is read stays as it was, whatever a block made of it.
     x = tokens()
     for i in range(2):
@@ -115,7 +115,7 @@ def test_only_readouts_change_in_cross_attention():
 def test_remat_changes_no_gradient(readouts):
     def gradients(remat):
         model = stack(remat=remat)
-        params = initialised(stack(), some_mask())
+        params = initialized(stack(), some_mask())
         weight = jax.random.normal(jax.random.key(1), (WIDTH,))
 
         def loss(params):
@@ -125,16 +125,16 @@ def test_remat_changes_no_gradient(readouts):
 
         return jit(jax.grad(loss))(params)
 
-    plain, rematerialised = gradients(False), gradients(True)
+    plain, rematerialized = gradients(False), gradients(True)
     assert any(np.abs(g).max() > 0.01 for g in jax.tree.leaves(plain))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, rematerialised
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, rematerialized
     )
 
 
 def test_bfloat16_keeps_float32_parameters_and_is_near_float32():
     model = stack(dtype=jnp.bfloat16)
-    params = initialised(model, some_mask())
+    params = initialized(model, some_mask())
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     half = jit(model.apply)(params, tokens(), Context(some_mask()))
     full = jit(stack().apply)(params, tokens(), Context(some_mask()))
@@ -153,7 +153,7 @@ def test_a_token_depends_on_what_its_mask_allows_and_on_nothing_else():
     # Token q reads tokens up to q: what reaches it through two layers is the same set.
     mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None]
     model = stack()
-    params = initialised(model, mask)
+    params = initialized(model, mask)
     weight = jax.random.normal(jax.random.key(1), (WIDTH,))
     jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, Context(mask))[0] @ weight))(
         tokens()
@@ -164,7 +164,7 @@ def test_a_token_depends_on_what_its_mask_allows_and_on_nothing_else():
 def test_rows_that_may_read_nothing_are_finite():
     model = stack()
     mask = jnp.zeros((BATCH, LENGTH, LENGTH), bool)
-    params = initialised(model, mask)
+    params = initialized(model, mask)
 
     def loss(params, x):
         return jnp.sum(model.apply(params, x, Context(mask)) ** 3)
@@ -176,4 +176,4 @@ def test_rows_that_may_read_nothing_are_finite():
 
 def test_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="width=8 is not divisible by heads=3"):
-        initialised(stack(heads=3), some_mask())
+        initialized(stack(heads=3), some_mask())

@@ -45,11 +45,11 @@ def small(directory, **changes):
     return config
 
 
-def parts(config, optimiser=None):
+def parts(config, optimizer=None):
     """An environment, a learner, and its policy and what it observes, compiled."""
     factory.check(config)
     env = factory.make_env(config)
-    learner = control_models.fresh_learner(config, env, optimiser or factory.adam(1e-3, 1.0))
+    learner = control_models.fresh_learner(config, env, optimizer or factory.adam(1e-3, 1.0))
     obs = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(0), 2)).obs
     apply = jax.jit(control_models.make_apply(config, env))
     return env, learner, obs, lambda obs: apply(learner.params, obs)
@@ -261,10 +261,10 @@ def test_an_interrupted_run_goes_on_bitwise(trained, tmp_path):
     )
 
 
-def test_what_acts_can_be_stored_and_restored_without_the_optimiser(trained):
+def test_what_acts_can_be_stored_and_restored_without_the_optimizer(trained):
     _, config, _, result, _ = trained
-    like = factory.stored_learner(config).without_optimiser()
-    learner = result.carry.learner.without_optimiser()
+    like = factory.stored_learner(config).without_optimizer()
+    learner = result.carry.learner.without_optimizer()
     assert jax.tree.structure(learner) == jax.tree.structure(like)
     described = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (learner, like)]
     assert described[0] == described[1]

@@ -48,7 +48,7 @@ class Counter(Env):
             position=jnp.zeros((*batch, 1, 3)),
             rotation=jnp.broadcast_to(jnp.array([1.0, 0, 0, 0]), (*batch, 1, 4)),
             size=jnp.full((*batch, 1, 3), 2.0),
-            colour=steps[..., None, None] * jnp.array([0.2, 0.0, 0.0]),
+            color=steps[..., None, None] * jnp.array([0.2, 0.0, 0.0]),
         )
         return scene, look_at(jnp.broadcast_to(jnp.array([0.0, -3.0, 0.0]), (*batch, 3)), (0, 0, 0))
 

@@ -7,7 +7,7 @@ Command:   python -m experiments.study --study=configs/studies/vs_brax.py:reache
            and with inverted_pendulum, hopper, halfcheetah
 Hardware:  two CPU cores.
 Time:      1 to 5 minutes a run on one core.
-Result:    ours / Brax's gain 1.01 [0.99, 1.97] on inverted_pendulum; with generalised advantages
+Result:    ours / Brax's gain 1.01 [0.99, 1.97] on inverted_pendulum; with generalized advantages
            0.90 [0.46, 1.80] there, 1.07 [1.03, 1.21] on reacher, 1.08 [0.76, 1.28] on hopper and
            1.13 [0.96, 1.51] on halfcheetah.
 """
@@ -19,7 +19,7 @@ from experiments import brax_ppo
 
 SEEDS = 5
 MAIN = brax_ppo.GAIN
-# Brax's advantages are not the generalised ones, see `ppo.advantage`; `ours` has Brax's.
+# Brax's advantages are not the generalized ones, see `ppo.advantage`; `ours` has Brax's.
 VARIANTS: dict[str, dict] = {"brax": {}, "ours": {}, "gae": {"ppo.advantage": "gae"}}
 RUNNERS = {"brax": brax_ppo.run_brax, "ours": brax_ppo.run_ours, "gae": brax_ppo.run_ours}
 

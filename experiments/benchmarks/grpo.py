@@ -2,7 +2,7 @@
 
 An update draws a group of answers to each question, scores them, and takes one AdamW step. Both
 sides have the same weights, questions, numbers of answers and of tokens, rewards, loss and
-optimiser, float32; the peer one batch for everything, its cache of keys and values (a static one
+optimizer, float32; the peer one batch for everything, its cache of keys and values (a static one
 is no faster here), and no recomputation. On the same answers, losses and gradients of both are
 compared.
 """
@@ -132,7 +132,7 @@ class Ours:
     """One learner of this library.
 
     Attributes:
-      state: its parameters and optimiser.
+      state: its parameters and optimizer.
       question: of B samples.
     """
 
@@ -149,11 +149,11 @@ class Ours:
         policy = token_learner.TokenPolicy(
             model, length=job.length, stop=(model.vocabulary,), pad=tokenizer.pad_token_id
         )
-        optimiser = optax.chain(
+        optimizer = optax.chain(
             optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0)
         )
         estimator, loss = PRESETS["grpo"]
-        self.state = token_learner.init(params, optimiser=optimiser, with_reference=False)
+        self.state = token_learner.init(params, optimizer=optimizer, with_reference=False)
         self._keys = iter(jax.random.split(jax.random.key(0), 10_000))
         self._answer = jax.jit(
             functools.partial(policy.answer, group=GROUP, sampling=Sampling(temperature=1.0))
@@ -162,7 +162,7 @@ class Ours:
             functools.partial(
                 grpo.update,
                 policy=policy,
-                optimiser=optimiser,
+                optimizer=optimizer,
                 hyperparameters=grpo.Hyperparameters(
                     advantage=group_advantages.ESTIMATORS[estimator],
                     loss=loss,

@@ -83,7 +83,7 @@ def repeated(scene: Scene, kind: str, more: int) -> Scene:
         position=extend(scene.position, 0.03),
         rotation=extend(scene.rotation),
         size=extend(scene.size),
-        colour=extend(scene.colour),
+        color=extend(scene.color),
     )
 
 

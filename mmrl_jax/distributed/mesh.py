@@ -21,7 +21,7 @@ def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mes
 
     Args:
       devices: how many of `jax.devices()` to use, the first ones; None: all of them.
-      axes: names, of 'data', 'fsdp' and 'tensor', and sizes; neighbouring devices differ in the
+      axes: names, of 'data', 'fsdp' and 'tensor', and sizes; neighboring devices differ in the
         last one. None: the one axis 'data'.
 
     Raises:

@@ -2,7 +2,7 @@
 
 The first rule whose pattern matches all of a path says along which axes of the mesh the dimensions
 of that array are split, as in t5x and big_vision. Paths are those of `models.lora`; the rules hold
-for optimiser states too, whose paths end as their parameters' do.
+for optimizer states too, whose paths end as their parameters' do.
 """
 
 from collections.abc import Sequence

@@ -57,7 +57,7 @@ def instruction(tokens: jax.Array) -> dict[str, jax.Array]:
 
 
 class Templates:
-    """Sentences with named slots, e.g. 'touch the {colour} {shape}', filled inside `jit`.
+    """Sentences with named slots, e.g. 'touch the {color} {shape}', filled inside `jit`.
 
     Args:
       sentences: the templates; each word is a plain word or a slot '{name}'.

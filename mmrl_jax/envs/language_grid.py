@@ -1,9 +1,9 @@
 """`language_grid`: walk to the named object on a small grid, one cell a step, seen from above.
 
-Four objects lie on the grid: the named one, one of its colour, one of its shape, and another, so
-that neither colour nor shape alone decides. Walking onto an object ends the episode.
+Four objects lie on the grid: the named one, one of its color, one of its shape, and another, so
+that neither color nor shape alone decides. Walking onto an object ends the episode.
 
-A split differs from 'train' in one respect: 'heldout_pair' names colours and shapes that training
+A split differs from 'train' in one respect: 'heldout_pair' names colors and shapes that training
 neither names nor shows together, 'heldout_layout' has pairs of first cell and goal that training
 never has.
 """
@@ -24,7 +24,7 @@ SPLITS: tuple[str, ...] = get_args(Split)
 # Actions as text; the first one is that of a text that is none.
 MOVES = ("stay", "up", "down", "left", "right")
 _STEPS = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], np.int32)  # Row and column.
-COLOURS = ("red", "green", "blue", "yellow", "purple")
+COLORS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("ball", "box", "bar")
 _RGB = np.array(
     [[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.15, 0.3, 0.95], [0.95, 0.85, 0.1], [0.65, 0.2, 0.75]],
@@ -35,12 +35,12 @@ _PRIMITIVES = ("sphere", "box", "capsule")
 _SIZES = np.array([[0.36, 0, 0], [0.32, 0.32, 0.2], [0.14, 0.28, 0]], np.float32)
 _UPRIGHT = np.array([1.0, 0, 0, 0], np.float32)
 _LYING = np.array([np.sqrt(0.5), 0, np.sqrt(0.5), 0], np.float32)  # The local z along x.
-PAIRS = len(COLOURS) * len(SHAPES)
+PAIRS = len(COLORS) * len(SHAPES)
 HELDOUT_PAIR = np.array([(p // len(SHAPES) + p % len(SHAPES)) % 3 == 0 for p in range(PAIRS)])
 OBJECTS = 4
 TEMPLATES = instructions.Templates(
-    ("go to the {colour} {shape}", "walk to the {colour} {shape}"),
-    {"colour": COLOURS, "shape": SHAPES},
+    ("go to the {color} {shape}", "walk to the {color} {shape}"),
+    {"color": COLORS, "shape": SHAPES},
 )
 _HEIGHT = 20.0  # Of the camera, in cells: high, so that cells away from the middle look alike.
 
@@ -96,7 +96,7 @@ class LanguageGrid(Env):
         pairs = self._draw_pairs(u[cells : cells + PAIRS])
         tokens = TEMPLATES.fill(
             (u[-1] * len(TEMPLATES.sentences)).astype(jnp.int32),
-            colour=pairs[0] // len(SHAPES),
+            color=pairs[0] // len(SHAPES),
             shape=pairs[0] % len(SHAPES),
         )
         zero = jnp.zeros(())
@@ -137,7 +137,7 @@ class LanguageGrid(Env):
         """The grid from above; `state` may have leading batch axes."""
         info, kinds = state.info, len(_PRIMITIVES)
         batch = info["steps"].shape
-        shape, colour = info["pairs"] % len(SHAPES), info["pairs"] // len(SHAPES)
+        shape, color = info["pairs"] % len(SHAPES), info["pairs"] // len(SHAPES)
         # Each object is one primitive of every kind, of which all but one have no size.
         sizes = jax.nn.one_hot(shape, kinds)[..., None] * _SIZES
         places = jnp.repeat(self._world(info["places"]), kinds, axis=-2)
@@ -155,9 +155,7 @@ class LanguageGrid(Env):
             position=behind(jnp.concatenate([jnp.zeros_like(agent), agent], -2), places),
             rotation=jnp.broadcast_to(rotation, (*batch, *rotation.shape)),
             size=behind([[0.0, 0.0, 0.0], [0.42, 0.02, 0.0]], sizes),
-            colour=behind(
-                [[0.35] * 3, [1.0] * 3], jnp.repeat(jnp.asarray(_RGB)[colour], kinds, -2)
-            ),
+            color=behind([[0.35] * 3, [1.0] * 3], jnp.repeat(jnp.asarray(_RGB)[color], kinds, -2)),
             checker=jnp.broadcast_to(squares, (*batch, *squares.shape)),
         )
         position = jnp.broadcast_to(jnp.array([0.0, 0.0, _HEIGHT]), (*batch, 3))
@@ -194,17 +192,17 @@ class LanguageGrid(Env):
     def _draw_pairs(self, u: jax.Array) -> jax.Array:
         """Colours and shapes int32 [OBJECTS], the named one first, of numbers float32 [PAIRS]."""
         pairs, known = np.arange(PAIRS), ~HELDOUT_PAIR
-        colour, shape = pairs // len(SHAPES), pairs % len(SHAPES)
+        color, shape = pairs // len(SHAPES), pairs % len(SHAPES)
         named = HELDOUT_PAIR if self.split == "heldout_pair" else known
 
         def first(mask: jax.Array | np.ndarray) -> jax.Array:
             return jnp.argmax(jnp.where(mask, u, -1.0))
 
         a = first(named)
-        same_colour = first(known & (colour == a // len(SHAPES)) & (pairs != a))
+        same_color = first(known & (color == a // len(SHAPES)) & (pairs != a))
         same_shape = first(known & (shape == a % len(SHAPES)) & (pairs != a))
-        other = first(known & (pairs != a) & (pairs != same_colour) & (pairs != same_shape))
-        return jnp.stack([a, same_colour, same_shape, other])
+        other = first(known & (pairs != a) & (pairs != same_color) & (pairs != same_shape))
+        return jnp.stack([a, same_color, same_shape, other])
 
 
 def expert_action(state: State, *, rows: int) -> jax.Array:

@@ -57,7 +57,7 @@ TOLERANCE = 0.3  # Of the commanded speed, for success.
 CAMERA_OFFSET = np.array([0.0, -2.4, 2.0], np.float32)  # m, from the ground under the torso.
 CAMERA_HEIGHT = 0.4  # m, of the point that is looked at.
 FOVY = 45.0
-# Brighter than Brax's, dark brown on dark grey, of which little is left at 32 pixels.
+# Brighter than Brax's, dark brown on dark gray, of which little is left at 32 pixels.
 FLOOR_RGB, ANT_RGB = np.array([[0.55, 0.62, 0.6], [0.95, 0.5, 0.15]], np.float32)
 
 
@@ -93,7 +93,7 @@ class LanguageLocomotion(PipelineEnv):
         self.vocabulary = TEMPLATES.vocabulary
         geometry = system_scene.geometry(self.sys.mj_model)
         floor = np.array(geometry.kind)[:, None] == "plane"
-        self._geometry = geometry._replace(colour=np.where(floor, FLOOR_RGB, ANT_RGB))
+        self._geometry = geometry._replace(color=np.where(floor, FLOOR_RGB, ANT_RGB))
         self._commands = np.argwhere(HELDOUT == (split == "heldout_direction_speed"))
 
     @property

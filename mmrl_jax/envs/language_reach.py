@@ -21,7 +21,7 @@ Split = Literal[
 ]
 SPLITS: tuple[str, ...] = get_args(Split)
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 RGB = np.array(
     [
         [0.90, 0.10, 0.10],
@@ -35,38 +35,36 @@ RGB = np.array(
 )
 SHAPES = ("ball", "cube", "can")
 NOUNS = ("ball", "cube", "can", "sphere", "box", "cylinder")  # Noun i names shape i % 3.
-# Colour x shape pairs that exist in no training scene, one or two a shape.
-HELDOUT = np.zeros((len(COLOURS), len(SHAPES)), bool)
+# Color x shape pairs that exist in no training scene, one or two a shape.
+HELDOUT = np.zeros((len(COLORS), len(SHAPES)), bool)
 HELDOUT[[0, 3, 1, 4, 2], [1, 0, 2, 0, 2]] = True
 
 SENTENCES = (
-    "touch the {colour} {shape}",
-    "reach for the {colour} {shape}",
-    "go to the {colour} {shape}",
-    "move to the {shape} that is {colour}",
-    "find the {colour} {shape} and touch it",
-    "put your hand on the {colour} {shape}",
+    "touch the {color} {shape}",
+    "reach for the {color} {shape}",
+    "go to the {color} {shape}",
+    "move to the {shape} that is {color}",
+    "find the {color} {shape} and touch it",
+    "put your hand on the {color} {shape}",
 )
 HELDOUT_SENTENCES = (
-    "touch the {shape} that is {colour}",
-    "go and find the {colour} {shape}",
-    "reach for the {shape} that is {colour}",
-    "move your hand to the {colour} {shape}",
+    "touch the {shape} that is {color}",
+    "go and find the {color} {shape}",
+    "reach for the {shape} that is {color}",
+    "move your hand to the {color} {shape}",
 )
-TEMPLATES = instructions.Templates(
-    SENTENCES + HELDOUT_SENTENCES, {"colour": COLOURS, "shape": NOUNS}
-)
+TEMPLATES = instructions.Templates(SENTENCES + HELDOUT_SENTENCES, {"color": COLORS, "shape": NOUNS})
 
 LINK = 0.5  # m, length of each of the two links.
 # m, sizes in the renderer's convention. A small ball, a big cube and a tall can: at 32 pixels they
 # differ by size and outline, hardly by shading.
 SIZES = np.array([[0.065, 0.0, 0.0], [0.095, 0.095, 0.09], [0.045, 0.2, 0.0]], np.float32)
-HEIGHTS = np.array([0.065, 0.09, 0.2], np.float32)  # m, of the centres above the table.
+HEIGHTS = np.array([0.065, 0.09, 0.2], np.float32)  # m, of the centers above the table.
 TOUCH = 0.1  # m, horizontal distance from tip to object at which it is touched.
 SLOTS_PER_SHAPE = 2
 OBJECTS = SLOTS_PER_SHAPE * len(SHAPES)
 AREA = np.array([[-0.62, 0.2], [0.62, 0.88]], np.float32)  # m, corners of the objects' area.
-APART = 0.28  # m, wished for between two objects' centres.
+APART = 0.28  # m, wished for between two objects' centers.
 NEAREST, FARTHEST = 0.38, 0.93  # m, an object's distance from the shoulder.
 CAMERA_POSITION = np.array([0.0, -0.35, 1.75], np.float32)
 CAMERA_TARGET = np.array([0.0, 0.46, 0.0], np.float32)
@@ -114,7 +112,7 @@ DRAWS = {
     "order": OBJECTS,
     "target": 1,
     "place": OBJECTS * CANDIDATES * 2,
-    "colour": len(COLOURS) * len(SHAPES),
+    "colour": len(COLORS) * len(SHAPES),
     "yaw": OBJECTS,
     "sentence": 1,
     "noun": 1,
@@ -274,7 +272,7 @@ class LanguageReach(PipelineEnv):
         shown = objects["active"][..., None]
         table = jnp.zeros((*batch, 1, 3))
         arm_size = jnp.array([[0.04, LINK / 2, 0], [0.032, LINK / 2, 0], [0.05, 0, 0]])
-        arm_colour = jnp.array([[0.25, 0.25, 0.28], [0.35, 0.35, 0.38], [1.0, 0.55, 0.1]])
+        arm_color = jnp.array([[0.25, 0.25, 0.28], [0.35, 0.35, 0.38], [1.0, 0.55, 0.1]])
         expand = lambda x: jnp.broadcast_to(x, (*batch, *x.shape))  # noqa: E731
         scene = Scene(
             kind=("plane", "capsule", "capsule", "sphere")
@@ -288,10 +286,10 @@ class LanguageReach(PipelineEnv):
             size=jnp.concatenate(
                 [table, expand(arm_size), shown * SIZES[np.arange(OBJECTS) // SLOTS_PER_SHAPE]], -2
             ),
-            colour=jnp.concatenate(
+            color=jnp.concatenate(
                 [
                     expand(jnp.array([[0.45, 0.38, 0.30]])),
-                    expand(arm_colour),
+                    expand(arm_color),
                     jnp.asarray(RGB)[objects["colour"]],
                 ],
                 -2,
@@ -332,8 +330,8 @@ class LanguageReach(PipelineEnv):
         active = rank < count
         target = jnp.argmax(rank == _integer(u["target"], 0, count))
         shape = jnp.arange(OBJECTS) // SLOTS_PER_SHAPE
-        # Two objects of one shape never share a colour, so that every name is unambiguous: the
-        # first takes the colour with the highest number, the second the next.
+        # Two objects of one shape never share a color, so that every name is unambiguous: the
+        # first takes the color with the highest number, the second the next.
         number = u["colour"].reshape(HELDOUT.T.shape)
         if self.split == "heldout_colour_shape":
             # The named object is a held-out pair; any other may be one too, so that it is not the
@@ -343,19 +341,19 @@ class LanguageReach(PipelineEnv):
         else:
             number = jnp.where(HELDOUT.T, -1.0, number)
         first = jnp.argmax(number, axis=1)
-        second = jnp.argmax(jnp.where(np.arange(len(COLOURS)) == first[:, None], -2, number), 1)
-        colour = jnp.stack([first, second], axis=1).reshape(OBJECTS)
+        second = jnp.argmax(jnp.where(np.arange(len(COLORS)) == first[:, None], -2, number), 1)
+        color = jnp.stack([first, second], axis=1).reshape(OBJECTS)
         if self.split == "heldout_colour_shape":
-            # The first colour of its shape is the named object's, whichever slot it lies in.
+            # The first color of its shape is the named object's, whichever slot it lies in.
             partner = target ^ 1
-            colour = colour.at[target].set(first[shape[target]])
-            colour = colour.at[partner].set(second[shape[target]])
+            color = color.at[target].set(first[shape[target]])
+            color = color.at[partner].set(second[shape[target]])
         position = _spread(u["place"].reshape(OBJECTS, CANDIDATES, 2))[rank]
         objects = {
             "active": active.astype(jnp.float32),
             "position": jnp.concatenate([position, jnp.asarray(HEIGHTS)[shape][:, None]], -1),
             "yaw": 2 * jnp.pi * u["yaw"],
-            "colour": colour,
+            "colour": color,
             "shape": shape,
         }
         return objects, target
@@ -368,7 +366,7 @@ class LanguageReach(PipelineEnv):
         synonym = _integer(u["noun"], 0, len(NOUNS) // len(SHAPES))
         return TEMPLATES.fill(
             _integer(u["sentence"], low, high),
-            colour=objects["colour"][target],
+            color=objects["colour"][target],
             shape=objects["shape"][target] + len(SHAPES) * synonym,
         )
 

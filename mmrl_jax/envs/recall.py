@@ -21,7 +21,7 @@ INSTRUCTION = "name the colour that you saw"
 
 
 class Recall(Env):
-    """Choose the action that stands for the colour of the ball seen at step 0.
+    """Choose the action that stands for the color of the ball seen at step 0.
 
     Observation: 'instruction', one fixed sentence, and 'proprio' float32 [1], the fraction of the
     episode that has passed. `Pixels` adds 'pixels': the ball at step 0, later an empty floor.
@@ -46,7 +46,7 @@ class Recall(Env):
 
     @property
     def action_size(self) -> int:
-        """Number of actions, one a colour."""
+        """Number of actions, one a color."""
         return len(RGB)
 
     @property
@@ -90,7 +90,7 @@ class Recall(Env):
             position=jnp.broadcast_to(jnp.array([[0, 0, 0], [0, 0, 0.4]]), (*batch, 2, 3)),
             rotation=jnp.broadcast_to(jnp.array([1.0, 0, 0, 0]), (*batch, 2, 4)),
             size=radius * jnp.array([[0.0, 0, 0], [1, 0, 0]]),
-            colour=jnp.concatenate([floor, jnp.asarray(RGB)[cue][..., None, :]], -2),
+            color=jnp.concatenate([floor, jnp.asarray(RGB)[cue][..., None, :]], -2),
         )
         position = jnp.broadcast_to(jnp.array([0.0, -1.0, 1.4]), (*batch, 3))
         return scene, look_at(position, (0.0, 0.0, 0.4))

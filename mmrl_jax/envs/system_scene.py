@@ -27,7 +27,7 @@ class Geometry(NamedTuple):
       position: float32 [G, 3], m, in the body's frame.
       rotation: float32 [G, 4], unit quaternion w, x, y, z, in the body's frame.
       size: float32 [G, 3], m, MuJoCo's convention.
-      colour: float32 [G, 3] in [0, 1].
+      color: float32 [G, 3] in [0, 1].
       geom: int [G], of the geoms in the model.
     """
 
@@ -36,7 +36,7 @@ class Geometry(NamedTuple):
     position: np.ndarray
     rotation: np.ndarray
     size: np.ndarray
-    colour: np.ndarray
+    color: np.ndarray
     geom: np.ndarray
 
 
@@ -44,7 +44,7 @@ def geometry(model: mujoco.MjModel) -> Geometry:
     """Takes the geoms of `model` that MuJoCo's viewer would show.
 
     Left out are geoms with an alpha of 0 and those of groups 3 and above. A texture is drawn as
-    its mean colour, and a translucent geom as an opaque one.
+    its mean color, and a translucent geom as an opaque one.
 
     Raises:
       ValueError: a visible geom is of a kind that the renderer does not draw, such as a mesh.
@@ -66,7 +66,7 @@ def geometry(model: mujoco.MjModel) -> Geometry:
         position=np.asarray(model.geom_pos[shown], np.float32),
         rotation=np.asarray(model.geom_quat[shown], np.float32),
         size=np.asarray(model.geom_size[shown], np.float32),
-        colour=rgba[shown, :3].astype(np.float32),
+        color=rgba[shown, :3].astype(np.float32),
         geom=np.asarray(shown),
     )
 
@@ -92,7 +92,7 @@ def scene(
         position=carried + _rotate(turned, jnp.asarray(shown.position)),
         rotation=_multiply(turned, jnp.asarray(shown.rotation)),
         size=jnp.broadcast_to(shown.size, (*batch, count, 3)),
-        colour=jnp.broadcast_to(shown.colour, (*batch, count, 3)),
+        color=jnp.broadcast_to(shown.color, (*batch, count, 3)),
         checker=jnp.full((*batch, count), checker, jnp.float32),
     )
 

@@ -115,7 +115,7 @@ class QuestionEvaluator:
                 image=np.asarray(found.question.images[i]),
                 question=texts.prompts[found.question.text[i]],
                 right=texts.answers[found.question.answer[i]],
-                answer=texts.tokeniser.decode(found.tokens[i][found.present[i]]),
+                answer=texts.tokenizer.decode(found.tokens[i][found.present[i]]),
                 reward=float(found.score.reward[i]),
                 correct=bool(found.score.correct[i]),
             )

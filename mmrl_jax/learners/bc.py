@@ -99,11 +99,11 @@ def update(
     indices: jax.Array,
     *,
     apply: Apply,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
-    """One optimiser step on the demonstrations [n] with these indices, int32 [n].
+    """One optimizer step on the demonstrations [n] with these indices, int32 [n].
 
     The loss is the cloning loss of the action distribution, plus weighted squared errors of the
     value and of the auxiliary predictions. The state's statistics must have been computed.
@@ -133,5 +133,5 @@ def update(
         return value, parts
 
     (loss, parts), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
-    state, metrics = apply_gradients(state, loss, gradients, optimiser)
+    state, metrics = apply_gradients(state, loss, gradients, optimizer)
     return state, metrics | parts

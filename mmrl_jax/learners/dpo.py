@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv 2305.18290) of given answers.
+"""Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290) of given answers.
 
 The preferences may be given, or made of the policy's own answers by their rewards, update by update
 (Guo et al., 2024, arXiv 2402.04792): `best_and_worst`.
@@ -26,7 +26,7 @@ class Hyperparameters:
       beta: weight of the KL to the reference, see `dpo_loss`.
       label_smoothing: see there.
       epochs: passes over a batch.
-      minibatches: optimiser steps a pass; must divide B.
+      minibatches: optimizer steps a pass; must divide B.
       grad_accum_steps: parts of a minibatch whose gradients are added up; must divide B /
         minibatches.
     """
@@ -92,7 +92,7 @@ def update(
     rng: jax.Array,
     *,
     policy: TokenPolicy,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
@@ -104,12 +104,12 @@ def update(
       preferences: of B questions.
       rng: key of the shuffles.
       policy: the model.
-      optimiser: the one whose state the learner holds.
+      optimizer: the one whose state the learner holds.
       hyperparameters: see there.
       shard: places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimiser steps that were taken.
+      The new learner, and metrics: means over the optimizer steps that were taken.
       'policy/preferred' is how often the preferred answer has gained on the other one.
     """
     h = hyperparameters
@@ -150,7 +150,7 @@ def update(
         rng,
         part_loss=part_loss,
         normalizer=lambda minibatch: jnp.maximum(jnp.sum(minibatch[0].weight), 1.0),
-        optimiser=optimiser,
+        optimizer=optimizer,
         epochs=h.epochs,
         minibatches=h.minibatches,
         grad_accum_steps=h.grad_accum_steps,

@@ -1,4 +1,4 @@
-"""Policy optimisation from groups of answers: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++.
+"""Policy optimization from groups of answers: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++.
 
 They differ in the advantage and in the loss alone, see `rl.group_advantages` and `rl.token_losses`:
 
@@ -35,7 +35,7 @@ class Hyperparameters:
       entropy_weight: weight of the entropy bonus, whose sum over tokens has the loss's divisor.
       temperature: at which the answers were drawn.
       epochs: passes over a batch.
-      minibatches: optimiser steps a pass; must divide B.
+      minibatches: optimizer steps a pass; must divide B.
       grad_accum_steps: parts of a minibatch whose gradients are added up; must divide B /
         minibatches.
       mask_truncated_completions: answers that were truncated are left out of the loss, as by TRL;
@@ -89,7 +89,7 @@ def update(
     rng: jax.Array,
     *,
     policy: TokenPolicy,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
@@ -101,12 +101,12 @@ def update(
       experience: of B questions.
       rng: key of the shuffles.
       policy: the model.
-      optimiser: the one whose state the learner holds.
+      optimizer: the one whose state the learner holds.
       hyperparameters: see there.
       shard: places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimiser steps that were taken.
+      The new learner, and metrics: means over the optimizer steps that were taken.
     """
     h, answers = hyperparameters, experience.answers
     advantage = h.advantage(experience.reward, experience.scored)
@@ -173,7 +173,7 @@ def update(
         rng,
         part_loss=part_loss,
         normalizer=normalizer,
-        optimiser=optimiser,
+        optimizer=optimizer,
         epochs=h.epochs,
         minibatches=h.minibatches,
         grad_accum_steps=h.grad_accum_steps,

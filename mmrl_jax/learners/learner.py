@@ -28,9 +28,9 @@ class LearnerState(struct.PyTreeNode):
 
     Attributes:
       params: float32 pytree of the network.
-      opt_state: state of the optax optimiser.
-      normalizer: running statistics of proprioception; acting and learning normalise with them.
-      steps: int32 [], optimiser steps taken.
+      opt_state: state of the optax optimizer.
+      normalizer: running statistics of proprioception; acting and learning normalize with them.
+      steps: int32 [], optimizer steps taken.
     """
 
     params: Params
@@ -38,25 +38,25 @@ class LearnerState(struct.PyTreeNode):
     normalizer: normalization.RunningStatistics
     steps: jax.Array
 
-    def without_optimiser(self) -> "LearnerState":
+    def without_optimizer(self) -> "LearnerState":
         """What the learner acts with: of one structure, whatever it was trained with."""
         return self.replace(opt_state=())
 
 
 def init(
-    params: Params, *, optimiser: optax.GradientTransformation, proprio_size: int
+    params: Params, *, optimizer: optax.GradientTransformation, proprio_size: int
 ) -> LearnerState:
-    """A fresh learner around initialised parameters."""
+    """A fresh learner around initialized parameters."""
     return LearnerState(
         params=params,
-        opt_state=optimiser.init(params),
+        opt_state=optimizer.init(params),
         normalizer=normalization.init(proprio_size),
         steps=jnp.zeros((), jnp.int32),
     )
 
 
 def run_network(apply: Apply, state: LearnerState, observation: Observation) -> PolicyOutput:
-    """Runs the network on observations [B, ...] with proprioception normalised."""
+    """Runs the network on observations [B, ...] with proprioception normalized."""
     proprio = normalization.normalize(state.normalizer, observation["proprio"])
     return apply(state.params, observation | {"proprio": proprio})
 
@@ -102,9 +102,9 @@ def apply_gradients(
     state: AnyState,
     loss: jax.Array,
     gradients: Params,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[AnyState, Metrics]:
-    """One optimiser step, skipped where the loss [] or its gradient is not finite.
+    """One optimizer step, skipped where the loss [] or its gradient is not finite.
 
     Returns:
       The new state, and 'loss/total', 'grad/norm', 'update/steps' and 'update/skipped' (one of
@@ -112,7 +112,7 @@ def apply_gradients(
     """
     norm = optax.tree.norm(gradients)  # Not finite as soon as one number of the gradient is not.
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(params=params, opt_state=opt_state, steps=state.steps + 1)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
@@ -174,7 +174,7 @@ def epoch_indices(rng: jax.Array, update: jax.Array, *, batch_size: int, size: i
 
 
 def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
-    """The samples of every optimiser step, int32 [E * M, size / M], for `gather`.
+    """The samples of every optimizer step, int32 [E * M, size / M], for `gather`.
 
     Every minibatch has one sample of each run of M samples that follow each other, so that none has
     to move to another device, however many there are, and the order does not depend on how many.
@@ -182,7 +182,7 @@ def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
     Args:
       keys: of the shuffles, one for each of E epochs.
       size: number of samples.
-      minibatches: M, optimiser steps an epoch; must divide `size`.
+      minibatches: M, optimizer steps an epoch; must divide `size`.
     """
     runs = jnp.broadcast_to(jnp.arange(minibatches), (size // minibatches, minibatches))
 

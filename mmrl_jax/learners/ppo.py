@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al., 2017, arXiv 1707.06347)."""
+"""Proximal policy optimization (Schulman et al., 2017, arXiv 1707.06347)."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -35,13 +35,13 @@ class Hyperparameters:
     Attributes:
       discount: per control step, in [0, 1].
       gae_lambda: in [0, 1].
-      advantage: 'gae', generalised advantages; 'return', those of the lambda-return behind a step,
+      advantage: 'gae', generalized advantages; 'return', those of the lambda-return behind a step,
         as in Brax. The targets of the value are the same.
       clip: half width of the policy's trust interval, > 0.
       value_clip: of the value loss, > 0, or None for the plain squared error.
       value_weight, entropy_weight, auxiliary_weight, pointing_weight: of the losses' parts.
       epochs: passes over a batch.
-      minibatches: optimiser steps a pass; must divide T * B.
+      minibatches: optimizer steps a pass; must divide T * B.
       target_kl: skip what is left of the update once a minibatch's KL exceeds it; None: never.
       recompute: the log-probs of the actions are computed anew, in minibatches, before the first
         step. In less than float32 those of the rollout, which is another program, differ by
@@ -94,7 +94,7 @@ def loss(
 
 
 def weighted_sum(parts: dict[str, jax.Array], hyperparameters: Hyperparameters) -> jax.Array:
-    """The scalar that is minimised."""
+    """The scalar that is minimized."""
     h = hyperparameters
     return (
         parts["loss/policy"]
@@ -112,7 +112,7 @@ def update(
     rng: jax.Array,
     *,
     apply: Apply,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
@@ -124,7 +124,7 @@ def update(
       last_observation: [B, ...], after the last transition.
       rng: key of the shuffles.
       apply: (params, observation) -> PolicyOutput.
-      optimiser: the one whose state the learner holds.
+      optimizer: the one whose state the learner holds.
       hyperparameters: see there.
       shard: places a minibatch on the mesh.
 
@@ -142,7 +142,7 @@ def update(
 
         old = map_in_chunks(lambda part: log_prob(shard(part)), samples[0], h.minibatches)
         samples = (samples[0].replace(log_prob=old), *samples[1:])
-    # Acting normalised with these statistics: normalising the same way here makes the first
+    # Acting normalized with these statistics: normalizing the same way here makes the first
     # ratio exactly 1. They take in the new batch at the end.
     normalizer = state.normalizer
 
@@ -155,7 +155,7 @@ def update(
             return weighted_sum(parts, h), metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
-        state, step_metrics = apply_gradients(state, value, gradients, optimiser)
+        state, step_metrics = apply_gradients(state, value, gradients, optimizer)
         return state, metrics | step_metrics
 
     def maybe_step(carry: tuple, x: tuple) -> tuple:
@@ -210,7 +210,7 @@ def _with_advantages(
         "terminated": batch.terminated,
         "truncated": advantages.truncation_mask(batch.terminated, batch.truncated, valid),
     }
-    advantage, target = advantages.generalised_advantages(
+    advantage, target = advantages.generalized_advantages(
         **steps, discount=discount, lambda_=hyperparameters.gae_lambda
     )
     if hyperparameters.advantage == "return":

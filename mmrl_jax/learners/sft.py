@@ -21,10 +21,10 @@ def update(
     present: jax.Array,
     *,
     policy: TokenPolicy,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """One optimiser step on a batch of answered questions.
+    """One optimizer step on a batch of answered questions.
 
     Args:
       state: the learner.
@@ -33,7 +33,7 @@ def update(
       tokens: int32 [B, T], the answers, with their stop tokens.
       present: bool [B, T].
       policy: the model.
-      optimiser: the one whose state the learner holds.
+      optimizer: the one whose state the learner holds.
       shard: places the batch on the mesh.
 
     Returns:
@@ -51,5 +51,5 @@ def update(
         return loss, {"loss/answer": loss, "policy/entropy": entropy}
 
     (loss, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
-    state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
+    state, step_metrics = apply_gradients(state, loss, gradients, optimizer)
     return state, metrics | step_metrics

@@ -37,9 +37,9 @@ class TokenState(struct.PyTreeNode):
 
     Attributes:
       params: the trained half of the model's variables, see `models.lora.split`.
-      opt_state: state of the optax optimiser.
+      opt_state: state of the optax optimizer.
       reference: parameters that the policy is kept near to, as `params`; () where to none.
-      steps: int32 [], optimiser steps taken.
+      steps: int32 [], optimizer steps taken.
     """
 
     params: Params
@@ -47,18 +47,18 @@ class TokenState(struct.PyTreeNode):
     reference: Params
     steps: jax.Array
 
-    def without_optimiser(self) -> "TokenState":
+    def without_optimizer(self) -> "TokenState":
         """What the learner acts with."""
         return self.replace(opt_state=(), reference=())
 
 
 def init(
-    params: Params, *, optimiser: optax.GradientTransformation, with_reference: bool
+    params: Params, *, optimizer: optax.GradientTransformation, with_reference: bool
 ) -> TokenState:
     """A fresh learner around a trained half; the reference is where it starts."""
     return TokenState(
         params=params,
-        opt_state=optimiser.init(params),
+        opt_state=optimizer.init(params),
         reference=params if with_reference else (),
         steps=jnp.zeros((), jnp.int32),
     )
@@ -115,7 +115,7 @@ def minibatch_epochs(
     *,
     part_loss: Callable[[Params, Any, Any], tuple[jax.Array, Metrics]],
     normalizer: Callable[[Any], Any],
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
     grad_accum_steps: int,
@@ -130,14 +130,14 @@ def minibatch_epochs(
       part_loss: (parameters, part of a minibatch, what `normalizer` says of the minibatch) -> the
         part's shares [] of the loss and of metrics, which add up to the minibatch's.
       normalizer: minibatch -> what the losses of its parts are divided by.
-      optimiser: the one whose state the learner holds.
+      optimizer: the one whose state the learner holds.
       epochs: passes over the samples.
       minibatches: steps a pass.
       grad_accum_steps: parts of a minibatch.
       shard: places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimiser steps that were taken.
+      The new learner, and metrics: means over the optimizer steps that were taken.
     """
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
@@ -147,7 +147,7 @@ def minibatch_epochs(
         (loss, metrics), gradients = accumulate(
             lambda part: gradient(state.params, part, total), minibatch, grad_accum_steps
         )
-        state, step_metrics = apply_gradients(state, loss, gradients, optimiser)
+        state, step_metrics = apply_gradients(state, loss, gradients, optimizer)
         return state, metrics | step_metrics
 
     size = len(jax.tree.leaves(samples)[0])

@@ -31,14 +31,14 @@ class Hyperparameters:
 
     Attributes:
       discount: of a turn, in [0, 1].
-      gae_lambda: of generalised advantages, of a token, in [0, 1].
+      gae_lambda: of generalized advantages, of a token, in [0, 1].
       loss: of the policy, reduced over tokens.
       value_clip: half width of the interval that a value may move in, see `losses.value_loss`.
       value_weight: weight of the value loss.
       entropy_weight: weight of the entropy bonus.
       temperature: at which the answers were drawn.
       epochs: passes over a batch.
-      minibatches: optimiser steps a pass; must divide T * B.
+      minibatches: optimizer steps a pass; must divide T * B.
       grad_accum_steps: parts of a minibatch whose gradients are added up; must divide what that
         leaves. A pass of the model is never over more than such a part.
     """
@@ -86,7 +86,7 @@ def update(
     rng: jax.Array,
     *,
     policy: TokenPolicy,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     hyperparameters: Hyperparameters,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
@@ -102,12 +102,12 @@ def update(
         terminates with its last turn, so that nothing of what follows is asked.
       rng: key of the shuffles.
       policy: the model.
-      optimiser: the one whose state the learner holds.
+      optimizer: the one whose state the learner holds.
       hyperparameters: see there.
       shard: places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimiser steps that were taken.
+      The new learner, and metrics: means over the optimizer steps that were taken.
 
     Raises:
       ValueError: there is a `last` question, but G is not 1.
@@ -147,7 +147,7 @@ def update(
         rng,
         part_loss=part_loss,
         normalizer=lambda minibatch: jnp.maximum(jnp.sum(minibatch.mask), 1.0),
-        optimiser=optimiser,
+        optimizer=optimizer,
         epochs=h.epochs,
         minibatches=h.minibatches,
         grad_accum_steps=h.grad_accum_steps,

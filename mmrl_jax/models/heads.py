@@ -30,7 +30,7 @@ class PolicyOutput:
 
 
 class PolicyHead(nn.Module):
-    """Features to an action distribution; starts near the centre of the action range.
+    """Features to an action distribution; starts near the center of the action range.
 
     Attributes:
       kind: 'continuous' (tanh-normal; one learned log std a dimension, 0 at first) or 'discrete'.

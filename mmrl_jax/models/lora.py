@@ -44,7 +44,7 @@ class LoraGroup:
 class Adapter(struct.PyTreeNode):
     """What is added to a layer: alpha / rank * x a b (Hu et al., 2021).
 
-    `a` and `b` alone are leaves, so that no optimiser moves `alpha` and `dropout`.
+    `a` and `b` alone are leaves, so that no optimizer moves `alpha` and `dropout`.
 
     Attributes:
       a: float32 [D, rank].
@@ -149,14 +149,14 @@ def _added(params: Any, lora: Any, sign: float) -> dict[str, Any]:
         if kernel is None:
             raise ValueError(f"The parameters have no layer {path!r}, but there is an adapter.")
         if kernel.dtype == jnp.int8:
-            raise ValueError(f"{path}/kernel is int8; merge before `quantise`.")
+            raise ValueError(f"{path}/kernel is int8; merge before `quantize`.")
         product = jnp.matmul(adapter.a, adapter.b, precision="highest")
         added = kernel.astype(jnp.float32) + sign * adapter.scale * product
         flat[f"{path}/kernel"] = added.astype(kernel.dtype)
     return unflatten_dict(flat, sep="/")
 
 
-def quantise(params: Any, pattern: str) -> dict[str, Any]:
+def quantize(params: Any, pattern: str) -> dict[str, Any]:
     """Makes kernels int8, symmetric, with a float32 scale for each output (Dettmers et al., 2022).
 
     A weight is off by at most half a step, max|w| of its column / 254. Such parameters are frozen.

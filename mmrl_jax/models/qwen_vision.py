@@ -2,7 +2,7 @@
 
 Images keep their proportions, so each has its own number of patches. The patches of all images of a
 sample make one padded sequence, in which masks keep images (and windows of images) apart. In each
-image, merge x merge neighbouring patches come one after the other, and become one feature:
+image, merge x merge neighboring patches come one after the other, and become one feature:
 
     patch   0  1  4  5      feature  0  1
             2  3  6  7
@@ -27,7 +27,7 @@ class PatchImages(NamedTuple):
     """The patches of the images of each of B samples, image after image, and padding at the end.
 
     Attributes:
-      patches: float [B, P, frames * patch * patch * 3], normalised as the processor says.
+      patches: float [B, P, frames * patch * patch * 3], normalized as the processor says.
       segment: int32 [B, P], which image of the sample a patch is of, from 0; -1 for padding.
       rows: int32 [B, P], from the top of the image, in patches.
       columns: int32 [B, P], from the left of the image, in patches.
@@ -52,14 +52,14 @@ def hat(index: chex.Array, count: jax.Array, side: int) -> jax.Array:
 
 
 class Merger(nn.Module):
-    """An MLP makes one feature of `group` neighbouring patches.
+    """An MLP makes one feature of `group` neighboring patches.
 
     Attributes:
       features: width of what comes out.
       group: patches to a feature.
       block: whose norm is used.
       dtype: compute dtype.
-      norm_merged: it is of the neighbours together, not of each.
+      norm_merged: it is of the neighbors together, not of each.
     """
 
     features: int
@@ -87,7 +87,7 @@ class PatchTower(nn.Module):
       block: what they are made of.
       features: width of the features, the language model's.
       rope: turns half of each head by rows, the other half by columns; of size head / 2.
-      merge: edge of the neighbourhood that becomes a feature, patches.
+      merge: edge of the neighborhood that becomes a feature, patches.
       window: edge of the windows, patches; None where all layers read the whole image.
       full_layers: those that read the whole image where there are windows.
       side: of the square table of learned positions, which is interpolated; None for no table.

@@ -17,7 +17,7 @@ class Tiles(NamedTuple):
     """The images of B samples, cut into N tiles, in the order of their image tokens.
 
     Attributes:
-      pixels: float [B, N, H, W, 3], normalised as the processor says.
+      pixels: float [B, N, H, W, 3], normalized as the processor says.
       present: bool [B, N], False for what fills up samples with fewer tiles; or, where an image may
         fill a tile in part, [B, N, H / p, W / p], its patches (see `VisionTower`).
     """
@@ -75,7 +75,7 @@ class AnyresTiles:
     """Images of B samples, I for each, all of one size, cut into tiles (LLaVA-OneVision).
 
     Attributes:
-      pixels: float [B, I, T, H, W, 3], normalised: the whole image, then a grid of tiles, row by
+      pixels: float [B, I, T, H, W, 3], normalized: the whole image, then a grid of tiles, row by
         row, in whose middle the image lies as large as it fits.
       present: bool [B, I].
       size: of the images before, height and width in pixels.

@@ -82,10 +82,10 @@ class VisionTower(nn.Module):
       patches: of an image; each has a learned position.
       class_token: a learned token comes first.
       patch_bias: the patch embedding has a bias.
-      pre_norm: normalise the embeddings.
-      pool: 'class', the class token, normalised; 'attention', what a learned query reads from the
+      pre_norm: normalize the embeddings.
+      pool: 'class', the class token, normalized; 'attention', what a learned query reads from the
         tokens, and an MLP (SigLIP); None.
-      norm_tokens: normalise all tokens after the stack.
+      norm_tokens: normalize all tokens after the stack.
       projection: width E of the pooled features; None for as they are.
       dtype: compute dtype.
       remat: recompute each block's activations in the backward pass.
@@ -107,7 +107,7 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, present: jax.Array | None = None) -> Encoded:
-        """Encodes images, float [B, H, W, 3], normalised as the processor says.
+        """Encodes images, float [B, H, W, 3], normalized as the processor says.
 
         Args:
           pixels: the images.
@@ -160,7 +160,7 @@ class Pictures(nn.Module):
 
     Attributes:
       tower: its tokens are the features, without a class token.
-      mean, std: of the normalisation, per channel, for values in [0, 1].
+      mean, std: of the normalization, per channel, for values in [0, 1].
     """
 
     tower: VisionTower
@@ -210,8 +210,8 @@ class TextTower(nn.Module):
       end: see `pool`.
       causal: a token reads those before it only.
       segments: kinds of segments that have an embedding of their own; all tokens are of the first.
-      pre_norm: normalise the embeddings.
-      final_norm: normalise after the stack.
+      pre_norm: normalize the embeddings.
+      final_norm: normalize after the stack.
       projection: width E of the pooled features; None for as they are.
       projection_bias: the projection has one.
       dtype: compute dtype.

@@ -41,7 +41,7 @@ class BlockSpec:
       activation: of the MLP.
       gated: the MLP is out(activation(gate(x)) * in(x)) (Shazeer, 2020).
       biases: which layers have one, of 'query', 'key', 'value', 'out' and 'mlp'.
-      qk_norm: queries and keys of each head are normalised before they are rotated.
+      qk_norm: queries and keys of each head are normalized before they are rotated.
       scale: of the scores; None for 1 / sqrt(head_size).
       softcap: scores are softcap * tanh(scores / softcap); None for as they are.
     """
@@ -120,7 +120,7 @@ def attention(
 
     Args:
       query: [B, Q, N, H], N heads of size H.
-      key: [B, S, K, H]; K divides N, and N / K neighbouring heads share a key head.
+      key: [B, S, K, H]; K divides N, and N / K neighboring heads share a key head.
       value: [B, S, K, H].
       mask: bool, broadcastable to [B, Q, S]; True where query q may read key s.
       scale: of the scores, see `BlockSpec`.
@@ -151,7 +151,7 @@ def cached_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`attention` over a prefix that G neighbouring samples share, and over their own keys.
+    """`attention` over a prefix that G neighboring samples share, and over their own keys.
 
     Args:
       query: [B * G, Q, N, H].
@@ -359,7 +359,7 @@ class Transformer(nn.Module):
       dtype: compute dtype; parameters, norms and softmax statistics are float32.
       remat: recompute each block's activations in the backward pass.
       pattern: which of several contexts each layer uses; by default the first.
-      final_norm: normalise what the last block returns.
+      final_norm: normalize what the last block returns.
     """
 
     layers: int

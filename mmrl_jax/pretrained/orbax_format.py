@@ -6,7 +6,7 @@
 
 Nothing has to be renamed or transposed to be read, adapters are merged once, and every process
 reads its parts. The checkpoints of training (`training/checkpoint.py`) are of a run's whole carry,
-with optimiser and config of the run; this is of a model alone.
+with optimizer and config of the run; this is of a model alone.
 """
 
 import json

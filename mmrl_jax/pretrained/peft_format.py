@@ -152,7 +152,7 @@ def load_adapter(
             shapes = tuple(x if x is None else x.shape for x in (a, b))
             problems.append(f"shapes of {name}'s lora_A and lora_B: {shapes}, expected {want}")
             continue
-        # Rank-stabilised adapters (Kalajdzievski, 2023) are scaled by alpha / sqrt(rank).
+        # Rank-stabilized adapters (Kalajdzievski, 2023) are scaled by alpha / sqrt(rank).
         alpha *= rank**0.5 if config.get("use_rslora") else 1
         a, b = (jnp.asarray(x.T, jnp.float32) for x in (a, b))
         flat[f"{path}/adapter"] = Adapter(a, b, alpha, config.get("lora_dropout", 0.0))

@@ -67,7 +67,7 @@ def crop_tiles(images: jax.Array, plan: Plan) -> jax.Array:
 
 
 def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array:
-    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: rows of tiles, then the whole; or the centre.
+    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: rows of tiles, then the whole; or the center.
 
     The whole is made of what the tiles are cut from.
     """
@@ -83,11 +83,11 @@ def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array
     )
 
 
-def pad(images: jax.Array, size: Size, colour: Sequence[float]) -> jax.Array:
+def pad(images: jax.Array, size: Size, color: Sequence[float]) -> jax.Array:
     """Puts images [B, H, W, 3] into the middle of a canvas; where that is odd, above and left."""
     height, width = images.shape[1:3]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    canvas = jnp.broadcast_to(jnp.asarray(colour, images.dtype), (len(images), *size, 3))
+    canvas = jnp.broadcast_to(jnp.asarray(color, images.dtype), (len(images), *size, 3))
     return canvas.at[:, top : top + height, left : left + width].set(images)
 
 
@@ -95,7 +95,7 @@ def anyres_tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> ja
     """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: the whole, then rows of tiles, if any.
 
     Tiles are cut from a black canvas. Without them the whole keeps its proportions, on a square of
-    the mean colour, as LLaVA-OneVision has it.
+    the mean color, as LLaVA-OneVision has it.
     """
     method = processor_files.METHODS[config["resample"]]
     if not plan.rows:
@@ -259,10 +259,10 @@ class Processor:
 
 
 def whole(config: Mapping[str, Any], size: Size, images: int) -> Plan:
-    """Of CLIP's and SigLIP's processors: resize, and take the centre if the config says so.
+    """Of CLIP's and SigLIP's processors: resize, and take the center if the config says so.
 
     Raises:
-      ValueError: the centre would be larger than the image.
+      ValueError: the center would be larger than the image.
     """
     wanted = config["size"]
     if "shortest_edge" in wanted:

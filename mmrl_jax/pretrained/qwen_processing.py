@@ -30,7 +30,7 @@ class PixelSpec:
     Attributes:
       patch: edge of a patch, pixels.
       frames: of a patch; a picture is repeated.
-      merge: edge of the neighbourhood that becomes a feature, patches.
+      merge: edge of the neighborhood that becomes a feature, patches.
       smallest: size of an image, pixels.
       largest: size of an image, pixels.
       mean: of red, green and blue, of the range from 0 to 1.
@@ -92,7 +92,7 @@ def smart_resize(height: int, width: int, spec: PixelSpec) -> tuple[int, int]:
 def cut_image(image: jax.Array, spec: PixelSpec) -> jax.Array:
     """Patches, float32 [P, frames * patch * patch * 3], of an image, uint8 [H, W, 3].
 
-    They come neighbourhood by neighbourhood, see `models.qwen_vision`. Pillow 13 resizes the rows
+    They come neighborhood by neighborhood, see `models.qwen_vision`. Pillow 13 resizes the rows
     of some images first, whose levels then differ by the rounding.
     """
     size = smart_resize(image.shape[0], image.shape[1], spec)
@@ -159,7 +159,7 @@ def axial_positions(
       is_image: bool [B, S], image tokens.
       present: bool [B, S].
       images: one feature for each image token.
-      merge: edge of the neighbourhood that becomes a feature, patches.
+      merge: edge of the neighborhood that becomes a feature, patches.
     """
     first = slice(None, None, merge**2)
     segment = images.segment[:, first]

@@ -264,7 +264,7 @@ def refuse_int8(params: Any) -> None:
     if rounded:
         raise ValueError(
             f"{rounded[:LISTED]} are int8, and what they were rounded from is lost: give the "
-            "parameters that `lora.quantise` was given, and the adapters beside them."
+            "parameters that `lora.quantize` was given, and the adapters beside them."
         )
 
 

@@ -1,18 +1,18 @@
-"""One number per pixel in place of three colours, so that a picture is computed once per pixel."""
+"""One number per pixel in place of three colors, so that a picture is computed once per pixel."""
 
 import chex
 import jax.numpy as jnp
 
-_NO_FUSION = 2**24 + 43  # a prime larger than any packed colour.
+_NO_FUSION = 2**24 + 43  # a prime larger than any packed color.
 
 
-def pack(colour: chex.Array) -> chex.Array:
+def pack(color: chex.Array) -> chex.Array:
     """Integers in [0, 255] `[..., 3]` as one `[...]`: red in the lowest byte."""
-    return colour[..., 0] | colour[..., 1] << 8 | colour[..., 2] << 16
+    return color[..., 0] | color[..., 1] << 8 | color[..., 2] << 16
 
 
 def unpack(packed: chex.Array) -> chex.Array:
-    """The uint8 `[..., 3]` of packed colours int32 `[...]`."""
+    """The uint8 `[..., 3]` of packed colors int32 `[...]`."""
     # The remainder changes nothing, but XLA's CPU backend takes it for an expensive operation and
     # so keeps the program that computes the pixels apart from the one that copies each pixel's
     # three channels out; fused, the pixels would be computed once per channel (7 times slower).

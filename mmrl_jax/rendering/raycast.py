@@ -30,7 +30,7 @@ FAR = 1000.0  # m along the optical axis; what is further away is not drawn.
 BACKGROUND = (166, 178, 191)  # red, green, blue of a ray that hits nothing.
 
 # Brightness of a surface with normal n: AMBIENT + HEADLIGHT * cos(n, to the camera)
-# + SUN * cos(n, to the sun). They add up to 1, so that no colour overflows. The three components of
+# + SUN * cos(n, to the sun). They add up to 1, so that no color overflows. The three components of
 # the sun's direction differ, so that the faces of a box do.
 AMBIENT, HEADLIGHT, SUN = 0.35, 0.3, 0.35
 SUN_DIRECTION = np.asarray([0.36, -0.48, 0.8], np.float32)
@@ -62,12 +62,12 @@ class _Primitive(NamedTuple):
 
     along: for each local axis, its (right, up, backward) components; `_dot` makes `axis . d` of it.
     origin: the camera in the local frame, x, y, z.
-    towards: (right, up, backward) components of the camera's position relative to the centre.
+    towards: (right, up, backward) components of the camera's position relative to the center.
     moment: the same of that position x local z: its product with d is the distance of the ray
         from the axis, times the sine of their angle.
-    distance2: squared distance between the camera and the centre.
+    distance2: squared distance between the camera and the center.
     size, sun: the size, and the sun's direction in the local frame, x, y, z.
-    sun_origin: the camera's position relative to the centre . SUN_DIRECTION.
+    sun_origin: the camera's position relative to the center . SUN_DIRECTION.
     checker: edge of the squares, None where no plane of the scene has them.
     """
 
@@ -83,7 +83,7 @@ class _Primitive(NamedTuple):
 
 
 def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Array:
-    """Draws the scene with flat colours under a headlight and a fixed sun, without shadows.
+    """Draws the scene with flat colors under a headlight and a fixed sun, without shadows.
 
     Args:
         scene: primitives, with any leading batch axes.
@@ -98,19 +98,19 @@ def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Arr
         ValueError: a kind is unknown, or a shape does not fit.
     """
     rays, primitives = _prepare(scene, camera, height, width)
-    # One number per pixel carries the three colours, so that a hit selects one value, not three.
-    colours = pack(jnp.round(255.0 * jnp.clip(scene.colour, 0.0, 1.0)).astype(jnp.int32))
-    nearest, colour, light = jnp.float32(FAR), jnp.int32(pack(np.asarray(BACKGROUND))), 1.0
+    # One number per pixel carries the three colors, so that a hit selects one value, not three.
+    colors = pack(jnp.round(255.0 * jnp.clip(scene.color, 0.0, 1.0)).astype(jnp.int32))
+    nearest, color, light = jnp.float32(FAR), jnp.int32(pack(np.asarray(BACKGROUND))), 1.0
     for g, (kind, primitive) in enumerate(zip(scene.kind, primitives, strict=True)):
         depth, brightness = _INTERSECT[kind](primitive, rays)
         closer = depth < nearest
         nearest = jnp.where(closer, depth, nearest)
-        colour = jnp.where(closer, colours[..., g, None, None], colour)
+        color = jnp.where(closer, colors[..., g, None, None], color)
         light = jnp.where(closer, brightness, light)
     light = jnp.where(light < 1.0, light, 1.0)  # rounding must not carry into the next channel.
     shape = (*_batch(scene, camera), height, width)
     channels = [
-        ((colour >> shift & 255).astype(jnp.float32) * light + 0.5).astype(jnp.int32) << shift
+        ((color >> shift & 255).astype(jnp.float32) * light + 0.5).astype(jnp.int32) << shift
         for shift in (0, 8, 16)
     ]
     packed = jnp.broadcast_to(channels[0] | channels[1] | channels[2], shape)
@@ -151,7 +151,7 @@ def _sphere(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
     """Smaller root of |origin + depth d|^2 = radius^2; the normal is the hit over the radius."""
     radius = p.size[0]
     b = _dot(p.towards, rays)
-    # Rounding would let a ray through the centre hit a sphere of size 0.
+    # Rounding would let a ray through the center hit a sphere of size 0.
     c = jnp.where(radius > 0, p.distance2 - radius * radius, jnp.inf)
     disc = b * b - rays.square * c
     root = _root(disc)
@@ -395,7 +395,7 @@ def _batch(scene: Scene, camera: Camera) -> tuple[int, ...]:
         scene.position.shape[:-2],
         scene.rotation.shape[:-2],
         scene.size.shape[:-2],
-        scene.colour.shape[:-2],
+        scene.color.shape[:-2],
         () if scene.checker is None else scene.checker.shape[:-1],
         camera.position.shape[:-1],
         camera.rotation.shape[:-2],
@@ -415,7 +415,7 @@ def _check(scene: Scene, camera: Camera, height: int, width: int) -> None:
         "scene.position": (scene.position, (count, 3)),
         "scene.rotation": (scene.rotation, (count, 4)),
         "scene.size": (scene.size, (count, 3)),
-        "scene.colour": (scene.colour, (count, 3)),
+        "scene.color": (scene.color, (count, 3)),
         "camera.position": (camera.position, (3,)),
         "camera.rotation": (camera.rotation, (3, 3)),
     }

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def generalised_advantages(
+def generalized_advantages(
     *,
     reward: jax.Array,
     value: jax.Array,
@@ -75,7 +75,7 @@ def token_advantages(
     discount: float,
     lambda_: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """`generalised_advantages` of the tokens of T turns, each an answer of up to L tokens.
+    """`generalized_advantages` of the tokens of T turns, each an answer of up to L tokens.
 
     Every token is a step. The last one of an answer is followed by the first one of the next turn,
     and has the turn's reward, end and discount; between the tokens of an answer nothing is earned
@@ -146,7 +146,7 @@ def return_advantages(
 
       A_t = r_t + discount * (1 - terminated_t) * G_{t+1} - v_t
 
-    (Espeholt et al., 2018, arXiv 1802.01561, section 4.2). Against generalised advantages the
+    (Espeholt et al., 2018, arXiv 1802.01561, section 4.2). Against generalized advantages the
     errors after the first count 1 / lambda times as much: the value right behind the action, whose
     error the action itself brings about, falls out.
 
@@ -154,7 +154,7 @@ def return_advantages(
       reward: float32 [T, B].
       value: float32 [T, B], estimates v_t.
       last_value: float32 [B], v_T.
-      target: float32 [T, B], the lambda-returns G_t that `generalised_advantages` gives; behind a
+      target: float32 [T, B], the lambda-returns G_t that `generalized_advantages` gives; behind a
         truncated step, and behind the last one, the value stands for them.
       terminated: float32 [T, B], 1 where the step ended the task.
       truncated: float32 [T, B], 1 where the step reached a limit.

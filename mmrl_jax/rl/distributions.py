@@ -53,7 +53,7 @@ class Categorical:
     """Discrete actions.
 
     Attributes:
-      logits: float32 [..., A], unnormalised log-probabilities.
+      logits: float32 [..., A], unnormalized log-probabilities.
     """
 
     logits: jax.Array

@@ -21,34 +21,34 @@ def _std(x: jax.Array, scored: jax.Array, axis: int | None) -> jax.Array:
     return jnp.sqrt(total / jnp.maximum(count - 1, 1.0))
 
 
-def centred(reward: jax.Array, scored: jax.Array) -> jax.Array:
+def centered(reward: jax.Array, scored: jax.Array) -> jax.Array:
     """r_i - mean(r) of the group: Dr. GRPO (Liu et al., 2025, arXiv 2503.20783)."""
     advantage = jnp.where(scored > 0, reward - masked_mean(reward, scored, 1), 0.0)
     # Equal rewards are exactly 0: the rounding of their mean, over its own spread, is not.
     return jnp.where(degenerate(reward, scored)[:, None], 0.0, advantage)
 
 
-def standardised(reward: jax.Array, scored: jax.Array) -> jax.Array:
+def standardized(reward: jax.Array, scored: jax.Array) -> jax.Array:
     """(r_i - mean(r)) / (std(r) + 1e-4) of the group: GRPO (arXiv 2402.03300, section 4.1.2)."""
-    return centred(reward, scored) / (_std(reward, scored, 1) + EPSILON)
+    return centered(reward, scored) / (_std(reward, scored, 1) + EPSILON)
 
 
 def leave_one_out(reward: jax.Array, scored: jax.Array) -> jax.Array:
     """r_i - mean of the others' rewards: RLOO (Ahmadian et al., 2024, arXiv 2402.14740).
 
-    It is n / (n - 1) times the centred reward; 0 where there are no others.
+    It is n / (n - 1) times the centered reward; 0 where there are no others.
     """
     count = jnp.sum(scored, axis=1, keepdims=True)
     factor = jnp.where(count > 1, count / jnp.maximum(count - 1, 1.0), 0.0)
-    return factor * centred(reward, scored)
+    return factor * centered(reward, scored)
 
 
-def batch_standardised(reward: jax.Array, scored: jax.Array) -> jax.Array:
-    """The centred rewards, over their standard deviation in the whole batch.
+def batch_standardized(reward: jax.Array, scored: jax.Array) -> jax.Array:
+    """The centered rewards, over their standard deviation in the whole batch.
 
     REINFORCE++ with the group's mean as baseline (Hu et al., 2025, arXiv 2501.03262).
     """
-    advantage = centred(reward, scored)
+    advantage = centered(reward, scored)
     advantage = (advantage - masked_mean(advantage, scored, None)) / (
         _std(advantage, scored, None) + EPSILON
     )
@@ -93,10 +93,10 @@ def pass_at_k(reward: jax.Array, scored: jax.Array, *, k: int) -> jax.Array:
 
 
 ESTIMATORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "centred": centred,
-    "standardised": standardised,
+    "centred": centered,
+    "standardised": standardized,
     "leave_one_out": leave_one_out,
-    "batch_standardised": batch_standardised,
+    "batch_standardised": batch_standardized,
 }
 
 

@@ -104,10 +104,10 @@ def _forward(
     first: tuple[jax.Array, ...] = (zeros - jnp.inf, zeros, zeros, zeros)
     tiles = jnp.arange(-(-len(table) // size))
     (top, total, weighted, own), _ = jax.lax.scan(step, first, tiles)
-    normaliser = top + jnp.log(total)
+    normalizer = top + jnp.log(total)
     mean = weighted / total  # Of the logits, under the distribution.
-    result = (own - normaliser, normaliser - mean)
-    return result, (hidden, table, tokens, normaliser, mean)
+    result = (own - normalizer, normalizer - mean)
+    return result, (hidden, table, tokens, normalizer, mean)
 
 
 def _backward(
@@ -121,7 +121,7 @@ def _backward(
 
     d log p(token) / d l_j = [j = token] - p_j,  d entropy / d l_j = -p_j (l_j - sum_k p_k l_k).
     """
-    hidden, table, tokens, normaliser, mean = kept
+    hidden, table, tokens, normalizer, mean = kept
     of_log_prob, of_entropy = (g[:, None] for g in gradients)
 
     def step(
@@ -130,7 +130,7 @@ def _backward(
         to_hidden, to_table = carry
         start, new, raw = _tile(i, size, hidden, table)
         logits = _logits(raw, temperature, softcap)
-        p = jnp.exp(logits - normaliser[:, None])
+        p = jnp.exp(logits - normalizer[:, None])
         one = (tokens - start)[:, None] == jnp.arange(size)
         to_raw = of_log_prob * (one - p) - of_entropy * p * (logits - mean[:, None])
         to_raw = jnp.where(new, to_raw, 0.0) / temperature

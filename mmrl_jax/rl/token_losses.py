@@ -215,7 +215,7 @@ def token_loss_sums(
 def dpo_loss(
     chosen: jax.Array, rejected: jax.Array, *, beta: float, label_smoothing: float = 0.0
 ) -> jax.Array:
-    """Direct preference optimisation, float32 [N] (Rafailov et al., 2023, arXiv 2305.18290, eq. 7).
+    """Direct preference optimization, float32 [N] (Rafailov et al., 2023, arXiv 2305.18290, eq. 7).
 
       -(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m),  m = chosen - rejected
 

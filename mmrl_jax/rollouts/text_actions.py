@@ -52,9 +52,9 @@ class TextActions:
         return self.texts.labels(nearest)
 
 
-def text_actions(env: Env, tokeniser: Tokenizer | None = None, *, image_tokens: int) -> TextActions:
+def text_actions(env: Env, tokenizer: Tokenizer | None = None, *, image_tokens: int) -> TextActions:
     """Makes them of an environment with `vocabulary` and `actions_as_text`; see `tokenize`."""
     sentences, actions = env.vocabulary.sentences, env.actions_as_text
-    texts = tokenize(sentences, tuple(actions), tokeniser, image_tokens=image_tokens)
+    texts = tokenize(sentences, tuple(actions), tokenizer, image_tokens=image_tokens)
     own = np.stack([env.vocabulary.encode(sentence) for sentence in sentences])
     return TextActions(texts, own, np.stack(list(actions.values())))

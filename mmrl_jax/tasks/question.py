@@ -1,6 +1,6 @@
 """What a visual question is, how answers are scored, and the tokens of both: all inside `jit`.
 
-The texts of a task are finitely many, so each is tokenised once, on the host, by whichever
+The texts of a task are finitely many, so each is tokenized once, on the host, by whichever
 tokenizer its model has; in `jit` a question is a row of a table.
 """
 
@@ -104,7 +104,7 @@ class Texts:
       prompt_tokens: int32 [Q, S], padded on the left with `pad`.
       prompt_present: bool [Q, S].
       answer_tokens: int32 [A, T], with the stop token as last, then ABSENT.
-      tokeniser: that made them.
+      tokenizer: that made them.
     """
 
     prompts: tuple[str, ...]
@@ -112,7 +112,7 @@ class Texts:
     prompt_tokens: np.ndarray
     prompt_present: np.ndarray
     answer_tokens: np.ndarray
-    tokeniser: Tokenizer
+    tokenizer: Tokenizer
 
     @property
     def length(self) -> int:
@@ -142,7 +142,7 @@ class Texts:
         """The tokens of answers int32 [B], int32 [B, T], and which are there, bool [B, T]."""
         rows = jnp.asarray(self.answer_tokens)[answer]
         there = rows != ABSENT
-        return jnp.where(there, rows, self.tokeniser.pad), there
+        return jnp.where(there, rows, self.tokenizer.pad), there
 
     def parse(self, tokens: jax.Array, present: jax.Array) -> jax.Array:
         """Which answer tokens int32 [..., T'] are, exactly and with a stop token: int32 [...].
@@ -151,8 +151,8 @@ class Texts:
           The index of the answer; ABSENT for what is none.
         """
         # Generation ends at any of the stop tokens, the table's answers with one of them.
-        ends = jnp.isin(tokens, jnp.array(self.tokeniser.stops))
-        given = jnp.where(present, jnp.where(ends, self.tokeniser.stop, tokens), ABSENT)
+        ends = jnp.isin(tokens, jnp.array(self.tokenizer.stops))
+        given = jnp.where(present, jnp.where(ends, self.tokenizer.stop, tokens), ABSENT)
         width = max(given.shape[-1], self.length)
         given = _widen(given, width)
         same = jnp.all(given[..., None, :] == _widen(self.answer_tokens, width), axis=-1)
@@ -176,7 +176,7 @@ def _widen(rows: jax.Array | np.ndarray, width: int) -> jax.Array:
 def tokenize(
     prompts: Sequence[str],
     answers: Sequence[str],
-    tokeniser: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     image_tokens: int,
 ) -> Texts:
@@ -185,16 +185,16 @@ def tokenize(
     Args:
       prompts: every question.
       answers: every answer.
-      tokeniser: by default `WordTokenizer` of these texts.
+      tokenizer: by default `WordTokenizer` of these texts.
       image_tokens: of the picture of each question.
 
     Raises:
       ValueError: two answers have the same ids, so that none could be told from the other.
     """
-    if tokeniser is None:
-        tokeniser = WordTokenizer([*prompts, *answers])
-    asked = [tokeniser.prompt(text, images=image_tokens) for text in prompts]
-    said = [tokeniser.answer(text) for text in answers]
+    if tokenizer is None:
+        tokenizer = WordTokenizer([*prompts, *answers])
+    asked = [tokenizer.prompt(text, images=image_tokens) for text in prompts]
+    said = [tokenizer.answer(text) for text in answers]
     for i, ids in enumerate(said):
         if ids in said[:i]:
             raise ValueError(
@@ -202,15 +202,15 @@ def tokenize(
                 f"{ids}; the tokenizer does not know one of them."
             )
     width = max(map(len, asked))
-    tokens = np.array([[tokeniser.pad] * (width - len(ids)) + ids for ids in asked], np.int32)
+    tokens = np.array([[tokenizer.pad] * (width - len(ids)) + ids for ids in asked], np.int32)
     present = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in asked])
     longest = max(map(len, said))
     rows = np.array([ids + [ABSENT] * (longest - len(ids)) for ids in said], np.int32)
-    return Texts(tuple(prompts), tuple(answers), tokens, present, rows, tokeniser)
+    return Texts(tuple(prompts), tuple(answers), tokens, present, rows, tokenizer)
 
 
 class WordTokenizer:
-    """A tokeniser of whole words, for models that are trained from scratch on one task.
+    """A tokenizer of whole words, for models that are trained from scratch on one task.
 
     Attributes:
       words: the word with id i + 3.

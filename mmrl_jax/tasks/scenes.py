@@ -1,4 +1,4 @@
-"""Flat pictures of coloured shapes on a grid, drawn in pure JAX.
+"""Flat pictures of colored shapes on a grid, drawn in pure JAX.
 
 Every object lies within a cell of its own, so that a pixel asks after one object only, however many
 there are: a picture costs the same as one of a single shape in each cell.
@@ -13,7 +13,7 @@ import numpy as np
 from mmrl_jax.rendering.pixels import unpack
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 LEAST_RADIUS = 1.8  # Pixels; the shapes of smaller objects cannot be told apart.
 _RGB = np.array(
     [[220, 40, 40], [40, 170, 60], [50, 80, 230], [230, 210, 50], [170, 60, 190], [235, 235, 235]],
@@ -26,12 +26,12 @@ class Objects(NamedTuple):
 
     Attributes:
       shape: index into SHAPES.
-      colour: index into COLOURS.
+      color: index into COLORS.
       there: whether there is an object.
     """
 
     shape: jax.Array
-    colour: jax.Array
+    color: jax.Array
     there: jax.Array
 
 
@@ -73,8 +73,8 @@ def draw(
     objects_u, ground = u[:-3].reshape(cells, 4), 10 + 50 * u[-3:]
     radii = radius + spread * objects_u[:, 0]
     free = 0.5 - radii[:, None] - 0.04
-    centre = 0.5 + free * (2 * objects_u[:, 1:3] - 1)
-    colour = jnp.asarray(_RGB)[objects.colour] * (0.8 + 0.25 * objects_u[:, 3:])
+    center = 0.5 + free * (2 * objects_u[:, 1:3] - 1)
+    color = jnp.asarray(_RGB)[objects.color] * (0.8 + 0.25 * objects_u[:, 3:])
     # Four pixels' noise out of each word, in [-10, 10].
     bits = jax.random.bits(noise_key, (-(-pixels // 4),), jnp.uint32)
     noise = (bits[:, None] >> np.arange(0, 32, 8, dtype=np.uint32) & 255).astype(jnp.float32)
@@ -89,12 +89,12 @@ def draw(
     y = jnp.asarray((np.arange(tall) + 0.5) / tall, jnp.float32)[:, None, None]
     x = jnp.asarray((np.arange(wide) + 0.5) / wide, jnp.float32)
     size = of_pixels(radii)
-    local_y = (y - of_pixels(centre[:, 0])) / size  # An object fills [-1, 1].
-    local_x = (x - of_pixels(centre[:, 1])) / size
+    local_y = (y - of_pixels(center[:, 0])) / size  # An object fills [-1, 1].
+    local_x = (x - of_pixels(center[:, 1])) / size
     covered = _inside(of_pixels(objects.shape), local_y, local_x, tall * size)
     covered = jnp.where(of_pixels(objects.there), covered, 0.0)
     noise = noise.reshape(covered.shape)
-    shade, packed = of_pixels(colour), jnp.int32(0)
+    shade, packed = of_pixels(color), jnp.int32(0)
     for i in range(3):
         value = ground[i] + covered * (shade[..., i] - ground[i]) + noise
         packed |= jnp.round(jnp.clip(value, 0, 255)).astype(jnp.int32) << (8 * i)

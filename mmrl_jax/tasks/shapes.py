@@ -1,14 +1,14 @@
-"""Questions about pictures of coloured shapes, with answers that the picture alone decides.
+"""Questions about pictures of colored shapes, with answers that the picture alone decides.
 
     count     how many red circles ?                           0 .. the most
     exists    is there a red circle ?                          yes, no
-    colour    what colour is the circle ?                      one of COLOURS
+    colour    what colour is the circle ?                      one of COLORS
     shape     what shape is red ?                              one of SHAPES
     compare   are there more red circles than blue squares ?   yes, no
     relation  is the red circle left of the blue square ?      yes, no
 
 Whatever the question's text, all of its answers are equally likely: who does not look is at chance.
-For this the split 'heldout_pair' asks only kinds that name a pair. One shape of each colour at most
+For this the split 'heldout_pair' asks only kinds that name a pair. One shape of each color at most
 is held out, so that the answer to 'colour' or 'shape' would be the one that training never gives.
 
 A level makes pictures easier or harder to read by what is not asked for, see `LEVELS`. From the
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.tasks.question import Prompt, Texts, Tokenizer, tokenize
-from mmrl_jax.tasks.scenes import COLOURS, LEAST_RADIUS, SHAPES, Objects, draw
+from mmrl_jax.tasks.scenes import COLORS, LEAST_RADIUS, SHAPES, Objects, draw
 
 KINDS = ("count", "exists", "colour", "shape", "compare", "relation")
-NAMING = ("count", "exists", "compare", "relation")  # Whose texts name colour and shape.
+NAMING = ("count", "exists", "compare", "relation")  # Whose texts name color and shape.
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 )  # fmt: skip
@@ -51,8 +51,8 @@ TEMPLATES = {
     ),
 }
 SPLITS = ("train", "heldout_pair", "heldout_count", "heldout_layout", "heldout_template")
-PAIRS = len(COLOURS) * len(SHAPES)
-# Colour and shape that no question of the training split is about, and no picture of it shows.
+PAIRS = len(COLORS) * len(SHAPES)
+# Color and shape that no question of the training split is about, and no picture of it shows.
 HELDOUT_PAIR = np.array(
     [(pair // len(SHAPES) + pair % len(SHAPES)) % 6 == 0 for pair in range(PAIRS)]
 )
@@ -64,7 +64,7 @@ class Level(NamedTuple):
     Attributes:
       fewest: distractors, objects that a question is not about; a share of the task's most.
       most: the same.
-      apart: whether distractors share neither colour nor shape with what a text names. What
+      apart: whether distractors share neither color nor shape with what a text names. What
         'colour' and 'shape' name no distractor ever shares: there would be two answers.
       alike_one: chance that a distractor is drawn of those that do share one with what is named,
         where that is one thing.
@@ -83,9 +83,9 @@ class Level(NamedTuple):
 
 
 LEVELS = {
-    # Few distractors, which colour or shape alone tells from what is named; large objects.
+    # Few distractors, which color or shape alone tells from what is named; large objects.
     "easy": Level(0.0, 0.5, True, 0.0, 0.0, 0.36, 0.06),
-    # Any number of distractors, of which two in three share colour or shape with what is named.
+    # Any number of distractors, of which two in three share color or shape with what is named.
     "medium": Level(0.0, 1.0, False, 0.5, 0.0, 0.30, 0.12),
     # Many distractors, all of which do; small objects.
     "hard": Level(0.5, 1.0, False, 1.0, 1.0, 0.23, 0.07),
@@ -96,7 +96,7 @@ class Drawn(NamedTuple):
     """A question before it has a picture.
 
     Attributes:
-      pairs: int32 [C], colour and shape of a list of objects, as many as there are places.
+      pairs: int32 [C], color and shape of a list of objects, as many as there are places.
       number: int32 [], how many of the list there are.
       text: int32 [], index among the texts of its kind.
       answer: int32 [], index among all answers; of 'relation' the places decide.
@@ -109,7 +109,7 @@ class Drawn(NamedTuple):
 
 
 def _name(pair: int) -> str:
-    return f"{COLOURS[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"
+    return f"{COLORS[pair // len(SHAPES)]} {SHAPES[pair % len(SHAPES)]}"
 
 
 def _plural(name: str) -> str:
@@ -121,7 +121,7 @@ def _texts(kind: str) -> list[str]:
     names = [_name(pair) for pair in range(PAIRS)]
     things = {
         "colour": [{"s": shape} for shape in SHAPES],
-        "shape": [{"c": colour} for colour in COLOURS],
+        "shape": [{"c": color} for color in COLORS],
     }.get(kind, [{"a": name, "as_": _plural(name)} for name in names])
     if kind in ("compare", "relation"):
         things = [
@@ -282,7 +282,7 @@ class Shapes:
         a_key, b_key = jax.random.split(pair_key)
         a = pick(a_key, wanted)
         b = pick(b_key, wanted & (pairs != a))
-        colour, shape = pairs // len(SHAPES), pairs % len(SHAPES)
+        color, shape = pairs // len(SHAPES), pairs % len(SHAPES)
         yes = jax.random.bernoulli(side_key).astype(jnp.int32)
         extra = jax.random.randint(distractor_key, (), level.fewest, level.most + 1)
         yes_no = jnp.where(yes > 0, self._answer("yes"), self._answer("no"))
@@ -295,9 +295,9 @@ class Shapes:
             number_a, extra, thing, answer = yes, extra + 1 - yes, a, yes_no
         elif kind == "colour":
             number_a, thing, other = jnp.ones((), jnp.int32), shape_of(a), shape != shape_of(a)
-            answer = self._answer(COLOURS[0]) + colour_of(a)
+            answer = self._answer(COLORS[0]) + color_of(a)
         elif kind == "shape":
-            number_a, thing, other = jnp.ones((), jnp.int32), colour_of(a), colour != colour_of(a)
+            number_a, thing, other = jnp.ones((), jnp.int32), color_of(a), color != color_of(a)
             answer = self._answer(SHAPES[0]) + shape_of(a)
         else:
             thing, other, answer = a * PAIRS + b, (pairs != a) & (pairs != b), yes_no
@@ -311,11 +311,11 @@ class Shapes:
         listed = jnp.arange(cells)
         any_key, near_key, shared_key = (jax.random.fold_in(others_key, i) for i in (1, 2, 3))
         if kind in NAMING:
-            # Where they share colour or shape with what is named, neither alone decides.
-            alike = (colour == colour_of(a)) | (shape == shape_of(a))
+            # Where they share color or shape with what is named, neither alone decides.
+            alike = (color == color_of(a)) | (shape == shape_of(a))
             chance = level.alike_one
             if kind in ("compare", "relation"):
-                alike |= (colour == colour_of(b)) | (shape == shape_of(b))
+                alike |= (color == color_of(b)) | (shape == shape_of(b))
                 chance = level.alike_two
             others = pick(any_key, known & other & ~(level.apart & alike), (cells,))
             near = pick(near_key, known & other & alike, (cells,))
@@ -333,13 +333,13 @@ class Shapes:
         return Drawn(objects, number_a + number_b + extra, template * things + thing, answer)
 
 
-def colour_of(pair: jax.Array) -> jax.Array:
-    """Index into COLOURS of an index of a colour and a shape."""
+def color_of(pair: jax.Array) -> jax.Array:
+    """Index into COLORS of an index of a color and a shape."""
     return pair // len(SHAPES)
 
 
 def shape_of(pair: jax.Array) -> jax.Array:
-    """Index into SHAPES of an index of a colour and a shape."""
+    """Index into SHAPES of an index of a color and a shape."""
     return pair % len(SHAPES)
 
 
@@ -354,7 +354,7 @@ def make(
     distractors: int,
     levels: Sequence[str],
     image_tokens: int,
-    tokeniser: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Shapes:
     """Makes the task.
 
@@ -368,7 +368,7 @@ def make(
       distractors: the most objects that a question is not about.
       levels: of LEVELS.
       image_tokens: of every picture.
-      tokeniser: by default `WordTokenizer` of the texts.
+      tokenizer: by default `WordTokenizer` of the texts.
 
     Raises:
       ValueError: an unknown kind or level, impossible counts, more objects than places, or
@@ -400,8 +400,8 @@ def make(
         )
     prompts = [text for kind in kinds for text in _texts(kind)]
     answers = list(NUMBERS[counts[0] : counts[1] + 1]) if "count" in kinds else []
-    answers += [*COLOURS, *SHAPES, "yes", "no"]
-    texts = tokenize(prompts, answers, tokeniser, image_tokens=image_tokens)
+    answers += [*COLORS, *SHAPES, "yes", "no"]
+    texts = tokenize(prompts, answers, tokenizer, image_tokens=image_tokens)
     return Shapes(
         texts, tuple(kinds), rows, height, width, counts, seen, distractors, tuple(levels)
     )

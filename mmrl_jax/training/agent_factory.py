@@ -127,8 +127,8 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
 
 def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
-    tokeniser = make_parts(config).model.texts.tokeniser
-    return token_models.dependencies(config.model, tokeniser)
+    tokenizer = make_parts(config).model.texts.tokenizer
+    return token_models.dependencies(config.model, tokenizer)
 
 
 def record_demonstrations(
@@ -180,12 +180,12 @@ def rl_stage(
     variables = token_models.make_variables(config, model, start=start)
     trained, frozen = token_models.partition_trainable(variables, config, "rl")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
-    optimisation = token_stages.make_optimisation(config)
+    optimization = token_stages.make_optimization(config)
     hyperparameters = token_stages.ppo_hyperparameters(config)
     begin = Start(trained)
 
     def init() -> Carry:
-        learner = token_stages.rl_learner(config, begin(), optimisation.optimiser)
+        learner = token_stages.rl_learner(config, begin(), optimization.optimizer)
         carry = token_stages.fresh_carry(config, learner, 4)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(carry.rng, 0), jnp.arange(r.num_envs)
@@ -218,7 +218,7 @@ def rl_stage(
             interface.ask(env_state.obs),
             learn_key,
             policy=model.policy,
-            optimiser=optimisation.optimiser,
+            optimizer=optimization.optimizer,
             hyperparameters=hyperparameters,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
@@ -228,7 +228,7 @@ def rl_stage(
             "completion/truncated_fraction": losses.masked_mean(
                 1.0 - answers.finished, batch.valid
             ),
-            "lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32),
+            "lr": jnp.asarray(optimization.rate(learner.steps), jnp.float32),
         }
         return carry.replace(
             learner=learner, env_state=env_state, updates=carry.updates + 1

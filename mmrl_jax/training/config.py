@@ -220,7 +220,7 @@ def validate_overrides(
 ) -> None:
     """Checks `--config.a.b=value` arguments; call it before absl parses its flags.
 
-    absl's own error for a misspelt key names neither the key's path nor its neighbours, and comes
+    absl's own error for a misspelt key names neither the key's path nor its neighbors, and comes
     with a stack of frames.
 
     Args:

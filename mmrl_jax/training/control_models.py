@@ -319,11 +319,11 @@ def is_fitting(path: tuple[Any, ...], pattern: str) -> bool:
 
 
 def fresh_learner(
-    config: ml_collections.ConfigDict, env: Env, optimiser: optax.GradientTransformation
+    config: ml_collections.ConfigDict, env: Env, optimizer: optax.GradientTransformation
 ) -> LearnerState:
-    """A learner whose parameters are newly initialised, pretrained ones read from their directory.
+    """A learner whose parameters are newly initialized, pretrained ones read from their directory.
 
-    Frozen ones are among the parameters too, without a state of the optimiser: a checkpoint is
+    Frozen ones are among the parameters too, without a state of the optimizer: a checkpoint is
     complete, and needs no directory to have stayed as it was.
     """
     m = config.model
@@ -346,7 +346,7 @@ def fresh_learner(
 
     params = with_adapters(draw(key) | loaded, m.lora, jax.random.fold_in(key, 1))
     check_frozen(params, m.frozen)
-    return learner_lib.init(params, optimiser=optimiser, proprio_size=zeros["proprio"].shape[-1])
+    return learner_lib.init(params, optimizer=optimizer, proprio_size=zeros["proprio"].shape[-1])
 
 
 def with_adapters(params: Any, options: ml_collections.ConfigDict, key: jax.Array) -> Params:

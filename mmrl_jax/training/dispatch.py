@@ -12,9 +12,9 @@ from mmrl_jax.training.stage import Carry, HostUpdate, Update
 from mmrl_jax.training.workdir import one_line
 from mmrl_jax.types import Metrics
 
-# Metrics of optimiser steps: of an update that took none they say nothing.
+# Metrics of optimizer steps: of an update that took none they say nothing.
 OF_STEPS = ("loss/", "grad/", "policy/")
-# The share of a dispatch's optimiser steps that may be skipped because they are not finite.
+# The share of a dispatch's optimizer steps that may be skipped because they are not finite.
 MAX_SKIPPED = 0.5
 # Seconds before the host's half of an update is called again: a restart of a server is waited for,
 # an outage of hours is not, for the same command goes on from what is saved.
@@ -46,7 +46,7 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
       (carry, constants) -> (carry, metrics). Metrics are means over the updates; those of
       'episode/*' over the updates in which an episode ended, those in OF_STEPS over the updates
       that took a step, each 0 where there is none: 'counted' has their numbers of updates by the
-      metrics' names. 'finite' is a bool []: less than MAX_SKIPPED of the optimiser steps were
+      metrics' names. 'finite' is a bool []: less than MAX_SKIPPED of the optimizer steps were
       skipped, and what the learner acts with is finite.
     """
 
@@ -54,7 +54,7 @@ def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
         carry, metrics = jax.lax.scan(
             lambda c, _: update(c, constants), carry, None, length=updates
         )
-        return carry, _summary(carry.learner.without_optimiser(), metrics)
+        return carry, _summary(carry.learner.without_optimizer(), metrics)
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -84,8 +84,8 @@ def make_host_dispatch(
     def summary(acts: Any, rows: list[Metrics]) -> Metrics:
         return _summary(acts, jax.tree.map(lambda *x: jnp.stack(x), *rows))
 
-    acts = carry.learner.without_optimiser()
-    summarise = jax.jit(summary).lower(acts, [host.metrics] * updates).compile()
+    acts = carry.learner.without_optimizer()
+    summarize = jax.jit(summary).lower(acts, [host.metrics] * updates).compile()
 
     def dispatch(carry: Carry, constants: Any) -> Dispatched:
         rows: list[Metrics] = []
@@ -109,10 +109,10 @@ def make_host_dispatch(
         if not rows:
             return Dispatched(carry, None, 0, retries, error)
         # After an error there are fewer rows than the compiled summary takes.
-        summarised = (summarise if error is None else jax.jit(summary))(
-            carry.learner.without_optimiser(), rows
+        summarized = (summarize if error is None else jax.jit(summary))(
+            carry.learner.without_optimizer(), rows
         )
-        return Dispatched(carry, summarised, len(rows), retries, error)
+        return Dispatched(carry, summarized, len(rows), retries, error)
 
     return dispatch
 

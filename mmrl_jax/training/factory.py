@@ -46,14 +46,14 @@ SCHEMA: config_lib.Schema = {
     },
     "model": control_models.MODEL,
     "warm_start": {
-        "updates": non_negative(int, "optimiser steps of cloning; 0 for none"),
+        "updates": non_negative(int, "optimizer steps of cloning; 0 for none"),
         "episodes": positive(int, "demonstrated episodes, a fixed set"),
         "expert": {
             "gain": positive(float, "action per rad of error"),
             "undershoot": between(float, 0, 1, "fraction of the way that it stops short"),
             "noise": non_negative(float, "standard deviation of its actions' noise"),
         },
-        "batch_size": positive(int, "samples an optimiser step"),
+        "batch_size": positive(int, "samples an optimizer step"),
         "learning_rate": positive(float, "of Adam"),
         "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
         "value_weight": non_negative(float, "of the value loss"),
@@ -79,7 +79,7 @@ SCHEMA: config_lib.Schema = {
         "auxiliary_weight": non_negative(float, "of the squared errors of privileged targets"),
         "pointing_weight": non_negative(float, "of the cross-entropy of pointing"),
         "epochs": positive(int, "passes over a batch"),
-        "minibatches": positive(int, "optimiser steps a pass"),
+        "minibatches": positive(int, "optimizer steps a pass"),
         "target_kl": positive((float, type(None)), "stops an update early"),
         "initial_std": positive(float, "of the unsquashed Gaussian, when PPO begins"),
     },
@@ -246,11 +246,11 @@ def adam(
     learning_rate: float | optax.Schedule, max_grad_norm: float, frozen: str | None = None
 ) -> Any:
     """Adam behind a clip of the global gradient norm; none for parameters that are frozen."""
-    optimiser = optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate, eps=1e-5)
     )
     if frozen is None:
-        return optimiser
+        return optimizer
 
     def labels(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -258,7 +258,7 @@ def adam(
             params,
         )
 
-    return optax.partition({"trained": optimiser, "frozen": optax.set_to_zero()}, labels)
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def expert(config: ml_collections.ConfigDict) -> PolicyFunction:
@@ -311,14 +311,14 @@ def cloning_stage(
       data: recorded demonstrations.
       name: of the stage.
       updates: where it ends; by default the config's warm_start.updates.
-      start: learner to go on from, with its optimiser.
+      start: learner to go on from, with its optimizer.
     """
     warm, env = config.warm_start, make_env(config)
-    optimiser = adam(warm.learning_rate, warm.max_grad_norm, config.model.frozen)
+    optimizer = adam(warm.learning_rate, warm.max_grad_norm, config.model.frozen)
     step = functools.partial(
         bc.update,
         apply=control_models.make_apply(config, env),
-        optimiser=optimiser,
+        optimizer=optimizer,
         shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         hyperparameters=bc.Hyperparameters(
             value_weight=warm.value_weight,
@@ -332,7 +332,7 @@ def cloning_stage(
     def init() -> Carry:
         learner = begin()
         if learner is None:
-            learner = control_models.fresh_learner(config, env, optimiser)
+            learner = control_models.fresh_learner(config, env, optimizer)
             proprio = data.observation["proprio"][: len(data.action)]
             counted = jnp.ones(proprio.shape[:-1])
             seen = normalization.update(learner.normalizer, proprio, counted)
@@ -368,19 +368,19 @@ def cloning_stage(
 
 
 class PPOParts(NamedTuple):
-    """The two halves of an update of PPO, and the optimiser that they go with.
+    """The two halves of an update of PPO, and the optimizer that they go with.
 
     Attributes:
       act: (learner, env_state, key) -> (env_state, transitions [T, B, ...]).
       learn: (learner, transitions, last observation, key) -> (learner, metrics).
-      optimiser: whose state the learner holds.
+      optimizer: whose state the learner holds.
     """
 
     act: Callable[[LearnerState, State, jax.Array], tuple[State, Transition]]
     learn: Callable[
         [LearnerState, Transition, Observation, jax.Array], tuple[LearnerState, Metrics]
     ]
-    optimiser: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
 
 
 def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
@@ -389,7 +389,7 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
     apply = control_models.make_apply(config, env)
     steps = config.run.updates * p.epochs * p.minibatches
     rate = schedule(p.schedule, p.learning_rate, steps)
-    optimiser = adam(rate, p.max_grad_norm, config.model.frozen)
+    optimizer = adam(rate, p.max_grad_norm, config.model.frozen)
     hyperparameters = ppo.Hyperparameters(
         discount=p.discount,
         gae_lambda=p.gae_lambda,
@@ -419,13 +419,13 @@ def ppo_parts(config: ml_collections.ConfigDict, mesh: Mesh) -> PPOParts:
             last,
             key,
             apply=apply,
-            optimiser=optimiser,
+            optimizer=optimizer,
             hyperparameters=hyperparameters,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         return learner, metrics | {"lr": jnp.asarray(rate(learner.steps), jnp.float32)}
 
-    return PPOParts(act, learn, optimiser)
+    return PPOParts(act, learn, optimizer)
 
 
 def ppo_stage(
@@ -433,15 +433,15 @@ def ppo_stage(
 ) -> Stage:
     """PPO, from scratch or from the parameters and statistics of a cloned learner."""
     p, env = config.ppo, make_env(config)
-    act, learn, optimiser = ppo_parts(config, mesh)
+    act, learn, optimizer = ppo_parts(config, mesh)
     begin = Start(start)
 
     def init() -> Carry:
-        learner, cloned = control_models.fresh_learner(config, env, optimiser), begin()
+        learner, cloned = control_models.fresh_learner(config, env, optimizer), begin()
         if cloned is not None:
             learner = learner.replace(
                 params=cloned.params,
-                opt_state=optimiser.init(cloned.params),
+                opt_state=optimizer.init(cloned.params),
                 normalizer=cloned.normalizer,
             )
         learner = learner.replace(params=control_models.with_std(learner.params, p.initial_std))
@@ -566,7 +566,7 @@ def _periodic_evaluation(
     evaluator = make_evaluator(config, key, episodes=config.run.eval_episodes)
 
     def evaluation(learner: LearnerState) -> dict[str, float]:
-        described = describe(evaluator(learner.without_optimiser(), split))
+        described = describe(evaluator(learner.without_optimizer(), split))
         return {f"eval/{split}/{name}": value for name, value in described.items()}
 
     return evaluation

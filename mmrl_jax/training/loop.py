@@ -42,8 +42,8 @@ class Counters:
     """What a stage counts on the host; it is stored with the checkpoints and goes on from there.
 
     Attributes:
-      wall_s: time of the updates; initialisation, compilation and evaluations are left out.
-      compile_s: time of initialisation and compilation, of all processes.
+      wall_s: time of the updates; initialization, compilation and evaluations are left out.
+      compile_s: time of initialization and compilation, of all processes.
       total_s: all the time in `run`, of all processes.
       env_steps: decisions taken in environments; a step that only resets is none.
     """
@@ -395,7 +395,7 @@ def _row(
 ) -> dict[str, float]:
     """What is logged of a dispatch that ended at update `done`; for `counted` see `make_dispatch`.
 
-    Metrics of episodes are left out where none ended, those of optimiser steps are NaN where none
+    Metrics of episodes are left out where none ended, those of optimizer steps are NaN where none
     was taken.
     """
     absent = {name for name, count in counted.items() if not count}
@@ -411,7 +411,7 @@ def _row(
 def _diverged(name: str, path: PathLike, before: int, done: int) -> str:
     return (
         f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
-        f"the loss or gradient of half of the optimiser steps or more is not. Nothing of them is "
+        f"the loss or gradient of half of the optimizer steps or more is not. Nothing of them is "
         f"saved. The same command would come to the same point again: start in a fresh workdir "
         f"with a lower learning rate, or look at update/skipped, loss/* and grad/norm in "
         f"{path}."

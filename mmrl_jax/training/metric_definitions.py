@@ -20,7 +20,7 @@ class Metric(NamedTuple):
 
 
 GLOSSARY: dict[str, Metric] = {
-    "loss/total": Metric("1", "Sum of the weighted losses that the optimiser descends", "finite"),
+    "loss/total": Metric("1", "Sum of the weighted losses that the optimizer descends", "finite"),
     "loss/policy": Metric(
         "1",
         "Clipped surrogate of PPO, mean over valid steps, no sign of progress",
@@ -39,7 +39,7 @@ GLOSSARY: dict[str, Metric] = {
     "loss/cloning": Metric(
         "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
     ),
-    "loss/answer": Metric("nats", "Cross-entropy of the tokens of the labelled answers", "falls"),
+    "loss/answer": Metric("nats", "Cross-entropy of the tokens of the labeled answers", "falls"),
     "policy/kl": Metric(
         "nats",
         "KL from the policy that acted to the updated one, per step",
@@ -132,13 +132,13 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "time/wall_s": Metric(
         "s",
-        "Time of the stage's updates so far; initialisation, compilation and evaluations left out",
+        "Time of the stage's updates so far; initialization, compilation and evaluations left out",
         "grows",
     ),
     "time/update_s": Metric("s", "Time of one update, as time/wall_s", "constant"),
     "time/compile_s": Metric(
         "s",
-        "Time of initialising and compiling the stage so far, on every line",
+        "Time of initializing and compiling the stage so far, on every line",
         "constant; grows where a run is resumed",
     ),
     "time/eval_s": Metric(
@@ -160,12 +160,12 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "update/steps": Metric(
         "steps",
-        "Optimiser steps of an update, before the KL stop if there is one",
+        "Optimizer steps of an update, before the KL stop if there is one",
         "epochs * minibatches; fewer often: lower the learning rate",
     ),
     "update/skipped": Metric(
         "steps",
-        "Optimiser steps of an update, skipped because the loss or its gradient is not finite",
+        "Optimizer steps of an update, skipped because the loss or its gradient is not finite",
         "0; half of all steps stop the run",
     ),
     "update/retries": Metric(

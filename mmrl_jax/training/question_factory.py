@@ -62,8 +62,8 @@ SCHEMA: config_lib.Schema = {
     },
     "model": token_models.MODEL,
     "sft": {
-        "examples": positive(int, "labelled questions, a fixed set"),
-        "counts": anything(tuple, "(least, most) that is counted in the labelled questions"),
+        "examples": positive(int, "labeled questions, a fixed set"),
+        "counts": anything(tuple, "(least, most) that is counted in the labeled questions"),
         "noise": between(float, 0, 1, "share of labels that are a random question's of its kind"),
     }
     | dict(token_stages.SFT),
@@ -121,7 +121,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config.algorithm == "sft" and not config.sft.updates:
         raise ValueError("sft.updates=0, but algorithm='sft' is nothing else; raise it.")
     parts = make_parts(config)
-    few = labelled(config, parts.task)
+    few = labeled(config, parts.task)
     # Pictures that do not divide into cells are refused when they are drawn.
     jax.eval_shape(lambda key: few.sample(key, 1, "train"), jax.random.key(0))
     token_models.check_trainable(config, parts.model)
@@ -200,13 +200,13 @@ def make_parts(config: ml_collections.ConfigDict) -> Parts:
         distractors=t.distractors,
         levels=tuple(t.levels),
         image_tokens=token_models.image_tokens(config.model, source, size),
-        tokeniser=source and source.chat,
+        tokenizer=source and source.chat,
     )
     return Parts(task, token_models.make_model(config.model, source, task.texts, size))
 
 
-def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.Shapes:
-    """The task that labelled questions are drawn from.
+def labeled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.Shapes:
+    """The task that labeled questions are drawn from.
 
     Raises:
       ValueError: sft.counts is no part of task.counts, or too small a one.
@@ -219,9 +219,9 @@ def labelled(config: ml_collections.ConfigDict, task: shapes.Shapes) -> shapes.S
 
 
 def sft_stage(config: ml_collections.ConfigDict, mesh: Mesh) -> Stage:
-    """Supervised fine-tuning on the labelled questions."""
+    """Supervised fine-tuning on the labeled questions."""
     s, parts = config.sft, make_parts(config)
-    few = labelled(config, parts.task)
+    few = labeled(config, parts.task)
 
     @jax.jit
     def label(rng: jax.Array) -> tuple[Prompt, jax.Array, jax.Array]:
@@ -327,8 +327,8 @@ def answered_samples(
 
 def dependencies(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Fingerprints of what a run depends on beside its config, see `fingerprints`."""
-    tokeniser = make_parts(config).model.texts.tokeniser
-    return token_models.dependencies(config.model, tokeniser)
+    tokenizer = make_parts(config).model.texts.tokenizer
+    return token_models.dependencies(config.model, tokenizer)
 
 
 def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:

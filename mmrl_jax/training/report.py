@@ -213,15 +213,15 @@ def study_figure(
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for i, (variant, (mean, low, high)) in enumerate(intervals.items()):
-        colour = f"C{i}"
-        left.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=colour)
+        color = f"C{i}"
+        left.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=color)
         runs = np.sort(np.asarray(scores[variant], float))
         above = 1 - np.arange(len(runs) + 1) / len(runs)
         right.stairs(
             above,
             [min(0.0, runs[0]), *runs, max(1.0, runs[-1])],
             baseline=None,
-            color=colour,
+            color=color,
             label=variant,
         )
     left.set_yticks(range(len(intervals)), intervals)
@@ -259,7 +259,7 @@ def _series(
 
 
 def _draw_curve(axis: Any, across: np.ndarray, values: np.ndarray, name: str) -> None:
-    """Draws the values, and over a long noisy curve its centred running mean."""
+    """Draws the values, and over a long noisy curve its centered running mean."""
     window = len(values) // 20
     if window < 2:
         axis.plot(across, values, label=name, linewidth=1.2, marker="." if len(values) < 9 else "")

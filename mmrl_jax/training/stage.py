@@ -15,7 +15,7 @@ class Carry(struct.PyTreeNode):
     """All that a run needs to go on: a checkpoint of it is a checkpoint of the run.
 
     Attributes:
-      learner: parameters, optimiser, statistics; `without_optimiser` is what it acts with.
+      learner: parameters, optimizer, statistics; `without_optimizer` is what it acts with.
       env_state: of all environments, [B, ...]; None for a stage without environments.
       rng: key of the run; update u uses fold_in(rng, u) and nothing else.
       updates: int32 [], updates done; for demonstrations this is the data position too.
@@ -79,7 +79,7 @@ class Stage:
       name: for the console and the reports.
       init: () -> Carry, fresh.
       update: (carry, constants) -> (carry, metrics), metrics float32 [], among them 'update/steps'
-        and 'update/skipped', the optimiser steps taken, and those skipped because the loss or its
+        and 'update/skipped', the optimizer steps taken, and those skipped because the loss or its
         gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and the
         updates of a dispatch are one compiled program. None for a stage with `on_host`.
       constants: pytree given to every update, or None; never donated.

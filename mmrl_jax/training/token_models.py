@@ -87,7 +87,7 @@ class DecoderSpec(NamedTuple):
 
     Attributes:
       language: the decoder.
-      chat: its tokeniser.
+      chat: its tokenizer.
     """
 
     language: LanguageModel
@@ -137,16 +137,16 @@ def pretrained(m: ml_collections.ConfigDict, size: tuple[int, int]) -> DecoderSp
         raise ValueError(f"model.pretrained={m.pretrained!r}: {error}") from error
 
 
-def dependencies(m: ml_collections.ConfigDict, tokeniser: Tokenizer) -> dict[str, str]:
+def dependencies(m: ml_collections.ConfigDict, tokenizer: Tokenizer) -> dict[str, str]:
     """Fingerprints of the pretrained model, see `fingerprints`.
 
     Args:
       m: the config of the model.
-      tokeniser: its texts.
+      tokenizer: its texts.
     """
     if m.pretrained is None:
         return {}
-    texts = cast(chat.ChatTokenizer, tokeniser)
+    texts = cast(chat.ChatTokenizer, tokenizer)
     return {
         "base_weights": weights.fingerprint(chat.directory_of(m.pretrained)),
         "chat_template": fingerprints.digest(texts.rendered()),
@@ -184,14 +184,14 @@ def make_model(
     Raises:
       ValueError: see `vlm.check_counts`.
     """
-    tokeniser = texts.tokeniser
-    ends = texts.length, tokeniser.stops, tokeniser.pad
+    tokenizer = texts.tokenizer
+    ends = texts.length, tokenizer.stops, tokenizer.pad
     if isinstance(source, VLMSpec):
         policy = TokenPolicy(source.model, *ends, source.pictures, source.positions)
     else:
-        policy = TokenPolicy(_with_eyes(m, source, tokeniser), *ends)
+        policy = TokenPolicy(_with_eyes(m, source, tokenizer), *ends)
     present = np.ones((len(texts.prompts), image_tokens(m, source, size)), bool)
-    check_counts(texts.prompt_tokens == tokeniser.image, present)
+    check_counts(texts.prompt_tokens == tokenizer.image, present)
     return TokenModel(policy, texts, size)
 
 
@@ -205,12 +205,12 @@ def image_tokens(
 
 
 def _with_eyes(
-    m: ml_collections.ConfigDict, speech: DecoderSpec | None, tokeniser: Tokenizer
+    m: ml_collections.ConfigDict, speech: DecoderSpec | None, tokenizer: Tokenizer
 ) -> VisionLanguageModel:
     """A decoder, pretrained or small, that sees by our own encoder of patches."""
     dtype = DTYPES[m.dtype]
     if speech is None:
-        language, projector = _small_decoder(m, cast(WordTokenizer, tokeniser).size), None
+        language, projector = _small_decoder(m, cast(WordTokenizer, tokenizer).size), None
     else:
         language, projector = speech.language, VisionProjection(speech.language.width, dtype)
     encoder = VisionEncoder(
@@ -224,7 +224,7 @@ def _with_eyes(
         dtype=dtype,
         remat=m.remat,
     )
-    return VisionLanguageModel(PatchVision(encoder, projector), language, tokeniser.image)
+    return VisionLanguageModel(PatchVision(encoder, projector), language, tokenizer.image)
 
 
 def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageModel:

@@ -37,8 +37,8 @@ from mmrl_jax.training.token_models import TokenModel, make_variables, partition
 from mmrl_jax.types import Metrics, Params, Transition
 
 SFT: config_lib.Schema = {
-    "updates": non_negative(int, "optimiser steps of supervised fine-tuning; 0 for none"),
-    "batch_size": positive(int, "samples an optimiser step"),
+    "updates": non_negative(int, "optimizer steps of supervised fine-tuning; 0 for none"),
+    "batch_size": positive(int, "samples an optimizer step"),
     "trained": pattern(str, "of the paths of variables, params/... or lora/...; others are frozen"),
     "learning_rate": positive(float, "of Adam"),
     "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
@@ -65,7 +65,7 @@ RL: config_lib.Schema = {
     "schedule": one_of(("constant", "linear"), "of the learning rate; linear falls to 0"),
     "max_grad_norm": positive(float, "global norm that gradients are clipped to"),
     "epochs": positive(int, "passes over a batch"),
-    "minibatches": positive(int, "optimiser steps a pass"),
+    "minibatches": positive(int, "optimizer steps a pass"),
     "accumulate": positive(int, "parts of a minibatch whose gradients are added up"),
 }
 
@@ -138,24 +138,24 @@ def shape_rewards(
     return experience._replace(reward=reward)
 
 
-class Optimisation(NamedTuple):
+class Optimization(NamedTuple):
     """How RL takes its steps.
 
     Attributes:
       rate: step -> learning rate.
-      optimiser: of optax.
+      optimizer: of optax.
     """
 
     rate: optax.Schedule
-    optimiser: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
 
 
-def make_optimisation(config: ml_collections.ConfigDict) -> Optimisation:
-    """The optimiser of RL."""
+def make_optimization(config: ml_collections.ConfigDict) -> Optimization:
+    """The optimizer of RL."""
     r = config.rl
     steps = config.run.updates * r.epochs * r.minibatches
     rate = schedule(r.schedule, r.learning_rate, steps)
-    return Optimisation(rate, adam(rate, r.max_grad_norm))
+    return Optimization(rate, adam(rate, r.max_grad_norm))
 
 
 def make_loss(config: ml_collections.ConfigDict, loss: TokenLoss) -> TokenLoss:
@@ -167,11 +167,11 @@ def make_loss(config: ml_collections.ConfigDict, loss: TokenLoss) -> TokenLoss:
 
 
 def rl_learner(
-    config: ml_collections.ConfigDict, trained: Params, optimiser: optax.GradientTransformation
+    config: ml_collections.ConfigDict, trained: Params, optimizer: optax.GradientTransformation
 ) -> TokenState:
     """A learner as RL begins; it has a reference where one is used."""
     with_reference = _has_reference(config)
-    return token_learner.init(trained, optimiser=optimiser, with_reference=with_reference)
+    return token_learner.init(trained, optimizer=optimizer, with_reference=with_reference)
 
 
 def evaluated_together(config: ml_collections.ConfigDict) -> int:
@@ -236,13 +236,13 @@ def make_learn(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     policy: TokenPolicy,
-    optimisation: Optimisation,
+    optimization: Optimization,
 ) -> Learn:
     """An update of the config's algorithm on answers that have their rewards."""
     r = config.rl
     update: dict[str, Any] = {
         "policy": dataclasses.replace(policy, pack_rows=r.pack_rows),
-        "optimiser": optimisation.optimiser,
+        "optimizer": optimization.optimizer,
         "shard": functools.partial(mesh_lib.constrain_batch, mesh=mesh),
     }
     steps = {"epochs": r.epochs, "minibatches": r.minibatches, "grad_accum_steps": r.accumulate}
@@ -345,12 +345,12 @@ def make_learning(
     """RL of a model, from where it is or from what was fine-tuned."""
     variables = make_variables(config, model, start=start)
     trained, frozen = partition_trainable(variables, config, "rl")
-    optimisation = make_optimisation(config)
-    learn = make_learn(config, mesh, model.policy, optimisation)
+    optimization = make_optimization(config)
+    learn = make_learn(config, mesh, model.policy, optimization)
     begin = Start(trained)
 
     def init() -> Carry:
-        learner = rl_learner(config, begin(), optimisation.optimiser)
+        learner = rl_learner(config, begin(), optimization.optimizer)
         return fresh_carry(config, learner, 3)
 
     def step(
@@ -358,7 +358,7 @@ def make_learning(
     ) -> tuple[Carry, Metrics]:
         learner, metrics = learn(carry.learner, frozen, experience, key)
         learner = token_learner.move_reference(learner, config.rl.reference_decay)
-        metrics |= {"lr": jnp.asarray(optimisation.rate(learner.steps), jnp.float32)}
+        metrics |= {"lr": jnp.asarray(optimization.rate(learner.steps), jnp.float32)}
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics
 
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
@@ -409,13 +409,13 @@ def sft_stage(
       The stage; its constants are the frozen half, and the fixed set or None.
     """
     s = config.sft
-    optimiser = adam(s.learning_rate, s.max_grad_norm)
+    optimizer = adam(s.learning_rate, s.max_grad_norm)
     trained, frozen = partition_trainable(make_variables(config, model), config, "sft")
     frozen = jax.device_put(frozen, mesh_lib.replicated(mesh))
     begin = Start(trained)
 
     def init() -> Carry:
-        learner = token_learner.init(begin(), optimiser=optimiser, with_reference=False)
+        learner = token_learner.init(begin(), optimizer=optimizer, with_reference=False)
         return fresh_carry(config, learner, 2)
 
     def step(carry: Carry, frozen: Any, labels: Labels) -> tuple[Carry, Metrics]:
@@ -424,7 +424,7 @@ def sft_stage(
             frozen,
             *labels,
             policy=model.policy,
-            optimiser=optimiser,
+            optimizer=optimizer,
             shard=functools.partial(mesh_lib.constrain_batch, mesh=mesh),
         )
         return carry.replace(learner=learner, updates=carry.updates + 1), metrics

@@ -32,7 +32,7 @@ def captioned(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         captions: One text for each frame; long ones are wrapped.
 
     Returns:
-        uint8 `[T, H', W', 3]`: whole multiples of H and W (nearest neighbour, so that a pixel of
+        uint8 `[T, H', W', 3]`: whole multiples of H and W (nearest neighbor, so that a pixel of
         the policy's view is a square), plus the caption's lines; H' and W' even, as video needs.
 
     Raises:
@@ -206,7 +206,7 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
 
     height, width = frames.shape[1:3]
     frames = _padded(frames, height + height % 2, width + width % 2)
-    # yuv420p is what browsers play; it halves the colour planes, hence the even sizes.
+    # yuv420p is what browsers play; it halves the color planes, hence the even sizes.
     writer = imageio_ffmpeg.write_frames(
         str(path),
         (frames.shape[2], frames.shape[1]),
