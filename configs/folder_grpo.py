@@ -12,8 +12,8 @@ reported (folder.test_size, or all of a folder of your own, folder.test_director
 an image are on one side, and the same images are held out whatever the seed of the run.
 
 It is called in processes of its own, between the program that answers and the one that learns. An
-answer whose reward fails, or takes too long, is left out and counted (answer/unscored), unless its
-function declares what a failed call counts as, see mmrl_jax/tasks/rewards.py.
+answer whose reward fails, or takes too long, is left out and counted (completion/unscored), unless
+its function declares what a failed call counts as, see mmrl_jax/tasks/rewards.py.
 
 Command:   python -m experiments.train --config=configs/folder_grpo.py --workdir=runs/folder \
                --config.folder.directory=DIR --config.rewards.functions="('my_rewards:length',)"

@@ -262,7 +262,7 @@ def evaluate(
             ]
             shown += [
                 f"{measure} {row[measure]:.3f}"
-                for measure in ("blind_accuracy", "malformed", "failed_fraction")
+                for measure in ("blind_accuracy", "invalid_fraction", "failed_fraction")
                 if measure in row
             ]
             print(f"{part:24} {name or '-':15} {'   '.join(shown)}", flush=True)

@@ -40,8 +40,14 @@ FLAGS = flags.FLAGS
 RESULT = "result.json"
 # Of a result, what is no metric.
 PROVENANCE = ("commit", "hardware")
-# Of an evaluation, what goes into a result.
-REPORTED = ("success", "return", "accuracy", "blind_accuracy", "malformed")
+# Of an evaluation, what goes into a result, and its name there: saved results have these names.
+REPORTED = {
+    "success": "success",
+    "return": "return",
+    "accuracy": "accuracy",
+    "blind_accuracy": "blind_accuracy",
+    "invalid_fraction": "malformed",
+}
 
 # Variant -> seed -> what its result.json holds.
 Results = dict[str, dict[int, dict[str, Any]]]
@@ -100,9 +106,9 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
     result: dict[str, Any] = {}
     for split in build.splits(config):
         described = measure(variables, split)
-        for name in REPORTED:
+        for name, stored in REPORTED.items():
             if name in described:
-                result[f"final/{split}/{name}"] = described[name]
+                result[f"final/{split}/{stored}"] = described[name]
     times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
     return result | {"commit": commit(), "hardware": hardware()}

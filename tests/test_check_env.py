@@ -191,7 +191,7 @@ def test_what_is_no_number_later_is_masked(spoil):
 
 
 def test_a_run_in_which_every_step_is_broken_stops(tmp_path):
-    broken = {"rollout/valid_fraction": jnp.float32(0), "rollout/broken": jnp.float32(8)}
+    broken = {"rollout/valid_fraction": jnp.float32(0), "rollout/nonfinite_envs": jnp.float32(8)}
     stage = toy(update=lambda n, w: broken)
     with pytest.raises(envs.InvalidEnvironment, match="in updates 1 to 1 gave finite numbers"):
         loop.run(stage, workdir=tmp_path, config={})

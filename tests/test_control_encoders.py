@@ -85,7 +85,7 @@ def test_steps_that_do_not_count_stop_no_update():
     carry, shardings = loop.start(stage)
     _, metrics = loop.make_dispatch(stage.update, 1, shardings)(carry, None)
     assert float(metrics["rollout/valid_fraction"]) == pytest.approx(16 / 17)
-    assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (2, 0)
+    assert (float(metrics["update/steps"]), float(metrics["optimizer/skipped_steps"])) == (2, 0)
 
 
 def test_no_instruction_at_all_is_finite():

@@ -37,13 +37,13 @@ def hosted(fail=lambda call, update: None, **changes):
         learner: LearnerState = carry.learner
         learner = learner.replace(params={"w": learner.params["w"] + batch})
         n = carry.updates + 1
-        logged = {"loss/total": jnp.float32(n), "update/steps": 1.0, "update/skipped": 0.0}
+        logged = {"loss/total": jnp.float32(n), "update/steps": 1.0, "optimizer/skipped_steps": 0.0}
         return carry.replace(learner=learner, updates=n), jax.tree.map(jnp.float32, logged)
 
     def on_host(carry, data):
         metrics = {
             name: jax.ShapeDtypeStruct((), jnp.float32)
-            for name in ("loss/total", "update/steps", "update/skipped")
+            for name in ("loss/total", "update/steps", "optimizer/skipped_steps")
         }
         return HostUpdate(collect, jax.jit(learn, donate_argnums=0), metrics)
 

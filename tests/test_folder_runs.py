@@ -103,11 +103,13 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     longest = max(map(len, folder_factory.make_parts(make_config()).chat.tokenizer.get_vocab()))
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     for row in logged:
-        assert np.isfinite(row["loss/total"]) and row["update/skipped"] == 0
-        assert row["answer/unscored"] == 0 and 0 <= row["completion/truncated_fraction"] <= 1
+        assert np.isfinite(row["loss/total"]) and row["optimizer/skipped_steps"] == 0
+        assert row["completion/unscored"] == 0 and 0 <= row["completion/truncated_fraction"] <= 1
         # The reward is half the number of letters; of an answer's four tokens each may be special,
         # and is then shown as it is written.
-        assert 0 < row["answer/reward"] <= 4 * longest / 2 and 1 <= row["answer/length"] <= 4
+        assert (
+            0 < row["completion/reward"] <= 4 * longest / 2 and 1 <= row["completion/length"] <= 4
+        )
     # Of the functions' results, one for each record, their weights make the return.
     for row in logged[1::2]:
         part = row[f"eval/validation/reward/{LENGTH}"]
@@ -139,8 +141,8 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(run, make_config, tmp_path):
     parts = train(make_config(run__updates_per_dispatch=3), tmp_path)
     bitwise_equal(whole.tuned.carry, parts.tuned.carry)
     assert differ(half.tuned.carry.learner.params, parts.tuned.carry.learner.params)
-    mean = np.mean([row["answer/reward"] for row in rows(workdir)[2:]])
-    assert rows(tmp_path)[-1]["answer/reward"] == pytest.approx(mean)
+    mean = np.mean([row["completion/reward"] for row in rows(workdir)[2:]])
+    assert rows(tmp_path)[-1]["completion/reward"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "token_ppo"])
@@ -150,7 +152,7 @@ def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
     (row,) = rows(tmp_path)
     assert trained.tuned.updates == 1 and np.isfinite(row["loss/total"])
     # The first answers are those of GRPO: by then only the learners differ.
-    assert row["answer/reward"] == rows(run[1])[0]["answer/reward"]
+    assert row["completion/reward"] == rows(run[1])[0]["completion/reward"]
 
 
 def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_path, monkeypatch):
@@ -179,7 +181,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         np.testing.assert_array_equal(asked.images[row, 0, 0], color(i))
     # Random guesses among 400 tokens cost 6 nats; a digit and the stop token are soon learned.
     (row,) = rows(tmp_path / "sft")
-    assert row["loss/answer"] < 4
+    assert row["loss/sft"] < 4
     # RL begins with what was learned, and both can be evaluated from what was stored.
     before = evaluate.restore_tokens(tmp_path / "sft", "latest", trust_modules=True)[1][0]
     after = trained.tuned.carry.learner.params
@@ -269,10 +271,13 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         np.testing.assert_array_equal(scored, np.repeat(level[:, None], 4, axis=1))
         assert np.all(np.asarray(reward)[level == 0] == 0)
         row = rows(tmp_path)[update]
-        assert row["answer/unscored"] == np.mean(level == 0) and row["update/skipped"] == 0
+        assert (
+            row["completion/unscored"] == np.mean(level == 0)
+            and row["optimizer/skipped_steps"] == 0
+        )
         # One of the two functions fails there.
         assert row["reward/failed"] == np.mean(level == 0) / 2
-    assert {0 < row["answer/unscored"] < 1 for row in rows(tmp_path)} == {True}
+    assert {0 < row["completion/unscored"] < 1 for row in rows(tmp_path)} == {True}
     # An evaluation counts every record, and a mean over half of them is not reported.
     row, summary = rows(tmp_path)[-1], json.loads((tmp_path / "summary.json").read_text())
     for name, part, found in (

@@ -12,9 +12,9 @@ from tests import tiny
 def rows(count=30, **changes):
     """A healthy run; a change gives a metric as a function of the line."""
     healthy = {
-        "answer/reward": lambda i: 0.1 + 0.01 * i,
-        "answer/degenerate_groups": lambda i: 0.9,
-        "answer/length": lambda i: 20.0 - 0.1 * i,
+        "completion/reward": lambda i: 0.1 + 0.01 * i,
+        "reward/zero_std_groups": lambda i: 0.9,
+        "completion/length": lambda i: 20.0 - 0.1 * i,
         "policy/entropy": lambda i: 1.0 / (1 + i),
         "eval/train/accuracy_lo": lambda i: 0.4,
         "eval/train/blind_accuracy": lambda i: 0.2,
@@ -32,7 +32,7 @@ def raised(lines):
 
 def test_an_alarm_is_new_once():
     watching = health_checks.Alarms()
-    new = [watching.see(row) for row in rows(answer__reward=lambda i: 0.0)]
+    new = [watching.see(row) for row in rows(completion__reward=lambda i: 0.0)]
     assert [bool(x) for x in new] == [i == health_checks.WINDOW - 1 for i in range(30)]
     assert list(watching.raised) == ["reward_constant"]
 
@@ -47,9 +47,9 @@ def test_a_healthy_run_raises_none():
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("reward_constant", {"answer__reward": lambda i: 0.0}),
-        ("groups_degenerate", {"answer__degenerate_groups": lambda i: 1.0}),
-        ("answers_short", {"answer__length": lambda i: 20.0 if i < 5 else 4.0}),
+        ("reward_constant", {"completion__reward": lambda i: 0.0}),
+        ("groups_degenerate", {"reward__zero_std_groups": lambda i: 1.0}),
+        ("answers_short", {"completion__length": lambda i: 20.0 if i < 5 else 4.0}),
         ("entropy_low", {"policy__entropy": lambda i: 1.0 if i < 5 else 0.01}),
         ("pictures_unused", {"eval__train__blind_accuracy": lambda i: 0.45}),
     ],
@@ -61,7 +61,7 @@ def test_each_is_raised_by_what_it_is_about(name, changes):
 
 
 def test_what_is_over_is_no_longer_raised():
-    late = rows(answer__reward=lambda i: 0.0 if i < 29 else 0.5)
+    late = rows(completion__reward=lambda i: 0.0 if i < 29 else 0.5)
     assert raised(late[:-1]) and not raised(late)
     blind = rows(eval__train__blind_accuracy=lambda i: 0.45 if i < 29 else 0.1)
     assert "pictures_unused" not in raised(blind)
@@ -82,4 +82,4 @@ def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
     logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)
     assert "alarm/reward_constant" not in logged[0]
     assert logged[-1]["alarm/reward_constant"] == 1
-    assert capsys.readouterr().err.count("answer/reward has been 0") == 1
+    assert capsys.readouterr().err.count("completion/reward has been 0") == 1

@@ -37,7 +37,7 @@ def toy(update=lambda n, w: {}, **changes) -> loop.Stage:
 
     def step(carry: loop.Carry, data: None) -> tuple:
         n, w = carry.updates + 1, carry.learner.params["w"] + 1
-        logged = {"loss/total": 1.0 / n, "update/steps": 1.0, "update/skipped": 0.0}
+        logged = {"loss/total": 1.0 / n, "update/steps": 1.0, "optimizer/skipped_steps": 0.0}
         logged = jax.tree.map(jnp.float32, logged) | update(n, w)
         learner = carry.learner.replace(params={"w": logged.pop("w", w)})
         return carry.replace(learner=learner, updates=n), logged
@@ -201,7 +201,7 @@ def skipping(*numbers):
     def update(n, w):
         skipped = jnp.isin(n, jnp.array(numbers)).astype(jnp.float32)
         loss = jnp.where(skipped > 0, jnp.nan, 1.0 * n)
-        return {"loss/total": loss, "update/steps": 1 - skipped, "update/skipped": skipped}
+        return {"loss/total": loss, "update/steps": 1 - skipped, "optimizer/skipped_steps": skipped}
 
     return update
 
@@ -227,9 +227,9 @@ def test_a_run_that_diverged_is_not_saved(update, tmp_path):
 def test_few_skipped_steps_are_counted_and_do_no_harm(tmp_path):
     run(toy(skipping(4), updates=6, updates_per_dispatch=3), tmp_path)
     first, second = rows(tmp_path)
-    assert (first["update/skipped"], first["loss/total"]) == (0, 2)
+    assert (first["optimizer/skipped_steps"], first["loss/total"]) == (0, 2)
     # Means over the updates 4, 5 and 6, and of the loss over 5 and 6.
-    assert second["update/skipped"] == pytest.approx(1 / 3) and second["loss/total"] == 5.5
+    assert second["optimizer/skipped_steps"] == pytest.approx(1 / 3) and second["loss/total"] == 5.5
 
 
 def test_only_episode_metrics_may_have_nothing_to_report(tmp_path):

@@ -111,6 +111,15 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         _open(tmp_path, console_names=("episode/succes",))
 
 
+def test_lines_of_an_earlier_version_have_the_names_of_today(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "policy/kl": 0.5, "eval/train/malformed": 0.25, "lr": 2}\n')
+    expected = {"step": 1, "policy/approx_kl": 0.5, "eval/train/invalid_fraction": 0.25, "lr": 2}
+    assert metrics.read_jsonl(path) == [expected]
+    for name in metric_definitions.RENAMED.values():
+        metric_definitions.lookup(name)
+
+
 def test_bad_values(tmp_path):
     with pytest.raises(ValueError, match="total_steps is 0"):
         _open(tmp_path, total_steps=0)

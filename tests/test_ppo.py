@@ -235,7 +235,7 @@ def test_the_first_ratio_is_1_and_a_rate_of_0_changes_nothing(kind):
     state, batch, last = prepared(kind, optimizer)
     after, metrics = run(state, batch, last, optimizer)
     # Of a ratio of 1 up to a float32 rounding r, k3 is r^2 / 2.
-    assert abs(float(metrics["policy/kl"])) < 1e-10
+    assert abs(float(metrics["policy/approx_kl"])) < 1e-10
     assert float(metrics["policy/clip_fraction"]) == 0
     # With ratio 1 the policy loss is minus the mean of the normalized advantages.
     assert float(metrics["loss/policy"]) == pytest.approx(0.0, abs=1e-5)
@@ -249,7 +249,7 @@ def test_the_first_ratio_of_a_flax_network_is_1():
     state = learner_state(optimizer, params)
     batch, last = record(state, network=model.apply)
     _, metrics = run(state, batch, last, optimizer, network=model.apply, minibatches=3, epochs=2)
-    assert abs(float(metrics["policy/kl"])) < 1e-10
+    assert abs(float(metrics["policy/approx_kl"])) < 1e-10
     assert float(metrics["update/steps"]) == 6
 
 
@@ -268,7 +268,9 @@ def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16():
     assert jnp.mean(jnp.abs(near.log_prob(batch.action) - batch.log_prob) > 1e-3) > 0.5
     changes = {"minibatches": 3, "clip": 1e-3, "recompute": True}
     _, metrics = run(state, batch, last, optimizer, network=rounded, **changes)
-    assert float(metrics["policy/clip_fraction"]) == 0 and float(metrics["policy/kl"]) < 1e-10
+    assert (
+        float(metrics["policy/clip_fraction"]) == 0 and float(metrics["policy/approx_kl"]) < 1e-10
+    )
     assert float(metrics["grad/norm"]) > 0.1
 
 
@@ -369,12 +371,12 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted():
     # One of the samples breaks the minibatch that it is in, in each of three epochs.
     broken = batch.replace(log_prob=batch.log_prob.at[0, 0].set(jnp.nan))
     after, metrics = run(state, broken, last, SGD, epochs=3, minibatches=4)
-    assert (metrics["update/skipped"], metrics["update/steps"]) == (3, 9)
+    assert (metrics["optimizer/skipped_steps"], metrics["update/steps"]) == (3, 9)
     assert after.steps == state.steps + 9
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, metrics)))
     assert difference(after.params, state.params) > 1e-4
     after, metrics = run(state, broken, last, SGD, epochs=3, minibatches=1)
-    assert (metrics["update/skipped"], metrics["update/steps"]) == (3, 0)
+    assert (metrics["optimizer/skipped_steps"], metrics["update/steps"]) == (3, 0)
     assert_equal(after.params, state.params)
     assert_equal(after.opt_state, state.opt_state)
     assert np.isnan(metrics["loss/total"])
@@ -385,9 +387,9 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too():
     gradients = jax.tree.map(jnp.ones_like, state.params)
     after, metrics = learner.apply_gradients(state, jnp.float32(jnp.nan), gradients, SGD)
     assert_equal(after, state)
-    assert (metrics["update/skipped"], metrics["update/steps"]) == (1, 0)
+    assert (metrics["optimizer/skipped_steps"], metrics["update/steps"]) == (1, 0)
     after, metrics = learner.apply_gradients(state, jnp.float32(1), gradients, SGD)
-    assert (metrics["update/skipped"], metrics["update/steps"]) == (0, 1)
+    assert (metrics["optimizer/skipped_steps"], metrics["update/steps"]) == (0, 1)
     assert difference(after.params, state.params) > 0 and metrics["loss/total"] == 1
 
 

@@ -57,7 +57,7 @@ def test_metrics_of_nothing_are_no_nan_for_debug_nans(tmp_path):
     with jax.debug_nans(True):
         no_end = toy(lambda n, w: {"episode/return": jnp.nan * n})
         loop.run(no_end, workdir=tmp_path / "a", config={})
-        no_step = {"update/steps": jnp.float32(0), "update/skipped": jnp.float32(1)}
+        no_step = {"update/steps": jnp.float32(0), "optimizer/skipped_steps": jnp.float32(1)}
         with pytest.raises(FloatingPointError, match="diverged in updates 1 to 1"):
             loop.run(toy(lambda n, w: no_step), workdir=tmp_path / "b", config={})
     assert len(rows(tmp_path / "a")) == 4

@@ -321,9 +321,9 @@ def test_accuracy_is_told_by_level():
     score = Score(right, right, np.array([0, 1, 0, 0, 0], np.float32))
     found = Answered(Prompt(*(None,) * 6, level=level), None, None, score)
     described = describe_levels(found, ("easy", "medium", "hard"))
-    assert described["easy/accuracy"] == 1 / 2 and described["easy/malformed"] == 0
+    assert described["easy/accuracy"] == 1 / 2 and described["easy/invalid_fraction"] == 0
     assert described["hard/accuracy"] == pytest.approx(2 / 3)
-    assert described["hard/malformed"] == pytest.approx(1 / 3)
+    assert described["hard/invalid_fraction"] == pytest.approx(1 / 3)
     assert not any(name.startswith("medium") for name in described)
 
 

@@ -120,10 +120,10 @@ def test_one_step_is_reinforce_written_out():
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
     assert largest_difference(state.params, expected) > 1e-3
     assert largest_difference(new.params, expected) < 1e-6
-    assert float(metrics["policy/kl"]) < 1e-8
-    assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (1, 0)
+    assert float(metrics["policy/approx_kl"]) < 1e-8
+    assert (float(metrics["update/steps"]), float(metrics["optimizer/skipped_steps"])) == (1, 0)
     described = grpo.describe(given)
-    assert float(described["answer/length"]) == pytest.approx(float(mask.sum() / 12))
+    assert float(described["completion/length"]) == pytest.approx(float(mask.sum() / 12))
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("token", "constant")]
@@ -204,14 +204,14 @@ def test_a_model_without_vision_learns_from_text():
     given = grpo.ScoredCompletions(asked, answers, reward, jnp.ones((4, 3)))
     new, metrics = jit(step)(state, frozen, given, jax.random.key(4))
     assert largest_difference(new.params, state.params) > 1e-3
-    assert float(metrics["policy/kl"]) < 1e-8
+    assert float(metrics["policy/approx_kl"]) < 1e-8
 
 
 def test_later_epochs_see_their_ratio():
     _, first = update(PLAIN)
     _, more = update(dataclasses.replace(PLAIN, epochs=3, minibatches=2))
     assert float(more["update/steps"]) == 6
-    assert float(more["policy/kl"]) > 1e-7 > float(first["policy/kl"])
+    assert float(more["policy/approx_kl"]) > 1e-7 > float(first["policy/approx_kl"])
 
 
 def test_the_kl_to_the_reference_holds_the_policy_back():
@@ -383,7 +383,7 @@ def test_equal_rewards_teach_nothing():
     given = experience()._replace(reward=jnp.ones((4, 3)))
     new, _ = update(PLAIN, *learner(), given)
     assert largest_difference(new.params, learner()[0].params) == 0
-    assert float(grpo.describe(given)["answer/degenerate_groups"]) == 1
+    assert float(grpo.describe(given)["reward/zero_std_groups"]) == 1
 
 
 def test_questions_with_different_rewards_come_first():
@@ -415,7 +415,7 @@ def test_pictures_that_were_dropped_stop_the_update():
     asked = given.question
     dropped = asked._replace(tokens=jnp.where(asked.tokens == WordTokenizer.image, 5, asked.tokens))
     new, metrics = update(PLAIN, *learner(), given._replace(question=dropped))
-    assert (float(metrics["update/steps"]), float(metrics["update/skipped"])) == (0, 1)
+    assert (float(metrics["update/steps"]), float(metrics["optimizer/skipped_steps"])) == (0, 1)
     assert largest_difference(new.params, learner()[0].params) == 0
 
 
@@ -434,7 +434,7 @@ def test_supervised_fine_tuning_is_cross_entropy():
         return -jnp.sum(jnp.where(present, taken, 0)) / present.sum()
 
     value, gradient = jit(jax.value_and_grad(loss))(state.params)
-    assert metrics["loss/answer"] == pytest.approx(float(value), rel=1e-5)
+    assert metrics["loss/sft"] == pytest.approx(float(value), rel=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
     assert largest_difference(new.params, expected) < 1e-6
 
@@ -476,7 +476,7 @@ def test_one_step_of_dpo_is_written_out():
     assert largest_difference(state.params, expected) > 1e-3
     assert largest_difference(new.params, expected) < 1e-6
     assert float(metrics["loss/policy"]) == pytest.approx(np.log(2), rel=1e-5)
-    assert float(metrics["answer/preferences"]) == 0.75
+    assert float(metrics["completion/preferences"]) == 0.75
     parts, _ = prefer(given, grad_accum_steps=4)
     assert largest_difference(new.params, parts.params) < 1e-6
 
@@ -485,7 +485,7 @@ def test_no_preference_teaches_nothing_and_more_steps_widen_the_margin():
     same, _ = prefer(preferences(weight=(0.0,) * 4))
     assert largest_difference(same.params, learner()[0].params) == 0
     _, metrics = prefer(preferences(), epochs=8)
-    assert float(metrics["policy/margin"]) > 0.01
+    assert float(metrics["dpo/reward_margin"]) > 0.01
     assert float(metrics["loss/policy"]) < np.log(2)
 
 
@@ -590,7 +590,7 @@ def test_one_step_of_token_ppo_is_written_out():
     for part in ("params", "value"):
         assert largest_difference(state.params[part], expected[part]) > 1e-3
     assert largest_difference(new.params, expected) < 2e-6
-    assert float(metrics["answer/length"]) == pytest.approx(float(mask.sum() / 3))
+    assert float(metrics["completion/length"]) == pytest.approx(float(mask.sum() / 3))
     parts, _ = ppo_update(grad_accum_steps=4)
     assert largest_difference(new.params, parts.params) < 2e-6
 

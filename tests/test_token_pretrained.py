@@ -169,5 +169,5 @@ def test_the_real_smollm2_trains(tmp_path):
     trained = train(config, tmp_path)
     last = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)[-1]
     assert [result.updates for result in trained.results] == [2, 1]
-    assert last["update/skipped"] == 0 and abs(last["policy/reference_kl"]) < 1e-5
+    assert last["optimizer/skipped_steps"] == 0 and abs(last["policy/reference_kl"]) < 1e-5
     assert lora.adapters(trained.tuned.carry.learner.params["lora"])

@@ -52,7 +52,7 @@ def test_every_config_trains(name, changes, tmp_path):
     page = (tmp_path / "samples.html").read_text()
     assert page.count("<img ") == 24 and page.count("how many") + page.count("count the") == 24
     if config.algorithm != "sft":
-        assert 1 <= last["answer/length"] <= 2 and -0.5 <= last["answer/reward"] <= 1
+        assert 1 <= last["completion/length"] <= 2 and -0.5 <= last["completion/reward"] <= 1
 
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
@@ -123,7 +123,7 @@ def test_an_agent_trains_and_goes_on_where_it_was_stopped(name, tmp_path):
     whole = train(tiny.agent_config(name), tmp_path / "whole")
     assert [result.updates for result in whole.results] == [4, 4]
     last = metrics.read_jsonl(tmp_path / "whole" / metrics.JSONL_NAME)[-1]
-    assert np.isfinite(last["loss/total"]) and 0 <= last["answer/malformed"] <= 1
+    assert np.isfinite(last["loss/total"]) and 0 <= last["completion/invalid_fraction"] <= 1
     assert 0 <= last["eval/train/success"] <= 1
     assert "final/train/success" in json.loads((tmp_path / "whole/summary.json").read_text())
     with live_arrays.shares_of_runs() as shares:

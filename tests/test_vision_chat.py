@@ -241,7 +241,7 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
     assert all(np.any(np.asarray(x) != 0) for x in moved.values())
     rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
     assert abs(rows[0]["policy/reference_kl"]) < 1e-6 < rows[1]["policy/reference_kl"]
-    assert all(row["update/skipped"] == 0 for row in rows)
+    assert all(row["optimizer/skipped_steps"] == 0 for row in rows)
 
     export.export(
         tmp_path / "run", tmp_path / "lora", which="latest", adapter=True, dtype=np.float32,
@@ -318,7 +318,7 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
     assert any(path.startswith("value/") for path in tuned)
     assert all(path.startswith(("lora/", "value/")) for path in tuned)
     rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
-    assert all(row["update/skipped"] == 0 for row in rows)
+    assert all(row["optimizer/skipped_steps"] == 0 for row in rows)
 
     written = {"which": "latest", "dtype": np.float32}
     export.export(tmp_path / "run", tmp_path / "tuned", adapter=False, **written)

@@ -231,7 +231,7 @@ def test_two_updates_train_adapters_and_heads_alone(trained):
     carry = jax.device_get(result.carry)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     # Every environment was reset once in 17 steps, and its steps that only reset do not count.
-    assert [row["update/skipped"] for row in rows] == [0, 0] and result.updates == 2
+    assert [row["optimizer/skipped_steps"] for row in rows] == [0, 0] and result.updates == 2
     assert rows[0]["rollout/valid_fraction"] < 1
     before, after = start.learner.params, carry.learner.params
     jax.tree.map(np.testing.assert_array_equal, before["params"]["vlm"], after["params"]["vlm"])

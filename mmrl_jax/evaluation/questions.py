@@ -124,7 +124,7 @@ class QuestionEvaluator:
 
 
 def describe(score: Score) -> dict[str, float]:
-    """Mean 'accuracy' of answers [N], '_lo' and '_hi' of its 95 % interval, and 'malformed'."""
+    """Mean 'accuracy' of answers [N], its 95 % interval '_lo' and '_hi', and 'invalid_fraction'."""
     mean, low, high = statistics.bootstrap_interval(
         np.asarray(score.correct), confidence=0.95, resamples=2000, seed=0
     )
@@ -132,7 +132,7 @@ def describe(score: Score) -> dict[str, float]:
         "accuracy": mean,
         "accuracy_lo": low,
         "accuracy_hi": high,
-        "malformed": float(np.mean(score.malformed)),
+        "invalid_fraction": float(np.mean(score.malformed)),
     }
 
 

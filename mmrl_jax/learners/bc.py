@@ -121,11 +121,11 @@ def update(
         output = run_network(apply, state.replace(params=params), batch.observation)
         ones = jnp.ones(len(indices))
         parts = {
-            "loss/cloning": jnp.mean(output.distribution.cloning_loss(batch.action)),
+            "loss/bc": jnp.mean(output.distribution.cloning_loss(batch.action)),
             "loss/value": jnp.mean(losses.value_loss(output.value, target, output.value, None)),
         } | auxiliary_losses(output, batch.privileged, ones)
         value = (
-            parts["loss/cloning"]
+            parts["loss/bc"]
             + h.value_weight * parts["loss/value"]
             + h.auxiliary_weight * parts["loss/auxiliary"]
             + h.pointing_weight * parts["loss/pointing"]

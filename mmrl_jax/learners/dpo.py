@@ -110,7 +110,7 @@ def update(
 
     Returns:
       The new learner, and metrics: means over the optimizer steps that were taken.
-      'policy/preferred' is how often the preferred answer has gained on the other one.
+      'dpo/reward_accuracy' is how often the preferred answer has gained on the other one.
     """
     h = hyperparameters
 
@@ -140,8 +140,8 @@ def update(
         loss = mean(losses)
         return loss, {
             "loss/policy": loss,
-            "policy/margin": mean(h.beta * margin),
-            "policy/preferred": mean((margin > 0).astype(jnp.float32)),
+            "dpo/reward_margin": mean(h.beta * margin),
+            "dpo/reward_accuracy": mean((margin > 0).astype(jnp.float32)),
         }
 
     state, metrics = minibatch_epochs(
@@ -156,4 +156,4 @@ def update(
         grad_accum_steps=h.grad_accum_steps,
         shard=shard,
     )
-    return state, metrics | {"answer/preferences": jnp.mean(preferences.weight)}
+    return state, metrics | {"completion/preferences": jnp.mean(preferences.weight)}

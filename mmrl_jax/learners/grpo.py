@@ -199,9 +199,9 @@ def describe(experience: ScoredCompletions) -> Metrics:
     present = experience.answers.present.astype(jnp.float32)
     degenerate = group_advantages.degenerate(reward, scored)
     return {
-        "answer/reward": losses.masked_mean(reward, scored),
-        "answer/length": jnp.mean(jnp.sum(present, axis=-1)),
+        "completion/reward": losses.masked_mean(reward, scored),
+        "completion/length": jnp.mean(jnp.sum(present, axis=-1)),
         "completion/truncated_fraction": 1 - jnp.mean(experience.answers.finished),
-        "answer/rows": packing.rows_used(experience.answers.present).astype(jnp.float32),
-        "answer/degenerate_groups": jnp.mean(degenerate.astype(jnp.float32)),
+        "completion/rows": packing.rows_used(experience.answers.present).astype(jnp.float32),
+        "reward/zero_std_groups": jnp.mean(degenerate.astype(jnp.float32)),
     }

@@ -107,8 +107,8 @@ def apply_gradients(
     """One optimizer step, skipped where the loss [] or its gradient is not finite.
 
     Returns:
-      The new state, and 'loss/total', 'grad/norm', 'update/steps' and 'update/skipped' (one of
-      the last two is 1).
+      The new state, and 'loss/total', 'grad/norm', 'update/steps' and 'optimizer/skipped_steps'
+      (one of the last two is 1).
     """
     norm = optax.tree.norm(gradients)  # Not finite as soon as one number of the gradient is not.
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -121,7 +121,7 @@ def apply_gradients(
         "loss/total": loss,
         "grad/norm": norm,
         "update/steps": taken,
-        "update/skipped": 1 - taken,
+        "optimizer/skipped_steps": 1 - taken,
     }
 
 
@@ -241,7 +241,7 @@ def mean_over_steps(metrics: Metrics) -> Metrics:
     taken = metrics["update/steps"]
 
     def reduce(name: str, x: jax.Array) -> jax.Array:
-        if name.startswith("update/"):
+        if name in ("update/steps", "optimizer/skipped_steps"):
             return jnp.sum(x)
         return jnp.sum(jnp.where(taken > 0, x, 0.0)) / jnp.sum(taken)
 

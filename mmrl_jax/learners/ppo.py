@@ -86,7 +86,7 @@ def loss(
     } | auxiliary_losses(output, batch.privileged, valid)
     clipped = (jnp.abs(jnp.expm1(log_ratio)) > h.clip).astype(jnp.float32)
     metrics = {
-        "policy/kl": losses.masked_mean(losses.approximate_kl(log_ratio), valid),
+        "policy/approx_kl": losses.masked_mean(losses.approximate_kl(log_ratio), valid),
         "policy/clip_fraction": losses.masked_mean(clipped, valid),
         "policy/entropy": entropy,
     }
@@ -164,7 +164,7 @@ def update(
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         state, metrics = jax.lax.cond(stop, lambda s, *_: (s, nothing), take_step, state, *x)
         if h.target_kl is not None:
-            stop = stop | (metrics["policy/kl"] > h.target_kl)
+            stop = stop | (metrics["policy/approx_kl"] > h.target_kl)
         return (state, stop), metrics
 
     keys = jax.random.split(rng, h.epochs + 1)

@@ -37,7 +37,7 @@ def update(
       shard: places the batch on the mesh.
 
     Returns:
-      The new learner, and metrics; 'loss/answer' is the mean over the tokens that are present.
+      The new learner, and metrics; 'loss/sft' is the mean over the tokens that are present.
     """
     question, tokens, present = shard((question, tokens, present))
 
@@ -48,7 +48,7 @@ def update(
         there = present[:, None].astype(jnp.float32)
         loss = -losses.masked_mean(found.log_prob, there)
         entropy = losses.masked_mean(found.entropy, there)
-        return loss, {"loss/answer": loss, "policy/entropy": entropy}
+        return loss, {"loss/sft": loss, "policy/entropy": entropy}
 
     (loss, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
     state, step_metrics = apply_gradients(state, loss, gradients, optimizer)

@@ -157,7 +157,7 @@ def update(
         "value/explained_variance": losses.explained_variance(
             samples.value, samples.target, samples.mask
         ),
-        "answer/length": losses.masked_mean(jnp.sum(samples.mask, axis=-1), valid),
+        "completion/length": losses.masked_mean(jnp.sum(samples.mask, axis=-1), valid),
     }
 
 

@@ -192,9 +192,9 @@ def token_loss_sums(
         if o.max_correction is not None:
             loss = loss * jnp.minimum(jnp.exp(gap), o.max_correction)
     metrics |= {
-        "policy/kl": losses.approximate_kl(log_ratio),
-        "policy/clipped_low": ((ratio < 1 - o.low) & (advantage < 0)).astype(jnp.float32),
-        "policy/clipped_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),
+        "policy/approx_kl": losses.approximate_kl(log_ratio),
+        "policy/clip_ratio_low": ((ratio < 1 - o.low) & (advantage < 0)).astype(jnp.float32),
+        "policy/clip_ratio_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),
     }
     if o.kl_weight and reference_log_prob is not None:
         kl = kl_estimate(jnp.where(there, reference_log_prob - log_prob, 0.0), o.kl)

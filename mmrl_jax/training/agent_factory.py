@@ -224,7 +224,7 @@ def rl_stage(
         )
         learner = token_learner.move_reference(learner, r.reference_decay)
         metrics |= learned | {
-            "answer/malformed": losses.masked_mean(malformed, batch.valid),
+            "completion/invalid_fraction": losses.masked_mean(malformed, batch.valid),
             "completion/truncated_fraction": losses.masked_mean(
                 1.0 - answers.finished, batch.valid
             ),
@@ -246,7 +246,7 @@ def rl_stage(
         evaluate=_periodic_evaluation(config, frozen),
         **factory.run_fields(config.run),
         best_metric=best,
-        console=("episode/success", "answer/malformed", best, "time/samples_per_s"),
+        console=("episode/success", "completion/invalid_fraction", best, "time/samples_per_s"),
         shardings=functools.partial(factory.shard_env_state, mesh=mesh),
     )
 

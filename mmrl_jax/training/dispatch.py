@@ -13,7 +13,7 @@ from mmrl_jax.training.workdir import one_line
 from mmrl_jax.types import Metrics
 
 # Metrics of optimizer steps: of an update that took none they say nothing.
-OF_STEPS = ("loss/", "grad/", "policy/")
+OF_STEPS = ("loss/", "grad/", "policy/", "dpo/")
 # The share of a dispatch's optimizer steps that may be skipped because they are not finite.
 MAX_SKIPPED = 0.5
 # Seconds before the host's half of an update is called again: a restart of a server is waited for,
@@ -137,7 +137,7 @@ def _summary(acts: Any, metrics: Metrics) -> Metrics:
       metrics: of the updates.
     """
     leaves_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
-    taken, skipped = metrics["update/steps"], metrics["update/skipped"]
+    taken, skipped = metrics["update/steps"], metrics["optimizer/skipped_steps"]
 
     counts = {name: taken > 0 for name in metrics if name.startswith(OF_STEPS)}
     counts |= {name: ~jnp.isnan(x) for name, x in metrics.items() if name.startswith("episode/")}

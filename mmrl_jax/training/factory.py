@@ -362,7 +362,7 @@ def cloning_stage(
         checkpoint_interval=warm.checkpoint_interval,
         keep=config.run.keep,
         best_metric=best_metric(config),
-        console=("loss/cloning", "loss/pointing", best_metric(config), "time/samples_per_s"),
+        console=("loss/bc", "loss/pointing", best_metric(config), "time/samples_per_s"),
         shardings=functools.partial(shard_env_state, mesh=mesh),
     )
 
@@ -497,7 +497,7 @@ def rollout_metrics(batch: Transition) -> Metrics:
         "episode/length": at_end(batch.metrics["episode_length"]),
         "rollout/reward": losses.masked_mean(batch.reward, batch.valid),
         "rollout/valid_fraction": jnp.mean(batch.valid),
-        "rollout/broken": jnp.sum(batch.metrics["broken"]),
+        "rollout/nonfinite_envs": jnp.sum(batch.metrics["broken"]),
     }
     if "success" in batch.metrics:
         metrics["episode/success"] = at_end(batch.metrics["success"])

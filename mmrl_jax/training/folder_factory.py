@@ -423,7 +423,7 @@ def rl_stage(
         key = keys(carry.rng, carry.updates)[1]
         experience = token_stages.shape_rewards(config, experience)
         carry, metrics = learning.step(carry, frozen, experience, key)
-        lost = {"answer/unscored": 1 - jnp.mean(experience.scored), "reward/failed": failed}
+        lost = {"completion/unscored": 1 - jnp.mean(experience.scored), "reward/failed": failed}
         return carry, metrics | grpo.describe(experience) | lost
 
     placed = functools.partial(mesh_lib.replicated_shapes, mesh=mesh)
@@ -469,7 +469,7 @@ def rl_stage(
         samples_per_update=r.questions * r.group,
         evaluate=token_stages.evaluation(measure, learning.frozen, VALIDATION),
         best_metric=BEST,
-        console=("answer/reward", "answer/unscored", BEST, "time/samples_per_s"),
+        console=("completion/reward", "completion/unscored", BEST, "time/samples_per_s"),
     )
 
 

@@ -12,7 +12,7 @@ Row = Mapping[str, float | None]
 WINDOW = 20  # Lines of the log that an alarm wants to see.
 SHORT = 1 / 3  # Of the longest mean length of answers before.
 CERTAIN = 0.02  # Of the entropy in the first line.
-WATCHED = ("answer/reward", "answer/degenerate_groups", "answer/length", "policy/entropy")
+WATCHED = ("completion/reward", "reward/zero_std_groups", "completion/length", "policy/entropy")
 
 
 class Alarms:
@@ -53,8 +53,8 @@ class Alarms:
         found: dict[str, str] = {}
         if len(reward) == WINDOW and max(reward) == min(reward):
             found["reward_constant"] = (
-                f"answer/reward has been {reward[-1]:g} in the last {WINDOW} lines: see whether "
-                "answers are parsed as they are meant to be written, and whether some are ever "
+                f"completion/reward has been {reward[-1]:g} in the last {WINDOW} lines: see "
+                "whether answers are parsed as they are meant to be written, and whether some are ever "
                 "right."
             )
         if len(degenerate) == WINDOW and min(degenerate) >= 1:
@@ -65,7 +65,7 @@ class Alarms:
             )
         if len(length) == WINDOW and max(length) < SHORT * self._longest:
             found["answers_short"] = (
-                f"answer/length fell from {self._longest:.3g} to {length[-1]:.3g}: see whether "
+                f"completion/length fell from {self._longest:.3g} to {length[-1]:.3g}: see whether "
                 "short answers are paid for, or the loss is a mean over each answer's tokens."
             )
         # The entropy of control policies is of a density, and may be negative.

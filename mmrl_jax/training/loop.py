@@ -356,7 +356,7 @@ def _train(
             "time/samples_per_s": size * stage.samples_per_update / seconds,
         }
         values |= {"update/retries": retries} if retries else {}
-        broken = valid == 0.0 and metrics["rollout/broken"] > 0
+        broken = valid == 0.0 and metrics["rollout/nonfinite_envs"] > 0
         if broken or not finite:
             logging.writer.write(progress.done, values)
             if broken:
@@ -413,7 +413,7 @@ def _diverged(name: str, path: PathLike, before: int, done: int) -> str:
         f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
         f"the loss or gradient of half of the optimizer steps or more is not. Nothing of them is "
         f"saved. The same command would come to the same point again: start in a fresh workdir "
-        f"with a lower learning rate, or look at update/skipped, loss/* and grad/norm in "
+        f"with a lower learning rate, or look at optimizer/skipped_steps, loss/* and grad/norm in "
         f"{path}."
     )
 

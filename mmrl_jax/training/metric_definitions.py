@@ -36,11 +36,11 @@ GLOSSARY: dict[str, Metric] = {
     "loss/pointing": Metric(
         "nats", "Cross-entropy of the patch that holds the named object", "falls from log(patches)"
     ),
-    "loss/cloning": Metric(
+    "loss/bc": Metric(
         "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
     ),
-    "loss/answer": Metric("nats", "Cross-entropy of the tokens of the labeled answers", "falls"),
-    "policy/kl": Metric(
+    "loss/sft": Metric("nats", "Cross-entropy of the tokens of the labeled answers", "falls"),
+    "policy/approx_kl": Metric(
         "nats",
         "KL from the policy that acted to the updated one, per step",
         "0.001 to 0.05; up to 0.2 where auxiliary losses move the features",
@@ -50,12 +50,12 @@ GLOSSARY: dict[str, Metric] = {
         "Steps whose probability ratio lies outside the clip range",
         "0.02 to 0.3; more where auxiliary losses move the features",
     ),
-    "policy/clipped_low": Metric(
+    "policy/clip_ratio_low": Metric(
         "fraction",
         "Tokens of negative advantage whose ratio is below the clip range",
         "0 to 0.2",
     ),
-    "policy/clipped_high": Metric(
+    "policy/clip_ratio_high": Metric(
         "fraction",
         "Tokens of positive advantage whose ratio is above the clip range",
         "0 to 0.2",
@@ -80,14 +80,14 @@ GLOSSARY: dict[str, Metric] = {
     "episode/success": Metric("fraction", "Episodes that ended in success", "rises to 1"),
     "episode/length": Metric("steps", "Mean length of the episodes that ended", "up to the limit"),
     "rollout/reward": Metric("reward", "Mean reward of a valid step", "rises"),
-    "answer/reward": Metric(
+    "completion/reward": Metric(
         "reward", "Mean reward of the answers drawn, rl.overlong_buffer taken off", "rises"
     ),
-    "answer/correct": Metric("fraction", "Answers drawn that are right", "rises"),
-    "answer/malformed": Metric(
+    "completion/correct": Metric("fraction", "Answers drawn that are right", "rises"),
+    "completion/invalid_fraction": Metric(
         "fraction", "Answers drawn that are none of the task's answers", "falls to 0"
     ),
-    "answer/unscored": Metric(
+    "completion/unscored": Metric(
         "fraction", "Answers drawn whose reward functions failed: they are left out", "0"
     ),
     "reward/failed": Metric(
@@ -95,29 +95,31 @@ GLOSSARY: dict[str, Metric] = {
         "Calls of reward functions that raised, took too long or returned no finite number",
         "0; of functions that declare `on_failure`, falls to 0",
     ),
-    "answer/length": Metric("tokens", "Mean length of the answers drawn", "stable; no collapse"),
+    "completion/length": Metric(
+        "tokens", "Mean length of the answers drawn", "stable; no collapse"
+    ),
     "completion/truncated_fraction": Metric(
         "fraction",
         "Answers drawn that were truncated at their most tokens, without a stop token",
         "0 to 0.1",
     ),
-    "answer/rows": Metric(
+    "completion/rows": Metric(
         "rows",
         "Most rows of the answers' length that all answers to a question can be packed into",
         "of GRPO, at most `rl.pack_rows` where it is given",
     ),
-    "answer/degenerate_groups": Metric(
+    "reward/zero_std_groups": Metric(
         "fraction",
         "Groups whose rewards are all equal: they teach nothing",
         "below 0.9; at 1 nothing is learned",
     ),
-    "answer/preferences": Metric(
+    "completion/preferences": Metric(
         "fraction", "Questions with a best and a worst answer, which DPO learns from", "above 0.1"
     ),
-    "policy/margin": Metric(
+    "dpo/reward_margin": Metric(
         "nats", "Of DPO: beta times what the preferred answer gained on the other one", "rises"
     ),
-    "policy/preferred": Metric(
+    "dpo/reward_accuracy": Metric(
         "fraction",
         "Of DPO: pairs in which the preferred answer gained on the other one",
         "above 0.5",
@@ -153,7 +155,7 @@ GLOSSARY: dict[str, Metric] = {
         "Steps of the rollout that the update may use; one that only resets is none",
         "L / (L + 1) for episodes of length L",
     ),
-    "rollout/broken": Metric(
+    "rollout/nonfinite_envs": Metric(
         "steps",
         "Steps after which numbers of an environment were not finite: it was reset",
         "0",
@@ -163,7 +165,7 @@ GLOSSARY: dict[str, Metric] = {
         "Optimizer steps of an update, before the KL stop if there is one",
         "epochs * minibatches; fewer often: lower the learning rate",
     ),
-    "update/skipped": Metric(
+    "optimizer/skipped_steps": Metric(
         "steps",
         "Optimizer steps of an update, skipped because the loss or its gradient is not finite",
         "0; half of all steps stop the run",
@@ -199,7 +201,7 @@ GLOSSARY: dict[str, Metric] = {
         "The same with another question's picture",
         "at chance; equal to the accuracy: the pictures are not used",
     ),
-    "eval/<split>/malformed": Metric(
+    "eval/<split>/invalid_fraction": Metric(
         "fraction", "Evaluated answers that are none of the task's answers", "0"
     ),
     "eval/<split>/<level>/accuracy": Metric(
@@ -207,10 +209,32 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "eval/<split>/<level>/accuracy_lo": Metric("fraction", "Lower end of its 95 % interval", "-"),
     "eval/<split>/<level>/accuracy_hi": Metric("fraction", "Upper end of its 95 % interval", "-"),
-    "eval/<split>/<level>/malformed": Metric(
+    "eval/<split>/<level>/invalid_fraction": Metric(
         "fraction", "Answers to these that are none of the task's answers", "0"
     ),
     "eval/<split>/length": Metric("steps", "Mean length of the evaluation episodes", "-"),
+}
+
+
+# Names in logs of earlier versions -> names today.
+RENAMED = {
+    "answer/correct": "completion/correct",
+    "answer/degenerate_groups": "reward/zero_std_groups",
+    "answer/length": "completion/length",
+    "answer/malformed": "completion/invalid_fraction",
+    "answer/preferences": "completion/preferences",
+    "answer/reward": "completion/reward",
+    "answer/rows": "completion/rows",
+    "answer/unscored": "completion/unscored",
+    "loss/answer": "loss/sft",
+    "loss/cloning": "loss/bc",
+    "policy/clipped_high": "policy/clip_ratio_high",
+    "policy/clipped_low": "policy/clip_ratio_low",
+    "policy/kl": "policy/approx_kl",
+    "policy/margin": "dpo/reward_margin",
+    "policy/preferred": "dpo/reward_accuracy",
+    "rollout/broken": "rollout/nonfinite_envs",
+    "update/skipped": "optimizer/skipped_steps",
 }
 
 
@@ -230,6 +254,13 @@ def lookup(name: str) -> Metric:
         f"Metric '{name}' is not in the glossary; the nearest name there is '{guess}'. Use that, "
         "or add yours to GLOSSARY in mmrl_jax/training/metric_definitions.py."
     )
+
+
+def current_name(name: str) -> str:
+    """The name today of a metric that a log of an earlier version may hold under another."""
+    if name.startswith("eval/") and name.endswith("/malformed"):
+        return name.removesuffix("malformed") + "invalid_fraction"
+    return RENAMED.get(name, name)
 
 
 def matches(pattern: str, name: str) -> bool:

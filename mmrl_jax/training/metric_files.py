@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from mmrl_jax.training import metric_definitions
 from mmrl_jax.training import workdir as workdir_lib
 
 JSONL_NAME = "metrics.jsonl"
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 def read_jsonl(path: workdir_lib.PathLike) -> list[dict[str, Any]]:
     """Returns the rows of a metrics file; none if there is no file.
 
+    Metrics that an earlier version logged under another name have the name of today.
+
     The half line that a killed run leaves is left out. Other lines that are no rows are left out
     too, with a warning that counts them.
     """
@@ -40,7 +43,7 @@ def read_jsonl(path: workdir_lib.PathLike) -> list[dict[str, Any]]:
             len(damaged),
             damaged[0],
         )
-    return rows
+    return [{metric_definitions.current_name(n): x for n, x in row.items()} for row in rows]
 
 
 def _read_rows(path: epath.Path) -> tuple[list[dict[str, Any]], list[int]]:

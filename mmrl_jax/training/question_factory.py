@@ -271,8 +271,8 @@ def rl_stage(
         chosen = grpo.dynamic_sampling(experience, r.questions)
         carry, metrics = learning.step(carry, frozen, chosen, learn_key)
         return carry, metrics | grpo.describe(experience) | {
-            "answer/correct": jnp.mean(score.correct),
-            "answer/malformed": jnp.mean(score.malformed),
+            "completion/correct": jnp.mean(score.correct),
+            "completion/invalid_fraction": jnp.mean(score.malformed),
         }
 
     return token_stages.make_stage(
@@ -283,7 +283,7 @@ def rl_stage(
         samples_per_update=r.questions * r.oversample * r.group,
         evaluate=_periodic_evaluation(config, learning.frozen),
         best_metric=BEST,
-        console=("answer/correct", "answer/malformed", BEST, "time/samples_per_s"),
+        console=("completion/correct", "completion/invalid_fraction", BEST, "time/samples_per_s"),
     )
 
 

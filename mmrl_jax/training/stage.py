@@ -79,9 +79,9 @@ class Stage:
       name: for the console and the reports.
       init: () -> Carry, fresh.
       update: (carry, constants) -> (carry, metrics), metrics float32 [], among them 'update/steps'
-        and 'update/skipped', the optimizer steps taken, and those skipped because the loss or its
-        gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and the
-        updates of a dispatch are one compiled program. None for a stage with `on_host`.
+        and 'optimizer/skipped_steps', the optimizer steps taken, and those skipped because the loss
+        or its gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and
+        the updates of a dispatch are one compiled program. None for a stage with `on_host`.
       constants: pytree given to every update, or None; never donated.
       updates: where the stage ends.
       updates_per_dispatch: updates in one compiled call; the last one may have fewer.

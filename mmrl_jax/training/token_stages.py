@@ -459,7 +459,7 @@ def sft_stage(
         checkpoint_interval=s.checkpoint_interval,
         keep=config.run.keep,
         best_metric=best_metric,
-        console=("loss/answer", best_metric, "time/samples_per_s"),
+        console=("loss/sft", best_metric, "time/samples_per_s"),
         shardings=functools.partial(replicate, mesh=mesh),
         **taking,
     )
