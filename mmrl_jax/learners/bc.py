@@ -111,10 +111,10 @@ def update(
     h = hyperparameters
     batch = shard(jax.tree.map(lambda x: x[indices], data))
     last = shard(jax.tree.map(lambda x: x[data.bootstrap[indices]], data.observation))
-    behind = run_network(apply, state, last).value
+    bootstrap_value = run_network(apply, state, last).value
     # A select: behind the end of a task there need be no number.
     target = batch.value_return + jnp.where(
-        batch.bootstrap_weight > 0, batch.bootstrap_weight * behind, 0.0
+        batch.bootstrap_weight > 0, batch.bootstrap_weight * bootstrap_value, 0.0
     )
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:

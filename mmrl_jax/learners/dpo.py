@@ -116,10 +116,10 @@ def update(
 
     def of_answers(params: Params, part: Preferences) -> jax.Array:
         """Log-probs of whole answers, float32 [N, 2]."""
-        found = policy.log_probs(
+        log_probs = policy.log_probs(
             params, frozen, part.question, part.tokens, part.present, temperature=1.0
         )
-        return jnp.sum(jnp.where(part.present, found.log_prob, 0.0), axis=-1)
+        return jnp.sum(jnp.where(part.present, log_probs.log_prob, 0.0), axis=-1)
 
     reference = map_in_chunks(
         lambda part: of_answers(state.reference, part),

@@ -121,13 +121,13 @@ def update(
             temperature=h.temperature,
         )
 
-    def of_all(params: Params) -> jax.Array:
+    def batch_log_probs(params: Params) -> jax.Array:
         # In parts of the steps' own shapes: of others the matrix products round differently.
         parts = h.minibatches * h.grad_accum_steps
         return map_in_chunks(lambda part: log_probs(params, part).log_prob, experience, parts)
 
-    old = None if h.epochs * h.minibatches == 1 else of_all(state.params)
-    reference = of_all(state.reference) if h.loss.kl_weight else None
+    old = None if h.epochs * h.minibatches == 1 else batch_log_probs(state.params)
+    reference = batch_log_probs(state.reference) if h.loss.kl_weight else None
     learned_from = experience.scored > 0
     if h.mask_truncated_completions:
         learned_from &= answers.finished
@@ -142,10 +142,10 @@ def update(
         params: Params, part: _Sample, normalizer: _Normalizer
     ) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch."""
-        found = log_probs(params, part)
+        current = log_probs(params, part)
         mask = flat(part.mask)
         sums = token_loss_sums(
-            flat(found.log_prob),
+            flat(current.log_prob),
             flat(part.old),
             flat(part.advantage),
             mask,
@@ -153,7 +153,7 @@ def update(
             reference_log_prob=flat(part.reference),
             rollout_log_prob=flat(part.answers.log_probs),
         )
-        entropy = jnp.sum(jnp.where(mask > 0, flat(found.entropy), 0.0))
+        entropy = jnp.sum(jnp.where(mask > 0, flat(current.entropy), 0.0))
         loss = (sums.loss - h.entropy_weight * entropy) / normalizer.loss_denominator
         metrics = sums.metrics | {"policy/entropy": entropy}
         return loss, {name: x / normalizer.tokens for name, x in metrics.items()} | {

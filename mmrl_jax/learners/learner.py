@@ -219,8 +219,8 @@ def split_microbatches(tree: Any, parts: int) -> Any:
 
 def map_in_chunks(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
-    found = jax.lax.map(function, split_microbatches(batch, parts))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+    results = jax.lax.map(function, split_microbatches(batch, parts))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:

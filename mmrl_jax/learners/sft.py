@@ -42,12 +42,12 @@ def update(
     question, tokens, present = shard((question, tokens, present))
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
-        found = policy.log_probs(
+        log_probs = policy.log_probs(
             params, frozen, question, tokens[:, None], present[:, None], temperature=1.0
         )
-        there = present[:, None].astype(jnp.float32)
-        loss = -losses.masked_mean(found.log_prob, there)
-        entropy = losses.masked_mean(found.entropy, there)
+        mask = present[:, None].astype(jnp.float32)
+        loss = -losses.masked_mean(log_probs.log_prob, mask)
+        entropy = losses.masked_mean(log_probs.entropy, mask)
         return loss, {"loss/sft": loss, "policy/entropy": entropy}
 
     (loss, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)

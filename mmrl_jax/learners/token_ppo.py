@@ -171,10 +171,10 @@ def _read(
     temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probs, entropies and values, float32 [N, G, L], of G answers to each of N questions."""
-    found, value = policy.log_probs_and_values(
+    log_probs, value = policy.log_probs_and_values(
         params, frozen, question, answers.tokens, answers.present, temperature=temperature
     )
-    return found.log_prob, found.entropy, value
+    return log_probs.log_prob, log_probs.entropy, value
 
 
 def _flat(tree: Any) -> Any:
@@ -195,9 +195,11 @@ def _samples(
     turns, count, group = valid.shape
     parts = h.minibatches * h.grad_accum_steps
 
-    def of_all(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        found = map_in_chunks(lambda part: read(params, *part), flatten((question, answers)), parts)
-        return unflatten(found, turns)
+    def batch_outputs(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        outputs = map_in_chunks(
+            lambda part: read(params, *part), flatten((question, answers)), parts
+        )
+        return unflatten(outputs, turns)
 
     def last_value() -> jax.Array:
         if last is None:
@@ -213,17 +215,17 @@ def _samples(
         )
         # The largest equal parts of B questions that are no more than are learned from at once.
         size = math.gcd(count, turns * count // parts)
-        found = map_in_chunks(
+        values = map_in_chunks(
             lambda part: read(state.params, *part)[2], (last, first), count // size
         )
-        return found.reshape(count)
+        return values.reshape(count)
 
     def episodes(x: jax.Array) -> jax.Array:
         """[T, B, G, ...] to [T, B * G, ...]."""
         return x.reshape(turns, -1, *x.shape[3:])
 
-    old, _, value = of_all(state.params)
-    found = advantages.token_advantages(
+    old, _, value = batch_outputs(state.params)
+    estimates = advantages.token_advantages(
         reward=episodes(jnp.where(valid > 0, batch.reward, 0.0)),
         value=episodes(value),
         last_value=last_value(),
@@ -233,7 +235,7 @@ def _samples(
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
-    advantage, target = (x.reshape(value.shape) for x in found)
+    advantage, target = (x.reshape(value.shape) for x in estimates)
     mask = (answers.present & (valid > 0)[..., None]).astype(jnp.float32)
     return _Sample(
         question=question,
@@ -243,5 +245,5 @@ def _samples(
         mask=mask,
         old=None if h.epochs * h.minibatches == 1 else old,
         value=value,
-        reference=of_all(state.reference)[0] if h.loss.kl_weight else None,
+        reference=batch_outputs(state.reference)[0] if h.loss.kl_weight else None,
     )

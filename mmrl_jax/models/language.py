@@ -108,8 +108,8 @@ def next_position(positions: chex.Array, present: chex.Array) -> jax.Array:
     Returns:
       int32 [B].
     """
-    there = present if positions.ndim == 2 else present[:, None]
-    return jnp.max(jnp.where(there, positions, -1), axis=range(1, positions.ndim)) + 1
+    valid = present if positions.ndim == 2 else present[:, None]
+    return jnp.max(jnp.where(valid, positions, -1), axis=range(1, positions.ndim)) + 1
 
 
 class LanguageModel(nn.Module):

@@ -222,9 +222,9 @@ def join(trainable: Any, frozen: Any) -> Any:
 
 def _matching(pattern: str, kernels: Iterable[str], params: Any) -> list[str]:
     """The layers that a pattern matches, at least one."""
-    found = [path for path in kernels if re.fullmatch(pattern, path)]
-    if found:
-        return found
+    matching = [path for path in kernels if re.fullmatch(pattern, path)]
+    if matching:
+        return matching
     others = [path for path in flatten_dict(params, sep="/") if re.fullmatch(pattern, path)]
     if others:
         raise ValueError(

@@ -146,15 +146,15 @@ class MultimodalPolicy(nn.Module):
             "dtype": self.dtype,
             "remat": self.remat,
         }
-        tokens, said = instruction["tokens"], instruction["mask"]
+        tokens, word_mask = instruction["tokens"], instruction["mask"]
         if self.text_encoder is None:
             words = TextEncoder(
                 self.width, self.vocabulary, layers=self.text_layers, **stack, name="text"
-            )(tokens, said)
+            )(tokens, word_mask)
         else:
-            features, said = self.text_encoder(tokens, said)
+            features, word_mask = self.text_encoder(tokens, word_mask)
             words = Dense(self.width, self.dtype, name="text_projection")(features)
-        present = said[..., None]
+        present = word_mask[..., None]
         summary = jnp.sum(words * present, 1) / jnp.maximum(jnp.sum(present, 1), 1)
         condition = None
         if self.film:
@@ -202,7 +202,7 @@ class MultimodalPolicy(nn.Module):
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             x = Transformer(self.layers, block, self.dtype, self.remat, name="fusion")(
                 x,
-                Context(attention_mask(said, layout)),
+                Context(attention_mask(word_mask, layout)),
                 readouts=READOUTS,
                 only_readouts=self.fusion == "cross",
             )

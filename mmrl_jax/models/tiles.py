@@ -65,9 +65,9 @@ class TiledVision(nn.Module):
         if self.activation is not None:
             x = ACTIVATIONS[self.activation](x)
             x = Dense(self.width, dtype, use_bias=self.bias, name="projector_out")(x)
-        there = jnp.any(present.reshape(batch, tiles, -1), axis=2)
-        there = jnp.repeat(there, x.shape[1], axis=1)
-        return VisionFeatures(x.reshape(batch, -1, self.width), there)
+        feature_present = jnp.any(present.reshape(batch, tiles, -1), axis=2)
+        feature_present = jnp.repeat(feature_present, x.shape[1], axis=1)
+        return VisionFeatures(x.reshape(batch, -1, self.width), feature_present)
 
 
 @struct.dataclass
@@ -173,5 +173,5 @@ class AnyresVision(nn.Module):
             grid = jnp.concatenate([grid, ends], axis=2).reshape(len(grid), -1, width)
         grid = jnp.broadcast_to(grid, (len(whole), *grid.shape[1:]))
         x = jnp.concatenate([whole, grid], axis=1)
-        there = jnp.repeat(images.present, x.shape[1], axis=1)
-        return VisionFeatures(x.reshape(batch, -1, width), there)
+        feature_present = jnp.repeat(images.present, x.shape[1], axis=1)
+        return VisionFeatures(x.reshape(batch, -1, width), feature_present)

@@ -38,12 +38,12 @@ def check_counts(is_image: np.ndarray, present: np.ndarray) -> None:
     Raises:
       ValueError: names the first sample where they do not, and both counts.
     """
-    wanted, there = np.sum(is_image, axis=1), np.sum(present, axis=1)
-    wrong = np.flatnonzero(wanted != there)
+    wanted, available = np.sum(is_image, axis=1), np.sum(present, axis=1)
+    wrong = np.flatnonzero(wanted != available)
     if wrong.size:
         i = wrong[0]
         raise ValueError(
-            f"Sample {i} has {wanted[i]} image tokens, but its images have {there[i]} features "
+            f"Sample {i} has {wanted[i]} image tokens, but its images have {available[i]} features "
             f"({wrong.size} of {wanted.size} samples disagree). Make prompts and images with the "
             "processor of the model, and do not cut prompts inside an image."
         )

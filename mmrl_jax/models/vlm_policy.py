@@ -69,12 +69,12 @@ class VLMPolicy(nn.Module):
         readouts = jnp.broadcast_to(readouts, (len(x), *readouts.shape))
         x = jnp.concatenate([x, joints.astype(x.dtype), readouts], axis=1)
 
-        behind = ((0, 0), (0, 1 + READOUTS))
-        tokens, prompt = jnp.pad(tokens, behind), jnp.pad(present, behind)
-        present = jnp.pad(present, behind, constant_values=True)
+        padding = ((0, 0), (0, 1 + READOUTS))
+        tokens, prompt = jnp.pad(tokens, padding), jnp.pad(present, padding)
+        present = jnp.pad(present, padding, constant_values=True)
         mask = self.vlm.mask(tokens, present, prompt).at[:, -1, -2].set(False)
         positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0).at[:, -1].add(-1)
-        added = tuple(jnp.pad(deep, (*behind, (0, 0))) for deep in added)
+        added = tuple(jnp.pad(deep, (*padding, (0, 0))) for deep in added)
         ahead = self.vlm.ahead(tokens, present, prompt)
         hidden = language.hidden_states(x, mask, positions, added, ahead)[:, -READOUTS:]
         # The scale of a pretrained final norm is its own; the heads begin small on unit features.

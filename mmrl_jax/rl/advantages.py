@@ -105,14 +105,14 @@ def token_advantages(
     def at_last(x: jax.Array, else_: float = 0.0) -> jax.Array:
         return in_order(jnp.where(last, x[..., None], else_))
 
-    def step(behind: tuple[jax.Array, jax.Array], x: tuple) -> tuple:
-        there, value_t, reward_t, ended, was_cut, kept = x
-        advantage_tp1, value_tp1 = behind
-        delta = reward_t + kept * jnp.where(ended > 0, 0.0, value_tp1) - value_t
-        decay = kept * lambda_ * (1 - ended) * (1 - was_cut)
+    def step(following: tuple[jax.Array, jax.Array], x: tuple) -> tuple:
+        is_token, value_t, reward_t, ended, was_truncated, discount_t = x
+        advantage_tp1, value_tp1 = following
+        delta = reward_t + discount_t * jnp.where(ended > 0, 0.0, value_tp1) - value_t
+        decay = discount_t * lambda_ * (1 - ended) * (1 - was_truncated)
         advantage_t = delta + jnp.where(decay > 0, decay * advantage_tp1, 0.0)
-        found = (advantage_t, value_t)
-        return jax.tree.map(lambda a, b: jnp.where(there, a, b), found, behind), advantage_t
+        current = (advantage_t, value_t)
+        return jax.tree.map(lambda a, b: jnp.where(is_token, a, b), current, following), advantage_t
 
     _, advantage = jax.lax.scan(
         step,
@@ -163,10 +163,10 @@ def return_advantages(
     Returns:
       float32 [T, B].
     """
-    behind = jnp.concatenate([target[1:], last_value[None]])
+    next_value = jnp.concatenate([target[1:], last_value[None]])
     value_behind = jnp.concatenate([value[1:], last_value[None]])
-    behind = jnp.where(truncated > 0, value_behind, behind)
-    return reward + discount * jnp.where(terminated > 0, 0.0, behind) - value
+    next_value = jnp.where(truncated > 0, value_behind, next_value)
+    return reward + discount * jnp.where(terminated > 0, 0.0, next_value) - value
 
 
 def bootstrapped_returns(
@@ -191,17 +191,17 @@ def bootstrapped_returns(
     """
     length, batch = reward.shape
 
-    def step(behind: tuple[jax.Array, ...], x: tuple[jax.Array, ...]) -> tuple:
-        return_tp1, weight_tp1, step_tp1 = behind
+    def step(following: tuple[jax.Array, ...], x: tuple[jax.Array, ...]) -> tuple:
+        return_tp1, weight_tp1, step_tp1 = following
         t, reward_t, terminated_t, truncated_t = x
         ended, cut_short = terminated_t > 0, truncated_t > 0
         over = ended | cut_short
-        found = (
+        current = (
             reward_t + discount * jnp.where(over, 0.0, return_tp1),
             discount * jnp.where(ended, 0.0, jnp.where(cut_short, 1.0, weight_tp1)),
             jnp.where(over, t + 1, step_tp1),
         )
-        return found, found
+        return current, current
 
     first = jnp.zeros(batch), jnp.ones(batch), jnp.full(batch, length, jnp.int32)
     steps = jnp.arange(length, dtype=jnp.int32)

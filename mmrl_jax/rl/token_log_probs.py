@@ -97,8 +97,8 @@ def _forward(
         weighted = shrink * weighted + jnp.sum(exp * jnp.where(new, logits, 0.0), axis=1)
         place = tokens - start
         here = (place >= 0) & (place < size)
-        found = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=1)[:, 0]
-        return (higher, total, weighted, jnp.where(here & (found > -jnp.inf), found, own)), None
+        logit = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=1)[:, 0]
+        return (higher, total, weighted, jnp.where(here & (logit > -jnp.inf), logit, own)), None
 
     zeros = jnp.zeros(len(hidden), jnp.float32)
     first: tuple[jax.Array, ...] = (zeros - jnp.inf, zeros, zeros, zeros)
@@ -114,14 +114,14 @@ def _backward(
     temperature: float,
     softcap: float | None,
     size: int,
-    kept: tuple[jax.Array, ...],
+    residuals: tuple[jax.Array, ...],
     gradients: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None]:
     """The gradient, with p the distribution over the logits l.
 
     d log p(token) / d l_j = [j = token] - p_j,  d entropy / d l_j = -p_j (l_j - sum_k p_k l_k).
     """
-    hidden, table, tokens, normalizer, mean = kept
+    hidden, table, tokens, normalizer, mean = residuals
     of_log_prob, of_entropy = (g[:, None] for g in gradients)
 
     def step(

@@ -159,19 +159,19 @@ def token_loss_sums(
     Raises:
       ValueError: log-probs are missing that the options want.
     """
-    o, there = options, mask > 0
+    o, is_token = options, mask > 0
     if o.kl_weight and reference_log_prob is None:
         raise ValueError(f"kl_weight={o.kl_weight}, but reference_log_prob is None.")
     if o.max_correction is not None and rollout_log_prob is None:
         raise ValueError(f"max_correction={o.max_correction}, but rollout_log_prob is None.")
     if advantage.ndim == 1:
         advantage = advantage[:, None]
-    advantage = jnp.where(there, advantage, 0.0)
+    advantage = jnp.where(is_token, advantage, 0.0)
     # Not even an overflow of padding may count.
-    log_prob = jnp.where(there, log_prob, 0.0)
+    log_prob = jnp.where(is_token, log_prob, 0.0)
     if old_log_prob is None:
         old_log_prob = jax.lax.stop_gradient(log_prob)
-    log_ratio = jnp.where(there, log_prob - old_log_prob, 0.0)
+    log_ratio = jnp.where(is_token, log_prob - old_log_prob, 0.0)
     length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
     if o.ratio == "sequence":
         log_ratio = jnp.broadcast_to(
@@ -187,7 +187,7 @@ def token_loss_sums(
         loss = -ratio * advantage
     metrics = {}
     if rollout_log_prob is not None:
-        gap = jnp.where(there, old_log_prob - rollout_log_prob, 0.0)
+        gap = jnp.where(is_token, old_log_prob - rollout_log_prob, 0.0)
         metrics["policy/sampler_gap"] = jnp.abs(gap)
         if o.max_correction is not None:
             loss = loss * jnp.minimum(jnp.exp(gap), o.max_correction)
@@ -197,13 +197,13 @@ def token_loss_sums(
         "policy/clip_ratio_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),
     }
     if o.kl_weight and reference_log_prob is not None:
-        kl = kl_estimate(jnp.where(there, reference_log_prob - log_prob, 0.0), o.kl)
+        kl = kl_estimate(jnp.where(is_token, reference_log_prob - log_prob, 0.0), o.kl)
         loss, metrics["policy/reference_kl"] = loss + o.kl_weight * kl, kl
     if o.reduction == "sequence":
         loss = loss / length
 
     def total(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(there, x, 0.0))
+        return jnp.sum(jnp.where(is_token, x, 0.0))
 
     return Sums(
         loss=total(loss),

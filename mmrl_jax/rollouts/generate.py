@@ -195,7 +195,7 @@ def prefill(
 ) -> Prefill:
     """Runs the model over prompts, for `group` answers of up to `length` tokens each."""
     apply: Callable[..., Any] = model.apply
-    hidden, kept = apply(
+    hidden, collections = apply(
         variables,
         prompt.x,
         prompt.mask,
@@ -212,7 +212,7 @@ def prefill(
     start = next_position(prompt.positions, prompt.present)
     place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
     place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
-    return Prefill(features, kept["prefix"], present, place, axes)
+    return Prefill(features, collections["prefix"], present, place, axes)
 
 
 class _Written(NamedTuple):

@@ -63,8 +63,8 @@ def completion_log_probs(
     def back(x: jax.Array, y: jax.Array) -> jax.Array:
         flat = jnp.concatenate([x, y], axis=1).reshape(len(tokens), -1)
         at = jnp.maximum(place, 0).reshape(len(tokens), -1)
-        found = jnp.take_along_axis(flat, at, axis=1)
-        return jnp.where(present, found.reshape(present.shape), 0)
+        gathered = jnp.take_along_axis(flat, at, axis=1)
+        return jnp.where(present, gathered.reshape(present.shape), 0)
 
     return jax.tree.map(back, of(first), more)
 
@@ -118,7 +118,7 @@ def log_probs_from_features(
     """
     params = variables["params"]
     table = params["table"] if model.tied else params["head"].T
-    found = token_log_probs(
+    log_probs = token_log_probs(
         features.reshape(-1, features.shape[-1]).astype(model.dtype),
         table,
         tokens.reshape(-1),
@@ -126,4 +126,4 @@ def log_probs_from_features(
         softcap=model.softcap,
         tile=tile,
     )
-    return jax.tree.map(lambda x: x.reshape(tokens.shape), found)
+    return jax.tree.map(lambda x: x.reshape(tokens.shape), log_probs)

@@ -54,8 +54,8 @@ class Alarms:
         if len(reward) == WINDOW and max(reward) == min(reward):
             found["reward_constant"] = (
                 f"completion/reward has been {reward[-1]:g} in the last {WINDOW} lines: see "
-                "whether answers are parsed as they are meant to be written, and whether some are ever "
-                "right."
+                "whether answers are parsed as they are meant to be written, and whether some are "
+                "ever right."
             )
         if len(degenerate) == WINDOW and min(degenerate) >= 1:
             found["groups_degenerate"] = (
