@@ -477,7 +477,7 @@ def ppo_stage(
 
 
 def stored_learner(config: ml_collections.ConfigDict) -> LearnerState:
-    """Shapes and dtypes of what a learner of this config acts with: it has no optimiser's state.
+    """Shapes and dtypes of what a learner of this config acts with: it has no optimizer's state.
 
     They are those of every stage, whatever it learned with and on however many devices.
     """
