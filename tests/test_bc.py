@@ -89,7 +89,7 @@ def test_every_part_of_the_loss_falls(kind):
         state, metrics = compiled(optimizer)(state, data, drawn(i))
         history.append(metrics)
     first, last = history[0], history[-1]
-    for name in ("cloning", "value", "auxiliary", "pointing", "total"):
+    for name in ("bc", "value", "auxiliary", "pointing", "total"):
         assert float(last[f"loss/{name}"]) < 0.4 * float(first[f"loss/{name}"]), name
     assert int(state.steps) == 150
     if kind == "continuous":
@@ -116,7 +116,7 @@ def test_one_step_by_hand():
     optimizer = optax.sgd(1.0)
     state = learner.init(params, optimizer=optimizer, proprio_size=PROPRIO)
     state, metrics = compiled(optimizer)(state, one, jnp.zeros(32, jnp.int32))
-    expected = {"cloning": 0.25, "value": 2.0, "auxiliary": 2.0, "pointing": 0.6931472}
+    expected = {"bc": 0.25, "value": 2.0, "auxiliary": 2.0, "pointing": 0.6931472}
     expected["total"] = 0.25 + 0.5 * 2 + 0.3 * 2 + 0.7 * 0.6931472
     for name, value in expected.items():
         assert float(metrics[f"loss/{name}"]) == pytest.approx(value, rel=1e-5), name

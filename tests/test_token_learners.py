@@ -295,7 +295,7 @@ def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16(minibatches):
     # rounded to. GSPO's interval is the narrowest, [1 - 3e-4, 1 + 4e-4].
     h = dataclasses.replace(PLAIN, loss=PRESETS["gspo"][1], minibatches=minibatches)
     before, after, advantage, length, metrics = table_update(jnp.bfloat16, h, jnp.ones((4, 3)))
-    for clipped in ("clipped_low", "clipped_high", "kl"):
+    for clipped in ("clip_ratio_low", "clip_ratio_high", "approx_kl"):
         assert float(metrics[f"policy/{clipped}"]) == 0
     rises = jnp.sign(after - before) == -jnp.sign(advantage)[..., None]
     assert (jnp.abs(advantage) > 1e-3).all()

@@ -127,7 +127,7 @@ def test_value_and_gradient_are_trls(loss_type, options):
             dataclasses.replace(options, kl_weight=0.0, max_correction=None),
         )
         for ours, theirs in (("low", "clip_ratio/low_mean"), ("high", "clip_ratio/high_mean")):
-            share = sums.metrics[f"policy/clipped_{ours}"] / sums.tokens
+            share = sums.metrics[f"policy/clip_ratio_{ours}"] / sums.tokens
             assert share == pytest.approx(metrics[theirs][0], abs=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_no_preset_clips_a_policy_that_has_not_moved_whatever_the_sampler_rounde
         return sums.loss, sums.metrics
 
     gradient, metrics = jax.grad(of, has_aux=True)(arrays["log_prob"])
-    for name in ("kl", "clipped_low", "clipped_high"):
+    for name in ("approx_kl", "clip_ratio_low", "clip_ratio_high"):
         assert float(metrics[f"policy/{name}"]) == 0
     gap = jnp.where(arrays["mask"] > 0, jnp.abs(arrays["log_prob"] - near), 0.0)
     assert float(metrics["policy/sampler_gap"]) == pytest.approx(float(gap.sum()))
