@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything but Python, git and make comes from requirements.lock.
+# `make` lists the targets. Everything but Python, git and make comes from the locks.
 
 # The interpreter that creates the virtual environment; empty: the first of python3, python3.12
 # and python3.11 that is 3.11 or 3.12.
@@ -19,16 +19,19 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-parity quickstart test test-slow test-all lint format lock clean
+.PHONY: help setup setup-dev setup-parity quickstart test test-slow test-all lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-setup: ## create .venv from requirements.lock (nothing to do the second time)
+setup: ## create .venv with what a run needs (nothing to do the second time)
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh
 
-setup-parity: ## the same, with torch, peft, trl and pretrained weights, for the tests
+setup-dev: ## the same, with linters, pytest, what notebooks need, and TFDS
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh dev
+
+setup-parity: ## setup-dev, with torch, peft, trl and pretrained weights, for the tests
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh parity
 
 quickstart: setup ## clone demonstrations, fine-tune with PPO, evaluate; see runs/quickstart
@@ -51,22 +54,25 @@ test-all: ## `make test` on Python 3.11 and on 3.12, where both are present
 	[ -n "$$ran" ] || { echo "test-all: no Python to test with" >&2; exit 1; }; \
 	echo "test-all: passed on Python$$ran"
 
-lint: setup ## ruff, the import tiers, and the types of public signatures
+lint: setup-dev ## ruff, the import tiers, and the types of public signatures
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-format: setup ## let ruff format and fix what it can
+format: setup-dev ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# LOCK_FLAGS=--upgrade takes the newest versions that setup.py allows.
-lock: ## resolve setup.py into requirements.lock for every platform and Python (needs uv)
-	uv pip compile --universal --python-version 3.11 --extra dev $(LOCK_FLAGS) setup.py -o requirements.lock
-	echo 'torch ; python_version < "3"' > .cache/no-torch.txt
-	uv pip compile --universal --python-version 3.11 --extra parity -c requirements.lock \
-		--override .cache/no-torch.txt $(LOCK_FLAGS) setup.py -o requirements-parity.lock
+# LOCK_FLAGS=--upgrade takes the newest versions that setup.py allows. The largest set comes first, so
+# that the smaller one takes its versions from what they all can agree on.
+COMPILE := uv pip compile --universal --python-version 3.11
+lock: ## resolve setup.py into the locks, for every platform and Python (needs uv)
+	mkdir -p .cache && echo 'torch ; python_version < "3"' > .cache/no-torch.txt
+	$(COMPILE) --extra data --extra dev $(LOCK_FLAGS) setup.py -o requirements-dev.lock
+	$(COMPILE) -c requirements-dev.lock $(LOCK_FLAGS) setup.py -o requirements.lock
+	$(COMPILE) --extra parity -c requirements-dev.lock --override .cache/no-torch.txt $(LOCK_FLAGS) \
+		setup.py -o requirements-parity.lock
 
 clean: ## remove the virtual environments and every cache; runs/ stays
 	rm -rf .venv .venv-3.11 .venv-3.12 .cache .pytest_cache .mypy_cache .ruff_cache \

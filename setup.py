@@ -14,29 +14,43 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
+    # With the public configs, mmrl_jax.configs, which the commands find by name.
     packages=setuptools.find_packages(include=["mmrl_jax", "mmrl_jax.*"]),
+    entry_points={
+        "console_scripts": [
+            "mmrl-train=mmrl_jax.commands.train:run",
+            "mmrl-evaluate=mmrl_jax.commands.evaluate:run",
+            "mmrl-export=mmrl_jax.commands.export:run",
+            "mmrl-convert-hf=mmrl_jax.commands.convert_hf:run",
+        ],
+    },
+    # What `import mmrl_jax...` and experiments/ need. What only one function imports, or only the
+    # tests, is an extra.
     install_requires=[
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "chex>=0.1.92",
         "transformers>=5.17",
-        "tensorflow-datasets>=4.9.10",
         "brax>=0.14.2",
         "ml-collections>=1.1.0",
         "mujoco>=3.3",
         "absl-py>=2.3",
+        "etils[epath]>=1.12",
         "numpy>=2.0",
-        "array-record>=0.8",
-        "imageio[ffmpeg]>=2.37",
+        "imageio-ffmpeg>=0.6",
         "matplotlib>=3.10",
         "pillow>=11",
         "safetensors>=0.8",
         "tensorboardX>=2.6.4",
-        "tqdm>=4.67",
     ],
     extras_require={
+        # Data sets that TFDS has prepared: `mmrl_jax.tasks.folder.open_tfds`.
+        "data": [
+            "array-record>=0.8",
+            "tensorflow-datasets>=4.9.10",
+        ],
         # What our models and losses are compared with. requirements-parity.lock leaves out torch,
         # which tools/bootstrap.sh installs: PyPI's build for Linux brings CUDA, others do not.
         "parity": [
