@@ -15,6 +15,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   packing       gradients of answers that share rows, against rows of their own
 """
 
+from collections.abc import Iterator
 import dataclasses
 import importlib
 import json
@@ -35,7 +36,7 @@ def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
     path = directory / f"{suite}.json"
     rows: list[Row] = []
     print(f"{'':44} {'ours':>12} {'peer':>12} {'ratio':>7}  unit")
-    for row in module.rows(runs):
+    for row in _rows(suite, module.rows(runs)):
         rows.append(row)
         peer = "-" if row.peer is None else f"{row.peer:,.4g}"
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
@@ -43,6 +44,17 @@ def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
         path.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
     print(f"Medians of {runs} runs on {rows[0].hardware}. Written: {path}")
     return rows
+
+
+def _rows(suite: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a suite, which imports the libraries of its peer when it measures the first."""
+    try:
+        yield from rows
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--suite={suite} needs {error.name}, which is not installed: run `make setup-parity`, "
+            "or install mmrl_jax with its extra: pip install -e '.[parity]'."
+        ) from error
 
 
 def main(argv: list[str]) -> None:

@@ -14,11 +14,11 @@ import ml_collections
 import numpy as np
 
 from experiments import study
-from experiments.provenance import commit, hardware
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation.evaluate import Evaluator
+from mmrl_jax.problems import control, problem
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output
-from mmrl_jax.training import factory
+from mmrl_jax.training.provenance import commit, hardware
 
 GAIN = "gain"
 
@@ -36,7 +36,7 @@ def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
     """
     p, options = config.ppo, config.env.options.to_dict()
     for name, value, only in (
-        ("ppo.schedule", p.schedule, "constant"),
+        ("ppo.optimizer.schedule", p.optimizer.schedule, "constant"),
         ("ppo.target_kl", p.target_kl, None),
     ):
         if value != only:
@@ -52,18 +52,18 @@ def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
         max_devices_per_host=1,
         num_envs=p.num_envs,
         episode_length=episode_length,
-        unroll_length=p.unroll,
-        batch_size=p.num_envs // p.minibatches,
-        num_minibatches=p.minibatches,
-        num_updates_per_batch=p.epochs,
-        learning_rate=p.learning_rate,
-        max_grad_norm=p.max_grad_norm,
+        unroll_length=p.unroll_length,
+        batch_size=p.num_envs // p.num_minibatches,
+        num_minibatches=p.num_minibatches,
+        num_updates_per_batch=p.num_epochs,
+        learning_rate=p.optimizer.learning_rate,
+        max_grad_norm=p.optimizer.max_grad_norm,
         discounting=p.discount,
         gae_lambda=p.gae_lambda,
         clipping_epsilon=p.clip,
         clipping_epsilon_value=p.value_clip,
-        vf_loss_coefficient=p.value_weight,
-        entropy_cost=p.entropy_weight,
+        vf_loss_coefficient=p.value_coef,
+        entropy_cost=p.entropy_coef,
         normalize_observations=True,
         run_evals=False,
         seed=config.seed,
@@ -82,7 +82,7 @@ def run_brax(config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
     """The same of Brax's PPO, evaluated as ours is; it cannot be resumed within a run."""
     workdir.mkdir(parents=True, exist_ok=True)
     config.seed = seed
-    steps = config.run.updates * config.ppo.num_envs * config.ppo.unroll
+    steps = config.ppo.num_updates * config.ppo.num_envs * config.ppo.unroll_length
     begin = time.perf_counter()
     make_policy, params, _ = trainer(config)(num_timesteps=steps)
     wall_s = time.perf_counter() - begin
@@ -104,7 +104,7 @@ def run_brax(config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
 
 def random_return(config: ml_collections.ConfigDict) -> float:
     """Mean return of uniformly random actions."""
-    size = factory.make_env(config).action_size
+    size = control.make_env(config).action_size
 
     def policy(state: State, rng: jax.Array) -> ActorOutput:
         return deterministic_output(jax.random.uniform(rng, (*state.done.shape, size), minval=-1.0))
@@ -116,9 +116,9 @@ def _mean_return(
     config: ml_collections.ConfigDict, policy: Callable[[Any], PolicyFunction], variables: Any
 ) -> float:
     evaluator = Evaluator(
-        lambda split: factory.make_env(config, split=split),
+        lambda split: control.make_env(config, split=split),
         policy,
-        factory.evaluation_key(config),
+        problem.stream(config, problem.EVALUATION),
         episodes=config.run.eval_episodes,
     )
     return float(np.mean(evaluator(variables, "train").episode_return))

@@ -4,13 +4,13 @@
 
 Writes to the workdir:
   summary.json          every number that is printed, flat, before the pictures are drawn:
-                        <stage>/<split>/[no_<modality>/]success with its 95 % interval _lo, _hi, of
-                        expert, chance, warm_start, more_cloning and final (PPO); times; steps
+                        <stage>/<split>/[shuffled_<modality>/]success with its 95 % interval _lo,
+                        _hi, of expert, chance, warm_start, more_cloning and final (PPO); times
   success.png           success over time: warm start, PPO, and more cloning instead of PPO
   episodes.mp4          episodes of the final policy, their instruction as caption
   episode.png           one of them as a strip
   metrics.jsonl, tensorboard/, learning_curves.png, checkpoints/   of PPO
-  warm_start/, more_cloning/                                       the same of these stages
+  bc/, more_cloning/            the same of the warm start and of more cloning
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on where it stopped.
 """
@@ -23,48 +23,40 @@ from absl import app, flags, logging
 from etils import epath
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
 
-from configs import reach_ppo
-from experiments.train import (
-    FAILURES,
-    clean_exit,
-    draw_curves,
-    prepare,
-    totals,
-    train,
-    write_json,
-)
-from mmrl_jax import envs
+from mmrl_jax import problems, runs
+from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.commands.common import FAILURES, clean_exit, refuse_arguments
+from mmrl_jax.configs import reach_ppo
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
-from mmrl_jax.evaluation import evaluate as evaluation
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.evaluate import Episodes, Evaluator, Modality, describe
-from mmrl_jax.learners.bc import Demonstrations
-from mmrl_jax.learners.learner import LearnerState, policy_function
+from mmrl_jax.learners.learner import LearnerState
+from mmrl_jax.problems import problem as problem_lib
+from mmrl_jax.problems.control import Control, make_env
+from mmrl_jax.reporting import report
+from mmrl_jax.reporting.episodes import write_episodes
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
-from mmrl_jax.training import checkpoint, control_models, factory, loop, report, videos
-from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax.training import checkpoint, loop
 
 FLAGS = flags.FLAGS
-HIDDEN: tuple[Modality, ...] = ("pixels", "instruction")  # From the final policy.
+SHUFFLED: tuple[Modality, ...] = ("pixels", "instruction")  # Of the final policy.
 SCRIPTED = ("expert/{split}", "chance/{split}/random_object", "chance/{split}/fixed_object")
 
 
-def scripted(config: ml_collections.ConfigDict, which: jax.Array) -> PolicyFunction:
+def scripted(problem: Control, which: jax.Array) -> PolicyFunction:
     """The policy that SCRIPTED[which] names: the demonstrations' expert, or success by chance.
 
     Chance is a perfect controller that does not know which object is meant: it goes to one drawn
     at random, or to the first that is on the table.
 
     Args:
-      config: of the run.
+      problem: of the run.
       which: int32 [], may be traced.
     """
-    expert = factory.expert(config)
+    expert = problem.expert("bc")
 
     def policy(state: State, rng: jax.Array) -> ActorOutput:
         active = state.info["objects"]["active"]
@@ -91,15 +83,15 @@ def record(summary: dict[str, float], prefix: str, episodes: Episodes) -> None:
     print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
 
 
-def evaluate_scripted(summary: dict[str, float], config: ml_collections.ConfigDict) -> None:
+def evaluate_scripted(summary: dict[str, float], problem: Control) -> None:
     """Success of the expert and of chance, on the training split."""
-    split = config.env.split
+    split = problem.config.env.split
     evaluator = Evaluator(
-        lambda split: factory.make_env(config, split=split),
-        functools.partial(scripted, config),
-        factory.evaluation_key(config),
-        episodes=config.run.eval_episodes,
-        mesh=factory.make_mesh(config),
+        lambda split: make_env(problem.config, split=split),
+        functools.partial(scripted, problem),
+        _evaluation_key(problem),
+        episodes=problem.config.run.eval_episodes,
+        mesh=problem.mesh,
     )
     for i, name in enumerate(SCRIPTED):
         record(summary, name.format(split=split), evaluator(jnp.int32(i), split))
@@ -107,104 +99,86 @@ def evaluate_scripted(summary: dict[str, float], config: ml_collections.ConfigDi
 
 def evaluate_stages(
     summary: dict[str, float],
-    config: ml_collections.ConfigDict,
+    problem: Control,
     learners: Mapping[str, LearnerState],
 ) -> None:
     """Success of the stages' learners: warm_start and final on all splits, more_cloning on one.
 
     On the training split the final one is evaluated with modalities hidden too.
     """
-    evaluator = factory.make_evaluator(
-        config, factory.evaluation_key(config), episodes=config.run.eval_episodes
+    evaluator = problem.evaluator(
+        _evaluation_key(problem), episodes=problem.config.run.eval_episodes
     )
-    for split in envs.splits(config.env.name):
-        trained_on = split == config.env.split
+    for split in problem.splits:
+        trained_on = split == problem.config.env.split
         for stage, learner in learners.items():
             if stage == "more_cloning" and not trained_on:
                 continue
-            hide = HIDDEN if stage == "final" and trained_on else ()
-            for hidden in (None, *hide):
-                name = f"{stage}/{split}" + (f"/no_{hidden}" if hidden else "")
-                record(summary, name, evaluator(learner.without_optimizer(), split, hidden))
+            shuffle = SHUFFLED if stage == "final" and trained_on else ()
+            for modality in (None, *shuffle):
+                name = f"{stage}/{split}" + (f"/shuffled_{modality}" if modality else "")
+                record(summary, name, evaluator(learner.without_optimizer(), split, modality))
 
 
-def record_video(
-    config: ml_collections.ConfigDict, learner: LearnerState, workdir: epath.Path
-) -> list[epath.Path]:
-    """Writes the video and the strip of the final policy's episodes."""
-    env = factory.make_env(config)
-    apply = control_models.make_network(config, env).apply
-
-    @jax.jit
-    def run(learner: LearnerState, rng: jax.Array) -> tuple:
-        policy = policy_function(apply, learner, deterministic=True)
-        return evaluation.record_video(env, policy, rng, episodes=6, height=160, width=160)
-
-    # Other episodes than the evaluation's, taken as they come.
-    rng = jax.random.fold_in(factory.evaluation_key(config), 2)
-    first, frames = jax.device_get(run(learner, rng))
-    captions = [env.caption(jax.tree.map(lambda x, i=i: x[i], first)) for i in range(6)]
-    clips = np.swapaxes(frames, 0, 1)
-    video = videos.episodes_video(workdir / "episodes.mp4", clips, captions, fps=10, columns=3)
-    strip = videos.episode_strip(workdir / "episode.png", clips[0], captions[0], count=5)
-    return [video, strip]
+def _evaluation_key(problem: Control) -> jax.Array:
+    return problem_lib.stream(problem.config, problem_lib.EVALUATION)
 
 
-def cloned_learner(
-    config: ml_collections.ConfigDict, data: Demonstrations, workdir: epath.Path
-) -> LearnerState:
+def cloned_learner(problem: Control, workdir: epath.Path) -> LearnerState:
     """The learner of the warm start as it ended, with its optimizer, from its last checkpoint."""
-    mesh = factory.make_mesh(config)
-    like = jax.eval_shape(factory.cloning_stage(config, mesh, data).init).learner
-    parts = {"learner": mesh_lib.replicated_shapes(like, mesh=mesh)}
+    like = jax.eval_shape(problem.stage("bc").init).learner
+    parts = {"learner": mesh_lib.replicated_shapes(like, mesh=problem.mesh)}
     return checkpoint.restore_parts(workdir, parts, which="latest")[0]["learner"]
 
 
-def quickstart(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, float] | None:
-    """Runs everything; returns the summary, or None if a signal interrupted it."""
-    started = time.perf_counter()
-    trained = train(config, workdir)
+def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None:
+    """Runs everything in a directory that is claimed for it, see `runs.claim`.
+
+    Returns:
+      The summary; None if a signal interrupted it.
+    """
+    config, started = problem.config, time.perf_counter()
+    trained = runs.train_stages(problem, workdir)
     if trained.interrupted:
         return None
-    warm, tuned = trained.warm_start, trained.tuned
-    cloned = cloned_learner(config, trained.demonstrations, workdir / "warm_start")
+    warm, tuned = trained.results["bc"], trained.results["ppo"]
+    cloned = cloned_learner(problem, workdir / "bc")
     # As long as PPO took, on the same demonstrations; the bound on updates is never reached.
-    stage = factory.cloning_stage(
-        config,
-        factory.make_mesh(config),
-        trained.demonstrations,
-        name="more_cloning",
-        updates=100 * config.warm_start.updates,
+    stage = problem.stage(
+        "bc",
         start=cloned,
+        name="more_cloning",
+        num_updates=100 * config.bc.num_updates,
+        stream=problem_lib.COMPLETIONS,  # Other batches than those of the warm start.
     )
     more = loop.run(
         stage, workdir=workdir / "more_cloning", config=config, max_seconds=tuned.wall_s
     )
-    draw_curves(workdir / "more_cloning", x="progress/updates")
+    runs.draw_curves(workdir / "more_cloning", x="progress/updates")
     if more.interrupted:
         return None
 
     summary: dict[str, float] = {}
     print(f"Success over {config.run.eval_episodes} episodes, with 95 % intervals:")
-    evaluate_scripted(summary, config)
+    evaluate_scripted(summary, problem)
     learners = {
         "warm_start": cloned,
         "more_cloning": more.carry.learner,
         "final": tuned.carry.learner,
     }
-    evaluate_stages(summary, config, learners)
+    evaluate_stages(summary, problem, learners)
     summary |= {
         "warm_start/wall_s": warm.wall_s,
         "ppo/wall_s": tuned.wall_s,
         "more_cloning/wall_s": more.wall_s,
-    } | totals((warm, tuned, more), started)
-    write_json(workdir / "summary.json", summary)
+    } | runs.totals((warm, tuned, more), started)
+    runs.write_json(workdir / "summary.json", summary)
     with report.surviving("Drawing success.png, or recording episodes"):
         curves = report.stage_curves(
             {
-                "warm start (cloning)": [workdir / "warm_start"],
-                "then PPO": [workdir / "warm_start", workdir],
-                "then more cloning": [workdir / "warm_start", workdir / "more_cloning"],
+                "warm start (cloning)": [workdir / "bc"],
+                "then PPO": [workdir / "bc", workdir],
+                "then more cloning": [workdir / "bc", workdir / "more_cloning"],
             },
             workdir / "success.png",
             metric=f"eval/{config.env.split}/success",
@@ -212,7 +186,13 @@ def quickstart(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[s
         written = [
             workdir / "summary.json",
             curves,
-            *record_video(config, tuned.carry.learner, workdir),
+            # Other episodes than the evaluation's.
+            *write_episodes(
+                problem,
+                tuned.carry.learner,
+                jax.random.fold_in(_evaluation_key(problem), 2),
+                workdir,
+            ),
         ]
         print("Written: " + ", ".join(str(path) for path in written))
     return summary
@@ -238,19 +218,26 @@ def conclusion(summary: dict[str, float], workdir: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    config = reach_ppo.get_config()
-    config.seed = FLAGS.seed
+    refuse_arguments(argv)
     with clean_exit(ValueError):
         workdir = workdir_lib.as_path(FLAGS.workdir)
-        lock = prepare(config, workdir)
+        problem = make_problem(FLAGS.seed)
+        lock = runs.claim(problem, workdir)
     with lock, clean_exit(*FAILURES):
-        summary = quickstart(config, workdir)
+        summary = quickstart(problem, workdir)
     if summary is None:
-        print("Interrupted; the same command goes on from the last checkpoint.")
+        print("Interrupted; the same command resumes from the last checkpoint.")
         return
     print(conclusion(summary, FLAGS.workdir))
+
+
+def make_problem(seed: int) -> Control:
+    """The problem of the main job."""
+    config = reach_ppo.get_config()
+    config.seed = seed
+    problem = problems.make(config)
+    assert isinstance(problem, Control)
+    return problem
 
 
 if __name__ == "__main__":

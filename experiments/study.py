@@ -1,7 +1,7 @@
 """Evidence: variants of a config over several seeds, with confidence intervals.
 
-  python -m experiments.study --study=configs/studies/reach.py [--variants=baseline,no_film]
-  python -m experiments.study --study=configs/studies/vs_brax.py:reacher
+  python -m experiments.study --study=experiments/studies/reach.py [--variants=baseline,no_film]
+  python -m experiments.study --study=experiments/studies/vs_brax.py:reacher
 
 A study is a config file that takes a variant's name, with VARIANTS, SEEDS and MAIN, the metric that
 the variants are compared by; RUNNERS may name what makes a variant's runs instead of `run_one`, as
@@ -30,24 +30,19 @@ from typing import Any
 from absl import app, flags, logging
 import numpy as np
 
-from experiments.provenance import commit, hardware
-from experiments.train import FAILURES, clean_exit, factory_of, final_variables, train, write_json
+from mmrl_jax import config as config_lib
+from mmrl_jax import problems, runs
+from mmrl_jax.commands.common import FAILURES, clean_exit, refuse_arguments
 from mmrl_jax.evaluation import statistics
-from mmrl_jax.training import config as config_lib
-from mmrl_jax.training import report
+from mmrl_jax.reporting import report
+from mmrl_jax.training.provenance import commit, hardware
 
 FLAGS = flags.FLAGS
 RESULT = "result.json"
 # Of a result, what is no metric.
 PROVENANCE = ("commit", "hardware")
-# Of an evaluation, what goes into a result, and its name there: saved results have these names.
-REPORTED = {
-    "success": "success",
-    "return": "return",
-    "accuracy": "accuracy",
-    "blind_accuracy": "blind_accuracy",
-    "invalid_fraction": "malformed",
-}
+# Of an evaluation, what goes into a result.
+REPORTED = ("success", "return", "accuracy", "shuffled_image/accuracy", "invalid_fraction")
 
 # Variant -> seed -> what its result.json holds.
 Results = dict[str, dict[int, dict[str, Any]]]
@@ -86,7 +81,7 @@ def run(
         result = runner(study.get_config(variant), seed, place)
         if result is None:
             return False
-        write_json(place / RESULT, result)
+        runs.write_json(place / RESULT, result)
         write_tables(load_results(workdir), study, workdir)
     if not missing:  # The tables of another version of the study may lie there.
         write_tables(load_results(workdir), study, workdir)
@@ -96,19 +91,16 @@ def run(
 def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | None:
     """Trains and evaluates on every split; None if a signal came first."""
     config.seed = seed
-    trained = train(config, workdir)
+    trained = runs.train(config, workdir)
     if trained.interrupted:
         return None
-    build = factory_of(config)
-    # A folder's runs have no such number: they are evaluated on all records of a split.
-    measure = build.make_measure(config, episodes=config.run.get("eval_episodes"))
-    variables = final_variables(config, trained)
+    measure = trained.problem.measure()
     result: dict[str, Any] = {}
-    for split in build.splits(config):
-        described = measure(variables, split)
-        for name, stored in REPORTED.items():
+    for split in trained.problem.splits:
+        described = measure(trained.variables, split)
+        for name in REPORTED:
             if name in described:
-                result[f"final/{split}/{stored}"] = described[name]
+                result[f"final/{split}/{name}"] = described[name]
     times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
     return result | {"commit": commit(), "hardware": hardware()}
@@ -213,8 +205,7 @@ def markdown(
 
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
+    refuse_arguments(argv)
     file, _, argument = FLAGS.study.partition(":")
     name = "_".join(filter(None, (pathlib.Path(file).stem, argument)))
     workdir = pathlib.Path(FLAGS.directory) / name
@@ -226,12 +217,11 @@ def main(argv: list[str]) -> None:
                 raise ValueError(
                     f"--variants has {variant!r}, but {FLAGS.study} has {list(study.VARIANTS)}."
                 )
-            config = study.get_config(variant)
-            factory_of(config).check(config)
+            problems.make(study.get_config(variant))
     with clean_exit(ValueError, *FAILURES):
         finished = run(study, workdir, variants, range(study.SEEDS))
     if not finished:
-        print("Interrupted; the same command goes on from the last checkpoint.")
+        print("Interrupted; the same command resumes from the last checkpoint.")
         return
     print((workdir / "table.md").read_text(encoding="utf-8"))
     print(f"Written: {workdir}/table.csv, table.md, study.png")

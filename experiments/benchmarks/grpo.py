@@ -27,10 +27,9 @@ import optax
 from experiments.benchmarks.generate import QUESTIONS, prompts
 from experiments.benchmarks.harness import Row, alternate, row
 from mmrl_jax.learners import grpo, token_learner
+from mmrl_jax.learners.token_learner import ScoredCompletions
 from mmrl_jax.models.lora import split
 from mmrl_jax.pretrained import bundled_weights, hub
-from mmrl_jax.rl import group_advantages
-from mmrl_jax.rl.token_losses import PRESETS
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks.question import Prompt
 
@@ -152,7 +151,6 @@ class Ours:
         optimizer = optax.chain(
             optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0)
         )
-        estimator, loss = PRESETS["grpo"]
         self.state = token_learner.init(params, optimizer=optimizer, with_reference=False)
         self._keys = iter(jax.random.split(jax.random.key(0), 10_000))
         self._answer = jax.jit(
@@ -163,30 +161,24 @@ class Ours:
                 grpo.update,
                 policy=policy,
                 optimizer=optimizer,
-                hyperparameters=grpo.Hyperparameters(
-                    advantage=group_advantages.ESTIMATORS[estimator],
-                    loss=loss,
-                    entropy_weight=0.0,
-                    temperature=1.0,
-                    epochs=1,
-                    minibatches=1,
-                    grad_accum_steps=1,
+                options=grpo.GRPO(
+                    preset="grpo", num_epochs=1, num_minibatches=1, grad_accum_steps=1
                 ),
             ),
             donate_argnums=0,
         )
 
-    def generate(self) -> grpo.ScoredCompletions:
+    def generate(self) -> ScoredCompletions:
         """Draws answers and scores them."""
         answers = self._answer(self.state.params, self._frozen, self.question, next(self._keys))
         return self.experience(answers)
 
-    def experience(self, answers: Completions) -> grpo.ScoredCompletions:
+    def experience(self, answers: Completions) -> ScoredCompletions:
         """Scores answers by how many of their tokens are even."""
         reward = jnp.mean(answers.tokens % 2 == 0, axis=-1, dtype=jnp.float32)
-        return grpo.ScoredCompletions(self.question, answers, reward, jnp.ones_like(reward))
+        return ScoredCompletions.single_turn(self.question, answers, reward, jnp.ones_like(reward))
 
-    def learn(self, experience: grpo.ScoredCompletions) -> dict[str, jax.Array]:
+    def learn(self, experience: ScoredCompletions) -> dict[str, jax.Array]:
         """Takes the step; returns its metrics."""
         self.state, metrics = self._update(self.state, self._frozen, experience, next(self._keys))
         return metrics
@@ -274,15 +266,16 @@ def check(ours: Ours, peer: Peer) -> None:
       AssertionError: prompts, sizes, rewards, losses or gradients are not the same.
     """
     batch, own = peer.generate(), ours.generate()
-    shape = own.answers.tokens.shape
-    assert bool(own.answers.present.all()) and bool(batch["completion_mask"].all())
+    drawn: Completions = jax.tree.map(lambda x: x[0], own.completions)  # Of the only turn.
+    shape = drawn.tokens.shape
+    assert bool(drawn.present.all()) and bool(batch["completion_mask"].all())
     assert batch["completion_ids"].shape == (shape[0] * shape[1], shape[2])
     for theirs, mine in (
-        (batch["prompt_ids"], own.question.tokens),
-        (batch["prompt_mask"], own.question.present),
+        (batch["prompt_ids"], ours.question.tokens),
+        (batch["prompt_mask"], ours.question.present),
     ):
         np.testing.assert_array_equal(theirs, np.repeat(np.asarray(mine), GROUP, axis=0))
-    answers = own.answers._replace(
+    answers = drawn._replace(
         tokens=jnp.asarray(batch["completion_ids"].numpy(), jnp.int32).reshape(shape)
     )
     # A single step is on the policy: its ratios are 1 and the advantages of a group add up to 0, so

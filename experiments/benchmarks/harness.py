@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from experiments.provenance import hardware
+from mmrl_jax.training.provenance import hardware
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from configs import reach_ppo
 from experiments.benchmarks.harness import Measure, Row, compare, rate
+from mmrl_jax.configs import reach_ppo
 from mmrl_jax.models.policy import MultimodalPolicy
-from mmrl_jax.training import control_models, factory
+from mmrl_jax.problems import control, control_models
 from mmrl_jax.types import Observation, Params
 
 # Width, layers, heads of the vision transformers (Dosovitskiy et al., 2021), and a batch.
@@ -25,7 +25,7 @@ SIZES = {"ViT-S/16": (384, 12, 6, 8), "ViT-B/16": (768, 12, 12, 4)}
 def rows(runs: int) -> Iterator[Row]:
     """Measures the quickstart's network, and ViT sizes on 224x224 pictures."""
     config = reach_ppo.get_config()
-    env = factory.make_env(config)
+    env = control.make_env(config)
     network = control_models.make_network(config, env)
     shapes = jax.eval_shape(env.reset, jnp.zeros((1, 2), jnp.uint32)).obs
     observation = fill(shapes, BATCH, env.vocabulary.size)

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import ml_collections
 
-from configs import mlp_ppo
 from experiments.benchmarks.harness import Measure, Row, compare, seconds
 from experiments.brax_ppo import trainer
-from mmrl_jax.training import factory, loop
+from mmrl_jax import problems
+from mmrl_jax.configs import mlp_ppo
+from mmrl_jax.training import loop
 
 ENVIRONMENTS = {"inverted_pendulum": "spring", "reacher": "spring", "fast": None}
 NUM_ENVS = 1024
@@ -27,8 +28,8 @@ def rows(runs: int) -> Iterator[Row]:
     for name, backend in ENVIRONMENTS.items():
         config = mlp_ppo.get_config(name)
         config.env.options = {"episode_length": 1000} | ({"backend": backend} if backend else {})
-        config.ppo.num_envs, config.ppo.schedule = NUM_ENVS, "constant"
-        factory.check(config)
+        config.ppo.num_envs, config.ppo.optimizer.schedule = NUM_ENVS, "constant"
+        config.mesh.data = 1
         with BraxPPO(config) as peer:
             ours = our_updates(config)
             yield compare(f"{name} / Brax's PPO", ours, peer, unit="env steps/s", runs=runs)
@@ -36,14 +37,14 @@ def rows(runs: int) -> Iterator[Row]:
 
 def our_updates(config: ml_collections.ConfigDict) -> Measure:
     """Env steps a second of UPDATES updates."""
-    stage = factory.ppo_stage(config, factory.make_mesh(config))
+    stage = problems.make(config).stage("ppo")
     carry, shardings = loop.start(stage)
     dispatch = loop.make_dispatch(stage.update, UPDATES, shardings)
     metrics: dict[str, jax.Array] = {}
 
     def run() -> jax.Array:
         nonlocal carry, metrics
-        carry, metrics = dispatch(carry, None)
+        carry, metrics = dispatch(carry, stage.constants)
         return carry.updates
 
     def measure() -> float:
@@ -101,7 +102,7 @@ class BraxPPO:
 
 
 def _batch(config: ml_collections.ConfigDict) -> int:
-    return config.ppo.num_envs * config.ppo.unroll
+    return config.ppo.num_envs * config.ppo.unroll_length
 
 
 class _Stop(Exception):

@@ -1,10 +1,11 @@
 """Environments with Brax's own interface, pixels and instructions; see `create`."""
 
 from mmrl_jax.envs.check import InvalidEnvironment, check_env, check_started
-from mmrl_jax.envs.registry import NAMES, create, splits, unwrapped
+from mmrl_jax.envs.registry import NAMES, PREFIXES, create, splits, unwrapped
 
 __all__ = [
     "NAMES",
+    "PREFIXES",
     "InvalidEnvironment",
     "check_env",
     "check_started",

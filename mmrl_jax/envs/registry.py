@@ -3,8 +3,9 @@
 from collections.abc import Callable
 import difflib
 import inspect
-from typing import Any
+from typing import Any, cast
 
+from mmrl_jax.config.loading import import_object
 from mmrl_jax.envs import from_brax, language_grid, language_locomotion, language_reach
 from mmrl_jax.envs.brax_api import Env, environment_names
 from mmrl_jax.envs.from_brax import FromBrax
@@ -21,6 +22,7 @@ _CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {
     "recall": (Recall, ("train",)),
 }
 NAMES = tuple(_CORES)  # And 'brax:<name>', 'playground:<name>'.
+PREFIXES = ("brax", "playground")  # Any other 'module:Class' is an environment of the user's.
 _WRAPPED = ("train",)  # An environment of someone else has no held-out cases.
 
 
@@ -28,8 +30,9 @@ def create(name: str, *, split: str, height: int, width: int, history: int, **op
     """Makes a batched environment that resets itself: `reset` takes keys [B, 2].
 
     Args:
-      name: one of `NAMES`, 'brax:<name>' for a registered Brax environment, or 'playground:<name>'
-        for one of MuJoCo Playground, if that is installed.
+      name: one of `NAMES`, 'brax:<name>' for a registered Brax environment, 'playground:<name>'
+        for one of MuJoCo Playground, if that is installed, or 'module:Class' for one of yours, see
+        `check_env` for its contract.
       split: one of `splits(name)`; it decides what `reset` draws, and nothing about `step`.
       height: of the pixels; with `width` 0 for none. A wrapped environment without pixels has no
         instruction either, unless `options` gives one: its observation is 'proprio' alone.
@@ -67,6 +70,8 @@ def splits(name: str) -> tuple[str, ...]:
     kind, _, wrapped = name.partition(":")
     if kind == "playground" and wrapped:
         return _WRAPPED
+    if wrapped and kind not in PREFIXES:
+        return tuple(getattr(_of_user(name), "SPLITS", _WRAPPED))
     known = (*NAMES, *(f"brax:{n}" for n in environment_names()))
     if name in known:
         return _WRAPPED
@@ -86,12 +91,21 @@ def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> En
         make, known = _CORES[name]
         _check_options(name, make, options, fixed=("split",))
         return make(**options, **({"split": split} if len(known) > 1 else {}))
+    if kind not in PREFIXES:
+        make, known = _of_user(name), splits(name)
+        _check_options(name, make, options, fixed=("split",))
+        return make(**options, **({"split": split} if len(known) > 1 else {}))
     # The name says which environment; Playground's brings its own physics.
     fixed = ("env", "backend") if kind == "playground" else ("env",)
     _check_options(name, FromBrax, options, fixed=fixed)
     instruction = from_brax.INSTRUCTIONS.get(wrapped, "do the task") if pixels else None
     env = from_brax.playground(wrapped) if kind == "playground" else wrapped
     return FromBrax(env, **({"instruction": instruction} | options))
+
+
+def _of_user(name: str) -> Callable[..., Env]:
+    """The class, or function, of an environment that is named 'module:Class'."""
+    return cast(Callable[..., Env], import_object(name, "env.name"))
 
 
 def _check_options(

@@ -1,6 +1,6 @@
 """Evaluation of a policy: whole episodes, each counted once, and modalities hidden in turn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import functools
 from typing import Any, Literal
 
@@ -157,6 +157,26 @@ def describe(episodes: Episodes) -> dict[str, float]:
             )
         described |= dict(zip((name, f"{name}_lo", f"{name}_hi"), interval, strict=True))
     return described | {"length": float(np.mean(episodes.length))}
+
+
+def describe_ablations(
+    evaluator: Evaluator, variables: Any, split: str, modalities: Collection[str]
+) -> dict[str, float]:
+    """Returns `describe` of a policy, and of the same with modalities shuffled in turn.
+
+    Args:
+      evaluator: Of policies of this kind.
+      variables: What the policy acts with.
+      split: Of the environment.
+      modalities: Those to be shuffled, of MODALITIES; their metrics are named
+        'shuffled_<modality>/<metric>'.
+    """
+    described = describe(evaluator(variables, split))
+    for modality in MODALITIES:
+        if modality in modalities:
+            shuffled = describe(evaluator(variables, split, modality))
+            described |= {f"shuffled_{modality}/{name}": x for name, x in shuffled.items()}
+    return described
 
 
 def hide(

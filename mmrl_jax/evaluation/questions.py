@@ -85,18 +85,18 @@ class QuestionEvaluator:
         self._answer = jax.jit(answer)
         self._score = jax.jit(functools.partial(task.texts.score, penalty=0.0))
 
-    def __call__(self, variables: Any, split: str, *, swapped: bool = False) -> Answered:
+    def __call__(self, variables: Any, split: str, *, shuffle_images: bool = False) -> Answered:
         """The questions of a split and the answers of a policy, in numpy.
 
         Args:
           variables: what the policy is made of.
           split: of the task.
-          swapped: every question is asked about another question's picture: how well one answers
+          shuffle_images: every prompt is given another prompt's image: how well one answers
             without looking.
         """
         asked = jax.device_get(self._sample(self._rng, self._questions, split))
         shown = asked
-        if swapped:
+        if shuffle_images:
             shown = asked._replace(images=np.roll(asked.images, 1, axis=0))
 
         def answer(chunk: Prompt) -> tuple[jax.Array, jax.Array]:

@@ -1,12 +1,14 @@
 """Behaviour cloning of demonstrations, with a critic and auxiliary targets: the warm start."""
 
 import dataclasses
+from typing import NamedTuple
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.config.options import NON_NEGATIVE, between, option
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
@@ -44,17 +46,42 @@ class Demonstrations:
     privileged: dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """Behaviour cloning's hyperparameters.
+class Batch(NamedTuple):
+    """Demonstrated decisions [n], and what follows them.
 
     Attributes:
-      value_weight, auxiliary_weight, pointing_weight: of the losses' parts.
+      samples: The decisions.
+      next_observation: [n, ...], the observations that their values are bootstrapped from.
     """
 
-    value_weight: float
-    auxiliary_weight: float
-    pointing_weight: float
+    samples: Demonstrations
+    next_observation: Observation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BC:
+    """The options of behavior cloning."""
+
+    discount: float = option(
+        0.99,
+        "Discount factor per control step of the returns that the critic learns.",
+        between(0, 1),
+    )
+    value_coef: float = option(0.1, "Coefficient of the value loss.", NON_NEGATIVE)
+    auxiliary_coef: float = option(
+        0.0, "Coefficient of the squared errors of predicted privileged targets.", NON_NEGATIVE
+    )
+    pointing_coef: float = option(
+        0.0, "Coefficient of the cross-entropy of pointing.", NON_NEGATIVE
+    )
+
+
+def gather(data: Demonstrations, indices: jax.Array) -> Batch:
+    """Returns the demonstrations with these indices, int32 [n]."""
+    return Batch(
+        jax.tree.map(lambda x: x[indices], data),
+        jax.tree.map(lambda x: x[data.bootstrap[indices]], data.observation),
+    )
 
 
 def demonstrations(
@@ -95,40 +122,38 @@ def demonstrations(
 
 def update(
     state: LearnerState,
-    data: Demonstrations,
-    indices: jax.Array,
+    batch: Batch,
+    rng: jax.Array,
     *,
     apply: Apply,
     optimizer: optax.GradientTransformation,
-    hyperparameters: Hyperparameters,
+    options: BC,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
-    """One optimizer step on the demonstrations [n] with these indices, int32 [n].
+    """One optimizer step on demonstrations [n]; nothing of it is random.
 
     The loss is the cloning loss of the action distribution, plus weighted squared errors of the
     value and of the auxiliary predictions. The state's statistics must have been computed.
     """
-    h = hyperparameters
-    batch = shard(jax.tree.map(lambda x: x[indices], data))
-    last = shard(jax.tree.map(lambda x: x[data.bootstrap[indices]], data.observation))
-    bootstrap_value = run_network(apply, state, last).value
+    h, (batch, next_observation) = options, shard(batch)
+    next_value = run_network(apply, state, next_observation).value
     # A select: behind the end of a task there need be no number.
     target = batch.value_return + jnp.where(
-        batch.bootstrap_weight > 0, batch.bootstrap_weight * bootstrap_value, 0.0
+        batch.bootstrap_weight > 0, batch.bootstrap_weight * next_value, 0.0
     )
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
         output = run_network(apply, state.replace(params=params), batch.observation)
-        ones = jnp.ones(len(indices))
+        ones = jnp.ones(len(batch.action))
         parts = {
             "loss/bc": jnp.mean(output.distribution.cloning_loss(batch.action)),
             "loss/value": jnp.mean(losses.value_loss(output.value, target, output.value, None)),
         } | auxiliary_losses(output, batch.privileged, ones)
         value = (
             parts["loss/bc"]
-            + h.value_weight * parts["loss/value"]
-            + h.auxiliary_weight * parts["loss/auxiliary"]
-            + h.pointing_weight * parts["loss/pointing"]
+            + h.value_coef * parts["loss/value"]
+            + h.auxiliary_coef * parts["loss/auxiliary"]
+            + h.pointing_coef * parts["loss/pointing"]
         )
         return value, parts
 

@@ -11,120 +11,124 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.config.options import POSITIVE, between, option
 from mmrl_jax.learners.learner import Shard, map_in_chunks
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, minibatch_epochs
+from mmrl_jax.learners.token_learner import (
+    ScoredCompletions,
+    StepOptions,
+    TokenPolicy,
+    TokenState,
+    minibatch_epochs,
+)
 from mmrl_jax.rl.token_losses import dpo_loss
 from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """DPO's hyperparameters.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPO(StepOptions):
+    """The options of DPO."""
 
-    Attributes:
-      beta: weight of the KL to the reference, see `dpo_loss`.
-      label_smoothing: see there.
-      epochs: passes over a batch.
-      minibatches: optimizer steps a pass; must divide B.
-      grad_accum_steps: parts of a minibatch whose gradients are added up; must divide B /
-        minibatches.
-    """
-
-    beta: float
-    label_smoothing: float
-    epochs: int
-    minibatches: int
-    grad_accum_steps: int
+    beta: float = option(0.1, "Weight of the implicit KL to the reference.", POSITIVE)
+    label_smoothing: float = option(
+        0.0, "Fraction of the preferences that are taken to be wrong.", between(0, 0.5)
+    )
 
 
 class Preferences(NamedTuple):
     """Two answers to each of B questions.
 
     Attributes:
-      question: of B samples.
+      prompt: of B samples.
       tokens: int32 [B, 2, T], the preferred answer and the other one.
       present: bool [B, 2, T].
       weight: float32 [B], 0 where there is no preference.
     """
 
-    question: Prompt
+    prompt: Prompt
     tokens: jax.Array
     present: jax.Array
     weight: jax.Array
 
 
 def best_and_worst(
-    question: Prompt,
+    prompt: Prompt,
     tokens: jax.Array,
     present: jax.Array,
     reward: jax.Array,
-    scored: jax.Array,
+    valid: jax.Array,
 ) -> Preferences:
     """The answers of highest and lowest reward, of G answers [B, G, T] to each of B questions.
 
     Args:
-      question: of B samples.
+      prompt: of B samples.
       tokens: int32 [B, G, T].
       present: bool [B, G, T].
       reward: float32 [B, G].
-      scored: float32 [B, G], 0 for answers that could not be scored.
+      valid: float32 [B, G], 0 for answers that could not be scored.
 
     Returns:
       Preferences, of no weight where all rewards are equal.
     """
-    best = jnp.argmax(jnp.where(scored > 0, reward, -jnp.inf), axis=1)
-    worst = jnp.argmin(jnp.where(scored > 0, reward, jnp.inf), axis=1)
+    best = jnp.argmax(jnp.where(valid > 0, reward, -jnp.inf), axis=1)
+    worst = jnp.argmin(jnp.where(valid > 0, reward, jnp.inf), axis=1)
     which = jnp.stack([best, worst], axis=1)
     high, low = jnp.moveaxis(jnp.take_along_axis(reward, which, axis=1), 1, 0)
-    differ = (jnp.sum(scored, axis=1) > 1) & (high > low)
+    differ = (jnp.sum(valid, axis=1) > 1) & (high > low)
 
     def pick(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, which[..., None], axis=1)
 
-    return Preferences(question, pick(tokens), pick(present), differ.astype(jnp.float32))
+    return Preferences(prompt, pick(tokens), pick(present), differ.astype(jnp.float32))
 
 
 def update(
     state: TokenState,
     frozen: Any,
-    preferences: Preferences,
+    batch: ScoredCompletions,
     rng: jax.Array,
     *,
     policy: TokenPolicy,
     optimizer: optax.GradientTransformation,
-    hyperparameters: Hyperparameters,
+    options: DPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """Epochs of minibatch steps on preferences over the answers to B questions.
+    """Epochs of minibatch steps on preferences among the completions of B prompts.
 
     Args:
       state: the learner, with a reference.
       frozen: the other half of the model's variables.
-      preferences: of B questions.
+      batch: of one turn, with G completions of each of B prompts: the one of highest reward is
+        preferred to that of lowest reward.
       rng: key of the shuffles.
       policy: the model.
       optimizer: the one whose state the learner holds.
-      hyperparameters: see there.
+      options: see `DPO`.
       shard: places a minibatch on the mesh.
 
     Returns:
       The new learner, and metrics: means over the optimizer steps that were taken.
       'dpo/reward_accuracy' is how often the preferred answer has gained on the other one.
     """
-    h = hyperparameters
+    h, batch = options, jax.tree.map(lambda x: x[0], batch)
+    valid = batch.valid
+    if h.mask_truncated_completions:
+        valid = valid * batch.completions.finished
+    preferences = best_and_worst(
+        batch.prompt, batch.completions.tokens, batch.completions.present, batch.reward, valid
+    )
 
     def of_answers(params: Params, part: Preferences) -> jax.Array:
         """Log-probs of whole answers, float32 [N, 2]."""
         log_probs = policy.log_probs(
-            params, frozen, part.question, part.tokens, part.present, temperature=1.0
+            params, frozen, part.prompt, part.tokens, part.present, temperature=1.0
         )
         return jnp.sum(jnp.where(part.present, log_probs.log_prob, 0.0), axis=-1)
 
     reference = map_in_chunks(
         lambda part: of_answers(state.reference, part),
         preferences,
-        h.minibatches * h.grad_accum_steps,
+        h.num_minibatches * h.grad_accum_steps,
     )
 
     def part_loss(params: Params, part: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -151,9 +155,7 @@ def update(
         part_loss=part_loss,
         normalizer=lambda minibatch: jnp.maximum(jnp.sum(minibatch[0].weight), 1.0),
         optimizer=optimizer,
-        epochs=h.epochs,
-        minibatches=h.minibatches,
-        grad_accum_steps=h.grad_accum_steps,
+        options=h,
         shard=shard,
     )
     return state, metrics | {"completion/preferences": jnp.mean(preferences.weight)}

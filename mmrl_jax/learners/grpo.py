@@ -8,69 +8,74 @@ They differ in the advantage and in the loss alone, see `rl.group_advantages` an
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.config.options import POSITIVE, one_of, option
 from mmrl_jax.learners.learner import Shard, map_in_chunks
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, minibatch_epochs
+from mmrl_jax.learners.token_learner import (
+    PolicyGradientOptions,
+    ScoredCompletions,
+    TokenPolicy,
+    TokenState,
+    minibatch_epochs,
+)
 from mmrl_jax.rl import group_advantages, losses
-from mmrl_jax.rl.token_losses import TokenLoss, loss_denominator, token_loss_sums
+from mmrl_jax.rl.token_log_probs import TokenLogProbs
+from mmrl_jax.rl.token_losses import (
+    PRESETS,
+    Reduction,
+    TokenLoss,
+    loss_denominator,
+    token_loss_sums,
+)
 from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """GRPO's hyperparameters.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPO(PolicyGradientOptions):
+    """The options of GRPO and its family."""
 
-    Attributes:
-      advantage: rewards and which are scored, [B, G] each, to advantages [B, G], see
-        `group_advantages`.
-      loss: see there.
-      entropy_weight: weight of the entropy bonus, whose sum over tokens has the loss's divisor.
-      temperature: at which the answers were drawn.
-      epochs: passes over a batch.
-      minibatches: optimizer steps a pass; must divide B.
-      grad_accum_steps: parts of a minibatch whose gradients are added up; must divide B /
-        minibatches.
-      mask_truncated_completions: answers that were truncated are left out of the loss, as by TRL;
-        their rewards still count in the advantages of their groups.
-    """
+    preset: str = option(
+        "dapo",
+        "Advantage and loss of a published method, see mmrl_jax/rl/token_losses.py.",
+        one_of(tuple(PRESETS)),
+    )
+    pass_at_k: int | None = option(
+        None,
+        "k of the advantage that asks for one right completion among k; None for the preset's own "
+        "advantage.",
+        POSITIVE,
+    )
 
-    advantage: Callable[[jax.Array, jax.Array], jax.Array]
-    loss: TokenLoss
-    entropy_weight: float
-    temperature: float
-    epochs: int
-    minibatches: int
-    grad_accum_steps: int
-    mask_truncated_completions: bool = False
+    @property
+    def advantage(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Rewards and which are valid, [B, G] each, to advantages [B, G]."""
+        if self.pass_at_k is not None:
+            return functools.partial(group_advantages.pass_at_k, k=self.pass_at_k)
+        return group_advantages.ESTIMATORS[PRESETS[self.preset][0]]
 
-
-class ScoredCompletions(NamedTuple):
-    """Answers to B questions, and what came of them.
-
-    Attributes:
-      question: of B samples.
-      answers: [B, G, T].
-      reward: float32 [B, G].
-      scored: float32 [B, G], 0 for answers that could not be scored.
-    """
-
-    question: Prompt
-    answers: Completions
-    reward: jax.Array
-    scored: jax.Array
+    @property
+    def loss(self) -> TokenLoss:
+        """The policy loss of the preset, with the KL and the importance weights of the options."""
+        return dataclasses.replace(
+            PRESETS[self.preset][1],
+            kl=self.kl_estimator,
+            kl_coef=self.kl_coef,
+            importance_weight_cap=self.importance_weight_cap,
+        )
 
 
 class _Sample(NamedTuple):
-    question: Prompt
-    answers: Completions
+    prompt: Prompt
+    completions: Completions
     advantage: jax.Array  # [B, G]
     mask: jax.Array  # [B, G, T], 1 for tokens of answers that are learned from.
     old: jax.Array | None  # [B, G, T], log-probs before the update; None for a single step.
@@ -85,123 +90,132 @@ class _Normalizer(NamedTuple):
 def update(
     state: TokenState,
     frozen: Any,
-    experience: ScoredCompletions,
+    batch: ScoredCompletions,
     rng: jax.Array,
     *,
     policy: TokenPolicy,
     optimizer: optax.GradientTransformation,
-    hyperparameters: Hyperparameters,
+    options: GRPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """Epochs of minibatch steps on one batch of answers.
+    """Epochs of minibatch steps on one batch of completions.
 
     Args:
-      state: the learner, whose parameters drew the answers.
-      frozen: the other half of the model's variables.
-      experience: of B questions.
-      rng: key of the shuffles.
-      policy: the model.
-      optimizer: the one whose state the learner holds.
-      hyperparameters: see there.
-      shard: places a minibatch on the mesh.
+      state: The learner, whose parameters sampled the completions.
+      frozen: The variables of the model that are not trained.
+      batch: Of one turn, with G completions of each of B prompts; completions without a reward are
+        not learned from.
+      rng: Key of the shuffles.
+      policy: The model.
+      optimizer: The one whose state the learner holds.
+      options: See `GRPO`.
+      shard: Places a minibatch on the mesh.
 
     Returns:
       The new learner, and metrics: means over the optimizer steps that were taken.
     """
-    h, answers = hyperparameters, experience.answers
-    advantage = h.advantage(experience.reward, experience.scored)
+    h = options
+    batch = jax.tree.map(lambda x: x[0], batch)
+    completions, valid = batch.completions, batch.valid
+    advantage = h.advantage(batch.reward, valid)
 
     def log_probs(params: Params, sample: Any) -> Any:
         return policy.log_probs(
             params,
             frozen,
-            sample.question,
-            sample.answers.tokens,
-            sample.answers.present,
+            sample.prompt,
+            sample.completions.tokens,
+            sample.completions.present,
             temperature=h.temperature,
         )
 
     def batch_log_probs(params: Params) -> jax.Array:
         # In parts of the steps' own shapes: of others the matrix products round differently.
-        parts = h.minibatches * h.grad_accum_steps
-        return map_in_chunks(lambda part: log_probs(params, part).log_prob, experience, parts)
+        parts = h.num_minibatches * h.grad_accum_steps
+        return map_in_chunks(lambda part: log_probs(params, part).log_prob, batch, parts)
 
-    old = None if h.epochs * h.minibatches == 1 else batch_log_probs(state.params)
-    reference = batch_log_probs(state.reference) if h.loss.kl_weight else None
-    learned_from = experience.scored > 0
-    if h.mask_truncated_completions:
-        learned_from &= answers.finished
-    mask = answers.present * learned_from[..., None].astype(jnp.float32)
-    samples = _Sample(experience.question, answers, advantage, mask, old, reference)
-
-    def flat(tree: Any) -> Any:
-        """[B, G, ...] to [B * G, ...]."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    old = None if h.num_epochs * h.num_minibatches == 1 else batch_log_probs(state.params)
+    reference = batch_log_probs(state.reference) if h.kl_coef else None
+    learned_from = valid > 0
+    if h.mask_truncated_completions:  # Their rewards still count in the advantages of their groups.
+        learned_from &= completions.finished
+    mask = completions.present * learned_from[..., None].astype(jnp.float32)
+    samples = _Sample(batch.prompt, completions, advantage, mask, old, reference)
 
     def part_loss(
         params: Params, part: _Sample, normalizer: _Normalizer
     ) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss of a minibatch."""
-        current = log_probs(params, part)
-        mask = flat(part.mask)
-        sums = token_loss_sums(
-            flat(current.log_prob),
-            flat(part.old),
-            flat(part.advantage),
-            mask,
-            h.loss,
-            reference_log_prob=flat(part.reference),
-            rollout_log_prob=flat(part.answers.log_probs),
-        )
-        entropy = jnp.sum(jnp.where(mask > 0, flat(current.entropy), 0.0))
-        loss = (sums.loss - h.entropy_weight * entropy) / normalizer.loss_denominator
-        metrics = sums.metrics | {"policy/entropy": entropy}
-        return loss, {name: x / normalizer.tokens for name, x in metrics.items()} | {
-            "loss/policy": loss
-        }
-
-    def normalizer(minibatch: _Sample) -> _Normalizer:
-        mask = flat(minibatch.mask)
-        return _Normalizer(
-            jnp.maximum(loss_denominator(mask, h.loss.reduction), 1.0),
-            jnp.maximum(jnp.sum(mask), 1.0),
-        )
+        return _part_loss(log_probs(params, part), part, normalizer, h)
 
     return minibatch_epochs(
         state,
         samples,
         rng,
         part_loss=part_loss,
-        normalizer=normalizer,
+        normalizer=lambda minibatch: _normalizer(minibatch, h.loss.reduction),
         optimizer=optimizer,
-        epochs=h.epochs,
-        minibatches=h.minibatches,
-        grad_accum_steps=h.grad_accum_steps,
+        options=h,
         shard=shard,
     )
 
 
-def dynamic_sampling(experience: ScoredCompletions, count: int) -> ScoredCompletions:
-    """The first `count` questions, those whose answers have equal rewards last.
+def _part_loss(
+    current: TokenLogProbs, part: _Sample, normalizer: _Normalizer, options: GRPO
+) -> tuple[jax.Array, Metrics]:
+    """A part's share of the loss, and of the metrics, of a minibatch."""
+    mask = _flat(part.mask)
+    sums = token_loss_sums(
+        _flat(current.log_prob),
+        _flat(part.old),
+        _flat(part.advantage),
+        mask,
+        options.loss,
+        reference_log_prob=_flat(part.reference),
+        rollout_log_prob=_flat(part.completions.log_probs),
+    )
+    entropy = jnp.sum(jnp.where(mask > 0, _flat(current.entropy), 0.0))
+    loss = (sums.loss - options.entropy_coef * entropy) / normalizer.loss_denominator
+    metrics = sums.metrics | {"policy/entropy": entropy}
+    return loss, {name: x / normalizer.tokens for name, x in metrics.items()} | {
+        "loss/policy": loss
+    }
 
-    Of more questions than are learned from, it is DAPO's dynamic sampling (Yu et al., 2025, arXiv
+
+def _normalizer(minibatch: _Sample, reduction: Reduction) -> _Normalizer:
+    mask = _flat(minibatch.mask)
+    return _Normalizer(
+        jnp.maximum(loss_denominator(mask, reduction), 1.0), jnp.maximum(jnp.sum(mask), 1.0)
+    )
+
+
+def _flat(tree: Any) -> Any:
+    """[B, G, ...] to [B * G, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def dynamic_sampling(batch: ScoredCompletions, count: int) -> ScoredCompletions:
+    """Returns `count` of the prompts of one turn, those whose completions differ in reward first.
+
+    Of more prompts than are learned from, it is DAPO's dynamic sampling (Yu et al., 2025, arXiv
     2503.14476, eq. 11) at a fixed cost; of as many, none has to move to another device.
     """
-    if count == len(experience.reward):
-        return experience
-    order = jnp.argsort(group_advantages.degenerate(experience.reward, experience.scored))[:count]
-    return jax.tree.map(lambda x: x[order], experience)
+    reward, valid = batch.reward[0], batch.valid[0]
+    if count == len(reward):
+        return batch
+    order = jnp.argsort(group_advantages.degenerate(reward, valid))[:count]
+    return jax.tree.map(lambda x: x[:, order], batch)
 
 
-def describe(experience: ScoredCompletions) -> Metrics:
-    """What the answers of an update were like."""
-    reward, scored = experience.reward, experience.scored
-    present = experience.answers.present.astype(jnp.float32)
-    degenerate = group_advantages.degenerate(reward, scored)
+def describe(batch: ScoredCompletions) -> Metrics:
+    """Returns what to log of the completions of an update, of one turn."""
+    reward, valid = batch.reward[0], batch.valid[0]
+    completions = jax.tree.map(lambda x: x[0], batch.completions)
+    present = completions.present.astype(jnp.float32)
+    degenerate = group_advantages.degenerate(reward, valid)
     return {
-        "completion/reward": losses.masked_mean(reward, scored),
+        "completion/reward": losses.masked_mean(reward, valid),
         "completion/length": jnp.mean(jnp.sum(present, axis=-1)),
-        "completion/truncated_fraction": 1 - jnp.mean(experience.answers.finished),
-        "completion/rows": packing.rows_used(experience.answers.present).astype(jnp.float32),
+        "completion/truncated_fraction": 1 - jnp.mean(completions.finished),
+        "completion/rows": packing.rows_used(completions.present).astype(jnp.float32),
         "reward/zero_std_groups": jnp.mean(degenerate.astype(jnp.float32)),
     }

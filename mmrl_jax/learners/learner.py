@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import math
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 from flax import struct
@@ -14,7 +14,7 @@ from mmrl_jax.envs.brax_api import State
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import losses, normalization
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
-from mmrl_jax.types import Metrics, Observation, Params
+from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 Apply = Callable[[Params, Observation], PolicyOutput]
 # A learner's state with `params`, `opt_state` and `steps`.
@@ -43,13 +43,31 @@ class LearnerState(struct.PyTreeNode):
         return self.replace(opt_state=())
 
 
+class Rollout(NamedTuple):
+    """Experience of environments that the policy has just acted in.
+
+    Attributes:
+      transitions: Of B environments, [T, B, ...].
+      last_observation: After the last transition, [B, ...].
+    """
+
+    transitions: Transition
+    last_observation: Observation
+
+
 def init(
-    params: Params, *, optimizer: optax.GradientTransformation, proprio_size: int
+    params: Params, *, proprio_size: int, optimizer: optax.GradientTransformation | None = None
 ) -> LearnerState:
-    """A fresh learner around initialized parameters."""
+    """Returns a fresh learner around initialized parameters.
+
+    Args:
+      params: Of the network.
+      proprio_size: Numbers in an observation of proprioception.
+      optimizer: Whose state the learner holds; None for a learner that only acts.
+    """
     return LearnerState(
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=() if optimizer is None else optimizer.init(params),
         normalizer=normalization.init(proprio_size),
         steps=jnp.zeros((), jnp.int32),
     )
@@ -107,7 +125,7 @@ def apply_gradients(
     """One optimizer step, skipped where the loss [] or its gradient is not finite.
 
     Returns:
-      The new state, and 'loss/total', 'grad/norm', 'update/steps' and 'optimizer/skipped_steps'
+      The new state, and 'loss/total', 'grad/norm', 'optimizer/steps' and 'optimizer/skipped_steps'
       (one of the last two is 1).
     """
     norm = optax.tree.norm(gradients)  # Not finite as soon as one number of the gradient is not.
@@ -120,7 +138,7 @@ def apply_gradients(
     return new, {
         "loss/total": loss,
         "grad/norm": norm,
-        "update/steps": taken,
+        "optimizer/steps": taken,
         "optimizer/skipped_steps": 1 - taken,
     }
 
@@ -238,10 +256,10 @@ def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
 
 def mean_over_steps(metrics: Metrics) -> Metrics:
     """Of metrics [steps], the means [] over the steps taken, and the sums of what counts steps."""
-    taken = metrics["update/steps"]
+    taken = metrics["optimizer/steps"]
 
     def reduce(name: str, x: jax.Array) -> jax.Array:
-        if name in ("update/steps", "optimizer/skipped_steps"):
+        if name in ("optimizer/steps", "optimizer/skipped_steps"):
             return jnp.sum(x)
         return jnp.sum(jnp.where(taken > 0, x, 0.0)) / jnp.sum(taken)
 

@@ -1,15 +1,18 @@
 """Proximal policy optimization (Schulman et al., 2017, arXiv 1707.06347)."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
+    Rollout,
     Shard,
     apply_gradients,
     auxiliary_losses,
@@ -22,45 +25,64 @@ from mmrl_jax.learners.learner import (
 )
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses, normalization
-from mmrl_jax.types import Metrics, Observation, Params, Transition
+from mmrl_jax.types import Metrics, Params, Transition
 
 Advantage = Literal["gae", "return"]
-ADVANTAGES: tuple[str, ...] = get_args(Advantage)
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """PPO's hyperparameters.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPO:
+    """The options of PPO."""
 
-    Attributes:
-      discount: per control step, in [0, 1].
-      gae_lambda: in [0, 1].
-      advantage: 'gae', generalized advantages; 'return', those of the lambda-return behind a step,
-        as in Brax. The targets of the value are the same.
-      clip: half width of the policy's trust interval, > 0.
-      value_clip: of the value loss, > 0, or None for the plain squared error.
-      value_weight, entropy_weight, auxiliary_weight, pointing_weight: of the losses' parts.
-      epochs: passes over a batch.
-      minibatches: optimizer steps a pass; must divide T * B.
-      target_kl: skip what is left of the update once a minibatch's KL exceeds it; None: never.
-      recompute: the log-probs of the actions are computed anew, in minibatches, before the first
-        step. In less than float32 those of the rollout, which is another program, differ by
-        rounding, so that ratios would not be 1 before the policy moved.
-    """
+    discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
+    gae_lambda: float = option(0.95, "Lambda of the generalized advantage estimate.", between(0, 1))
+    advantage: Advantage = option(
+        "gae",
+        "Advantages: 'gae', generalized ones; 'return', those of the lambda-return behind a step, "
+        "as in Brax. The targets of the value are the same.",
+    )
+    clip: float = option(
+        0.2, "Half width of the interval that the probability ratio is clipped to.", POSITIVE
+    )
+    value_clip: float | None = option(
+        None, "Half width of the interval that a value may move in; None to not clip it.", POSITIVE
+    )
+    value_coef: float = option(0.5, "Coefficient of the value loss.", NON_NEGATIVE)
+    entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
+    auxiliary_coef: float = option(
+        0.0, "Coefficient of the squared errors of predicted privileged targets.", NON_NEGATIVE
+    )
+    pointing_coef: float = option(
+        0.0, "Coefficient of the cross-entropy of pointing.", NON_NEGATIVE
+    )
+    num_epochs: int = option(1, "Passes over the batch of an update.", POSITIVE)
+    num_minibatches: int = option(
+        4, "Optimizer steps of a pass; they divide num_envs * unroll_length.", POSITIVE
+    )
+    target_kl: float | None = option(
+        None,
+        "Skip what is left of an update once the KL of a minibatch exceeds this; None to never do.",
+        POSITIVE,
+    )
+    initial_std: float = option(
+        0.5,
+        "Standard deviation of the Gaussian, before squashing, when the stage begins.",
+        POSITIVE,
+    )
+    # Not a key of a config: the log-probs of the actions are computed anew, in minibatches, before
+    # the first step. In less than float32 those of the rollout, which is another program, differ
+    # by rounding, so that ratios would not be 1 before the policy has moved.
+    recompute: bool = False
 
-    discount: float
-    gae_lambda: float
-    advantage: Advantage
-    clip: float
-    value_clip: float | None
-    value_weight: float
-    entropy_weight: float
-    auxiliary_weight: float
-    pointing_weight: float
-    epochs: int
-    minibatches: int
-    target_kl: float | None
-    recompute: bool
+
+def with_std(params: Any, std: float) -> Any:
+    """Returns parameters with the policy head's log std set; those without one as they are."""
+
+    def visit(path: tuple, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.full_like(x, np.log(std)) if name.endswith("/log_std") else x
+
+    return jax.tree_util.tree_map_with_path(visit, params)
 
 
 def loss(
@@ -70,10 +92,10 @@ def loss(
     target: jax.Array,
     rng: jax.Array,
     *,
-    hyperparameters: Hyperparameters,
+    options: PPO,
 ) -> tuple[dict[str, jax.Array], Metrics]:
     """The parts of PPO's loss, unweighted, and what to log, over samples [N] that are valid."""
-    h, valid = hyperparameters, batch.valid
+    h, valid = options, batch.valid
     log_ratio = output.distribution.log_prob(batch.action) - batch.log_prob
     log_ratio = jnp.where(valid > 0, log_ratio, 0.0)  # Not even an overflow there may count.
     policy = losses.clipped_policy_loss(log_ratio, advantage, h.clip, h.clip)
@@ -93,54 +115,52 @@ def loss(
     return parts, metrics
 
 
-def weighted_sum(parts: dict[str, jax.Array], hyperparameters: Hyperparameters) -> jax.Array:
+def weighted_sum(parts: dict[str, jax.Array], options: PPO) -> jax.Array:
     """The scalar that is minimized."""
-    h = hyperparameters
+    h = options
     return (
         parts["loss/policy"]
-        + h.value_weight * parts["loss/value"]
-        + h.entropy_weight * parts["loss/entropy"]
-        + h.auxiliary_weight * parts["loss/auxiliary"]
-        + h.pointing_weight * parts["loss/pointing"]
+        + h.value_coef * parts["loss/value"]
+        + h.entropy_coef * parts["loss/entropy"]
+        + h.auxiliary_coef * parts["loss/auxiliary"]
+        + h.pointing_coef * parts["loss/pointing"]
     )
 
 
 def update(
     state: LearnerState,
-    batch: Transition,
-    last_observation: Observation,
+    rollout: Rollout,
     rng: jax.Array,
     *,
     apply: Apply,
     optimizer: optax.GradientTransformation,
-    hyperparameters: Hyperparameters,
+    options: PPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
     """Epochs of minibatch steps on one batch of transitions.
 
     Args:
       state: the learner; its parameters and statistics are those that acted.
-      batch: [T, B, ...].
-      last_observation: [B, ...], after the last transition.
+      rollout: what the learner's policy did in B environments.
       rng: key of the shuffles.
       apply: (params, observation) -> PolicyOutput.
       optimizer: the one whose state the learner holds.
-      hyperparameters: see there.
+      options: see `PPO`.
       shard: places a minibatch on the mesh.
 
     Returns:
       The new learner, and metrics: means over the minibatch steps that were taken, NaN if none
       was, and how many were taken and skipped.
     """
-    h, valid = hyperparameters, batch.valid
-    batch, advantage, target = _with_advantages(state, batch, last_observation, apply, h)
+    h, valid = options, rollout.transitions.valid
+    batch, advantage, target = _with_advantages(state, rollout, apply, h)
     samples = flatten((batch, losses.whiten(advantage, valid), target))
     if h.recompute:
 
         def log_prob(part: Transition) -> jax.Array:
             return run_network(apply, state, part.observation).distribution.log_prob(part.action)
 
-        old = map_in_chunks(lambda part: log_prob(shard(part)), samples[0], h.minibatches)
+        old = map_in_chunks(lambda part: log_prob(shard(part)), samples[0], h.num_minibatches)
         samples = (samples[0].replace(log_prob=old), *samples[1:])
     # Acting normalized with these statistics: normalizing the same way here makes the first
     # ratio exactly 1. They take in the new batch at the end.
@@ -151,7 +171,7 @@ def update(
 
         def total(params: Params) -> tuple[jax.Array, Metrics]:
             output = run_network(apply, state.replace(params=params), minibatch.observation)
-            parts, metrics = loss(output, minibatch, advantage, target, rng, hyperparameters=h)
+            parts, metrics = loss(output, minibatch, advantage, target, rng, options=h)
             return weighted_sum(parts, h), metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
@@ -167,9 +187,9 @@ def update(
             stop = stop | (metrics["policy/approx_kl"] > h.target_kl)
         return (state, stop), metrics
 
-    keys = jax.random.split(rng, h.epochs + 1)
-    steps = h.epochs * h.minibatches
-    order = minibatch_order(keys[1:], valid.size, h.minibatches)
+    keys = jax.random.split(rng, h.num_epochs + 1)
+    steps = h.num_epochs * h.num_minibatches
+    order = minibatch_order(keys[1:], valid.size, h.num_minibatches)
     (state, _), metrics = jax.lax.scan(
         maybe_step, (state, jnp.zeros((), bool)), (order, jax.random.split(keys[0], steps))
     )
@@ -184,16 +204,15 @@ def update(
 
 def _with_advantages(
     state: LearnerState,
-    batch: Transition,
-    last_observation: Observation,
+    rollout: Rollout,
     apply: Apply,
-    hyperparameters: Hyperparameters,
+    options: PPO,
 ) -> tuple[Transition, jax.Array, jax.Array]:
     """The batch [T, B, ...] with zeros where it is not valid, advantages and value targets [T, B].
 
     A mask alone does not stop what is not finite: its gradient is 0 * nan.
     """
-    valid = batch.valid
+    batch, valid = rollout.transitions, rollout.transitions.valid
 
     def keep(x: jax.Array) -> jax.Array:
         mask = valid.reshape(valid.shape + (1,) * (x.ndim - 2)) > 0
@@ -202,17 +221,17 @@ def _with_advantages(
     masked = ("observation", "action", "log_prob", "reward", "privileged")
     batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
     # The value stays until here: an invalid step's bootstraps a truncated step before it.
-    discount = hyperparameters.discount
+    discount = options.discount
     steps: dict[str, jax.Array] = {
         "reward": batch.reward,
         "value": batch.value,
-        "last_value": run_network(apply, state, last_observation).value,
+        "last_value": run_network(apply, state, rollout.last_observation).value,
         "terminated": batch.terminated,
         "truncated": advantages.truncation_mask(batch.terminated, batch.truncated, valid),
     }
     advantage, target = advantages.generalized_advantages(
-        **steps, discount=discount, lambda_=hyperparameters.gae_lambda
+        **steps, discount=discount, lambda_=options.gae_lambda
     )
-    if hyperparameters.advantage == "return":
+    if options.advantage == "return":
         advantage = advantages.return_advantages(**steps, target=target, discount=discount)
     return batch.replace(value=keep(batch.value)), keep(advantage), keep(target)

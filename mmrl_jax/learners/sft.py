@@ -1,5 +1,6 @@
-"""Supervised fine-tuning: the cross-entropy of given answers."""
+"""Supervised fine-tuning: the cross-entropy of given completions."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,45 +8,51 @@ import jax.numpy as jnp
 import optax
 
 from mmrl_jax.learners.learner import Shard, apply_gradients
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState
+from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy, TokenState
 from mmrl_jax.rl import losses
-from mmrl_jax.tasks.question import Prompt
 from mmrl_jax.types import Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFT:
+    """The options of supervised fine-tuning: it has none beside those of its stage."""
 
 
 def update(
     state: TokenState,
     frozen: Any,
-    question: Prompt,
-    tokens: jax.Array,
-    present: jax.Array,
+    batch: ScoredCompletions,
+    rng: jax.Array,
     *,
     policy: TokenPolicy,
     optimizer: optax.GradientTransformation,
+    options: SFT,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """One optimizer step on a batch of answered questions.
+    """One optimizer step on a batch of labels; nothing of it is random.
 
     Args:
-      state: the learner.
-      frozen: the other half of the model's variables.
-      question: of B samples.
-      tokens: int32 [B, T], the answers, with their stop tokens.
-      present: bool [B, T].
-      policy: the model.
-      optimizer: the one whose state the learner holds.
-      shard: places the batch on the mesh.
+      state: The learner.
+      frozen: The variables of the model that are not trained.
+      batch: Of one turn, with one completion of each of B prompts, their stop tokens included.
+      rng: Not used.
+      policy: The model.
+      optimizer: The one whose state the learner holds.
+      options: See `SFT`.
+      shard: Places the batch on the mesh.
 
     Returns:
-      The new learner, and metrics; 'loss/sft' is the mean over the tokens that are present.
+      The new learner, and metrics; 'loss/sft' is the mean over the tokens of the completions.
     """
-    question, tokens, present = shard((question, tokens, present))
+    prompt, tokens, present = shard(
+        jax.tree.map(
+            lambda x: x[0], (batch.prompt, batch.completions.tokens, batch.completions.present)
+        )
+    )
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
-        log_probs = policy.log_probs(
-            params, frozen, question, tokens[:, None], present[:, None], temperature=1.0
-        )
-        mask = present[:, None].astype(jnp.float32)
+        log_probs = policy.log_probs(params, frozen, prompt, tokens, present, temperature=1.0)
+        mask = present.astype(jnp.float32)
         loss = -losses.masked_mean(log_probs.log_prob, mask)
         entropy = losses.masked_mean(log_probs.entropy, mask)
         return loss, {"loss/sft": loss, "policy/entropy": entropy}

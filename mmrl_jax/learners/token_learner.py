@@ -3,13 +3,14 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import (
     Shard,
@@ -24,12 +25,124 @@ from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
+from mmrl_jax.rl.token_losses import KL
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts.log_probs import Output, completion_log_probs, log_probs_from_features
 from mmrl_jax.rollouts.text_actions import TextActions
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output
 from mmrl_jax.tasks.question import Prompt
-from mmrl_jax.types import Metrics, Params
+from mmrl_jax.types import Metrics, Params, Transition
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The options of every algorithm that learns from completions in several optimizer steps."""
+
+    temperature: float = option(
+        1.0, "Temperature that completions are sampled and learned from at.", POSITIVE
+    )
+    num_epochs: int = option(1, "Passes over the batch of an update.", POSITIVE)
+    num_minibatches: int = option(
+        1, "Optimizer steps of a pass; they divide the prompts of an update.", POSITIVE
+    )
+    grad_accum_steps: int = option(
+        1, "Parts of a minibatch, one at a time in memory, whose gradients are added up.", POSITIVE
+    )
+    mask_truncated_completions: bool = option(
+        False, "Learn nothing from completions without a stop token, as in TRL."
+    )
+    reference_ema_decay: float = option(
+        1.0,
+        "Decay, per update, of the moving average of the policy that the reference is; 1 keeps the "
+        "reference where the stage began.",
+        between(0, 1),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradientOptions(StepOptions):
+    """What algorithms have in common that follow a policy gradient over tokens."""
+
+    kl_estimator: KL = option(
+        "k3", "Estimator of the KL to the reference, which is where the stage began."
+    )
+    kl_coef: float = option(
+        0.0, "Coefficient of the KL to the reference; 0 keeps no reference.", NON_NEGATIVE
+    )
+    entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
+    importance_weight_cap: float | None = option(
+        None,
+        "Largest importance weight, where completions are sampled in another precision than they "
+        "are learned from; None for no such weights.",
+        POSITIVE,
+    )
+
+
+def reference_needs(options: PolicyGradientOptions) -> frozenset[str]:
+    """Returns {'reference'} where the options put a coefficient on the KL to it."""
+    return frozenset({"reference"} if options.kl_coef > 0 else ())
+
+
+class ScoredCompletions(NamedTuple):
+    """The experience of a token policy: T turns of B prompts with G completions each.
+
+    A prompt with G completions is G episodes of one turn, T = 1; an agent that writes its actions
+    has as many turns as its environment has steps, with one completion each, G = 1.
+
+    Attributes:
+      prompt: Of [T, B] samples.
+      completions: [T, B, G, L] tokens.
+      reward: Float32 [T, B, G]; None of labels.
+      valid: Float32 [T, B, G], 0 for completions that have no reward or were not taken; None of
+        labels.
+      terminated: Float32 [T, B, G], 1 where an episode ends with its turn; None of labels.
+      truncated: Float32 [T, B, G], 1 where a limit cuts an episode off; None of labels.
+      next_prompt: Of B samples, after the last turn; None where every episode terminates with its
+        last turn.
+    """
+
+    prompt: Prompt
+    completions: gen.Completions
+    reward: Any = None
+    valid: Any = None
+    terminated: Any = None
+    truncated: Any = None
+    next_prompt: Prompt | None = None
+
+    @classmethod
+    def labelled(cls, prompt: Prompt, tokens: jax.Array, present: jax.Array) -> "ScoredCompletions":
+        """Returns given completions, int32 and bool [B, L], of B prompts; they have no rewards."""
+        completions = gen.Completions(tokens, None, present, None)  # type: ignore[arg-type]
+        return cls(
+            jax.tree.map(lambda x: x[None], prompt),
+            jax.tree.map(lambda x: x[None, :, None], completions),
+        )
+
+    @classmethod
+    def single_turn(
+        cls, prompt: Prompt, completions: gen.Completions, reward: jax.Array, valid: jax.Array
+    ) -> "ScoredCompletions":
+        """Returns G completions of each of B prompts, with rewards float32 [B, G].
+
+        A completion that was truncated has terminated too: its reward is for the text as it is, and
+        no later reward is left out that a value would have to stand for.
+        """
+        prompt, completions, reward, valid = jax.tree.map(
+            lambda x: x[None], (prompt, completions, reward, valid)
+        )
+        ones = jnp.ones_like(reward)
+        return cls(prompt, completions, reward, valid, ones, jnp.zeros_like(reward))
+
+    @classmethod
+    def turns(cls, batch: Transition, next_prompt: Prompt) -> "ScoredCompletions":
+        """Returns the turns [T, B] of agents, whose observations are prompts, as groups of one."""
+        completions, reward, valid, terminated, truncated = jax.tree.map(
+            lambda x: x[:, :, None],
+            (batch.action, batch.reward, batch.valid, batch.terminated, batch.truncated),
+        )
+        return cls(
+            batch.observation, completions, reward, valid, terminated, truncated, next_prompt
+        )
 
 
 class TokenState(struct.PyTreeNode):
@@ -116,9 +229,7 @@ def minibatch_epochs(
     part_loss: Callable[[Params, Any, Any], tuple[jax.Array, Metrics]],
     normalizer: Callable[[Any], Any],
     optimizer: optax.GradientTransformation,
-    epochs: int,
-    minibatches: int,
-    grad_accum_steps: int,
+    options: StepOptions,
     shard: Shard,
 ) -> tuple[TokenState, Metrics]:
     """Epochs of minibatch steps on samples [N, ...].
@@ -131,9 +242,7 @@ def minibatch_epochs(
         part's shares [] of the loss and of metrics, which add up to the minibatch's.
       normalizer: minibatch -> what the losses of its parts are divided by.
       optimizer: the one whose state the learner holds.
-      epochs: passes over the samples.
-      minibatches: steps a pass.
-      grad_accum_steps: parts of a minibatch.
+      options: how many steps are taken, and in how many parts.
       shard: places a minibatch on the mesh.
 
     Returns:
@@ -145,13 +254,14 @@ def minibatch_epochs(
         minibatch = shard(gather(samples, indices))
         total = normalizer(minibatch)
         (loss, metrics), gradients = accumulate(
-            lambda part: gradient(state.params, part, total), minibatch, grad_accum_steps
+            lambda part: gradient(state.params, part, total), minibatch, options.grad_accum_steps
         )
         state, step_metrics = apply_gradients(state, loss, gradients, optimizer)
         return state, metrics | step_metrics
 
     size = len(jax.tree.leaves(samples)[0])
-    order = minibatch_order(jax.random.split(rng, epochs), size, minibatches)
+    keys = jax.random.split(rng, options.num_epochs)
+    order = minibatch_order(keys, size, options.num_minibatches)
     state, metrics = jax.lax.scan(take_step, state, order)
     return state, mean_over_steps(metrics)
 

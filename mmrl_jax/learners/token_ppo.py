@@ -10,58 +10,65 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
 from mmrl_jax.learners.learner import Shard, flatten, map_in_chunks, unflatten
-from mmrl_jax.learners.token_learner import TokenPolicy, TokenState, minibatch_epochs
+from mmrl_jax.learners.token_learner import (
+    PolicyGradientOptions,
+    ScoredCompletions,
+    TokenPolicy,
+    TokenState,
+    minibatch_epochs,
+    reference_needs,
+)
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks.question import Prompt
-from mmrl_jax.types import Metrics, Params, Transition
+from mmrl_jax.types import Metrics, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-    """Hyperparameters of PPO over tokens.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPO(PolicyGradientOptions):
+    """The options of PPO over tokens."""
 
-    Attributes:
-      discount: of a turn, in [0, 1].
-      gae_lambda: of generalized advantages, of a token, in [0, 1].
-      loss: of the policy, reduced over tokens.
-      value_clip: half width of the interval that a value may move in, see `losses.value_loss`.
-      value_weight: weight of the value loss.
-      entropy_weight: weight of the entropy bonus.
-      temperature: at which the answers were drawn.
-      epochs: passes over a batch.
-      minibatches: optimizer steps a pass; must divide T * B.
-      grad_accum_steps: parts of a minibatch whose gradients are added up; must divide what that
-        leaves. A pass of the model is never over more than such a part.
-    """
+    discount: float = option(1.0, "Discount factor per turn.", between(0, 1))
+    gae_lambda: float = option(
+        1.0, "Lambda of the generalized advantage estimate, per token.", between(0, 1)
+    )
+    clip: float = option(
+        0.2, "Half width of the interval that the probability ratio is clipped to.", POSITIVE
+    )
+    value_clip: float | None = option(
+        None, "Half width of the interval that a value may move in; None to not clip it.", POSITIVE
+    )
+    value_coef: float = option(0.5, "Coefficient of the value loss.", NON_NEGATIVE)
 
-    discount: float
-    gae_lambda: float
-    loss: TokenLoss
-    value_clip: float | None
-    value_weight: float
-    entropy_weight: float
-    temperature: float
-    epochs: int
-    minibatches: int
-    grad_accum_steps: int
+    @property
+    def loss(self) -> TokenLoss:
+        """The policy loss, with the KL and the importance weights of the options."""
+        return TokenLoss(
+            low=self.clip,
+            high=self.clip,
+            kl=self.kl_estimator,
+            kl_coef=self.kl_coef,
+            importance_weight_cap=self.importance_weight_cap,
+        )
 
-    def __post_init__(self) -> None:
-        if self.loss.reduction != "token":
-            raise ValueError(f"loss.reduction={self.loss.reduction!r}, but must be 'token' here.")
+
+def needs(options: PPO) -> frozenset[str]:
+    """Returns what PPO needs beside the policy."""
+    return reference_needs(options) | {"value_head"}
 
 
 class _Sample(NamedTuple):
-    question: Prompt
-    answers: Completions
+    prompt: Prompt
+    completions: Completions
     advantage: jax.Array  # [..., G, L], as those below.
     target: jax.Array
     mask: jax.Array  # 1 for the tokens of turns that were taken.
@@ -70,24 +77,15 @@ class _Sample(NamedTuple):
     reference: jax.Array | None  # Log-probs.
 
 
-def one_completion(batch: Transition) -> Transition:
-    """Turns with an answer each, [T, B], as turns with groups of one, [T, B, 1]."""
-    names = ("action", "reward", "terminated", "truncated", "valid")
-    return batch.replace(
-        **jax.tree.map(lambda x: x[:, :, None], {name: getattr(batch, name) for name in names})
-    )
-
-
 def update(
     state: TokenState,
     frozen: Any,
-    batch: Transition,
-    last: Prompt | None,
+    batch: ScoredCompletions,
     rng: jax.Array,
     *,
     policy: TokenPolicy,
     optimizer: optax.GradientTransformation,
-    hyperparameters: Hyperparameters,
+    options: PPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
     """Epochs of minibatch steps on one batch of turns.
@@ -95,40 +93,39 @@ def update(
     Args:
       state: the learner, whose parameters drew the answers and hold a value head.
       frozen: the other half of the model's variables.
-      batch: of T turns of B questions with G answers; its observation is a Prompt [T, B, ...],
-        its action a Completions [T, B, G, L], its reward, ends and `valid` are float32 [T, B, G];
-        `log_prob`, `value` and `privileged` are not read.
-      last: the question [B, ...] after the last turn, where G is 1; None where every episode
-        terminates with its last turn, so that nothing of what follows is asked.
+      batch: of T turns of B prompts with G completions.
       rng: key of the shuffles.
       policy: the model.
       optimizer: the one whose state the learner holds.
-      hyperparameters: see there.
+      options: see `PPO`.
       shard: places a minibatch on the mesh.
 
     Returns:
       The new learner, and metrics: means over the optimizer steps that were taken.
 
     Raises:
-      ValueError: there is a `last` question, but G is not 1.
+      ValueError: the batch has a `next_prompt`, but G is not 1.
     """
-    h, valid = hyperparameters, batch.valid
+    h, loss_options = options, options.loss
+    if h.mask_truncated_completions:
+        batch = batch._replace(valid=batch.valid * batch.completions.finished)
+    valid = batch.valid
     read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
-    samples = _samples(state, batch, last, read, h)
+    samples = _samples(state, batch, read, h)
 
     def part_loss(
         params: Params, part: _Sample, normalizer: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch that has `normalizer` tokens."""
-        log_prob, entropies, value = read(params, part.question, part.answers)
+        log_prob, entropies, value = read(params, part.prompt, part.completions)
         sums = token_loss_sums(
             _flat(log_prob),
             _flat(part.old),
             _flat(part.advantage),
             _flat(part.mask),
-            h.loss,
+            loss_options,
             reference_log_prob=_flat(part.reference),
-            rollout_log_prob=_flat(part.answers.log_probs),
+            rollout_log_prob=_flat(part.completions.log_probs),
         )
 
         def mean(x: jax.Array) -> jax.Array:
@@ -139,7 +136,7 @@ def update(
         loss = sums.loss / normalizer
         metrics = {name: x / normalizer for name, x in sums.metrics.items()}
         metrics |= {"loss/policy": loss, "loss/value": error, "policy/entropy": entropy}
-        return loss + h.value_weight * error - h.entropy_weight * entropy, metrics
+        return loss + h.value_coef * error - h.entropy_coef * entropy, metrics
 
     state, metrics = minibatch_epochs(
         state,
@@ -148,9 +145,7 @@ def update(
         part_loss=part_loss,
         normalizer=lambda minibatch: jnp.maximum(jnp.sum(minibatch.mask), 1.0),
         optimizer=optimizer,
-        epochs=h.epochs,
-        minibatches=h.minibatches,
-        grad_accum_steps=h.grad_accum_steps,
+        options=h,
         shard=shard,
     )
     return state, metrics | {
@@ -184,39 +179,38 @@ def _flat(tree: Any) -> Any:
 
 def _samples(
     state: TokenState,
-    batch: Transition,
-    last: Prompt | None,
+    batch: ScoredCompletions,
     read: Callable[[Params, Prompt, Completions], tuple[jax.Array, jax.Array, jax.Array]],
-    hyperparameters: Hyperparameters,
+    options: PPO,
 ) -> _Sample:
     """What is learned from, [T, B, ...]."""
-    h, valid = hyperparameters, batch.valid
-    question, answers = batch.observation, cast(Completions, batch.action)
+    h, valid = options, batch.valid
+    prompt, completions, next_prompt = batch.prompt, batch.completions, batch.next_prompt
     turns, count, group = valid.shape
-    parts = h.minibatches * h.grad_accum_steps
+    parts = h.num_minibatches * h.grad_accum_steps
 
     def batch_outputs(params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
         outputs = map_in_chunks(
-            lambda part: read(params, *part), flatten((question, answers)), parts
+            lambda part: read(params, *part), flatten((prompt, completions)), parts
         )
         return unflatten(outputs, turns)
 
     def last_value() -> jax.Array:
-        if last is None:
+        if next_prompt is None:
             return jnp.zeros(count * group)
         if group != 1:
             raise ValueError(f"Every turn has {group} answers, but after only one is there a next.")
         # The value before a first token is of the prompt alone, whatever the token.
-        first = answers._replace(
-            tokens=answers.tokens[-1, :, :, :1],
-            present=answers.present[-1, :, :, :1],
-            log_probs=answers.log_probs[-1, :, :, :1],
-            finished=answers.finished[-1],
+        first = completions._replace(
+            tokens=completions.tokens[-1, :, :, :1],
+            present=completions.present[-1, :, :, :1],
+            log_probs=completions.log_probs[-1, :, :, :1],
+            finished=completions.finished[-1],
         )
         # The largest equal parts of B questions that are no more than are learned from at once.
         size = math.gcd(count, turns * count // parts)
         values = map_in_chunks(
-            lambda part: read(state.params, *part)[2], (last, first), count // size
+            lambda part: read(state.params, *part)[2], (next_prompt, first), count // size
         )
         return values.reshape(count)
 
@@ -229,21 +223,21 @@ def _samples(
         reward=episodes(jnp.where(valid > 0, batch.reward, 0.0)),
         value=episodes(value),
         last_value=last_value(),
-        present=episodes(answers.present),
+        present=episodes(completions.present),
         terminated=episodes(batch.terminated),
         truncated=episodes(advantages.truncation_mask(batch.terminated, batch.truncated, valid)),
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
     advantage, target = (x.reshape(value.shape) for x in estimates)
-    mask = (answers.present & (valid > 0)[..., None]).astype(jnp.float32)
+    mask = (completions.present & (valid > 0)[..., None]).astype(jnp.float32)
     return _Sample(
-        question=question,
-        answers=answers,
+        prompt=prompt,
+        completions=completions,
         advantage=losses.whiten(advantage, mask),
         target=target,
         mask=mask,
-        old=None if h.epochs * h.minibatches == 1 else old,
+        old=None if h.num_epochs * h.num_minibatches == 1 else old,
         value=value,
-        reference=batch_outputs(state.reference)[0] if h.loss.kl_weight else None,
+        reference=batch_outputs(state.reference)[0] if h.kl_coef else None,
     )

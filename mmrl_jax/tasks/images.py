@@ -171,12 +171,12 @@ def summary(infos: Iterable[ImageInfo], size: tuple[int, int], *, resize: str) -
     if odd and resize == LETTERBOX:
         told.append(
             f"{odd} of {len(infos)} images differ by more than 10 % from the aspect ratio of "
-            f"{width} x {height}: they are padded with black (folder.resize='letterbox')."
+            f"{width} x {height}: they are padded with black (dataset.resize='letterbox')."
         )
     if odd and resize == STRETCH:
         told.append(
             f"{odd} of {len(infos)} images differ by more than 10 % from the aspect ratio of "
-            f"{width} x {height}: they are distorted (folder.resize='stretch')."
+            f"{width} x {height}: they are distorted (dataset.resize='stretch')."
         )
     if modes:
         found = ", ".join(f"{count} of mode {mode!r}" for mode, count in sorted(modes.items()))

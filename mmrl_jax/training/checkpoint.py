@@ -26,17 +26,15 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmrl_jax.training import config as config_lib
+from mmrl_jax import config as config_lib
+from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.training import integrity
-from mmrl_jax.training import workdir as workdir_lib
 from mmrl_jax.training.integrity import CheckpointMismatch
-from mmrl_jax.training.workdir import CHECKPOINTS, saved_steps
+from mmrl_jax.workdir import CHECKPOINTS, saved_steps
 
 PyTree = Any
 
 _DAMAGED = "damaged_checkpoints"
-# Prefixes of paths in older checkpoints, and what they are in a carry today.
-_RENAMED = {"learner/statistics/": "learner/normalizer/"}
 
 logger = logging.getLogger(__name__)
 
@@ -409,14 +407,6 @@ def _try_load(
     return restored, error
 
 
-def _current_path(name: str) -> str:
-    """Returns the path that a stored leaf has in a carry of this version."""
-    for old, new in _RENAMED.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
 def _load(
     directory: epath.Path, step: int, parts: Mapping[str, PyTree]
 ) -> tuple[dict[str, PyTree], dict[str, Any]]:
@@ -427,10 +417,9 @@ def _load(
         for prefix, tree in parts.items()
         for path, leaf in integrity.named_leaves(tree).items()
     }
-    stored = {_current_path(name): name for name in body["layout"]}
     layout = {
-        path: body["layout"][name]
-        for path, name in stored.items()
+        path: entry
+        for path, entry in body["layout"].items()
         if path.startswith(tuple(starts.values()))
     }
     integrity.check_layout(layout, targets, place=directory / str(step))
@@ -440,8 +429,8 @@ def _load(
         if 0 in entry["shape"]:
             continue
         sharding = integrity.target_sharding(target)
-        like[stored[path]] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
-        arguments[stored[path]] = (
+        like[path] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
+        arguments[path] = (
             ocp.RestoreArgs(restore_type=np.ndarray)
             if sharding is None
             else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
@@ -452,7 +441,7 @@ def _load(
             args=ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=True),
         )
     leaves = {
-        path: integrity.finish_leaf(path, arrays.pop(stored[path], None), target, layout[path])
+        path: integrity.finish_leaf(path, arrays.pop(path, None), target, layout[path])
         for path, target in targets.items()
     }
     trees = {

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from mmrl_jax.rl import losses
 from mmrl_jax.training.stage import Carry, HostUpdate, Update
-from mmrl_jax.training.workdir import one_line
 from mmrl_jax.types import Metrics
+from mmrl_jax.workdir import one_line
 
 # Metrics of optimizer steps: of an update that took none they say nothing.
 OF_STEPS = ("loss/", "grad/", "policy/", "dpo/")
@@ -137,7 +137,7 @@ def _summary(acts: Any, metrics: Metrics) -> Metrics:
       metrics: of the updates.
     """
     leaves_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
-    taken, skipped = metrics["update/steps"], metrics["optimizer/skipped_steps"]
+    taken, skipped = metrics["optimizer/steps"], metrics["optimizer/skipped_steps"]
 
     counts = {name: taken > 0 for name in metrics if name.startswith(OF_STEPS)}
     counts |= {name: ~jnp.isnan(x) for name, x in metrics.items() if name.startswith("episode/")}

@@ -2,26 +2,26 @@
 
     workdir/run.json    {"stage": "sft", "fingerprints": {"base_weights": "9f0c...", ...}}
 
-A factory's `dependencies(config)` gives the fingerprints as they are now. Whoever resumes,
+A problem's `dependencies()` gives the fingerprints as they are now. Whoever resumes,
 evaluates or exports a run compares them with those that it began with.
 """
 
 from collections.abc import Collection, Mapping
 import hashlib
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax import workdir as workdir_lib
 
 NAME = "run.json"
 # What each fingerprint is of.
 MEANINGS = {
-    "base_weights": "the tensors in the directory of model.pretrained",
+    "base_weights": "the tensors in the directory of model.checkpoint",
     "text_encoder": "the tensors in the directory of model.text_encoder",
     "chat_template": "the prompts that tokenizer and chat template make",
-    "records": "metadata.jsonl or the images of folder.directory",
+    "records": "metadata.jsonl or the images of dataset.directory",
     "reward_functions": "the source of the modules in rewards.functions",
 }
 # These may change on purpose. With other weights a checkpoint is of a policy that never was.
@@ -33,7 +33,7 @@ class Run(NamedTuple):
     """What is kept of a run.
 
     Attributes:
-      stage: 'sft', 'bc' or 'rl': what its checkpoints are of.
+      stage: the stage that its checkpoints are of, e.g. 'sft' or 'ppo'.
       fingerprints: name, as in MEANINGS, to digest.
     """
 
@@ -59,12 +59,22 @@ def read(workdir: workdir_lib.PathLike) -> Run | None:
         return None
 
 
-def write(workdir: workdir_lib.PathLike, run: Run) -> None:
-    """Keeps what a run depends on; of a multi-host run the first process does."""
+def write(
+    workdir: workdir_lib.PathLike, run: Run, *, made_with: Mapping[str, Any] | None = None
+) -> None:
+    """Keeps what a run depends on; of a multi-host run the first process does.
+
+    Args:
+      workdir: Directory of a stage.
+      run: What is kept.
+      made_with: See `provenance.provenance`; kept for people to read.
+    """
     if jax.process_index() == 0:
         path = workdir_lib.as_path(workdir) / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        workdir_lib.write_text(path, json.dumps(run._asdict(), indent=2) + "\n")
+        workdir_lib.write_text(
+            path, json.dumps(run._asdict() | {"made_with": made_with or {}}, indent=2) + "\n"
+        )
 
 
 def check(

@@ -23,7 +23,7 @@ from typing import Any
 from etils import epath
 import jax
 
-from mmrl_jax.training import workdir as workdir_lib
+from mmrl_jax import workdir as workdir_lib
 
 NAME = "lock.json"
 BEAT_S = 15.0

@@ -1,7 +1,8 @@
 """The loop of every stage: compile once, dispatch, log, evaluate, checkpoint, resume."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -12,8 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax import envs
+from mmrl_jax.config import ConfigLike
+from mmrl_jax.monitoring import loggers, metric_definitions
+from mmrl_jax.monitoring.health_checks import Alarms
+from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
-from mmrl_jax.training.config import ConfigLike
 from mmrl_jax.training.dispatch import (
     OF_STEPS,
     RETRY_AFTER_S,
@@ -22,15 +26,10 @@ from mmrl_jax.training.dispatch import (
     make_host_dispatch,
     may_pass,
 )
-from mmrl_jax.training.health_checks import Alarms
 from mmrl_jax.training.lock import locked
-from mmrl_jax.training.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, HostUpdate, Stage
-from mmrl_jax.training.workdir import PathLike, as_path, one_line
-
-# What a resumed run may change: how long it goes on and how often it reports.
-MAY_CHANGE = ("run",)
+from mmrl_jax.workdir import PathLike, as_path, one_line
 
 
 class HostFailed(RuntimeError):
@@ -128,19 +127,22 @@ def run(
     *,
     workdir: PathLike,
     config: ConfigLike,
+    may_change: Collection[str] = (),
     max_seconds: float | None = None,
     log_interval_s: float = 10.0,
 ) -> Result:
     """Runs a stage to its end in `workdir`, from its newest checkpoint if there is one.
 
-    The stage ends at exactly `stage.updates`, or at the first dispatch after `max_seconds`, with an
-    evaluation and a checkpoint; one that had ended before is returned as it is. Each evaluation
-    that gives the best metric is followed by a checkpoint, so that the best can be restored.
+    The stage ends at exactly `stage.num_updates`, or at the first dispatch after `max_seconds`,
+    with an evaluation and a checkpoint; one that had ended before is returned as it is. Each
+    evaluation that gives the best metric is followed by a checkpoint, so that the best can be
+    restored.
 
     Args:
       stage: what to run.
       workdir: gets checkpoints, metrics.jsonl and TensorBoard events.
       config: of the run, stored with it; a workdir of another config is refused.
+      may_change: keys of the config, or groups of keys, that a resumed run may have changed.
       max_seconds: ends the stage early once its updates have taken this long.
       log_interval_s: least time between two console lines where there is no terminal.
 
@@ -159,10 +161,10 @@ def run(
         Checkpointer(
             workdir,
             config=config,
-            keep=stage.keep,
+            keep=stage.max_to_keep,
             best_metric=stage.best_metric,
             save_interval=stage.checkpoint_interval,
-            may_change=MAY_CHANGE,
+            may_change=may_change,
         ) as checkpointer,
         PreemptionGuard() as terminated,
     ):
@@ -175,20 +177,20 @@ def run(
             init_start = time.perf_counter()
             carry, shardings = start(stage)
             init_s = time.perf_counter() - init_start
-        progress = _Progress(stage.updates, max_seconds, started, done, counters)
+        progress = _Progress(stage.num_updates, max_seconds, started, done, counters)
         if progress.over():
             return Result(carry, done, counters, progress.earlier_s, terminated())
         progress.add(compile_s=init_s)
         with MetricWriter(
             workdir,
-            total_steps=stage.updates,
             max_wall_s=max_seconds,
             resume_step=done if resumed else None,
-            console_names=stage.console,
             console_interval_s=log_interval_s,
-            label=stage.name,
-            active=jax.process_index() == 0,
+            loggers=loggers.make(stage.loggers, workdir, label=stage.name, config=config),
+            **_writer_fields(stage),
         ) as writer:
+            if resumed:
+                writer.message(f"{stage.name}: resumed after update {done} of {stage.num_updates}")
             compiled = _compiler(stage, shardings, terminated, writer.message)
             logging = _Logging(stage, workdir, writer, checkpointer, done)
             carry, error = _train(carry, stage, compiled, progress, logging, terminated)
@@ -201,6 +203,17 @@ def run(
             raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
         counters = progress.add()
         return Result(carry, progress.done, counters, progress.earlier_s, terminated())
+
+
+def _writer_fields(stage: Stage) -> dict[str, Any]:
+    """The arguments of a `MetricWriter` that a stage gives."""
+    return {
+        "total_steps": stage.num_updates,
+        "console_names": stage.console,
+        "label": stage.name,
+        "active": jax.process_index() == 0,
+        "tensorboard": "tensorboard" in stage.loggers,
+    }
 
 
 class _Progress:
@@ -275,6 +288,13 @@ class _Logging:
             last or done // stage.eval_interval > before // stage.eval_interval
         ):
             values |= self._evaluation(carry, done)
+        for probe in stage.probes:
+            if last or done // probe.interval > before // probe.interval:
+                values |= self._attempt(
+                    f"the probe {probe.name!r}",
+                    done,
+                    functools.partial(probe.measure, carry.learner, done),
+                )
         if self._failed_evaluations:
             values["eval/failed"] = self._failed_evaluations
         for text in self._alarms.see(values).values():
@@ -296,17 +316,25 @@ class _Logging:
 
     def _evaluation(self, carry: Carry, done: int) -> dict[str, float]:
         """Metrics of an evaluation; only its time if it fails, for it must end no run."""
-        assert self._stage.evaluate is not None
-        values, eval_start = {}, time.perf_counter()
-        try:
-            values = dict(self._stage.evaluate(carry.learner))
-        except Exception as error:
+        evaluate, eval_start = self._stage.evaluate, time.perf_counter()
+        assert evaluate is not None
+        values = self._attempt("the evaluation", done, lambda: evaluate(carry.learner))
+        if not values:
             self._failed_evaluations += 1
+        return values | {"time/eval_s": time.perf_counter() - eval_start}
+
+    def _attempt(
+        self, what: str, done: int, measure: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """What a measurement gives; nothing, and a message, if it fails: it must end no run."""
+        try:
+            return dict(measure())
+        except Exception as error:
             self.writer.message(
-                f"{self._stage.name}: the evaluation at update {done} failed, and the run goes on "
+                f"{self._stage.name}: {what} at update {done} failed, and the run continues "
                 f"without: {one_line(error)}"
             )
-        return values | {"time/eval_s": time.perf_counter() - eval_start}
+            return {}
 
 
 def _train(
@@ -328,7 +356,7 @@ def _train(
     programs: dict[int, Callable[[Carry, Any], Dispatched]] = {}
     error: Exception | None = None
     while error is None and not (progress.over() or stopping()):
-        size = min(stage.updates_per_dispatch, stage.updates - progress.done)
+        size = min(stage.updates_per_dispatch, stage.num_updates - progress.done)
         if size not in programs:
             logging.writer.message(f"{stage.name}: compiling ...")
             compile_start = time.perf_counter()
@@ -355,7 +383,7 @@ def _train(
             "time/update_s": seconds / size,
             "time/samples_per_s": size * stage.samples_per_update / seconds,
         }
-        values |= {"update/retries": retries} if retries else {}
+        values |= {"optimizer/retries": retries} if retries else {}
         broken = valid == 0.0 and metrics["rollout/nonfinite_envs"] > 0
         if broken or not finite:
             logging.writer.write(progress.done, values)
@@ -376,7 +404,9 @@ def _compiler(
         if stage.on_host is None:
             assert stage.update is not None
             dispatch = make_dispatch(stage.update, size, shardings)
-            program = dispatch.lower(carry, stage.constants).compile()
+            lowered = dispatch.lower(carry, stage.constants)
+            _check_metrics(lowered.out_info[1])
+            program = lowered.compile()
 
             def traced(carry: Carry, constants: Any) -> Dispatched:
                 carry, metrics = program(carry, constants)
@@ -385,9 +415,17 @@ def _compiler(
             return traced
         if not host:
             host.append(stage.on_host(carry, stage.constants))
+            _check_metrics(host[0].metrics)
         return make_host_dispatch(host[0], size, carry, stopping=stopping, tell=tell)
 
     return compiled
+
+
+def _check_metrics(metrics: Collection[str]) -> None:
+    """Refuses metrics that nobody has defined, before the update that logs them is compiled."""
+    for name in metrics:
+        if name not in ("finite", "counted"):
+            metric_definitions.lookup(name)
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""A stage of a run, as a factory builds it and the loop runs it."""
+"""A stage of a run, as a problem builds it and the loop runs it."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,7 +15,7 @@ class Carry(struct.PyTreeNode):
     """All that a run needs to go on: a checkpoint of it is a checkpoint of the run.
 
     Attributes:
-      learner: parameters, optimizer, statistics; `without_optimizer` is what it acts with.
+      learner: parameters, optimizer, normalizer; `without_optimizer` is what it acts with.
       env_state: of all environments, [B, ...]; None for a stage without environments.
       rng: key of the run; update u uses fold_in(rng, u) and nothing else.
       updates: int32 [], updates done; for demonstrations this is the data position too.
@@ -47,6 +47,20 @@ class HostUpdate(NamedTuple):
     metrics: dict[str, jax.ShapeDtypeStruct]
 
 
+class StageProbe(NamedTuple):
+    """Something that is measured now and then during a stage.
+
+    Attributes:
+      name: For messages.
+      interval: Updates between two calls.
+      measure: (learner, update) -> metrics to log; it may write files.
+    """
+
+    name: str
+    interval: int
+    measure: Callable[[Any, int], dict[str, float]]
+
+
 class Start:
     """Arrays that a fresh carry is made of, kept until it is; None where it needs none.
 
@@ -73,47 +87,51 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a run, as the factory builds it.
+    """One stage of a run, as a problem builds it and the loop runs it.
 
     Attributes:
-      name: for the console and the reports.
-      init: () -> Carry, fresh.
-      update: (carry, constants) -> (carry, metrics), metrics float32 [], among them 'update/steps'
-        and 'optimizer/skipped_steps', the optimizer steps taken, and those skipped because the loss
-        or its gradient is not finite. 'episode/*' is NaN where no episode ended. It is traced, and
-        the updates of a dispatch are one compiled program. None for a stage with `on_host`.
-      constants: pytree given to every update, or None; never donated.
-      updates: where the stage ends.
-      updates_per_dispatch: updates in one compiled call; the last one may have fewer.
-      env_steps_per_update: steps of the unroll, resets among them (0 without environments).
-      samples_per_update: samples learned from in one update, for the rate on the console.
-      evaluate: learner -> metrics to log, or None.
-      eval_interval: updates between evaluations.
-      checkpoint_interval: updates between checkpoints.
-      keep: newest checkpoints kept, beside the best.
-      best_metric: by which the best is chosen, or None.
-      console: metrics to show.
-      shardings: carry -> shardings of a carry, for the mesh the stage runs on.
-      on_host: instead of `update`: compiles the programs of an update for a carry and the
-        constants.
-      release: lets go of the arrays that `init` begins with, see `Start`; called once they are in a
-        carry, or are not needed for one.
+      name: Name of the stage, for the console and the reports.
+      init: Returns a fresh carry.
+      update: (carry, constants) -> (carry, metrics), with metrics float32 [], among them
+        'optimizer/steps' and 'optimizer/skipped_steps', the optimizer steps taken, and those
+        skipped because the loss or its gradient is not finite. 'episode/*' is NaN where no episode
+        ended. It is traced, and the updates of a dispatch are one compiled program. None for a
+        stage with `on_host`.
+      constants: Pytree that is given to every update and never donated; or None.
+      num_updates: Update at which the stage ends.
+      updates_per_dispatch: Updates in one compiled call; the last one may have fewer.
+      env_steps_per_update: Steps of the unroll, resets among them; 0 without environments.
+      samples_per_update: Samples that an update learns from, for the rate on the console.
+      evaluate: Learner -> metrics to log; or None.
+      eval_interval: Updates between two evaluations.
+      checkpoint_interval: Updates between two checkpoints.
+      max_to_keep: Number of newest checkpoints that are kept beside the best.
+      best_metric: Metric by which the best checkpoint is chosen; or None.
+      console: Metrics that the console shows.
+      shardings: Carry -> shardings of a carry, for the mesh that the stage runs on.
+      on_host: Instead of `update`: (carry, constants) -> the compiled programs of an update.
+      probes: What else is measured now and then; one that fails is a message.
+      loggers: Names of further loggers, see `monitoring.loggers`.
+      release: Releases the arrays that `init` begins with, see `Start`; it is called once they are
+        in a carry, or are not needed for one.
     """
 
     name: str
     init: Callable[[], Carry]
     update: Update | None
     constants: Any
-    updates: int
+    num_updates: int
     updates_per_dispatch: int
     env_steps_per_update: int
     samples_per_update: int
     evaluate: Callable[[Any], dict[str, float]] | None
     eval_interval: int
     checkpoint_interval: int
-    keep: int
+    max_to_keep: int
     best_metric: str | None
     console: tuple[str, ...]
     shardings: Callable[[Any], Any]
     on_host: Callable[[Carry, Any], HostUpdate] | None = None
+    probes: tuple[StageProbe, ...] = ()
+    loggers: tuple[str, ...] = ("tensorboard",)
     release: Callable[[], object] = lambda: None

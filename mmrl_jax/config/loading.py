@@ -1,0 +1,248 @@
+"""Config files: found by name or path, executed, and changed by the command line.
+
+A config file is a Python file with a function `get_config()` that returns an
+`ml_collections.ConfigDict`. The command line changes single keys (`--config.ppo.clip=0.1`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import traceback
+import types
+from typing import Any
+
+import ml_collections
+
+from mmrl_jax.config.schema import ConfigLike, flatten, nearest, unknown_key_message
+
+# The public configs, which are shipped with the package and found by name.
+PUBLIC = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def resolve(spec: str) -> str:
+    """Returns the path of a config file, with what follows a colon.
+
+    Args:
+      spec: 'path/to/file.py', or the name of a public config, e.g. 'reach_ppo' or 'studies/reach';
+        either may be followed by ':argument'.
+    """
+    path, colon, argument = spec.partition(":")
+    public = PUBLIC / f"{path.removesuffix('.py')}.py"
+    if not pathlib.Path(path).is_file() and public.is_file():
+        path = str(public)
+    return f"{path}{colon}{argument}"
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """Loads a config file as `config_flags` does, by path or by name, see `resolve`.
+
+    Raises:
+        ValueError: See `load_module`; or an argument is given to a `get_config` that takes none,
+            or is missing for one that needs it.
+    """
+    path, _, argument = resolve(spec).partition(":")
+    get_config = load_module(pathlib.Path(path)).get_config
+    arguments = (argument,) if argument else ()
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        remedy = f"give '{path}' alone" if argument else f"give '{path}:ARGUMENT'"
+        raise ValueError(
+            f"Config file '{spec}' does not fit its get_config() ({error}): {remedy}."
+        ) from error
+    return get_config(*arguments)
+
+
+def load_module(path: pathlib.Path) -> types.ModuleType:
+    """Executes a config file.
+
+    Raises:
+        ValueError: No such file (names the nearest one beside it), no `get_config` in it, or it
+            cannot be executed (names the line).
+    """
+    if not path.is_file():
+        beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        public = [other.stem for other in PUBLIC.glob("[a-z]*.py")]
+        guess = nearest(str(path), [*beside, *public])
+        hint = f" Did you mean '{guess}'?" if guess is not None else ""
+        raise ValueError(f"No config file '{path}'.{hint}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"Config file '{path}' is not a Python file: give one that ends in .py.")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(
+            f"Config file '{path}' cannot be executed: {describe_failure(error)}."
+        ) from error
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"Config file '{path}' has no get_config(): add one.")
+    return module
+
+
+def describe_failure(error: Exception) -> str:
+    """Returns the error of executing a user's module in one line, with the file and the line."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # The frames of the import system itself say nothing about the user's file.
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{text}{place}"
+
+
+def import_module(name: str, key: str) -> types.ModuleType:
+    """Imports a module of a user's, from the installed ones or the current directory.
+
+    Args:
+        name: Name of the module.
+        key: Key of the config that names it, for the message.
+
+    Raises:
+        ValueError: It cannot be imported.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, "")  # A console command has its own directory there.
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # Importing executes the user's module.
+        raise ValueError(
+            f"{key} has {name!r}, which cannot be imported ({describe_failure(error)}); name a "
+            "module that is installed or in the current directory."
+        ) from error
+
+
+def import_object(spec: str, key: str) -> Any:
+    """Imports what 'module:name' names, see `import_module`.
+
+    Raises:
+        ValueError: The module cannot be imported, or has no such name, or `spec` names none.
+    """
+    module_name, _, name = spec.partition(":")
+    if not name:
+        raise ValueError(
+            f"{key} has {spec!r}, which names no object of a module; write 'module:name'."
+        )
+    module = import_module(module_name, key)
+    if not hasattr(module, name):
+        guess = nearest(name, [other for other in vars(module) if not other.startswith("_")])
+        hint = f" Did you mean '{module_name}:{guess}'?" if guess is not None else ""
+        raise ValueError(f"{key} has {spec!r}, but {module_name!r} has no {name!r}.{hint}")
+    return getattr(module, name)
+
+
+def validate_overrides(
+    argv: Sequence[str],
+    reference: ConfigLike | None = None,
+    *,
+    flag: str = "config",
+    renamed: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
+    """Checks `--config.a.b=value` arguments; call it before absl parses its flags.
+
+    absl's own error for a misspelt key names neither the key's path nor its neighbours, and comes
+    with a stack of frames.
+
+    Args:
+        argv: Command line, with or without the program's name.
+        reference: Config that has every valid key. None: the one that `--config=FILE` in `argv`
+            names; without such an argument nothing is checked.
+        flag: Name of the config flag.
+        renamed: For keys of earlier versions, what they are called now.
+
+    Raises:
+        ValueError: One line for each unknown key with the nearest valid one, or for a group that
+            is given a value.
+    """
+    if "--" in argv:
+        argv = argv[: list(argv).index("--")]
+    if reference is None:
+        path = _flag_value(argv, flag)
+        if path is None:
+            return
+        reference = load_config(path)
+    known = flatten(reference)
+    groups = _group_names(known)
+    errors = []
+    for argument in argv:
+        key = _override_key(argument, flag)
+        if key is None or key in known:
+            continue
+        if key in groups:
+            inside = sorted(name for name in known if name.startswith(f"{key}."))
+            errors.append(
+                f"Config key '{key}' is a group and takes no value. Set one of its fields: "
+                f"{', '.join(inside)}."
+            )
+        else:
+            errors.append(unknown_key_message(key, known, renamed=renamed))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _group_names(flat: Iterable[str]) -> set[str]:
+    groups: set[str] = set()
+    for name in flat:
+        parts = name.split(".")
+        groups.update(".".join(parts[:i]) for i in range(1, len(parts)))
+    return groups
+
+
+def _flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """Returns the value of `--flag=value`, `-flag=value` or `--flag value`; the last one wins."""
+    value = None
+    for i, argument in enumerate(argv):
+        name, equals, text = argument.partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            if equals:
+                value = text
+            elif i + 1 < len(argv):
+                value = argv[i + 1]
+    return value
+
+
+def _override_key(argument: str, flag: str) -> str | None:
+    """Returns `a.b` of `--config.a.b=1` or, for booleans, of `--noconfig.a.b`; else None."""
+    name = argument.partition("=")[0]
+    for start in (f"--{flag}.", f"-{flag}.", f"--no{flag}.", f"-no{flag}."):
+        if name.startswith(start):
+            return name[len(start) :]
+    return None
+
+
+def resolve_flag(argv: Sequence[str], flag: str = "config") -> list[str]:
+    """Returns a command line in which the config flag has the path of a file, see `resolve`."""
+    resolved, follows = [], False
+    for argument in argv:
+        name, equals, spec = argument.partition("=")
+        if follows:
+            argument, follows = resolve(argument), False
+        elif name in (f"--{flag}", f"-{flag}"):
+            follows = not equals
+            argument = f"{name}={resolve(spec)}" if equals else argument
+        resolved.append(argument)
+    return resolved
+
+
+def flag_config(argv: Sequence[str], flag: str = "config") -> ml_collections.ConfigDict | None:
+    """Returns the config that a command line names, without its overrides; None without one.
+
+    Raises:
+        ValueError: See `load_config`.
+    """
+    spec = _flag_value(argv, flag)
+    return None if spec is None else load_config(spec)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Returns whether a command line asks for help."""
+    return any(argument in ("--help", "-help", "-h", "-?", "--helpfull") for argument in argv)

@@ -1,0 +1,244 @@
+"""The keys of a config: completed with defaults, checked all at once, described for `--help`."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import difflib
+import math
+import textwrap
+from typing import Any, TypeAlias
+
+import ml_collections
+
+from mmrl_jax.config.options import Group, Option
+
+ConfigDict = ml_collections.ConfigDict
+ConfigLike: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
+# What 32 bits hold: on the device a larger int would wrap, a larger float would be infinite.
+_LARGEST_INT, _LARGEST_FLOAT, _SMALLEST_FLOAT = 2**32 - 1, 3.4e38, 1.2e-38
+
+
+def flatten(config: ConfigLike) -> dict[str, Any]:
+    """Returns `{"ppo.clip": 0.2, ...}`; an empty group appears as `{"group": {}}`."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, node: ConfigLike) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if is_group(value) and len(value):
+                visit(f"{name}.", value)
+            else:
+                flat[name] = value.to_dict() if hasattr(value, "to_dict") else value
+
+    visit("", config)
+    return flat
+
+
+def flatten_group(group: Group, prefix: str = "") -> dict[str, Option]:
+    """Returns `{"ppo.clip": Option(...), ...}`."""
+    flat: dict[str, Option] = {}
+    for key, entry in group.items():
+        if isinstance(entry, Option):
+            flat[f"{prefix}{key}"] = entry
+        else:
+            flat.update(flatten_group(entry, f"{prefix}{key}."))
+    return flat
+
+
+def complete(differences: ConfigLike, group: Group) -> ml_collections.ConfigDict:
+    """Returns a config with every key of a group: the given value, or else the default.
+
+    Keys that the group does not have are kept as they are given, for `check` to report. An option
+    that has no default, and is not given, is None.
+    """
+    config = ml_collections.ConfigDict()
+    for key, entry in group.items():
+        given = differences.get(key, dataclasses.MISSING)
+        if isinstance(entry, Option):
+            config[key] = _typed(entry, given)
+        elif given is dataclasses.MISSING or is_group(given):
+            config[key] = complete({} if given is dataclasses.MISSING else given, entry)
+        else:
+            config[key] = given
+    for key in differences:
+        if key not in group:
+            config[key] = differences[key]
+    return config
+
+
+def merge(*configs: ConfigLike) -> dict[str, Any]:
+    """Returns nested dictionaries as one; a later one replaces single keys of earlier ones."""
+    merged: dict[str, Any] = {}
+    for config in configs:
+        for key, value in config.items():
+            if is_group(value):
+                before = merged.get(key)
+                merged[key] = merge(before if is_group(before) else {}, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def _typed(option: Option, given: Any) -> Any:
+    """A given value or the default; a placeholder of the option's type where that is None."""
+    value = option.default if given is dataclasses.MISSING else given
+    if value is dataclasses.MISSING or value is None:
+        kinds = [kind for kind in option.kind if kind is not type(None)]
+        return ml_collections.config_dict.placeholder(kinds[0] if len(kinds) == 1 else object)
+    return ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+
+
+def check(config: ConfigLike, group: Group, *, renamed: Mapping[str, str] | None = None) -> None:
+    """Checks a whole config against its keys, and reports all mistakes at once.
+
+    Args:
+      config: The config.
+      group: The keys that it must have.
+      renamed: For keys of earlier versions, what they are called now.
+
+    Raises:
+      ValueError: One line for each unknown key (with its new name, or with the nearest key), each
+        missing key, wrong type and impossible value, with the field, the value and the remedy.
+    """
+    known, old = list(flatten_group(group)), renamed or {}
+    errors: list[str] = []
+
+    def unknown(name: str, value: Any) -> None:
+        names = [f"{name}.{key}" for key in flatten(value)] if is_group(value) else []
+        for each in [name] if name in old or not any(n in old for n in names) else names:
+            errors.append(unknown_key_message(each, known, renamed=old))
+
+    def visit(prefix: str, node: ConfigLike, table: Group) -> None:
+        for key in node:
+            if key not in table:
+                unknown(f"{prefix}{key}", node[key])
+        for key, entry in table.items():
+            name = f"{prefix}{key}"
+            if key not in node:
+                what = entry.help if isinstance(entry, Option) else "a group of keys"
+                errors.append(f"Config key '{name}' is missing: add it to the config ({what}).")
+            elif isinstance(entry, Option):
+                error = _error(name, node[key], entry)
+                if error:
+                    errors.append(error)
+            elif is_group(node[key]):
+                visit(f"{name}.", node[key], entry)
+            else:
+                errors.append(
+                    f"Config key '{name}' is {node[key]!r}, but must be a group with the keys "
+                    f"{', '.join(entry)}."
+                )
+
+    visit("", config, group)
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def describe(group: Group, values: ConfigLike | None = None) -> str:
+    """Returns name, help, type, allowed values and value of each key, for `--help`.
+
+    The help of every key starts in one column, and continues there in further lines of at most 100
+    characters.
+
+    Args:
+      group: The keys.
+      values: A config whose values are shown; by default the defaults are.
+    """
+    options = flatten_group(group)
+    shown = {} if values is None else flatten(values)
+    column = 2 + max(map(len, options), default=0)
+    lines = []
+    for name, option in options.items():
+        demands = [kind_name(option)]
+        if option.valid is not None:
+            demands.append(option.valid.requirement)
+        value = shown.get(name, option.default)
+        if value is not dataclasses.MISSING:
+            demands.append(f"{'default' if values is None else 'value'}: {value!r}")
+        lines += textwrap.wrap(
+            f"{name.ljust(column)}{option.help} ({'; '.join(demands)})",
+            width=100,
+            subsequent_indent=" " * column,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """Returns the candidate nearest in spelling; None where there are no candidates.
+
+    Dotted names are compared as a whole and by their last part, so that `clip` finds `ppo.clip`.
+    """
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        last = difflib.SequenceMatcher(
+            None, name.rpartition(".")[2], candidate.rpartition(".")[2]
+        ).ratio()
+        return max(whole, 0.95 * last)
+
+    return max(sorted(candidates), key=likeness, default=None)
+
+
+def unknown_key_message(
+    key: str, known: Iterable[str], *, renamed: Mapping[str, str] | None = None
+) -> str:
+    """Returns the message for an unknown key, with its new name or the nearest known one."""
+    if renamed and key in renamed:
+        return f"Config key '{key}' of an earlier version is now {renamed[key]}."
+    guess = nearest(key, known)
+    hint = f" Did you mean '{guess}'?" if guess is not None else ""
+    return f"Unknown config key '{key}'.{hint}"
+
+
+def is_group(value: Any) -> bool:
+    """Returns whether a value of a config is a group of keys."""
+    kinds = (Mapping, ml_collections.ConfigDict, ml_collections.FrozenConfigDict)
+    return isinstance(value, kinds)
+
+
+def kind_name(option: Option) -> str:
+    """Returns the types of an option as a message names them, for example 'int or None'."""
+    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in option.kind)
+
+
+def _has_kind(value: Any, kind: type) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, (tuple, list))
+    if kind is dict:
+        return is_group(value)
+    return isinstance(value, kind)
+
+
+def _fits(value: Any) -> bool:
+    """Whether a value is no number, or one that 32 bits hold; NaN is left to the option's test."""
+    if isinstance(value, float):
+        return math.isnan(value) or not value or _SMALLEST_FLOAT < abs(value) <= _LARGEST_FLOAT
+    return not isinstance(value, int) or abs(value) <= _LARGEST_INT
+
+
+def _error(name: str, value: Any, option: Option) -> str | None:
+    if value is None and option.default is dataclasses.MISSING:
+        return f"Config key '{name}' is not set: give it a value ({option.help})"
+    if not any(_has_kind(value, kind) for kind in option.kind):
+        return (
+            f"Config key '{name}' is {value!r} ({type(value).__name__}), but must be "
+            f"{kind_name(option)}: {option.help}"
+        )
+    if not _fits(value):
+        return (
+            f"Config key '{name}' is {value!r}, but must be a number that 32 bits can hold: "
+            f"{option.help}"
+        )
+    if value is not None and option.valid is not None and not option.valid.test(value):
+        orelse = ", or None" if type(None) in option.kind else ""
+        return (
+            f"Config key '{name}' is {value!r}, but must be {option.valid.requirement}{orelse}: "
+            f"{option.help}"
+        )
+    return None

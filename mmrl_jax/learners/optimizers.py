@@ -1,0 +1,115 @@
+"""Optimizers and learning-rate schedules, as a group of a config names them."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
+
+# Adam's epsilon of Brax and openpi: with optax's 1e-8 the first steps of a value head are jumps.
+_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """The group `optimizer` of a stage."""
+
+    name: Literal["adam", "adamw", "lion", "sgd"] = option("adam", "Optimizer, as optax names it.")
+    learning_rate: float = option(1e-3, "Learning rate at its highest.", POSITIVE)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant",
+        "Course of the learning rate after the warm-up; 'linear' and 'cosine' fall to 0 at the "
+        "stage's last step.",
+    )
+    warmup: float = option(
+        0.0,
+        "Fraction of the stage's steps over which the learning rate rises from 0.",
+        between(0, 1),
+    )
+    weight_decay: float = option(
+        0.0, "Decoupled weight decay of 'adamw' and 'lion', times the learning rate.", NON_NEGATIVE
+    )
+    max_grad_norm: float = option(
+        1.0, "Global norm that gradients are clipped to before the optimizer.", POSITIVE
+    )
+
+
+class Optimizer(NamedTuple):
+    """An optimizer and its learning rate.
+
+    Attributes:
+      rate: Optimizer steps taken -> learning rate.
+      transformation: The optax transformation whose state a learner holds.
+    """
+
+    rate: optax.Schedule
+    transformation: optax.GradientTransformation
+
+
+def check(options: OptimizerOptions, name: str) -> None:
+    """Checks that the options of a group fit each other.
+
+    Args:
+      options: The group.
+      name: The group's name in the config, for the message.
+
+    Raises:
+      ValueError: There is a weight decay, but the optimizer has no use for it.
+    """
+    if options.weight_decay and options.name not in ("adamw", "lion"):
+        raise ValueError(
+            f"{name}.weight_decay={options.weight_decay}, but {name}.name={options.name!r} decays "
+            "no weights: set it to 0, or choose 'adamw' or 'lion'."
+        )
+
+
+def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
+    """Returns the learning rate of each of a stage's `steps` optimizer steps."""
+    warmup = round(options.warmup * steps)
+    rest = steps - warmup
+    rate = {
+        "constant": lambda: optax.constant_schedule(options.learning_rate),
+        "linear": lambda: optax.linear_schedule(options.learning_rate, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(options.learning_rate, max(rest, 1)),
+    }[options.schedule]()
+    if not warmup:
+        return rate
+    rising = optax.linear_schedule(0.0, options.learning_rate, warmup)
+    return optax.join_schedules([rising, rate], [warmup])
+
+
+def make(
+    options: OptimizerOptions,
+    steps: int,
+    *,
+    is_trained: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> Optimizer:
+    """Returns the optimizer of a stage.
+
+    Args:
+      options: The group of the config.
+      steps: Optimizer steps of the whole stage, over which the schedule runs.
+      is_trained: Says of a parameter's path whether the stage trains it; the others get no update
+        and no state. By default all parameters are trained.
+    """
+    rate = make_schedule(options, steps)
+    algorithm = {
+        "adam": lambda: optax.adam(rate, eps=_EPS),
+        "adamw": lambda: optax.adamw(rate, eps=_EPS, weight_decay=options.weight_decay),
+        "lion": lambda: optax.lion(rate, weight_decay=options.weight_decay),
+        "sgd": lambda: optax.sgd(rate),
+    }[options.name]()
+    transformation = optax.chain(optax.clip_by_global_norm(options.max_grad_norm), algorithm)
+    if is_trained is None:
+        return Optimizer(rate, transformation)
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "trained" if is_trained(path) else "frozen", params
+        )
+
+    parts = {"trained": transformation, "frozen": optax.set_to_zero()}
+    return Optimizer(rate, optax.partition(parts, labels))

@@ -1,0 +1,85 @@
+"""Loggers of metrics beside the files of a run: Weights & Biases and trackio.
+
+Their packages are imported only if a config asks for them: `run.loggers=("tensorboard", "wandb")`.
+A logger that fails does not end a run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import importlib
+import math
+from typing import Any, Protocol
+
+import jax
+
+from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.config import ConfigLike
+from mmrl_jax.config.schema import flatten
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
+PROJECT = "mmrl_jax"
+
+
+class Logger(Protocol):
+    """Where the metrics of a stage go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics of an update."""
+
+    def close(self) -> None:
+        """Ends the run there."""
+
+
+class _Tracker:
+    """A run of wandb, or of trackio, whose interface is the same as far as it is used here."""
+
+    def __init__(self, module: Any, workdir: workdir_lib.PathLike, label: str, config: ConfigLike):
+        name = f"{workdir_lib.as_path(workdir).name}-{label}"
+        arguments: dict[str, Any] = {"project": PROJECT, "name": name, "config": flatten(config)}
+        if module.__name__ == "wandb":
+            # The same run of the same name is continued when a run is resumed.
+            arguments |= {"dir": str(workdir), "id": name, "resume": "allow"}
+        else:
+            arguments |= {"resume": "allow"}
+        self._module = module
+        self._run = module.init(**arguments)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: x for name, x in values.items() if math.isfinite(x)}
+        self._module.log(finite, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def make(
+    names: Sequence[str],
+    workdir: workdir_lib.PathLike,
+    *,
+    label: str,
+    config: ConfigLike,
+    importing: Callable[[str], Any] = importlib.import_module,
+) -> tuple[Logger, ...]:
+    """Opens the loggers of a stage; TensorBoard's files are `metric_files`'.
+
+    Args:
+      names: Of LOGGERS.
+      workdir: Directory of the stage.
+      label: Name of the stage.
+      config: Of the run, which the loggers show.
+      importing: Imports a package by its name.
+
+    Raises:
+      ValueError: A package is not installed.
+    """
+    loggers: list[Logger] = []
+    for name in names:
+        if name == "tensorboard" or jax.process_index() != 0:
+            continue
+        try:
+            module = importing(name)
+        except ImportError as error:
+            raise ValueError(
+                f"run.loggers has {name!r}, which is not installed: pip install {name}."
+            ) from error
+        loggers.append(_Tracker(module, workdir, label, config))
+    return tuple(loggers)

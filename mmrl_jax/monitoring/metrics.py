@@ -1,0 +1,284 @@
+"""Metrics: one writer for files, TensorBoard and console.
+
+    workdir/metrics.jsonl     one JSON object a line: {"step": 12, "episode/success": 0.5, ...}
+    workdir/tensorboard/      the same as TensorBoard events
+
+A name that is not in the glossary is an error.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+import shutil
+import sys
+import time
+from typing import Any, TextIO
+
+import numpy as np
+
+from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.monitoring import metric_definitions
+from mmrl_jax.monitoring.loggers import Logger
+from mmrl_jax.monitoring.metric_files import JSONL_NAME, TENSORBOARD_NAME, MetricFiles, read_jsonl
+
+__all__ = ["JSONL_NAME", "TENSORBOARD_NAME", "MetricWriter", "read_jsonl"]
+
+
+class MetricWriter:
+    """Writes metrics of one run to JSONL, TensorBoard and the console.
+
+    The console gets a bar that is redrawn on a terminal, and elsewhere (a file, a CI log) a line
+    now and then.
+    """
+
+    def __init__(
+        self,
+        workdir: workdir_lib.PathLike,
+        *,
+        total_steps: int,
+        max_wall_s: float | None,
+        resume_step: int | None,
+        console_names: Sequence[str],
+        console_interval_s: float,
+        label: str = "",
+        active: bool = True,
+        tensorboard: bool = True,
+        loggers: Sequence[Logger] = (),
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Opens the files of a run, and cuts off what a resumed run will write again.
+
+        Args:
+            workdir: Directory of the run; made if absent.
+            total_steps: Step at which the run ends, for the bar and the time left; at least 1.
+            max_wall_s: Value of `time/wall_s` at which it ends if that comes first, or None.
+            resume_step: Step of the restored checkpoint: later lines are removed. None for a run
+                from the start: all earlier lines are removed.
+            console_names: Metrics to show on the console, in order.
+            console_interval_s: Least seconds between two lines where there is no terminal.
+            label: Name of the stage, at the start of the console line.
+            active: False makes every method do nothing: the other hosts of a multi-host run.
+            tensorboard: Write TensorBoard's events too.
+            loggers: Where else the metrics go.
+            stream: Console; None for standard error.
+            clock: Seconds; only differences are used.
+
+        Raises:
+            ValueError: `total_steps` below 1, or a console name that is not in the glossary.
+        """
+        if total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}, but must be at least 1.")
+        for name in console_names:
+            metric_definitions.lookup(name)
+        self._active = active
+        if not active:
+            return
+        self._console = _Console(
+            stream=sys.stderr if stream is None else stream,
+            total=total_steps,
+            max_wall_s=max_wall_s,
+            start=resume_step or 0,
+            names=console_names,
+            interval_s=console_interval_s,
+            label=label,
+            clock=clock,
+        )
+        self._files = MetricFiles(
+            workdir, resume_step=resume_step, tell=self.message, tensorboard=tensorboard
+        )
+        self._loggers = tuple(loggers)
+        self._logger_failed = False
+        self._last_step: int | None = resume_step
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line, flushed, so that a killed run has all it logged.
+
+        Args:
+            step: Step that the values belong to; at least the last one.
+            values: Name to scalar (Python, numpy or jax). A value that is not finite becomes
+                `null` in the file, which JSON requires; TensorBoard keeps it.
+
+        Raises:
+            ValueError: A name that is not in the glossary, a value that is not a scalar, or a step
+                before the last one.
+        """
+        scalars = {name: _scalar(name, value) for name, value in values.items()}
+        for name in scalars:
+            metric_definitions.lookup(name)
+        if not self._active:
+            return
+        if self._last_step is not None and step < self._last_step:
+            raise ValueError(
+                f"step is {step}, but {self._last_step} was already written: write in order, and "
+                "give resume_step when a run goes on."
+            )
+        self._last_step = step
+        self._files.append(step, scalars)
+        for logger in self._loggers:
+            self._attempt(functools.partial(logger.write, step, scalars))
+        self._console.update(step, scalars)
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own on the console, above the bar."""
+        if self._active:
+            self._console.message(text)
+
+    def flush(self) -> None:
+        """Sees to it that all that was logged lies in the workdir, before a checkpoint does."""
+        if self._active:
+            self._files.flush()
+
+    def close(self) -> None:
+        """Ends the console line and closes the files."""
+        if self._active:
+            self._console.close()
+            self._files.close()
+            for logger in self._loggers:
+                self._attempt(logger.close)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        """Calls a logger; one that fails, as without a network, is a message, once."""
+        try:
+            call()
+        except Exception as error:
+            if not self._logger_failed:
+                self._logger_failed = True
+                self.message(f"A logger failed, and the run continues: {error}")
+
+
+class _Console:
+    """A bar with progress, rate, time left and a few metrics.
+
+    Progress and time left are of the limit, steps or time, that will be met first. Rate and time
+    left are of `time/wall_s`, which leaves compilation and evaluations out.
+    """
+
+    _BAR = 20
+
+    def __init__(
+        self,
+        *,
+        stream: TextIO,
+        total: int,
+        max_wall_s: float | None,
+        start: int,
+        names: Sequence[str],
+        interval_s: float,
+        label: str,
+        clock: Callable[[], float],
+    ):
+        self._stream = stream
+        self._total = total
+        self._max_wall_s = max_wall_s
+        self._names = names
+        self._interval = interval_s
+        self._label = label
+        self._clock = clock
+        self._tty = stream.isatty()
+        self._step = start
+        self._wall_s: float | None = None
+        self._first: tuple[int, float] | None = None
+        self._shown_at: float | None = None
+        self._values: dict[str, float] = {}
+        self._shown_step: int | None = None
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        now = self._clock()
+        self._step = step
+        self._values.update({name: values[name] for name in self._names if name in values})
+        self._wall_s = values.get("time/wall_s", self._wall_s)
+        if self._first is None and self._wall_s is not None:
+            self._first = (step, self._wall_s)
+        due = self._shown_at is None or now - self._shown_at >= self._interval
+        if self._tty or due or max(self._by_step(), self._by_time()) >= 1:
+            self._show(now)
+
+    def message(self, text: str) -> None:
+        if self._tty:
+            self._stream.write("\r\x1b[K")
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._shown_at is not None:
+            if self._tty:
+                self._stream.write("\n")
+            elif self._shown_step != self._step:
+                self._show(self._clock())
+        self._stream.flush()
+
+    def _by_step(self) -> float:
+        return min(max(self._step / self._total, 0.0), 1.0)
+
+    def _by_time(self) -> float:
+        if self._max_wall_s is None or self._wall_s is None:
+            return 0.0
+        return min(self._wall_s / self._max_wall_s, 1.0) if self._max_wall_s > 0 else 1.0
+
+    def _show(self, now: float) -> None:
+        line = self._line()
+        if self._tty:
+            # One column is left free: a full line would wrap, and the next \r not undo it.
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[K{line[:width]}")
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+        self._shown_at, self._shown_step = now, self._step
+
+    def _line(self) -> str:
+        timed = self._by_time() > self._by_step()
+        done = self._by_time() if timed else self._by_step()
+        filled = int(done * self._BAR)
+        progress = f"{self._step:,}/{self._total:,}"
+        if timed:
+            assert self._wall_s is not None and self._max_wall_s is not None
+            progress = (
+                f"{_duration(self._wall_s)}/{_duration(self._max_wall_s)}, step {self._step:,}"
+            )
+        parts = [
+            f"{self._label + ' ' if self._label else ''}"
+            f"[{'#' * filled}{'-' * (self._BAR - filled)}] {100 * done:3.0f} % {progress}"
+        ]
+        if self._first is not None and self._wall_s is not None:
+            steps, seconds = self._step - self._first[0], self._wall_s - self._first[1]
+            if steps > 0 and seconds > 0:
+                rate = steps / seconds
+                left = (self._total - self._step) / rate
+                if timed and self._max_wall_s is not None:
+                    left = self._max_wall_s - self._wall_s
+                parts.append(f"{_short(rate)} steps/s, {_duration(max(left, 0))} left")
+        shown = [f"{name} {_short(value)}" for name, value in self._values.items()]
+        return " | ".join([*parts, *([", ".join(shown)] if shown else [])])
+
+
+def _scalar(name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if array.shape != ():
+        raise ValueError(
+            f"Metric '{name}' has shape {array.shape}, but must be a scalar: take its mean first."
+        )
+    return float(array)
+
+
+def _short(value: float) -> str:
+    """Returns about three digits: 0.0123, 4.5, 12,300."""
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Returns 0:09, 12:05 or 3:02:10."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,439 @@
+"""Control policies: pixels, an instruction and proprioception to actions in an environment."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mmrl_jax import envs
+from mmrl_jax.config.options import (
+    NON_NEGATIVE,
+    POSITIVE,
+    Group,
+    build,
+    option,
+    options_of,
+)
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
+from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.learners import bc, registry
+from mmrl_jax.learners import learner as learner_lib
+from mmrl_jax.learners.learner import LearnerState, Rollout, policy_function
+from mmrl_jax.pretrained import control_encoders, weights
+from mmrl_jax.problems import control_models, demonstrations, problem, sources
+from mmrl_jax.problems.problem import StageOptions, stream
+from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
+from mmrl_jax.rl import losses
+from mmrl_jax.rollouts.unroll import (
+    PolicyFunction,
+    unroll,
+)
+from mmrl_jax.training.settings import check_settings
+from mmrl_jax.training.stage import Carry, Stage, Start
+from mmrl_jax.types import Metrics, Transition
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnvOptions:
+    """The group `env`."""
+
+    name: str = option(
+        dataclasses.MISSING,
+        "Environment: one of mmrl_jax.envs.NAMES, 'brax:<name>', 'module:Class'.",
+    )
+    split: str = option("train", "Split of the environment that the policy is trained on.")
+    height: int = option(
+        32, "Height of the pixels; 0 for an environment without pixels.", NON_NEGATIVE
+    )
+    width: int = option(32, "Width of the pixels.", NON_NEGATIVE)
+    history: int = option(1, "Frames that an observation holds.", POSITIVE)
+    options: dict = option({}, "Further arguments of the environment.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """How environments are stepped in an update."""
+
+    num_envs: int = option(
+        256, "Environments that step in parallel; the devices divide them.", POSITIVE
+    )
+    unroll_length: int = option(16, "Steps of each environment in an update.", POSITIVE)
+
+
+SOURCES: dict[str, type] = {
+    "rollout": RolloutOptions,
+    "demonstrations": demonstrations.DemonstrationOptions,
+}
+
+
+def options(config: Any) -> Group:
+    """Returns the keys that a config of this problem has, by its stages and its kind of model."""
+    stages = {
+        name: options_of(
+            StageOptions,
+            registry.CONTROL[name].options,
+            SOURCES[registry.CONTROL[name].experience],
+        )
+        for name in problem.stage_names(config, registry.CONTROL)
+    }
+    return problem.options_of_problem(
+        env=options_of(EnvOptions), model=control_models.options(config), **stages
+    )
+
+
+def check_env(config: ml_collections.ConfigDict) -> State:
+    """Checks the environment, and returns the shapes of its state after `reset`, of one episode.
+
+    Raises:
+      ValueError: There is no such environment, split or option, an argument is impossible, or see
+        `check_settings` and `envs.check_env`.
+    """
+    check_settings()
+    env, known = config.env, envs.splits(config.env.name)
+    if env.split not in known:
+        raise ValueError(f"env.split={env.split!r} is unknown; choose one of {known}.")
+    given = env.options.to_dict()
+    for name in sorted(set(given) & set(env.keys())):
+        raise ValueError(
+            f"env.options.{name}={given[name]!r}: set env.{name}, which is {env[name]!r}, and "
+            "leave the option out."
+        )
+    return envs.check_env(envs.unwrapped(make_env(config)), pixels=env.height > 0)
+
+
+def _check_sizes(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raises ValueError for batches that do not divide into minibatches, or among the devices."""
+    sizes: dict[str, int] = {}
+    for name in config.stages:
+        g, experience = config[name], registry.CONTROL[name].experience
+        if experience == "demonstrations":
+            sizes[f"{name}.batch_size"] = g.batch_size
+            if g.num_updates * g.batch_size >= 2**32:
+                raise ValueError(
+                    f"{name}.num_updates={g.num_updates} * {name}.batch_size={g.batch_size} are "
+                    "2**32 samples or more, beyond which epochs cannot be counted; lower one."
+                )
+            if config.env.name != "language_reach":
+                raise ValueError(
+                    f"stages={tuple(config.stages)} has {name!r}, which learns from "
+                    f"demonstrations, but env.name={config.env.name!r} has no scripted expert; "
+                    "leave the stage out."
+                )
+        if experience == "rollout":
+            samples = g.num_envs * g.unroll_length
+            minibatches = g.get("num_minibatches", 1)
+            if samples % minibatches:
+                raise ValueError(
+                    f"{name}.num_minibatches={minibatches} does not divide {name}.num_envs * "
+                    f"{name}.unroll_length = {samples}."
+                )
+            sizes[f"{name}.num_envs"] = g.num_envs
+            sizes[
+                f"the minibatch {name}.num_envs * {name}.unroll_length / {name}.num_minibatches"
+            ] = samples // minibatches
+    problem.check_divisible(sizes, devices)
+    discounts = {f"{name}.discount": config[name].get("discount") for name in config.stages}
+    if len({x for x in discounts.values() if x is not None}) > 1:
+        raise ValueError(
+            ", ".join(f"{name}={x}" for name, x in discounts.items())
+            + ": a value means one thing to all stages of a run; give them one discount."
+        )
+
+
+def _check_observation(config: ml_collections.ConfigDict, state: State) -> None:
+    """Raises ValueError unless the environment has what the model reads and predicts.
+
+    Args:
+      config: Of a model that sees.
+      state: Shapes of the environment's, of one episode.
+    """
+    model = config.model
+    for entry in model.auxiliary:
+        pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not pair or not isinstance(entry[0], str) or type(entry[1]) is not int:
+            raise ValueError(f"model.auxiliary holds {entry!r}, but must hold (name, size).")
+    names = [name for name, _ in model.auxiliary]
+    if model.pointing is not None:
+        names.append(model.pointing)
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"model.auxiliary={tuple(model.auxiliary)} and model.pointing={model.pointing!r} name "
+            "a target twice; name each once."
+        )
+    asked: dict[str, tuple[int, ...]] = {name: (size,) for name, size in model.auxiliary}
+    if model.pointing is not None:
+        asked[model.pointing] = (2,)
+    if "instruction" not in state.obs:
+        raise ValueError(
+            f"env.name={config.env.name!r} with env.options={config.env.options.to_dict()} gives "
+            f"no instruction, which model.kind={model.kind!r} needs; give one in env.options."
+        )
+    privileged = {name: x.shape for name, x in state.info["privileged"].items()}
+    for name, shape in asked.items():
+        if privileged.get(name) != shape:
+            raise ValueError(
+                f"model.auxiliary or model.pointing names {name!r} of shape {shape}, but "
+                f"{config.env.name!r} has the privileged targets {privileged}."
+            )
+
+
+def make_env(config: ml_collections.ConfigDict, *, split: str | None = None) -> Env:
+    """Returns the batched environment of a config, on `split` (by default the training split)."""
+    env = config.env
+    return envs.create(
+        env.name,
+        split=split or env.split,
+        height=env.height,
+        width=env.width,
+        history=env.history,
+        **env.options.to_dict(),
+    )
+
+
+def rollout_metrics(batch: Transition) -> Metrics:
+    """Returns what to log of an unroll; NaN where no episode ended in it."""
+    ended = batch.terminated + batch.truncated
+
+    def at_end(x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.any(ended > 0), losses.masked_mean(x, ended), jnp.nan)
+
+    metrics = {
+        "episode/return": at_end(batch.metrics["episode_return"]),
+        "episode/length": at_end(batch.metrics["episode_length"]),
+        "rollout/reward": losses.masked_mean(batch.reward, batch.valid),
+        "rollout/valid_fraction": jnp.mean(batch.valid),
+        "rollout/nonfinite_envs": jnp.sum(batch.metrics["broken"]),
+    }
+    if "success" in batch.metrics:
+        metrics["episode/success"] = at_end(batch.metrics["success"])
+    return metrics
+
+
+class Control:
+    """The problem of a control policy, see `problem.Problem`.
+
+    Args:
+      config: Of the run; its keys are those of `options`.
+
+    Attributes:
+      env: The batched environment on the training split.
+      network: The policy network.
+
+    Raises:
+      ValueError: The config cannot run: names the field, its value and the remedy.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        control_models.check(config)
+        state = check_env(config)
+        self.config = config
+        self.mesh = problem.make_mesh(config)
+        _check_sizes(config, self.mesh.size)
+        if config.model.kind != "mlp":
+            _check_observation(config, state)
+        self.env = make_env(config)
+        self.network = control_models.make_network(config, self.env)
+        shapes = control_models.shapes(self.network, self.env, config.model)
+        for name in config.stages:
+            control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
+        self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
+        self.best_metric = f"eval/{config.env.split}/return"
+
+    def dependencies(self) -> dict[str, str]:
+        """See `problem.Problem`; other pretrained parts are parameters, and in the checkpoints."""
+        encoder = self.config.model.get("text_encoder")
+        if encoder is None:
+            return {}
+        return {"text_encoder": weights.fingerprint(control_encoders.directory_of(encoder))}
+
+    # -- Experience --------------------------------------------------------------------------------
+
+    def expert(self, name: str) -> PolicyFunction:
+        """Returns the imperfect scripted expert of a stage; it reads privileged state."""
+        return demonstrations.expert(**self.config[name].expert.to_dict())
+
+    def record_demonstrations(self, name: str) -> tuple[bc.Demonstrations, float]:
+        """Records the fixed set of a stage, see `demonstrations.record`."""
+        g, rng = self.config[name], stream(self.config, problem.DATA)
+        return demonstrations.record(
+            self.env, self.expert(name), rng, episodes=g.episodes, discount=g.discount
+        )
+
+    def _rollout(self, name: str, apply: learner_lib.Apply) -> Source:
+        g, env = self.config[name], self.env
+
+        def reset(key: jax.Array) -> State:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(g.num_envs))
+            return env.reset(keys)
+
+        def collect(carry: Carry, constants: Constants) -> Collected:
+            act_key, learn_key = update_keys(carry, 2)
+            policy = policy_function(apply, carry.learner, deterministic=False)
+            env_state, batch = unroll(env, carry.env_state, policy, act_key, g.unroll_length)
+            rollout = Rollout(batch, env_state.obs)
+            return Collected(env_state, rollout, learn_key, rollout_metrics(batch))
+
+        samples = g.num_envs * g.unroll_length
+        return Source(
+            stream=problem.ROLLOUT,
+            samples_per_update=samples,
+            env_steps_per_update=samples,
+            reset=reset,
+            collect=collect,
+        )
+
+    # -- Stages ------------------------------------------------------------------------------------
+
+    def stage(self, name: str, /, *, start: LearnerState | None = None, **changes: Any) -> Stage:
+        """See `problem.Problem`.
+
+        Args:
+          name: One of config.stages.
+          start: A learner whose parameters and normalizer the stage begins with, and whose
+            optimizer too where it has one; None to begin from scratch.
+          **changes: Fields of the stage that differ from the config's, and `data`, demonstrations
+            that were recorded before.
+        """
+        config, algorithm = self.config, registry.CONTROL[name]
+        # An MLP has no other dtype than float32.
+        reduced = config.model.get("dtype", "float32") != "float32"
+        given = {"recompute": reduced} if hasattr(algorithm.options, "recompute") else {}
+        algorithm_options = build(algorithm.options, config[name], **given)
+        trainable = config[name].trainable
+        is_trained = functools.partial(control_models.is_trainable, trainable=trainable)
+        optimizer = sources.make_optimizer(
+            config, name, algorithm_options, None if trainable == ".*" else is_trained
+        )
+        apply = control_models.make_apply(self.network, trainable)
+        if algorithm.experience == "demonstrations":
+            data = changes.pop("data", None)
+            if data is None:
+                data, success = self.record_demonstrations(name)
+                print(
+                    f"{config[name].episodes} demonstrated episodes of an expert that succeeds in "
+                    f"{success:.0%} of them.",
+                    flush=True,
+                )
+            source = demonstrations.source(data, batch_size=config[name].batch_size)
+        else:
+            source = self._rollout(name, apply)
+        begin = Start(start)
+
+        def init() -> Carry:
+            learner = begin()
+            if learner is None:
+                learner = source.prepare(self._fresh_learner())
+            params = algorithm.prepare(learner.params, algorithm_options)
+            if learner.opt_state == ():
+                opt_state = optimizer.transformation.init(params)
+                learner = learner.replace(
+                    params=params, opt_state=opt_state, steps=jnp.zeros((), jnp.int32)
+                )
+            rng = stream(config, changes.get("stream", source.stream))
+            return sources.fresh_carry(learner, source, rng)
+
+        def learn(
+            carry: Carry, constants: Constants, collected: Collected
+        ) -> tuple[Carry, Metrics]:
+            learner, metrics = algorithm.update(
+                carry.learner,
+                collected.batch,
+                collected.key,
+                apply=apply,
+                optimizer=optimizer.transformation,
+                options=algorithm_options,
+                shard=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
+            )
+            metrics |= {"lr": jnp.asarray(optimizer.rate(learner.steps), jnp.float32)}
+            return carry.replace(
+                learner=learner, env_state=collected.env_state, updates=carry.updates + 1
+            ), metrics
+
+        fields = sources.stage_fields(config, name, algorithm, source, self.best_metric)
+        constants = jax.device_put(Constants((), source.data), mesh_lib.replicated(self.mesh))
+        return Stage(
+            **fields | {name: x for name, x in changes.items() if name != "stream"},
+            init=init,
+            release=begin.release,
+            update=sources.make_update(source, learn),
+            constants=constants,
+            evaluate=self._periodic_evaluation(),
+            shardings=functools.partial(problem.shard_carry, mesh=self.mesh),
+        )
+
+    def _fresh_learner(self) -> LearnerState:
+        """A learner without an optimizer; pretrained parameters are read."""
+        key = stream(self.config, problem.PARAMETERS)
+        params = control_models.init_params(self.network, self.env, self.config.model, key)
+        size = control_models.zeros(self.env)["proprio"].shape[-1]
+        return learner_lib.init(params, proprio_size=size)
+
+    # -- What was trained --------------------------------------------------------------------------
+
+    def variables(self, stage: Stage, learner: LearnerState) -> LearnerState:
+        """See `problem.Problem`."""
+        return learner.without_optimizer()
+
+    def stored(self, name: str) -> dict[str, Any]:
+        """See `problem.Problem`; they are the same for every stage and any number of devices."""
+        shapes = control_models.shapes(self.network, self.env, self.config.model)
+        size = control_models.zeros(self.env)["proprio"].shape[-1]
+        like = jax.eval_shape(functools.partial(learner_lib.init, proprio_size=size), shapes)
+        return {"params": like.params, "normalizer": like.normalizer}
+
+    def restored_from(self, name: str) -> tuple[str, ...]:
+        """See `problem.Problem`: every checkpoint is complete."""
+        return (name,)
+
+    def restored(self, parts: dict[str, dict[str, Any]]) -> LearnerState:
+        """See `problem.Problem`."""
+        (stored,) = parts.values()
+        return LearnerState(**stored, opt_state=(), steps=jnp.zeros((), jnp.int32))
+
+    def samples(self, variables: LearnerState, count: int) -> tuple[list[Sample], dict[str, float]]:
+        """See `problem.Problem`: a video shows what a control policy does."""
+        return [], {}
+
+    def policy(self, learner: LearnerState, *, deterministic: bool = True) -> PolicyFunction:
+        """Returns the policy of a learner, for `rollouts.unroll`."""
+        apply = control_models.make_apply(self.network)
+        return policy_function(apply, learner, deterministic=deterministic)
+
+    def evaluator(self, rng: jax.Array, *, episodes: int) -> Evaluator:
+        """Returns an evaluator of the deterministic policies of learners."""
+        return Evaluator(
+            lambda split: make_env(self.config, split=split),
+            self.policy,
+            rng,
+            episodes=episodes,
+            mesh=self.mesh,
+        )
+
+    def measure(
+        self, *, episodes: int | None = None, ablations: bool = False
+    ) -> Callable[[LearnerState, str], dict[str, float]]:
+        """See `problem.Problem` and `evaluate.describe_ablations`."""
+        evaluator = self.evaluator(
+            stream(self.config, problem.EVALUATION),
+            episodes=episodes or self.config.run.eval_episodes,
+        )
+        modalities = self.env.observation_size if ablations else ()
+        return lambda learner, split: describe_ablations(evaluator, learner, split, modalities)
+
+    def _periodic_evaluation(self) -> Callable[[LearnerState], dict[str, float]]:
+        split = self.config.env.split
+        # Other episodes than those that are reported: the best checkpoint is chosen by these.
+        rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)
+        evaluator = self.evaluator(rng, episodes=self.config.run.eval_episodes)
+
+        def evaluation(learner: LearnerState) -> dict[str, float]:
+            described = describe(evaluator(learner.without_optimizer(), split))
+            return {f"eval/{split}/{name}": value for name, value in described.items()}
+
+        return evaluation

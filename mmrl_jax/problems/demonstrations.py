@@ -1,0 +1,114 @@
+"""Demonstrations of a scripted expert: recorded once, and learned from in epochs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, group, option
+from mmrl_jax.envs import language_reach
+from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.learners import bc
+from mmrl_jax.learners.learner import LearnerState, epoch_indices
+from mmrl_jax.problems import problem
+from mmrl_jax.problems.sources import Collected, Constants, Source
+from mmrl_jax.rl import losses, normalization
+from mmrl_jax.rollouts.unroll import (
+    ActorOutput,
+    PolicyFunction,
+    deterministic_output,
+    unroll,
+)
+from mmrl_jax.training.stage import Carry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """The group `expert`: the scripted expert of `language_reach`, imperfect on purpose."""
+
+    gain: float = option(1.5, "Action per rad of error.", POSITIVE)
+    undershoot: float = option(
+        0.15, "Fraction of the way to the target at which the expert stops short.", between(0, 1)
+    )
+    noise: float = option(0.2, "Standard deviation of the noise on its actions.", NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemonstrationOptions:
+    """The demonstrations of an update."""
+
+    episodes: int = option(4096, "Episodes that are recorded once, before training.", POSITIVE)
+    batch_size: int = option(512, "Samples of an optimizer step.", POSITIVE)
+    expert: ExpertOptions = group(ExpertOptions)
+
+
+def expert(*, gain: float, undershoot: float, noise: float) -> PolicyFunction:
+    """Returns the scripted expert of `language_reach`, see `ExpertOptions`."""
+
+    def policy(state: State, rng: jax.Array) -> ActorOutput:
+        action = language_reach.expert_action(
+            state, rng, gain=gain, undershoot=undershoot, noise=noise
+        )
+        return deterministic_output(action)
+
+    return policy
+
+
+def record(
+    env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int, discount: float
+) -> tuple[bc.Demonstrations, float]:
+    """Records whole episodes; the same key gives the same ones.
+
+    Args:
+      env: The batched environment.
+      policy: The demonstrator.
+      rng: Key of the episodes and of the policy.
+      episodes: Number of episodes.
+      discount: Discount factor per step of the returns that a critic learns.
+
+    Returns:
+      The samples, in numpy, and the fraction of episodes in which the demonstrator succeeded.
+    """
+
+    @jax.jit
+    def run(rng: jax.Array) -> tuple[bc.Demonstrations, jax.Array]:
+        reset_key, rng = jax.random.split(rng)
+        state = env.reset(jax.random.split(reset_key, episodes))
+        last, batch = unroll(env, state, policy, rng, env.episode_length)
+        ended = batch.terminated + batch.truncated
+        success = losses.masked_mean(batch.metrics["success"], ended)
+        return bc.demonstrations(batch, batch.action, last.obs, discount=discount), success
+
+    # On the host: the devices have the samples for as long as the stage runs.
+    data, success = jax.device_get(run(rng))
+    return data, float(success)
+
+
+def source(data: bc.Demonstrations, *, batch_size: int) -> Source:
+    """Returns a source of demonstrations that lie on every device.
+
+    Args:
+      data: The demonstrations.
+      batch_size: Samples of an update.
+    """
+
+    def collect(carry: Carry, constants: Constants) -> Collected:
+        data = constants.data
+        indices = epoch_indices(
+            carry.rng, carry.updates, batch_size=batch_size, size=len(data.action)
+        )
+        return Collected(None, bc.gather(data, indices), carry.rng, {})
+
+    def prepare(learner: LearnerState) -> LearnerState:
+        proprio = data.observation["proprio"][: len(data.action)]
+        counted = jnp.ones(proprio.shape[:-1])
+        seen = normalization.update(learner.normalizer, proprio, counted)
+        return learner.replace(normalizer=seen)
+
+    return Source(
+        stream=problem.FIXED_SET,
+        samples_per_update=batch_size,
+        data=data,
+        collect=collect,
+        prepare=prepare,
+    )

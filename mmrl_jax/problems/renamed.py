@@ -1,0 +1,63 @@
+"""Keys of configs of earlier versions, and what they are called now."""
+
+_STAGE = {
+    "updates": "num_updates",
+    "learning_rate": "optimizer.learning_rate",
+    "schedule": "optimizer.schedule",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "value_weight": "value_coef",
+    "entropy_weight": "entropy_coef",
+    "auxiliary_weight": "auxiliary_coef",
+    "pointing_weight": "pointing_coef",
+    "unroll": "unroll_length",
+    "epochs": "num_epochs",
+    "minibatches": "num_minibatches",
+    "accumulate": "grad_accum_steps",
+    "trained": "trainable",
+    "questions": "prompts_per_update",
+    "group": "num_completions",
+    "penalty": "format_penalty",
+    "kl": "kl_estimator",
+    "kl_weight": "kl_coef",
+    "reference_decay": "reference_ema_decay",
+    "max_correction": "importance_weight_cap",
+    "swapped": "shuffle_images",
+    "noise": "label_noise",
+}
+_SAME = (
+    "updates_per_dispatch eval_interval checkpoint_interval episodes batch_size expert.gain "
+    "expert.undershoot expert.noise examples counts"
+).split()
+_RL = (
+    "temperature pack_rows oversample mask_truncated_completions overlong_buffer num_envs"
+).split()
+
+# 'old key': the new one as a message says it. A stage of RL is 'grpo', 'dpo' or 'ppo'.
+KEYS = {
+    "algorithm": "'stages', a tuple, e.g. ('bc', 'ppo') or ('sft', 'grpo')",
+    "devices": "'mesh.data'",
+    "model.frozen": "'<stage>.trainable', the pattern of what is trained, of each stage",
+    "model.directory": "'model.checkpoint'",
+    "model.pretrained": "'model.checkpoint'",
+    "run.updates": "'<stage>.num_updates', of the last stage",
+    "run.updates_per_dispatch": "'<stage>.updates_per_dispatch', of the last stage",
+    "run.eval_interval": "'<stage>.eval_interval', of the last stage",
+    "run.checkpoint_interval": "'<stage>.checkpoint_interval', of the last stage",
+    "run.keep": "'run.max_to_keep'",
+    **{f"warm_start.{old}": f"'bc.{_STAGE.get(old, old)}'" for old in (*_STAGE, *_SAME)},
+    **{f"rl.{old}": f"'<stage>.{_STAGE.get(old, old)}', e.g. of 'grpo'" for old in (*_STAGE, *_RL)},
+    **{
+        f"{group}.{old}": f"'{group}.{new}'"
+        for group in ("ppo", "sft")
+        for old, new in _STAGE.items()
+    },
+    "folder.directory": "'dataset.directory'",
+    **{
+        f"folder.{key}": f"'dataset.{key}'"
+        for key in (
+            "height width resize prompt_tokens answer_tokens max_rejected validation_size "
+            "test_size test_directory split_seed"
+        ).split()
+    },
+    "folder.answer_tokens": "'dataset.completion_tokens'",
+}

@@ -1,0 +1,257 @@
+"""Agents that see an environment, read an instruction, and write their actions as text."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mmrl_jax import envs
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, option, options_of
+from mmrl_jax.envs.brax_api import Env, State
+from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
+from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.learners import registry
+from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState, agent_policy
+from mmrl_jax.models import lora
+from mmrl_jax.problems import control, problem, token_models, token_problem
+from mmrl_jax.problems.control import EnvOptions, RolloutOptions
+from mmrl_jax.problems.problem import stream
+from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
+from mmrl_jax.problems.token_problem import LabelOptions, TokenProblem
+from mmrl_jax.rl import losses
+from mmrl_jax.rollouts.generate import Sampling
+from mmrl_jax.rollouts.text_actions import TextActions, text_actions
+from mmrl_jax.rollouts.unroll import (
+    ActorOutput,
+    PolicyFunction,
+    deterministic_output,
+    unroll,
+)
+from mmrl_jax.training.stage import Carry
+from mmrl_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemonstratedTurnOptions(LabelOptions):
+    """The turns of demonstrated episodes."""
+
+    episodes: int = option(
+        4096, "Episodes of the environment's expert that are recorded once.", POSITIVE
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgentRolloutOptions(RolloutOptions):
+    """The turns of an update."""
+
+    format_penalty: float = option(
+        0.1, "Reward that a turn loses whose text is no action.", NON_NEGATIVE
+    )
+
+
+def options(config: Any) -> Group:
+    """Returns the keys that a config of this problem has, by its stages and its kind of model."""
+    kinds = {"labels": (DemonstratedTurnOptions,), "completions": (AgentRolloutOptions,)}
+    return problem.options_of_problem(
+        env=options_of(EnvOptions),
+        model=token_models.options(config),
+        # GRPO and DPO compare completions to one prompt; a turn of an agent has one.
+        **token_problem.stage_options(config, kinds, without=("grpo", "dpo")),
+    )
+
+
+def _check_env(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for an environment that an agent cannot see or write actions for."""
+    env = config.env
+    control.check_env(config)
+    if not env.height or not env.width:
+        raise ValueError(
+            f"env.height={env.height}, env.width={env.width}: an agent that reads and writes sees "
+            "pixels; give both a size."
+        )
+    if env.history != 1:
+        raise ValueError(f"env.history={env.history}, but an agent sees one frame; set it to 1.")
+    if not hasattr(control.make_env(config), "actions_as_text"):
+        raise ValueError(
+            f"env.name={env.name!r} has no actions as text; choose 'language_grid' or "
+            "'language_reach'."
+        )
+
+
+def _check_turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
+    """The sizes of a stage that the devices must divide, by their names.
+
+    Raises:
+      ValueError: The turns of an update do not divide into minibatches.
+    """
+    g = config[name]
+    turns = g.num_envs * g.unroll_length
+    parts = g.get("num_minibatches", 1) * g.get("grad_accum_steps", 1)
+    if turns % parts:
+        raise ValueError(
+            f"{name}.num_minibatches={g.num_minibatches} * {name}.grad_accum_steps="
+            f"{g.grad_accum_steps} does not divide {name}.num_envs * {name}.unroll_length = "
+            f"{turns}."
+        )
+    return {
+        f"{name}.num_envs": g.num_envs,
+        f"{name}.num_envs * {name}.unroll_length / {name}.num_minibatches / "
+        f"{name}.grad_accum_steps": turns // parts,
+    }
+
+
+def _make(
+    config: ml_collections.ConfigDict,
+) -> tuple[Env, TextActions, token_models.TokenModel]:
+    """The environment, its instructions and actions as text, and the model of a config."""
+    env, size = control.make_env(config), (config.env.height, config.env.width)
+    spec = token_models.read_spec(config.model, size)
+    interface = text_actions(
+        env,
+        spec and spec.chat,
+        image_tokens=token_models.image_tokens(config.model, spec, size),
+    )
+    return env, interface, token_models.make_model(config.model, spec, interface.texts, size)
+
+
+class TextAgent(TokenProblem):
+    """The problem of an agent that writes its actions, see `problem.Problem`.
+
+    Attributes:
+      env: The batched environment on the training split.
+      interface: Its instructions and actions as text.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        _check_env(config)
+        token_models.check_model(config, config.env.height, config.env.width, "env")
+        self.env, self.interface, model = _make(config)
+        super().__init__(config, model, f"eval/{config.env.split}/return")
+        self.check_sizes(
+            *(
+                _check_turns(config, name)
+                for name in config.stages
+                if registry.TOKEN[name].experience != "labels"
+            )
+        )
+        self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
+
+    def source(self, name: str) -> Source:
+        """See `TokenProblem`."""
+        if registry.TOKEN[name].experience == "labels":
+            labels = self._demonstrations(name)
+            return token_problem.fixed_labels(name, self.config[name].batch_size, labels)
+        return self._turns(name)
+
+    def _demonstrations(self, name: str) -> ScoredCompletions:
+        """The turns of whole episodes of the expert; the same seed gives the same turns."""
+        env, interface, episodes = self.env, self.interface, self.config[name].episodes
+
+        def expert(state: State, rng: jax.Array) -> ActorOutput:
+            written = interface.write(env.expert(state, rng))
+            action, _ = interface.read(*written)
+            return deterministic_output(action)._replace(action=written)
+
+        @jax.jit
+        def record(rng: jax.Array) -> tuple[Any, jax.Array]:
+            reset_key, rng = jax.random.split(rng)
+            state = env.reset(jax.random.split(reset_key, episodes))
+            _, batch = unroll(env, state, expert, rng, env.episode_length)
+            turns = (jax.vmap(interface.ask)(batch.observation), *batch.action)
+            return turns, batch.valid
+
+        turns, valid = record(stream(self.config, problem.DATA))
+        taken = np.asarray(valid) > 0
+        return ScoredCompletions.labelled(*jax.tree.map(lambda x: x[taken], turns))
+
+    def _turns(self, name: str) -> Source:
+        r, env, interface = self.config[name], self.env, self.interface
+        temperature = getattr(self.options(name), "temperature", 1.0)
+
+        def reset(key: jax.Array) -> State:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(r.num_envs))
+            return env.reset(keys)
+
+        def collect(carry: Carry, constants: Constants) -> Collected:
+            act_key, learn_key = update_keys(carry, 2)
+            policy = agent_policy(
+                self.model.policy,
+                (carry.learner.params, constants.frozen),
+                interface,
+                Sampling(temperature=temperature),
+            )
+            env_state, batch = unroll(env, carry.env_state, policy, act_key, r.unroll_length)
+            completions: Any = batch.action
+            invalid = interface.read(completions.tokens, completions.present)[1].astype(jnp.float32)
+            experience = ScoredCompletions.turns(
+                batch.replace(
+                    observation=jax.vmap(interface.ask)(batch.observation),
+                    reward=batch.reward - r.format_penalty * invalid,
+                ),
+                interface.ask(env_state.obs),
+            )
+            metrics = control.rollout_metrics(batch) | {
+                "completion/invalid_fraction": losses.masked_mean(invalid, batch.valid),
+                "completion/truncated_fraction": losses.masked_mean(
+                    1.0 - completions.finished, batch.valid
+                ),
+            }
+            return Collected(env_state, experience, learn_key, metrics)
+
+        turns = r.num_envs * r.unroll_length
+        return Source(
+            stream=problem.ROLLOUT,
+            samples_per_update=turns,
+            env_steps_per_update=turns,
+            reset=reset,
+            collect=collect,
+            console=("episode/success", "completion/invalid_fraction"),
+        )
+
+    def policy(self, variables: Params, *, deterministic: bool = True) -> PolicyFunction:
+        """Returns the policy of variables of the whole model, for `rollouts.unroll`."""
+        sampling = Sampling(temperature=0.0 if deterministic else 1.0)
+        halves = lora.split(variables, ".*")
+        return agent_policy(self.model.policy, halves, self.interface, sampling)
+
+    def evaluator(self, rng: jax.Array, *, episodes: int) -> Evaluator:
+        """Returns an evaluator of the most likely texts of variables of the whole model."""
+        return Evaluator(
+            lambda split: control.make_env(self.config, split=split),
+            self.policy,
+            rng,
+            episodes=episodes,
+            mesh=self.mesh,
+            together=self.evaluated_together(),
+        )
+
+    def measure(
+        self, *, episodes: int | None = None, ablations: bool = False
+    ) -> Callable[[Params, str], dict[str, float]]:
+        """See `problem.Problem` and `evaluate.describe_ablations`."""
+        evaluator = self.evaluator(
+            stream(self.config, problem.EVALUATION),
+            episodes=episodes or self.config.run.eval_episodes,
+        )
+        # An agent reads no proprioception.
+        modalities = ("pixels", "instruction") if ablations else ()
+        return lambda variables, split: describe_ablations(evaluator, variables, split, modalities)
+
+    def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
+        """See `TokenProblem`."""
+        # Other episodes than those that are reported: the best checkpoint is chosen by these.
+        rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)
+        evaluator = self.evaluator(rng, episodes=self.config.run.eval_episodes)
+        return self.periodic(
+            lambda variables, split: describe(evaluator(variables, split)),
+            frozen,
+            self.config.env.split,
+        )
+
+    def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
+        """See `problem.Problem`: what agents do is shown by no prompt alone."""
+        return [], {}

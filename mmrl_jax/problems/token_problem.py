@@ -1,0 +1,347 @@
+"""What the problems of token policies share: their stages, and what of a run is stored."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mmrl_jax.config.options import POSITIVE, Group, build, option, options_of
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.learners import registry, token_learner
+from mmrl_jax.learners.learner import epoch_indices
+from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
+from mmrl_jax.models import lora
+from mmrl_jax.problems import problem, sources, token_models
+from mmrl_jax.problems.problem import StageOptions, stream
+from mmrl_jax.problems.sources import Collected, Constants, Source
+from mmrl_jax.problems.token_models import TokenModel
+from mmrl_jax.rl.overlong import soft_overlong_penalty
+from mmrl_jax.training.stage import Carry, Stage, Start
+from mmrl_jax.types import Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """The labelled completions of an update."""
+
+    batch_size: int = option(64, "Labelled completions of an optimizer step.", POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionOptions:
+    """The completions of an update, to prompts of one turn."""
+
+    prompts_per_update: int = option(64, "Prompts that an update learns from.", POSITIVE)
+    num_completions: int = option(16, "Completions that are sampled for each prompt.", POSITIVE)
+    pack_rows: int | None = option(
+        None,
+        "Rows, of the longest completion's length, that the completions to a prompt are packed "
+        "into for learning; those that do not fit take a second pass. None: a row for each.",
+        POSITIVE,
+    )
+    overlong_buffer: int | None = option(
+        None,
+        "Last tokens of the longest completion over which it loses up to 1 of its reward (DAPO); "
+        "None for no such penalty.",
+        POSITIVE,
+    )
+
+
+def stage_options(
+    config: Any, kinds: Mapping[str, tuple[type, ...]], *, without: tuple[str, ...] = ()
+) -> dict[str, Group]:
+    """Returns the groups of a config's stages.
+
+    Args:
+      config: Of the run; may lack keys.
+      kinds: Kind of experience -> the options of the problem's source of it.
+      without: Algorithms that the problem cannot run.
+    """
+    rows = {
+        name: row
+        for name, row in registry.TOKEN.items()
+        if name not in without and row.experience in kinds
+    }
+    return {
+        name: options_of(StageOptions, rows[name].options, *kinds[rows[name].experience])
+        for name in problem.stage_names(config, rows)
+    }
+
+
+def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> dict[str, int]:
+    """Checks the numbers of prompts and completions that an update of a stage learns from.
+
+    Args:
+      config: Of the run.
+      name: A stage that learns from completions to prompts of one turn.
+      length: Tokens of the longest completion.
+
+    Returns:
+      The sizes that the devices must divide, by their names.
+
+    Raises:
+      ValueError: Names the field, its value and the remedy.
+    """
+    g = config[name]
+    parts = g.get("num_minibatches", 1) * g.get("grad_accum_steps", 1)
+    if g.prompts_per_update % parts:
+        raise ValueError(
+            f"{name}.num_minibatches={g.num_minibatches} * {name}.grad_accum_steps="
+            f"{g.grad_accum_steps} does not divide {name}.prompts_per_update="
+            f"{g.prompts_per_update}."
+        )
+    if name in ("grpo", "dpo") and g.num_completions < 2:
+        raise ValueError(
+            f"{name}.num_completions={g.num_completions}, but the stage {name!r} compares the "
+            "completions to a prompt; raise it to 2 or more."
+        )
+    if g.get("pass_at_k") is not None and g.pass_at_k > g.num_completions:
+        raise ValueError(
+            f"{name}.pass_at_k={g.pass_at_k} is above {name}.num_completions={g.num_completions}."
+        )
+    together = 2 if name == "dpo" else g.num_completions
+    if g.pack_rows is not None and g.pack_rows >= together:
+        raise ValueError(
+            f"{name}.pack_rows={g.pack_rows}, but the stage {name!r} learns from {together} "
+            "completions to a prompt together; give less, or None."
+        )
+    if g.overlong_buffer is not None and g.overlong_buffer > length:
+        raise ValueError(
+            f"{name}.overlong_buffer={g.overlong_buffer} is more than the {length} tokens that a "
+            "completion may have; lower it."
+        )
+    return {
+        f"{name}.prompts_per_update": g.prompts_per_update,
+        f"{name}.prompts_per_update / {name}.num_minibatches / {name}.grad_accum_steps": (
+            g.prompts_per_update // parts
+        ),
+    }
+
+
+def shape_rewards(experience: ScoredCompletions, overlong_buffer: int | None) -> ScoredCompletions:
+    """Adds to rewards what is penalized in the form of the completions, not in their content."""
+    if overlong_buffer is None:
+        return experience
+    mask = experience.completions.present
+    penalty = soft_overlong_penalty(
+        jnp.sum(mask, axis=-1), max_length=mask.shape[-1], buffer=overlong_buffer
+    )
+    # Rewards that are not known are 0, and stay so.
+    reward = experience.reward + jnp.where(experience.valid > 0, penalty, 0.0)
+    return experience._replace(reward=reward)
+
+
+def fixed_labels(name: str, batch_size: int, labels: ScoredCompletions) -> Source:
+    """Returns a source of labelled completions [1, N, 1, ...] that lie on every device."""
+
+    def collect(carry: Carry, constants: Constants) -> Collected:
+        size = constants.data.completions.tokens.shape[1]
+        chosen = epoch_indices(carry.rng, carry.updates, batch_size=batch_size, size=size)
+        batch = jax.tree.map(lambda x: x[:, chosen], constants.data)
+        return Collected(None, batch, carry.rng, {})
+
+    return Source(
+        stream=problem.FIXED_SET, samples_per_update=batch_size, data=labels, collect=collect
+    )
+
+
+class TokenProblem:
+    """A problem of a token policy, see `problem.Problem`; a subclass gives its sources.
+
+    Attributes:
+      config: Of the run.
+      mesh: The devices.
+      model: The policy and its texts.
+      best_metric: The metric by which the best checkpoint is chosen.
+      needs_value_head: A stage of the run uses a value head.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, model: TokenModel, best_metric: str):
+        self.config, self.model, self.best_metric = config, model, best_metric
+        self.mesh = problem.make_mesh(config)
+        self.needs_value_head = any("value_head" in self._needs(name) for name in config.stages)
+        for name in config.stages:
+            self._check_stage(name)
+
+    def _check_stage(self, name: str) -> None:
+        """Raises ValueError for a stage that trains nothing, or a reference that is not there."""
+        shapes = self._shapes()
+        token_models.partition_trainable(
+            {key: x for key, x in shapes.items() if key != "value"},
+            self.config[name].trainable,
+            trains_value_head=False,
+            key=f"{name}.trainable",
+        )
+        decay = self.config[name].get("reference_ema_decay", 1.0)
+        if decay < 1 and "reference" not in self._needs(name):
+            raise ValueError(
+                f"{name}.reference_ema_decay={decay}, but {name}.kl_coef=0 keeps no reference that "
+                "could move; set it to 1, or raise the coefficient."
+            )
+
+    def check_sizes(self, *sizes: Mapping[str, int]) -> None:
+        """Checks that the devices divide the batches of the stages.
+
+        Args:
+          *sizes: Further numbers that they must divide, by their names.
+
+        Raises:
+          ValueError: They do not divide one.
+        """
+        batches = {
+            f"{name}.batch_size": self.config[name].batch_size
+            for name in self.config.stages
+            if "batch_size" in self.config[name]
+        }
+        for each in (batches, *sizes):
+            problem.check_divisible(each, self.mesh.size)
+
+    def _shapes(self) -> Params:
+        """The shapes of the variables of the whole model."""
+        return jax.eval_shape(
+            lambda key: token_models.init_variables(
+                self.config.model, self.model, key, value_head=self.needs_value_head
+            ),
+            jax.random.key(0),
+        )
+
+    def options(self, name: str) -> Any:
+        """Returns the options of a stage's algorithm."""
+        return build(registry.TOKEN[name].options, self.config[name])
+
+    def _needs(self, name: str) -> frozenset[str]:
+        return registry.TOKEN[name].needs(self.options(name))
+
+    def source(self, name: str) -> Source:
+        """Returns the source of the experience that a stage learns from."""
+        raise NotImplementedError
+
+    def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
+        """Returns the evaluation of a stage with these frozen variables."""
+        raise NotImplementedError
+
+    def dependencies(self) -> dict[str, str]:
+        """See `problem.Problem`."""
+        return token_models.dependencies(self.config.model, self.model.texts.tokenizer)
+
+    def partition(self, variables: Params, name: str) -> tuple[Params, Any]:
+        """Returns the variables that a stage trains, and those that it does not."""
+        return token_models.partition_trainable(
+            variables,
+            self.config[name].trainable,
+            trains_value_head="value_head" in self._needs(name),
+            key=f"{name}.trainable",
+        )
+
+    def initial_variables(self) -> Params:
+        """Returns the variables that the first stage begins with; pretrained ones are read."""
+        return token_models.read_variables(
+            self.config.model,
+            self.model,
+            stream(self.config, problem.PARAMETERS),
+            value_head=self.needs_value_head,
+        )
+
+    def stage(self, name: str, /, *, start: Params | None = None) -> Stage:
+        """See `problem.Problem`; `start` are the variables of the whole model."""
+        config, algorithm, options = self.config, registry.TOKEN[name], self.options(name)
+        source = self.source(name)
+        variables = self.initial_variables() if start is None else start
+        trained, frozen = self.partition(variables, name)
+        trained = algorithm.prepare(trained, options)
+        del variables, start
+        optimizer = sources.make_optimizer(config, name, options)
+        replicated = mesh_lib.replicated(self.mesh)
+        constants = Constants(*jax.device_put((frozen, source.data), replicated))
+        policy = dataclasses.replace(self.model.policy, pack_rows=config[name].get("pack_rows"))
+        begin = Start(trained)
+        del trained, frozen
+
+        def init() -> Carry:
+            learner = token_learner.init(
+                begin(),
+                optimizer=optimizer.transformation,
+                with_reference="reference" in self._needs(name),
+            )
+            return sources.fresh_carry(learner, source, stream(config, source.stream))
+
+        def learn(
+            carry: Carry, constants: Constants, collected: Collected
+        ) -> tuple[Carry, Metrics]:
+            learner, metrics = algorithm.update(
+                carry.learner,
+                constants.frozen,
+                collected.batch,
+                collected.key,
+                policy=policy,
+                optimizer=optimizer.transformation,
+                options=options,
+                shard=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
+            )
+            learner = token_learner.move_reference(
+                learner, getattr(options, "reference_ema_decay", 1.0)
+            )
+            metrics |= {"lr": jnp.asarray(optimizer.rate(learner.steps), jnp.float32)}
+            return carry.replace(
+                learner=learner, env_state=collected.env_state, updates=carry.updates + 1
+            ), metrics
+
+        return Stage(
+            **sources.stage_fields(config, name, algorithm, source, self.best_metric),
+            init=init,
+            release=begin.release,
+            update=None if source.collect is None else sources.make_update(source, learn),
+            on_host=None if source.on_host is None else source.on_host(learn),
+            constants=constants,
+            evaluate=self.periodic_evaluation(constants.frozen),
+            shardings=functools.partial(problem.shard_carry, mesh=self.mesh),
+        )
+
+    def variables(self, stage: Stage, learner: TokenState) -> Params:
+        """See `problem.Problem`: the variables of the whole model."""
+        return lora.join(learner.params, stage.constants.frozen)
+
+    def stored(self, name: str) -> dict[str, Any]:
+        """See `problem.Problem`."""
+        return {"params": self.partition(self._shapes(), name)[0]}
+
+    def restored_from(self, name: str) -> tuple[str, ...]:
+        """See `problem.Problem`: a checkpoint holds what its stage has trained."""
+        return tuple(self.config.stages[: self.config.stages.index(name) + 1])
+
+    def restored(self, parts: dict[str, dict[str, Any]]) -> Params:
+        """See `problem.Problem`: the variables of the whole model."""
+        variables = self.initial_variables()
+        for name, stored in parts.items():
+            variables = lora.join(stored["params"], self.partition(variables, name)[1])
+        return variables
+
+    def periodic(
+        self, measure: Callable[[Any, str], dict[str, float]], frozen: Any, split: str
+    ) -> Callable[[TokenState], dict[str, float]]:
+        """Returns the evaluation of a split during a stage: learner -> metrics by logged names.
+
+        Args:
+          measure: (variables, split) -> metrics.
+          frozen: The variables that the stage does not train.
+          split: The split that is evaluated.
+        """
+
+        def evaluate(learner: TokenState) -> dict[str, float]:
+            described = measure(lora.join(learner.params, frozen), split)
+            return {f"eval/{split}/{name}": value for name, value in described.items()}
+
+        return evaluate
+
+    def evaluated_together(self) -> int:
+        """Returns the most prompts that an evaluation completes at once.
+
+        They are as many as the last stage learns from at once: an evaluation then never needs more
+        memory than the updates, however many records it has.
+        """
+        g = self.config[self.config.stages[-1]]
+        return g.get("prompts_per_update") or g.get("num_envs") or g.batch_size

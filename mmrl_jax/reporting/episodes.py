@@ -1,0 +1,58 @@
+"""Episodes of a trained policy as a video and as a strip of frames."""
+
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from mmrl_jax.evaluation import evaluate
+from mmrl_jax.problems import Problem
+from mmrl_jax.reporting import videos
+
+
+def write_episodes(
+    problem: Problem,
+    variables: Any,
+    rng: jax.Array,
+    directory: epath.Path,
+    *,
+    episodes: int = 6,
+    size: int = 160,
+) -> list[epath.Path]:
+    """Writes episodes.mp4, with the instructions as captions, and episode.png, one as a strip.
+
+    Args:
+      problem: One with an environment that can be rendered, on its training split.
+      variables: What the policy acts with.
+      rng: Key of the episodes, which are taken as they come.
+      directory: Gets the files.
+      episodes: Number of episodes.
+      size: Height and width of the frames in pixels.
+
+    Returns:
+      The files.
+
+    Raises:
+      ValueError: The problem has no environment, or one that renders no scene.
+    """
+    env = getattr(problem, "env", None)
+    if env is None or not hasattr(env, "caption"):
+        raise ValueError(
+            f"A run of problem={problem.config.problem!r} on {problem.config.get('env', {})!s} has "
+            "no episodes with an instruction that could be shown."
+        )
+
+    @jax.jit
+    def run(variables: Any, rng: jax.Array) -> tuple:
+        policy = problem.policy(variables)
+        return evaluate.record_video(env, policy, rng, episodes=episodes, height=size, width=size)
+
+    first, frames = jax.device_get(run(variables, rng))
+    captions = [env.caption(jax.tree.map(lambda x, i=i: x[i], first)) for i in range(episodes)]
+    clips = np.swapaxes(frames, 0, 1)
+    video = videos.episodes_video(
+        directory / "episodes.mp4", clips, captions, fps=10, columns=min(3, episodes)
+    )
+    strip = videos.episode_strip(directory / "episode.png", clips[0], captions[0], count=5)
+    return [video, strip]

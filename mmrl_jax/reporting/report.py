@@ -1,0 +1,333 @@
+"""What is drawn of a run and of a study: learning curves, intervals, and a page of sample answers.
+
+matplotlib and PIL are imported inside the functions, so that a training host needs neither until it
+draws.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import html
+import io
+import math
+import os
+import pathlib
+import sys
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.monitoring import metric_definitions, metrics
+from mmrl_jax.reporting.videos import file_path, saved
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.4 sans-serif; margin: 2em; color: #222; }}
+table {{ border-collapse: collapse; }}
+th {{ position: sticky; top: 0; background: #fff; white-space: nowrap; }}
+td, th {{ padding: 6px 16px; border-bottom: 1px solid #ddd; text-align: left; }}
+td.text {{ max-width: 28em; white-space: pre-wrap; overflow-wrap: anywhere; }}
+td.reward, th.reward {{ text-align: right; font-variant-numeric: tabular-nums; }}
+img {{ width: 128px; image-rendering: pixelated; display: block; }}
+.right {{ color: #187a2f; }} .wrong {{ color: #b3261e; }}
+.right::before {{ content: "\\2713\\00a0"; }} .wrong::before {{ content: "\\2717\\00a0"; }}
+</style></head><body><h1>{title}</h1>
+<p>{summary}</p>
+<table><tr><th>picture</th><th>question</th><th>right answer</th><th>answer</th>
+<th class="reward">reward</th></tr>
+{rows}
+</table></body></html>
+"""
+
+# One panel each; a name may hold a `<part>` as in the glossary. Panels without data are left out.
+CURVES: dict[str, tuple[str, ...]] = {
+    "success": ("episode/success", "eval/<split>/success"),
+    "right answers": (
+        "completion/correct",
+        "eval/<split>/accuracy",
+        "eval/<split>/shuffled_image/accuracy",
+    ),
+    "answer length": ("completion/length",),
+    "return": ("episode/return", "eval/<split>/return"),
+    "reward functions": ("eval/<split>/reward/<function>",),
+    "total loss": ("loss/total",),
+    "policy loss": ("loss/policy",),
+    "value loss": ("loss/value",),
+    "cloning loss": ("loss/bc",),
+    "auxiliary loss": ("loss/auxiliary",),
+    "KL per update": ("policy/approx_kl",),
+    "entropy": ("policy/entropy",),
+    "explained variance": ("value/explained_variance",),
+    "gradient norm": ("grad/norm",),
+}
+
+
+@contextlib.contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Makes an error of what only shows a run a message: it must not end the run."""
+    try:
+        yield
+    except Exception as error:
+        print(
+            f"{what} failed, and the run goes on without: {workdir_lib.one_line(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def learning_curves(
+    jsonl_path: str | os.PathLike[str],
+    out_png: str | os.PathLike[str],
+    *,
+    x: str = "progress/env_steps",
+) -> pathlib.Path | epath.Path:
+    """Draws small multiples of what a run logged.
+
+    Args:
+        jsonl_path: `metrics.jsonl` of a run.
+        out_png: Picture to write; its directory is made if absent.
+        x: Name of the horizontal axis, or "step". Where the file does not have it, "step". A line
+            without it gets the value of the last line that had it, so an evaluation written by
+            itself still lands in its place.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: The file has no line, or none of the names in `CURVES`.
+    """
+    rows = metrics.read_jsonl(jsonl_path)
+    if not rows:
+        raise ValueError(f"{jsonl_path} has no line: give the metrics.jsonl of a run that began.")
+    if not any(x in row for row in rows):
+        x = "step"
+    panels = {title: _series(rows, x, names) for title, names in CURVES.items()}
+    panels = {title: series for title, series in panels.items() if series}
+    if not panels:
+        raise ValueError(f"{jsonl_path} has none of the metrics that learning curves show.")
+
+    # The figure is made without pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    label = "step" if x == "step" else metric_definitions.lookup(x).meaning.lower()
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
+        for name, (across, values) in series.items():
+            _draw_curve(axis, across, values, name)
+        unit = metric_definitions.lookup(next(iter(series))).unit
+        axis.set_title(title if unit == "1" else f"{title} ({unit})", fontsize=10)
+        axis.set_xlabel(label, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if unit == "fraction":
+            axis.set_ylim(-0.03, 1.03)
+        if len(series) > 1:
+            axis.legend(fontsize=7)
+    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
+
+
+def stage_curves(
+    lines: Mapping[str, Sequence[str | os.PathLike[str]]],
+    out_png: str | os.PathLike[str],
+    *,
+    metric: str,
+) -> pathlib.Path | epath.Path:
+    """Draws one metric over the time of the updates, of stages that follow each other.
+
+    Args:
+        lines: Label to the workdirs of a stage and of those before it, the earliest first. The last
+            one's values are drawn, to the right of the time that the others took, from where
+            the one before it ended.
+        out_png: Picture to write; its directory is made if absent.
+        metric: Name of the metric; where `<metric>_lo` and `<metric>_hi` were logged too, they are
+            drawn as a band.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: A stage logged no value of the metric.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    wanted = (metric, f"{metric}_lo", f"{metric}_hi")
+    for label, workdirs in lines.items():
+        before_s, points = 0.0, np.empty((0, 4))
+        for workdir in workdirs:
+            rows = metrics.read_jsonl(workdir_lib.as_path(workdir) / metrics.JSONL_NAME)
+            found = [
+                (before_s + row["time/wall_s"], *(row.get(name, row[metric]) for name in wanted))
+                for row in rows
+                if row.get(metric) is not None
+            ]
+            if not found:
+                raise ValueError(f"{workdir} logged no {metric}: nothing to draw for '{label}'.")
+            points = np.concatenate([points[-1:], np.array(found, float)])
+            before_s += rows[-1]["time/wall_s"]
+        minutes, middle, low, high = points.T
+        (line,) = axis.plot(minutes / 60, middle, label=label, marker="o", markersize=3)
+        axis.fill_between(minutes / 60, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axis.set_xlabel("time of the updates (minutes)")
+    axis.set_ylabel(metric)
+    if metric_definitions.lookup(metric).unit == "fraction":
+        axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
+
+
+def study_figure(
+    intervals: Mapping[str, tuple[float, float, float]],
+    scores: Mapping[str, Sequence[float]],
+    out_png: str | os.PathLike[str],
+    *,
+    metric: str,
+) -> pathlib.Path | epath.Path:
+    """Draws a study: each variant's interval, and the fraction of its runs above every score.
+
+    Args:
+        intervals: Variant -> (interquartile mean, low, high).
+        scores: Variant -> one score for each run.
+        out_png: Picture to write; its directory is made if absent.
+        metric: What the scores are, for the axes.
+
+    Returns:
+        The path written.
+
+    Source: performance profiles are those of Agarwal et al., NeurIPS 2021, section 4.2.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.5 + 0.5 * max(4, len(intervals))), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for i, (variant, (mean, low, high)) in enumerate(intervals.items()):
+        color = f"C{i}"
+        left.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=color)
+        runs = np.sort(np.asarray(scores[variant], float))
+        above = 1 - np.arange(len(runs) + 1) / len(runs)
+        right.stairs(
+            above,
+            [min(0.0, runs[0]), *runs, max(1.0, runs[-1])],
+            baseline=None,
+            color=color,
+            label=variant,
+        )
+    left.set_yticks(range(len(intervals)), intervals)
+    left.invert_yaxis()
+    left.set_xlabel(f"{metric}, IQM with 95 % interval")
+    left.grid(axis="x", alpha=0.3)
+    right.set_xlabel(f"score in {metric}")
+    right.set_ylabel("fraction of runs above it")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
+    right.grid(alpha=0.3)
+    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
+
+
+def _series(
+    rows: Sequence[dict[str, Any]], x: str, patterns: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns {name: (x values, y values)} of the names that match, in the order of patterns."""
+    names = [
+        name
+        for pattern in patterns
+        for name in dict.fromkeys(key for row in rows for key in row)
+        if metric_definitions.matches(pattern, name)
+    ]
+    series = {}
+    for name in names:
+        last, points = 0.0, []
+        for row in rows:
+            last = row.get(x, last)
+            if row.get(name) is not None:
+                points.append((last, row[name]))
+        if points:
+            across, values = np.array(points, float).T
+            series[name] = (across, values)
+    return series
+
+
+def _draw_curve(axis: Any, across: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Draws the values, and over a long noisy curve its centered running mean."""
+    window = len(values) // 20
+    if window < 2:
+        axis.plot(across, values, label=name, linewidth=1.2, marker="." if len(values) < 9 else "")
+        return
+    (line,) = axis.plot(across, values, linewidth=0.6, alpha=0.35)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    start = window // 2
+    axis.plot(
+        across[start : start + len(mean)], mean, label=name, linewidth=1.4, color=line.get_color()
+    )
+
+
+def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title: str) -> None:
+    """Writes a page of questions with their pictures, right and given answers and rewards.
+
+    The pictures are inside the page, so that it can be copied by itself.
+
+    Args:
+        path: HTML file to write.
+        samples: its rows.
+        title: of the page.
+    """
+    rows = "\n".join(
+        "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td class='text'>{}</td>"
+        "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{}</td></tr>"
+        "".format(
+            _png(sample.image),
+            html.escape(sample.question),
+            html.escape(sample.right),
+            {True: "right", False: "wrong", None: ""}[sample.correct],
+            html.escape(sample.answer) or "(nothing)",
+            f"{sample.reward:.2f}" if math.isfinite(sample.reward) else "none",
+        )
+        for sample in samples
+    )
+    page = _PAGE.format(title=html.escape(title), summary=_summary(samples), rows=rows)
+
+    def write(place: pathlib.Path) -> None:
+        place.write_text(page, encoding="utf-8")
+
+    saved(file_path(path), write)
+
+
+def _summary(samples: Sequence[Sample]) -> str:
+    """How many samples are right where the task says so, and their mean reward."""
+    rewards = [sample.reward for sample in samples if math.isfinite(sample.reward)]
+    texts = []
+    if any(sample.correct is not None for sample in samples):
+        right = sum(sample.correct is True for sample in samples)
+        texts.append(
+            f"{right} of {len(samples)} answers are right (&#10003;); the others are marked "
+            "&#10007;."
+        )
+    if rewards:
+        texts.append(f"The mean reward of {len(rewards)} answers is {np.mean(rewards):.2f}.")
+    if len(rewards) < len(samples):
+        texts.append(f"{len(samples) - len(rewards)} have none, for their reward function failed.")
+    return " ".join(texts)
+
+
+def _png(image: np.ndarray) -> str:
+    """A picture uint8 [H, W, 3] as base64 of a PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()

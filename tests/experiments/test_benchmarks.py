@@ -1,0 +1,136 @@
+"""experiments.benchmark: every suite runs and writes its rows, at a tiny size and at its own."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from experiments import benchmark
+from experiments.benchmarks import (
+    generate,
+    grpo,
+    logprobs,
+    model,
+    packing,
+    ppo_vs_brax,
+    render,
+)
+from mmrl_jax.configs import mlp_ppo, reach_ppo
+from mmrl_jax.models.language import LanguageModel, Rope
+from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.pretrained import bundled_weights
+from tests import tiny
+
+
+def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--suite=generate needs torch.*'\.\[parity\]'"):
+        benchmark.benchmark("generate", tmp_path, runs=1)
+
+
+def tiny_llama(directory: pathlib.Path) -> pathlib.Path:
+    """A random Llama of one layer with SmolLM2's tokenizer, in the format of the hub."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_weights.smollm2())
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def of_render(patch, _):
+    patch.setattr(render, "BATCH", 2)
+    patch.setattr(render, "mujoco", lambda size: None)
+
+
+def of_model(patch, _):
+    patch.setattr(reach_ppo, "get_config", tiny.config)
+    patch.setattr(model, "BATCH", 2)
+    patch.setattr(model, "SIZES", {"ViT-S/16": (16, 1, 2, 1)})
+
+
+def of_loop(patch, _):
+    patch.setattr(reach_ppo, "get_config", tiny.config)
+
+
+def of_generate(patch, tmp_path):
+    small = tiny_llama(tmp_path / "model")
+    patch.setattr(bundled_weights, "smollm2", lambda: small)
+    patch.setattr(generate, "BATCHES", (2,))
+    patch.setattr(generate, "LENGTH", 2)
+    patch.setattr(generate, "PEERS", {"growing cache": {}})
+
+
+def of_logprobs(patch, _):
+    patch.setattr(logprobs, "TOKENS", 8)
+    patch.setattr(logprobs, "WIDTH", 8)
+    patch.setattr(logprobs, "VOCABULARIES", (64,))
+
+
+def of_grpo(patch, tmp_path):
+    small = tiny_llama(tmp_path / "model")
+    job = grpo.Job("tiny", small, questions=1, length=4)
+    patch.setattr(grpo, "jobs", lambda directory: (job,))
+    patch.setattr(grpo, "apart", grpo.peak)  # No process of its own, which starts for long.
+
+
+def of_packing(patch, _):
+    block = BlockSpec(heads=2, hidden=16, norm="rms", activation="silu", gated=True, biases=())
+    small = LanguageModel(64, 16, layers=1, block=block, ropes=(Rope(10_000.0, 8),))
+    patch.setattr(packing, "MODEL", small)
+    patch.setattr(packing, "VOCABULARY", 64)
+    patch.setattr(packing, "QUESTIONS", 1)
+
+
+def of_ppo_vs_brax(patch, _):
+    patch.setattr(mlp_ppo, "get_config", lambda _: tiny.config("mlp_ppo", **tiny.FAST))
+    patch.setattr(ppo_vs_brax, "ENVIRONMENTS", {"fast": None})
+    patch.setattr(ppo_vs_brax, "NUM_ENVS", 8)
+    patch.setattr(ppo_vs_brax, "UPDATES", 1)
+
+
+SHRUNK = {
+    "ppo_vs_brax": of_ppo_vs_brax,
+    "render": of_render,
+    "model": of_model,
+    "loop": of_loop,
+    "generate": of_generate,
+    "logprobs": of_logprobs,
+    "grpo": of_grpo,
+    "packing": of_packing,
+}
+
+
+def check(suite, directory, capsys):
+    rows = benchmark.benchmark(suite, directory, runs=1)
+    written = json.loads((directory / f"{suite}.json").read_text())
+    names = {"name", "ours", "peer", "ratio", "unit", "runs", "hardware"}
+    assert rows and all(set(row) == names for row in written)
+    assert str(directory / f"{suite}.json") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite", benchmark.SUITES)
+def test_every_suite_runs_at_a_tiny_size(suite, tmp_path, monkeypatch, capsys):
+    SHRUNK[suite](monkeypatch, tmp_path)
+    check(suite, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("suite", benchmark.SUITES)
+@pytest.mark.slow
+def test_every_suite_runs_and_writes_its_rows(suite, tmp_path, capsys):
+    check(suite, tmp_path, capsys)

@@ -1,0 +1,217 @@
+"""The scripts of experiments/, end to end at a tiny size."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+from experiments import quickstart
+from mmrl_jax import config as config_lib
+from mmrl_jax import envs, problems, runs
+from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.commands import common, evaluate, train
+from mmrl_jax.evaluation import evaluate as evaluation_lib
+from mmrl_jax.training import checkpoint, loop
+from tests import tiny
+
+SPLITS = envs.splits("language_reach")[:2]  # Each compiles a reset of its own.
+MODALITIES = ("pixels", "instruction", "proprio")
+ENDS = ("", "_lo", "_hi")
+pytestmark = pytest.mark.timeout(900)  # Where nothing is cached, the first compiles for minutes.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, summary, how often an evaluation was traced) of one quickstart."""
+    workdir = tmp_path_factory.mktemp("quickstart")
+    traced = []
+    evaluation = evaluation_lib.evaluate
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return evaluation(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_lib, "evaluate", counted)
+        patch.setattr(envs, "splits", lambda name: SPLITS)
+        problem = problems.make(tiny.config())
+        with runs.claim(problem, workdir):
+            summary = quickstart.quickstart(problem, workdir)
+    return workdir, summary, len(traced)
+
+
+def test_quickstart_writes_every_number(finished):
+    workdir, summary, traced = finished
+    measured = [
+        "expert/train",
+        "chance/train/random_object",
+        "chance/train/fixed_object",
+        *(f"warm_start/{split}" for split in SPLITS),
+        "more_cloning/train",
+        *(f"final/{split}" for split in SPLITS),
+        "final/train/shuffled_pixels",
+        "final/train/shuffled_instruction",
+    ]
+    stages = ("warm_start", "ppo", "more_cloning")
+    times = {"wall_s", "compile_s", *(f"{stage}/wall_s" for stage in stages)}
+    expected = {f"{name}/success{end}" for name in measured for end in ENDS} | times
+    assert set(summary) == expected | {"env_steps", "env_steps_per_s"}
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    for name in measured:
+        value, low, high = (summary[f"{name}/success{end}"] for end in ENDS)
+        assert 0 <= low <= value <= high <= 1
+    assert summary["wall_s"] > summary["compile_s"] + sum(summary[f"{s}/wall_s"] for s in stages)
+    assert summary["env_steps_per_s"] == summary["env_steps"] / summary["ppo/wall_s"]
+    # 4 updates of 4 steps, which are one episode of 16, in 8 environments: none only reset.
+    assert summary["env_steps"] == 128
+    # One program during each stage, one for all learners at the end, one for scripted policies.
+    assert traced == 3 + 2
+
+
+def test_quickstart_draws_every_picture(finished):
+    workdir = finished[0]
+    places = (workdir, workdir / "bc", workdir / "more_cloning")
+    curves = [place / "learning_curves.png" for place in places]
+    for path in (*curves, workdir / "success.png", workdir / "episode.png"):
+        assert path.stat().st_size > 1000
+    assert (workdir / "episodes.mp4").exists() or (workdir / "episodes.gif").exists()
+
+
+def test_quickstart_again_trains_nothing(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "again"
+    shutil.copytree(finished[0], workdir)
+    before = {p: p.read_bytes() for p in workdir.rglob("metrics.jsonl")}
+    for name in ("evaluate_scripted", "evaluate_stages"):
+        monkeypatch.setattr(quickstart, name, lambda *_: None)
+    monkeypatch.setattr(loop, "make_dispatch", lambda *_: pytest.fail("a dispatch was made"))
+    # The numbers are safe before a picture is drawn.
+    (workdir / "summary.json").unlink()
+    written = []
+
+    def record_video(*_, **__) -> list:
+        written.append(json.loads((workdir / "summary.json").read_text()))
+        return []
+
+    monkeypatch.setattr(quickstart, "write_episodes", record_video)
+    trained = runs.train(tiny.config(), workdir)
+    monkeypatch.setattr(runs, "train_stages", lambda *_: trained)
+    problem = problems.make(tiny.config())
+    summary = quickstart.quickstart(problem, workdir)
+    assert written == [summary]
+    same = ("env_steps", "compile_s", "warm_start/wall_s", "ppo/wall_s", "more_cloning/wall_s")
+    assert {name: summary[name] for name in same} == {name: finished[1][name] for name in same}
+    # The times of the process before are not lost.
+    assert summary["wall_s"] > sum(summary[name] for name in same[1:])
+    assert {p: p.read_bytes() for p in before} == before
+    # A signal in the last stage, even at its end, stops all that would follow.
+    run = loop.run
+    monkeypatch.setattr(
+        loop, "run", lambda *a, **k: dataclasses.replace(run(*a, **k), interrupted=True)
+    )
+    assert quickstart.quickstart(problem, workdir) is None and len(written) == 1
+
+
+def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0] / "bc", workdir)
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    config.mesh.data = 64
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    chosen = {"workdir": str(workdir), "episodes": 4, "split": "train", "which": "best"}
+    chosen |= {"trust_modules": False, "accept_changes": [], "video": False}
+
+    def table(**changes) -> dict:
+        monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**(chosen | changes)))
+        evaluate.main(["evaluate"])
+        return json.loads((workdir / "evaluation.json").read_text())
+
+    first = table()
+    rows = ("train", *(f"train/shuffled_{modality}" for modality in MODALITIES))
+    names = {f"{name}{end}" for name in ("success", "return") for end in ENDS}
+    names |= {"length", "checkpoint", "episodes"}
+    assert set(first) == {f"{row}/{name}" for row in rows for name in names}
+    assert first["train/checkpoint"] in checkpoint.saved_steps(workdir)
+    assert "train                    shuffled_pixels      success" in capsys.readouterr().out
+    # Another call adds to it.
+    other = SPLITS[1]
+    both = table(split=other, which="4")
+    assert both.items() > first.items() and both[f"{other}/checkpoint"] == 4
+    for changes, message in (
+        ({"split": "tran"}, "--split='tran' is unknown"),
+        ({"which": "3"}, r"No checkpoint 3 in .* there are"),
+        ({"which": "newest"}, "which is 'newest'"),
+        ({"workdir": str(tmp_path)}, "holds no run"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            table(**changes)
+    # A config that this version does not know is named, instead of failing somewhere below.
+    stored = json.loads(config_lib.to_json(config))
+    stored["ppo"]["clpi"] = stored["ppo"].pop("clip")
+    (workdir / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="error: Unknown config key 'ppo.clpi'"):
+        table()
+
+
+def train_main(monkeypatch, config, workdir) -> None:
+    flags = types.SimpleNamespace(config=config, workdir=str(workdir), accept_changes=[])
+    monkeypatch.setattr(train, "FLAGS", flags)
+    train.main(["train"])
+
+
+@pytest.mark.parametrize("error", common.FAILURES)
+def test_failures_of_a_run_are_errors_without_a_stack(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error("what happened")
+
+    monkeypatch.setattr(runs, "train_stages", fail)
+    with pytest.raises(SystemExit, match="error: what happened"):
+        train_main(monkeypatch, tiny.config(), tmp_path)
+
+
+def test_only_the_check_of_the_config_may_hide_a_stack(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: .*ppo\.num_minibatches=5"):
+        train_main(monkeypatch, tiny.config(ppo__num_minibatches=5), tmp_path / "a")
+    # Another config's workdir, with a checkpoint.
+    workdir_lib.claim_workdir(tmp_path / "b", tiny.config(ppo__clip=0.1))
+    (tmp_path / "b" / workdir_lib.CHECKPOINTS / "1").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"error: .*belongs to a run of another config"):
+        train_main(monkeypatch, tiny.config(), tmp_path / "b")
+
+    def fail(*_, **__):
+        raise ValueError("a fault of the code")
+
+    monkeypatch.setattr(runs, "train_stages", fail)
+    with pytest.raises(ValueError, match="a fault of the code"):
+        train_main(monkeypatch, tiny.config(), tmp_path / "c")
+
+
+COMMANDS = {"train": "mmrl-train", "evaluate": "mmrl-evaluate"}
+
+
+def shown_help(script, *arguments):
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "-m", f"experiments.{script}", *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    return done
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "quickstart"])
+def test_help(script):
+    text = shown_help(script).stdout
+    assert COMMANDS.get(script, f"python -m experiments.{script}") in text and "--workdir:" in text
+
+
+@pytest.mark.parametrize("name", ["reach_ppo", "count_grpo"])
+def test_help_with_a_config_lists_its_keys(name):
+    done = shown_help("train", f"--config={name}")
+    assert done.returncode == 0 and "mmrl-train" in done.stdout
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line[:1].strip()}
+    keys = set(config_lib.flatten(runs.get_config(name)))
+    options = {key for key in keys if key.startswith("env.options.")}
+    assert listed >= keys - options | ({"env.options"} if options else set())

@@ -1,0 +1,538 @@
+"""RL on questions from a folder by a user's reward functions: runs, resuming, what fails."""
+
+import itertools
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from mmrl_jax import problems, runs
+from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.commands import common
+from mmrl_jax.commands.evaluate import evaluate
+from mmrl_jax.configs import folder_grpo
+from mmrl_jax.evaluation.rewards import describe
+from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy
+from mmrl_jax.monitoring import metrics
+from mmrl_jax.problems import dataset as dataset_lib
+from mmrl_jax.problems import host_rewards, token_problem
+from mmrl_jax.problems.host_rewards import Scorer
+from mmrl_jax.rl import group_advantages
+from mmrl_jax.rollouts.generate import Completions
+from mmrl_jax.tasks import folder as folder_lib
+from mmrl_jax.tasks.rewards import NoRewards, Rewards
+from mmrl_jax.training import loop
+from tests import processors, tiny
+from tests.tasks.test_folder import color, folder
+
+LENGTH, HALF, NEVER = (
+    f"tests.reward_functions:{name}" for name in ("length", "at_odd_levels", "never")
+)
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
+    """The public config at a size that trains in seconds, with changes as group__field=value."""
+    model = processors.save_decoder(tmp_path_factory.mktemp("llama"))
+    pictures = folder(tmp_path_factory.mktemp("pictures"), count=10)
+
+    def make(stages=("grpo",), **changes):
+        every = {"num_updates": 4, "eval_interval": 2, "checkpoint_interval": 1}
+        sampled = every | {
+            "prompts_per_update": 4,
+            "num_completions": 4,
+            "num_minibatches": 1,
+            "grad_accum_steps": 1,
+            "optimizer": {"schedule": "constant", "learning_rate": 1e-2},
+        }
+        small = {
+            "mesh": {"data": 1},
+            "dataset": {
+                "directory": str(pictures),
+                "height": 16,
+                "width": 16,
+                "resize": "stretch",
+                "prompt_tokens": 64,
+                "completion_tokens": 4,
+                "validation_size": 2,
+                "test_size": 2,
+            },
+            "rewards": {
+                "functions": (LENGTH,),
+                "weights": (0.5,),
+                "workers": 1,
+                "timeout_s": 60.0,
+            },
+            "model": {
+                "checkpoint": str(model),
+                "width": 16,
+                "heads": 2,
+                "patch_hidden": 16,
+                "vision_layers": 0,
+                "dtype": "float32",
+                "remat": False,
+            },
+            "sft": every,
+            **dict.fromkeys(("grpo", "dpo", "ppo"), sampled),
+        }
+        return problems.complete(
+            folder_grpo.CONFIG, small, {"stages": stages}, tiny.nested(changes, stages)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(make_config, tmp_path_factory):
+    """A run, and its folder."""
+    workdir = tmp_path_factory.mktemp("run")
+    return runs.train(make_config(), workdir), workdir
+
+
+def open_split(config):
+    return problems.make(config).records
+
+
+def rows(workdir):
+    return metrics.read_jsonl(workdir / metrics.JSONL_NAME)
+
+
+def bitwise_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def differ(a, b):
+    return any(np.any(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def largest_change(a, b):
+    """Of the tokens' table."""
+    a, b = (np.asarray(x["params"]["language"]["table"]) for x in (a, b))
+    return np.abs(a - b).max()
+
+
+def test_a_run_trains_on_what_the_function_returns(run, make_config):
+    trained, workdir = run
+    assert [(name, x.updates) for name, x in trained.results.items()] == [("grpo", 4)]
+    assert isinstance(trained.problem, dataset_lib.Dataset)
+    logged = rows(workdir)
+    longest = max(map(len, trained.problem.chat.tokenizer.get_vocab()))
+    assert [row["step"] for row in logged] == [1, 2, 3, 4]
+    for row in logged:
+        assert np.isfinite(row["loss/total"]) and row["optimizer/skipped_steps"] == 0
+        assert row["completion/unscored"] == 0 and 0 <= row["completion/truncated_fraction"] <= 1
+        # The reward is half the number of letters; of an answer's four tokens each may be special,
+        # and is then shown as it is written.
+        assert (
+            0 < row["completion/reward"] <= 4 * longest / 2 and 1 <= row["completion/length"] <= 4
+        )
+    # Of the functions' results, one for each record, their weights make the return.
+    for row in logged[1::2]:
+        part = row[f"eval/validation/reward/{LENGTH}"]
+        assert 0 < part <= 4 * longest and row["eval/validation/return"] == pytest.approx(
+            0.5 * part
+        )
+        assert row["eval/validation/failed_fraction"] == 0
+    assert "eval/validation/return" in logged[1] and "eval/validation/return" not in logged[0]
+    assert logged[-1]["eval/validation/return_lo"] <= logged[-1]["eval/validation/return_hi"]
+    # What is reported is the test split, which is not what chose a checkpoint.
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert [name for name in summary if name.startswith("final/")] == [
+        "final/test/return", "final/test/return_lo", "final/test/return_hi",
+        "final/test/failed_fraction",
+    ]  # fmt: skip
+    assert not any(name.startswith("eval/test/") for row in logged for name in row)
+    shown, tested = trained.problem.samples(trained.variables, 24)
+    assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
+    assert trained.tested == tested and tested["eval/test/return"] == summary["final/test/return"]
+    test = trained.problem.records.test
+    assert {sample.question for sample in shown} == set(test.read(range(2)).prompts)
+
+
+def test_a_stopped_run_goes_on_to_bitwise_the_same(run, make_config, tmp_path):
+    whole, workdir = run
+    half = runs.train(make_config(last__num_updates=2), tmp_path)
+    assert half.last.updates == 2
+    # Three updates a dispatch, of which two are left.
+    parts = runs.train(make_config(last__updates_per_dispatch=3), tmp_path)
+    bitwise_equal(whole.last.carry, parts.last.carry)
+    assert differ(half.last.carry.learner.params, parts.last.carry.learner.params)
+    mean = np.mean([row["completion/reward"] for row in rows(workdir)[2:]])
+    assert rows(tmp_path)[-1]["completion/reward"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
+def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
+    config = make_config(
+        stages=(algorithm,), last__num_updates=1, last__mask_truncated_completions=True
+    )
+    trained = runs.train(config, tmp_path)
+    (row,) = rows(tmp_path)
+    assert trained.last.updates == 1 and np.isfinite(row["loss/total"])
+    # The first answers are those of GRPO: by then only the learners differ.
+    assert row["completion/reward"] == rows(run[1])[0]["completion/reward"]
+
+
+def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_path, monkeypatch):
+    given = []
+
+    def spy(*arguments, labelled=ScoredCompletions.labelled):
+        given.append(labelled(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(ScoredCompletions, "labelled", spy)
+    config = make_config(
+        ("sft", "grpo"), sft__num_updates=30, sft__updates_per_dispatch=30, sft__batch_size=8,
+        sft__optimizer__learning_rate=1e-2, sft__trainable=".*", last__trainable=".*",
+        last__num_updates=1,
+    )  # fmt: skip
+    trained = runs.train(config, tmp_path)
+    assert [result.updates for result in trained.results.values()] == [30, 1]
+    # A batch of 8 of the 6 records: an epoch, and the beginning of the next one.
+    labels = jax.tree.map(lambda x: x[0], jax.device_get(given[0]))
+    asked, tokens, present = labels.prompt, *(x[:, 0] for x in labels.completions[::2])
+    chat, train_records = trained.problem.chat, trained.problem.records.train
+    numbers = train_records.batched(8).batch(0).records
+    assert set(numbers[:6]) == set(range(6)) and len(tokens) == 8
+    for row, number in enumerate(numbers):
+        i = int(train_records.names[number].split(":")[1]) - 1  # Record i is line i + 1.
+        question = chat.prompt(f"which of {i} ?", images=4)
+        np.testing.assert_array_equal(asked.tokens[row][asked.present[row]], question)
+        np.testing.assert_array_equal(tokens[row][present[row]], chat.answer(str(i)))
+        np.testing.assert_array_equal(asked.images[row, 0, 0], color(i))
+    # Random guesses among 400 tokens cost 6 nats; a digit and the stop token are soon learned.
+    (row,) = rows(tmp_path / "sft")
+    assert row["loss/sft"] < 4
+    # RL begins with what was learned, and both can be evaluated from what was stored.
+    before = runs.load(tmp_path / "sft", trust_modules=True).variables
+    after, fresh = trained.variables, trained.problem.initial_variables()
+    assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh) > 0.05
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<img") == 2 and "mean reward of 2 answers" in page
+    for place in (tmp_path, tmp_path / "sft"):
+        variables = runs.load(place, trust_modules=True).variables
+        found = evaluate(place, which="latest", split="all", episodes=None, trust_modules=True)
+        shown, _ = trained.problem.samples(variables, 24)
+        assert found["test/return"] == np.mean([sample.reward for sample in shown])
+        assert found["test/episodes"] == found["validation/episodes"] == 2
+        assert found["test/failed_fraction"] == found["validation/failed_fraction"] == 0
+        assert [2 * sample.reward for sample in shown] == [len(sample.answer) for sample in shown]
+        tested = trained.problem.records.test.read(range(2))
+        assert tuple(sample.question for sample in shown) == tested.prompts
+        assert tuple(sample.right for sample in shown) == tested.answers
+    with pytest.raises(ValueError, match="3 episodes, but split 'validation' has 2 records"):
+        evaluate(place, which="latest", split="all", episodes=3, trust_modules=True)
+
+
+def test_fine_tuning_reads_a_batch_at_a_time_and_goes_on_bitwise(make_config, tmp_path):
+    changes = {"stages": ("sft",), "sft__num_updates": 4, "sft__batch_size": 2,
+               "sft__updates_per_dispatch": 1, "sft__checkpoint_interval": 1}  # fmt: skip
+    config, largest = make_config(**changes), []
+    original, before = folder_lib.Records.read, jax.live_arrays()
+
+    def read(self, numbers):
+        others = {id(x) for x in before}
+        live = [x for x in jax.live_arrays() if x.shape[1:] == (16, 16, 3) and id(x) not in others]
+        largest.append((len(numbers), sum(len(x) for x in live)))
+        return original(self, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_lib.Records, "read", read)
+        whole = runs.train(config, tmp_path / "whole")
+    # Held-out records are 2 too. On the device there are the batch and the one that is read ahead.
+    assert {count for count, _ in largest} == {2} and max(live for _, live in largest) <= 4
+    runs.train(make_config(**changes | {"sft__num_updates": 2}), tmp_path / "half")
+    parts = runs.train(config, tmp_path / "half")
+    bitwise_equal(whole.last.carry, parts.last.carry)
+
+
+def test_held_out_records_are_answered_in_chunks(make_config, monkeypatch):
+    shown, answer, asked = [], TokenPolicy.answer, []
+
+    def counted(self, params, frozen, question, *args, **kwargs):
+        asked.append(len(question.tokens))
+        return answer(self, params, frozen, question, *args, **kwargs)
+
+    monkeypatch.setattr(TokenPolicy, "answer", counted)
+    for together in (4, 2):
+        folder_problem = problems.make(
+            make_config(dataset__test_size=3, last__prompts_per_update=together)
+        )
+        shown.append(folder_problem.samples(folder_problem.initial_variables(), 24)[0])
+        assert len(shown[-1]) == 3
+    assert asked == [3, 2]  # Of the three, two and one that is filled up.
+    for one, other in zip(*shown, strict=True):
+        assert one[1:] == other[1:]
+        np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path, capfd):
+    seen = []
+
+    def spy(reward, scored):
+        jax.debug.callback(lambda *x: seen.append(x), reward, scored)
+        return group_advantages.standardized(reward, scored)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(group_advantages.ESTIMATORS, "standardised", spy)
+        config = make_config(
+            rewards__functions=(LENGTH, HALF),
+            rewards__weights=(1.0, 1.0),
+            last__num_updates=2,
+            dataset__test_size=3,
+        )
+        trained = runs.train(config, tmp_path)
+    assert trained.last.updates == 2 and len(seen) == 2
+    split = open_split(config)
+    for update, (reward, scored) in enumerate(seen):
+        batch = split.train.batch(update)
+        level = np.array([columns["level"] for columns in batch.columns])
+        np.testing.assert_array_equal(scored, np.repeat(level[:, None], 4, axis=1))
+        assert np.all(np.asarray(reward)[level == 0] == 0)
+        row = rows(tmp_path)[update]
+        assert (
+            row["completion/unscored"] == np.mean(level == 0)
+            and row["optimizer/skipped_steps"] == 0
+        )
+        # One of the two functions fails there.
+        assert row["reward/failed"] == np.mean(level == 0) / 2
+    assert {0 < row["completion/unscored"] < 1 for row in rows(tmp_path)} == {True}
+    # An evaluation counts every record, and a mean over half of them is not reported.
+    row, summary = rows(tmp_path)[-1], json.loads((tmp_path / "summary.json").read_text())
+    for name, part, found in (
+        ("validation", split.validation, {k.removeprefix("eval/"): x for k, x in row.items()}),
+        ("test", split.test, {k.removeprefix("final/"): x for k, x in summary.items()}),
+    ):
+        columns = part.read(range(len(part))).columns
+        failed = np.mean([x["level"] == 0 for x in columns])
+        assert found[f"{name}/failed_fraction"] == pytest.approx(failed) and 0.1 < failed
+        assert found[f"{name}/return"] is None and found[f"{name}/return_lo"] is None
+    assert row[f"eval/validation/reward/{HALF}"] is None
+    assert row[f"eval/validation/reward/{LENGTH}"] >= 0
+    with pytest.raises(ValueError, match="has a score"):
+        runs.load(tmp_path, which="best", trust_modules=True)
+    # One line for one reason, with who and why; once more when held-out samples are written.
+    told = capfd.readouterr().err.splitlines()
+    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in told) == 2
+    line, *_ = lines = [x for x in told if x.startswith("No reward")]
+    assert len(lines) <= 2
+    assert "answer to metadata.jsonl:" in line and "KeyError: 'no such level'" in line
+    assert HALF in line
+
+
+def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(make_config):
+    questions, given = problems.make(make_config()), []
+    records, chat = questions.records.train, questions.chat
+
+    def pool(*arguments, allow_none):
+        assert not allow_none
+        given.append(arguments)
+        return Rewards(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), {}, ())
+
+    two = chat.answer("2")[0]
+    tokens = np.array([[[two, chat.stop, two], [two, chat.pad, two]]] * 4)
+    present = np.array([[[True, True, False], [True, False, False]]] * 4)
+    finished = np.array([[True, False]] * 4)
+    batch = records.batch(0)
+    answers = Completions(tokens, np.zeros(tokens.shape), present, finished)
+    scored = Scorer(pool, chat)(records, batch, answers)
+    assert scored.completions == [["2", "2"]] * 4
+    ((prompts, completions, right, columns, ended),) = given
+    assert completions == scored.completions
+    assert (prompts, right, columns) == (batch.prompts, batch.answers, batch.columns)
+    np.testing.assert_array_equal(ended, finished)
+
+
+def test_functions_that_always_fail_stop_the_run_before_it_compiles(
+    make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(token_problem, "Stage", None)  # Nothing is built.
+    config = make_config(rewards__functions=(NEVER,))
+    # Called for the right answers to the first four questions.
+    with pytest.raises(NoRewards, match=r"None of 4 samples(.|\n)*never\(\).*ZeroDivisionError"):
+        runs.train(config, tmp_path)
+    assert not (tmp_path / metrics.JSONL_NAME).exists() and NoRewards in common.FAILURES
+
+
+def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):
+    answer, advantage, traced, made = TokenPolicy.answer, group_advantages.standardized, [], []
+    # A clock of which tracing takes 100 s, and everything else next to nothing.
+    ticks = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: 100 * len(traced) + 1e-3 * next(ticks))
+    monkeypatch.setattr(loop, "time", clock)
+
+    def slow_answer(self, *args, **kwargs):
+        if kwargs["group"] > 1:  # Evaluations ask once.
+            traced.append("answer")
+        return answer(self, *args, **kwargs)
+
+    def slow_advantage(*args):
+        traced.append("learn")
+        return advantage(*args)
+
+    def spy(*args):
+        made.append(loop.HostUpdate(*args))
+        return made[-1]
+
+    monkeypatch.setattr(TokenPolicy, "answer", slow_answer)
+    monkeypatch.setitem(group_advantages.ESTIMATORS, "standardised", slow_advantage)
+    monkeypatch.setattr(dataset_lib, "HostUpdate", spy)
+    # The second dispatch is of another size, and shares the programs.
+    config = make_config(last__num_updates=3, last__updates_per_dispatch=2)
+    counters = runs.train(config, tmp_path).last.counters
+    assert traced == ["answer", "learn"] and len(made) == 1
+    assert 0 < counters.wall_s < 1 and 200 < counters.compile_s < 201
+    first = rows(tmp_path)[0]
+    assert first["time/wall_s"] < 1 and first["time/compile_s"] > 200
+    assert first["time/samples_per_s"] == pytest.approx(2 * 16 / first["time/wall_s"])
+
+
+def test_a_run_reads_its_folder_once(make_config, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        folder_lib,
+        "_inspected",
+        lambda reader, inspected=folder_lib._inspected: read.append(1) or inspected(reader),
+    )
+    pictures = folder(tmp_path / "d", count=8)
+    config = make_config(dataset__directory=str(pictures), last__num_updates=1)
+    runs.train(config, tmp_path / "run")
+    assert len(read) == 8
+    # Another config, or another table, is another opening.
+    config = make_config(dataset__directory=str(pictures), dataset__test_size=3)
+    assert len(open_split(config).train) == 3 and len(read) == 16
+    metadata = pictures / "metadata.jsonl"
+    metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:7]))
+    assert len(open_split(config).train) == 2 and len(read) == 23
+
+
+def digests(records):
+    return {info.digest for info in records.images}
+
+
+def test_held_out_records_are_never_learned_from(make_config):
+    split = open_split(make_config())
+    asked = {prompt for update in range(6) for prompt in split.train.batch(update).prompts}
+    held_out = [set(part.read(range(2)).prompts) for part in (split.validation, split.test)]
+    assert len(asked) == 6 and not asked & (held_out[0] | held_out[1])
+    assert len(held_out[0]) == len(held_out[1]) == 2 and not held_out[0] & held_out[1]
+    # Whoever compares seeds compares them on the same records.
+    other = open_split(make_config(seed=1))
+    for name in ("train", "validation", "test"):
+        assert digests(getattr(other, name)) == digests(getattr(split, name))
+    assert not np.array_equal(other.train.batch(0).records, split.train.batch(0).records)
+    assert digests(open_split(make_config(dataset__split_seed=1)).test) != digests(split.test)
+
+
+def test_what_a_resumed_run_may_change_leaves_its_batches_as_they_were(make_config, tmp_path):
+    config = make_config()
+    batch = open_split(config).train.batch(5)
+    may_change = problems.may_change(config)
+    workdir_lib.claim_workdir(tmp_path, config, may_change=may_change)
+    for name in ("run.max_to_keep", *(name for name in may_change if name != "run")):
+        group, key = name.split(".")
+        changed = make_config(**{f"{group}__{key}": config[group][key] + 3})
+        workdir_lib.claim_workdir(tmp_path, changed, may_change=may_change)
+        bitwise_equal(open_split(changed).train.batch(5)._asdict(), batch._asdict())
+    # What would move records from one side to the other is another run.
+    for name in ("validation_size", "test_size", "split_seed"):
+        changed = make_config(**{f"dataset__{name}": 3})
+        with pytest.raises(ValueError, match=f"dataset.{name}: . there, 3 now"):
+            workdir_lib.claim_workdir(tmp_path, changed, may_change=may_change)
+
+
+def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, tmp_path, capfd):
+    tested = folder(tmp_path / "d", count=12)  # The first ten are those of training.
+    lines = (tested / "metadata.jsonl").read_text().splitlines(keepends=True)
+    changes = {"dataset__test_directory": str(tested), "dataset__test_size": 0}
+    config = make_config(**changes)
+    with pytest.raises(ValueError, match=r"10 of 12 records of dataset.test_directory have an im"):
+        problems.make(config)
+    (tested / "metadata.jsonl").write_text("".join([lines[10], lines[11], "{"]))
+    config = make_config(**changes, dataset__max_rejected=0.4)
+    questions = problems.make(config)
+    split = questions.records
+    assert split.test.read(range(2)).prompts == ("which of 10 ?", "which of 11 ?")
+    assert len(split.train) == 8 and len(split.validation) == 2
+    assert questions.splits == {"validation": 2, "test": 2}
+    host_rewards.tell_rejected(split)
+    assert "Left out of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
+
+
+def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not():
+    # Five answers: of one the first function failed, of two the second, which has no weight.
+    nan = np.nan
+    first = np.float32([[1], [2], [nan], [4], [5]])
+    second = np.float32([[nan], [1], [nan], [1], [1]])
+    rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, ())
+    found = describe(rewards, "test", max_failed=0.2)
+    assert found["failed_fraction"] == pytest.approx(0.2)
+    assert found["return"] == 6 and found["reward/f"] == 3 and np.isnan(found["reward/g"])
+    assert found["return_lo"] <= 6 <= found["return_hi"]
+    lost = describe(rewards, "test", max_failed=0.19)
+    assert lost["failed_fraction"] == pytest.approx(0.2)
+    assert all(np.isnan(x) for name, x in lost.items() if name != "failed_fraction")
+    none = rewards._replace(reward=0 * first * nan, valid=np.zeros((5, 1), bool))
+    assert describe(none, "test", max_failed=0.9)["failed_fraction"] == 1
+
+
+def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
+    good = folder(tmp_path / "d", count=8)  # Of which four are held out.
+    lines = (good / "metadata.jsonl").read_text()
+    long = {"file_name": "a/0.png", "prompt": "x" * 60, "answer": "y"}
+    taken = {"file_name": "a/0.png", "prompt": "p", "answer": "y", "completion": "z"}
+    text = "\n".join(map(json.dumps, (long, taken))) + "\n" + lines
+    (good / "metadata.jsonl").write_text(text)
+    config = make_config(dataset__directory=str(good), dataset__max_rejected=0.2)
+    split = open_split(config)
+    first, second = split.train.rejected
+    assert first.name == "metadata.jsonl:1" and "dataset.prompt_tokens=64; raise it" in first.reason
+    assert second.name == "metadata.jsonl:2" and "columns ['completion']" in second.reason
+    config.dataset.max_rejected = 0.1
+    with pytest.raises(ValueError, match="2 of 10 records cannot be used"):
+        problems.make(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ()}, r"'stages' is \(\)"),
+        ({"stages": ("bc", "grpo")}, r"'stages' is \('bc', 'grpo'\)"),
+        (
+            {"stages": ("sft", "grpo"), "dataset__completion_tokens": 1},
+            "answer '0' has 2 tokens, more than data",
+        ),
+        (
+            {"stages": ("sft", "grpo"), "sft__trainable": "lora"},
+            "sft.trainable='lora': 'lora' matches no leaf",
+        ),
+        ({"dataset__directory": ""}, "'dataset.directory' is ''"),
+        ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl is not there"),
+        ({"dataset__prompt_tokens": 8}, "dataset.prompt_tokens=8"),
+        ({"model__checkpoint": None}, "model.checkpoint=None"),
+        ({"rewards__functions": ()}, r"rewards.functions=\(\)"),
+        ({"rewards__functions": (LENGTH, LENGTH)}, "each once"),
+        ({"rewards__functions": ("tests.reward_functions",)}, "'tests.reward_functions', which"),
+        ({"rewards__functions": ("no_such_module:f",)}, "'no_such_module', which cannot be imp"),
+        ({"rewards__functions": (f"{LENGTH}s",)}, "has no 'lengths'"),
+        ({"rewards__weights": (1.0, 1.0)}, r"rewards.weights=\(1.0, 1.0\)"),
+        ({"rewards__workers": 0}, "'rewards.workers' is 0"),
+        ({"last__num_completions": 1}, "grpo.num_completions=1, but the stage 'grpo'"),
+        ({"last__overlong_buffer": 5}, "grpo.overlong_buffer=5 is more than the 4 tokens"),
+        ({"last__trainable": "lora"}, "grpo.trainable='lora': 'lora' matches no leaf"),
+        ({"run__eval_episodes": 2}, "Unknown config key 'run.eval_episodes'"),
+        (
+            {"dataset__test_size": 8},
+            r"dataset.validation_size=2, dataset.test_size=8: .* of 10 records of 10 images leave",
+        ),
+        ({"dataset__test_size": 0}, "dataset.test_size=0, dataset.test_directory=None: what"),
+        ({"dataset__test_directory": "x"}, "dataset.test_size=2, dataset.test_directory='x': what"),
+        ({"dataset__resize": "crop"}, "'dataset.resize' is 'crop'"),
+        ({"rewards__max_failed": 1.0}, "'rewards.max_failed' is 1.0"),
+    ],
+)
+def test_what_cannot_run_is_refused(changes, message, make_config):
+    with pytest.raises(ValueError, match=message):
+        problems.make(make_config(**changes))
