@@ -223,7 +223,7 @@ class TaskProblem(TokenProblem):
         """See `TokenProblem`."""
         if registry.TOKEN[name].experience == "labels":
             labels = self._labels(name)
-            return token_problem.fixed_labels(name, self.config[name].batch_size, labels)
+            return token_problem.fixed_labels(self.config[name].batch_size, labels)
         return self._completions(name)
 
     def _labels(self, name: str) -> ScoredCompletions:

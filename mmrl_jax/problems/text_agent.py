@@ -144,7 +144,7 @@ class TextAgent(TokenProblem):
         """See `TokenProblem`."""
         if registry.TOKEN[name].experience == "labels":
             labels = self._demonstrations(name)
-            return token_problem.fixed_labels(name, self.config[name].batch_size, labels)
+            return token_problem.fixed_labels(self.config[name].batch_size, labels)
         return self._turns(name)
 
     def _demonstrations(self, name: str) -> ScoredCompletions:

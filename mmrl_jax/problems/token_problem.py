@@ -1,5 +1,6 @@
 """What the problems of token policies share: their stages, and what of a run is stored."""
 
+import abc
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
@@ -135,7 +136,7 @@ def shape_rewards(experience: ScoredCompletions, overlong_buffer: int | None) ->
     return experience._replace(reward=reward)
 
 
-def fixed_labels(name: str, batch_size: int, labels: ScoredCompletions) -> Source:
+def fixed_labels(batch_size: int, labels: ScoredCompletions) -> Source:
     """Returns a source of labelled completions [1, N, 1, ...] that lie on every device."""
 
     def collect(carry: Carry, constants: Constants) -> Collected:
@@ -149,7 +150,7 @@ def fixed_labels(name: str, batch_size: int, labels: ScoredCompletions) -> Sourc
     )
 
 
-class TokenProblem:
+class TokenProblem(abc.ABC):
     """A problem of a token policy, see `problem.Problem`; a subclass gives its sources.
 
     Attributes:
@@ -216,13 +217,13 @@ class TokenProblem:
     def _needs(self, name: str) -> frozenset[str]:
         return registry.TOKEN[name].needs(self.options(name))
 
+    @abc.abstractmethod
     def source(self, name: str) -> Source:
         """Returns the source of the experience that a stage learns from."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
         """Returns the evaluation of a stage with these frozen variables."""
-        raise NotImplementedError
 
     def dependencies(self) -> dict[str, str]:
         """See `problem.Problem`."""
