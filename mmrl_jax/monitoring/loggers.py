@@ -4,7 +4,7 @@ Their packages are imported only if a config asks for them: `run.loggers=("tenso
 A logger that fails does not end a run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import importlib
 import math
 from typing import Any, Protocol
@@ -57,7 +57,6 @@ def make(
     *,
     label: str,
     config: ConfigLike,
-    importing: Callable[[str], Any] = importlib.import_module,
 ) -> tuple[Logger, ...]:
     """Opens the loggers of a stage; TensorBoard's files are `metric_files`'.
 
@@ -66,7 +65,6 @@ def make(
       workdir: Directory of the stage.
       label: Name of the stage.
       config: Of the run, which the loggers show.
-      importing: Imports a package by its name.
 
     Raises:
       ValueError: A package is not installed.
@@ -76,7 +74,7 @@ def make(
         if name == "tensorboard" or jax.process_index() != 0:
             continue
         try:
-            module = importing(name)
+            module = importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
                 f"run.loggers has {name!r}, which is not installed: pip install {name}."

@@ -46,12 +46,11 @@ def write(workdir, made):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_metrics_and_config_arrive(name, tmp_path):
+def test_metrics_and_config_arrive(name, tmp_path, monkeypatch):
     module = Recorded(name)
+    monkeypatch.setitem(sys.modules, name, module)
     config = {"ppo": {"clip": 0.2}}
-    made = loggers.make(
-        ("tensorboard", name), tmp_path, label="ppo", config=config, importing=lambda _: module
-    )
+    made = loggers.make(("tensorboard", name), tmp_path, label="ppo", config=config)
     write(tmp_path, made)
     (_, arguments), *rest = module.calls
     assert arguments["project"] == "mmrl_jax" and arguments["config"] == {"ppo.clip": 0.2}
@@ -60,9 +59,9 @@ def test_metrics_and_config_arrive(name, tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_logger_that_fails_ends_no_run(tmp_path, capsys):
-    module = Recorded("wandb", failing=True)
-    made = loggers.make(("wandb",), tmp_path, label="", config={}, importing=lambda _: module)
+def test_a_logger_that_fails_ends_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Recorded("wandb", failing=True))
+    made = loggers.make(("wandb",), tmp_path, label="", config={})
     write(tmp_path, made)
     assert capsys.readouterr().err.count("A logger failed, and the run continues: no network") == 1
     assert [row["lr"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
