@@ -4,8 +4,6 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import functools
 import math
-import os
-import signal
 import time
 from typing import Any
 
@@ -27,6 +25,7 @@ from mmrl_jax.training.dispatch import (
     may_pass,
 )
 from mmrl_jax.training.lock import locked
+from mmrl_jax.training.preemption import PreemptionGuard
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, HostUpdate, Stage
 from mmrl_jax.workdir import PathLike, as_path, one_line
@@ -470,36 +469,3 @@ def _all_broken(before: int, done: int) -> str:
         "so that there is nothing to learn from: state.obs, reward, done, metrics, "
         "info['truncation'] and info['privileged'] must stay finite under actions in [-1, 1]."
     )
-
-
-class PreemptionGuard:
-    """Notes a SIGTERM or SIGINT, so that the loop can save and stop between two dispatches.
-
-    A SIGINT after that raises KeyboardInterrupt: who presses Ctrl-C twice does not want to wait.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __enter__(self) -> "PreemptionGuard":
-        self._seen = False
-        self._previous: dict[int, Any] = {}
-        try:
-            for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
-        except ValueError:  # Not the main thread: signals are somebody else's.
-            pass
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self._seen
-
-    def _note(self, number: int, _: object) -> None:
-        if self._seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._seen = True
-        # Not print: the signal may have come inside of one.
-        os.write(2, b"\nStopping after the updates under way; Ctrl-C to stop at once.\n")

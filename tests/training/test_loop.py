@@ -19,6 +19,7 @@ from mmrl_jax.problems.control import Control
 from mmrl_jax.rl import normalization
 from mmrl_jax.runs import train
 from mmrl_jax.training import checkpoint, loop
+from mmrl_jax.training.preemption import PreemptionGuard
 from tests import live_arrays, processors, tiny
 
 
@@ -288,7 +289,7 @@ def test_a_sigterm_during_the_compile_stops_before_the_first_update(tmp_path, mo
 
 def test_the_second_ctrl_c_does_not_wait():
     before = signal.getsignal(signal.SIGINT)
-    with loop.PreemptionGuard() as terminated:
+    with PreemptionGuard() as terminated:
         assert not terminated()
         os.kill(os.getpid(), signal.SIGINT)
         assert terminated()
