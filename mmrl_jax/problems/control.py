@@ -244,6 +244,7 @@ class Control:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
         self.best_metric = f"eval/{config.env.split}/return"
+        self._demonstrations: dict[str, bc.Demonstrations] = {}
 
     def dependencies(self) -> dict[str, str]:
         """See `problem.Problem`; other pretrained parts are parameters, and in the checkpoints."""
@@ -258,12 +259,19 @@ class Control:
         """Returns the imperfect scripted expert of a stage; it reads privileged state."""
         return demonstrations.expert(**self.config[name].expert.to_dict())
 
-    def record_demonstrations(self, name: str) -> tuple[bc.Demonstrations, float]:
-        """Records the fixed set of a stage, see `demonstrations.record`."""
-        g, rng = self.config[name], stream(self.config, problem.DATA)
-        return demonstrations.record(
-            self.env, self.expert(name), rng, episodes=g.episodes, discount=g.discount
-        )
+    def demonstrations(self, name: str) -> bc.Demonstrations:
+        """Returns the fixed set of a stage, in numpy; it is recorded once, see `record`."""
+        if name not in self._demonstrations:
+            g, rng = self.config[name], stream(self.config, problem.DATA)
+            self._demonstrations[name], success = demonstrations.record(
+                self.env, self.expert(name), rng, episodes=g.episodes, discount=g.discount
+            )
+            print(
+                f"{g.episodes} demonstrated episodes of an expert that succeeds in {success:.0%} "
+                "of them.",
+                flush=True,
+            )
+        return self._demonstrations[name]
 
     def _rollout(self, name: str, apply: learner_lib.Apply) -> Source:
         g, env = self.config[name], self.env
@@ -297,8 +305,8 @@ class Control:
           name: One of config.stages.
           start: A learner whose parameters and normalizer the stage begins with, and whose
             optimizer too where it has one; None to begin from scratch.
-          **changes: Fields of the stage that differ from the config's, and `data`, demonstrations
-            that were recorded before.
+          **changes: Fields of the stage that differ from the config's, and `stream`, of the run's
+            streams of random numbers.
         """
         config, algorithm = self.config, registry.CONTROL[name]
         # An MLP has no other dtype than float32.
@@ -312,14 +320,7 @@ class Control:
         )
         apply = control_models.make_apply(self.network, trainable)
         if algorithm.experience == "demonstrations":
-            data = changes.pop("data", None)
-            if data is None:
-                data, success = self.record_demonstrations(name)
-                print(
-                    f"{config[name].episodes} demonstrated episodes of an expert that succeeds in "
-                    f"{success:.0%} of them.",
-                    flush=True,
-                )
+            data = self.demonstrations(name)
             source = demonstrations.source(data, batch_size=config[name].batch_size)
         else:
             source = self._rollout(name, apply)
@@ -338,23 +339,20 @@ class Control:
             rng = stream(config, changes.get("stream", source.stream))
             return sources.fresh_carry(learner, source, rng)
 
-        def learn(
-            carry: Carry, constants: Constants, collected: Collected
-        ) -> tuple[Carry, Metrics]:
-            learner, metrics = algorithm.update(
-                carry.learner,
-                collected.batch,
-                collected.key,
+        def update(
+            learner: LearnerState, constants: Constants, batch: Any, key: jax.Array
+        ) -> tuple[LearnerState, Metrics]:
+            return algorithm.update(
+                learner,
+                batch,
+                key,
                 apply=apply,
                 optimizer=optimizer.transformation,
                 options=algorithm_options,
                 shard=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
             )
-            metrics |= {"lr": jnp.asarray(optimizer.rate(learner.steps), jnp.float32)}
-            return carry.replace(
-                learner=learner, env_state=collected.env_state, updates=carry.updates + 1
-            ), metrics
 
+        learn = sources.make_learn(update, optimizer)
         fields = sources.stage_fields(config, name, algorithm, source, self.best_metric)
         constants = jax.device_put(Constants((), source.data), mesh_lib.replicated(self.mesh))
         return Stage(

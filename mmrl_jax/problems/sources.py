@@ -131,6 +131,26 @@ def steps_per_update(options: Any) -> int:
     return getattr(options, "num_epochs", 1) * getattr(options, "num_minibatches", 1)
 
 
+def make_learn(
+    update: Callable[[Any, Constants, Any, jax.Array], tuple[Any, Metrics]], optimizer: Optimizer
+) -> Learn:
+    """Returns the learning half of an update.
+
+    Args:
+      update: (learner, constants, batch, key) -> (learner, metrics), of the algorithm.
+      optimizer: Whose learning rate is logged.
+    """
+
+    def learn(carry: Carry, constants: Constants, collected: Collected) -> tuple[Carry, Metrics]:
+        learner, metrics = update(carry.learner, constants, collected.batch, collected.key)
+        metrics |= {"lr": jnp.asarray(optimizer.rate(learner.steps), jnp.float32)}
+        return carry.replace(
+            learner=learner, env_state=collected.env_state, updates=carry.updates + 1
+        ), metrics
+
+    return learn
+
+
 def make_update(source: Source, learn: Learn) -> Callable[[Carry, Constants], tuple]:
     """Returns the traced update of a stage with a traced source."""
     assert source.collect is not None

@@ -7,6 +7,7 @@ import pytest
 import mmrl_jax
 from mmrl_jax import problems, runs
 from mmrl_jax.pretrained import hub
+from mmrl_jax.problems import demonstrations
 from tests import processors, tiny
 
 
@@ -40,6 +41,17 @@ def test_pretrained_weights_are_read_once_a_run(reads, tmp_path):
     assert len(reads) == 2
     mmrl_jax.load(tmp_path / "run")
     assert len(reads) == 3
+
+
+def test_demonstrations_are_recorded_once(monkeypatch, capsys):
+    recorded, record = [], demonstrations.record
+    monkeypatch.setattr(
+        demonstrations, "record", lambda *a, **k: recorded.append(1) or record(*a, **k)
+    )
+    problem = problems.make(tiny.config())
+    stages = [problem.stage("bc"), problem.stage("bc", name="more_cloning")]
+    assert len(recorded) == 1 and capsys.readouterr().out.count("demonstrated episodes") == 1
+    jax.tree.map(np.testing.assert_array_equal, *(stage.constants for stage in stages))
 
 
 @pytest.mark.parametrize(
