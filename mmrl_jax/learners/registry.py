@@ -10,7 +10,7 @@ new algorithm needs; rows of your own are added from your own file:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mmrl_jax.learners import bc, dpo, grpo, ppo, sft, token_ppo
 from mmrl_jax.learners.token_learner import reference_needs
@@ -33,6 +33,8 @@ class Algorithm(NamedTuple):
       prepare: (parameters, options) -> parameters with which the stage begins.
       needs: Of a token policy: the names of what it needs beside the policy, 'value_head' and, by
         its options, 'reference'.
+      compares: Of a token policy: which completions to one prompt are compared with each other, all
+        of a group or pairs of them. A turn of an agent has one completion, and nothing to compare.
     """
 
     options: type
@@ -41,6 +43,7 @@ class Algorithm(NamedTuple):
     console: tuple[str, ...]
     prepare: Callable[[Any, Any], Any] = lambda params, options: params
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
+    compares: Literal["nothing", "groups", "pairs"] = "nothing"
 
 
 CONTROL: dict[str, Algorithm] = {
@@ -56,9 +59,16 @@ CONTROL: dict[str, Algorithm] = {
 
 TOKEN: dict[str, Algorithm] = {
     "sft": Algorithm(sft.SFT, "labels", sft.update, ("loss/sft",)),
-    "grpo": Algorithm(grpo.GRPO, "completions", grpo.update, (), needs=reference_needs),
+    "grpo": Algorithm(
+        grpo.GRPO, "completions", grpo.update, (), needs=reference_needs, compares="groups"
+    ),
     "dpo": Algorithm(
-        dpo.DPO, "completions", dpo.update, (), needs=lambda options: frozenset({"reference"})
+        dpo.DPO,
+        "completions",
+        dpo.update,
+        (),
+        needs=lambda options: frozenset({"reference"}),
+        compares="pairs",
     ),
     "ppo": Algorithm(token_ppo.PPO, "completions", token_ppo.update, (), needs=token_ppo.needs),
 }

@@ -59,8 +59,7 @@ def options(config: Any) -> Group:
     return problem.options_of_problem(
         env=options_of(EnvOptions),
         model=token_models.options(config),
-        # GRPO and DPO compare completions to one prompt; a turn of an agent has one.
-        **token_problem.stage_options(config, kinds, without=("grpo", "dpo")),
+        **token_problem.stage_options(config, kinds, comparing=False),
     )
 
 

@@ -53,19 +53,19 @@ class CompletionOptions:
 
 
 def stage_options(
-    config: Any, kinds: Mapping[str, tuple[type, ...]], *, without: tuple[str, ...] = ()
+    config: Any, kinds: Mapping[str, tuple[type, ...]], *, comparing: bool = True
 ) -> dict[str, Group]:
     """Returns the groups of a config's stages.
 
     Args:
       config: Of the run; may lack keys.
       kinds: Kind of experience -> the options of the problem's source of it.
-      without: Algorithms that the problem cannot run.
+      comparing: Whether a prompt has several completions, which algorithms can compare.
     """
     rows = {
         name: row
         for name, row in registry.TOKEN.items()
-        if name not in without and row.experience in kinds
+        if row.experience in kinds and (comparing or row.compares == "nothing")
     }
     return {
         name: options_of(StageOptions, rows[name].options, *kinds[rows[name].experience])
@@ -95,7 +95,8 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
             f"{g.grad_accum_steps} does not divide {name}.prompts_per_update="
             f"{g.prompts_per_update}."
         )
-    if name in ("grpo", "dpo") and g.num_completions < 2:
+    compares = registry.TOKEN[name].compares
+    if compares != "nothing" and g.num_completions < 2:
         raise ValueError(
             f"{name}.num_completions={g.num_completions}, but the stage {name!r} compares the "
             "completions to a prompt; raise it to 2 or more."
@@ -104,7 +105,7 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
         raise ValueError(
             f"{name}.pass_at_k={g.pass_at_k} is above {name}.num_completions={g.num_completions}."
         )
-    together = 2 if name == "dpo" else g.num_completions
+    together = 2 if compares == "pairs" else g.num_completions
     if g.pack_rows is not None and g.pack_rows >= together:
         raise ValueError(
             f"{name}.pack_rows={g.pack_rows}, but the stage {name!r} learns from {together} "
@@ -270,27 +271,23 @@ class TokenProblem(abc.ABC):
             )
             return sources.fresh_carry(learner, source, stream(config, source.stream))
 
-        def learn(
-            carry: Carry, constants: Constants, collected: Collected
-        ) -> tuple[Carry, Metrics]:
+        def update(
+            learner: TokenState, constants: Constants, batch: Any, key: jax.Array
+        ) -> tuple[TokenState, Metrics]:
             learner, metrics = algorithm.update(
-                carry.learner,
+                learner,
                 constants.frozen,
-                collected.batch,
-                collected.key,
+                batch,
+                key,
                 policy=policy,
                 optimizer=optimizer.transformation,
                 options=options,
                 shard=functools.partial(mesh_lib.constrain_batch, mesh=self.mesh),
             )
-            learner = token_learner.move_reference(
-                learner, getattr(options, "reference_ema_decay", 1.0)
-            )
-            metrics |= {"lr": jnp.asarray(optimizer.rate(learner.steps), jnp.float32)}
-            return carry.replace(
-                learner=learner, env_state=collected.env_state, updates=carry.updates + 1
-            ), metrics
+            decay = getattr(options, "reference_ema_decay", 1.0)
+            return token_learner.move_reference(learner, decay), metrics
 
+        learn = sources.make_learn(update, optimizer)
         return Stage(
             **sources.stage_fields(config, name, algorithm, source, self.best_metric),
             init=init,
