@@ -178,7 +178,8 @@ class Problem(Protocol):
         Args:
           episodes: Episodes, or prompts, of an evaluation; by default those of `splits`.
           ablations: Measure also with each modality shuffled in turn, as
-            'shuffled_<modality>/<metric>'.
+            'shuffled_<modality>/<metric>'. Verifiable questions always are, prompts from files
+            never: their reward functions would be called twice.
         """
 
 
