@@ -1,4 +1,4 @@
-"""Encoders of one modality each: raw arrays to tokens of the stack's width."""
+"""Encoders of a single modality: raw arrays to tokens of the width of the transformer stack."""
 
 import flax.linen as nn
 import jax
@@ -9,24 +9,26 @@ from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer
 
 
 def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
-    """Cuts an image into one window a patch: the patch and `margin` pixels of its surroundings.
+    """Splits an image into one window per patch: the patch and `margin` pixels around it.
 
-    With a margin of 0 these are the patches of a vision transformer. With one, what lies across
-    the edge of two patches is seen whole by both. Beyond the image its edge is repeated.
+    With a margin of 0 these are the patches of a vision transformer. With a larger margin, a detail
+    on the edge between two patches is fully visible to both. The image is padded with copies of its
+    edge pixels.
 
-    Slices, not a convolution or a gather: on XLA's CPU backend the first runs on a slow path inside
-    `scan`, and the second takes three times as long.
+    The function uses slices instead of a convolution or a gather: on XLA's CPU backend, a
+    convolution takes a slow path inside `scan`, and a gather takes three times as long.
 
     Args:
-      pixels: uint8 [B, H, W, 3].
-      patch: edge of a patch, pixels.
-      margin: pixels on each side.
+      pixels: Images, uint8 [B, H, W, 3].
+      patch: Edge of a patch in pixels.
+      margin: Number of surrounding pixels on each side of a patch, at least 0.
 
     Returns:
-      float32 [B, H/patch * W/patch, (patch + 2 margin)^2 * 3] in [-1, 1], row by row.
+      Windows in row-major order, float32 [B, H/patch * W/patch, (patch + 2 margin)^2 * 3] in
+      [-1, 1].
 
     Raises:
-      ValueError: H or W is not divisible by `patch`.
+      ValueError: `patch` does not divide H or W.
     """
     batch, height, width, _ = pixels.shape
     if height % patch or width % patch:
@@ -44,7 +46,7 @@ def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
-    """Sine-cosine embedding of a grid, float32 [rows * columns, width] (MAE, He et al., 2022)."""
+    """Returns the sine-cosine embedding of a grid, float32 [rows * columns, width] (MAE)."""
     frequency = np.exp(np.linspace(np.log(np.pi / 2), np.log(8 * np.pi), width // 4))
     parts = []
     for position, count in (
@@ -57,20 +59,25 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 def modulate(x: jax.Array, film: jax.Array) -> jax.Array:
-    """Scales and shifts features [B, S, F] by film [B, 2 F] (FiLM, Perez et al., 2018)."""
+    """Scales and shifts features [B, S, F] with `film` [B, 2 F] (FiLM, Perez et al., 2018)."""
     scale, shift = jnp.split(film[:, None], 2, axis=-1)
     return x * (1 + scale) + shift
 
 
 class VisionProjection(nn.Module):
-    """Features of another encoder to patch tokens, optionally modulated by the instruction."""
+    """Projects features of a pretrained vision encoder to tokens, with optional FiLM modulation.
+
+    Attributes:
+      width: Width of the tokens.
+      dtype: Compute dtype.
+    """
 
     width: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """Maps [B, patches, E] and condition [B, D] or None to [B, patches, width]."""
+        """Maps features [B, patches, E] and condition [B, D] or None to [B, patches, width]."""
         x = Dense(self.width, self.dtype, name="project")(features)
         if condition is not None:
             x = modulate(x, Dense(2 * self.width, self.dtype, name="film")(condition))
@@ -78,11 +85,22 @@ class VisionProjection(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Pixels to patch tokens, optionally modulated by the instruction (FiLM) and self-attending.
+    """Maps pixels to patch tokens, with optional FiLM modulation and self-attention.
 
-    Each patch goes through a two-layer perceptron, so that a token can already say 'red and
-    round here'. FiLM modulates the hidden layer by the instruction: 'is what was asked for here?'
-    is then answered per patch.
+    A two-layer perceptron processes each patch, so that a token can represent a conjunction such as
+    'red and round' before any attention. FiLM modulates its hidden layer with the instruction, so
+    that each patch can be compared with what the instruction asks for.
+
+    Attributes:
+      width: Width D of the tokens.
+      patch: Edge of a patch in pixels.
+      margin: Number of surrounding pixels that a patch token also sees, see `patchify`.
+      hidden: Number of hidden units of the per-patch perceptron.
+      layers: Number of self-attention blocks; 0 for none.
+      heads: Number of attention heads in each block.
+      mlp_ratio: Hidden width of the blocks' MLPs, divided by `width`.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
     """
 
     width: int
@@ -97,19 +115,19 @@ class VisionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """Maps uint8 [B, H, W, 3] and condition [B, D] or None to [B, patches, D]."""
+        """Maps pixels uint8 [B, H, W, 3] and condition [B, D] or None to [B, patches, D]."""
         rows, columns = pixels.shape[1] // self.patch, pixels.shape[2] // self.patch
         x = patchify(pixels, self.patch, self.margin)
         x = Dense(self.hidden, self.dtype, name="patch_in")(x)
         if condition is not None:
             x = modulate(x, Dense(2 * self.hidden, self.dtype, name="film")(condition))
         x = Dense(self.width, self.dtype, name="patch_out")(nn.gelu(x))
-        place = self.param(
+        position_embedding = self.param(
             "place",
             lambda _, shape: jnp.asarray(sincos_2d(rows, columns, self.width)).reshape(shape),
             (rows * columns, self.width),
         )
-        x = x + place.astype(self.dtype)
+        x = x + position_embedding.astype(self.dtype)
         if self.layers:
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             stack = Transformer(self.layers, block, self.dtype, self.remat, name="stack")
@@ -118,7 +136,17 @@ class VisionEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Instruction tokens to word tokens of width D."""
+    """Maps the tokens of an instruction to word features of width D.
+
+    Attributes:
+      width: Width D of the features.
+      vocabulary: Number of token ids.
+      layers: Number of self-attention blocks; 0 for none.
+      heads: Number of attention heads in each block.
+      mlp_ratio: Hidden width of the blocks' MLPs, divided by `width`.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
+    """
 
     width: int
     vocabulary: int
@@ -130,14 +158,14 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps int32 [B, L] and bool [B, L] to [B, L, D]."""
+        """Maps tokens int32 [B, L] and mask bool [B, L], False for padding, to [B, L, D]."""
         length = tokens.shape[1]
         normal = nn.initializers.normal(1.0)
         table = self.param("words", normal, (self.vocabulary, self.width))
-        place = self.param("place", nn.initializers.normal(0.1), (length, self.width))
-        # A one-hot matmul: its gradient is a matmul too, not a slow scatter.
+        position_embedding = self.param("place", nn.initializers.normal(0.1), (length, self.width))
+        # A one-hot matmul has a matmul as its gradient, whereas a gather has a slow scatter.
         x = jax.nn.one_hot(tokens, self.vocabulary, dtype=self.dtype) @ table.astype(self.dtype)
-        x = x + place.astype(self.dtype)
+        x = x + position_embedding.astype(self.dtype)
         if self.layers:
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             stack = Transformer(self.layers, block, self.dtype, self.remat, name="stack")
@@ -146,7 +174,7 @@ class TextEncoder(nn.Module):
 
 
 class ProprioEncoder(nn.Module):
-    """Joint readings float32 [B, P] to one token [B, 1, D]."""
+    """Maps proprioception float32 [B, P] to one token [B, 1, D]."""
 
     width: int
     dtype: jnp.dtype = jnp.float32

@@ -1,4 +1,4 @@
-"""Policy, value and auxiliary heads, and what a policy returns."""
+"""Policy, value and auxiliary heads, and the output type of policies."""
 
 from typing import Literal
 
@@ -15,13 +15,13 @@ ActionKind = Literal["continuous", "discrete"]
 
 @struct.dataclass
 class PolicyOutput:
-    """What every policy network returns for B samples.
+    """Output of a policy network for B samples.
 
     Attributes:
-      distribution: over actions, batch shape [B].
-      value: float32 [B].
-      auxiliary: name -> prediction of a privileged target (training only): float32 [B, size], or
-        for a place in the picture float32 [B, rows, columns], one logit a patch.
+      distribution: Distribution over actions, of batch shape [B].
+      value: Estimated return, float32 [B].
+      auxiliary: Predictions of privileged targets by name, used in training only: float32
+        [B, size], or, for a position in the image, one logit per patch, float32 [B, rows, columns].
     """
 
     distribution: Distribution
@@ -30,12 +30,13 @@ class PolicyOutput:
 
 
 class PolicyHead(nn.Module):
-    """Features to an action distribution; starts near the center of the action range.
+    """Maps features to an action distribution whose mean starts near the center of the range.
 
     Attributes:
-      kind: 'continuous' (tanh-normal; one learned log std a dimension, 0 at first) or 'discrete'.
-      actions: number of action dimensions, or of discrete actions.
-      state_std: the log std depends on the features too.
+      kind: 'continuous' for a tanh-normal distribution with one learned log standard deviation per
+        dimension, initially 0, or 'discrete' for a categorical distribution.
+      actions: Number of action dimensions, or number of discrete actions.
+      state_std: Whether the log standard deviation also depends on the features.
     """
 
     kind: ActionKind
@@ -56,7 +57,7 @@ class PolicyHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Features [B, D] to float32 [B]."""
+    """Maps features [B, D] to values, float32 [B]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Decoder-only language models: token ids to logits, on the one transformer stack."""
+"""Decoder-only language models, from token ids to logits, on the shared transformer stack."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -19,16 +19,16 @@ class Rope:
     """Rotary position embedding (Su et al., 2021).
 
     Attributes:
-      theta: base of the frequencies, theta^(-2i / size) for pair i.
-      size: of a head.
-      factor: positions are divided by it.
-      llama3: (low, high, original length) of Llama 3.1's scaling, which divides the frequencies
-        whose wavelength is above original / low by `factor`, leaves those below original / high as
-        they are, and goes smoothly between; None: `factor` is for all.
-      sections: how many pairs turn with each axis of positions that have several (Wang et al.,
-        2024, Qwen2-VL's M-RoPE): size / 2 in all; None: there is one axis.
-      interleaved: the axes take turns, and the first one has what is left of the pairs (Qwen3-VL);
-        otherwise each has its pairs side by side.
+      theta: Base of the frequencies: pair i rotates by theta^(-2i / size) per position.
+      size: Head size, an even number.
+      factor: Factor by which positions are divided (linear scaling).
+      llama3: (low, high, original length) of Llama 3.1's scaling. It divides frequencies by
+        `factor` if their wavelength is above original / low, keeps them if it is below
+        original / high, and interpolates smoothly between. None applies `factor` to all.
+      sections: Number of pairs that each axis of multi-axis positions rotates, with sum size / 2
+        (M-RoPE of Qwen2-VL, Wang et al., 2024). None for a single axis.
+      interleaved: Whether the axes alternate over the pairs, with the remaining pairs for the first
+        axis (Qwen3-VL). Otherwise the pairs of an axis are contiguous.
     """
 
     theta: float
@@ -39,20 +39,20 @@ class Rope:
     interleaved: bool = False
 
     def frequencies(self) -> np.ndarray:
-        """Angles per position, float32 [size / 2]."""
+        """Returns the angle per position of each pair, in radians, float32 [size / 2]."""
         base = 1.0 / self.theta ** (np.arange(0, self.size, 2, dtype=np.float32) / self.size)
         if self.llama3 is None:
             return (base / self.factor).astype(np.float32)
         low, high, original = self.llama3
-        turns = original * base / (2 * math.pi)  # Of each pair within the original length.
+        turns = original * base / (2 * math.pi)  # Of each pair, within the original length.
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
 
     def axes(self) -> np.ndarray:
-        """The axis that each pair turns with, int [size / 2].
+        """Returns the index of the position axis that rotates each pair, int [size / 2].
 
         Raises:
-          ValueError: the sections are not of size / 2 pairs in all.
+          ValueError: The sections do not sum to size / 2.
         """
         sections = self.sections or (self.size // 2,)
         if sum(sections) != self.size // 2:
@@ -67,10 +67,10 @@ class Rope:
         return np.where(pair // len(sections) < np.asarray(sections)[turn], turn, 0)
 
     def angles(self, positions: chex.Array) -> tuple[jax.Array, jax.Array]:
-        """Cos and sin, float32 [B, S, size / 2].
+        """Returns the cosine and the sine of the rotation angles, float32 [B, S, size / 2] each.
 
         Args:
-          positions: [B, S], the same on every axis, or [B, A, S] on A axes, see `sections`.
+          positions: Token positions, int32 [B, S], shared by all axes, or [B, A, S] for A axes.
         """
         if positions.ndim == 3:
             positions = jnp.swapaxes(positions[:, self.axes()], 1, 2)
@@ -81,17 +81,17 @@ class Rope:
 
 
 def causal_mask(present: jax.Array) -> jax.Array:
-    """Who may read whom: bool [B, S, S], the earlier tokens and itself, of present ones [B, S]."""
+    """Returns the causal mask, bool [B, S, S], over tokens that are not padding, bool [B, S]."""
     order = jnp.arange(present.shape[1])
     return (order[None, :] <= order[:, None])[None] & present[:, None, :]
 
 
 class CachePosition(NamedTuple):
-    """Where tokens stand that are read after a prefix.
+    """Position in the key-value cache of tokens that are read after a prefix.
 
     Attributes:
-      slot: int32 [], slots of the cache that are taken.
-      positions: int32 [B, P + T], of the tokens of the prefix, and of those of the cache.
+      slot: Number of cache slots that are already filled, int32 [].
+      positions: Positions of the P tokens of the prefix and of the T cache slots, int32 [B, P + T].
     """
 
     slot: jax.Array
@@ -99,35 +99,36 @@ class CachePosition(NamedTuple):
 
 
 def next_position(positions: chex.Array, present: chex.Array) -> jax.Array:
-    """The position of the token that follows, on every axis: the largest one and 1.
+    """Returns the position of the next token: one more than the largest position on any axis.
 
     Args:
-      positions: int32 [B, S], or [B, A, S] on A axes.
-      present: bool [B, S].
+      positions: Token positions, int32 [B, S], or [B, A, S] for A axes.
+      present: Which tokens are not padding, bool [B, S].
 
     Returns:
-      int32 [B].
+      Position of the next token, int32 [B].
     """
     valid = present if positions.ndim == 2 else present[:, None]
     return jnp.max(jnp.where(valid, positions, -1), axis=range(1, positions.ndim)) + 1
 
 
 class LanguageModel(nn.Module):
-    """Token ids to logits.
+    """A decoder-only language model, from token ids to logits.
 
     Attributes:
-      vocabulary: number of token ids.
-      width: of the stack.
-      layers: blocks of the stack.
-      block: what they are made of.
-      ropes: one for every kind of layer, see `pattern`.
-      pattern: kind of each layer; None where there is one.
-      windows: how far back a layer of each kind reads, in positions, itself included; None: all.
-      embedding_scale: that embeddings are multiplied by.
-      tied: the output layer is the transposed embedding table.
-      softcap: of the logits, softcap * tanh(logits / softcap); None: as they are.
-      dtype: compute dtype.
-      remat: recompute each block's activations in the backward pass.
+      vocabulary: Number of token ids.
+      width: Width D of the embeddings and of the stack.
+      layers: Number of blocks.
+      block: Specification of the blocks.
+      ropes: Rotary embedding of each kind of layer, see `pattern`.
+      pattern: Index of the kind of each layer; None if all are of the first kind.
+      windows: Attention window of each kind of layer, in positions and including the token itself;
+        None for unlimited attention.
+      embedding_scale: Factor by which embeddings are multiplied.
+      tied: Whether the output layer is the transposed embedding table.
+      softcap: Bound of the logits, softcap * tanh(logits / softcap); None for unbounded logits.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
     """
 
     vocabulary: int
@@ -158,12 +159,13 @@ class LanguageModel(nn.Module):
         present: jax.Array,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits, float32 [B, S, V].
+        """Computes logits, float32 [B, S, V].
 
         Args:
-          tokens: int32 [B, S].
-          present: bool [B, S], False for padding, on either side.
-          positions: int32 [B, S]; by default counted over the tokens that are present.
+          tokens: Token ids, int32 [B, S].
+          present: Which tokens are not padding, bool [B, S]; padding may be on either side.
+          positions: Token positions, int32 [B, S]; by default, the tokens that are not padding are
+            numbered from 0.
         """
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
@@ -171,7 +173,7 @@ class LanguageModel(nn.Module):
         return self.logits(hidden)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings [B, S, D] of token ids [B, S]."""
+        """Returns the embeddings [B, S, D] of token ids [B, S]."""
         table = self.table.astype(self.dtype)
         return table[tokens] * jnp.asarray(self.embedding_scale, self.dtype)
 
@@ -184,17 +186,18 @@ class LanguageModel(nn.Module):
         ahead: jax.Array | None = None,
         cache_position: CachePosition | None = None,
     ) -> jax.Array:
-        """Features float32 [B, S, D] of embeddings [B, S, D].
+        """Maps embeddings [B, S, D] to features after the final norm, float32 [B, S, D].
 
         Args:
-          x: embeddings, of tokens or of whatever else.
-          mask: bool [B, S, S], who may read whom; windows narrow it. With a cursor [B, S, P + T],
-            over a prefix of P tokens and the T slots of the cache.
-          positions: int32 [B, S], or [B, A, S], see `Rope.angles`.
-          added: see `Transformer`.
-          ahead: bool [B, S, S], of the mask what no window narrows.
-          cache_position: where `x` stands behind a prefix that an earlier pass has kept, see
-            `Attention`.
+          x: Input embeddings of tokens or images, float [B, S, D].
+          mask: Attention mask, bool [B, S, S], True where query q may read key s; windows narrow it
+            further. With `cache_position` it is [B, S, P + T], over a prefix of P tokens and the T
+            slots of the cache.
+          positions: Token positions, int32 [B, S], or [B, A, S] for A axes, see `Rope.angles`.
+          added: Features to add after the first blocks, float [B, S, D] each, see `Transformer`.
+          ahead: Part of the mask that windows do not narrow, bool [B, S, S]; None for no such part.
+          cache_position: Position of `x` in the cache after a prefix that an earlier pass stored,
+            see `Attention`; None without a cache.
         """
         slot, keys = (None, positions) if cache_position is None else cache_position
         contexts = []
@@ -207,7 +210,7 @@ class LanguageModel(nn.Module):
         return self.stack(x, contexts, added=added)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits float32 [..., V] of features [..., D]."""
+        """Maps features [..., D] to logits, float32 [..., V]."""
         head = self.table.T if self.tied else self.head
         rows = hidden.reshape(-1, self.width).astype(self.dtype)
         logits = jnp.matmul(rows, head.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -1,13 +1,13 @@
-"""Low-rank adapters, int8 matrices, and splits into trained and frozen parameters.
+"""Low-rank adapters (LoRA), int8 kernels, and the split of parameters into trainable and frozen.
 
-The variables of a model with adapters are {'params': base, 'lora': adapters}, and `Dense` adds the
-adapter that stands at its own path. Policy and reference share one base in memory:
+The variables of a model with adapters are {'params': base, 'lora': adapters}, and each `Dense`
+layer applies the adapter at its own path. Policy and reference share one base in memory:
 
     policy = model.apply({"params": base, "lora": adapters}, ...)
     reference = model.apply({"params": base}, ...)
 
-Paths are those of `Dense` layers, e.g. 'stack/block_3/attention/query'; patterns match all of one.
-Embedding tables and output heads are no `Dense` layers.
+Paths name `Dense` layers, e.g. 'stack/block_3/attention/query', and patterns must match a full
+path. Embedding tables and output heads are not `Dense` layers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,18 +21,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 
-NEAREST = 5  # Paths that an error lists.
+NEAREST = 5  # Number of paths that an error message lists.
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraGroup:
-    """Matrices that get adapters of one kind.
+    """Specification of the adapters of a group of layers.
 
     Attributes:
-      pattern: regular expression that matches the whole path of a `Dense` layer.
-      rank: of the adapters, at least 1.
-      alpha: what an adapter adds is scaled by alpha / rank.
-      dropout: share of the adapter's inputs that are dropped in training, in [0, 1).
+      pattern: Regular expression that must match the full path of a `Dense` layer.
+      rank: Rank of the adapters, at least 1.
+      alpha: Scale of the adapters: their output is multiplied by alpha / rank.
+      dropout: Dropout rate of the adapters' inputs in training, in [0, 1).
     """
 
     pattern: str
@@ -42,15 +42,15 @@ class LoraGroup:
 
 
 class Adapter(struct.PyTreeNode):
-    """What is added to a layer: alpha / rank * x a b (Hu et al., 2021).
+    """The adapter of a layer, which adds alpha / rank * x a b to its output (Hu et al., 2021).
 
-    `a` and `b` alone are leaves, so that no optimizer moves `alpha` and `dropout`.
+    Only `a` and `b` are leaves, so that no optimizer changes `alpha` or `dropout`.
 
     Attributes:
-      a: float32 [D, rank].
-      b: float32 [rank, features].
-      alpha: see `LoraGroup`.
-      dropout: see `LoraGroup`.
+      a: Down projection, float32 [D, rank].
+      b: Up projection, float32 [rank, features].
+      alpha: Scale of the adapter, see `LoraGroup`.
+      dropout: Dropout rate of the input, in [0, 1); it is applied when there is a key.
     """
 
     a: jax.Array
@@ -67,7 +67,7 @@ class Adapter(struct.PyTreeNode):
         return self.alpha / self.rank
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Maps [N, D] to [N, features], in the dtype of `x`; no dropout without a key."""
+        """Maps [N, D] to [N, features] in the dtype of `x`, with dropout if there is a key."""
         if key is not None and self.dropout > 0.0:
             keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - self.dropout), 0)
@@ -75,18 +75,18 @@ class Adapter(struct.PyTreeNode):
 
 
 def init(key: jax.Array, params: Any, groups: Sequence[LoraGroup]) -> dict[str, Any]:
-    """Adapters that add nothing yet: `a` is uniform in +-1 / sqrt(D), as in PEFT, and `b` zero.
+    """Initializes adapters as in PEFT: `a` is uniform in +-1 / sqrt(D), and `b` is zero.
 
     Args:
       key: PRNG key.
-      params: nested dict of parameters, or of their shapes.
-      groups: a layer gets its adapter from the first group that matches its path.
+      params: Nested dict of parameters or of their shapes.
+      groups: Adapter groups; a layer gets its adapter from the first group that matches its path.
 
     Returns:
-      Nested dict, the collection 'lora'.
+      The collection 'lora' as a nested dict.
 
     Raises:
-      ValueError: a group that is the first of no layer, or whose numbers are out of range.
+      ValueError: A group is the first match of no layer, or has a value out of range.
     """
     for group in groups:
         if group.rank < 1 or not 0.0 <= group.dropout < 1.0:
@@ -112,7 +112,7 @@ def init(key: jax.Array, params: Any, groups: Sequence[LoraGroup]) -> dict[str, 
 
 
 def adapters(lora: Any) -> dict[str, Adapter]:
-    """The path of the layer -> its adapter."""
+    """Returns the adapter of each layer, by the path of the layer."""
     return {
         path.removesuffix("/adapter"): adapter
         for path, adapter in flatten_dict(lora, sep="/").items()
@@ -120,7 +120,7 @@ def adapters(lora: Any) -> dict[str, Adapter]:
 
 
 def dense_kernels(params: Any) -> dict[str, Any]:
-    """The path of a `Dense` layer -> its kernel."""
+    """Returns the kernel of each `Dense` layer, by the path of the layer."""
     return {
         path.removesuffix("/kernel"): x
         for path, x in flatten_dict(params, sep="/").items()
@@ -129,16 +129,16 @@ def dense_kernels(params: Any) -> dict[str, Any]:
 
 
 def merge(params: Any, lora: Any) -> dict[str, Any]:
-    """Parameters that do by themselves what `params` do with the adapters.
+    """Returns parameters that compute by themselves what `params` compute with the adapters.
 
     Raises:
-      ValueError: an adapter of a layer that is not there, or whose kernel is int8.
+      ValueError: An adapter belongs to a layer that does not exist, or whose kernel is int8.
     """
     return _added(params, lora, 1.0)
 
 
 def unmerge(params: Any, lora: Any) -> dict[str, Any]:
-    """Undoes `merge`, up to the rounding of the kernels' dtype; for errors see there."""
+    """Undoes `merge` up to the rounding of the kernels' dtype, and raises the same errors."""
     return _added(params, lora, -1.0)
 
 
@@ -157,19 +157,20 @@ def _added(params: Any, lora: Any, sign: float) -> dict[str, Any]:
 
 
 def quantize(params: Any, pattern: str) -> dict[str, Any]:
-    """Makes kernels int8, symmetric, with a float32 scale for each output (Dettmers et al., 2022).
+    """Quantizes kernels to int8 with one float32 scale per output (Dettmers et al., 2022).
 
-    A weight is off by at most half a step, max|w| of its column / 254. Such parameters are frozen.
+    The quantization is symmetric. The error of a weight is at most half a step, which is max|w| of
+    its column / 254. Quantized parameters cannot be trained.
 
     Args:
-      params: nested dict.
-      pattern: regular expression that matches the whole paths of the layers.
+      params: Nested dict of parameters.
+      pattern: Regular expression that must match the full paths of the layers.
 
     Returns:
-      Nested dict, with int8 [D, features] for 'kernel', and beside it 'kernel_scale' [features].
+      Nested dict with 'kernel' int8 [D, features] and 'kernel_scale' float32 [features].
 
     Raises:
-      ValueError: the pattern matches no layer, or one whose kernel is int8 already.
+      ValueError: The pattern matches no layer, or one whose kernel is already int8.
     """
     kernels, flat = dense_kernels(params), flatten_dict(params, sep="/")
     for path in _matching(pattern, kernels, params):
@@ -184,18 +185,18 @@ def quantize(params: Any, pattern: str) -> dict[str, Any]:
 
 
 def split(tree: Any, trainable: str) -> tuple[Any, Any]:
-    """Splits a pytree in two, each with None, which is no leaf, in the places of the other's.
+    """Splits a pytree into trainable and frozen parts, each with None in place of other leaves.
 
     Args:
-      tree: any pytree.
-      trainable: regular expression that matches the whole paths, e.g.
-        'params/stack/block_3/mlp_in/kernel', of the leaves of the first.
+      tree: Any pytree.
+      trainable: Regular expression that must match the full path of a trainable leaf, e.g.
+        'params/stack/block_3/mlp_in/kernel'.
 
     Returns:
-      The trainable and the frozen half.
+      The trainable and the frozen part, of the same structure as `tree` except for the Nones.
 
     Raises:
-      ValueError: the pattern matches no leaf.
+      ValueError: The pattern matches no leaf.
     """
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -205,36 +206,39 @@ def split(tree: Any, trainable: str) -> tuple[Any, Any]:
     if not any(chosen):
         raise ValueError(f"{trainable!r} matches no leaf; {_nearest(trainable, paths)}")
     leaves, structure = jax.tree.flatten(tree)
-    halves = (
-        [x if is_first == first else None for x, is_first in zip(leaves, chosen, strict=True)]
-        for first in (True, False)
+    parts = (
+        [
+            x if is_trainable == part else None
+            for x, is_trainable in zip(leaves, chosen, strict=True)
+        ]
+        for part in (True, False)
     )
-    trained, frozen = (jax.tree.unflatten(structure, half) for half in halves)
+    trained, frozen = (jax.tree.unflatten(structure, part) for part in parts)
     return trained, frozen
 
 
 def join(trainable: Any, frozen: Any) -> Any:
-    """Undoes `split`."""
+    """Undoes `split`: returns the tree that has both parts."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
     )
 
 
 def _matching(pattern: str, kernels: Iterable[str], params: Any) -> list[str]:
-    """The layers that a pattern matches, at least one."""
+    """Returns the layers that a pattern matches, at least one."""
     matching = [path for path in kernels if re.fullmatch(pattern, path)]
     if matching:
         return matching
     others = [path for path in flatten_dict(params, sep="/") if re.fullmatch(pattern, path)]
     if others:
         raise ValueError(
-            f"{pattern!r} matches {others[:NEAREST]}, but none of them is a Dense layer: embedding "
-            "tables, output heads and norms have no adapters and no int8; name the path of a "
-            "layer, without '/kernel'."
+            f"{pattern!r} matches {others[:NEAREST]}, but none of them is a Dense layer. Embedding "
+            "tables, output heads and norms can have neither adapters nor int8 weights. Name the "
+            "path of a layer, without '/kernel'."
         )
     raise ValueError(f"{pattern!r} matches no Dense layer; {_nearest(pattern, kernels)}")
 
 
 def _nearest(pattern: str, paths: Iterable[str]) -> str:
     near = difflib.get_close_matches(pattern, list(paths), NEAREST, cutoff=0.0)
-    return f"a pattern matches the whole path. The nearest paths are {near}."
+    return f"a pattern must match the full path. The nearest paths are {near}."

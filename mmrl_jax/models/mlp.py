@@ -13,7 +13,13 @@ from mmrl_jax.types import Observation
 class MLPPolicy(nn.Module):
     """Separate swish MLPs for policy and value over obs['proprio'] [B, P], as in Brax's PPO.
 
-    As there, the standard deviation of the actions depends on the state.
+    As in Brax, the standard deviation of the actions depends on the state.
+
+    Attributes:
+      kind: Kind of actions, 'continuous' or 'discrete', see `PolicyHead`.
+      actions: Number of action dimensions, or number of discrete actions.
+      policy_layers: Widths of the hidden layers of the policy.
+      value_layers: Widths of the hidden layers of the value function.
     """
 
     kind: ActionKind

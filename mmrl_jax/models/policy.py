@@ -1,4 +1,4 @@
-"""The multimodal transformer policy: pixels, an instruction and joints to actions and a value."""
+"""The multimodal transformer policy over images, an instruction and proprioception."""
 
 from collections.abc import Callable
 import math
@@ -26,12 +26,12 @@ READOUTS = 2  # One for the policy (and auxiliary predictions), one for the valu
 
 
 class TokenLayout(NamedTuple):
-    """Where each token of the sequence comes from.
+    """The origin of each token of the sequence.
 
     Attributes:
-      modality: int32 [S], index into MODALITIES.
-      frame: int32 [S], frame of the history, 0 the oldest; -1 where there is none.
-      place: int32 [S], word, patch (row-major), or readout index within its frame.
+      modality: Index into MODALITIES, int32 [S].
+      frame: Frame of the history, 0 for the oldest, int32 [S]; -1 for tokens without a frame.
+      place: Index of the word, patch (row-major) or readout within its frame, int32 [S].
     """
 
     modality: np.ndarray
@@ -40,7 +40,13 @@ class TokenLayout(NamedTuple):
 
 
 def token_layout(*, words: int, frames: int, patches: int) -> TokenLayout:
-    """Returns the layout of the sequence that `MultimodalPolicy` builds."""
+    """Returns the layout of the sequence that `MultimodalPolicy` builds.
+
+    Args:
+      words: Number of tokens of the instruction, padding included.
+      frames: Number of frames in the history, at least 1.
+      patches: Number of patches per frame.
+    """
     rows = [(0, -1, i) for i in range(words)]
     for k in range(frames):
         rows += [(1, k, i) for i in range(patches)] + [(2, k, 0)]
@@ -49,11 +55,11 @@ def token_layout(*, words: int, frames: int, patches: int) -> TokenLayout:
 
 
 def attention_mask(words: jax.Array, layout: TokenLayout) -> jax.Array:
-    """Who may read whom: bool [B, S, S], from words bool [B, L] and the layout.
+    """Returns the attention mask, bool [B, S, S], of words bool [B, L] and the layout.
 
-    Nobody reads padding words or a readout; a readout reads everything and itself; a frame reads
-    the instruction, its own frame and older ones; a word reads words only, so that the
-    instruction's tokens are the same in every frame.
+    No token reads padding words or another token's readout. A readout reads everything and itself;
+    a frame reads the instruction, itself and older frames; a word reads words only, so that the
+    tokens of the instruction are the same in every frame.
     """
     modality, frame = layout.modality, layout.frame
     is_readout = modality == 3
@@ -83,32 +89,37 @@ class MultimodalPolicy(nn.Module):
         r_policy       w       x        x        x        .
         r_value        w       x        x        .        x
 
-    Every token carries a learned embedding of its modality; frames carry one of their age, patches
-    and words one of their place. `token_layout` gives the same for every position as data.
+    Every token has a learned embedding of its modality, and tokens of frames have one of their age;
+    patches and words have a position embedding. `token_layout` returns this layout as arrays.
 
     Attributes:
-      kind, actions: see `PolicyHead`.
-      vocabulary: number of token ids of the instruction.
-      width, layers: of the fusion stack.
-      heads, mlp_ratio: of every stack.
-      remat: recompute the activations of every stack in the backward pass.
-      patch: edge of an image patch, pixels; must divide the image's height and width.
-      patch_margin: pixels around a patch that its token sees too.
-      patch_hidden: hidden units of the per-patch perceptron.
-      vision_layers, text_layers: blocks of self-attention inside one modality before fusion.
-      film: modulate patches by the instruction (FiLM) before fusion.
-      fusion: 'joint', self-attention among all tokens; 'cross', only the readouts read, and the
-        other tokens stay as their encoders made them; 'late', no attention at all: a perceptron
-        over the concatenated tokens (of the words, their mean).
-      auxiliary: name -> size of privileged targets predicted from the policy's readout.
-      pointing: name of a privileged place in the newest picture; the patch tokens then also say, by
-        one logit each, whether they are where it is.
-      text_encoder: reads the instruction instead of our own encoder, and is followed by a
-        projection: tokens int32 [B, L], mask bool [B, L] to features [B, L', E], present
-        bool [B, L']. A function, or a module, whose parameters are then ours.
-      vision_encoder: sees the pictures instead of our own encoder, and is followed by a projection
-        with FiLM: uint8 [B, H, W, 3] to features [B, patches, E]. A function or a module.
-      dtype: compute dtype; parameters, heads and softmax statistics stay float32.
+      kind: Kind of actions, 'continuous' or 'discrete', see `PolicyHead`.
+      actions: Number of action dimensions, or number of discrete actions.
+      vocabulary: Number of token ids of the instruction.
+      width: Width D of the fusion stack and of all tokens.
+      layers: Number of blocks of the fusion stack.
+      heads: Number of attention heads of every stack.
+      mlp_ratio: Hidden width of the MLPs of every stack, divided by `width`.
+      patch: Edge of an image patch in pixels; it must divide the image's height and width.
+      patch_margin: Number of pixels around a patch that its token also sees.
+      patch_hidden: Number of hidden units of the per-patch perceptron.
+      vision_layers: Number of self-attention blocks over the patches before fusion.
+      text_layers: Number of self-attention blocks over the words before fusion.
+      film: Whether to modulate patches with the instruction (FiLM) before fusion.
+      fusion: 'joint' for self-attention among all tokens; 'cross' for attention from the readouts
+        only, which leaves the other tokens as their encoders output them; 'late' for a perceptron
+        over the concatenated tokens (and the mean of the words), without attention.
+      auxiliary: (name, size) of each privileged target that the policy's readout predicts.
+      pointing: Name of a privileged position in the newest image, which the patch tokens predict
+        with one logit each; None for no such target.
+      text_encoder: Function or module that encodes the instruction in place of the built-in
+        encoder: tokens int32 [B, L] and mask bool [B, L] to features [B, L', E] and mask
+        bool [B, L']. A projection follows. The parameters of a module become part of this one's.
+      vision_encoder: Function or module that encodes images in place of the built-in encoder: uint8
+        [B, H, W, 3] to features [B, patches, E]. A projection with FiLM follows. The parameters of
+        a module become part of this one's.
+      dtype: Compute dtype; parameters, heads and softmax statistics are float32.
+      remat: Whether to recompute the activations of every stack in the backward pass.
     """
 
     kind: ActionKind
@@ -160,7 +171,7 @@ class MultimodalPolicy(nn.Module):
         if self.film:
             condition = nn.gelu(Dense(self.width, self.dtype, name="condition")(summary))
             condition = jnp.repeat(condition, frames, axis=0)
-        pictures = pixels.reshape(-1, *pixels.shape[2:])
+        images = pixels.reshape(-1, *pixels.shape[2:])
         if self.vision_encoder is None:
             patches = VisionEncoder(
                 self.width,
@@ -170,10 +181,10 @@ class MultimodalPolicy(nn.Module):
                 layers=self.vision_layers,
                 **stack,
                 name="vision",
-            )(pictures, condition)
+            )(images, condition)
         else:
             patches = VisionProjection(self.width, self.dtype, name="vision_projection")(
-                self.vision_encoder(pictures), condition
+                self.vision_encoder(images), condition
             )
         joints = ProprioEncoder(self.width, self.dtype, name="proprio")(
             proprio.reshape(batch * frames, -1)
@@ -218,13 +229,13 @@ class MultimodalPolicy(nn.Module):
     def _auxiliary(
         self, policy: jax.Array, patches: jax.Array, *, height: int
     ) -> dict[str, jax.Array]:
-        """Predictions of the privileged targets, from the policy's readout and the patches."""
+        """Predicts the privileged targets from the policy's readout and the patches."""
         auxiliary = {
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary
         }
         if self.pointing is not None:
             logits = Dense(1, name="pointing")(patches.astype(jnp.float32))
-            # Another encoder's patches are taken for a square.
+            # Patches of a pretrained encoder are assumed to form a square.
             rows = math.isqrt(logits.shape[1])
             if self.vision_encoder is None:
                 rows = height // self.patch

@@ -1,8 +1,9 @@
-"""The vision towers of Qwen2.5-VL and Qwen3-VL, on the one transformer stack.
+"""The vision towers of Qwen2.5-VL and Qwen3-VL, on the shared transformer stack.
 
-Images keep their proportions, so each has its own number of patches. The patches of all images of a
-sample make one padded sequence, in which masks keep images (and windows of images) apart. In each
-image, merge x merge neighboring patches come one after the other, and become one feature:
+Images keep their aspect ratios, so each has a different number of patches. The patches of all
+images of a sample form one padded sequence, in which masks separate the images (and windows of
+images). In each image, merge x merge neighboring patches are contiguous in the sequence and form
+one feature:
 
     patch   0  1  4  5      feature  0  1
             2  3  6  7
@@ -24,13 +25,13 @@ from mmrl_jax.models.vlm import VisionFeatures
 
 
 class PatchImages(NamedTuple):
-    """The patches of the images of each of B samples, image after image, and padding at the end.
+    """Patches of the images of B samples, one image after another, with padding at the end.
 
     Attributes:
-      patches: float [B, P, frames * patch * patch * 3], normalized as the processor says.
-      segment: int32 [B, P], which image of the sample a patch is of, from 0; -1 for padding.
-      rows: int32 [B, P], from the top of the image, in patches.
-      columns: int32 [B, P], from the left of the image, in patches.
+      patches: Patches normalized as the processor specifies, float [B, P, frames * patch^2 * 3].
+      segment: Index within the sample of the image of each patch, int32 [B, P]; -1 for padding.
+      rows: Row of each patch in its image, counted in patches from the top, int32 [B, P].
+      columns: Column of each patch in its image, counted in patches from the left, int32 [B, P].
     """
 
     patches: chex.Array
@@ -40,26 +41,27 @@ class PatchImages(NamedTuple):
 
 
 def hat(index: chex.Array, count: jax.Array, side: int) -> jax.Array:
-    """Weights of linear interpolation between `side` points, float32 [..., side].
+    """Returns weights of linear interpolation between `side` table entries, float32 [..., side].
 
     Args:
-      index: int [...], of one of the points that are wanted.
-      count: int [...], how many they are: the first and the last meet those that there are.
-      side: points that there are.
+      index: Index of the output point, int [...].
+      count: Number of output points, int [...]; the first and last coincide with the first and last
+        table entries.
+      side: Number of table entries.
     """
-    place = index * (side - 1.0) / jnp.maximum(count - 1, 1)
-    return nn.relu(1 - jnp.abs(place[..., None] - jnp.arange(side)))
+    table_position = index * (side - 1.0) / jnp.maximum(count - 1, 1)
+    return nn.relu(1 - jnp.abs(table_position[..., None] - jnp.arange(side)))
 
 
 class Merger(nn.Module):
-    """An MLP makes one feature of `group` neighboring patches.
+    """An MLP that merges `group` neighboring patches into one feature.
 
     Attributes:
-      features: width of what comes out.
-      group: patches to a feature.
-      block: whose norm is used.
-      dtype: compute dtype.
-      norm_merged: it is of the neighbors together, not of each.
+      features: Width of the output.
+      group: Number of patches that form a feature.
+      block: Specification of the stack's blocks, whose kind of norm is used.
+      dtype: Compute dtype.
+      norm_merged: Whether the norm is over the merged patches; otherwise it is over each patch.
     """
 
     features: int
@@ -82,19 +84,20 @@ class PatchTower(nn.Module):
     """A vision transformer for images of any size (Bai et al., 2025, Qwen2.5-VL and Qwen3-VL).
 
     Attributes:
-      width: of the stack.
-      layers: blocks of the stack.
-      block: what they are made of.
-      features: width of the features, the language model's.
-      rope: turns half of each head by rows, the other half by columns; of size head / 2.
-      merge: edge of the neighborhood that becomes a feature, patches.
-      window: edge of the windows, patches; None where all layers read the whole image.
-      full_layers: those that read the whole image where there are windows.
-      side: of the square table of learned positions, which is interpolated; None for no table.
-      deepstack: blocks after which features are made too.
-      patch_bias: the patch embedding has a bias.
-      dtype: compute dtype.
-      remat: recompute each block's activations in the backward pass.
+      width: Width D of the stack.
+      layers: Number of blocks.
+      block: Specification of the blocks.
+      features: Width of the output features, which is that of the language model.
+      rope: Rotary embedding of size head_size / 2, applied to half of each head by rows and to the
+        other half by columns.
+      merge: Edge in patches of the square that is merged into one feature.
+      window: Edge in patches of the attention windows; None if all layers read the whole image.
+      full_layers: Indices of the layers that read the whole image when there are windows.
+      side: Edge of the square table of learned positions, which is interpolated; None for no table.
+      deepstack: Indices of the blocks after which additional features are computed.
+      patch_bias: Whether the patch embedding has a bias.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
     """
 
     width: int
@@ -113,24 +116,25 @@ class PatchTower(nn.Module):
 
     @nn.compact
     def __call__(self, images: PatchImages) -> VisionFeatures:
-        """Encodes images, [B, P] patches as [B, P / merge^2] features.
+        """Encodes images, from [B, P] patches to [B, P / merge^2] features.
 
         Raises:
-          ValueError: P is not divisible by merge^2.
+          ValueError: merge^2 does not divide P.
         """
         group = self.merge**2
         if images.segment.shape[1] % group:
             raise ValueError(
                 f"{images.segment.shape[1]} patches are not divisible by merge^2={group}; pad them."
             )
-        same = images.segment[:, :, None] == images.segment[:, None, :]
+        same_image = images.segment[:, :, None] == images.segment[:, None, :]
         embed = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")
         x = embed(images.patches)
         if self.side is not None:
             normal = nn.initializers.normal(0.02)
             table = self.param("positions", normal, (self.side**2, self.width))
-            x = x + (self._places(images, same, self.side) @ table).astype(x.dtype)
-        contexts = self._contexts(images, same)
+            weights = self._position_weights(images, same_image, self.side)
+            x = x + (weights @ table).astype(x.dtype)
+        contexts = self._contexts(images, same_image)
         pattern = tuple(int(i not in self.full_layers) for i in range(self.layers))
         stack = Transformer(
             self.layers,
@@ -142,29 +146,30 @@ class PatchTower(nn.Module):
             name="stack",
         )
         merger = functools.partial(Merger, self.features, group, self.block, self.dtype)
-        deep, done = [], 0
+        deep, next_block = [], 0
         for k, i in enumerate(self.deepstack):
-            x, done = stack(x, contexts, span=range(done, i + 1)), i + 1
+            x, next_block = stack(x, contexts, span=range(next_block, i + 1)), i + 1
             deep.append(merger(norm_merged=True, name=f"deep_merger_{k}")(x))
-        x = merger(name="merger")(stack(x, contexts, span=range(done, self.layers)))
+        x = merger(name="merger")(stack(x, contexts, span=range(next_block, self.layers)))
         return VisionFeatures(x, images.segment[:, ::group] >= 0, tuple(deep))
 
-    def _contexts(self, images: PatchImages, same: jax.Array) -> tuple[Context, ...]:
-        """Of layers that read the image, and of those that read their window."""
+    def _contexts(self, images: PatchImages, same_image: jax.Array) -> tuple[Context, ...]:
+        """Returns the contexts of layers that read the whole image and of layers with windows."""
         by_axis = [self.rope.angles(x) for x in (images.rows, images.columns)]
         cos, sin = (jnp.concatenate(x, axis=-1) for x in zip(*by_axis, strict=True))
-        masks = [same]
+        masks = [same_image]
         if self.window:
-            row, column = (x // self.window for x in (images.rows, images.columns))
-            for x in (row, column):
-                same = same & (x[:, :, None] == x[:, None, :])
-            masks.append(same)
+            same_window = same_image
+            for x in (images.rows, images.columns):
+                index = x // self.window
+                same_window = same_window & (index[:, :, None] == index[:, None, :])
+            masks.append(same_window)
         return tuple(Context(mask, (cos, sin)) for mask in masks)
 
-    def _places(self, images: PatchImages, same: jax.Array, side: int) -> jax.Array:
-        """Each patch's weights of the table of positions, float32 [B, P, side * side]."""
+    def _position_weights(self, images: PatchImages, same_image: jax.Array, side: int) -> jax.Array:
+        """Returns each patch's weights over the table of positions, float32 [B, P, side * side]."""
         rows, columns = (
-            hat(x, jnp.max(jnp.where(same, x[:, None, :], 0), axis=2) + 1, side)
+            hat(x, jnp.max(jnp.where(same_image, x[:, None, :], 0), axis=2) + 1, side)
             for x in (images.rows, images.columns)
         )
         weights = rows[..., :, None] * columns[..., None, :]

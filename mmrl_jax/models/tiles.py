@@ -14,12 +14,12 @@ from mmrl_jax.models.vlm import VisionFeatures
 
 
 class Tiles(NamedTuple):
-    """The images of B samples, cut into N tiles, in the order of their image tokens.
+    """Images of B samples, split into N tiles, in the order of their image tokens.
 
     Attributes:
-      pixels: float [B, N, H, W, 3], normalized as the processor says.
-      present: bool [B, N], False for what fills up samples with fewer tiles; or, where an image may
-        fill a tile in part, [B, N, H / p, W / p], its patches (see `VisionTower`).
+      pixels: Tiles normalized as the processor specifies, float [B, N, H, W, 3].
+      present: Which tiles are not padding, bool [B, N]. Where an image may fill only part of a
+        tile, which patches are not padding, bool [B, N, H / p, W / p], see `VisionTower`.
     """
 
     pixels: jax.Array
@@ -27,16 +27,17 @@ class Tiles(NamedTuple):
 
 
 class TiledVision(nn.Module):
-    """A tower, and a projector from its tokens to the language model's width.
+    """A vision tower, and a projector from its tokens to the width of the language model.
 
     Attributes:
-      tower: reads a tile.
-      width: D, of the language model.
-      skip: tokens of the tower that are left out, from the first: a class token.
-      shuffle: edge of the square of tokens that are joined to one (pixel shuffle: Shi et al., 2016,
-        reversed).
-      activation: between two dense layers (Liu et al., 2024); None: there is one.
-      bias: the projector has biases.
+      tower: Vision tower that encodes a tile.
+      width: Width D of the language model.
+      skip: Number of leading tokens of the tower that are dropped, e.g. 1 for a class token.
+      shuffle: Edge of the square of tokens that are concatenated into one (pixel shuffle of Shi et
+        al., 2016, in reverse); 1 for none.
+      activation: Activation between the two dense layers of the projector (Liu et al., 2024); None
+        for a projector of one layer.
+      bias: Whether the projector has biases.
     """
 
     tower: VisionTower
@@ -47,12 +48,12 @@ class TiledVision(nn.Module):
     bias: bool = True
 
     def features_per_tile(self) -> int:
-        """How many image tokens a tile stands for."""
+        """Returns the number of image tokens per tile."""
         return (self.tower.patches + self.tower.class_token - self.skip) // self.shuffle**2
 
     @nn.compact
     def __call__(self, images: Tiles) -> VisionFeatures:
-        """Features of all tiles, [B, N * features_per_tile, D]."""
+        """Encodes all tiles to features [B, N * features_per_tile, D]."""
         pixels, present = images
         batch, tiles = pixels.shape[:2]
         patches = present.reshape(-1, *present.shape[2:]) if present.ndim == 4 else None
@@ -72,14 +73,14 @@ class TiledVision(nn.Module):
 
 @struct.dataclass
 class AnyresTiles:
-    """Images of B samples, I for each, all of one size, cut into tiles (LLaVA-OneVision).
+    """Images of B samples, I images each, of one size, split into tiles (LLaVA-OneVision).
 
     Attributes:
-      pixels: float [B, I, T, H, W, 3], normalized: the whole image, then a grid of tiles, row by
-        row, in whose middle the image lies as large as it fits.
-      present: bool [B, I].
-      size: of the images before, height and width in pixels.
-      grid: rows and columns; (0, 0) for the whole image alone.
+      pixels: Normalized tiles, float [B, I, T, H, W, 3]: the whole image first, then a grid of
+        tiles in row-major order, in whose center the image is as large as fits.
+      present: Which images are not padding, bool [B, I].
+      size: Original height and width of the images in pixels.
+      grid: Number of rows and columns of tiles; (0, 0) if there is only the whole image.
     """
 
     pixels: jax.Array
@@ -91,17 +92,21 @@ class AnyresTiles:
 def grid_shape(
     size: tuple[int, int], grid: tuple[int, int], edge: int, most: int
 ) -> tuple[int, ...]:
-    """Of the grid's features: padding above and to the left, rows and columns, and scaled ones.
+    """Returns the shape of a grid's features without padding.
 
     Args:
-      size: of the image.
-      grid: rows and columns of tiles.
-      edge: of a tile, features.
-      most: see `AnyresVision`.
+      size: Original height and width of the image in pixels.
+      grid: Number of rows and columns of tiles.
+      edge: Edge of a tile in features.
+      most: Number of tiles above which features are scaled down, see `AnyresVision`.
+
+    Returns:
+      Six counts of features: padding above, padding to the left, rows, columns, and the rows and
+      columns after scaling.
     """
     rows, columns = (edge * n for n in grid)
     above = left = 0
-    # transformers rounds in this order.
+    # The order of operations is that of transformers, whose rounding depends on it.
     if size[1] / size[0] > columns / rows:
         above = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
     else:
@@ -113,13 +118,13 @@ def grid_shape(
 
 
 def anyres_features(size: tuple[int, int], grid: tuple[int, int], whole: int, most: int) -> int:
-    """How many image tokens an image stands for.
+    """Returns the number of image tokens of an image.
 
     Args:
-      size: of the image.
-      grid: rows and columns of tiles; (0, 0) for the whole image alone.
-      whole: features of a tile.
-      most: see `AnyresVision`.
+      size: Original height and width of the image in pixels.
+      grid: Number of rows and columns of tiles; (0, 0) if there is only the whole image.
+      whole: Number of features of a tile.
+      most: Number of tiles above which features are scaled down, see `AnyresVision`.
     """
     if grid == (0, 0):
         return whole + 1
@@ -128,27 +133,28 @@ def anyres_features(size: tuple[int, int], grid: tuple[int, int], whole: int, mo
 
 
 class AnyresVision(nn.Module):
-    """Features of the whole image, then of its grid, rows ended by a newline (Li et al., 2024).
+    """Features of an image, then of its grid with a newline after each row (Li et al., 2024).
 
     Attributes:
-      tiles: reads tiles.
-      most: tiles whose features are kept as they are; those of more are scaled down to about it.
+      tiles: Module that encodes tiles.
+      most: Number of tiles whose features are used unscaled; those of larger grids are scaled down
+        to about this number.
     """
 
     tiles: TiledVision
     most: int
 
     def features_per_tile(self) -> int:
-        """How many features the whole image has, and each tile of the grid before it is scaled."""
+        """Returns the number of features of the whole image, and of each tile before scaling."""
         return self.tiles.features_per_tile()
 
     def features_per_image(self, size: tuple[int, int], grid: tuple[int, int]) -> int:
-        """How many image tokens an image stands for, see `anyres_features`."""
+        """Returns the number of image tokens of an image, see `anyres_features`."""
         return anyres_features(size, grid, self.features_per_tile(), self.most)
 
     @nn.compact
     def __call__(self, images: AnyresTiles) -> VisionFeatures:
-        """Features of all images, [B, I * features_per_image, D]."""
+        """Encodes all images to features [B, I * features_per_image, D]."""
         batch, count, tiles = images.pixels.shape[:3]
         pixels = images.pixels.reshape(batch, count * tiles, *images.pixels.shape[3:])
         present = jnp.repeat(images.present, tiles, axis=1)
@@ -169,8 +175,8 @@ class AnyresVision(nn.Module):
             if scaled != [rows, columns]:
                 resized = (len(grid), *scaled, width)
                 grid = jax.image.resize(grid, resized, "linear", antialias=False)
-            ends = jnp.broadcast_to(newline, (*grid.shape[:2], 1, width))
-            grid = jnp.concatenate([grid, ends], axis=2).reshape(len(grid), -1, width)
+            newlines = jnp.broadcast_to(newline, (*grid.shape[:2], 1, width))
+            grid = jnp.concatenate([grid, newlines], axis=2).reshape(len(grid), -1, width)
         grid = jnp.broadcast_to(grid, (len(whole), *grid.shape[1:]))
         x = jnp.concatenate([whole, grid], axis=1)
         feature_present = jnp.repeat(images.present, x.shape[1], axis=1)

@@ -1,4 +1,4 @@
-"""Vision and text towers: the encoders of CLIP, SigLIP and BERT, on the one transformer stack."""
+"""Vision and text towers of CLIP, SigLIP and BERT, on the shared transformer stack."""
 
 import math
 from typing import Literal, NamedTuple
@@ -23,11 +23,11 @@ TextPool = Literal["mean", "end", "last"]
 
 
 class Encoded(NamedTuple):
-    """What a tower makes of B inputs.
+    """Output of a tower for B inputs.
 
     Attributes:
-      tokens: float [B, S, D], one for every patch (after a class token, if there is one) or word.
-      pooled: float32 [B, E], one for the whole; None from a tower without pooling.
+      tokens: Features of each patch or word, float [B, S, D]; a class token, if any, comes first.
+      pooled: Features of the whole input, float32 [B, E]; None from a tower without pooling.
     """
 
     tokens: jax.Array
@@ -35,10 +35,10 @@ class Encoded(NamedTuple):
 
 
 def cut_patches(pixels: jax.Array, patch: int) -> jax.Array:
-    """Patches [B, H/p * W/p, p * p * C] of images [B, H, W, C], row by row.
+    """Splits images [B, H, W, C] into row-major patches [B, H/p * W/p, p * p * C].
 
     Raises:
-      ValueError: H or W is not divisible by `patch`.
+      ValueError: `patch` does not divide H or W.
     """
     batch, height, width, channels = pixels.shape
     if height % patch or width % patch:
@@ -48,25 +48,26 @@ def cut_patches(pixels: jax.Array, patch: int) -> jax.Array:
 
 
 def stretched_positions(present: jax.Array, edge: int) -> jax.Array:
-    """Positions of the patches of images that may fill their canvas in part only (Idefics3).
+    """Returns position indices of the patches of images that may fill only part of a canvas.
 
-    A patch takes the position of what lies in the same place of a full canvas, its fractional
-    coordinates (Dehghani et al., 2023, NaViT). transformers finds it in float32, which for some
-    edges that no model here has (19, 25, 29, 31, ...) puts it one too low.
+    A patch takes the index of the table entry at the same fractional coordinates (Dehghani et al.,
+    2023, NaViT; used by Idefics3). transformers computes it in float32, which for some edges that
+    no supported model has (19, 25, 29, 31, ...) rounds to an index that is one too low.
 
     Args:
-      present: bool [B, h, w], a rectangle from the top left; the others get position 0.
-      edge: of the table of positions, edge * edge.
+      present: Which patches are not padding, bool [B, h, w]: a rectangle at the top left. Padding
+        gets index 0.
+      edge: Edge of the square table of positions, which has edge * edge entries.
 
     Returns:
-      int32 [B, h * w].
+      Indices into the table of positions, int32 [B, h * w].
     """
 
-    def along(counts: jax.Array, length: int) -> jax.Array:
+    def axis_positions(counts: jax.Array, length: int) -> jax.Array:
         return jnp.arange(length) * edge // jnp.maximum(counts, 1)[:, None]
 
-    rows = along(jnp.sum(present[:, :, 0], axis=1), present.shape[1])
-    columns = along(jnp.sum(present[:, 0], axis=1), present.shape[2])
+    rows = axis_positions(jnp.sum(present[:, :, 0], axis=1), present.shape[1])
+    columns = axis_positions(jnp.sum(present[:, 0], axis=1), present.shape[2])
     positions = rows[:, :, None] * edge + columns[:, None, :]
     return jnp.where(present, positions, 0).reshape(present.shape[0], -1)
 
@@ -75,20 +76,20 @@ class VisionTower(nn.Module):
     """A vision transformer (Dosovitskiy et al., 2021).
 
     Attributes:
-      width: of the stack.
-      layers: blocks of the stack.
-      block: what they are made of.
-      patch: edge of a patch, pixels.
-      patches: of an image; each has a learned position.
-      class_token: a learned token comes first.
-      patch_bias: the patch embedding has a bias.
-      pre_norm: normalize the embeddings.
-      pool: 'class', the class token, normalized; 'attention', what a learned query reads from the
-        tokens, and an MLP (SigLIP); None.
-      norm_tokens: normalize all tokens after the stack.
-      projection: width E of the pooled features; None for as they are.
-      dtype: compute dtype.
-      remat: recompute each block's activations in the backward pass.
+      width: Width D of the stack.
+      layers: Number of blocks.
+      block: Specification of the blocks.
+      patch: Edge of a patch in pixels.
+      patches: Number of patches in an image; each has a learned position embedding.
+      class_token: Whether a learned class token precedes the patches.
+      patch_bias: Whether the patch embedding has a bias.
+      pre_norm: Whether to normalize the embeddings before the stack.
+      pool: 'class' for the normalized class token; 'attention' for a learned query that attends to
+        the tokens, followed by an MLP (SigLIP); None for no pooling.
+      norm_tokens: Whether to normalize all tokens after the stack.
+      projection: Width E of the pooled features; None for no projection.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
     """
 
     width: int
@@ -107,22 +108,23 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, present: jax.Array | None = None) -> Encoded:
-        """Encodes images, float [B, H, W, 3], normalized as the processor says.
+        """Encodes images.
 
         Args:
-          pixels: the images.
-          present: bool [B, H / p, W / p], the patches that are no padding, which none reads, see
-            `stretched_positions`; without a class token only. By default all are.
+          pixels: Images normalized as the processor specifies, float [B, H, W, 3].
+          present: Which patches are not padding, bool [B, H / p, W / p], see `stretched_positions`;
+            no token reads padding. It is supported only without a class token. By default there is
+            no padding.
 
         Raises:
-          ValueError: the image has another number of patches than `patches`.
+          ValueError: The number of patches in the image is not `patches`.
         """
         block, normal = self.block, nn.initializers.normal(0.02)
         x = cut_patches(pixels, self.patch)
         if x.shape[1] != self.patches:
             raise ValueError(
                 f"Images of {pixels.shape[1]}x{pixels.shape[2]} have {x.shape[1]} patches of "
-                f"{self.patch}, but this tower is made for {self.patches}; resize them."
+                f"{self.patch} pixels, but this tower takes {self.patches} patches; resize them."
             )
         embed = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")
         x = embed(x)
@@ -156,11 +158,12 @@ class VisionTower(nn.Module):
 
 
 class Pictures(nn.Module):
-    """A vision tower behind pictures of any size, as a control policy sees them.
+    """A vision tower that takes images of any size, for a control policy.
 
     Attributes:
-      tower: its tokens are the features, without a class token.
-      mean, std: of the normalization, per channel, for values in [0, 1].
+      tower: Vision tower whose patch tokens are the features.
+      mean: Mean of the normalization per channel, for values in [0, 1].
+      std: Standard deviation of the normalization per channel, for values in [0, 1].
     """
 
     tower: VisionTower
@@ -168,7 +171,7 @@ class Pictures(nn.Module):
     std: tuple[float, ...]
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Maps uint8 [B, H, W, 3], resized to the square of the tower, to [B, patches, D]."""
+        """Resizes uint8 [B, H, W, 3] to the tower's square and maps it to [B, patches, D]."""
         edge = self.tower.patch * math.isqrt(self.tower.patches)
         x = pixels.astype(jnp.float32) / 255.0
         x = jax.image.resize(x, (len(x), edge, edge, 3), "bicubic")
@@ -177,7 +180,7 @@ class Pictures(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """A learned query reads the tokens, and an MLP follows (Lee et al., 2019; SigLIP)."""
+    """Pooling by a learned query and an MLP (Lee et al., 2019, as used by SigLIP)."""
 
     block: BlockSpec
     dtype: jnp.dtype = jnp.float32
@@ -200,22 +203,23 @@ class TextTower(nn.Module):
     """A text encoder with learned positions.
 
     Attributes:
-      vocabulary: number of token ids.
-      width: of the stack.
-      layers: blocks of the stack.
-      block: what they are made of.
-      positions: the most tokens there may be.
-      pool: 'mean' of the tokens that are present; 'end', the first token with id `end`, or where
-        that is None the one with the highest id (CLIP); 'last', present or not (SigLIP).
-      end: see `pool`.
-      causal: a token reads those before it only.
-      segments: kinds of segments that have an embedding of their own; all tokens are of the first.
-      pre_norm: normalize the embeddings.
-      final_norm: normalize after the stack.
-      projection: width E of the pooled features; None for as they are.
-      projection_bias: the projection has one.
-      dtype: compute dtype.
-      remat: recompute each block's activations in the backward pass.
+      vocabulary: Number of token ids.
+      width: Width D of the stack.
+      layers: Number of blocks.
+      block: Specification of the blocks.
+      positions: Maximum number of tokens.
+      pool: 'mean' for the mean over tokens that are not padding; 'end' for the first token with id
+        `end`, or, where that is None, the token with the highest id (CLIP); 'last' for the last
+        token even if it is padding (SigLIP).
+      end: Token id that marks the end of a text, for pool='end'.
+      causal: Whether a token attends only to itself and earlier tokens.
+      segments: Number of segment types that have an embedding; all tokens are of the first type.
+      pre_norm: Whether to normalize the embeddings before the stack.
+      final_norm: Whether to normalize the tokens after the stack.
+      projection: Width E of the pooled features; None for no projection.
+      projection_bias: Whether the projection has a bias.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
     """
 
     vocabulary: int
@@ -236,20 +240,20 @@ class TextTower(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, present: jax.Array) -> Encoded:
-        """Encodes token ids int32 [B, L], of which bool [B, L] tells the words from padding.
+        """Encodes token ids int32 [B, L] with mask bool [B, L], which is False for padding.
 
         Raises:
-          ValueError: there are more tokens than positions.
+          ValueError: There are more tokens than `positions`.
         """
         block, normal, length = self.block, nn.initializers.normal(0.02), tokens.shape[1]
         if length > self.positions:
-            raise ValueError(f"{length} tokens, but there are {self.positions} positions.")
+            raise ValueError(f"The text has {length} tokens, but the maximum is {self.positions}.")
         table = self.param("table", normal, (self.vocabulary, self.width)).astype(self.dtype)
-        places = self.param("positions_table", normal, (self.positions, self.width))
-        x = table[tokens] + places[:length].astype(self.dtype)
+        position_table = self.param("positions_table", normal, (self.positions, self.width))
+        x = table[tokens] + position_table[:length].astype(self.dtype)
         if self.segments:
-            kinds = self.param("segments_table", normal, (self.segments, self.width))
-            x = x + kinds[0].astype(self.dtype)
+            segment_table = self.param("segments_table", normal, (self.segments, self.width))
+            x = x + segment_table[0].astype(self.dtype)
         if self.pre_norm:
             x = Norm(block.norm, block.epsilon, name="pre_norm")(x)
         mask = causal_mask(present) if self.causal else present[:, None, :]
@@ -273,5 +277,5 @@ class TextTower(nn.Module):
         if self.pool == "mean":
             weight = present[..., None].astype(jnp.float32)
             return jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
-        where = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=1)
-        return jnp.take_along_axis(x, where[:, None, None], axis=1)[:, 0]
+        end_index = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=1)
+        return jnp.take_along_axis(x, end_index[:, None, None], axis=1)[:, 0]

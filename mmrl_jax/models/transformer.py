@@ -1,4 +1,4 @@
-"""The one transformer stack: of every encoder, of the fusion of modalities, of language models."""
+"""The transformer stack that the encoders, the fusion of modalities and language models share."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = -1e30  # Finite, so that a row whose keys are all masked has finite gradients.
+NEGATIVE = -1e30  # It is finite, so that a row whose keys are all masked has finite gradients.
 
 NormKind = Literal["plain", "layer", "rms", "rms_offset"]
 Placement = Literal["pre", "post", "both"]
@@ -26,24 +26,24 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """What the blocks of a stack are made of.
+    """Specification of the blocks of a stack.
 
     Attributes:
-      heads: attention heads.
-      hidden: hidden width of the MLP.
-      kv_heads: heads of keys and values, which must divide `heads`; None for as many.
-      head_size: of a head; None for width / heads.
+      heads: Number of attention heads.
+      hidden: Hidden width of the MLP.
+      kv_heads: Number of key and value heads, which must divide `heads`; None for `heads`.
+      head_size: Width of a head; None for width / heads.
       norm: 'plain' (layer norm without scale and bias), 'layer', 'rms' (Zhang and Sennrich, 2019),
         or 'rms_offset', whose scale is 1 + its parameter.
-      epsilon: of the norms.
-      placement: of the norms: 'pre', x + f(norm(x)); 'post', norm(x + f(x)); 'both',
-        x + norm(f(norm(x))).
-      activation: of the MLP.
-      gated: the MLP is out(activation(gate(x)) * in(x)) (Shazeer, 2020).
-      biases: which layers have one, of 'query', 'key', 'value', 'out' and 'mlp'.
-      qk_norm: queries and keys of each head are normalized before they are rotated.
-      scale: of the scores; None for 1 / sqrt(head_size).
-      softcap: scores are softcap * tanh(scores / softcap); None for as they are.
+      epsilon: Constant that the norms add to the variance.
+      placement: Placement of the norms: 'pre' for x + f(norm(x)), 'post' for norm(x + f(x)), 'both'
+        for x + norm(f(norm(x))).
+      activation: Activation of the MLP.
+      gated: Whether the MLP is out(activation(gate(x)) * in(x)) (Shazeer, 2020).
+      biases: Names of the layers that have a bias, out of 'query', 'key', 'value', 'out' and 'mlp'.
+      qk_norm: Whether to normalize the queries and keys of each head before their rotation.
+      scale: Factor of the attention logits; None for 1 / sqrt(head_size).
+      softcap: Bound of the attention logits, softcap * tanh(logits / softcap); None for no bound.
     """
 
     heads: int
@@ -62,13 +62,14 @@ class BlockSpec:
 
 
 class Context(NamedTuple):
-    """What a block needs beside its tokens.
+    """Inputs of a block other than its tokens.
 
     Attributes:
-      mask: bool [B, S, S] (or broadcastable), True where token q may read token s.
-      rotary: cos and sin of the angles by which queries and keys are turned, float32
-        [B, S, head_size / 2] (or broadcastable), see `rotate`; None for not at all.
-      slot: int32 [], where in the cache the tokens go, see `Attention`; None: no cache is used.
+      mask: Attention mask, bool [B, S, S] or broadcastable, True where token q may read token s.
+      rotary: Cosine and sine of the rotation angles of queries and keys, float32
+        [B, S, head_size / 2] each or broadcastable, see `rotate`; None for no rotation.
+      slot: Cache slot at which the tokens are written, int32 [], see `Attention`; None for no
+        cache.
     """
 
     mask: jax.Array
@@ -77,12 +78,18 @@ class Context(NamedTuple):
 
 
 class Dense(nn.Module):
-    """A dense layer on the last axis, as one two-dimensional matmul.
+    """A dense layer on the last axis, computed as one two-dimensional matmul.
 
-    XLA's CPU backend runs [B, S, D] @ [D, F] at half the speed of [B*S, D] @ [D, F], so the
-    leading axes are flattened first. Parameters are float32; the product runs in `dtype`. A kernel
-    may be int8, with its scale beside it, and an adapter may be added, see `models.lora`: its
-    dropout is on where there is a random stream 'dropout'.
+    XLA's CPU backend runs [B, S, D] @ [D, F] at half the speed of [B*S, D] @ [D, F], so the layer
+    flattens the leading axes first. Parameters are float32, and the product is computed in `dtype`.
+    The kernel may be int8 with a 'kernel_scale', and an adapter may be added, see `models.lora`;
+    its dropout is active if there is a random stream 'dropout'.
+
+    Attributes:
+      features: Width of the output.
+      dtype: Compute dtype.
+      kernel_init: Initializer of the kernel.
+      use_bias: Whether the layer has a bias, initially zero.
     """
 
     features: int
@@ -119,20 +126,21 @@ def attention(
     """Scaled dot-product attention with a float32 softmax (Vaswani et al., 2017).
 
     Args:
-      query: [B, Q, N, H], N heads of size H.
-      key: [B, S, K, H]; K divides N, and N / K neighboring heads share a key head.
-      value: [B, S, K, H].
-      mask: bool, broadcastable to [B, Q, S]; True where query q may read key s.
-      scale: of the scores, see `BlockSpec`.
-      softcap: of the scores, see `BlockSpec`.
+      query: Queries of N heads of size H, float [B, Q, N, H].
+      key: Keys, float [B, S, K, H]; K must divide N, and N / K neighboring heads share a key head.
+      value: Values, float [B, S, K, H].
+      mask: Attention mask, bool and broadcastable to [B, Q, S], True where query q may read key s.
+      scale: Factor of the attention logits; None for 1 / sqrt(H).
+      softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
 
     Returns:
-      [B, Q, N, H], in the dtype of `value`. A query that may read nothing gets the mean value.
+      Attention output [B, Q, N, H], in the dtype of `value`. A query whose keys are all masked gets
+      the mean value.
     """
     batch, queries, heads, size = query.shape
     groups, length = key.shape[2], key.shape[1]
-    # Heads before tokens: XLA's CPU backend runs these as plain batched matmuls, forward and
-    # backward in half the time of the einsum over [B, S, N, H].
+    # Heads come before tokens, so that XLA's CPU backend runs plain batched matmuls, whose forward
+    # and backward passes take half the time of an einsum over [B, S, N, H].
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     query = query.reshape(batch, groups, -1, size)
     scores = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
@@ -151,60 +159,62 @@ def cached_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`attention` over a prefix that G neighboring samples share, and over their own keys.
+    """`attention` over a prefix that G neighboring samples share and over each sample's own keys.
 
     Args:
-      query: [B * G, Q, N, H].
-      prefix: keys and values, [B, K, S, H] each.
-      own: keys and values, [B * G, K, T, H] each.
-      mask: bool, broadcastable to [B * G, Q, S + T].
-      scale: of the scores, see `BlockSpec`.
-      softcap: of the scores, see `BlockSpec`.
+      query: Queries of N heads of size H, float [B * G, Q, N, H].
+      prefix: Keys and values of the shared prefix, float [B, K, S, H] each.
+      own: Keys and values of each sample, float [B * G, K, T, H] each.
+      mask: Attention mask, bool and broadcastable to [B * G, Q, S + T].
+      scale: Factor of the attention logits; None for 1 / sqrt(H).
+      softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
 
     Returns:
-      [B * G, Q, N, H], in the dtype of the values.
+      Attention output [B * G, Q, N, H], in the dtype of the values.
     """
     samples, queries, heads, size = query.shape
     batch, groups, length, _ = prefix[0].shape
-    rows = (heads // groups) * queries  # Of queries that read the same keys.
+    rows = (heads // groups) * queries  # Number of queries that read the same keys.
     query = jnp.swapaxes(query, 1, 2).reshape(samples, groups, rows, size)
 
-    def shared(x: jax.Array) -> jax.Array:  # The samples of a group side by side.
+    def fold(x: jax.Array) -> jax.Array:
+        """Concatenates the rows of the samples of a group."""
         x = jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
         return x.reshape(batch, groups, -1, x.shape[-1])
 
-    def apart(x: jax.Array) -> jax.Array:
+    def unfold(x: jax.Array) -> jax.Array:
+        """Undoes `fold`."""
         x = jnp.swapaxes(x.reshape(batch, groups, -1, rows, x.shape[-1]), 1, 2)
         return x.reshape(samples, groups, rows, x.shape[-1])
 
     def scores(q: jax.Array, keys: jax.Array) -> jax.Array:
         return jnp.matmul(q, jnp.swapaxes(keys, 2, 3), preferred_element_type=jnp.float32)
 
-    both = [apart(scores(shared(query), prefix[0])), scores(query, own[0])]
+    both = [unfold(scores(fold(query), prefix[0])), scores(query, own[0])]
     score = jnp.concatenate(both, axis=-1).reshape(samples, heads, queries, -1)
     weights = _softmax(score * (scale or size**-0.5), mask, softcap).astype(own[1].dtype)
     weights = weights.reshape(samples, groups, rows, -1)
-    mixed = apart(jnp.matmul(shared(weights[..., :length]), prefix[1]))
+    mixed = unfold(jnp.matmul(fold(weights[..., :length]), prefix[1]))
     mixed = mixed + jnp.matmul(weights[..., length:], own[1])
     return jnp.swapaxes(mixed.reshape(samples, heads, queries, size), 1, 2)
 
 
 def _softmax(scores: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
-    """Weights of scaled scores, float32 [B, N, Q, S]."""
+    """Returns attention weights of scaled scores, float32 [B, N, Q, S]."""
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     return jax.nn.softmax(jnp.where(mask[:, None], scores, NEGATIVE), axis=-1)
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (x_i, x_{i + H/2}) of each head (Su et al., 2021, RoPE), float32 inside.
+    """Rotates the pairs (x_i, x_{i + H/2}) of each head (RoPE, Su et al., 2021) in float32.
 
     Args:
-      x: [B, S, N, H].
-      rotary: cos and sin, float32 [B, S, H / 2] or broadcastable.
+      x: Queries or keys, float [B, S, N, H].
+      rotary: Cosine and sine of the angles, float32 [B, S, H / 2] each or broadcastable.
 
     Returns:
-      [B, S, N, H], in the dtype of `x`.
+      Rotated queries or keys [B, S, N, H], in the dtype of `x`.
     """
     cos, sin = (angle[:, :, None] for angle in rotary)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -212,10 +222,10 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Layer norm without scale and bias (Ba et al., 2016), [..., D], float32 statistics.
+    """Layer norm of [..., D] without scale and bias (Ba et al., 2016), with float32 statistics.
 
-    Every use of it feeds dense layers, which can express both; on XLA's CPU backend applying them
-    here took half of the time of the norm and the matmul after it.
+    The output always feeds dense layers, which can express both. On XLA's CPU backend, applying
+    scale and bias here took half of the time of the norm and the matmul after it.
     """
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -224,7 +234,7 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """A norm over the last axis, see `BlockSpec.norm`; float32 inside."""
+    """A norm over the last axis, computed in float32, see `BlockSpec.norm`."""
 
     kind: NormKind
     epsilon: float
@@ -248,10 +258,11 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of `x[:, -queries:]` over all of `x`.
 
-    For generation, keys and values are kept, [B, K, S, H] each. A pass with mutable collection
-    'prefix' stores those of a prompt there. With a slot in the context, `x` is what follows: its
-    own are written into collection 'cache', [B * G, K, T, H] each, at the slot, and it reads the
-    prefix and the cache. G samples may follow each prompt; see `rollouts/generate.py`.
+    For generation, keys and values are stored, [B, K, S, H] each. A pass with the mutable
+    collection 'prefix' stores those of a prompt in it. If the context has a slot, `x` follows a
+    prompt: its keys and values are written into the collection 'cache', [B * G, K, T, H] each, at
+    the slot, and it attends to the prefix and the cache. G samples may follow each prompt; see
+    `rollouts/generate.py`.
     """
 
     spec: BlockSpec
@@ -259,7 +270,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, queries: int) -> jax.Array:
-        """Maps x [B, S, D] to [B, queries, D]; of the context, the last rows are used."""
+        """Maps x [B, S, D] to [B, queries, D], with the last rows of the context's mask."""
         s, width, first = self.spec, x.shape[-1], x.shape[1] - queries
         groups = s.kv_heads or s.heads
         if s.head_size is None and width % s.heads:
@@ -282,34 +293,34 @@ class Attention(nn.Module):
             query = rotate(query, (cos[:, first:], sin[:, first:]))
             key = rotate(key, context.rotary)
         mask = context.mask[:, first:] if context.mask.shape[1] > 1 else context.mask
-        how = {"scale": s.scale, "softcap": s.softcap}
+        options = {"scale": s.scale, "softcap": s.softcap}
         if context.slot is None:
             if self.is_mutable_collection("prefix") and not self.is_initializing():
-                self._keep("prefix", jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
-            mixed = attention(query, key, value, mask, **how)
+                self._store("prefix", jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+            mixed = attention(query, key, value, mask, **options)
         else:
             write = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=2
             )
-            keys, values = self._kept("cache")
+            keys, values = self._load("cache")
             own = write(keys, jnp.swapaxes(key, 1, 2)), write(values, jnp.swapaxes(value, 1, 2))
-            self._keep("cache", *own)
-            mixed = cached_attention(query, self._kept("prefix"), own, mask, **how)
+            self._store("cache", *own)
+            mixed = cached_attention(query, self._load("prefix"), own, mask, **options)
         mixed = mixed.reshape(*mixed.shape[:2], s.heads * size)
         return Dense(width, self.dtype, use_bias="out" in s.biases, name="out")(mixed)
 
-    def _keep(self, collection: str, key: jax.Array, value: jax.Array) -> None:
+    def _store(self, collection: str, key: jax.Array, value: jax.Array) -> None:
         self.put_variable(collection, "key", key)
         self.put_variable(collection, "value", value)
 
-    def _kept(self, collection: str) -> tuple[jax.Array, jax.Array]:
+    def _load(self, collection: str) -> tuple[jax.Array, jax.Array]:
         return self.get_variable(collection, "key"), self.get_variable(collection, "value")
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with its norms and its residual, on the last `queries` tokens.
+    """Attention and MLP with norms and residual connections, for the last `queries` tokens.
 
-    What it returns can be had from inside a stack: collection 'hidden', name 'out'.
+    Its output is sown into the collection 'hidden' under the name 'out'.
     """
 
     spec: BlockSpec
@@ -354,12 +365,12 @@ class Transformer(nn.Module):
     """A stack of blocks.
 
     Attributes:
-      layers: number of blocks.
-      block: what they are made of.
-      dtype: compute dtype; parameters, norms and softmax statistics are float32.
-      remat: recompute each block's activations in the backward pass.
-      pattern: which of several contexts each layer uses; by default the first.
-      final_norm: normalize what the last block returns.
+      layers: Number of blocks.
+      block: Specification of the blocks.
+      dtype: Compute dtype; parameters, norms and softmax statistics are float32.
+      remat: Whether to recompute each block's activations in the backward pass.
+      pattern: Index of the context of each layer, among several contexts; None for the first.
+      final_norm: Whether to normalize the output of the last block.
     """
 
     layers: int
@@ -383,18 +394,19 @@ class Transformer(nn.Module):
         """Runs the stack.
 
         Args:
-          x: [B, S, D] tokens.
-          contexts: of all layers, or several, see `pattern`.
-          readouts: when given, only the last `readouts` tokens are wanted, and the last block
-            computes only those: their values are the same, half of a two-block stack is saved.
-          only_readouts: the other tokens stay as they come, and every block computes the
-            readouts alone: cross-attention.
-          added: [B, S, D] each, added to the tokens after the first blocks (deepstack).
-          span: the blocks to run, for who wants the tokens between them too; None for all. The
-            final norm comes after the last of the stack.
+          x: Tokens, float [B, S, D].
+          contexts: Context of all layers, or one for each kind of layer, see `pattern`.
+          readouts: Number of trailing tokens to return; None for all. The last block then computes
+            only those, with the same values, which saves half of a two-block stack.
+          only_readouts: Whether every block computes only the readouts (cross-attention), so that
+            the other tokens stay unchanged.
+          added: Features to add to the tokens after each of the first blocks (deepstack), float
+            [B, S, D] each.
+          span: Indices of the blocks to run, so that a caller can use the tokens between them; None
+            for all. The final norm is applied after the last block of the stack.
 
         Returns:
-          [B, S, D], or [B, readouts, D]; float32 after a final norm, else of `dtype`.
+          Tokens [B, S, D] or [B, readouts, D]; float32 after a final norm, otherwise of `dtype`.
         """
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         if isinstance(contexts, Context):

@@ -1,10 +1,10 @@
-"""Vision-language models: image features take the places of image tokens in a language model.
+"""Vision-language models: image features replace the embeddings of image tokens.
 
     tokens    <bos> <image> <image> <image> <image> How many red balls ? <answer> ...
     stack       e       f0      f1      f2      f3   e   e   e   e   e      e
 
-`e` is the embedding of a token, `f` a feature of the vision model: those of a sample's images, one
-image after the other, each row by row. Both are counted, and must agree.
+`e` is the embedding of a token and `f` a feature of the vision model. Features are ordered by image
+and row-major within an image. Their number must equal the number of image tokens in the sample.
 """
 
 from typing import Any, NamedTuple
@@ -19,12 +19,13 @@ from mmrl_jax.models.language import LanguageModel, causal_mask
 
 
 class VisionFeatures(NamedTuple):
-    """What the vision model makes of the images of each of B samples.
+    """Output of the vision model for the images of B samples.
 
     Attributes:
-      tokens: float [B, F, D], of the width of the language model.
-      present: bool [B, F], False for padding, which stands for no image token.
-      deep: float [B, F, D] each, added to the same places after the first blocks (deepstack).
+      tokens: Features of the width of the language model, float [B, F, D].
+      present: Which features are not padding, bool [B, F]; padding replaces no image token.
+      deep: Features to add at the same positions after each of the first blocks (deepstack), float
+        [B, F, D] each.
     """
 
     tokens: jax.Array
@@ -33,54 +34,59 @@ class VisionFeatures(NamedTuple):
 
 
 def check_counts(is_image: np.ndarray, present: np.ndarray) -> None:
-    """Checks that image tokens, bool [B, S], and features that are present, bool [B, F], agree.
+    """Checks that each sample has as many image tokens as features.
+
+    Args:
+      is_image: Which tokens are image tokens, bool [B, S].
+      present: Which features are not padding, bool [B, F].
 
     Raises:
-      ValueError: names the first sample where they do not, and both counts.
+      ValueError: The counts differ; the message has the first such sample and its counts.
     """
-    wanted, available = np.sum(is_image, axis=1), np.sum(present, axis=1)
-    wrong = np.flatnonzero(wanted != available)
+    num_tokens, num_features = np.sum(is_image, axis=1), np.sum(present, axis=1)
+    wrong = np.flatnonzero(num_tokens != num_features)
     if wrong.size:
         i = wrong[0]
         raise ValueError(
-            f"Sample {i} has {wanted[i]} image tokens, but its images have {available[i]} features "
-            f"({wrong.size} of {wanted.size} samples disagree). Make prompts and images with the "
-            "processor of the model, and do not cut prompts inside an image."
+            f"Sample {i} has {num_tokens[i]} image tokens, but its images have {num_features[i]} "
+            f"features ({wrong.size} of {num_tokens.size} samples disagree). Make prompts and "
+            "images with the model's processor, and do not truncate prompts inside an image."
         )
 
 
 def scatter_features(
     x: jax.Array, is_image: jax.Array, features: jax.Array, present: jax.Array
 ) -> jax.Array:
-    """Puts the features that are present in the places of the image tokens, in order.
+    """Replaces the embeddings of image tokens with the features that are not padding, in order.
 
     Args:
-      x: float [B, S, D].
-      is_image: bool [B, S].
-      features: float [B, F, D].
-      present: bool [B, F].
+      x: Embeddings, float [B, S, D].
+      is_image: Which tokens are image tokens, bool [B, S].
+      features: Image features, float [B, F, D].
+      present: Which features are not padding, bool [B, F].
 
     Returns:
-      [B, S, D]; a sample whose counts disagree is NaN throughout, for inside `jit` nothing can be
-      raised, and no model should learn from it.
+      Embeddings [B, S, D]. All of a sample is NaN if its counts of image tokens and features
+      differ: no error can be raised inside `jit`, and no model should learn from such a sample.
     """
     order = jnp.argsort(~present, axis=1, stable=True)
-    which = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, present.shape[1] - 1)
-    taken = jnp.take_along_axis(order, which, axis=1)
-    placed = jnp.take_along_axis(features.astype(x.dtype), taken[..., None], axis=1)
+    rank = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, present.shape[1] - 1)
+    feature_index = jnp.take_along_axis(order, rank, axis=1)
+    scattered = jnp.take_along_axis(features.astype(x.dtype), feature_index[..., None], axis=1)
     agree = jnp.sum(is_image, axis=1) == jnp.sum(present, axis=1)
-    x = jnp.where(is_image[..., None], placed, x)
+    x = jnp.where(is_image[..., None], scattered, x)
     return jnp.where(agree[:, None, None], x, jnp.nan)
 
 
 class VisionLanguageModel(nn.Module):
-    """Images and token ids to logits.
+    """A vision-language model, from images and token ids to logits.
 
     Attributes:
-      vision: a module that maps the family's images to `VisionFeatures`.
-      language: reads them.
-      image_token: the id whose places the features take.
-      sees_ahead: image tokens and prompt read each other in both directions (PaliGemma).
+      vision: Module that maps the model family's images to `VisionFeatures`.
+      language: Language model.
+      image_token: Token id whose embeddings the features replace.
+      sees_ahead: Whether image tokens and the prompt attend to each other in both directions
+        (PaliGemma).
     """
 
     vision: nn.Module
@@ -96,23 +102,26 @@ class VisionLanguageModel(nn.Module):
         positions: jax.Array | None = None,
         prompt: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits, float32 [B, S, V].
+        """Computes logits, float32 [B, S, V].
 
         Args:
-          tokens: int32 [B, S], an image token for every image feature.
-          present: bool [B, S], False for padding, on either side.
-          images: pytree, as `vision` takes it; leaves [B, ...].
-          positions: int32 [B, S], or [B, A, S] for a rotary embedding of A axes, which must be
-            given; by default counted over the tokens that are present.
-          prompt: bool [B, S], the tokens that see ahead, where `sees_ahead`; by default those up to
-            the last image token's.
+          tokens: Token ids, int32 [B, S], with one image token per image feature.
+          present: Which tokens are not padding, bool [B, S]; padding may be on either side.
+          images: Images as `vision` takes them, a pytree with leaves [B, ...].
+          positions: Token positions, int32 [B, S], or [B, A, S] for a rotary embedding of A axes,
+            where they are required. By default, tokens that are not padding are numbered from 0.
+          prompt: Which tokens attend in both directions if `sees_ahead`, bool [B, S]; by default
+            those up to the last image token.
 
         Raises:
-          ValueError: the rotary embedding has several axes, and there are no positions.
+          ValueError: The rotary embedding has several axes, and `positions` is None.
         """
         if positions is None:
             if any(rope.sections for rope in self.language.ropes):
-                raise ValueError("positions=None, but this model's have axes: see its processor.")
+                raise ValueError(
+                    "positions=None, but this model's positions have several axes; pass those of "
+                    "its processor."
+                )
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
         x, added = self.embed(tokens, self.encode(images))
         mask, ahead = self.mask(tokens, present, prompt), self.ahead(tokens, present, prompt)
@@ -120,13 +129,13 @@ class VisionLanguageModel(nn.Module):
         return self.language.logits(hidden)
 
     def encode(self, images: Any) -> VisionFeatures:
-        """The features of images."""
+        """Encodes images as `vision` takes them."""
         return self.vision(images)
 
     def embed(
         self, tokens: jax.Array, features: VisionFeatures
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Embeddings [B, S, D] with the features in place, and what is added after first blocks."""
+        """Returns embeddings [B, S, D] of tokens and images, and the features that blocks add."""
         is_image = tokens == self.image_token
         # The image token's own id may lie outside the table.
         x = self.language.embed(jnp.where(is_image, 0, tokens))
@@ -140,14 +149,14 @@ class VisionLanguageModel(nn.Module):
     def mask(
         self, tokens: jax.Array, present: jax.Array, prompt: jax.Array | None = None
     ) -> jax.Array:
-        """Who may read whom, bool [B, S, S]."""
+        """Returns the attention mask, bool [B, S, S]."""
         mask, ahead = causal_mask(present), self.ahead(tokens, present, prompt)
         return mask if ahead is None else mask | ahead
 
     def ahead(
         self, tokens: jax.Array, present: jax.Array, prompt: jax.Array | None = None
     ) -> jax.Array | None:
-        """Who read each other in both directions, whatever the windows, bool [B, S, S], or None."""
+        """Returns the bidirectional part of the mask, bool [B, S, S], or None if there is none."""
         if not self.sees_ahead:
             return None
         if prompt is None:
@@ -157,18 +166,18 @@ class VisionLanguageModel(nn.Module):
 
 
 class PatchVision(nn.Module):
-    """The vision model of small models: pictures of one size, a feature for every patch.
+    """The vision model of small models: one feature per patch of images of a fixed size.
 
     Attributes:
-      encoder: our own encoder of patches.
-      projector: to the width of the language model; None where the encoder has that.
+      encoder: Patch encoder.
+      projector: Projection to the width of the language model; None if the encoder has that width.
     """
 
     encoder: VisionEncoder
     projector: VisionProjection | None = None
 
     def __call__(self, pixels: jax.Array) -> VisionFeatures:
-        """Encodes uint8 [B, H, W, 3]."""
+        """Encodes images, uint8 [B, H, W, 3]."""
         tokens = self.encoder(pixels, None)
         if self.projector is not None:
             tokens = self.projector(tokens, None)

@@ -1,4 +1,4 @@
-"""A whole vision-language model as a control policy, with readouts for policy and value."""
+"""A vision-language model as a control policy, with readouts for policy and value."""
 
 from collections.abc import Callable
 import math
@@ -18,25 +18,28 @@ READOUTS = 2  # One for the policy (and auxiliary predictions), one for the valu
 
 
 class VLMPolicy(nn.Module):
-    """The model reads a prompt with the frame inside, then joints and two learned readouts.
+    """A policy that reads a prompt with the frame inside, proprioception and two learned readouts.
 
       [... f_1 .. f_F ... words of the instruction ... padding | j | r_policy r_value]
-       prompt, made by the model's own processor                 proprio, readouts
+       prompt from the model's own processor                    proprio, readouts
 
-    All is causal, as the model was trained (but for prompts that see ahead, see
-    `VisionLanguageModel`): `j` reads the prompt, the readouts read the prompt and `j`, and nobody
-    reads a readout but itself. Both readouts stand at the same position, behind `j`.
+    Attention is causal, as in the model's pretraining (except for bidirectional prompts, see
+    `VisionLanguageModel`): `j` reads the prompt, the readouts read the prompt and `j`, and only a
+    readout itself reads it. Both readouts have the same position, after `j`.
 
     Attributes:
-      kind, actions: see `PolicyHead`.
-      vlm: reads; its output layer is not used.
-      pictures: uint8 [B, 1, H, W, 3] to what the vision model takes.
-      prompts: tokens int32 [B, L], mask bool [B, L] of the environment's instruction to the model's
-        own tokens int32 [B, S], present bool [B, S], with an image token for every image feature.
-      auxiliary: name -> size of privileged targets predicted from the policy's readout.
-      pointing: name of a privileged place in the picture: the policy's readout asks, and the image
-        features answer by one logit each (Vinyals et al., 2015). They must be a square grid over
-        the whole picture, behind which a newline may come.
+      kind: Kind of actions, 'continuous' or 'discrete', see `PolicyHead`.
+      actions: Number of action dimensions, or number of discrete actions.
+      vlm: Vision-language model, whose output layer is not used.
+      pictures: Function from pixels uint8 [B, 1, H, W, 3] to the images that the vision model
+        takes.
+      prompts: Function from tokens int32 [B, L] and mask bool [B, L] of the environment's
+        instruction to tokens int32 [B, S] and mask bool [B, S] of the model, with one image token
+        per feature.
+      auxiliary: (name, size) of each privileged target that the policy's readout predicts.
+      pointing: Name of a privileged position in the image: the policy's readout is the query, and
+        each image feature gives one logit (Vinyals et al., 2015). The features must form a square
+        grid over the whole image, optionally followed by a newline. None for no such target.
     """
 
     kind: ActionKind
@@ -51,10 +54,10 @@ class VLMPolicy(nn.Module):
     def __call__(self, observation: Observation) -> PolicyOutput:
         """Maps a batch of observations without a history to a PolicyOutput of batch [B].
 
-        Where image tokens and features disagree it is NaN, see `vlm.scatter_features`.
+        The output is NaN where image tokens and features disagree, see `vlm.scatter_features`.
 
         Raises:
-          ValueError: `pointing` is asked for, and the image features are no square grid.
+          ValueError: `pointing` is set, and the image features form no square grid.
         """
         instruction, language = observation["instruction"], self.vlm.language
         tokens, present = self.prompts(instruction["tokens"], instruction["mask"])
@@ -77,7 +80,7 @@ class VLMPolicy(nn.Module):
         added = tuple(jnp.pad(deep, (*padding, (0, 0))) for deep in added)
         ahead = self.vlm.ahead(tokens, present, prompt)
         hidden = language.hidden_states(x, mask, positions, added, ahead)[:, -READOUTS:]
-        # The scale of a pretrained final norm is its own; the heads begin small on unit features.
+        # A pretrained final norm has an arbitrary scale; the heads are initialized for unit scale.
         policy, value = jnp.moveaxis(layer_norm(hidden.astype(jnp.float32)), 1, 0)
 
         auxiliary = {
@@ -88,7 +91,7 @@ class VLMPolicy(nn.Module):
             count = features.tokens.shape[1]
             edge = math.isqrt(count)
             if count - edge**2 > 1:
-                raise ValueError(f"{count} image features are no square grid to point into.")
+                raise ValueError(f"{count} image features form no square grid to point into.")
             answers = layer_norm(features.tokens[:, : edge**2].astype(jnp.float32))
             logits = jnp.einsum("bd,bfd->bf", question, answers) / math.sqrt(language.width)
             auxiliary[self.pointing] = logits.reshape(-1, edge, edge)
