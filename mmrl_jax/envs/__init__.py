@@ -1,4 +1,4 @@
-"""Environments with Brax's own interface, pixels and instructions; see `create`."""
+"""Environments with Brax's interface, pixels and instructions, which `create` makes by name."""
 
 from mmrl_jax.envs.check import InvalidEnvironment, check_env, check_started
 from mmrl_jax.envs.registry import NAMES, PREFIXES, create, splits, unwrapped

@@ -1,10 +1,10 @@
-"""The only module that imports Brax: should Brax stop being maintained, this is what to replace."""
+"""The only module that imports Brax, so that it alone would change if Brax were replaced."""
 
 import contextlib
 import io
 import warnings
 
-# MuJoCo prints on every import that Warp, which nothing here uses, is not installed.
+# MuJoCo prints on every import that Warp, which this package does not use, is not installed.
 with contextlib.redirect_stdout(io.StringIO()):
     from brax.base import System
     import brax.envs
@@ -12,7 +12,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     from brax.envs.base import Env, PipelineEnv, State, Wrapper
     from brax.io import mjcf
 
-# Said once here and in the README, instead of whenever an environment is made.
+# The README states this once, so that no environment needs to warn again.
 warnings.filterwarnings("ignore", message="Brax System, piplines and environments are not")
 
 BACKENDS = ("generalized", "mjx", "positional", "spring")  # Brax's physics pipelines.
@@ -31,5 +31,5 @@ __all__ = [
 
 
 def environment_names() -> tuple[str, ...]:
-    """Names of the registered environments, sorted."""
+    """Returns the names of the registered environments, sorted."""
     return tuple(sorted(brax.envs._envs))

@@ -1,4 +1,4 @@
-"""What an environment must be: checked once, by name, before anything compiles."""
+"""Checks of the contract of an environment, which name a violation before anything compiles."""
 
 from collections.abc import Callable
 import traceback
@@ -15,14 +15,20 @@ ACTION_KINDS = ("continuous", "discrete")
 
 
 class InvalidEnvironment(ValueError):
-    """An environment does not keep the contract of `check_env`."""
+    """An environment that violates the contract of `check_env`."""
 
 
 def whole_number(name: str, value: Any, least: int, most: int = LARGEST) -> int:
-    """Returns `value`, an argument of an environment.
+    """Checks and returns an integer argument of an environment.
+
+    Args:
+      name: Name of the argument for the error message.
+      value: Value of the argument.
+      least: Smallest valid value.
+      most: Largest valid value.
 
     Raises:
-      ValueError: it is no int, or not in [least, most].
+      ValueError: The value is not an integer in [least, most].
     """
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not least <= value <= most:
@@ -31,34 +37,35 @@ def whole_number(name: str, value: Any, least: int, most: int = LARGEST) -> int:
 
 
 def check_env(env: Env, *, pixels: bool = False) -> State:
-    """Checks the contract of an unbatched environment, by its shapes and dtypes alone.
+    """Checks the contract of an unbatched environment by shapes and dtypes, without running it.
 
-    An environment is one of Brax's, `reset(key) -> State` and `step(state, action) -> State`, with
+    The environment has Brax's interface, `reset(key) -> State` and `step(state, action) -> State`,
+    and
 
-      action_kind     'continuous', actions float32 [A] in [-1, 1], or 'discrete', int32 [];
+      action_kind     'continuous' for actions float32 [A] in [-1, 1], or 'discrete' for int32 [];
       action_size     A, or the number of discrete actions;
-      episode_length  the most steps of an episode;
-      state.obs       a dict with 'proprio' float32 [P] and, where there are instructions,
+      episode_length  the maximum number of steps in an episode;
+      state.obs       a dict with 'proprio' float32 [P] and, if there are instructions,
                       'instruction' {'tokens': int32 [L], 'mask': bool [L]};
-      vocabulary      of the instructions, where there are some;
-      state.reward, state.done     numbers [], an int or a bool too;
-      state.metrics   a dict of numbers [], 'success' among them if the task has one;
-      state.info      a dict with 'truncation', 1 where a limit ended the episode and not the task,
+      vocabulary      the `Vocabulary` of the instructions, if there are any; state.reward,
+      state.done     numbers [], possibly int or bool; state.metrics   a dict of numbers [], with
+      'success' if the task has a criterion of success; state.info      a dict with 'truncation', 1
+      if a time limit and not the task ended the episode,
                       and 'privileged', a dict of arrays that a policy may learn to predict;
-      scene(state)    what there is to see, for observations with pixels.
+      scene(state)    the scene and camera to render, for observations with pixels.
 
-    Nothing may change its shape or dtype from `reset` to `step`, but for reward, done and metrics,
-    which `AutoReset` makes float32.
+    Shapes and dtypes must be the same after `reset` and after `step`, except for the dtypes of
+    reward, done and metrics, which `AutoReset` makes float32.
 
     Args:
-      env: unbatched, without wrappers.
-      pixels: it will be rendered.
+      env: Unbatched environment without wrappers.
+      pixels: Whether the environment will be rendered.
 
     Returns:
-      The shapes and dtypes of its state after `reset`.
+      Shapes and dtypes of its state after `reset`.
 
     Raises:
-      InvalidEnvironment: names what the contract misses.
+      InvalidEnvironment: The environment violates the contract; the message says where.
     """
     who = type(env).__name__
     for name in ("action_kind", "action_size", "episode_length", *(("scene",) if pixels else ())):
@@ -75,11 +82,11 @@ def check_env(env: Env, *, pixels: bool = False) -> State:
             raise InvalidEnvironment(str(error)) from error
     state = _shapes(f"{who}.reset", env.reset, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     _check_state(f"{who}.reset", env, state)
-    shape, dtype = ((env.action_size,), jnp.float32), ((), jnp.int32)
-    action = jax.ShapeDtypeStruct(*(shape if env.action_kind == "continuous" else dtype))
+    continuous, discrete = ((env.action_size,), jnp.float32), ((), jnp.int32)
+    action = jax.ShapeDtypeStruct(*(continuous if env.action_kind == "continuous" else discrete))
     after = _shapes(f"{who}.step", env.step, jax.eval_shape(with_float_numbers, state), action)
     _check_state(f"{who}.step", env, after)
-    before, after = (_described(jax.eval_shape(with_float_numbers, x)) for x in (state, after))
+    before, after = (_shape_table(jax.eval_shape(with_float_numbers, x)) for x in (state, after))
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             raise InvalidEnvironment(
@@ -90,31 +97,34 @@ def check_env(env: Env, *, pixels: bool = False) -> State:
 
 
 def check_started(state: State) -> None:
-    """Checks the numbers of B environments that have just been reset.
+    """Checks the values of B environments that have just been reset.
+
+    Args:
+      state: State of the environments, with leaves [B, ...].
 
     Raises:
-      InvalidEnvironment: an observation, a target, a metric or a reward of some is not finite, or
-        an episode has ended before its first step.
+      InvalidEnvironment: An observation, privileged target, metric or reward is not finite, or an
+        episode has ended before its first step.
     """
     numbers = {"obs": state.obs, "reward": state.reward, "metrics": state.metrics}
     numbers["info['privileged']"] = state.info["privileged"]
     for name, x in jax.device_get(_named(numbers)).items():
-        broken = sum(not np.isfinite(one).all() for one in x)
-        if broken:
+        nonfinite = sum(not np.isfinite(one).all() for one in x)
+        if nonfinite:
             raise InvalidEnvironment(
-                f"state.{name} is not finite after reset in {broken} of {len(x)} environments; "
-                "reset must return numbers."
+                f"state.{name} is not finite after reset in {nonfinite} of {len(x)} environments; "
+                "reset must return finite numbers."
             )
     ended = int(np.sum(jax.device_get(state.done) != 0))
     if ended:
         raise InvalidEnvironment(
             f"state.done is not 0 after reset in {ended} of {len(state.done)} environments; an "
-            "episode has one step at least."
+            "episode must have at least one step."
         )
 
 
 def with_float_numbers(state: State) -> State:
-    """The state with its reward, done and metrics in float32, whatever numbers they were."""
+    """Casts the reward, done and metrics of a state, which may be of any dtype, to float32."""
     reward, done, metrics = jax.tree.map(
         lambda x: jnp.asarray(x).astype(jnp.float32), (state.reward, state.done, state.metrics)
     )
@@ -124,7 +134,7 @@ def with_float_numbers(state: State) -> State:
 def _shapes(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return jax.eval_shape(function, *arguments)
-    except Exception as error:  # Whatever a user's code raises.
+    except Exception as error:  # User code may raise any exception.
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise InvalidEnvironment(
             f"{what} cannot be traced: {type(error).__name__}: {error} "
@@ -133,11 +143,11 @@ def _shapes(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _check_state(what: str, env: Env, state: Any) -> None:
-    """Raises InvalidEnvironment unless a state, of shapes and dtypes, has what it must have."""
+    """Raises InvalidEnvironment unless a state of shapes and dtypes satisfies the contract."""
 
-    def need(true: bool, name: str, found: Any, wanted: str) -> None:
-        if not true:
-            raise InvalidEnvironment(f"{what} returns {name} {found}; it must be {wanted}.")
+    def need(valid: bool, name: str, actual: Any, expected: str) -> None:
+        if not valid:
+            raise InvalidEnvironment(f"{what} returns {name} {actual}; it must be {expected}.")
 
     need(isinstance(state, State), "a", type(state).__name__, "a State of brax.envs")
     obs, info = state.obs, state.info
@@ -148,15 +158,15 @@ def _check_state(what: str, env: Env, state: Any) -> None:
         _is(proprio, 1, jnp.float32), "state.obs['proprio']", _text(proprio), "a float32 vector [P]"
     )
     if "instruction" in obs:
-        wanted = "given with a 'vocabulary', an attribute, see instructions.Vocabulary"
-        need(hasattr(env, "vocabulary"), "state.obs", "with an instruction", wanted)
+        expected = "given with a 'vocabulary', an attribute, see instructions.Vocabulary"
+        need(hasattr(env, "vocabulary"), "state.obs", "with an instruction", expected)
         words = obs["instruction"]
-        right = isinstance(words, dict) and words.keys() == {"tokens", "mask"}
-        right = right and _is(words["tokens"], 1, jnp.int32) and _is(words["mask"], 1, jnp.bool_)
-        wanted = "{'tokens': int32 [L], 'mask': bool [L]}, see instructions.instruction"
-        need(right, "state.obs['instruction']", _text(words), wanted)
+        valid = isinstance(words, dict) and words.keys() == {"tokens", "mask"}
+        valid = valid and _is(words["tokens"], 1, jnp.int32) and _is(words["mask"], 1, jnp.bool_)
+        expected = "{'tokens': int32 [L], 'mask': bool [L]}, see instructions.instruction"
+        need(valid, "state.obs['instruction']", _text(words), expected)
     other = sorted(obs.keys() - {"proprio", "instruction"})
-    need(not other, "state.obs with", other, "'proprio' and 'instruction' alone")
+    need(not other, "state.obs with", other, "'proprio' and 'instruction' only")
     need(isinstance(state.metrics, dict), "state.metrics", _text(state.metrics), "a dict")
     numbers = {"reward": state.reward, "done": state.done}
     numbers |= {f"metrics[{name!r}]": x for name, x in state.metrics.items()}
@@ -182,12 +192,12 @@ def _is_number(x: Any) -> bool:
 
 
 def _text(x: Any) -> str:
-    """What a leaf or a tree of shapes is, in words."""
+    """Returns the dtypes and shapes of a leaf or a tree as text."""
     return str(jax.tree.map(lambda leaf: f"{leaf.dtype} {list(leaf.shape)}", x))
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a dict of trees by their paths, e.g. "obs['proprio']"."""
+    """Returns the leaves of a dict of trees by their paths, e.g. "obs['proprio']"."""
     return {
         f"{name}{jax.tree_util.keystr(path)}": leaf
         for name, part in tree.items()
@@ -195,7 +205,7 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
-def _described(state: State) -> dict[str, str]:
-    """Shapes and dtypes of all leaves of a state, by their paths."""
+def _shape_table(state: State) -> dict[str, str]:
+    """Returns dtypes and shapes of all leaves of a state as text, by their paths."""
     parts = ("pipeline_state", "obs", "reward", "done", "metrics", "info")
     return {name: _text(x) for name, x in _named({n: getattr(state, n) for n in parts}).items()}

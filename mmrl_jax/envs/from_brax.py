@@ -1,4 +1,4 @@
-"""Any Brax or MuJoCo Playground environment, given an instruction and something to look at."""
+"""Adapts any Brax or MuJoCo Playground environment, adding an instruction and a camera."""
 
 from typing import Any, NamedTuple
 
@@ -25,12 +25,18 @@ INSTRUCTIONS = {
     "swimmer": "swim forward",
     "walker2d": "walk forward",
 }
-DIRECTION = (0.0, -0.8, 0.6)  # To the camera by default, length 1.
-MARGIN = 1.2  # Room around the bodies in the default picture.
+DIRECTION = (0.0, -0.8, 0.6)  # Unit vector from the target to the default camera.
+MARGIN = 1.2  # Distance of the default camera, relative to one whose image the bodies just fill.
 
 
 class _View(NamedTuple):
-    """What is drawn; m, [3]: the camera's target from the followed link, the camera from that."""
+    """The geometry to render and the camera.
+
+    Attributes:
+      geometry: Visible geoms of the model.
+      target: Offset from the followed link to the camera's target in m, float [3].
+      camera: Offset from the target to the camera in m, float [3].
+    """
 
     geometry: system_scene.Geometry
     target: np.ndarray
@@ -38,28 +44,28 @@ class _View(NamedTuple):
 
 
 class FromBrax(Env):
-    """A core environment made of another one, which keeps its dynamics, reward and metrics.
+    """Adapts another environment, whose dynamics, reward and metrics stay unchanged.
 
-    Observation: 'proprio' float32 [P], the other environment's flat observation (entry 'state' of
-    a dict), and 'instruction', one fixed sentence. Where the episode limit and not the environment
-    ends an episode, info['truncation'] is 1.
+    Observation: 'proprio' float32 [P], the other environment's flat observation (entry 'state' of a
+    dict), and 'instruction', one fixed sentence. info['truncation'] is 1 if the episode limit, and
+    not the environment, ends an episode.
 
     Args:
-      env: name of a registered Brax environment, or an environment: Brax's, or MuJoCo Playground's
-        (whose state holds MJX data).
-      instruction: the sentence; None for a flat observation, 'proprio' alone.
-      backend: physics pipeline, of an environment given by name.
-      episode_length: control steps until truncation.
-      link: index of the link that the camera follows, the torso of most.
-      camera_offset: m, to the camera from what it looks at: the followed link's place, at half the
-        height of the moving bodies; None for where it takes in all of these, from the side and
-        above.
-      fovy: vertical field of view, degrees.
+      env: Name of a registered Brax environment, or an environment object of Brax or of MuJoCo
+        Playground (whose state holds MJX data).
+      instruction: Sentence of the instruction; None for observations with 'proprio' only.
+      backend: Physics pipeline, for an environment given by name.
+      episode_length: Number of control steps until truncation, at least 1.
+      link: Index of the link that the camera follows; link 0 is usually the torso.
+      camera_offset: Offset in m from the camera's target to the camera. The target is the position
+        of the followed link at half the height of the moving bodies. None for a camera to the side
+        and above that has all of these in its image.
+      fovy: Vertical field of view in degrees, in (0, 180).
 
     Raises:
-      ValueError: no environment is registered under the name, it does not run on the backend, an
-        argument is impossible, or its observation is neither flat nor a dict with 'state'; from
-        `scene`, if it has no geoms that the renderer can draw.
+      ValueError: No environment is registered under the name, it does not run on the backend, an
+        argument is invalid, or the observation is neither flat nor a dict with 'state'. `scene`
+        raises it if the environment has no geoms that the renderer supports.
     """
 
     action_kind = "continuous"
@@ -78,7 +84,7 @@ class FromBrax(Env):
         self.episode_length = whole_number("episode_length", episode_length, 1)
         _check_view(fovy, camera_offset)
         if instruction is not None and not (isinstance(instruction, str) and instruction.split()):
-            raise ValueError(f"instruction={instruction!r} must be a text of one word or more.")
+            raise ValueError(f"instruction={instruction!r} must be a text of at least one word.")
         if isinstance(env, str):
             env = _registered(env, backend)
         self.env = env
@@ -94,7 +100,7 @@ class FromBrax(Env):
             )
             self._tokens = self.vocabulary.encode(instruction)
         inner = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-        # Playground's states call `data` what Brax's call `pipeline_state`.
+        # States of Playground have `data` where those of Brax have `pipeline_state`.
         self._physics = "pipeline_state" if hasattr(inner, "pipeline_state") else "data"
         self._size = jax.eval_shape(_flat, inner.obs).shape[0]
 
@@ -125,27 +131,27 @@ class FromBrax(Env):
         return self._wrap(inner, steps=steps, truncation=truncation)
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
-        """What there is to see in `state`, which may have leading batch axes."""
-        self._view = view = self._view or self._look()
+        """Returns scene and camera of `state`, which may have leading batch axes."""
+        self._view = view = self._view or self._make_view()
         physics = state.pipeline_state
         if self._physics == "data":
             scene = system_scene.scene(view.geometry, physics.xpos, physics.xquat)
-            place = physics.xpos[..., self._link + 1, :]
+            link_position = physics.xpos[..., self._link + 1, :]
         else:
             scene = system_scene.link_scene(view.geometry, physics.x)
-            place = physics.x.pos[..., self._link, :]
-        target = place + jnp.asarray(view.target)
+            link_position = physics.x.pos[..., self._link, :]
+        target = link_position + jnp.asarray(view.target)
         return scene, look_at(target + jnp.asarray(view.camera), target, fovy=self._fovy)
 
     def caption(self, state: State) -> str:
-        """The instruction of one state, as text; '' without one."""
+        """Returns the instruction of a single state as text; '' if there is none."""
         return "" if self._tokens is None else self.vocabulary.decode(self._tokens.tolist())
 
-    def _look(self) -> _View:
+    def _make_view(self) -> _View:
         model = _model(self.env)
         if model is None:
             raise ValueError(
-                f"env={type(self.env).__name__} has no bodies to draw; use it without pixels, "
+                f"env={type(self.env).__name__} has no bodies to render; use it without pixels: "
                 f"height=0 and width=0."
             )
         geometry = system_scene.geometry(model)
@@ -157,7 +163,7 @@ class FromBrax(Env):
         return _View(geometry, np.array([0, 0, height]), np.asarray(camera))
 
     def _wrap(self, inner: Any, *, steps: jax.Array, truncation: jax.Array) -> State:
-        # Weak types and Python numbers would change a scan's carry from one step to the next.
+        # Weak types and Python numbers would change the carry of a scan from one step to the next.
         inner = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.asarray(x).dtype), inner)
         obs: dict[str, Any] = {"proprio": _flat(inner.obs)}
         info = {
@@ -180,11 +186,11 @@ class FromBrax(Env):
 
 
 def _registered(name: str, backend: str) -> Any:
-    """Brax's environment of a name, on a physics pipeline."""
+    """Returns Brax's environment of a name on a physics pipeline."""
     if name not in environment_names():
-        raise ValueError(f"env={name!r} is none of Brax's {environment_names()}.")
+        raise ValueError(f"env={name!r} must be one of Brax's {environment_names()}.")
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is none of Brax's {BACKENDS}.")
+        raise ValueError(f"backend={backend!r} must be one of Brax's {BACKENDS}.")
     try:
         return get_environment(name, backend=backend)
     except (ValueError, NotImplementedError) as error:
@@ -198,28 +204,28 @@ def _check_view(fovy: Any, camera_offset: Any) -> None:
     """Raises ValueError for an impossible camera."""
     if not _is_number(fovy) or not 0 < fovy < 180:
         raise ValueError(f"fovy={fovy!r} must be an angle between 0 and 180 degrees.")
-    listed = isinstance(camera_offset, (tuple, list, np.ndarray))
+    is_sequence = isinstance(camera_offset, (tuple, list, np.ndarray))
     if camera_offset is not None and not (
-        listed and len(camera_offset) == 3 and all(map(_is_number, camera_offset))
+        is_sequence and len(camera_offset) == 3 and all(map(_is_number, camera_offset))
     ):
-        raise ValueError(f"camera_offset={camera_offset!r} must be three finite numbers, in m.")
+        raise ValueError(f"camera_offset={camera_offset!r} must be three finite numbers in m.")
 
 
 def _is_number(x: Any) -> bool:
     real = isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
-    return real and abs(x) < 1e9  # Neither infinite nor NaN.
+    return real and abs(x) < 1e9  # This excludes infinity and NaN.
 
 
 def _model(env: Any) -> Any:
-    """MuJoCo's model of an environment; None for one without bodies."""
+    """Returns MuJoCo's model of an environment, or None for one without bodies."""
     return getattr(getattr(env, "sys", env), "mj_model", None)
 
 
 def playground(name: str) -> Any:
-    """MuJoCo Playground's environment `name`, on MJX in JAX.
+    """Returns MuJoCo Playground's environment `name`, on MJX in JAX.
 
     Raises:
-      ValueError: Playground is not installed, or has no such environment.
+      ValueError: Playground is not installed, or has no environment of this name.
     """
     try:
         from mujoco_playground import registry
@@ -228,16 +234,16 @@ def playground(name: str) -> Any:
             f"name='playground:{name}' needs MuJoCo Playground: pip install playground."
         ) from error
     if name not in registry.ALL_ENVS:
-        raise ValueError(f"env={name!r} is none of MuJoCo Playground's {registry.ALL_ENVS}.")
+        raise ValueError(f"env={name!r} must be one of MuJoCo Playground's {registry.ALL_ENVS}.")
     return registry.load(name, config_overrides={"impl": "jax"})
 
 
 def _flat(obs: Any) -> jax.Array:
-    """The flat observation float32 [P]."""
+    """Returns the flat observation, float32 [P]."""
     if isinstance(obs, dict):
         if "state" not in obs:
             raise ValueError(f"The observation has entries {sorted(obs)}, but no 'state'.")
         obs = obs["state"]
     if obs.ndim != 1:
-        raise ValueError(f"The observation has shape {obs.shape}; a flat one, [P], is needed.")
+        raise ValueError(f"The observation has shape {obs.shape}, but must be flat, [P].")
     return obs.astype(jnp.float32)

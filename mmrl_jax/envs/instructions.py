@@ -1,4 +1,4 @@
-"""Instructions as word tokens: a vocabulary, and templates filled inside `jit`."""
+"""Instructions as word tokens: a vocabulary, and templates that are filled inside `jit`."""
 
 from collections.abc import Sequence
 import itertools
@@ -13,12 +13,12 @@ PAD = 0
 
 @struct.dataclass
 class Vocabulary:
-    """A closed list of words; token 0 is padding, word i is token i + 1.
+    """A closed vocabulary; token 0 is padding, and word i has token i + 1.
 
     Attributes:
-      words: the words, lower case, without repetition.
-      length: L, the length that instructions are padded to.
-      sentences: every instruction that may be given, held-out ones among them.
+      words: Words in lower case, without repetition.
+      length: Length L to which instructions are padded.
+      sentences: All possible instructions, including held-out ones.
     """
 
     words: tuple[str, ...] = struct.field(pytree_node=False)
@@ -27,14 +27,14 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Number of token ids, padding included."""
+        """Number of token ids, including padding."""
         return len(self.words) + 1
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns int32 [L] tokens of `text`.
+        """Returns the tokens int32 [L] of `text`.
 
         Raises:
-          ValueError: a word is not in the vocabulary, or there are more than L words.
+          ValueError: A word is not in the vocabulary, or there are more than L words.
         """
         words = text.lower().split()
         unknown = [w for w in words if w not in self.words]
@@ -47,22 +47,22 @@ class Vocabulary:
         return tokens
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Returns the words of int [L] `tokens`, without padding."""
+        """Returns the words of tokens int [L] as text, without padding."""
         return " ".join(self.words[int(t) - 1] for t in tokens if int(t) != PAD)
 
 
 def instruction(tokens: jax.Array) -> dict[str, jax.Array]:
-    """Returns the observation entry {'tokens', 'mask'} of int32 [..., L] tokens."""
+    """Returns the observation entry {'tokens', 'mask'} of tokens int32 [..., L]."""
     return {"tokens": tokens, "mask": tokens != PAD}
 
 
 class Templates:
-    """Sentences with named slots, e.g. 'touch the {color} {shape}', filled inside `jit`.
+    """Sentences with named slots, e.g. 'touch the {color} {shape}', that are filled inside `jit`.
 
     Args:
-      sentences: the templates; each word is a plain word or a slot '{name}'.
-      slots: slot name -> the words that may fill it.
-      length: L; by default the longest sentence.
+      sentences: Templates; each word is a plain word or a slot '{name}'.
+      slots: Words that may fill a slot, by the name of the slot.
+      length: Length L of the tokens; None for that of the longest sentence.
     """
 
     def __init__(
@@ -100,7 +100,15 @@ class Templates:
         return [" ".join(words) for words in itertools.product(*choices)]
 
     def fill(self, sentence: jax.Array, **words: jax.Array) -> jax.Array:
-        """Returns int32 [L] tokens of template `sentence` (int []) with slot -> word index."""
+        """Fills a template.
+
+        Args:
+          sentence: Index of the template, int [].
+          **words: Index of the word that fills each slot, int [], by the name of the slot.
+
+        Returns:
+          Tokens of the instruction, int32 [L].
+        """
         tokens = jnp.asarray(self._table)[sentence]
         for i, name in enumerate(self.slots):
             tokens = jnp.where(

@@ -1,11 +1,11 @@
-"""`language_grid`: walk to the named object on a small grid, one cell a step, seen from above.
+"""`language_grid`: walk to the named object on a small grid, one cell per step, seen from above.
 
-Four objects lie on the grid: the named one, one of its color, one of its shape, and another, so
-that neither color nor shape alone decides. Walking onto an object ends the episode.
+There are four objects on the grid: the named one, one of its color, one of its shape, and another,
+so that neither color nor shape alone identifies it. Stepping on an object ends the episode.
 
-A split differs from 'train' in one respect: 'heldout_pair' names colors and shapes that training
-neither names nor shows together, 'heldout_layout' has pairs of first cell and goal that training
-never has.
+A split differs from 'train' in one respect: 'heldout_pair' names pairs of color and shape that
+training neither names nor shows, and 'heldout_layout' has pairs of start and goal cells that
+training does not have.
 """
 
 from typing import Any, Literal, get_args
@@ -21,16 +21,16 @@ from mmrl_jax.rendering import Camera, Scene, look_at
 
 Split = Literal["train", "heldout_pair", "heldout_layout"]
 SPLITS: tuple[str, ...] = get_args(Split)
-# Actions as text; the first one is that of a text that is none.
+# Actions as text; the first one replaces text that is no action.
 MOVES = ("stay", "up", "down", "left", "right")
-_STEPS = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], np.int32)  # Row and column.
+_STEPS = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], np.int32)  # Change of row and column.
 COLORS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("ball", "box", "bar")
 _RGB = np.array(
     [[0.9, 0.1, 0.1], [0.1, 0.7, 0.2], [0.15, 0.3, 0.95], [0.95, 0.85, 0.1], [0.65, 0.2, 0.75]],
     np.float32,
 )
-# The renderer's primitive of each shape and its size, in cells.
+# The renderer's primitive for each shape, and its size in cells.
 _PRIMITIVES = ("sphere", "box", "capsule")
 _SIZES = np.array([[0.36, 0, 0], [0.32, 0.32, 0.2], [0.14, 0.28, 0]], np.float32)
 _UPRIGHT = np.array([1.0, 0, 0, 0], np.float32)
@@ -42,22 +42,23 @@ TEMPLATES = instructions.Templates(
     ("go to the {color} {shape}", "walk to the {color} {shape}"),
     {"color": COLORS, "shape": SHAPES},
 )
-_HEIGHT = 20.0  # Of the camera, in cells: high, so that cells away from the middle look alike.
+_HEIGHT = 20.0  # Height of the camera in cells, large enough that all cells look alike.
 
 
 class LanguageGrid(Env):
-    """Walk to the named object, onto no other one.
+    """An agent must walk to the named object and step on no other one.
 
-    Observation: 'instruction', and 'proprio' float32 [1], the fraction of the time that has passed.
-    `Pixels` adds 'pixels': the grid fills the picture.
-    Action: int32 [], index into `MOVES`; a step off the grid is none.
-    Reward: 1 for the named object, else 0. Any object ends the task; time truncates it.
-    Success (`metrics['success']`): this step came onto the named object.
+    Observation: 'instruction', and 'proprio' float32 [1], the elapsed fraction of the episode.
+    `Pixels` adds 'pixels', in which the grid fills the image.
+    Action: int32 [], index into `MOVES`; a step off the grid has no effect.
+    Reward: 1 for reaching the named object, otherwise 0. Any object terminates the episode, and the
+    time limit truncates it.
+    Success (`metrics['success']`): this step reached the named object.
 
     Args:
-      split: which cases are drawn.
-      rows: edge of the grid, cells, 4 to 8.
-      episode_length: steps until truncation.
+      split: Name of the split, one of `SPLITS`, from which episodes are sampled.
+      rows: Edge of the grid in cells, 4 to 8.
+      episode_length: Number of steps until truncation, at least 1.
     """
 
     action_kind = "discrete"
@@ -85,15 +86,15 @@ class LanguageGrid(Env):
         return "none"
 
     def reset(self, rng: jax.Array) -> State:
-        """Draws objects, places and instruction from key `rng`."""
+        """Samples objects, positions and instruction with key `rng`."""
         cells = self.rows**2
-        # One call for all random numbers: on CPU each further one costs compile time.
+        # One call samples all random numbers, since on CPU each further call costs compile time.
         u = jax.random.uniform(rng, (cells + PAIRS + 2,))
-        order = jnp.argsort(u[:cells])  # Cells; the first one is where one starts.
-        goal = 1 + jnp.argmax(self._wanted(order[0], order[1:]))
+        order = jnp.argsort(u[:cells])  # Shuffled cells; the first is the agent's start.
+        goal = 1 + jnp.argmax(self._is_allowed(order[0], order[1:]))
         others = jnp.argsort(jnp.where(jnp.arange(cells) == goal, cells, jnp.arange(cells)))[1:]
-        places = jnp.concatenate([order[goal][None], order[others[: OBJECTS - 1]]])
-        pairs = self._draw_pairs(u[cells : cells + PAIRS])
+        object_cells = jnp.concatenate([order[goal][None], order[others[: OBJECTS - 1]]])
+        pairs = self._sample_pairs(u[cells : cells + PAIRS])
         tokens = TEMPLATES.fill(
             (u[-1] * len(TEMPLATES.sentences)).astype(jnp.int32),
             color=pairs[0] // len(SHAPES),
@@ -104,10 +105,10 @@ class LanguageGrid(Env):
             "steps": zero,
             "truncation": zero,
             "agent": self._row_column(order[0]),
-            "places": self._row_column(places),
+            "places": self._row_column(object_cells),
             "pairs": pairs,
             "tokens": tokens,
-            "privileged": {"target_pixel": self._fraction(self._row_column(places[0]))},
+            "privileged": {"target_pixel": self._fraction(self._row_column(object_cells[0]))},
         }
         state = State(None, {}, zero, zero, {"success": zero}, info)
         return state.replace(obs=self._observe(info))
@@ -115,34 +116,34 @@ class LanguageGrid(Env):
     def step(self, state: State, action: jax.Array) -> State:
         info = state.info
         agent = jnp.clip(info["agent"] + jnp.asarray(_STEPS)[action], 0, self.rows - 1)
-        on = jnp.all(agent == info["places"], axis=-1)
-        success = on[0].astype(jnp.float32)
-        found = jnp.any(on).astype(jnp.float32)
+        on_object = jnp.all(agent == info["places"], axis=-1)
+        success = on_object[0].astype(jnp.float32)
+        terminated = jnp.any(on_object).astype(jnp.float32)
         steps = info["steps"] + 1
-        late = (steps >= self.episode_length).astype(jnp.float32)
-        info = info | {"steps": steps, "agent": agent, "truncation": late * (1 - found)}
+        time_over = (steps >= self.episode_length).astype(jnp.float32)
+        info = info | {"steps": steps, "agent": agent, "truncation": time_over * (1 - terminated)}
         return state.replace(
             obs=self._observe(info),
             reward=success,
-            done=jnp.maximum(found, late),
+            done=jnp.maximum(terminated, time_over),
             metrics=state.metrics | {"success": success},
             info=info,
         )
 
     def expert(self, state: State, rng: jax.Array) -> jax.Array:
-        """Moves int32 [B] of who knows the grids, see `expert_action`; the key is not used."""
+        """Returns optimal moves int32 [B], see `expert_action`; the key is not used."""
         return expert_action(state, rows=self.rows)
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
-        """The grid from above; `state` may have leading batch axes."""
+        """Returns the grid and a camera above it; `state` may have leading batch axes."""
         info, kinds = state.info, len(_PRIMITIVES)
         batch = info["steps"].shape
         shape, color = info["pairs"] % len(SHAPES), info["pairs"] // len(SHAPES)
-        # Each object is one primitive of every kind, of which all but one have no size.
+        # Each object is one primitive of every kind, and all but one of them have size 0.
         sizes = jax.nn.one_hot(shape, kinds)[..., None] * _SIZES
-        places = jnp.repeat(self._world(info["places"]), kinds, axis=-2)
+        positions = jnp.repeat(self._world(info["places"]), kinds, axis=-2)
 
-        def behind(floor_and_agent: Any, objects: jax.Array) -> jax.Array:
+        def with_objects(floor_and_agent: Any, objects: jax.Array) -> jax.Array:
             first = jnp.asarray(floor_and_agent, jnp.float32)
             first = jnp.broadcast_to(first, (*batch, *first.shape[-2:]))
             return jnp.concatenate([first, objects.reshape(*batch, OBJECTS * kinds, -1)], axis=-2)
@@ -150,12 +151,13 @@ class LanguageGrid(Env):
         agent = self._world(info["agent"])[..., None, :]
         squares = jnp.array([1.0] + [0.0] * (1 + OBJECTS * kinds))
         rotation = np.stack([_UPRIGHT] * 2 + [_UPRIGHT, _UPRIGHT, _LYING] * OBJECTS)
+        colors = jnp.repeat(jnp.asarray(_RGB)[color], kinds, -2)
         scene = Scene(
             kind=("plane", "cylinder", *_PRIMITIVES * OBJECTS),
-            position=behind(jnp.concatenate([jnp.zeros_like(agent), agent], -2), places),
+            position=with_objects(jnp.concatenate([jnp.zeros_like(agent), agent], -2), positions),
             rotation=jnp.broadcast_to(rotation, (*batch, *rotation.shape)),
-            size=behind([[0.0, 0.0, 0.0], [0.42, 0.02, 0.0]], sizes),
-            color=behind([[0.35] * 3, [1.0] * 3], jnp.repeat(jnp.asarray(_RGB)[color], kinds, -2)),
+            size=with_objects([[0.0, 0.0, 0.0], [0.42, 0.02, 0.0]], sizes),
+            color=with_objects([[0.35] * 3, [1.0] * 3], colors),
             checker=jnp.broadcast_to(squares, (*batch, *squares.shape)),
         )
         position = jnp.broadcast_to(jnp.array([0.0, 0.0, _HEIGHT]), (*batch, 3))
@@ -163,7 +165,7 @@ class LanguageGrid(Env):
         return scene, look_at(position, (0.0, 0.0, 0.0), fovy=fovy)
 
     def caption(self, state: State) -> str:
-        """The instruction of one state, as text."""
+        """Returns the instruction of a single state as text."""
         return self.vocabulary.decode(np.asarray(state.info["tokens"]))
 
     def _observe(self, info: dict[str, Any]) -> dict[str, Any]:
@@ -175,59 +177,64 @@ class LanguageGrid(Env):
     def _row_column(self, cell: jax.Array) -> jax.Array:
         return jnp.stack([cell // self.rows, cell % self.rows], axis=-1).astype(jnp.int32)
 
-    def _fraction(self, place: jax.Array) -> jax.Array:
-        """Of the picture's width from the left and of its height from the top, float32 [..., 2]."""
-        return (place[..., ::-1] + 0.5) / self.rows
+    def _fraction(self, cell: jax.Array) -> jax.Array:
+        """Maps cells (row, column) [..., 2] to image coordinates in [0, 1], float32 [..., 2]."""
+        return (cell[..., ::-1] + 0.5) / self.rows
 
-    def _world(self, place: jax.Array) -> jax.Array:
-        """The middles of cells, float32 [..., 3]."""
-        x, y = jnp.moveaxis(self._fraction(place) - 0.5, -1, 0) * self.rows
+    def _world(self, cell: jax.Array) -> jax.Array:
+        """Maps cells (row, column) [..., 2] to their centers in the world, float32 [..., 3]."""
+        x, y = jnp.moveaxis(self._fraction(cell) - 0.5, -1, 0) * self.rows
         return jnp.stack([x, -y, jnp.zeros_like(x)], axis=-1)
 
-    def _wanted(self, first: jax.Array, goal: jax.Array) -> jax.Array:
-        """Whether the split may have these goals, bool [...], with this first cell."""
-        held_out = (first + 3 * goal) % 5 == 0
+    def _is_allowed(self, start: jax.Array, goal: jax.Array) -> jax.Array:
+        """Returns whether the split has the pairs of start and goal cells, bool [...]."""
+        held_out = (start + 3 * goal) % 5 == 0
         return held_out if self.split == "heldout_layout" else ~held_out
 
-    def _draw_pairs(self, u: jax.Array) -> jax.Array:
-        """Colours and shapes int32 [OBJECTS], the named one first, of numbers float32 [PAIRS]."""
-        pairs, known = np.arange(PAIRS), ~HELDOUT_PAIR
+    def _sample_pairs(self, u: jax.Array) -> jax.Array:
+        """Returns color-shape pairs int32 [OBJECTS], the target first, from u float32 [PAIRS]."""
+        pairs, train = np.arange(PAIRS), ~HELDOUT_PAIR
         color, shape = pairs // len(SHAPES), pairs % len(SHAPES)
-        named = HELDOUT_PAIR if self.split == "heldout_pair" else known
+        named = HELDOUT_PAIR if self.split == "heldout_pair" else train
 
-        def first(mask: jax.Array | np.ndarray) -> jax.Array:
+        def sample(mask: jax.Array | np.ndarray) -> jax.Array:
             return jnp.argmax(jnp.where(mask, u, -1.0))
 
-        a = first(named)
-        same_color = first(known & (color == a // len(SHAPES)) & (pairs != a))
-        same_shape = first(known & (shape == a % len(SHAPES)) & (pairs != a))
-        other = first(known & (pairs != a) & (pairs != same_color) & (pairs != same_shape))
-        return jnp.stack([a, same_color, same_shape, other])
+        target = sample(named)
+        same_color = sample(train & (color == target // len(SHAPES)) & (pairs != target))
+        same_shape = sample(train & (shape == target % len(SHAPES)) & (pairs != target))
+        other = sample(train & (pairs != target) & (pairs != same_color) & (pairs != same_shape))
+        return jnp.stack([target, same_color, same_shape, other])
 
 
 def expert_action(state: State, *, rows: int) -> jax.Array:
-    """The first move of a shortest way to the named object around the others, int32 [B].
+    """Returns the first move of a shortest path to the named object around the others, int32 [B].
 
-    'stay' where there is no way, which is so in about one of a hundred grids.
+    It is 'stay' if there is no path, as in about one percent of the grids.
+
+    Args:
+      state: State of B grids of `LanguageGrid`.
+      rows: Edge of the grids in cells.
     """
 
-    def one(agent: jax.Array, places: jax.Array) -> jax.Array:
+    def move(agent: jax.Array, objects: jax.Array) -> jax.Array:
         far = rows**2
         cell = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(rows), indexing="ij"), -1)
-        taken = jnp.any(jnp.all(cell[:, :, None] == places[1:], axis=-1), axis=-1)
-        goal = jnp.all(cell == places[0], axis=-1)
+        blocked = jnp.any(jnp.all(cell[:, :, None] == objects[1:], axis=-1), axis=-1)
+        goal = jnp.all(cell == objects[0], axis=-1)
 
-        def around(distance: jax.Array) -> jax.Array:
-            """Of the cells up, down, left and right of each, [4, rows, rows]."""
-            edged = jnp.pad(distance, 1, constant_values=far)
-            return jnp.stack([edged[:-2, 1:-1], edged[2:, 1:-1], edged[1:-1, :-2], edged[1:-1, 2:]])
+        def neighbors(distance: jax.Array) -> jax.Array:
+            """Returns the values of the cells up, down, left and right of each, [4, rows, rows]."""
+            padded = jnp.pad(distance, 1, constant_values=far)
+            up, down = padded[:-2, 1:-1], padded[2:, 1:-1]
+            return jnp.stack([up, down, padded[1:-1, :-2], padded[1:-1, 2:]])
 
-        def nearer(_: int, distance: jax.Array) -> jax.Array:
-            best = jnp.minimum(distance, 1 + jnp.min(around(distance), axis=0))
-            return jnp.where(taken, far, best)
+        def relax(_: int, distance: jax.Array) -> jax.Array:
+            best = jnp.minimum(distance, 1 + jnp.min(neighbors(distance), axis=0))
+            return jnp.where(blocked, far, best)
 
-        distance = jax.lax.fori_loop(0, far, nearer, jnp.where(goal, 0, far))
-        beside = around(distance)[:, agent[0], agent[1]]
-        return jnp.where(jnp.min(beside) < far, 1 + jnp.argmin(beside), 0)
+        distance = jax.lax.fori_loop(0, far, relax, jnp.where(goal, 0, far))
+        distances = neighbors(distance)[:, agent[0], agent[1]]
+        return jnp.where(jnp.min(distances) < far, 1 + jnp.argmin(distances), 0)
 
-    return jax.vmap(one)(state.info["agent"], state.info["places"]).astype(jnp.int32)
+    return jax.vmap(move)(state.info["agent"], state.info["places"]).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""`language_locomotion`: Brax's ant, told in words where to run and how fast.
+"""`language_locomotion`: Brax's ant with an instruction that gives its direction and speed.
 
-Nothing but the instruction tells the commanded velocity: proprioception is the ant's own joints,
-height, orientation and velocities.
+Only the instruction specifies the commanded velocity: proprioception has the ant's joints, height,
+orientation and velocities.
 """
 
 from typing import Any, Literal, get_args
@@ -24,9 +24,9 @@ SPLITS: tuple[str, ...] = get_args(Split)
 # Direction i points 45 i degrees from the world's x axis (east) towards its y axis (north).
 DIRECTIONS = tuple("east northeast north northwest west southwest south southeast".split())
 SPEEDS = np.array([1.0, 2.0, 3.0], np.float32)  # m/s
-PACES = ("walk", "trot", "run")  # Word i commands SPEEDS[i], as does
-MANNERS = ("slowly", "steadily", "quickly")  # this one.
-# Direction x speed pairs that are commanded in no training episode: two of each speed.
+PACES = ("walk", "trot", "run")  # Word i commands SPEEDS[i],
+MANNERS = ("slowly", "steadily", "quickly")  # and so does word i of these.
+# Pairs of direction and speed that no training episode commands, two for each speed.
 HELDOUT = np.zeros((len(DIRECTIONS), len(SPEEDS)), bool)
 HELDOUT[[0, 1, 2, 4, 5, 7], [2, 0, 1, 0, 2, 1]] = True
 
@@ -49,36 +49,36 @@ TEMPLATES = instructions.Templates(
     {"direction": DIRECTIONS, "pace": PACES, "manner": MANNERS},
 )
 
-HEALTHY_HEIGHT = (0.2, 1.0)  # m, of the torso; outside it the ant has fallen or taken off.
+HEALTHY_HEIGHT = (0.2, 1.0)  # Height of a healthy torso in m; outside it the ant has fallen.
 HEALTHY_REWARD = 1.0
 CONTROL_COST = 0.1
-SMOOTHING = 0.1  # Weight of a control step in the mean velocity: it remembers about 0.5 s.
-TOLERANCE = 0.3  # Of the commanded speed, for success.
-CAMERA_OFFSET = np.array([0.0, -2.4, 2.0], np.float32)  # m, from the ground under the torso.
-CAMERA_HEIGHT = 0.4  # m, of the point that is looked at.
-FOVY = 45.0
-# Brighter than Brax's, dark brown on dark gray, of which little is left at 32 pixels.
+SMOOTHING = 0.1  # Weight of a control step in the mean velocity, whose memory is about 0.5 s.
+TOLERANCE = 0.3  # Error of the velocity at success, relative to the commanded speed.
+CAMERA_OFFSET = np.array([0.0, -2.4, 2.0], np.float32)  # From the ground under the torso, in m.
+CAMERA_HEIGHT = 0.4  # Height of the camera's target above the ground in m.
+FOVY = 45.0  # Vertical field of view in degrees.
+# Brax's dark brown on dark gray has too little contrast at 32 pixels, so these are brighter.
 FLOOR_RGB, ANT_RGB = np.array([[0.55, 0.62, 0.6], [0.95, 0.5, 0.15]], np.float32)
 
 
 class LanguageLocomotion(PipelineEnv):
-    """Run in the named direction at the named speed.
+    """An ant must run in the named direction at the named speed.
 
-    Observation: 'instruction', and 'proprio' float32 [27], as Brax's ant has it: height,
-    orientation (quaternion), 8 joint angles, and the velocities of all of these. `Pixels` adds
-    'pixels' of a camera that follows the torso without turning: up in the picture is north.
-    Action: float32 [8] in [-1, 1], joint torques over the full torque.
-    Reward per control step: |u| - |v - u|, of the torso's horizontal velocity v and the commanded
-    one u in m/s (|u| if it runs as told, 0 standing still), plus 1 for not having fallen, minus
-    0.1 |action|^2.
-    Success (`metrics['success']`): the mean velocity of about the last 0.5 s is within 30 % of the
-    commanded speed of the commanded velocity, and it has not fallen.
+    Observation: 'instruction', and 'proprio' float32 [27], as in Brax's ant: height, orientation
+    (quaternion), 8 joint angles, and the velocities of all of these. `Pixels` adds 'pixels' of a
+    camera that follows the torso without rotating, so that north is up in the image.
+    Action: float32 [8] in [-1, 1], joint torques divided by the maximum torque.
+    Reward per control step: |u| - |v - u|, for the torso's horizontal velocity v and the commanded
+    velocity u in m/s (|u| if it runs as commanded, 0 if it does not move), plus 1 if it has not
+    fallen, minus 0.1 |action|^2.
+    Success (`metrics['success']`): the mean velocity of about the last 0.5 s differs from the
+    commanded velocity by less than 30 % of the commanded speed, and the ant has not fallen.
 
-    An ant that falls ends its episode by termination, the episode limit by truncation.
+    A fall terminates an episode, and the time limit truncates it.
 
     Args:
-      split: which cases are drawn; held-out ones differ from 'train' in one respect each.
-      episode_length: control steps (of 0.05 s) until truncation.
+      split: Name of the split, one of `SPLITS`; held-out ones differ from 'train' in one respect.
+      episode_length: Number of control steps (of 0.05 s) until truncation, at least 1.
     """
 
     action_kind = "continuous"
@@ -103,15 +103,15 @@ class LanguageLocomotion(PipelineEnv):
         return {"instruction": {"tokens": (length,), "mask": (length,)}, "proprio": (proprio,)}
 
     def reset(self, rng: jax.Array) -> State:
-        """Draws command, instruction, physics, camera and the ant's pose from key `rng`."""
+        """Samples command, instruction, physics, camera and the ant's pose with key `rng`."""
         k_command, k_sentence, k_physics, k_camera, k_q, k_qd = jax.random.split(rng, 6)
-        drawn = jax.random.randint(k_command, (), 0, len(self._commands))
-        direction, speed = jnp.asarray(self._commands)[drawn]
+        index = jax.random.randint(k_command, (), 0, len(self._commands))
+        direction, speed = jnp.asarray(self._commands)[index]
         tokens = TEMPLATES.fill(
-            self._draw_sentence(k_sentence), direction=direction, pace=speed, manner=speed
+            self._sample_sentence(k_sentence), direction=direction, pace=speed, manner=speed
         )
-        physics = self._draw_physics(k_physics)
-        # The same initial poses and velocities as Brax's ant.
+        physics = self._sample_physics(k_physics)
+        # Initial poses and velocities have the distribution of Brax's ant.
         q = self.sys.init_q + jax.random.uniform(k_q, (self.sys.q_size(),), minval=-0.1, maxval=0.1)
         qd = 0.1 * jax.random.normal(k_qd, (self.sys.qd_size(),))
         angle = direction * (2 * jnp.pi / len(DIRECTIONS))
@@ -125,7 +125,7 @@ class LanguageLocomotion(PipelineEnv):
             "command": command,
             "velocity": jnp.zeros(2),
             "physics": physics,
-            "camera": self._draw_camera(k_camera),
+            "camera": self._sample_camera(k_camera),
             "tokens": tokens,
             "privileged": {"command": command / SPEEDS[-1]},
         }
@@ -135,7 +135,7 @@ class LanguageLocomotion(PipelineEnv):
         return state.replace(obs=self._observe(state))
 
     def step(self, state: State, action: jax.Array) -> State:
-        """Applies `action` [8] for one control step."""
+        """Applies an action [8] for one control step."""
         sys, command = self._system(state.info["physics"]), state.info["command"]
 
         def substep(pipeline_state: Any, _: None) -> tuple[Any, None]:
@@ -167,7 +167,7 @@ class LanguageLocomotion(PipelineEnv):
         return state.replace(obs=self._observe(state))
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
-        """What there is to see in `state`, which may have leading batch axes."""
+        """Returns scene and camera of `state`, which may have leading batch axes."""
         x = state.pipeline_state.x
         ground = x.pos[..., 0, :] * jnp.array([1.0, 1.0, 0.0])
         camera = look_at(
@@ -176,7 +176,7 @@ class LanguageLocomotion(PipelineEnv):
         return system_scene.link_scene(self._geometry, x), camera
 
     def caption(self, state: State) -> str:
-        """The instruction of one state, as text."""
+        """Returns the instruction of a single state as text."""
         return self.vocabulary.decode(np.asarray(state.info["tokens"]).tolist())
 
     def _observe(self, state: State) -> dict[str, Any]:
@@ -197,37 +197,38 @@ class LanguageLocomotion(PipelineEnv):
             }
         )
 
-    def _draw_sentence(self, rng: jax.Array) -> jax.Array:
-        seen = len(SENTENCES)
+    def _sample_sentence(self, rng: jax.Array) -> jax.Array:
+        """Samples the index of a template, int []."""
+        count = len(SENTENCES)
         if self.split == "heldout_paraphrase":
-            return jax.random.randint(rng, (), seen, seen + len(HELDOUT_SENTENCES))
-        return jax.random.randint(rng, (), 0, seen)
+            return jax.random.randint(rng, (), count, count + len(HELDOUT_SENTENCES))
+        return jax.random.randint(rng, (), 0, count)
 
-    def _draw_physics(self, rng: jax.Array) -> Physics:
-        """Training: within 10 % of nominal. Held out: heavier, more slippery, weaker."""
+    def _sample_physics(self, rng: jax.Array) -> Physics:
+        """Samples factors within 10 % of 1; held-out ants are heavier, more slippery and weaker."""
         factor = 1 + 0.1 * jax.random.uniform(rng, (3,), minval=-1, maxval=1)
         if self.split == "heldout_physics":
             factor = factor + jnp.array([0.5, -0.5, -0.4])
         return Physics(*factor)
 
-    def _draw_camera(self, rng: jax.Array) -> jax.Array:
-        """The camera's offset, m, [3]; held out: turned about the ant by 20 to 40 degrees."""
+    def _sample_camera(self, rng: jax.Array) -> jax.Array:
+        """Samples the camera's offset in m, [3]; held-out ones rotate it by 20 to 40 degrees."""
         offset = jnp.asarray(CAMERA_OFFSET)
         if self.split == "heldout_camera":
             k_angle, k_side = jax.random.split(rng)
             angle = jnp.deg2rad(jax.random.uniform(k_angle, (), minval=20.0, maxval=40.0))
             angle = angle * jax.random.rademacher(k_side, (), dtype=jnp.float32)
             cosine, sine = jnp.cos(angle), jnp.sin(angle)
-            turn = jnp.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
-            offset = jnp.matmul(turn, offset, precision=jax.lax.Precision.HIGHEST)
+            rotation = jnp.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+            offset = jnp.matmul(rotation, offset, precision=jax.lax.Precision.HIGHEST)
         return offset
 
 
 def _with_true_mass(sys: Any) -> Any:
-    """The same dynamics on spring physics, but with masses and inertias that mean something.
+    """Returns a system with the same dynamics in which masses and inertias have their true values.
 
-    That pipeline takes mass^(1 - spring_mass_scale) for the mass, and Brax's ant has a scale of 1:
-    whatever its masses are, it behaves as if each were 1 kg.
+    The spring pipeline uses mass^(1 - spring_mass_scale) as the mass, and Brax's ant has a scale of
+    1, so that it behaves as if each mass were 1 kg, whatever its value.
     """
     inertia = sys.link.inertia
     mass = inertia.mass ** (1 - sys.spring_mass_scale)

@@ -1,4 +1,4 @@
-"""What an episode's physics may differ in."""
+"""Physical parameters that vary between episodes."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,13 @@ import jax
 
 
 class Physics(NamedTuple):
-    """Per-episode factors on the nominal body, float32 []; data, never constants of the program."""
+    """Factors on the nominal body, float32 [], sampled per episode and never compiled as constants.
+
+    Attributes:
+      mass: Factor on masses and inertias.
+      friction: Factor on friction.
+      gain: Factor on the torque of the actuators.
+    """
 
     mass: jax.Array
     friction: jax.Array

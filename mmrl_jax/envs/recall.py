@@ -1,7 +1,7 @@
-"""`recall`: an object is seen at the first step only, and must be named at the last.
+"""`recall`: an object is visible in the first step only and must be named in the last.
 
-The smallest task that needs memory: with a history of four frames the answer is in view when it is
-asked for, with one frame it is not, and no policy does better than chance.
+This is the smallest task that needs memory: with a history of four frames the object is in the
+observation at the last step; with one frame it is not, and no policy is better than chance.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ INSTRUCTION = "name the colour that you saw"
 
 
 class Recall(Env):
-    """Choose the action that stands for the color of the ball seen at step 0.
+    """An agent must choose the action for the color of the ball that is visible at step 0.
 
-    Observation: 'instruction', one fixed sentence, and 'proprio' float32 [1], the fraction of the
-    episode that has passed. `Pixels` adds 'pixels': the ball at step 0, later an empty floor.
-    Action: int32 [], 0 to 3.
-    Reward: 1 for the right last action, else 0; the earlier actions do nothing. The answer ends
-    the task, which is termination and not truncation.
+    Observation: 'instruction', one fixed sentence, and 'proprio' float32 [1], the elapsed fraction
+    of the episode. `Pixels` adds 'pixels': the ball at step 0, later an empty floor.
+    Action: int32 [], 0 to 3, the index of a color.
+    Reward: 1 for the correct action at the last step, otherwise 0; earlier actions have no effect.
+    The last action terminates the episode, which is not a truncation.
     """
 
     action_kind = "discrete"
@@ -46,7 +46,7 @@ class Recall(Env):
 
     @property
     def action_size(self) -> int:
-        """Number of actions, one a color."""
+        """Number of actions, one for each color."""
         return len(RGB)
 
     @property
@@ -69,18 +69,18 @@ class Recall(Env):
     def step(self, state: State, action: jax.Array) -> State:
         steps = state.info["steps"] + 1
         ended = (steps >= self.episode_length).astype(jnp.float32)
-        right = (action == state.info["cue"]) * ended
+        correct = (action == state.info["cue"]) * ended
         info = state.info | {"steps": steps}
         return state.replace(
             obs=self._observe(info),
-            reward=right,
+            reward=correct,
             done=ended,
-            metrics=state.metrics | {"success": right},
+            metrics=state.metrics | {"success": correct},
             info=info,
         )
 
     def scene(self, state: State) -> tuple[Scene, Camera]:
-        """The ball, at step 0, on a floor; `state` may have leading batch axes."""
+        """Returns the ball (at step 0) on a floor, and a camera; leading batch axes are allowed."""
         steps, cue = state.info["steps"], state.info["cue"]
         batch = steps.shape
         radius = jnp.where(steps == 0, 0.4, 0.0)[..., None, None]
@@ -96,7 +96,7 @@ class Recall(Env):
         return scene, look_at(position, (0.0, 0.0, 0.4))
 
     def caption(self, state: State) -> str:
-        """The instruction of one state, as text."""
+        """Returns the instruction of a single state as text."""
         return INSTRUCTION
 
     def _observe(self, info: dict[str, Any]) -> dict[str, Any]:

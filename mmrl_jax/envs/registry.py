@@ -1,4 +1,4 @@
-"""Environments by name: the one place where core environments and wrappers are put together."""
+"""Environments by name; this module alone combines core environments with wrappers."""
 
 from collections.abc import Callable
 import difflib
@@ -21,27 +21,28 @@ _CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {
     "language_grid": (LanguageGrid, language_grid.SPLITS),
     "recall": (Recall, ("train",)),
 }
-NAMES = tuple(_CORES)  # And 'brax:<name>', 'playground:<name>'.
-PREFIXES = ("brax", "playground")  # Any other 'module:Class' is an environment of the user's.
-_WRAPPED = ("train",)  # An environment of someone else has no held-out cases.
+NAMES = tuple(_CORES)  # 'brax:<name>' and 'playground:<name>' are valid names too.
+PREFIXES = ("brax", "playground")  # Any other 'module:Class' names a class of the user.
+_WRAPPED = ("train",)  # External environments have no held-out splits.
 
 
 def create(name: str, *, split: str, height: int, width: int, history: int, **options: Any) -> Env:
-    """Makes a batched environment that resets itself: `reset` takes keys [B, 2].
+    """Makes a batched environment with automatic resets, whose `reset` takes keys [B, 2].
 
     Args:
-      name: one of `NAMES`, 'brax:<name>' for a registered Brax environment, 'playground:<name>'
-        for one of MuJoCo Playground, if that is installed, or 'module:Class' for one of yours, see
-        `check_env` for its contract.
-      split: one of `splits(name)`; it decides what `reset` draws, and nothing about `step`.
-      height: of the pixels; with `width` 0 for none. A wrapped environment without pixels has no
-        instruction either, unless `options` gives one: its observation is 'proprio' alone.
-      width: of the pixels.
-      history: K, the frames that an observation holds; 1 adds no axis.
-      **options: further arguments of the core environment.
+      name: One of `NAMES`, 'brax:<name>' for a registered Brax environment, 'playground:<name>' for
+        one of MuJoCo Playground, if that is installed, or 'module:Class' for a class of the user,
+        see `check_env` for its contract.
+      split: One of `splits(name)`; it determines what `reset` samples and does not affect `step`.
+      height: Height of the images in pixels; 0, with `width` 0, for no images. A wrapped
+        environment without images has no instruction either, unless `options` gives one, so that
+        its observation is 'proprio' only.
+      width: Width of the images in pixels.
+      history: Number K of frames in an observation, at least 1; 1 adds no axis.
+      **options: Further arguments of the core environment.
 
     Raises:
-      ValueError: the name, the split or an option is unknown, or a number is impossible.
+      ValueError: The name, the split or an option is unknown, or a number is out of range.
     """
     if split not in splits(name):
         raise ValueError(f"split={split!r} is unknown; {name!r} has {splits(name)}.")
@@ -50,7 +51,7 @@ def create(name: str, *, split: str, height: int, width: int, history: int, **op
             f"height={height}, width={width}; give both in pixels, or 0 and 0 for no pixels."
         )
     if history < 1:
-        raise ValueError(f"history={history}; give at least 1 frame.")
+        raise ValueError(f"history={history} must be at least 1 frame.")
     env: Env = AutoReset(_core(name, split, pixels=height > 0, options=options))
     if height:
         env = Pixels(env, height=height, width=width)
@@ -60,10 +61,10 @@ def create(name: str, *, split: str, height: int, width: int, history: int, **op
 
 
 def splits(name: str) -> tuple[str, ...]:
-    """The splits of environment `name`, the one to train on first.
+    """Returns the splits of environment `name`, with the training split first.
 
     Raises:
-      ValueError: there is no such environment; the message has the nearest name.
+      ValueError: There is no such environment; the message has the nearest name.
     """
     if name in _CORES:
         return _CORES[name][1]
@@ -71,7 +72,7 @@ def splits(name: str) -> tuple[str, ...]:
     if kind == "playground" and wrapped:
         return _WRAPPED
     if wrapped and kind not in PREFIXES:
-        return tuple(getattr(_of_user(name), "SPLITS", _WRAPPED))
+        return tuple(getattr(_user_class(name), "SPLITS", _WRAPPED))
     known = (*NAMES, *(f"brax:{n}" for n in environment_names()))
     if name in known:
         return _WRAPPED
@@ -79,7 +80,7 @@ def splits(name: str) -> tuple[str, ...]:
 
 
 def unwrapped(env: Env) -> Env:
-    """The core environment, of one episode, of one that `create` has made."""
+    """Returns the core environment, unbatched, of an environment that `create` made."""
     while isinstance(env, (AutoReset, Pixels, History)):
         env = env.env
     return env
@@ -92,10 +93,10 @@ def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> En
         _check_options(name, make, options, fixed=("split",))
         return make(**options, **({"split": split} if len(known) > 1 else {}))
     if kind not in PREFIXES:
-        make, known = _of_user(name), splits(name)
+        make, known = _user_class(name), splits(name)
         _check_options(name, make, options, fixed=("split",))
         return make(**options, **({"split": split} if len(known) > 1 else {}))
-    # The name says which environment; Playground's brings its own physics.
+    # The name determines the environment, and Playground's environments determine their physics.
     fixed = ("env", "backend") if kind == "playground" else ("env",)
     _check_options(name, FromBrax, options, fixed=fixed)
     instruction = from_brax.INSTRUCTIONS.get(wrapped, "do the task") if pixels else None
@@ -103,15 +104,15 @@ def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> En
     return FromBrax(env, **({"instruction": instruction} | options))
 
 
-def _of_user(name: str) -> Callable[..., Env]:
-    """The class, or function, of an environment that is named 'module:Class'."""
+def _user_class(name: str) -> Callable[..., Env]:
+    """Returns the class or function of an environment with a name 'module:Class'."""
     return cast(Callable[..., Env], import_object(name, "env.name"))
 
 
 def _check_options(
     name: str, make: Callable[..., Env], options: dict[str, Any], *, fixed: tuple[str, ...]
 ) -> None:
-    """Raises ValueError for an option that `make` does not have, or that is `fixed` by the name."""
+    """Raises ValueError for an option that `make` does not have, or that the name determines."""
     known = tuple(k for k in inspect.signature(make).parameters if k not in fixed)
     for option in options:
         if option not in known:
@@ -120,4 +121,4 @@ def _check_options(
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" There are {known}."
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Valid ones are {known}."

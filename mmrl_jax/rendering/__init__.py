@@ -1,4 +1,4 @@
-"""Scenes of geometric primitives to pixels, in JAX alone; knows no environment."""
+"""A renderer in pure JAX: scenes of geometric primitives to pixels, independent of environments."""
 
 from mmrl_jax.rendering.camera import Camera, look_at, project
 from mmrl_jax.rendering.raycast import depth_and_index, render

@@ -7,19 +7,19 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-# Shorter vectors have no usable direction in float32.
+# Vectors that are shorter (m) have no usable direction in float32.
 _MIN_LENGTH = 1e-6
 
 
 @struct.dataclass
 class Camera:
-    """Where the picture is taken from; any leading batch axes.
+    """Pose and field of view of a pinhole camera, with any leading batch axes.
 
     Attributes:
-        position: float32 `[..., 3]`, m.
-        rotation: float32 `[..., 3, 3]`, orthonormal; its columns are the directions in the world of
-            the picture's right, the picture's top, and backward (the camera looks along -z).
-        fovy: float32 `[...]`, vertical field of view, degrees in (0, 180).
+      position: Position in the world in m, float32 `[..., 3]`.
+      rotation: Orthonormal matrix, float32 `[..., 3, 3]`, whose columns are the world directions of
+        the image's right, the image's top, and backward (the camera looks along -z).
+      fovy: Vertical field of view in degrees, in (0, 180), float32 `[...]`.
     """
 
     position: chex.Array
@@ -33,20 +33,21 @@ def look_at(
     up: jax.typing.ArrayLike | Sequence[float] = (0.0, 0.0, 1.0),
     fovy: jax.typing.ArrayLike = 45.0,
 ) -> Camera:
-    """Places a camera at `position` so that `target` is in the middle of the picture.
+    """Returns a camera at `position` that has `target` at the center of its image.
 
-    A tracking camera is this function called with the position and target of each step.
+    A tracking camera calls this function with the position and target of each step.
 
     Args:
-        position: `[..., 3]`, m.
-        target: `[..., 3]`, m. At the camera's own position it stands for a point straight below.
-        up: `[..., 3]`, direction that points up in the picture. Where it is parallel to the line of
-            sight (a camera that looks straight down) the world's y takes its place, or, where that
-            is parallel too, the world's x.
-        fovy: `[...]`, vertical field of view, degrees in (0, 180).
+      position: Position of the camera in m, float `[..., 3]`.
+      target: Point that the camera looks at in m, float `[..., 3]`. If it equals `position`, the
+        camera looks straight down.
+      up: Direction that points up in the image, float `[..., 3]`. Where it is parallel to the line
+        of sight (as for a camera that looks straight down), the world's y replaces it, or, if that
+        is parallel too, the world's x.
+      fovy: Vertical field of view in degrees, in (0, 180), float `[...]`.
 
     Returns:
-        The camera, float32, with the leading axes of the arguments broadcast against each other.
+      The camera in float32, with the leading axes of the arguments broadcast against each other.
     """
     position, target, up, fovy = (jnp.asarray(x, jnp.float32) for x in (position, target, up, fovy))
     batch = jnp.broadcast_shapes(position.shape[:-1], target.shape[:-1], up.shape[:-1], fovy.shape)
@@ -54,31 +55,31 @@ def look_at(
     down = jnp.asarray([0.0, 0.0, -1.0])
     backward = -_direction(target - position, fallback=down)
     right = jnp.cross(_direction(up, fallback=-down), backward)
-    for other in ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0]):
+    for axis in ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0]):
         parallel = jnp.linalg.norm(right, axis=-1, keepdims=True) < 1e-4
-        right = jnp.where(parallel, jnp.cross(jnp.asarray(other), backward), right)
+        right = jnp.where(parallel, jnp.cross(jnp.asarray(axis), backward), right)
     right = right / jnp.linalg.norm(right, axis=-1, keepdims=True)
     rotation = jnp.stack([right, jnp.cross(backward, right), backward], axis=-1)
     return Camera(position=position, rotation=rotation, fovy=jnp.broadcast_to(fovy, batch))
 
 
 def project(camera: Camera, points: chex.Array, aspect: float = 1.0) -> chex.Array:
-    """Where world points appear in the picture.
+    """Projects world points to image coordinates.
 
     Args:
-        camera: with leading axes [...].
-        points: float32 `[..., 3]`, m, in front of the camera.
-        aspect: width over height of the picture.
+      camera: Camera with leading axes [...].
+      points: Points in m, in front of the camera, float32 `[..., 3]`.
+      aspect: Width of the image divided by its height.
 
     Returns:
-        float32 `[..., 2]`, fractions of the picture's width from the left and of its height from
-        the top; in [0, 1] where the point is in view.
+      Image coordinates, float32 `[..., 2]`: fractions of the width from the left and of the height
+      from the top, both in [0, 1] if the point is in view.
     """
     local = jnp.einsum(
         "...ji,...j->...i",
         camera.rotation,
         points - camera.position,
-        precision=jax.lax.Precision.HIGHEST,  # GPU and TPU would multiply at ten bits or less.
+        precision=jax.lax.Precision.HIGHEST,  # GPU and TPU would multiply with ten bits or less.
     )
     half = jnp.tan(jnp.deg2rad(camera.fovy) / 2)
     x, y = local[..., 0] / (-local[..., 2] * half * aspect), local[..., 1] / (-local[..., 2] * half)
@@ -86,7 +87,7 @@ def project(camera: Camera, points: chex.Array, aspect: float = 1.0) -> chex.Arr
 
 
 def _direction(vector: chex.Array, fallback: chex.Array) -> chex.Array:
-    """`vector` `[..., 3]` at length 1; `fallback` `[3]` where it is too short for a direction."""
+    """Normalizes `vector` `[..., 3]`; returns `fallback` `[3]` where it is too short."""
     length = jnp.linalg.norm(vector, axis=-1, keepdims=True)
     long_enough = length > _MIN_LENGTH
     return jnp.where(long_enough, vector / jnp.where(long_enough, length, 1.0), fallback)

@@ -1,17 +1,17 @@
-"""Pictures of a scene by casting one ray per pixel, as one elementwise program.
+"""A renderer that casts one ray per pixel, as one elementwise program.
 
-A ray is `camera + depth * d`, `d = x * right + y * up - backward`: `d` has length 1 along the
-line of sight, so `depth` is the distance along the optical axis (what a z-buffer holds) and
+A ray is `camera + depth * d`, `d = x * right + y * up - backward`. `d` has length 1 along the line
+of sight, so `depth` is the distance along the optical axis (as in a z-buffer), and
 `|d|^2 = 1 + x^2 + y^2` is the same for all scenes. Every quantity that an intersection needs is a
-scalar product `v . d` with some vector `v` of the primitive, and so
-`(v . right) * x + (v . up) * y - v . backward`: three numbers per primitive, two multiply-adds per
-pixel. All that depends on the primitive alone is computed once per scene (`_Primitive`), the loop
-over primitives is unrolled, and only the nearest hit so far is carried along, so that XLA makes one
-loop over the pixels of it which keeps everything in registers: no array `[..., primitives, pixels]`
-exists and nothing is gathered.
+scalar product `v . d` with some vector `v` of the primitive, and therefore
+`(v . right) * x + (v . up) * y - v . backward`: three numbers per primitive and two multiply-adds
+per pixel. Whatever depends on the primitive alone is computed once per scene (`_Primitive`). The
+loop over primitives is unrolled and keeps only the nearest hit so far, so that XLA compiles it to
+one loop over the pixels that holds everything in registers: there is no array
+`[..., primitives, pixels]` and no gather.
 
-Surfaces are seen from their front side only, as with face culling in OpenGL: a camera inside a
-solid or behind a plane looks through it. The hot path uses comparisons and selects instead of
+Surfaces are visible from their front only, as with face culling in OpenGL: a camera inside a solid
+or behind a plane looks through it. The hot path uses comparisons and selects instead of
 `jnp.maximum` and `jnp.minimum`, which cost more because they have to propagate NaN.
 """
 
@@ -26,26 +26,32 @@ from mmrl_jax.rendering.camera import Camera
 from mmrl_jax.rendering.pixels import pack, unpack
 from mmrl_jax.rendering.scene import KINDS, Scene
 
-FAR = 1000.0  # m along the optical axis; what is further away is not drawn.
-BACKGROUND = (166, 178, 191)  # red, green, blue of a ray that hits nothing.
+FAR = 1000.0  # Distance along the optical axis in m, beyond which nothing is rendered.
+BACKGROUND = (166, 178, 191)  # Red, green and blue of a ray that hits nothing.
 
 # Brightness of a surface with normal n: AMBIENT + HEADLIGHT * cos(n, to the camera)
-# + SUN * cos(n, to the sun). They add up to 1, so that no color overflows. The three components of
-# the sun's direction differ, so that the faces of a box do.
+# + SUN * cos(n, to the sun). The sum of the weights is 1, so that no color overflows. The three
+# components of the sun's direction differ, so that the faces of a box have different colors.
 AMBIENT, HEADLIGHT, SUN = 0.35, 0.3, 0.35
 SUN_DIRECTION = np.asarray([0.36, -0.48, 0.8], np.float32)
-_DARK_SQUARE = 0.7  # brightness of every other square of a checker.
+_DARK_SQUARE = 0.7  # Relative brightness of the dark squares of a checker.
 
-# Smallest squared sine of the angle between a ray and the axis of a cylinder: float32 knows
+# Smallest squared sine of the angle between a ray and the axis of a cylinder; float32 resolves
 # 1 - cos^2 no better.
 _MIN_SIN2 = 1e-7
 
 
 class _Rays(NamedTuple):
-    """What the rays of a camera share, all broadcastable to `[..., height, width]`.
+    """Properties of all rays of a camera, all broadcastable to `[..., height, width]`.
 
-    x, y: the ray's right and up component at depth 1; square: |d|^2; inv_length: 1 / |d|;
-    sun: d . SUN_DIRECTION; pixel: height of a pixel at depth 1.
+    Attributes:
+      x: Right component of the ray at depth 1.
+      y: Up component of the ray at depth 1.
+      square: |d|^2.
+      inv_square: 1 / |d|^2.
+      inv_length: 1 / |d|.
+      sun: d . SUN_DIRECTION.
+      pixel: Height of a pixel at depth 1.
     """
 
     x: chex.Array
@@ -58,22 +64,25 @@ class _Rays(NamedTuple):
 
 
 class _Primitive(NamedTuple):
-    """What one primitive is to one camera; every entry is `[..., 1, 1]` or a tuple of such.
+    """A primitive relative to a camera; every entry is `[..., 1, 1]` or a tuple of such arrays.
 
-    along: for each local axis, its (right, up, backward) components; `_dot` makes `axis . d` of it.
-    origin: the camera in the local frame, x, y, z.
-    towards: (right, up, backward) components of the camera's position relative to the center.
-    moment: the same of that position x local z: its product with d is the distance of the ray
-        from the axis, times the sine of their angle.
-    distance2: squared distance between the camera and the center.
-    size, sun: the size, and the sun's direction in the local frame, x, y, z.
-    sun_origin: the camera's position relative to the center . SUN_DIRECTION.
-    checker: edge of the squares, None where no plane of the scene has them.
+    Attributes:
+      axes: For each local axis, its (right, up, backward) components, from which `_dot` computes
+        `axis . d`.
+      origin: x, y and z of the camera in the local frame.
+      offset: (right, up, backward) components of the camera's position relative to the center.
+      moment: (right, up, backward) components of that position x local z; its product with d is the
+        distance of the ray from the axis, times the sine of the angle between them.
+      distance2: Squared distance between the camera and the center.
+      size: The three sizes, see `Scene`.
+      sun: x, y and z of the sun's direction in the local frame.
+      sun_origin: The camera's position relative to the center . SUN_DIRECTION.
+      checker: Edge of the squares; None if no plane of the scene has squares.
     """
 
-    along: tuple[tuple[chex.Array, ...], ...]
+    axes: tuple[tuple[chex.Array, ...], ...]
     origin: tuple[chex.Array, ...]
-    towards: tuple[chex.Array, ...]
+    offset: tuple[chex.Array, ...]
     moment: tuple[chex.Array, ...]
     distance2: chex.Array
     size: tuple[chex.Array, ...]
@@ -83,22 +92,24 @@ class _Primitive(NamedTuple):
 
 
 def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Array:
-    """Draws the scene with flat colors under a headlight and a fixed sun, without shadows.
+    """Renders the scene with flat colors under a headlight and a fixed sun, without shadows.
 
     Args:
-        scene: primitives, with any leading batch axes.
-        camera: its leading axes broadcast against the scene's.
-        height: pixels.
-        width: pixels, which are square: the horizontal field of view follows.
+      scene: Primitives, with any leading batch axes.
+      camera: Camera, whose leading axes broadcast against those of the scene.
+      height: Height of the image in pixels.
+      width: Width of the image in pixels, which are square, so that it determines the horizontal
+        field of view.
 
     Returns:
-        uint8 `[..., height, width, 3]`, red, green, blue; row 0 is the top, column 0 the left.
+      Images in red, green and blue, uint8 `[..., height, width, 3]`; row 0 is the top and column 0
+      the left.
 
     Raises:
-        ValueError: a kind is unknown, or a shape does not fit.
+      ValueError: A kind is unknown, or a shape does not match.
     """
     rays, primitives = _prepare(scene, camera, height, width)
-    # One number per pixel carries the three colors, so that a hit selects one value, not three.
+    # One number per pixel holds the three colors, so that a hit selects one value instead of three.
     colors = pack(jnp.round(255.0 * jnp.clip(scene.color, 0.0, 1.0)).astype(jnp.int32))
     nearest, color, light = jnp.float32(FAR), jnp.int32(pack(np.asarray(BACKGROUND))), 1.0
     for g, (kind, primitive) in enumerate(zip(scene.kind, primitives, strict=True)):
@@ -107,7 +118,7 @@ def render(scene: Scene, camera: Camera, *, height: int, width: int) -> chex.Arr
         nearest = jnp.where(closer, depth, nearest)
         color = jnp.where(closer, colors[..., g, None, None], color)
         light = jnp.where(closer, brightness, light)
-    light = jnp.where(light < 1.0, light, 1.0)  # rounding must not carry into the next channel.
+    light = jnp.where(light < 1.0, light, 1.0)  # Rounding must not carry into the next channel.
     shape = (*_batch(scene, camera), height, width)
     channels = [
         ((color >> shift & 255).astype(jnp.float32) * light + 0.5).astype(jnp.int32) << shift
@@ -123,18 +134,18 @@ def depth_and_index(
     """Finds the first primitive on each ray.
 
     Args:
-        scene: primitives, with any leading batch axes.
-        camera: its leading axes broadcast against the scene's.
-        height: pixels.
-        width: pixels.
+      scene: Primitives, with any leading batch axes.
+      camera: Camera, whose leading axes broadcast against those of the scene.
+      height: Height of the image in pixels.
+      width: Width of the image in pixels.
 
     Returns:
-        distance from the camera along the ray, float32 `[..., height, width]`, m, inf where there
-        is nothing, and the primitive's position in `scene.kind`, int32 `[..., height, width]`, -1
-        where there is nothing.
+      Distance from the camera along the ray in m, float32 `[..., height, width]`, inf where the ray
+      hits nothing, and the index of the primitive in `scene.kind`, int32 `[..., height, width]`, -1
+      where the ray hits nothing.
 
     Raises:
-        ValueError: a kind is unknown, or a shape does not fit.
+      ValueError: A kind is unknown, or a shape does not match.
     """
     rays, primitives = _prepare(scene, camera, height, width)
     nearest, index = jnp.float32(FAR), jnp.int32(-1)
@@ -148,10 +159,10 @@ def depth_and_index(
 
 
 def _sphere(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
-    """Smaller root of |origin + depth d|^2 = radius^2; the normal is the hit over the radius."""
+    """Returns the smaller root of |origin + depth d|^2 = radius^2; the normal is hit / radius."""
     radius = p.size[0]
-    b = _dot(p.towards, rays)
-    # Rounding would let a ray through the center hit a sphere of size 0.
+    b = _dot(p.offset, rays)
+    # Due to rounding, a ray through the center would hit a sphere of size 0.
     c = jnp.where(radius > 0, p.distance2 - radius * radius, jnp.inf)
     disc = b * b - rays.square * c
     root = _root(disc)
@@ -163,15 +174,15 @@ def _sphere(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
 
 
 def _capsule(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
-    """Enters the endless cylinder: there on the straight part, or else only the cap of that side.
+    """Intersects the infinite cylinder, and the cap on the side of a hit beyond the straight part.
 
-    After Inigo Quilez, "capsule - intersection" (iquilezles.org/articles/intersectors). Whichever
-    part is hit, the normal is (hit - nearest point of the axis) / radius, and its product with -d
-    is the root of that part's discriminant / radius.
+    The method is that of Inigo Quilez, "capsule - intersection"
+    (iquilezles.org/articles/intersectors). For either part, the normal is (hit - nearest point of
+    the axis) / radius, and its product with -d is the root of that part's discriminant / radius.
     """
     radius, half = p.size[0], p.size[1]
-    dz, b = _dot(p.along[2], rays), _dot(p.towards, rays)
-    sin2, b_side, disc_side = _endless_cylinder(p, rays, dz, b)
+    dz, b = _dot(p.axes[2], rays), _dot(p.offset, rays)
+    sin2, b_side, disc_side = _infinite_cylinder(p, rays, dz, b)
     root_side = _root(disc_side)
     depth_side = (-b_side - root_side) * (1.0 / sin2)
     z = p.origin[2] + depth_side * dz
@@ -192,11 +203,11 @@ def _capsule(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
 
 
 def _cylinder(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
-    """The interval inside the endless cylinder cut with the interval between the two caps."""
+    """Intersects the interval inside the infinite cylinder with the interval between the caps."""
     radius, half = p.size[0], p.size[1]
-    dz, b = _dot(p.along[2], rays), _dot(p.towards, rays)
-    sin2, b_side, disc = _endless_cylinder(p, rays, dz, b)
-    # A ray that misses has root 0, and so an empty interval.
+    dz, b = _dot(p.axes[2], rays), _dot(p.offset, rays)
+    sin2, b_side, disc = _infinite_cylinder(p, rays, dz, b)
+    # A ray that misses has root 0, and therefore an empty interval.
     root = _root(disc)
     inv_sin2 = 1.0 / sin2
     side_in, side_out = (-b_side - root) * inv_sin2, (-b_side + root) * inv_sin2
@@ -213,8 +224,8 @@ def _cylinder(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
 
 
 def _box(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
-    """The intervals between the three pairs of faces cut with each other (the slab method)."""
-    dx, dy, dz = (_dot(axis, rays) for axis in p.along)
+    """Intersects the intervals between the three pairs of faces (the slab method)."""
+    dx, dy, dz = (_dot(axis, rays) for axis in p.axes)
     depth, leave, sun = _slab(dx, p.origin[0], p.size[0], p.sun[0])
     facing = jnp.abs(dx)
     for d, origin, half, direction in ((dy, *_at(p, 1)), (dz, *_at(p, 2))):
@@ -229,8 +240,8 @@ def _box(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
 
 
 def _plane(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
-    """Where the local z is 0, for a camera above it and within the extents."""
-    dx, dy, dz = (_dot(axis, rays) for axis in p.along)
+    """Returns where the local z is 0, for a camera above the plane and within its extents."""
+    dx, dy, dz = (_dot(axis, rays) for axis in p.axes)
     depth = p.origin[2] * (-1.0 / dz)
     x, y = p.origin[0] + depth * dx, p.origin[1] + depth * dy
     half_x, half_y = (jnp.where(half > 0, half, jnp.inf) for half in p.size[:2])
@@ -240,15 +251,15 @@ def _plane(p: _Primitive, rays: _Rays) -> tuple[chex.Array, chex.Array]:
     light = _light(facing, p.sun[2])
     if p.checker is None:
         return depth, light
-    chequered = p.checker > 0
-    inv_edge = jnp.where(chequered, 1.0 / p.checker, 1.0)
+    has_checker = p.checker > 0
+    inv_edge = jnp.where(has_checker, 1.0 / p.checker, 1.0)
     odd = (jnp.floor(x * inv_edge) + jnp.floor(y * inv_edge)) * 0.5
     sign = jnp.where(odd == jnp.floor(odd), 1.0, -1.0)
-    # Where a pixel covers more than half a square, the squares fade into their mean.
+    # Where a pixel covers more than half a square, the squares fade to their mean.
     covered = depth * rays.pixel * inv_edge / (facing * rays.inv_length)
     contrast = _positive(1.0 - _positive(covered - 0.5) * 2.0)
     mean, half_step = 0.5 * (1.0 + _DARK_SQUARE), 0.5 * (1.0 - _DARK_SQUARE)
-    return depth, light * jnp.where(chequered, mean + half_step * contrast * sign, 1.0)
+    return depth, light * jnp.where(has_checker, mean + half_step * contrast * sign, 1.0)
 
 
 _INTERSECT = {
@@ -260,18 +271,18 @@ _INTERSECT = {
 }
 
 
-def _endless_cylinder(
+def _infinite_cylinder(
     p: _Primitive, rays: _Rays, dz: chex.Array, b: chex.Array
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """Coefficients a, b and discriminant of the equation for the cylinder around the local z.
+    """Returns a, b and the discriminant of the equation of the cylinder around the local z.
 
-    `b^2 - a c` is written as `a radius^2 - (moment . d)^2`, which does not cancel.
+    `b^2 - a c` is computed as `a radius^2 - (moment . d)^2`, which avoids cancellation.
     """
     sin2 = rays.square - dz * dz
     moment = _dot(p.moment, rays)
     radius2 = p.size[0] * p.size[0]
     disc = sin2 * radius2 - moment * moment
-    # A ray along the axis keeps the camera's distance from it.
+    # A ray parallel to the axis keeps the camera's distance from the axis.
     camera2 = p.origin[0] * p.origin[0] + p.origin[1] * p.origin[1]
     oblique = sin2 > _MIN_SIN2
     disc = jnp.where(oblique, disc, _MIN_SIN2 * (radius2 - camera2))
@@ -281,15 +292,16 @@ def _endless_cylinder(
 def _slab(
     d: chex.Array, origin: chex.Array, half: chex.Array, sun: chex.Array
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """Depths at which a ray enters and leaves |coordinate| < half, and the sun on the face entered.
+    """Returns depths at which a ray enters and leaves |coordinate| < half, and the entry's light.
 
-    A ray along the faces (d = 0) gives -inf, inf between them, and an empty interval outside. With
-    half = 0 the two depths are the same number, and the interval empty.
+    The light is the sun's cosine on the face of entry. A ray parallel to the faces (d = 0) gives
+    -inf and inf between them, and an empty interval outside. With half = 0 the two depths are
+    equal, so that the interval is empty.
     """
     forward = d > 0
     inv = jnp.abs(1.0 / d)
     gap = jnp.where(forward, -origin - half, origin - half)
-    # A product on its own: with `gap * inv + 2 * half * inv`, inf - inf would be NaN.
+    # This is a single product because in `gap * inv + 2 * half * inv`, inf - inf would be NaN.
     return gap * inv, (gap + 2.0 * half) * inv, jnp.where(forward, -sun, sun)
 
 
@@ -298,15 +310,15 @@ def _at(p: _Primitive, axis: int) -> tuple[chex.Array, chex.Array, chex.Array]:
 
 
 def _light(facing: chex.Array, sun: chex.Array) -> chex.Array:
-    """Brightness in [AMBIENT, 1] for the cosines of the normal to the camera and to the sun."""
+    """Returns the brightness in [AMBIENT, 1] for cosines of the normal to camera and sun."""
     return AMBIENT + HEADLIGHT * facing + SUN * _positive(sun)
 
 
 def _root(x: chex.Array) -> chex.Array:
-    """Square root, 0 for negative arguments.
+    """Returns the square root, or 0 for negative arguments.
 
-    The root is inside the select because XLA's CPU backend does not fuse what leads to an expensive
-    operation with several users; this way the root has one, and the select has the others.
+    The root is inside the select because XLA's CPU backend does not fuse the inputs of an expensive
+    operation that has several users; this way the root has one user, and the select has the others.
     """
     return jnp.where(x > 0, jnp.sqrt(x), 0.0)
 
@@ -316,28 +328,28 @@ def _positive(x: chex.Array) -> chex.Array:
 
 
 def _dot(components: tuple[chex.Array, ...], rays: _Rays) -> chex.Array:
-    """`v . d` for the (right, up, backward) components of v."""
+    """Returns `v . d` for the (right, up, backward) components of v."""
     return components[0] * rays.x + (components[1] * rays.y - components[2])
 
 
 def _prepare(
     scene: Scene, camera: Camera, height: int, width: int
 ) -> tuple[_Rays, list[_Primitive]]:
-    """The rays, and what each primitive is to the camera."""
+    """Returns the rays, and each primitive relative to the camera."""
     _check(scene, camera, height, width)
-    high = jax.lax.Precision.HIGHEST  # GPU and TPU would multiply at ten bits or less.
+    high = jax.lax.Precision.HIGHEST  # GPU and TPU would multiply with ten bits or less.
     view = camera.rotation
-    local = _matrix(scene.rotation)  # [..., G, 3, 3], columns: local axes in the world
-    towards = camera.position[..., None, :] - scene.position
-    towards = jnp.broadcast_to(towards, jnp.broadcast_shapes(towards.shape, local.shape[:-1]))
-    origin = jnp.einsum("...gij,...gi->...gj", local, towards, precision=high)
-    moment = jnp.cross(towards, local[..., 2])
-    axes = jnp.broadcast_to(jnp.moveaxis(local, -1, -2), (*towards.shape[:-1], 3, 3))
-    vectors = jnp.concatenate([axes, towards[..., None, :], moment[..., None, :]], axis=-2)
+    local = _matrix(scene.rotation)  # [..., G, 3, 3]; its columns are the local axes.
+    offset = camera.position[..., None, :] - scene.position
+    offset = jnp.broadcast_to(offset, jnp.broadcast_shapes(offset.shape, local.shape[:-1]))
+    origin = jnp.einsum("...gij,...gi->...gj", local, offset, precision=high)
+    moment = jnp.cross(offset, local[..., 2])
+    axes = jnp.broadcast_to(jnp.moveaxis(local, -1, -2), (*offset.shape[:-1], 3, 3))
+    vectors = jnp.concatenate([axes, offset[..., None, :], moment[..., None, :]], axis=-2)
     components = jnp.einsum("...gvi,...ij->...gvj", vectors, view, precision=high)
     sun = jnp.einsum("...gij,i->...gj", local, SUN_DIRECTION, precision=high)
-    sun_origin = jnp.einsum("...gi,i->...g", towards, SUN_DIRECTION, precision=high)
-    distance2 = jnp.sum(towards * towards, axis=-1)
+    sun_origin = jnp.einsum("...gi,i->...g", offset, SUN_DIRECTION, precision=high)
+    distance2 = jnp.sum(offset * offset, axis=-1)
     sun_view = jnp.einsum("...ij,i->...j", view, SUN_DIRECTION, precision=high)
     tan = jnp.tan(jnp.deg2rad(camera.fovy) * 0.5)
 
@@ -365,9 +377,9 @@ def _prepare(
         vector = [scalars(components[..., g, v, :]) for v in range(5)]
         primitives.append(
             _Primitive(
-                along=tuple(vector[:3]),
+                axes=tuple(vector[:3]),
                 origin=scalars(origin[..., g, :]),
-                towards=vector[3],
+                offset=vector[3],
                 moment=vector[4],
                 distance2=distance2[..., g, None, None],
                 size=scalars(scene.size[..., g, :]),
@@ -380,7 +392,7 @@ def _prepare(
 
 
 def _matrix(quaternion: chex.Array) -> chex.Array:
-    """Rotation matrices `[..., 3, 3]` of unit quaternions w, x, y, z `[..., 4]`."""
+    """Returns rotation matrices `[..., 3, 3]` of unit quaternions w, x, y, z `[..., 4]`."""
     w, x, y, z = jnp.moveaxis(quaternion, -1, 0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
@@ -406,12 +418,12 @@ def _batch(scene: Scene, camera: Camera) -> tuple[int, ...]:
 def _check(scene: Scene, camera: Camera, height: int, width: int) -> None:
     for kind in scene.kind:
         if kind not in KINDS:
-            raise ValueError(f"scene.kind holds {kind!r}: use one of {', '.join(KINDS)}.")
+            raise ValueError(f"scene.kind has {kind!r}: use one of {', '.join(KINDS)}.")
     for name, value in (("height", height), ("width", width)):
         if value < 1:
             raise ValueError(f"{name} is {value}: use at least one pixel.")
     count = len(scene.kind)
-    wanted = {
+    expected = {
         "scene.position": (scene.position, (count, 3)),
         "scene.rotation": (scene.rotation, (count, 4)),
         "scene.size": (scene.size, (count, 3)),
@@ -420,8 +432,8 @@ def _check(scene: Scene, camera: Camera, height: int, width: int) -> None:
         "camera.rotation": (camera.rotation, (3, 3)),
     }
     if scene.checker is not None:
-        wanted["scene.checker"] = (scene.checker, (count,))
-    for name, (array, shape) in wanted.items():
+        expected["scene.checker"] = (scene.checker, (count,))
+    for name, (array, shape) in expected.items():
         if tuple(array.shape[-len(shape) :]) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(array.shape)}: its last axes must be {shape} for the "

@@ -1,4 +1,4 @@
-"""What there is to see: a list of colored geometric primitives."""
+"""Scenes: lists of colored geometric primitives."""
 
 from typing import Literal, get_args
 
@@ -11,24 +11,25 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 @struct.dataclass
 class Scene:
-    """`G` primitives with their poses, sizes and colors; any leading batch axes.
+    """`G` primitives with their poses, sizes and colors, and any leading batch axes.
 
-    The kinds are static, so that each number and order of kinds is a program of its own. To hide a
-    primitive inside a program give it size 0: it is then drawn nowhere (planes excepted).
+    The kinds are static, so each number and order of kinds compiles to a separate program. A
+    primitive of size 0 is not rendered (except for planes), which hides it without recompilation.
 
     Attributes:
-        kind: static tuple of `G` names out of `KINDS`.
-        position: float32 `[..., G, 3]`, center in the world, m.
-        rotation: float32 `[..., G, 4]`, unit quaternion w, x, y, z: local frame to world.
-        size: float32 `[..., G, 3]`, m, in MuJoCo's convention; entries not named are ignored:
-            sphere: radius;
-            capsule: radius, half length of the straight part, along the local z;
-            cylinder: radius, half length along the local z;
-            box: half extents along the local x, y, z;
-            plane: half extents along the local x and y, 0 for infinite; its normal is the local z.
-        color: float32 `[..., G, 3]`, red, green, blue in [0, 1].
-        checker: None, or float32 `[..., G]`, m: edge of the squares on a plane, every other one of
-            which is darker; 0 for one color. Ignored for the other kinds.
+      kind: Kinds of the primitives, a static tuple of `G` names out of `KINDS`.
+      position: Centers in the world in m, float32 `[..., G, 3]`.
+      rotation: Rotations from the local frame to the world, as unit quaternions w, x, y, z, float32
+        `[..., G, 4]`.
+      size: Sizes in m in MuJoCo's convention, float32 `[..., G, 3]`; further entries are ignored:
+        sphere: radius;
+        capsule: radius and half length of the straight part along the local z;
+        cylinder: radius and half length along the local z;
+        box: half extents along the local x, y and z;
+        plane: half extents along the local x and y, 0 for infinite; the normal is the local z.
+      color: Red, green and blue in [0, 1], float32 `[..., G, 3]`.
+      checker: Edge in m of the squares on a plane, of which every other one is darker, float32
+        `[..., G]`; 0 for a plain color. It is ignored for other kinds. None for no squares at all.
     """
 
     kind: tuple[str, ...] = struct.field(pytree_node=False)

@@ -298,7 +298,7 @@ def test_dropouts_that_differ_cannot_be_saved(loaded, tmp_path):
     ("groups", "message"),
     [
         ((LoraGroup("stack/block_0/attention/querry", 2, 2.0),), "stack/block_0/attention/query'"),
-        ((LoraGroup("head|table", 2, 2.0),), "embedding tables"),
+        ((LoraGroup("head|table", 2, 2.0),), "Embedding tables"),
         ((LoraGroup(".*/query", 2, 2.0), LoraGroup(".*_0/.*/query", 4, 2.0)), "take all layers"),
         ((LoraGroup(".*/query", 0, 2.0),), "rank of at least 1"),
         ((LoraGroup(".*/query", 2, 2.0, dropout=1.0),), "dropout in"),

@@ -102,8 +102,8 @@ def test_of_control_policies(key, value, message):
         ("env.options", VIEW | {"link": -1}, "link=-1 must be a whole number in 0..0"),
         ("env.options", VIEW | {"camera_offset": (0, 1)}, "camera_offset=(0, 1) must be three"),
         ("env.options", VIEW | {"camera_offset": (0, 1, NAN)}, "must be three finite numbers"),
-        ("env.options", VIEW | {"backend": "mjxx"}, "backend='mjxx' is none of Brax's"),
-        ("env.options", VIEW | {"backend": ["mjx"]}, "backend=['mjx'] is none of Brax's"),
+        ("env.options", VIEW | {"backend": "mjxx"}, "backend='mjxx' must be one of Brax's"),
+        ("env.options", VIEW | {"backend": ["mjx"]}, "backend=['mjx'] must be one of Brax's"),
     ],
 )
 def test_of_perceptrons(key, value, message):
