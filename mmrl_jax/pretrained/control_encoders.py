@@ -1,6 +1,6 @@
-"""Pretrained models as control policies or parts of them.
+"""Pretrained models as control policies or as parts of them.
 
-Sentence encoders, vision towers, and whole vision-language models.
+The models are sentence encoders, vision towers, and complete vision-language models.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,71 +20,73 @@ from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import bundled_weights, chat, hub, processing, processor_files
 from mmrl_jax.pretrained.families import vlm
 
-# (tokens int32 [B, L], mask bool [B, L]) -> features [B, L', E], present bool [B, L'].
+# (tokens int32 [B, L], mask bool [B, L]) -> features [B, L', E], mask bool [B, L'].
 Reader = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 MINILM = "minilm"
 
 
-@functools.lru_cache(maxsize=4)  # A run makes its network several times.
+@functools.lru_cache(maxsize=4)  # A run builds its network several times.
 def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, ...]) -> Reader:
-    """A frozen sentence encoder, behind an environment that knows a closed set of sentences.
+    """Returns a frozen sentence encoder for an environment with a closed set of sentences.
 
-    All are read once, here; in the policy an instruction is looked up, so that a tower of any size
-    costs nothing there. Its features are constants of the policy, and are not trained.
+    All sentences are encoded once, here; the policy looks up the features of an instruction, so
+    that an encoder of any size costs nothing there. The features are constants of the policy.
 
     Args:
       encoder: 'minilm', or a local directory in the hub's format, see `hub.load_text_tower`.
-      sentences: every instruction, of `words`.
-      words: word i has token i + 1; 0 is padding.
+      sentences: All possible instructions, whose words must be in `words`.
+      words: Vocabulary of the environment: word i has token i + 1, and token 0 is padding.
 
     Returns:
-      A function whose features of an unknown instruction are NaN: nothing may be learned from it.
-      No word at all is what a learner makes of a step that does not count: its features are 0.
+      A function from instructions to features. The features of an unknown instruction are NaN, so
+      that nothing is learned from it. An instruction without words, which learners use for steps
+      that do not count, has finite features that are masked out.
 
     Raises:
-      ImportError, ValueError: see `bundled_weights.minilm`, `hub.load_text_tower`.
+      ImportError: The package of 'minilm' is not installed.
+      ValueError: The encoder cannot be loaded, see `hub.load_text_tower`.
     """
     features, present = read(encoder, sentences)
-    find = _finder(sentences, words)
+    lookup = _sentence_lookup(sentences, words)
 
     def reader(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        index, known = find(tokens, mask)
-        found = jnp.where(known[:, None, None], jnp.asarray(features)[index], jnp.nan)
-        return found, jnp.asarray(present)[index]
+        index, known = lookup(tokens, mask)
+        selected = jnp.where(known[:, None, None], jnp.asarray(features)[index], jnp.nan)
+        return selected, jnp.asarray(present)[index]
 
     return reader
 
 
-def _finder(sentences: Sequence[str], words: Sequence[str]) -> Reader:
-    """(tokens, mask) -> index int32 [B] of the sentence, and bool [B], whether it is one of them.
+def _sentence_lookup(sentences: Sequence[str], words: Sequence[str]) -> Reader:
+    """Returns (tokens, mask) -> index of the sentence int32 [B], and whether it is known bool [B].
 
-    Padding alone counts as the first: learners put zeros in place of observations that do not
-    count, and one that is NaN would spoil the gradient of all others.
+    Padding alone counts as the first sentence: learners replace observations that do not count with
+    zeros, and NaN for one of them would make the gradient of all others NaN.
     """
     tokens = [[words.index(word) + 1 for word in sentence.split()] for sentence in sentences]
     rows = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
     for row, ids in zip(rows, tokens, strict=True):
         row[: len(ids)] = ids
 
-    def find(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        said = jnp.where(mask, tokens, 0)
-        length = max(said.shape[1], rows.shape[1])
-        said = jnp.pad(said, ((0, 0), (0, length - said.shape[1])))
+    def lookup(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ids = jnp.where(mask, tokens, 0)
+        length = max(ids.shape[1], rows.shape[1])
+        ids = jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])))
         table = np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
-        same = jnp.all(said[:, None] == table, axis=-1)
-        return jnp.argmax(same, axis=1), jnp.any(same, axis=1) | ~jnp.any(said, axis=1)
+        matches = jnp.all(ids[:, None] == table, axis=-1)
+        return jnp.argmax(matches, axis=1), jnp.any(matches, axis=1) | ~jnp.any(ids, axis=1)
 
-    return find
+    return lookup
 
 
 def directory_of(encoder: str) -> pathlib.Path:
-    """The directory of a text encoder, 'minilm' or a local one in the hub's format."""
+    """Returns the directory of a text encoder, given as 'minilm' or as a directory."""
     return bundled_weights.minilm() if encoder == MINILM else pathlib.Path(encoder)
 
 
 @functools.lru_cache(maxsize=2)
 def read(encoder: str, sentences: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 [I, S, E] of the tokens of sentences, and bool [I, S], where they are."""
+    """Encodes I sentences to features float32 [I, S, E] and a mask bool [I, S] of their tokens."""
     directory = directory_of(encoder)
     model, variables, _ = hub.load_text_tower(directory)
     tokenizer = processor_files.read_tokenizer(directory)
@@ -98,7 +100,12 @@ def read(encoder: str, sentences: tuple[str, ...]) -> tuple[np.ndarray, np.ndarr
 
 
 class Encoder(NamedTuple):
-    """A module, and the parameters that it was pretrained to."""
+    """A module with its pretrained parameters.
+
+    Attributes:
+      module: Linen module.
+      params: Parameters of the module, for {'params': params}.
+    """
 
     module: nn.Module
     params: Any
@@ -106,32 +113,39 @@ class Encoder(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def vision_encoder(directory: str, dtype: jnp.dtype, remat: bool) -> Encoder:
-    """A vision tower for `MultimodalPolicy.vision_encoder`, from a local directory.
+    """Returns a vision tower for `MultimodalPolicy.vision_encoder` from a local directory.
+
+    Args:
+      directory: Local directory in the hub's format, see `hub.load_vision_tower`.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
 
     Raises:
-      ValueError: see `hub.load_vision_tower` and `processor_files.read_image_processor`.
+      ValueError: The tower or its image processor cannot be read, see `hub.load_vision_tower` and
+        `processor_files.read_image_processor`.
     """
     loaded = hub.load_vision_tower(directory, remat=remat)
     image = processor_files.read_image_processor(directory, loaded.config["model_type"])
-    # The policy trains its parameters in float32, whatever it computes in.
+    # The policy trains float32 parameters in any compute dtype.
     tower = cast(VisionTower, loaded.model).clone(dtype=dtype, pool=None, projection=None)
     params = loaded.params["params"]
-    kept = {name: x for name, x in params.items() if name not in ("head", "projection")}
+    tower_params = {name: x for name, x in params.items() if name not in ("head", "projection")}
     if not tower.norm_tokens:
-        kept.pop("norm")
+        tower_params.pop("norm")
     module = Pictures(tower, *processor_files.mean_and_std(image))
-    return Encoder(module, {"tower": kept})
+    return Encoder(module, {"tower": tower_params})
 
 
 class ControlModel(NamedTuple):
-    """What `VLMPolicy` needs of a vision-language model.
+    """A vision-language model and its inputs, for `VLMPolicy`.
 
     Attributes:
-      model: the module.
-      pictures: frames uint8 [B, 1, H, W, 3] to the tiles that it sees, a pure function.
-      prompts: instructions to its tokens int32 [B, S] and bool [B, S], where they are.
-      grid: its image features are a square grid over the whole frame, behind which a newline may
-        come.
+      model: Linen module.
+      pictures: Pure function from frames uint8 [B, 1, H, W, 3] to the tiles that the model takes.
+      prompts: Function from tokens int32 [B, L] and mask bool [B, L] of an instruction to tokens
+        int32 [B, S] and mask bool [B, S] of the model.
+      grid: Whether the image features form a square grid over the whole frame, optionally followed
+        by a newline.
     """
 
     model: VisionLanguageModel
@@ -150,28 +164,27 @@ def vision_language_model(
     dtype: jnp.dtype,
     remat: bool,
 ) -> ControlModel:
-    """A vision-language model behind an environment that knows a closed set of sentences.
+    """Returns a vision-language model for an environment with a closed set of sentences.
 
-    All prompts are made once, here; in the policy an instruction's is looked up. Parameters are
-    not read, see `vision_language_params`.
-
-    A frame is seen as one tile, see `processing.Processor.whole`.
+    All prompts are tokenized once, here; the policy looks up that of an instruction. Parameters are
+    not read, see `vision_language_params`. The model takes a frame as a single tile, see
+    `processing.Processor.whole`.
 
     Args:
-      directory: local, in the hub's format, see `processing.load_processor`.
-      prompt: what the model reads, with '{image}' and '{instruction}'.
-      sentences: every instruction, of `words`.
-      words: word i has token i + 1; 0 is padding.
-      size: of a frame, height and width in pixels.
-      dtype: of the computation.
-      remat: recompute each block's activations in the backward pass.
+      directory: Local directory in the hub's format, see `processing.load_processor`.
+      prompt: Template of the model's prompt, with '{image}' and '{instruction}'.
+      sentences: All possible instructions, whose words must be in `words`.
+      words: Vocabulary of the environment: word i has token i + 1, and token 0 is padding.
+      size: Height and width of a frame in pixels.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
 
     Returns:
-      See there. The prompt of an unknown instruction has no image token, so that what is made of it
-      is NaN.
+      The model and its inputs. The prompt of an unknown instruction has no image token, so that the
+      output of the model for it is NaN.
 
     Raises:
-      ValueError: the family is not supported, or image tokens and features disagree.
+      ValueError: The family is not supported, or image tokens and features disagree.
     """
     processor = processing.load_processor(directory).whole()
     texts = [
@@ -183,17 +196,17 @@ def vision_language_model(
     )
     config = hub.read_config(directory)
     model = vlm.FAMILIES[config["model_type"]](config, (), dtype, remat).model
-    words_read = ids[ids != model.image_token]
-    chat.check_ids(processor.tokenizer, words_read, model.language.vocabulary, "an instruction")
-    # Without an output layer of its own, for no token is predicted.
+    text_ids = ids[ids != model.image_token]
+    chat.check_ids(processor.tokenizer, text_ids, model.language.vocabulary, "an instruction")
+    # No token is predicted, so the model is built without an output layer.
     model = model.clone(language=model.language.clone(tied=True))
-    nothing = int(model.image_token == 0)  # Any other token.
-    find = _finder(sentences, words)
+    filler = int(model.image_token == 0)  # Any token that is not the image token.
+    lookup = _sentence_lookup(sentences, words)
 
     def prompts(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        index, known = find(tokens, mask)
-        found = jnp.where(known[:, None], jnp.asarray(ids)[index], nothing)
-        return found, jnp.asarray(present)[index]
+        index, known = lookup(tokens, mask)
+        selected = jnp.where(known[:, None], jnp.asarray(ids)[index], filler)
+        return selected, jnp.asarray(present)[index]
 
     plan = processor.family.plan(processor.image, size, 1)
     features = cast(TiledVision | AnyresVision, model.vision).features_per_tile()
@@ -202,10 +215,13 @@ def vision_language_model(
 
 
 def vision_language_params(directory: str) -> Any:
-    """The pretrained parameters of `vision_language_model`, float32.
+    """Returns the pretrained parameters of `vision_language_model` in float32.
+
+    Args:
+      directory: Local directory in the hub's format.
 
     Raises:
-      ValueError: see `hub.load_vision_language_model`.
+      ValueError: The model cannot be loaded, see `hub.load_vision_language_model`.
     """
     params = dict(hub.load_vision_language_model(directory).params["params"])
     language = {name: x for name, x in params["language"].items() if name != "head"}

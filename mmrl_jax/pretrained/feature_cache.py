@@ -1,8 +1,9 @@
-"""Features of frozen towers on disk, so that an image is encoded once.
+"""A cache on disk of the features of frozen towers, so that each image is encoded once.
 
     directory/<tower and preprocessing>/<first two digits>/<image>
 
-Names are hashes. An entry is a BLAKE2b digest of the features in msgpack, and they follow it.
+File names are hashes. An entry has a BLAKE2b digest of its payload, followed by the payload, which
+is the features in msgpack.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 import jax
 import numpy as np
 
-DIGEST = 32  # Bytes.
+DIGEST = 32  # Length of a digest in bytes.
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -29,7 +30,15 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def tower_hash(params: Any, config: Mapping[str, Any]) -> str:
-    """Hash of all that a tower's features depend on: its parameters and its config, for JSON."""
+    """Returns a hash of all that determines a tower's features.
+
+    Args:
+      params: Parameters of the tower.
+      config: Configuration of the tower, in values that JSON supports.
+
+    Returns:
+      Hash in hexadecimal digits.
+    """
     parts = [json.dumps(config, sort_keys=True).encode()]
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         x = np.asarray(x)
@@ -38,12 +47,12 @@ def tower_hash(params: Any, config: Mapping[str, Any]) -> str:
 
 
 class FeatureCache:
-    """Features by image, tower and preprocessing.
+    """A cache of features by image, tower and preprocessing.
 
     Attributes:
-      hits: images whose features were read.
-      misses: images whose features were computed.
-      unreadable: those of the misses that had a damaged entry, which is then replaced.
+      hits: Number of images whose features were read.
+      misses: Number of images whose features were computed.
+      unreadable: Number of the misses that had a damaged entry, which was then replaced.
     """
 
     def __init__(
@@ -52,10 +61,10 @@ class FeatureCache:
         """Opens the cache.
 
         Args:
-          directory: made if absent; several processes may share it.
-          tower: see `tower_hash`.
-          preprocessing: for JSON, all that happens to an image before the tower. A deterministic
-            augmentation is its 'augmentation'.
+          directory: Directory of the cache, created if absent; several processes may share it.
+          tower: Hash of the tower, see `tower_hash`.
+          preprocessing: Settings of all processing before the tower, in values that JSON supports.
+            The key 'augmentation' is the id of a deterministic augmentation.
         """
         settings = json.dumps(preprocessing, sort_keys=True).encode()
         self._directory = pathlib.Path(directory) / _digest(tower.encode(), settings).hex()
@@ -69,25 +78,25 @@ class FeatureCache:
         *,
         augmentation: str | None = None,
     ) -> dict[str, np.ndarray]:
-        """Features of images, computed where they are not on disk.
+        """Returns the features of images, and computes those that are not on disk.
 
         Args:
-          images: uint8 [B, H, W, C], before preprocessing.
-          encode: images [B, H, W, C] -> features by name, [B, ...]. It always gets B images, those
-            that are missing and repetitions of them, so that it is compiled once.
-          augmentation: id of the augmentation that `encode` applies.
+          images: Images before preprocessing, uint8 [B, H, W, C].
+          encode: Function from images uint8 [B, H, W, C] to features by name, [B, ...]. It always
+            gets B images, the missing ones and repetitions of them, so that it compiles once.
+          augmentation: Id of the augmentation that `encode` applies; None for no augmentation.
 
         Returns:
           Features by name, [B, ...].
 
         Raises:
-          ValueError: the images are not uint8 [B, H, W, C], or the augmentation is not that of the
-            key, so that features would be read which belong to another one.
+          ValueError: The images are not uint8 [B, H, W, C], or the augmentation is not that of the
+            cache, which would then return features of a different augmentation.
         """
         if augmentation != self._augmentation:
             raise ValueError(
-                f"augmentation={augmentation!r}, but this cache is of {self._augmentation!r}: "
-                "name a deterministic one as preprocessing['augmentation'], and encode randomly "
+                f"augmentation={augmentation!r}, but this cache has {self._augmentation!r}: "
+                "set a deterministic one as preprocessing['augmentation'], and encode randomly "
                 "augmented images without a cache."
             )
         images = np.asarray(images)
@@ -124,7 +133,7 @@ class FeatureCache:
 
 
 def _write(path: pathlib.Path, features: Mapping[str, np.ndarray]) -> None:
-    """Writes an entry under another name first, so that no reader finds half of one."""
+    """Writes an entry under a temporary name first, so that no reader gets a partial file."""
     payload = msgpack_serialize(dict(features))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,4 +1,4 @@
-"""Models from local directories in the hub's format, config.json and safetensors, and back."""
+"""Loads and exports models in the hub's format, a directory of config.json and safetensors."""
 
 from collections.abc import Callable, Collection, Mapping
 import json
@@ -25,11 +25,11 @@ TEXT = ("bert", "clip", "clip_text_model", "siglip", "siglip_text_model")
 TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
 WORDS = (jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_))
 BUFFERS = (r".*\.inv_freq", r".*\.position_ids")
-# What lies beside the weights and is data: configs, vocabularies, templates. The weights' index is
-# of other files, and transformers would add an adapter that it finds.
+# Suffixes of data files that an export copies: configs, vocabularies, templates. It does not copy
+# the index of the source's weights, nor an adapter, which transformers would add when loading.
 DATA = (".json", ".txt", ".model", ".jinja")
 NOT_DATA = (safetensors_files.INDEX, "config.json", "adapter_config.json")
-# Of a config, what says nothing about the model.
+# Config keys that do not affect the model.
 RECORDS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -37,9 +37,9 @@ class Pretrained(NamedTuple):
     """A loaded model.
 
     Attributes:
-      model: the Linen module.
-      params: its variables, for `model.apply`.
-      config: the hub's config of the model, complete with defaults.
+      model: Linen module.
+      params: Variables of the module, for `model.apply`.
+      config: Config of the model in the hub's format, completed with defaults.
     """
 
     model: nn.Module
@@ -48,15 +48,15 @@ class Pretrained(NamedTuple):
 
 
 class Blueprint(NamedTuple):
-    """A model without its parameters, and how the hub's tensors become those.
+    """A model without parameters, and the correspondence of its parameters to the hub's tensors.
 
     Attributes:
-      model: the Linen module.
-      config: see `Pretrained`.
-      keys: the hub's module names -> ours, see `weights.counterparts`.
-      inputs: shapes and dtypes of what the model takes.
-      ignored: patterns of the hub's tensors that the model has no use for.
-      tied: patterns of those that are a parameter of ours once more.
+      model: Linen module.
+      config: Config of the model in the hub's format, completed with defaults.
+      keys: Module paths of the model by the hub's module names, see `weights.counterparts`.
+      inputs: Shapes and dtypes of the model's inputs.
+      ignored: Patterns of the hub's tensors that the model does not use.
+      tied: Patterns of the hub's tensors that duplicate another parameter.
     """
 
     model: nn.Module
@@ -67,19 +67,23 @@ class Blueprint(NamedTuple):
     tied: tuple[str, ...] = ()
 
     def shapes(self, dtype: jnp.dtype) -> Any:
-        """Of the parameters."""
+        """Returns the shapes of the parameters, with the given dtype."""
         like = jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
 
 
 def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
-    """The config of a local directory, with transformers' defaults for what it leaves out.
+    """Reads the config of a local directory and completes it with transformers' defaults.
 
-    Keys that transformers does not read are not in it.
+    Keys that transformers does not read are omitted.
+
+    Args:
+      directory: Local directory in the hub's format.
 
     Raises:
-      ValueError: there is none, it is damaged or of no model that transformers knows without
-        running code, or it asks for what is not supported, see `config_keys.followed`.
+      ValueError: There is no config, it is damaged or of a model that transformers cannot load
+        without running code of the directory, or it requires unsupported features, see
+        `config_keys.followed`.
     """
     from transformers import AutoConfig
 
@@ -91,11 +95,11 @@ def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
         if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
             raise ValueError("it is no object")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # Of values that make no sense, transformers raises errors of any type.
+    # For invalid values, transformers raises errors of any type.
     except Exception as error:
         raise ValueError(
-            f"{file} is damaged, or of no model that we know ({type(error).__name__}: {error}). "
-            "Fetch it again, or correct it."
+            f"{file} is damaged, or of an unknown model ({type(error).__name__}: {error}). "
+            "Download it again, or correct it."
         ) from error
     try:
         return config_keys.followed(config)
@@ -114,15 +118,19 @@ def load_language_model(
     """Loads a decoder: Llama, Qwen2, Qwen3, Gemma 1 to 3.
 
     Args:
-      directory: local, in the hub's format.
-      dtype: of the parameters and of the computation.
-      remat: recompute each block's activations in the backward pass.
-      mesh: the parameters go there, and each process reads what its devices hold; None: to the
-        default device.
-      rules: which parts go to which devices, see `partition.shardings`.
+      directory: Local directory in the hub's format.
+      dtype: Dtype of the parameters and of the computation.
+      remat: Whether to recompute each block's activations in the backward pass.
+      mesh: Mesh over which the parameters are distributed, where each process reads what its
+        devices hold; None for the default device.
+      rules: Partition rules of the parameters, see `partition.shardings`.
+
+    Returns:
+      The model with its parameters and config.
 
     Raises:
-      ValueError: the family is not supported, or see `weights.load` and `partition.shardings`.
+      ValueError: The family is not supported, the files are damaged or do not match the model, see
+        `weights.load`, or the rules do not fit, see `partition.shardings`.
     """
     return load("language_model", directory, dtype=dtype, remat=remat, mesh=mesh, rules=rules)
 
@@ -135,7 +143,7 @@ def load_vision_tower(
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> Pretrained:
-    """Loads the picture half of CLIP or SigLIP, from a directory of both halves or of that alone.
+    """Loads the vision tower of CLIP or SigLIP, from a directory with or without the text tower.
 
     For arguments and errors see `load_language_model`.
     """
@@ -150,7 +158,7 @@ def load_text_tower(
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> Pretrained:
-    """Loads a text encoder: BERT-type ones, or the text half of CLIP or SigLIP.
+    """Loads a text encoder: a BERT-type model, or the text tower of CLIP or SigLIP.
 
     For arguments and errors see `load_language_model`.
     """
@@ -167,10 +175,9 @@ def load_vision_language_model(
 ) -> Pretrained:
     """Loads a vision-language model.
 
-    Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL.
-
-    For arguments and errors see `load_language_model`; the family's tower and decoder may be what
-    is not supported, too.
+    The supported families are Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision, Qwen2.5-VL and
+    Qwen3-VL. For arguments and errors see `load_language_model`; the tower or the decoder of a
+    supported family may be unsupported too.
     """
     return load(
         "vision_language_model", directory, dtype=dtype, remat=remat, mesh=mesh, rules=rules
@@ -186,7 +193,7 @@ def load(
     mesh: Mesh | None,
     rules: partition.Rules,
 ) -> Pretrained:
-    """Loads a model of a kind of `KINDS`; for the rest see `load_language_model`."""
+    """Loads a model of a kind in `KINDS`; for other arguments see `load_language_model`."""
     path = pathlib.Path(directory)
     plan = read_blueprint(kind, path, dtype=dtype, remat=remat)
     like = plan.shapes(dtype)
@@ -207,27 +214,27 @@ def export(
     *,
     shard_bytes: int = weights.SHARD_BYTES,
 ) -> None:
-    """Writes a model to a directory that transformers, and `load_*`, load.
+    """Writes a model to a directory that transformers and `load_*` can load.
 
-    Adapters are merged. The tensors have the dtype of the parameters, and what the model has no use
-    for (the other half of CLIP, a pooler) is copied from the source as it is; an output layer that
-    is tied is not written. Configs, vocabularies and templates are copied, never code or pickles.
+    Adapters are merged. The tensors have the dtype of the parameters. Tensors that the model does
+    not use (the other tower of CLIP, a pooler) are copied from the source, and a tied output layer
+    is not written. Configs, vocabularies and templates are copied, but never code or pickles.
 
     Args:
-      pretrained: from `load_*`, with other variables.
-      directory: absent or empty; it has its name only when all is written.
-      source: the directory that the model was loaded from.
-      shard_bytes: the most that a file holds.
+      pretrained: Model from `load_*`, possibly with changed variables.
+      directory: Target directory, absent or empty; it is complete as soon as it exists.
+      source: Directory from which the model was loaded.
+      shard_bytes: Maximum size of a weight file in bytes.
 
     Raises:
-      ValueError: `source` holds another model, or `directory` lies in it, or see `merged` and
-        `weights.save`.
+      ValueError: `source` has a different model, or `directory` is inside it; or the parameters
+        cannot be merged or written, see `merged` and `weights.save`.
     """
     path = pathlib.Path(source)
     if pathlib.Path(directory).resolve().is_relative_to(path.resolve()):
         raise ValueError(
-            f"directory={str(directory)!r} lies in the source {str(source)!r}, with whose files "
-            "those written would be mixed; give one elsewhere."
+            f"directory={str(directory)!r} is inside the source {str(source)!r}, whose files would "
+            "be mixed with those written; give a different one."
         )
     kind = kind_of(pretrained.model)
     plan = read_blueprint(kind, path, dtype=jnp.float32, remat=False)
@@ -248,10 +255,14 @@ def export(
 
 
 def merged(variables: Mapping[str, Any]) -> Any:
-    """The parameters, of one dtype, with the adapters among the variables merged into them.
+    """Merges adapters into the parameters and returns these, which must have a single dtype.
+
+    Args:
+      variables: Variables of a model, with 'params' and optionally 'lora'.
 
     Raises:
-      ValueError: a kernel is int8, there are several dtypes, or see `lora.merge`.
+      ValueError: A kernel is int8, there are several dtypes, or an adapter fits no layer, see
+        `lora.merge`.
     """
     params = variables["params"]
     weights.refuse_int8(params)
@@ -262,27 +273,29 @@ def merged(variables: Mapping[str, Any]) -> Any:
 
 
 def kind_of(model: nn.Module) -> str:
-    """The kind of a model, one of `KINDS`.
+    """Returns the kind of a model, one of `KINDS`.
 
     Raises:
-      ValueError: it is of none of them.
+      ValueError: The model is of no kind in `KINDS`.
     """
     for kind, (module, _, _) in KINDS.items():
         if isinstance(model, module):
             return kind
-    raise ValueError(f"{type(model).__name__} is not a model of the hub; these are: {list(KINDS)}.")
+    raise ValueError(
+        f"{type(model).__name__} is not a model of the hub; supported are {list(KINDS)}."
+    )
 
 
 def read_blueprint(
     kind: str, directory: str | pathlib.Path, *, dtype: jnp.dtype, remat: bool
 ) -> Blueprint:
-    """The blueprint of a local directory in the hub's format; for the rest see `blueprint`.
+    """Reads the blueprint of a local directory in the hub's format; for arguments see `blueprint`.
 
-    Whether the output layer is tied is decided by the config and the tensors, see
-    `safetensors_files`; the blueprint's config says what was decided.
+    Config and tensors together determine whether the output layer is tied, see `safetensors_files`;
+    the blueprint's config has the result.
     """
     path, config = pathlib.Path(directory), read_config(directory)
-    _known(config, KINDS[kind][1])  # Before files are asked for, of a model that is not ours.
+    _check_family(config, KINDS[kind][1])  # Before an unsupported model is asked for its files.
     files = safetensors_files.tensor_files(path)
     try:
         plan = blueprint(kind, config, files, dtype=dtype, remat=remat)
@@ -290,12 +303,12 @@ def read_blueprint(
         raise ValueError(f"{path / 'config.json'}: {error}") from error
     if not plan.tied:
         return plan
-    names = {ours.rpartition("/")[2]: name for name, ours in plan.keys.items()}
+    names = {path.rpartition("/")[2]: name for name, path in plan.keys.items()}
     head, table = names["head"], names["table"]
     if head in files and table not in files:
-        ours = plan.keys[table]
+        path_of_table = plan.keys[table]
         keys = {name: x for name, x in plan.keys.items() if name not in (head, table)}
-        return plan._replace(keys=keys | {head: ours}, tied=())
+        return plan._replace(keys=keys | {head: path_of_table}, tied=())
     if head in files and not safetensors_files.tensors_equal(files, head, table):
         config["tie_word_embeddings"] = False
         return blueprint(kind, config, files, dtype=dtype, remat=remat)
@@ -305,73 +318,78 @@ def read_blueprint(
 def blueprint(
     kind: str, config: Mapping[str, Any], names: Collection[str], *, dtype: jnp.dtype, remat: bool
 ) -> Blueprint:
-    """A model of a kind, without its parameters.
+    """Builds a model of a kind without its parameters.
 
     Args:
-      kind: one of `KINDS`.
-      config: see `read_config`.
-      names: of the hub's tensors, on which the keys depend, and nothing else.
-      dtype: of the computation.
-      remat: recompute each block's activations in the backward pass.
+      kind: Kind of the model, one of `KINDS`.
+      config: Complete config of the model, see `read_config`.
+      names: Names of the hub's tensors, on which only the keys of the blueprint depend.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
 
     Raises:
-      ValueError: the family is not supported.
+      ValueError: The family is not supported.
     """
     _, families, build = KINDS[kind]
-    _known(config, families)
+    _check_family(config, families)
     return build(config, names, dtype, remat)
 
 
 def check_config(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], source: str | pathlib.Path
 ) -> None:
-    """Makes sure that a model is that of a source.
+    """Checks that a model is the one in a source directory.
+
+    Args:
+      ours: Config of the model.
+      theirs: Config of the source.
+      source: Source directory, for the error message.
 
     Raises:
-      ValueError: names what is not the same in their configs.
+      ValueError: The configs differ; the message lists the differences.
     """
     differing = [
-        f"{name}: {ours.get(name)} here, {theirs.get(name)} there"
+        f"{name}: {ours.get(name)} in the model, {theirs.get(name)} in the source"
         for name in sorted({*ours, *theirs} - {*RECORDS})
         if not _same(ours.get(name), theirs.get(name))
     ]
     if differing:
         listed = "\n  ".join(differing[: safetensors_files.LISTED])
         raise ValueError(
-            f"{source} is of another model, give the directory that this one was loaded from:\n  "
+            f"{source} has a different model; give the directory that this one was loaded from:\n  "
             + listed
         )
 
 
 def copy_data(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what of a directory in the hub's format is neither weights, code nor config.json."""
+    """Copies the data files of a directory: no weights, no code, and not config.json."""
     for path in sorted(source.rglob("*")):
-        place = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in place.parts)
-        if path.suffix in DATA and path.is_file() and not hidden and str(place) not in NOT_DATA:
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / place)
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix in DATA and path.is_file() and not hidden and str(relative) not in NOT_DATA:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
 
 
 def write_config(
     source: pathlib.Path, target: pathlib.Path, config: Mapping[str, Any], dtype: str | None
 ) -> None:
-    """Copies config.json with what was decided of a model when it was loaded.
+    """Copies config.json and updates what loading determined.
 
     Args:
-      source: directory that the model was loaded from.
-      target: directory to write to.
-      config: see `Blueprint`.
-      dtype: to be named where the source names one; None: as it was.
+      source: Directory from which the model was loaded.
+      target: Directory to write to.
+      config: Config of the model, see `Blueprint`, whose `tie_word_embeddings` is written.
+      dtype: Dtype that replaces those in the source; None to keep them.
     """
-    written = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    output = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("tie_word_embeddings") is False:
-        # LLaVA's decoder says it for the whole model.
-        for part in (written, written.get("text_config", {})):
+        # For LLaVA, transformers reads this key of the whole model from the decoder's config.
+        for part in (output, output.get("text_config", {})):
             part["tie_word_embeddings"] = False
     if dtype is not None:
-        written = _with_dtype(written, dtype)
-    (target / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+        output = _with_dtype(output, dtype)
+    (target / "config.json").write_text(json.dumps(output, indent=2), encoding="utf-8")
 
 
 def _language_model(
@@ -402,7 +420,7 @@ def _text_tower(
     if kind == "bert":
         model = encoders.build_bert(config, dtype=dtype, remat=remat)
         keys = encoders.bert_keys(_prefix(names, "bert."))
-        # The pooler and the heads of pre-training are not part of a sentence encoder.
+        # A sentence encoder does not use the pooler and the heads of pretraining.
         ignored: tuple[str, ...] = (r"(bert\.)?pooler\..*", r"cls\..*")
     else:
         projection = whole["projection_dim"] if kind == "clip" else None
@@ -424,15 +442,16 @@ def _vision_language_model(
         tied = (r"lm_head\.weight",) if model.language.tied else ()
         inputs = (*WORDS, *qwen_vl.smallest_inputs(config))
         return Blueprint(model, config, keys, inputs, BUFFERS, tied)
-    _known(config["vision_config"], TOWERS)
-    _known(config["text_config"], DECODERS)
+    _check_family(config["vision_config"], TOWERS)
+    _check_family(config["text_config"], DECODERS)
     recipe = vlm.FAMILIES[kind](config, names, dtype, remat)
     tied = (r"(language_model\.)?lm_head\.weight",) if recipe.model.language.tied else ()
     inputs, ignored = (*WORDS, recipe.images), (*BUFFERS, *recipe.ignored)
     return Blueprint(recipe.model, config, recipe.keys, inputs, ignored, tied)
 
 
-# The module, the families, and what makes a blueprint of (config, tensors' names, dtype, remat).
+# For each kind: the module, the families, and a function from (config, names of tensors, dtype,
+# remat) to a blueprint.
 KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...], Callable[..., Blueprint]]] = {
     "language_model": (LanguageModel, DECODERS, _language_model),
     "vision_tower": (VisionTower, VISION, _vision_tower),
@@ -445,20 +464,20 @@ KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...], Callable[..., Blueprint
 }
 
 
-def _known(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
+def _check_family(config: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
+    """Raises ValueError if the model type of a config is not supported."""
     kind = config["model_type"]
     if kind not in kinds:
-        raise ValueError(f"model_type={kind!r} is not supported here; these are: {list(kinds)}.")
-    return kind
+        raise ValueError(f"model_type={kind!r} is not supported here; supported are {list(kinds)}.")
 
 
 def _prefix(names: Collection[str], prefix: str) -> str:
-    """The prefix where the tensors have it; models saved by themselves have none."""
+    """Returns the prefix if tensors have it, and '' otherwise, as for a tower saved separately."""
     return prefix if any(name.startswith(prefix) for name in names) else ""
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Of configs, whatever their dtypes are."""
+    """Returns whether two configs or values are equal, except for dtypes and other records."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         names = {*ours, *theirs} - {*RECORDS}
         return all(_same(ours.get(name), theirs.get(name)) for name in names)
@@ -466,10 +485,10 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config, and those of its halves, that name this dtype where they name one."""
+    """Replaces the dtype of a config, and of the configs in it, wherever they have one."""
     renamed = {
         name: _with_dtype(x, dtype) if isinstance(x, Mapping) and name.endswith("_config") else x
         for name, x in config.items()
     }
-    named = [name for name in ("dtype", "torch_dtype") if name in config]
-    return renamed | dict.fromkeys(named, dtype)
+    dtype_keys = [name for name in ("dtype", "torch_dtype") if name in config]
+    return renamed | dict.fromkeys(dtype_keys, dtype)

@@ -1,12 +1,12 @@
-"""A pretrained model in our own format: its parameters as Orbax writes them, beside its config.
+"""Pretrained models in the format of this library: parameters in Orbax format with the hub's files.
 
     directory/config.json, tokenizer.json, ...   the hub's, copied
-    directory/model.json                         its kind (of `hub.KINDS`) and dtype
-    directory/params/                            Orbax: our names and layouts
+    directory/model.json                         the kind (of `hub.KINDS`) and the dtype
+    directory/params/                            Orbax: names and layouts of the Linen module
 
-Nothing has to be renamed or transposed to be read, adapters are merged once, and every process
-reads its parts. The checkpoints of training (`training/checkpoint.py`) are of a run's whole carry,
-with optimizer and config of the run; this is of a model alone.
+Loading needs no renaming or transposition, adapters are already merged, and every process reads
+only its part. In contrast, a training checkpoint (`training/checkpoint.py`) has the complete carry
+of a run, with optimizer and config of the run.
 """
 
 import json
@@ -29,15 +29,15 @@ AGAIN = "Convert the model again with experiments.convert_hf --to=checkpoint."
 def save(
     pretrained: hub.Pretrained, directory: str | pathlib.Path, source: str | pathlib.Path
 ) -> None:
-    """Writes a model, its adapters merged, from one process.
+    """Writes a model with merged adapters; it must be called from a single process.
 
     Args:
-      pretrained: from `hub.load_*`, or with other variables.
-      directory: absent or empty; it has its name only when all is written.
-      source: the directory in the hub's format that the model was loaded from.
+      pretrained: Model from `hub.load_*`, possibly with changed variables.
+      directory: Target directory, absent or empty; it is complete as soon as it exists.
+      source: Directory in the hub's format from which the model was loaded.
 
     Raises:
-      ValueError: `directory` is not empty, or see `hub.merged`.
+      ValueError: `directory` is not empty, or adapters cannot be merged, see `hub.merged`.
     """
     path, params = pathlib.Path(source), hub.merged(pretrained.params)
     record = {
@@ -60,19 +60,23 @@ def load(
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> hub.Pretrained:
-    """Loads what `save` wrote.
+    """Loads a model that `save` wrote.
 
     Args:
-      directory: local, in our format.
-      dtype: of the parameters and of the computation; None: as they were saved.
-      remat: recompute each block's activations in the backward pass.
-      mesh: the parameters go there, and each process reads what its devices hold; None: to the
-        default device.
-      rules: which parts go to which devices, see `partition.shardings`.
+      directory: Local directory that `save` wrote.
+      dtype: Dtype of the parameters and of the computation; None for the saved dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
+      mesh: Mesh over which the parameters are distributed, where each process reads what its
+        devices hold; None for the default device.
+      rules: Partition rules of the parameters, see `partition.shardings`.
+
+    Returns:
+      The model with its parameters and config.
 
     Raises:
-      ValueError: there is no model of ours, it is damaged or has values that are not finite, or see
-        `hub.read_config` and `partition.shardings`.
+      ValueError: The directory has no such model, it is damaged or has non-finite values, the
+        config is not supported, see `hub.read_config`, or the rules do not fit, see
+        `partition.shardings`.
     """
     path = pathlib.Path(directory).absolute()
     if not (path / RECORD).is_file():
@@ -81,10 +85,10 @@ def load(
             "--to=checkpoint."
         )
     record = _read_record(path / RECORD)
-    wanted = jnp.dtype(record["dtype"]) if dtype is None else dtype
+    param_dtype = jnp.dtype(record["dtype"]) if dtype is None else dtype
     config = hub.read_config(path)
-    plan = hub.blueprint(record["kind"], config, (), dtype=wanted, remat=remat)
-    like = plan.shapes(wanted)
+    plan = hub.blueprint(record["kind"], config, (), dtype=param_dtype, remat=remat)
+    like = plan.shapes(param_dtype)
     if mesh is None:
         arguments = jax.tree.map(
             lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), like
@@ -100,15 +104,15 @@ def load(
             params: Any = reader.restore(
                 path / PARAMS, args=ocp.args.PyTreeRestore(item=like, restore_args=arguments)
             )
-    # Of files that are damaged or of another model, Orbax raises errors of any type.
+    # For files that are damaged or of a different model, Orbax raises errors of any type.
     except Exception as error:
         raise ValueError(
             f"{path / PARAMS} cannot be read ({type(error).__name__}: {error}). {AGAIN}"
         ) from error
     params = jax.tree.map(jnp.asarray, params)
-    for place, x in jax.tree_util.tree_leaves_with_path(params):
+    for key_path, x in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.isfinite(x).all():
-            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            name = jax.tree_util.keystr(key_path, simple=True, separator="/")
             raise ValueError(
                 f"{path / PARAMS}: {name} has values that are NaN or infinite. {AGAIN}"
             )
@@ -116,15 +120,15 @@ def load(
 
 
 def _read_record(path: pathlib.Path) -> dict[str, str]:
-    """The kind and the dtype.
+    """Reads the kind and the dtype.
 
     Raises:
-      ValueError: it has none that we know.
+      ValueError: The file is damaged, or has an unknown kind or dtype.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["kind"] not in hub.KINDS:
-            raise ValueError(f"kind={record['kind']!r} is none of {list(hub.KINDS)}")
+            raise ValueError(f"kind={record['kind']!r} must be one of {list(hub.KINDS)}")
         jnp.dtype(record["dtype"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {AGAIN}") from error

@@ -20,16 +20,16 @@ from mmrl_jax.pretrained.weights import WeightMismatch, counterparts
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What of a config we follow, and what says nothing about the numbers of a trained adapter.
+# Config keys that the loader supports, and keys that do not affect a trained adapter.
 FOLLOWED = ("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 FOLLOWED += ("use_rslora", "bias", "init_lora_weights")
 IDLE = ("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
 IDLE += ("task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 IDLE += ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config")
-# Other ways to draw an adapter change the base too, so that it fits no other base.
+# Other initializations also change the base, so that the adapter would not fit the original base.
 DRAWS = (None, True, False, "gaussian", "orthogonal", "eva")
-# The modules of vision-language models, by which PEFT names adapters, are called otherwise than the
-# hub's tensors since transformers 4.52; older adapters have the tensors' names.
+# PEFT names adapters after the modules of vision-language models, whose names differ from those of
+# the hub's tensors since transformers 4.52; older adapters have the names of the tensors.
 RENAMED = (
     (r"language_model\.lm_head", "lm_head"),
     (r"language_model\.model\.", "model.language_model."),
@@ -47,35 +47,35 @@ def save_adapter(
     base: str,
     task_type: str,
 ) -> None:
-    """Writes adapters such that `peft.PeftModel.from_pretrained` loads them.
+    """Writes adapters that `peft.PeftModel.from_pretrained` can load.
 
     Args:
-      directory: made if absent.
-      lora: the collection 'lora'.
-      keys: of the model's family, see `weights.counterparts`.
-      base: name or path of the base model, for the record.
-      task_type: PEFT's, e.g. 'CAUSAL_LM' or 'FEATURE_EXTRACTION'.
+      directory: Target directory, created if absent.
+      lora: Adapters, the collection 'lora'.
+      keys: Key map of the model's family, see `weights.counterparts`.
+      base: Name or path of the base model, which is recorded in the config.
+      task_type: Task type of PEFT, e.g. 'CAUSAL_LM' or 'FEATURE_EXTRACTION'.
 
     Raises:
-      ValueError: there is no adapter, the dropouts differ, or a layer is, in the hub's model, a
-        part of another one or a convolution.
+      ValueError: There is no adapter, the dropout rates differ, or a layer corresponds to a part of
+        a fused layer or to a convolution in the hub's model.
     """
-    ours = adapters(lora)
-    dropouts = {adapter.dropout for adapter in ours.values()}
+    by_path = adapters(lora)
+    dropouts = {adapter.dropout for adapter in by_path.values()}
     if len(dropouts) != 1:
         raise ValueError(
             f"The adapters have dropouts {sorted(dropouts)}, but PEFT's format has one for all; "
-            "give them the same with `Adapter.replace`."
+            "make them equal with `Adapter.replace`."
         )
-    names = {path: module for path, (module, _) in _hub_names(ours, keys).items()}
-    lost = [path for path in ours if path not in names]
-    if lost:
+    names = {path: module for path, (module, _) in _hub_names(by_path, keys).items()}
+    unnamed = [path for path in by_path if path not in names]
+    if unnamed:
         raise ValueError(
-            f"PEFT's format cannot hold adapters of {lost[:LISTED]}: in the hub's model these are "
-            "parts of a fused layer, or convolutions."
+            f"PEFT's format cannot hold adapters of {unnamed[:LISTED]}: in the hub's model these "
+            "are parts of a fused layer, or convolutions."
         )
-    r = Counter(adapter.rank for adapter in ours.values()).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in ours.values()).most_common(1)[0][0]
+    r = Counter(adapter.rank for adapter in by_path.values()).most_common(1)[0][0]
+    alpha = Counter(adapter.alpha for adapter in by_path.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -86,16 +86,17 @@ def save_adapter(
         "lora_alpha": alpha,
         "lora_dropout": dropouts.pop(),
         "target_modules": sorted(names.values()),
-        # PEFT reads the names in these two as regular expressions.
-        "rank_pattern": {re.escape(names[p]): x.rank for p, x in ours.items() if x.rank != r},
+        # PEFT interprets the names in these two as regular expressions.
+        "rank_pattern": {re.escape(names[p]): x.rank for p, x in by_path.items() if x.rank != r},
         "alpha_pattern": {
-            re.escape(names[p]): x.alpha for p, x in ours.items() if x.alpha != alpha
+            re.escape(names[p]): x.alpha for p, x in by_path.items() if x.alpha != alpha
         },
     }
     tensors = {}
-    for path, adapter in ours.items():
+    for path, adapter in by_path.items():
         for letter, x in (("A", adapter.a), ("B", adapter.b)):
-            # safetensors writes the buffer as it lies, and a transposed view lies the wrong way.
+            # safetensors writes the buffer in memory order, which a transposed view would not
+            # match.
             tensor = np.ascontiguousarray(np.asarray(x, np.float32).T)
             tensors[f"{PREFIX}{names[path]}.lora_{letter}.weight"] = tensor
     folder = pathlib.Path(directory)
@@ -111,26 +112,26 @@ def load_adapter(
     *,
     ignored: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Reads adapters that PEFT, or `save_adapter`, wrote.
+    """Reads adapters that PEFT or `save_adapter` wrote.
 
-    Adapters of layers that the model never reads, such as the last ones of LLaVA's tower, are left
-    out with a message: they change nothing.
+    Adapters of layers that the model does not use, such as the last layers of LLaVA's tower, have
+    no effect; they are skipped with a message.
 
     Args:
-      directory: of adapter_config.json and adapter_model.safetensors.
-      params: the base's parameters, or their shapes.
-      keys: of the model's family, see `weights.counterparts`.
-      ignored: patterns of the hub's tensors that the model has no use for. Without them, layers
-        that are never read are recognized by an adapter that is zero, as PEFT leaves it there.
+      directory: Directory with adapter_config.json and adapter_model.safetensors.
+      params: Parameters of the base, or their shapes.
+      keys: Key map of the model's family, see `weights.counterparts`.
+      ignored: Patterns of the hub's tensors that the model does not use. Without them, unused
+        layers are recognized by an adapter that is zero, its initial value in PEFT.
 
     Returns:
       The collection 'lora', float32.
 
     Raises:
-      WeightMismatch: names all tensors that fit no layer, lack their other half, or have another
-        shape than the base and the config say.
-      ValueError: a file is not there or is damaged, a value is NaN or infinite, or the config has
-        an option that we do not have.
+      WeightMismatch: Tensors fit no layer, lack their counterpart A or B, or have a shape that
+        contradicts the base and the config; the message lists them.
+      ValueError: A file is missing or damaged, a value is NaN or infinite, or the config has an
+        unsupported option.
     """
     folder = pathlib.Path(directory)
     config = _read_config(folder)
@@ -147,28 +148,28 @@ def load_adapter(
         rank = _of_pattern(config.get("rank_pattern"), (name, tensor), config["r"])
         alpha = _of_pattern(config.get("alpha_pattern"), (name, tensor), config["lora_alpha"])
         inputs, features = kernels[path].shape
-        want = ((rank, inputs), (features, rank))
-        if a is None or b is None or (a.shape, b.shape) != want:
+        expected = ((rank, inputs), (features, rank))
+        if a is None or b is None or (a.shape, b.shape) != expected:
             shapes = tuple(x if x is None else x.shape for x in (a, b))
-            problems.append(f"shapes of {name}'s lora_A and lora_B: {shapes}, expected {want}")
+            problems.append(f"shapes of {name}'s lora_A and lora_B: {shapes}, expected {expected}")
             continue
         # Rank-stabilized adapters (Kalajdzievski, 2023) are scaled by alpha / sqrt(rank).
         alpha *= rank**0.5 if config.get("use_rslora") else 1
         a, b = (jnp.asarray(x.T, jnp.float32) for x in (a, b))
         flat[f"{path}/adapter"] = Adapter(a, b, alpha, config.get("lora_dropout", 0.0))
-    unread = _unread(tensors, keys, ignored)
-    problems += [f"unexpected: {name}" for name in tensors if _module(name) not in unread]
+    unused = _unused(tensors, keys, ignored)
+    problems += [f"unexpected: {name}" for name in tensors if _module(name) not in unused]
     if problems or not flat:
-        listed = "\n  ".join(problems[:LISTED] or ["there are no tensors of layers that are read"])
+        listed = "\n  ".join(problems[:LISTED] or ["it has no tensors of layers that are used"])
         more = len(problems) - LISTED
         raise WeightMismatch(
             f"{folder} does not fit this model:\n  {listed}"
             + (f"\n  and {more} more" if more > 0 else "")
         )
-    if unread:
+    if unused:
         print(
-            f"Left out: {len(unread)} adapters in {folder} of layers that the model never reads: "
-            f"{', '.join(sorted(unread)[:LISTED])}",
+            f"Skipped {len(unused)} adapters in {folder} of layers that the model does not use: "
+            f"{', '.join(sorted(unused)[:LISTED])}",
             file=sys.stderr,
             flush=True,
         )
@@ -176,7 +177,7 @@ def load_adapter(
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The config, whose options are followed, of a folder that has both files."""
+    """Reads and checks the config of a folder, which must have both files."""
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
             raise ValueError(
@@ -210,18 +211,18 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _unread(
+def _unused(
     tensors: Mapping[str, np.ndarray], keys: Mapping[str, str], ignored: tuple[str, ...]
 ) -> set[str]:
-    """Of adapters without a layer of ours, the modules that the model has and never reads.
+    """Returns the modules of adapters without a layer that exist in the hub's model but are unused.
 
     Args:
-      tensors: of these adapters alone, by PEFT's names.
-      keys: see `load_adapter`.
-      ignored: see `load_adapter`.
+      tensors: Tensors of these adapters by PEFT's names.
+      keys: Key map of the model's family, see `weights.counterparts`.
+      ignored: Patterns of the hub's tensors that the model does not use.
     """
     rename = _module_names(keys)
-    templates, unread = {rename(name): name for name in keys}, set()
+    templates, unused = {rename(name): name for name in keys}, set()
     for name, x in tensors.items():
         module = _module(name)
         number = re.search(r"\.(\d+)\.", module)
@@ -232,17 +233,17 @@ def _unread(
             continue
         tensor = template.replace("{i}", number[1]) + ".weight"
         if any(re.fullmatch(pattern, tensor) for pattern in ignored) or not np.any(x):
-            unread.add(module)
-    return unread
+            unused.add(module)
+    return unused
 
 
 def _module(tensor: str) -> str:
-    """The module that a tensor of an adapter belongs to."""
+    """Returns the module of a tensor of an adapter."""
     return re.sub(r"\.lora_[AB]\.weight$", "", tensor.removeprefix(PREFIX))
 
 
 def _hub_names(paths: Any, keys: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Our layers that are a matrix of the hub's model by themselves -> its module and tensor."""
+    """Returns the hub's module and tensor names of layers, by path, that are complete matrices."""
     sources, rename = counterparts((f"{path}/kernel" for path in paths), keys), _module_names(keys)
     tensors = {
         path.removesuffix("/kernel"): source.name.removesuffix(".weight")
@@ -253,14 +254,14 @@ def _hub_names(paths: Any, keys: Mapping[str, str]) -> dict[str, tuple[str, str]
 
 
 def _module_names(keys: Mapping[str, str]) -> Callable[[str], str]:
-    """The hub's name of a tensor, or a module's older one, to that of transformers' module."""
+    """Returns a function from the hub's tensor names, or old module names, to module names."""
     qwen = any(name.startswith(("visual.", "model.visual.")) for name in keys)
     rules = RENAMED + (QWEN_RENAMED if qwen else ())
 
     def rename(name: str) -> str:
         for pattern, module in rules:
-            renamed, found = re.subn(f"^{pattern}", module, name)
-            if found:
+            renamed, count = re.subn(f"^{pattern}", module, name)
+            if count:
                 return renamed
         return name
 
@@ -268,16 +269,19 @@ def _module_names(keys: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _check(config: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Refuses what would change the numbers and is not followed; new options come with PEFT's."""
+    """Raises ValueError for unsupported options that would change the numbers.
+
+    Unknown keys with a value count as such options, since new versions of PEFT add options.
+    """
     problems = {
         name: value for name, value in config.items() if value and name not in FOLLOWED + IDLE
     }
-    draw = config.get("init_lora_weights")
+    initialization = config.get("init_lora_weights")
     for name, known in (("peft_type", ("LORA",)), ("bias", (None, "none"))):
         if config.get(name) not in known:
             problems[name] = config.get(name)
-    if draw not in DRAWS:
-        problems["init_lora_weights"] = draw
+    if initialization not in DRAWS:
+        problems["init_lora_weights"] = initialization
     if problems:
         raise ValueError(
             f"{folder / CONFIG} has options that are not supported: {problems}. Merge the adapter "
@@ -286,7 +290,7 @@ def _check(config: Mapping[str, Any], folder: pathlib.Path) -> None:
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, names: tuple[str, ...], otherwise: Any) -> Any:
-    """The value of the first pattern that matches a name, or the end of one (PEFT's rule)."""
+    """Returns the value of the first pattern that matches a name or its end, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             return value

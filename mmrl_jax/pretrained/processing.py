@@ -1,7 +1,7 @@
-"""Images and prompts as a family's own processor makes them; images inside `jit`.
+"""Images and prompts as the processors of model families prepare them; images inside `jit`.
 
-prompt, with a mark for every image     "<image> How many red balls?"
-expanded, a mark for every feature      "<image><image><image><image> How many red balls?"
+prompt, with a mark for each image      "<image> How many red balls?"
+expanded, with a mark for each feature  "<image><image><image><image> How many red balls?"
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,19 +19,19 @@ from mmrl_jax.models.vlm import check_counts
 from mmrl_jax.pretrained import hub, processor_files
 from mmrl_jax.pretrained.families import vlm
 
-Size = tuple[int, int]  # Height and width, pixels.
+Size = tuple[int, int]  # Height and width in pixels.
 
 
 class Plan(NamedTuple):
-    """What becomes of an image.
+    """How an image is resized and split.
 
     Attributes:
-      size: its own.
-      resizes: sizes that it takes one after the other.
-      tile: size of a tile: where there are no rows, it is the only one; else the image is cut into
-        rows and columns of tiles, and comes once more as a whole, resized to a tile of its own.
-      rows: of tiles.
-      columns: of tiles.
+      size: Original size of the image.
+      resizes: Sizes to which the image is resized, one after another.
+      tile: Size of a tile. Without rows there is a single tile; otherwise the image is split into
+        rows and columns of tiles, and the whole image is one more tile.
+      rows: Number of rows of tiles; 0 for a single tile.
+      columns: Number of columns of tiles; 0 for a single tile.
     """
 
     size: Size
@@ -42,14 +42,20 @@ class Plan(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Number of rows and columns of tiles."""
         return self.rows, self.columns
 
 
 def resize(images: jax.Array, size: Size, method: str) -> jax.Array:
-    """Resizes float [B, H, W, C] of whole numbers in [0, 255], as PIL does.
+    """Resizes images as PIL does, which resizes rows first and rounds before it resizes columns.
 
-    PIL resizes rows first and rounds what it gets before it turns to columns.
+    Args:
+      images: Images with integer values in [0, 255], float [B, H, W, C].
+      size: New height and width in pixels.
+      method: Interpolation, see `jax.image.resize`.
+
+    Returns:
+      Resized images with integer values in [0, 255], float [B, *size, C].
     """
     for axis, length in ((2, size[1]), (1, size[0])):
         if images.shape[axis] != length:
@@ -60,16 +66,17 @@ def resize(images: jax.Array, size: Size, method: str) -> jax.Array:
 
 
 def crop_tiles(images: jax.Array, plan: Plan) -> jax.Array:
-    """Tiles [B, rows * columns, h, w, 3], row by row, of images [B, rows * h, columns * w, 3]."""
+    """Splits images [B, rows * h, columns * w, 3] into tiles [B, rows * columns, h, w, 3]."""
     height, width = plan.tile
     x = images.reshape(-1, plan.rows, height, plan.columns, width, 3)
     return jnp.swapaxes(x, 2, 3).reshape(-1, plan.rows * plan.columns, height, width, 3)
 
 
 def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array:
-    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: rows of tiles, then the whole; or the center.
+    """Splits images [B, H, W, 3] into tiles [B, N, h, w, 3].
 
-    The whole is made of what the tiles are cut from.
+    With rows, these are the tiles of the grid and then the whole image, which is resized from the
+    same image as the grid. Otherwise it is one tile, the center of the resized image.
     """
     method = processor_files.METHODS[config["resample"]]
     for size in plan.resizes:
@@ -84,7 +91,7 @@ def tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array
 
 
 def pad(images: jax.Array, size: Size, color: Sequence[float]) -> jax.Array:
-    """Puts images [B, H, W, 3] into the middle of a canvas; where that is odd, above and left."""
+    """Centers images [B, H, W, 3] on a canvas; an odd margin is smaller above and to the left."""
     height, width = images.shape[1:3]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     canvas = jnp.broadcast_to(jnp.asarray(color, images.dtype), (len(images), *size, 3))
@@ -92,10 +99,10 @@ def pad(images: jax.Array, size: Size, color: Sequence[float]) -> jax.Array:
 
 
 def anyres_tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> jax.Array:
-    """Tiles [B, N, h, w, 3] of images [B, H, W, 3]: the whole, then rows of tiles, if any.
+    """Splits images [B, H, W, 3] into tiles [B, N, h, w, 3]: the whole image, then a grid, if any.
 
-    Tiles are cut from a black canvas. Without them the whole keeps its proportions, on a square of
-    the mean color, as LLaVA-OneVision has it.
+    The grid is cut from a black canvas. Without a grid, the whole image keeps its aspect ratio on a
+    square of the mean color, as in LLaVA-OneVision.
     """
     method = processor_files.METHODS[config["resample"]]
     if not plan.rows:
@@ -109,24 +116,35 @@ def anyres_tiles(images: jax.Array, plan: Plan, config: Mapping[str, Any]) -> ja
 
 
 def pack(x: jax.Array, present: jax.Array, plan: Plan) -> Tiles:
-    """Tiles [B, I * N, h, w, 3] of images in tiles [B, I, N, h, w, 3], present [B, I]."""
+    """Concatenates the tiles of the images of a sample.
+
+    Args:
+      x: Tiles, float [B, I, N, h, w, 3].
+      present: Which images are not padding, bool [B, I].
+      plan: How the images were split.
+
+    Returns:
+      Tiles [B, I * N, h, w, 3] with their mask [B, I * N].
+    """
     present = jnp.repeat(present, x.shape[2], axis=1)
     return Tiles(x.reshape(len(x), -1, *x.shape[3:]), present)
 
 
 class Family(NamedTuple):
-    """How a family's processor works.
+    """The behavior of a family's processor.
 
     Attributes:
-      plan: (config of the image processor, size of an image, the most images of a sample) -> what
-        becomes of it.
-      expand: (config of the processor, of the image processor, a plan, the mark of an image) ->
-        what the mark becomes.
-      complete: (tokenizer, prompt with marks) -> the prompt with the family's own additions.
-      special: the tokenizer adds what it puts around any text.
-      tiles: (images, a plan, config of the image processor) -> tiles.
-      pack: (tiles [B, I, N, h, w, 3], present [B, I], a plan) -> what the vision model takes.
-      features: (the vision model, a plan) -> features of an image.
+      plan: Function of (image processor's config, size of an image, maximum number of images in a
+        sample) that returns how an image is resized and split.
+      expand: Function of (processor's config, image processor's config, plan, mark of an image)
+        that returns the text that replaces the mark.
+      complete: Function of (tokenizer, prompt with marks, mark) that returns the prompt with the
+        family's additions.
+      special: Whether the tokenizer adds its special tokens around the text.
+      tiles: Function of (images, plan, image processor's config) that returns tiles.
+      pack: Function of (tiles [B, I, N, h, w, 3], mask bool [B, I], plan) that returns the inputs
+        of the vision model.
+      features: Function of (vision model, plan) that returns the number of features of an image.
     """
 
     plan: Callable[[Mapping[str, Any], Size, int], Plan]
@@ -142,15 +160,15 @@ class Family(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Processor:
-    """Makes a model's inputs.
+    """Prepares the inputs of a model.
 
     Attributes:
-      tokenizer: transformers'; it knows the chat template.
-      mark: stands for an image in a prompt, and is the image token's text.
-      vision: the vision model, without its parameters; it knows the number of its features.
-      family: how its family works.
-      config: the processor's, see `ProcessorFiles`.
-      image: the image processor's, see there.
+      tokenizer: Tokenizer of transformers, with the chat template.
+      mark: Text of the image token, which represents an image in a prompt.
+      vision: Vision model without parameters, which computes its number of features.
+      family: Behavior of the family's processor.
+      config: Config of the processor, see `ProcessorFiles`.
+      image: Config of the image processor, see `ProcessorFiles`.
     """
 
     tokenizer: Any
@@ -161,10 +179,10 @@ class Processor:
     image: Mapping[str, Any]
 
     def whole(self) -> "Processor":
-        """One that sees a lone image as a single tile.
+        """Returns a processor that uses a single tile for a sample with one image.
 
-        Those that cut images would enlarge a small picture and cut it into many tiles, which show
-        nothing more of it and cost as much each.
+        Processors that split images would enlarge a small image and split it into many tiles, which
+        have no further detail and cost as much each.
         """
         image = dict(self.image)
         if "max_image_size" in image:
@@ -174,21 +192,26 @@ class Processor:
         return dataclasses.replace(self, image=image)
 
     def image_tokens(self, size: Size, images: int) -> int:
-        """How many each image has, where the most images of a sample are so many, of this size."""
+        """Returns the number of image tokens of each image.
+
+        Args:
+          size: Height and width of the images in pixels.
+          images: Maximum number of images in a sample.
+        """
         return self.family.features(self.vision, self.family.plan(self.image, size, images))
 
     def pixels(self, images: jax.Array, present: jax.Array | None = None) -> Tiles | AnyresTiles:
-        """Tiles of images; a pure function.
+        """Prepares images for the vision model; a pure function.
 
         Args:
-          images: uint8 [B, I, H, W, 3]. LLaVA-OneVision cuts them where I is 1 only.
-          present: bool [B, I], False for what fills up samples with fewer images; by default all.
+          images: Images, uint8 [B, I, H, W, 3]. LLaVA-OneVision splits them only if I is 1.
+          present: Which images are not padding, bool [B, I]; None for no padding.
 
         Raises:
-          ValueError: the images are not uint8.
+          ValueError: The images are not uint8.
         """
         if images.dtype != jnp.uint8:
-            raise ValueError(f"Images are {images.dtype}; give uint8, of 0 to 255.")
+            raise ValueError(f"Images are {images.dtype}, but must be uint8 in 0..255.")
         batch, count, height, width, _ = images.shape
         x = images.reshape(-1, height, width, 3).astype(jnp.float32)
         plan = self.family.plan(self.image, (height, width), count)
@@ -208,19 +231,19 @@ class Processor:
         length: int | None,
         side: Literal["left", "right"],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [B, length], and bool [B, length], which tells them from padding.
+        """Tokenizes prompts to ids int32 [B, length] and a mask bool [B, length] without padding.
 
         Args:
-          texts: B prompts, with a mark for every image.
-          present: bool [B, I], which of I images each sample has.
-          size: of the images.
-          length: tokens with padding; None for as many as the longest prompt has.
-          side: of the padding.
+          texts: B prompts with a mark for each image.
+          present: Which of I images each sample has, bool [B, I].
+          size: Height and width of the images in pixels.
+          length: Number of tokens including padding; None for that of the longest prompt.
+          side: Side of the padding.
 
         Raises:
-          ValueError: marks and images, or image tokens and features disagree, or a prompt is too
-            long: it is never cut, for that may cut an image; or LLaVA-OneVision has one image in
-            some prompts and several in others, which it treats in different ways.
+          ValueError: Marks and images, or image tokens and features disagree. Or a prompt is too
+            long, since truncation might remove image tokens. Or LLaVA-OneVision has one image in
+            some prompts and several in others, which it processes differently.
         """
         plan = self.family.plan(self.image, size, present.shape[1])
         expanded = self.family.expand(self.config, self.image, plan, self.mark)
@@ -235,8 +258,8 @@ class Processor:
             if count and self.family.plan(self.image, size, count) != plan:
                 raise ValueError(
                     f"Prompt {i} has {count} of at most {present.shape[1]} images, but this model "
-                    "sees a lone image in another way than several: put prompts with one image "
-                    "into batches of their own, present [B, 1]."
+                    "processes a single image differently from several: put prompts with one image "
+                    "into separate batches, present [B, 1]."
                 )
             text = self.family.complete(self.tokenizer, text, self.mark)
             text = text.replace(self.mark, expanded)
@@ -246,31 +269,31 @@ class Processor:
                     f"Prompt {i} has {len(rows[i])} tokens, more than length={length}."
                 )
         length = max(map(len, rows)) if length is None else length
-        pad = self.tokenizer.pad_token_id or 0  # What stands for padding, `present` says.
+        pad = self.tokenizer.pad_token_id or 0  # Any id, since the mask marks padding.
         tokens = np.full((len(rows), length), pad, np.int32)
-        there = np.zeros((len(rows), length), bool)
+        mask = np.zeros((len(rows), length), bool)
         for i, ids in enumerate(rows):
-            where = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
-            tokens[i, where], there[i, where] = ids, True
+            span = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
+            tokens[i, span], mask[i, span] = ids, True
         features = self.image_tokens(size, present.shape[1])
         is_image = tokens == self.tokenizer.convert_tokens_to_ids(self.mark)
         check_counts(is_image, np.repeat(present, features, axis=1))
-        return tokens, there
+        return tokens, mask
 
 
 def whole(config: Mapping[str, Any], size: Size, images: int) -> Plan:
-    """Of CLIP's and SigLIP's processors: resize, and take the center if the config says so.
+    """Plan of the processors of CLIP and SigLIP: resize, and crop the center if configured.
 
     Raises:
-      ValueError: the center would be larger than the image.
+      ValueError: The crop is larger than the resized image.
     """
-    wanted = config["size"]
-    if "shortest_edge" in wanted:
-        edge, (height, width) = wanted["shortest_edge"], size
+    target = config["size"]
+    if "shortest_edge" in target:
+        edge, (height, width) = target["shortest_edge"], size
         long = int(edge * max(size) / min(size))
         resized = (edge, long) if height < width else (long, edge)
     else:
-        resized = wanted["height"], wanted["width"]
+        resized = target["height"], target["width"]
     tile = resized
     if config.get("do_center_crop"):
         tile = config["crop_size"]["height"], config["crop_size"]["width"]
@@ -280,7 +303,7 @@ def whole(config: Mapping[str, Any], size: Size, images: int) -> Plan:
 
 
 def split(config: Mapping[str, Any], size: Size, images: int) -> Plan:
-    """Of Idefics3's and SmolVLM's: scale to a longest edge, then to whole tiles."""
+    """Plan of Idefics3 and SmolVLM: scale to a longest edge, then to a multiple of the tile."""
     edge = config["max_image_size"]["longest_edge"]
     height, width = scaled(size, config["size"]["longest_edge"])
     if not config["do_image_splitting"]:
@@ -299,7 +322,7 @@ def split(config: Mapping[str, Any], size: Size, images: int) -> Plan:
 
 
 def scaled(size: Size, longest: int) -> Size:
-    """The size with its longest edge at `longest`, and the other even."""
+    """Returns the size scaled to a longest edge of `longest`, with an even other edge."""
     height, width = size
     ratio = width / height
     if width >= height:
@@ -310,32 +333,32 @@ def scaled(size: Size, longest: int) -> Size:
 
 
 def anyres(config: Mapping[str, Any], size: Size, images: int) -> Plan:
-    """Of LLaVA-OneVision's: a lone image is also fitted into a grid of tiles, several are not.
+    """Plan of LLaVA-OneVision, which splits a single image into a grid of tiles, but not several.
 
-    The grid is that of the pinpoints in which the image keeps most of its pixels, and among those
-    the smallest. Without pinpoints there is none.
+    The grid is the pinpoint that preserves most pixels of the image, and the smallest among those.
+    Without pinpoints there is no grid.
     """
     (height, width), tile = size, (config["size"]["height"], config["size"]["width"])
     if images > 1 or not config["image_grid_pinpoints"]:
         edge = max(size)
         return Plan(size, ((height * tile[0] // edge, width * tile[1] // edge),), tile)
 
-    def kept(canvas: Size) -> tuple[int, int]:
+    def score(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[1] / width, canvas[0] / height)
         pixels = min(int(width * scale) * int(height * scale), width * height)
         return pixels, pixels - canvas[0] * canvas[1]
 
-    rows, columns = max(config["image_grid_pinpoints"], key=kept)
-    high, wide = rows / height, columns / width
-    if wide < high:
-        fitted = min(math.ceil(height * wide), rows), columns
+    rows, columns = max(config["image_grid_pinpoints"], key=score)
+    scale_y, scale_x = rows / height, columns / width
+    if scale_x < scale_y:
+        fitted = min(math.ceil(height * scale_x), rows), columns
     else:
-        fitted = rows, min(math.ceil(width * high), columns)
+        fitted = rows, min(math.ceil(width * scale_y), columns)
     return Plan(size, (fitted,), tile, rows // tile[0], columns // tile[1])
 
 
 def rows_and_whole(plan: Plan, words: str) -> str:
-    """Idefics3's text of an image: its tiles, row by row, with their places, then the whole."""
+    """Returns Idefics3's text of an image: the tiles in row-major order, then the whole image."""
     fake, text = "<fake_token_around_image>", ""
     for row in range(plan.rows):
         for column in range(plan.columns):
@@ -347,7 +370,7 @@ def rows_and_whole(plan: Plan, words: str) -> str:
 
 
 def _with_start(tokenizer: Any, text: str, mark: str) -> str:
-    """PaliGemma's prompt: images, the start, words, a line's end."""
+    """Returns PaliGemma's prompt: image tokens, the start token, the words and a line break."""
     end = text.rfind(mark) + len(mark) if mark in text else 0
     return f"{text[:end]}{tokenizer.bos_token}{text[end:]}\n"
 
@@ -392,24 +415,24 @@ FAMILIES = {
 
 
 def load_processor(directory: str | pathlib.Path) -> Processor:
-    """The processor of a vision-language model of one of `FAMILIES`.
+    """Loads the processor of a vision-language model of one of `FAMILIES`.
 
     Args:
-      directory: local, in the hub's format, with the model's config, its processor's and its
-        tokenizer.
+      directory: Local directory in the hub's format, with the configs of model and processor and
+        the tokenizer.
 
     Raises:
-      ValueError: the family is not supported, the tokenizer and the model's config disagree about
-        the image token, or see `processor_files.read`.
+      ValueError: The family is not supported, tokenizer and config disagree about the image token,
+        or the files are damaged or unsupported, see `processor_files.read`.
     """
-    whole_config = hub.read_config(directory)
-    kind = whole_config["model_type"]
+    model_config = hub.read_config(directory)
+    kind = model_config["model_type"]
     if kind not in FAMILIES:
-        raise ValueError(f"model_type={kind!r} is not supported; these are: {list(FAMILIES)}.")
+        raise ValueError(f"model_type={kind!r} is not supported; supported are {list(FAMILIES)}.")
     tokenizer, config, image = processor_files.read(directory, kind)
     mark = getattr(tokenizer, "image_token", config.get("image_token", "<image>"))
-    model = vlm.FAMILIES[kind](whole_config, (), jnp.float32, False).model
-    found = tokenizer.convert_tokens_to_ids(mark)
-    if found != model.image_token:
-        raise ValueError(f"{mark!r} is token {found}, but the model's is {model.image_token}.")
+    model = vlm.FAMILIES[kind](model_config, (), jnp.float32, False).model
+    token = tokenizer.convert_tokens_to_ids(mark)
+    if token != model.image_token:
+        raise ValueError(f"{mark!r} is token {token}, but the model's is {model.image_token}.")
     return Processor(tokenizer, mark, model.vision, FAMILIES[kind], config, image)

@@ -1,14 +1,15 @@
-"""What the files of a processor say, in a local directory in the hub's format.
+"""Reads the files of a processor in a local directory in the hub's format.
 
-Where several files say something, the first that does is right, as it is to transformers:
+Where several files have a setting, the first of these takes precedence, as in transformers:
 
     image processor   'image_processor' of processor_config.json, preprocessor_config.json
     chat template     'chat_template' of processor_config.json, chat_template.json,
                       chat_template.jinja, and the tokenizer's own
     the tokenizer's   chat_template.jinja, 'chat_template' of tokenizer_config.json
 
-What none of them says has the default of transformers' class. What they do say is followed, or has
-no effect on images of uint8 RGB, or must be the default: `FAMILIES` lists which.
+Settings that no file has take the default of transformers' class. `FAMILIES` lists the settings
+that are supported and those that have no effect on uint8 RGB images; all others must have their
+default.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +18,9 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-METHODS = {1: "lanczos3", 2: "linear", 3: "bicubic"}  # PIL's numbers, jax.image's names.
-LONGEST = 4096  # Pixels; Idefics3 scales what is longer once more.
-FORMER = "FeatureExtractor", "ImageProcessor"  # What classes were called, and are.
+METHODS = {1: "lanczos3", 2: "linear", 3: "bicubic"}  # PIL's numbers and jax.image's names.
+LONGEST = 4096  # Longest edge in pixels, above which Idefics3 would scale an image once more.
+FORMER = "FeatureExtractor", "ImageProcessor"  # Former and current suffix of class names.
 PARTS = ("self", "image_processor", "tokenizer", "video_processor", "chat_template", "kwargs")
 PIXELS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 IDLE = (
@@ -29,16 +30,17 @@ IDLE = (
 
 
 class Family(NamedTuple):
-    """What the processors of a family are told.
+    """The settings of the processors of a family.
 
     Attributes:
-      image_processors: transformers' classes, without 'Fast' or 'Pil'; the first is the default.
-      followed: keys of the image processor that we do as transformers does.
-      idle: keys of it, beside `IDLE`, that change nothing here.
-      size: edges that 'size' gives, in one of these combinations.
-      processor: transformers' class that makes prompts.
-      prompts: its keys that we follow.
-      idle_prompts: its keys that change nothing here.
+      image_processors: Image processor classes of transformers, without 'Fast' or 'Pil'; the first
+        one is the default.
+      followed: Keys of the image processor that are supported.
+      size: Combinations of edges that 'size' may have.
+      processor: Class of transformers that makes prompts.
+      idle: Keys of the image processor, in addition to `IDLE`, that have no effect here.
+      prompts: Keys of the processor that are supported.
+      idle_prompts: Keys of the processor that have no effect here.
     """
 
     image_processors: tuple[str, ...]
@@ -56,7 +58,7 @@ _SPLIT = Family(
     (*_RESIZED, "do_image_splitting", "max_image_size"),
     (("longest_edge",),),
     "Idefics3Processor",
-    # They pad samples that have fewer tiles.
+    # These keys control the padding of samples that have fewer tiles.
     idle=("do_pad", "return_row_col_info"),
     prompts=("image_seq_len",),
 )
@@ -64,12 +66,12 @@ _CROPPED = (*_RESIZED, "do_center_crop", "crop_size")
 _WHOLE = (("height", "width"), ("shortest_edge",))
 _QWEN_VL = Family(
     ("Qwen2VLImageProcessor",),
-    # The limits of older files become the size's edges.
+    # transformers converts the limits of older files to edges of the size.
     (*_RESIZED, "min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"),
     (("longest_edge", "shortest_edge"),),
     "Qwen2_5_VLProcessor",
 )
-# A tower alone sees what a control policy sees, resized as `models.towers.Pictures` does it.
+# A separate tower gets what a control policy sees, resized by `models.towers.Pictures`.
 _TOWER = Family(
     ("CLIPImageProcessor", "SiglipImageProcessor"),
     PIXELS,
@@ -116,13 +118,13 @@ FAMILIES = {
 
 
 class ProcessorFiles(NamedTuple):
-    """What the files of a processor say.
+    """The content of the files of a processor.
 
     Attributes:
-      tokenizer: transformers', with the processor's chat template.
-      config: of the processor, the keys that its family follows, complete.
-      image: of the image processor, all that transformers' class takes, complete; sizes by their
-        edges, mean and std of three channels.
+      tokenizer: Tokenizer of transformers, with the processor's chat template.
+      config: Config of the processor, completed with defaults, with the keys that are supported.
+      image: Config of the image processor, completed with defaults, with all keys of transformers'
+        class; sizes are dicts of edges, and mean and std have three channels.
     """
 
     tokenizer: Any
@@ -134,12 +136,12 @@ def read(directory: str | pathlib.Path, kind: str) -> ProcessorFiles:
     """Reads the files of a processor.
 
     Args:
-      directory: local, in the hub's format.
-      kind: one of `FAMILIES`.
+      directory: Local directory in the hub's format.
+      kind: Model type, one of `FAMILIES`.
 
     Raises:
-      ValueError: a file is missing or cannot be read, or asks for something that is not supported;
-        the message names file, key and value.
+      ValueError: A file is missing, cannot be read, or has an unsupported setting; the message has
+        the file, the key and the value.
     """
     path, family = pathlib.Path(directory), FAMILIES[kind]
     config = _processor_config(path)
@@ -151,16 +153,17 @@ def read(directory: str | pathlib.Path, kind: str) -> ProcessorFiles:
 
 
 def read_image_processor(directory: str | pathlib.Path, kind: str) -> dict[str, Any]:
-    """`ProcessorFiles.image` alone; for the rest see `read`."""
+    """Reads `ProcessorFiles.image` only; for arguments and errors see `read`."""
     path = pathlib.Path(directory)
     return _image_processor(path, _processor_config(path), FAMILIES[kind])
 
 
 def read_tokenizer(directory: str | pathlib.Path) -> Any:
-    """transformers' tokenizer of a local directory.
+    """Reads transformers' tokenizer of a local directory.
 
     Raises:
-      ValueError: there is none that transformers can read without running code of others.
+      ValueError: There is no tokenizer that transformers can load without running code of the
+        directory.
     """
     from transformers import AutoTokenizer
 
@@ -168,18 +171,18 @@ def read_tokenizer(directory: str | pathlib.Path) -> Any:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # Parsers of other languages raise what is no ValueError.
+    except Exception as error:  # Parsers in other languages raise exceptions of any type.
         raise ValueError(
-            f"{directory} has no tokenizer that we know: {type(error).__name__}: {error}"
+            f"{directory} has no supported tokenizer: {type(error).__name__}: {error}"
         ) from error
 
 
 def mean_and_std(image: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What an image processor subtracts, and divides by then, of values in [0, 1].
+    """Returns mean and std of an image processor for values in [0, 1].
 
-    The processor's own are of whatever its factor makes of levels from 0 to 255.
+    Those in its config apply to values that its own factor makes from levels 0 to 255.
     """
-    # Exactly 1 where the factor is 1 / 255.
+    # The scale is exactly 1 for a factor of 1 / 255.
     scale = 255 * (image["rescale_factor"] if image["do_rescale"] else 1.0)
     mean, std = (0.0,) * 3, (1.0,) * 3
     if image["do_normalize"]:
@@ -188,7 +191,7 @@ def mean_and_std(image: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[flo
 
 
 def _processor_config(path: pathlib.Path) -> dict[str, Any]:
-    """processor_config.json, if any, with the chat template that transformers' processor has."""
+    """Reads processor_config.json, if any, with the chat template that transformers would use."""
     from transformers.processing_utils import ProcessorMixin
 
     try:
@@ -203,7 +206,7 @@ def _processor_config(path: pathlib.Path) -> dict[str, Any]:
 def _image_processor(
     path: pathlib.Path, config: Mapping[str, Any], family: Family
 ) -> dict[str, Any]:
-    """The image processor's config, complete and checked."""
+    """Returns the image processor's config, completed with defaults and checked."""
     import transformers
 
     file, written = path / "processor_config.json", config.get("image_processor")
@@ -222,22 +225,24 @@ def _image_processor(
     if name not in family.image_processors:
         raise ValueError(
             f"{file}: image_processor_type={name!r} is not supported here; "
-            f"{', '.join(family.image_processors)} are."
+            f"supported are {', '.join(family.image_processors)}."
         )
-    made = getattr(transformers, f"{name}Pil")
+    image_processor = getattr(transformers, f"{name}Pil")
     try:
-        found = _values(made(**written))
-    except Exception as error:  # Whatever a value of the wrong type leads to there.
+        values = _values(image_processor(**written))
+    except Exception as error:  # A value of the wrong type may raise any exception.
         raise _unreadable(file, error) from error
-    _check_defaults(file, found, _values(made()), (*family.followed, *family.idle, *IDLE))
+    _check_defaults(
+        file, values, _values(image_processor()), (*family.followed, *family.idle, *IDLE)
+    )
     for key in ("image_mean", "image_std"):
-        found[key] = _three(file, key, found[key])
-    _check_values(file, found, family)
-    return found
+        values[key] = _three(file, key, values[key])
+    _check_values(file, values, family)
+    return values
 
 
 def _class_name(written: Mapping[str, Any]) -> str:
-    """transformers' class of an image processor, without its backend; '' where none is named."""
+    """Returns the class name of an image processor without its backend, or '' if there is none."""
     former = written.get("feature_extractor_type") or ""
     name = written.get("image_processor_type") or former.replace(*FORMER)
     return name.removesuffix("Fast").removesuffix("Pil")
@@ -250,7 +255,7 @@ def _unreadable(file: pathlib.Path, error: Exception) -> ValueError:
 
 
 def _values(processor: Any) -> dict[str, Any]:
-    """What an image processor of transformers takes, sizes by their edges."""
+    """Returns the settings of an image processor of transformers, with sizes as dicts of edges."""
     from transformers.image_utils import SizeDict
 
     values = {
@@ -264,41 +269,41 @@ def _values(processor: Any) -> dict[str, Any]:
 
 def _check_defaults(
     file: pathlib.Path,
-    found: Mapping[str, Any],
+    values: Mapping[str, Any],
     defaults: Mapping[str, Any],
     free: Collection[str],
 ) -> None:
-    """Raises ValueError for a key that is not `free` and has another value than the default."""
-    for key, value in found.items():
-        # None and False both say that something is not done.
+    """Raises ValueError for a key that is not `free` and does not have its default."""
+    for key, value in values.items():
+        # None and False both disable a setting.
         if key not in free and value != defaults[key] and (value or defaults[key]):
             raise ValueError(
-                f"{file}: {key}={value!r} is not supported, only transformers' default, "
-                f"{defaults[key]!r}, is: give a model whose processor has that, or change it there "
-                "if the model may see images so."
+                f"{file}: {key}={value!r} is not supported, only transformers' default "
+                f"{defaults[key]!r} is: give a model whose processor has it, or change the file if "
+                "the model is suited to such images."
             )
 
 
 def _three(file: pathlib.Path, key: str, value: Any) -> tuple[float, ...]:
-    """A number for each channel."""
+    """Returns a number for each of three channels."""
     numbers = tuple(value) if isinstance(value, Sequence) else (value,) * 3
     if len(numbers) != 3 or not all(isinstance(x, (int, float)) for x in numbers):
         raise ValueError(
             f"{file}: {key}={value!r} must be a number, or one for each of 3 channels."
         )
     if key == "image_std" and not all(numbers):
-        raise ValueError(f"{file}: {key}={value!r} must not be 0, which images are divided by.")
+        raise ValueError(f"{file}: {key}={value!r} must not be 0, since images are divided by it.")
     return numbers
 
 
 def _check_values(file: pathlib.Path, image: Mapping[str, Any], family: Family) -> None:
-    """Raises ValueError for what `family` follows, but not with this value."""
+    """Raises ValueError for unsupported values of the keys that `family` supports."""
 
     def refuse(key: str, remedy: str) -> ValueError:
         return ValueError(f"{file}: {key}={image[key]!r} is not supported; {remedy}.")
 
     if "resample" in family.followed and image["resample"] not in METHODS:
-        raise refuse("resample", f"{METHODS} are")
+        raise refuse("resample", f"supported are {METHODS}")
     factor = image["rescale_factor"]
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
         raise refuse("rescale_factor", "give a number above 0")
@@ -313,11 +318,11 @@ def _check_values(file: pathlib.Path, image: Mapping[str, Any], family: Family) 
             listed = " or ".join(str(dict.fromkeys(names, "...")) for names in edges)
             raise refuse(key, f"give whole numbers above 0, {listed}")
     if "max_image_size" in family.followed and image["size"]["longest_edge"] > LONGEST:
-        raise refuse("size", f"the most is {LONGEST} pixels")
+        raise refuse("size", f"the maximum is {LONGEST} pixels")
     if "image_grid_pinpoints" in family.followed:
         edge = image["size"]["height"]
         if edge != image["size"]["width"]:
-            raise refuse("size", "height and width, alike, are")
+            raise refuse("size", "height and width must be equal")
         if not all(_is_grid(pair, edge) for pair in image["image_grid_pinpoints"]):
             raise refuse("image_grid_pinpoints", f"give pairs of multiples of the tile's {edge}")
 
@@ -339,18 +344,18 @@ def _whole_number(value: Any) -> bool:
 
 
 def _prompts(path: pathlib.Path, config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The keys of a processor's config that its family follows."""
+    """Returns the supported keys of a processor's config, completed with defaults."""
     import transformers
 
     file = path / "processor_config.json"
-    takes = inspect.signature(getattr(transformers, str(family.processor)).__init__).parameters
-    defaults = {name: x.default for name, x in takes.items() if name not in PARTS}
-    found = defaults | {name: config[name] for name in defaults if config.get(name) is not None}
-    _check_defaults(file, found, defaults, (*family.prompts, *family.idle_prompts))
+    signature = inspect.signature(getattr(transformers, str(family.processor)).__init__)
+    defaults = {name: x.default for name, x in signature.parameters.items() if name not in PARTS}
+    values = defaults | {name: config[name] for name in defaults if config.get(name) is not None}
+    _check_defaults(file, values, defaults, (*family.prompts, *family.idle_prompts))
     for key in family.prompts:
-        if found[key] is None:
+        if values[key] is None:
             raise ValueError(
-                f"{file} does not say {key}, which prompts depend on and transformers has no "
-                "default for; write it there, as config.json and the model's page have it."
+                f"{file} has no {key}, on which prompts depend and for which transformers has no "
+                "default; add it with the value in config.json and on the model's page."
             )
-    return {key: found[key] for key in family.prompts}
+    return {key: values[key] for key in family.prompts}

@@ -1,9 +1,9 @@
-"""Questions about a picture and their answers, as a pretrained vision-language model reads them.
+"""Prompts with an image and their completions, as tokens of a pretrained vision-language model.
 
-    prompt    <|im_start|> User : <image> ... <image> how many ? <end_of_utterance> Assistant :
-    answer    two <end_of_utterance>
+    prompt        <|im_start|> User : <image> ... <image> how many ? <end_of_utterance> Assistant :
+    completion    two <end_of_utterance>
 
-Template, tokens and pictures are those of the model's own processor; pictures inside `jit`.
+Template, tokens and images are those of the model's own processor; images inside `jit`.
 """
 
 from collections.abc import Callable
@@ -32,48 +32,55 @@ from mmrl_jax.pretrained.families import qwen_vl
 from mmrl_jax.tasks.folder import shown
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
-# Trained on a picture and words, without a template.
+# Families that were trained on an image and words without a template.
 PLAIN = ("paligemma",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VisionChatTokenizer(ChatTokenizer):
-    """How a model is asked about a picture, and answers; see `ChatTokenizer`.
+    """Tokenizes prompts with an image and completions, see `ChatTokenizer`.
 
     Attributes:
-      read: a text with the mark of a picture to ids, with a token for each of its features.
+      read: Function from a text with the mark of an image to token ids, with one image token per
+        feature.
     """
 
     read: Callable[[str], list[int]]
 
     def prompt(self, question: str, *, images: int) -> list[int]:
-        """The ids of a question about a picture of `images` image tokens.
+        """Returns the token ids of a prompt with an image.
+
+        Args:
+          question: Text of the prompt.
+          images: Number of image tokens.
 
         Raises:
-          ValueError: the processor gives the picture another number of them, or the question has
-            the mark of a picture in it; or see `check_text` and `check_ids`.
+          ValueError: The processor gives the image a different number of tokens, or the text
+            contains the mark of an image; or the text is invalid, see `check_text` and `check_ids`.
         """
         check_text(question, "prompt")
         ids = self.read(self.template.before + question + self.template.after)
-        found = ids.count(self.image)
-        if found != images:
-            raise ValueError(f"{found} image tokens, but the picture has {images} features.")
-        # Features take the place of image tokens, which need no rows.
+        count = ids.count(self.image)
+        if count != images:
+            raise ValueError(
+                f"The prompt has {count} image tokens, but the image has {images} features."
+            )
+        # Features replace the embeddings of image tokens, which therefore need no rows.
         words = [token for token in ids if token != self.image]
         check_ids(self.tokenizer, words, self.vocabulary, f"prompt {shown(question)}")
         return ids
 
 
 class VLMSpec(NamedTuple):
-    """A model that reads questions about pictures of one size, without its parameters.
+    """A model for prompts with an image of a fixed size, without its parameters.
 
     Attributes:
-      model: the module.
-      chat: its texts.
-      image_tokens: of a picture, one for each feature of the vision model.
-      pictures: uint8 [B, H, W, 3] to what its vision model takes, a pure function.
-      positions: of tokens int32 [B, S] of which bool [B, S] are present, int32 [B, A, S] on the A
-        axes of its rotary embedding; None where they are counted.
+      model: Linen module.
+      chat: Tokenizer of prompts and completions.
+      image_tokens: Number of image tokens of an image, one per feature of the vision model.
+      pictures: Pure function from images uint8 [B, H, W, 3] to the inputs of the vision model.
+      positions: Function from tokens int32 [B, S] and mask bool [B, S] to positions int32 [B, A, S]
+        for a rotary embedding of A axes; None if positions are consecutive numbers.
     """
 
     model: VisionLanguageModel
@@ -83,7 +90,7 @@ class VLMSpec(NamedTuple):
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
-@functools.lru_cache(maxsize=2)  # A run makes its task several times.
+@functools.lru_cache(maxsize=2)  # A run builds its task several times.
 def read_spec(
     directory: pathlib.Path,
     size: tuple[int, int],
@@ -92,28 +99,30 @@ def read_spec(
     dtype: jnp.dtype,
     remat: bool,
 ) -> VLMSpec:
-    """Reads a vision-language model of a local directory in the hub's format, but its parameters.
+    """Reads a vision-language model of a local directory in the hub's format without parameters.
 
     Args:
-      directory: see `processing.load_processor` and `qwen_processing.load_processor`.
-      size: of the pictures, height and width in pixels.
-      splitting: its processor may cut a picture into tiles; see `processing.Processor.whole`.
-      dtype: of the computation.
-      remat: recompute each block's activations in the backward pass.
+      directory: Local directory in the hub's format, see `processing.load_processor` and
+        `qwen_processing.load_processor`.
+      size: Height and width of the images in pixels.
+      splitting: Whether the processor may split an image into tiles, see
+        `processing.Processor.whole`.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
 
     Raises:
-      ValueError: the family is not supported, or the model was not trained to chat.
+      ValueError: The family is not supported, or the model was not trained to chat.
     """
     plan = hub.read_blueprint("vision_language_model", directory, dtype=dtype, remat=remat)
     model = cast(VisionLanguageModel, plan.model)
     if plan.config["model_type"] in qwen_vl.DECODERS:
-        return _qwen_sight(directory, size, model)
+        return _qwen_spec(directory, size, model)
     processor = processing.load_processor(directory)
     processor = processor if splitting else processor.whole()
 
     def read(text: str) -> list[int]:
-        there = np.ones((1, 1), bool)
-        return processor.prompts([text], there, size, length=None, side="left")[0][0].tolist()
+        one_image = np.ones((1, 1), bool)
+        return processor.prompts([text], one_image, size, length=None, side="left")[0][0].tolist()
 
     tokenizer = processor.tokenizer
     if plan.config["model_type"] in PLAIN:
@@ -121,7 +130,7 @@ def read_spec(
     else:
         template = read_template(tokenizer, directory, picture=True)
         start = tokenizer.bos_token
-        # A template may begin with what the tokenizer puts before any text.
+        # A template may begin with a token that the tokenizer adds before any text.
         if start is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
             template = template._replace(before=template.before.removeprefix(start))
     vocabulary = model.language.vocabulary
@@ -133,21 +142,21 @@ def read_spec(
     return VLMSpec(model, chat, processor.image_tokens(size, 1), pictures, None)
 
 
-def _qwen_sight(
+def _qwen_spec(
     directory: pathlib.Path, size: tuple[int, int], model: VisionLanguageModel
 ) -> VLMSpec:
     processor = qwen_processing.load_processor(directory)
     spec = processor.pixels
-    high, wide = qwen_processing.smart_resize(*size, spec)
-    rows, columns = qwen_processing.grid(high // spec.patch, wide // spec.patch, spec.merge)
+    height, width = qwen_processing.smart_resize(*size, spec)
+    rows, columns = qwen_processing.grid(height // spec.patch, width // spec.patch, spec.merge)
 
     def packed(patches: Any, batch: int) -> PatchImages:
-        rest = (np.zeros_like(rows), rows, columns)
-        return PatchImages(patches, *(jnp.broadcast_to(x, (batch, len(rows))) for x in rest))
+        layout = (np.zeros_like(rows), rows, columns)
+        return PatchImages(patches, *(jnp.broadcast_to(x, (batch, len(rows))) for x in layout))
 
     def pictures(images: jax.Array) -> PatchImages:
-        cut = functools.partial(qwen_processing.cut_image, spec=spec)
-        return packed(jax.vmap(cut)(images), len(images))
+        split = functools.partial(qwen_processing.cut_image, spec=spec)
+        return packed(jax.vmap(split)(images), len(images))
 
     def positions(tokens: jax.Array, present: jax.Array) -> jax.Array:
         is_image, images = tokens == model.image_token, packed(None, len(tokens))

@@ -291,7 +291,7 @@ def test_the_source_is_no_place_to_export_to(directory):
     source, loaded, _ = llama(directory)
     before = sorted(path.name for path in source.iterdir())
     for place in (source, source / "tuned", source / ".." / source.name / "a" / "b"):
-        with pytest.raises(ValueError, match="lies in the source"):
+        with pytest.raises(ValueError, match="is inside the source"):
             ours.export(loaded, place, source)
     assert sorted(path.name for path in source.iterdir()) == before
 

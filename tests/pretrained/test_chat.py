@@ -54,7 +54,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("template", BROKEN.values(), ids=BROKEN)
 def test_a_template_that_changes_what_it_is_given_is_refused(template, tmp_path):
-    with pytest.raises(ValueError, match="must write what it is given as it is, and once, but of"):
+    with pytest.raises(ValueError, match="must write each text once and unaltered, but from"):
         read(tmp_path, template)
 
 

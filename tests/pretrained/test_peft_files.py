@@ -66,7 +66,7 @@ def test_adapters_of_layers_that_are_never_read_are_left_out_with_a_message(
     lora = load_adapter(directory / "adapter", plan.shapes(jnp.float32), plan.keys)
     assert loaded_paths(lora) == READ
     message = capsys.readouterr().err
-    assert message.count("Left out: 2 adapters") == 1
+    assert message.count("Skipped 2 adapters") == 1
     assert f"{UNREAD}.q_proj, {UNREAD}.v_proj" in message
 
 
@@ -80,7 +80,7 @@ def test_they_are_left_out_whatever_their_values_are(directory, plan, tmp_path, 
     shapes = plan.shapes(jnp.float32)
     lora = load_adapter(adapter, shapes, plan.keys, ignored=plan.ignored)
     assert loaded_paths(lora) == READ
-    assert "Left out: 2 adapters" in capsys.readouterr().err
+    assert "Skipped 2 adapters" in capsys.readouterr().err
     # Nothing says that the layer is never read.
     with pytest.raises(WeightMismatch, match=r"unexpected: .*layers\.2\.self_attn\.q_proj\.lora_A"):
         load_adapter(adapter, shapes, plan.keys)
@@ -101,7 +101,7 @@ def test_adapters_of_layers_that_the_model_does_not_have_are_refused(directory, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config[:40], "no config of an adapter.*fetch it again"),
+        (lambda config: config[:40], "no config of an adapter.*download it again"),
         (lambda config: "[]", "no config of an adapter"),
         (lambda config: json.dumps({"peft_type": "LORA"}), "KeyError: 'r'"),
         (lambda config: json.dumps(json.loads(config) | {"r": 0}), "positive integers, not"),

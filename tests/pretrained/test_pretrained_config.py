@@ -216,7 +216,7 @@ def test_values_that_no_model_can_have_name_the_file_and_the_key(case, tmp_path)
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a":', b"\xff\xfe", b"{}", b"null"])
 def test_a_damaged_config_is_named(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json is damaged.*Fetch it again"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged.*Download it again"):
         ours.read_config(tmp_path)
 
 

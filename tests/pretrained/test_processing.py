@@ -284,7 +284,7 @@ def test_files_of_before_transformers_5_are_read(directory, tmp_path):
         ("llava_onevision", "do_center_crop", True, "do_center_crop=True"),
         ("llava_onevision", "crop_size", 32, "crop_size=.* default, None, is"),
         ("llava_onevision", "size", {"shortest_edge": 32}, "size=.*give whole numbers"),
-        ("llava_onevision", "size", {"height": 32, "width": 64}, "height and width, alike, are"),
+        ("llava_onevision", "size", {"height": 32, "width": 64}, "height and width must be equal"),
         ("llava_onevision", "image_grid_pinpoints", [[32, 40]], r"\[\[32, 40\]\] is not supported"),
     ],
 )

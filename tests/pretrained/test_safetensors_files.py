@@ -109,7 +109,7 @@ def test_an_adapter_beside_a_model_is_refused(tmp_path):
     save_file({"a": np.ones(2)}, tmp_path / "adapter_model.safetensors")
     assert files.tensor_files(tmp_path) == {"a": tmp_path / files.WEIGHTS}
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "adapter_model.safetensors", "directory of its own")
+    refused(tmp_path, "adapter_model.safetensors", "separate directory")
 
 
 def test_an_index_names_files_of_its_directory_only(tmp_path):
@@ -117,7 +117,7 @@ def test_an_index_names_files_of_its_directory_only(tmp_path):
     (tmp_path / "model").mkdir()
     for outside in ("../x.safetensors", str(tmp_path / "x.safetensors"), "sub/x.safetensors"):
         index(tmp_path / "model", {"a": outside})
-        refused(tmp_path / "model", outside, "of its own directory only")
+        refused(tmp_path / "model", outside, "of its own directory")
     # The hub's cache is made of links, whose names are plain.
     (tmp_path / "model" / "x.safetensors").symlink_to(tmp_path / "x.safetensors")
     index(tmp_path / "model", {"a": "x.safetensors"})
@@ -135,7 +135,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     refused(tmp_path, "['a']", "x.safetensors", "y.safetensors")
     for damaged in ('{"weight_map": {"a": ', "[]", "{}", '{"weight_map": ["a"]}', "\xff"):
         (tmp_path / files.INDEX).write_bytes(damaged.encode("latin-1"))
-        refused(tmp_path, files.INDEX, "fetch it again")
+        refused(tmp_path, files.INDEX, "download it again")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
 def test_a_damaged_file_is_named(damage, tmp_path):
     path = small(tmp_path) / files.WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    refused(tmp_path, files.WEIGHTS, "fetch it again")
+    refused(tmp_path, files.WEIGHTS, "download it again")
 
 
 def load(directory, dtype=jnp.float32, shardings=None):

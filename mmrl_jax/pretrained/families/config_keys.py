@@ -1,14 +1,14 @@
-"""What of a config of the hub is followed, what is idle, and that all else has its default.
+"""Classification of the keys of the hub's configs: supported, without effect, or default only.
 
-A key of transformers' config class is in one of three states:
+Each key of transformers' config class is in one of three states:
 
-  followed: the model is built from it; families read no other key;
-  idle: transformers computes the same logits whatever it is. Dropout is idle too, for it is off
-    when a model is evaluated, and fine-tuning here does without it;
-  neither: transformers does something that the model here does not, unless it has its default.
+  followed: The model is built from it, and families read no other keys.
+  idle: transformers computes the same logits for any value. This includes dropout, which is off in
+    evaluation and not used for fine-tuning here.
+  neither: The key must have its default, since transformers' model does something else otherwise.
 
-Keys that the class does not have, of older versions or of other tools, are not read by
-transformers, and are left out. `EXTRA` are those few that its models read nevertheless.
+Keys that the class does not have, from older versions or other tools, are omitted, since
+transformers does not read them. `EXTRA` has the few exceptions that its models read.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mmrl_jax.models.transformer import Activation
 
-# transformers' names of activations, and those of `models.transformer.ACTIVATIONS`.
+# Names of activations in transformers and in `models.transformer.ACTIVATIONS`.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -28,29 +28,29 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class Keys(NamedTuple):
-    """The keys of one `model_type`.
+    """The supported keys of a `model_type`.
 
     Attributes:
-      followed: those that the model is built from.
-      idle: those that do not matter.
+      followed: Keys from which the model is built.
+      idle: Keys that have no effect.
     """
 
     followed: tuple[str, ...]
     idle: tuple[str, ...] = ()
 
 
-# Keys of every class.
+# Keys that every class has.
 RECORDS = ("architectures", "dtype", "model_type", "transformers_version", "id2label", "label2id")
 RECORDS += ("output_hidden_states", "output_attentions", "return_dict", "problem_type")
-# It splits a computation into parts with the same result.
+# This key splits a computation into chunks with the same result.
 RECORDS += ("chunk_size_feed_forward",)
-# Initialization, sampling, and training.
+# Keys of initialization, sampling, and training.
 IDLE = ("initializer_range", "initializer_factor", "use_cache", "attention_dropout")
 IDLE += ("pad_token_id", "bos_token_id", "eos_token_id")
-# Read by transformers' models though it is no key of their class.
+# Keys that transformers' models read although their class does not have them.
 EXTRA = ("head_dim",)
 KEPT = (*EXTRA, "model_type", "transformers_version", "_name_or_path", "dtype")
-# Attributes that no class has and that change how any model is loaded.
+# Keys that no class has, but that change how any model is loaded.
 NEVER = ("quantization_config", "transformers_weights")
 
 _DECODER = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -58,7 +58,7 @@ _DECODER += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm
 _DECODER += ("tie_word_embeddings", "rope_parameters")
 _GEMMA2 = (*_DECODER, "hidden_activation", "attention_bias", "query_pre_attn_scalar")
 _GEMMA2 += ("sliding_window", "layer_types", "final_logit_softcapping")
-# Without sliding windows, which are refused, the last two do nothing.
+# The last two have no effect without sliding windows, which are rejected.
 _QWEN_IDLE = ("max_position_embeddings", "sliding_window", "max_window_layers")
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _VISION += ("image_size", "patch_size", "hidden_act", "layer_norm_eps")
@@ -70,7 +70,7 @@ _LLAVA = (*_HALVES, "image_token_index", "tie_word_embeddings", "projector_hidde
 _LLAVA += ("vision_feature_select_strategy", "vision_feature_layer", "multimodal_projector_bias")
 _QWEN_VL = Keys(
     (*_HALVES, "image_token_id", "tie_word_embeddings"),
-    # There are no videos, and the processor writes the tokens around an image.
+    # Videos are not supported, and the processor writes the tokens around an image.
     ("video_token_id", "vision_start_token_id", "vision_end_token_id"),
 )
 _QWEN_VISION = ("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads")
@@ -88,7 +88,7 @@ KEYS: dict[str, Keys] = {
     "gemma2": Keys((*_GEMMA2, "attn_logit_softcapping"), ("max_position_embeddings",)),
     "gemma3_text": Keys(
         _GEMMA2,
-        # transformers' Gemma 3 stores the soft-cap of scores and does not apply it.
+        # transformers' Gemma 3 stores the soft cap of attention logits without applying it.
         ("max_position_embeddings", "attn_logit_softcapping", "_sliding_window_pattern"),
     ),
     "clip": Keys((*_HALVES, "projection_dim"), ("logit_scale_init_value",)),
@@ -101,13 +101,13 @@ KEYS: dict[str, Keys] = {
     "smolvlm_vision": Keys(_VISION),
     "bert": Keys(
         (*_TEXT, "type_vocab_size"),
-        # Heads of pre-training and of classifiers are not read.
+        # Heads of pretraining and of classifiers are not read.
         ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         + ("tie_word_embeddings",),
     ),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
-    # Sizes that the halves have too.
+    # The parts of the model have these sizes too.
     "paligemma": Keys(
         (*_HALVES, "image_token_index", "tie_word_embeddings"),
         ("vocab_size", "projection_dim", "hidden_size"),
@@ -115,7 +115,7 @@ KEYS: dict[str, Keys] = {
     "llava": Keys(_LLAVA, ("image_seq_length",)),
     "llava_onevision": Keys(
         (*_LLAVA, "vision_aspect_ratio"),
-        # The processor has its own.
+        # The processor has its own copies of these keys.
         ("video_token_index", "image_grid_pinpoints"),
     ),
     "qwen2_5_vl": _QWEN_VL,
@@ -126,11 +126,11 @@ KEYS: dict[str, Keys] = {
     ),
     "qwen2_5_vl_vision": Keys(
         (*_QWEN_VISION, "window_size", "fullatt_block_indexes"),
-        ("tokens_per_second",),  # Of videos.
+        ("tokens_per_second",),  # This key is for videos.
     ),
     "qwen3_vl_vision": Keys((*_QWEN_VISION, "num_position_embeddings", "deepstack_visual_indexes")),
 }
-# PaliGemma's prompts see ahead, which its config asks for with this key of its decoder.
+# PaliGemma's prompts have bidirectional attention, which this key of its decoder's config selects.
 REQUIRED = {("paligemma", "text_config"): {"use_bidirectional_attention": True}}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 SIZES += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "image_size")
@@ -140,21 +140,21 @@ SIZES += ("window_size", "num_position_embeddings")
 
 
 def followed(config: Any) -> dict[str, Any]:
-    """A config as a dict without the keys that transformers' models do not read.
+    """Returns a config as a dict, without the keys that transformers' models do not read.
 
     Args:
-      config: transformers' object. One without an entry in `KEYS` is left as it is.
+      config: Config object of transformers. One without an entry in `KEYS` is not checked.
 
     Raises:
-      ValueError: names the keys that are neither followed nor idle and do not have their default,
-        and values that no model can have.
+      ValueError: A key is neither followed nor idle and does not have its default, or a value is
+        invalid; the message lists the keys.
     """
     problems: list[str] = []
-    found = _followed(config, "", {}, problems)
+    values = _followed(config, "", {}, problems)
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(f"it asks for what is not supported here:\n  {listed}")
-    return found
+        raise ValueError(f"it requires features that are not supported here:\n  {listed}")
+    return values
 
 
 def _followed(
@@ -164,8 +164,8 @@ def _followed(
     for name in NEVER:
         if values.get(name) is not None:
             problems.append(
-                f"{prefix}{name}={values[name]!r}: give the model's own weights, neither quantized "
-                "nor under another name."
+                f"{prefix}{name}={values[name]!r}: give the model's original weights, neither "
+                "quantized nor renamed."
             )
     if kind not in KEYS:
         return values
@@ -175,40 +175,40 @@ def _followed(
     for name, default in {**defaults, **required}.items():
         if name not in known and not _same(values.get(name), default):
             problems.append(
-                f"{prefix}{name}={values.get(name)!r}: of a {kind!r}, only {default!r} is "
+                f"{prefix}{name}={values.get(name)!r}: for a {kind!r}, only {default!r} is "
                 "supported; give a model that has it."
             )
-    problems += [f"{prefix}{problem}" for problem in _senseless(values, keys.followed)]
+    problems += [f"{prefix}{problem}" for problem in _invalid_values(values, keys.followed)]
     for name in _HALVES:
-        half = getattr(config, name, None)
-        if dataclasses.is_dataclass(half):
-            values[name] = _followed(half, f"{name}.", REQUIRED.get((kind, name), {}), problems)
+        part = getattr(config, name, None)
+        if dataclasses.is_dataclass(part):
+            values[name] = _followed(part, f"{name}.", REQUIRED.get((kind, name), {}), problems)
     return values
 
 
-def _senseless(values: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    """What is wrong with the values of followed keys by themselves."""
-    found = []
+def _invalid_values(values: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Returns messages about invalid values of followed keys."""
+    problems = []
     for name in names:
         x = values.get(name)
         if name in SIZES and x is not None and not (_number(x) and x > 0 and x == int(x)):
-            found.append(f"{name}={x!r}: it must be a positive integer.")
+            problems.append(f"{name}={x!r}: it must be a positive integer.")
         if name.endswith(("hidden_act", "hidden_activation")) and x not in ACTIVATIONS:
-            found.append(f"{name}={x!r}: the activations here are {list(ACTIVATIONS)}.")
+            problems.append(f"{name}={x!r}: supported activations are {list(ACTIVATIONS)}.")
         if name == "rope_parameters":
             nested = [y for y in x.values() if isinstance(y, Mapping)] if x else []
             for rope in nested or [x or {}]:
                 if not (_number(rope.get("rope_theta")) and rope["rope_theta"] > 0):
-                    found.append(f"{name}={x!r}: rope_theta must be a positive number.")
+                    problems.append(f"{name}={x!r}: rope_theta must be a positive number.")
                 if rope.get("partial_rotary_factor") not in (None, 1):
-                    found.append(f"{name}={x!r}: partial_rotary_factor must be 1.")
-    if not found and "num_key_value_heads" in names:
+                    problems.append(f"{name}={x!r}: partial_rotary_factor must be 1.")
+    if not problems and "num_key_value_heads" in names:
         heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
         if heads % (groups or heads):
-            found.append(
+            problems.append(
                 f"num_key_value_heads={groups}: it must divide num_attention_heads={heads}."
             )
-    return found
+    return problems
 
 
 def _number(x: Any) -> bool:
@@ -216,5 +216,5 @@ def _number(x: Any) -> bool:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Of two values of a key; None is no for a key that is a yes or no."""
+    """Returns whether two values of a key are equal, where None equals False."""
     return value == default or (value in (None, False) and default in (None, False))

@@ -1,4 +1,4 @@
-"""Decoders: Llama (SmolLM2), Qwen2, Qwen3, Gemma 2 and 3. A family is a config and a key map."""
+"""Decoders: Llama (SmolLM2), Qwen2, Qwen3, Gemma 1 to 3. A family is a config and a key map."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,8 @@ from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
-# The hub's names and ours. '{i}' is a layer; matrices are transposed, for ours map rows.
+# The hub's names and module paths. '{i}' is a layer; matrices are transposed, see
+# `weights.to_ours`.
 BLOCK = {
     "self_attn.q_proj": "attention/query",
     "self_attn.k_proj": "attention/key",
@@ -31,11 +32,16 @@ BOTH = {
 
 
 def keys(model_type: str, prefix: str = "model.", head: str = "lm_head.weight") -> dict[str, str]:
-    """The hub's module names -> ours."""
+    """Returns the key map of a decoder, see `weights.counterparts`.
+
+    Args:
+      model_type: Model type of the hub's config.
+      prefix: Prefix of the hub's names.
+      head: Name of the hub's tensor of the output layer.
+    """
     block = BLOCK | (BOTH if model_type.startswith(("gemma2", "gemma3")) else PRE)
     layers = {
-        f"{prefix}layers.{{i}}.{theirs}": f"stack/block_{{i}}/{ours}"
-        for theirs, ours in block.items()
+        f"{prefix}layers.{{i}}.{name}": f"stack/block_{{i}}/{path}" for name, path in block.items()
     }
     return layers | {
         f"{prefix}embed_tokens.weight": "table",
@@ -45,15 +51,19 @@ def keys(model_type: str, prefix: str = "model.", head: str = "lm_head.weight") 
 
 
 def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> LanguageModel:
-    """The model of a hub config, as `AutoConfig` completes it."""
+    """Builds the model of a hub config that has all defaults, see `hub.read_config`.
+
+    Raises:
+      ValueError: The config has an unsupported type of layer or rotary embedding.
+    """
     c, kind = config, config["model_type"]
     size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     gemma = kind.startswith("gemma")
     both = kind in ("gemma2", "gemma3_text")
     types = c.get("layer_types") or ()
-    known = ("full_attention", "sliding_attention") if both else ("full_attention",)
-    if others := sorted({*types} - {*known}):
-        raise ValueError(f"layer_types of {kind!r} has {others}; supported are {list(known)}.")
+    supported = ("full_attention", "sliding_attention") if both else ("full_attention",)
+    if others := sorted({*types} - {*supported}):
+        raise ValueError(f"layer_types of {kind!r} has {others}; supported are {list(supported)}.")
     sliding = types if both else ()
     pattern = tuple(int(name == "sliding_attention") for name in sliding) or None
     ropes = tuple(
@@ -97,10 +107,15 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Langua
 
 
 def rope(parameters: Mapping[str, Any], size: int, layer_type: str) -> Rope:
-    """The hub's `rope_parameters`, one for all layers or one for each type of layer.
+    """Builds a rotary embedding from the hub's `rope_parameters`.
+
+    Args:
+      parameters: Parameters of all layers, or a mapping from types of layers to parameters.
+      size: Head size.
+      layer_type: Type of layer whose parameters are used, if there are several.
 
     Raises:
-      ValueError: a scaling that we do not know.
+      ValueError: The scaling is not supported.
     """
     p = parameters.get(layer_type, parameters)
     if p["rope_type"] == "default":
@@ -112,5 +127,6 @@ def rope(parameters: Mapping[str, Any], size: int, layer_type: str) -> Rope:
         low, high, original = (p[name] for name in names)
         return Rope(p["rope_theta"], size, factor=p["factor"], llama3=(low, high, original))
     raise ValueError(
-        f"rope_type={p['rope_type']!r} is not supported; 'default', 'linear' and 'llama3' are."
+        f"rope_type={p['rope_type']!r} is not supported; supported are 'default', 'linear' and "
+        "'llama3'."
     )

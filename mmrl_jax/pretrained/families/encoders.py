@@ -1,4 +1,4 @@
-"""Encoders: CLIP and SigLIP, of pictures and of text, and BERT-type sentence encoders (MiniLM)."""
+"""Encoders: CLIP and SigLIP, for images and text, and BERT-type sentence encoders (MiniLM)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from mmrl_jax.models.towers import TextTower, VisionTower
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
-# CLIP's and SigLIP's blocks have the same names.
+# The blocks of CLIP and SigLIP have the same names.
 _BLOCK = {
     "layer_norm1": "attention_norm",
     "layer_norm2": "mlp_norm",
@@ -33,13 +33,15 @@ _BERT_BLOCK = {
 
 
 def _layers(prefix: str, block: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{prefix}.{{i}}.{theirs}": f"stack/block_{{i}}/{ours}" for theirs, ours in block.items()
-    }
+    return {f"{prefix}.{{i}}.{name}": f"stack/block_{{i}}/{path}" for name, path in block.items()}
 
 
 def vision_keys(prefix: str) -> dict[str, str]:
-    """Of CLIP's and SigLIP's vision towers; `prefix` is '' or 'vision_model.'."""
+    """Returns the key map of a vision tower of CLIP or SigLIP; see `weights.counterparts`.
+
+    Args:
+      prefix: Prefix of the hub's names, '' or 'vision_model.'.
+    """
     head = f"{prefix}head"
     pool = {
         f"{head}.probe": "head/probe",
@@ -49,9 +51,9 @@ def vision_keys(prefix: str) -> dict[str, str]:
         f"{head}.attention.out_proj": "head/attention/out",
     }
     for k, name in enumerate(("query", "key", "value")):
-        for theirs, ours in (("weight", "kernel"), ("bias", "bias")):
-            part = f"{head}.attention.in_proj_{theirs}[{k}/3]"
-            pool[part] = f"head/attention/{name}/{ours}"
+        for hub_leaf, leaf in (("weight", "kernel"), ("bias", "bias")):
+            part = f"{head}.attention.in_proj_{hub_leaf}[{k}/3]"
+            pool[part] = f"head/attention/{name}/{leaf}"
     return (
         _layers(f"{prefix}encoder.layers", _BLOCK)
         | pool
@@ -67,7 +69,12 @@ def vision_keys(prefix: str) -> dict[str, str]:
 
 
 def text_keys(prefix: str, projection: str) -> dict[str, str]:
-    """Of CLIP's and SigLIP's text towers."""
+    """Returns the key map of a text tower of CLIP or SigLIP, see `weights.counterparts`.
+
+    Args:
+      prefix: Prefix of the hub's names.
+      projection: Name of the hub's module for the projection.
+    """
     return _layers(f"{prefix}encoder.layers", _BLOCK) | {
         f"{prefix}embeddings.token_embedding.weight": "table",
         f"{prefix}embeddings.position_embedding.weight": "positions_table",
@@ -77,7 +84,7 @@ def text_keys(prefix: str, projection: str) -> dict[str, str]:
 
 
 def bert_keys(prefix: str = "") -> dict[str, str]:
-    """Of BERT without its pooler."""
+    """Returns the key map of BERT without its pooler; `prefix` is the prefix of the hub's names."""
     return _layers(f"{prefix}encoder.layer", _BERT_BLOCK) | {
         f"{prefix}embeddings.word_embeddings.weight": "table",
         f"{prefix}embeddings.position_embeddings.weight": "positions_table",
@@ -89,7 +96,14 @@ def bert_keys(prefix: str = "") -> dict[str, str]:
 def build_vision(
     config: Mapping[str, Any], *, projection: int | None, dtype: jnp.dtype, remat: bool
 ) -> VisionTower:
-    """The tower of a CLIP or SigLIP vision config."""
+    """Builds the tower of a CLIP or SigLIP vision config.
+
+    Args:
+      config: Vision config in the hub's format.
+      projection: Width of the pooled features; None for no projection.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
+    """
     c, clip = config, config["model_type"].startswith("clip")
     return VisionTower(
         width=c["hidden_size"],
@@ -111,7 +125,15 @@ def build_vision(
 def build_text(
     config: Mapping[str, Any], *, projection: int | None, dtype: jnp.dtype, remat: bool
 ) -> TextTower:
-    """The tower of a CLIP or SigLIP text config."""
+    """Builds the tower of a CLIP or SigLIP text config.
+
+    Args:
+      config: Text config in the hub's format.
+      projection: Width of CLIP's pooled features; None for no projection. SigLIP's config has its
+        own.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
+    """
     c, clip = config, config["model_type"].startswith("clip")
     return TextTower(
         vocabulary=c["vocab_size"],
@@ -120,7 +142,7 @@ def build_text(
         block=_block(c),
         positions=c["max_position_embeddings"],
         pool="end" if clip else "last",
-        # With an id of 2, transformers takes the highest one: the configs of that time are wrong.
+        # As in transformers: old configs have a wrong id of 2, and the highest id ends the text.
         end=c["eos_token_id"] if clip and c["eos_token_id"] != 2 else None,
         causal=clip,
         projection=projection if clip else c["projection_size"],
@@ -131,7 +153,7 @@ def build_text(
 
 
 def build_bert(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> TextTower:
-    """A sentence encoder: the mean over the words of BERT's features."""
+    """Builds a sentence encoder whose pooled output is the mean of BERT's features over words."""
     c = config
     return TextTower(
         vocabulary=c["vocab_size"],

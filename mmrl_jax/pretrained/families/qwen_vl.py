@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: a tower for images of any size, and the decoders Qwen2 and Qwen3."""
+"""Qwen2.5-VL and Qwen3-VL: a tower for images of any size, with the decoders Qwen2 and Qwen3."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -15,7 +15,7 @@ from mmrl_jax.pretrained.families import decoders
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 DECODERS = {"qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
-# transformers' own, for a config without `mrope_section`.
+# Defaults of transformers for a config without `mrope_section`.
 SECTIONS = {"qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
 _BLOCK = {
@@ -41,7 +41,12 @@ _MERGER = {
 
 
 def keys(model_type: str, *, nested: bool) -> dict[str, str]:
-    """The hub's names -> ours; `nested`: those of both halves begin with 'model.'."""
+    """Returns the key map of a model, see `weights.counterparts`.
+
+    Args:
+      model_type: Model type of the hub's config, a key of `DECODERS`.
+      nested: Whether the names of both parts of the model begin with 'model.'.
+    """
     visual, text = ("model.visual.", "model.language_model.") if nested else ("visual.", "model.")
     parts = {
         "blocks.{i}.": ("stack/block_{i}/", _BLOCK | _MLP[model_type]),
@@ -50,8 +55,8 @@ def keys(model_type: str, *, nested: bool) -> dict[str, str]:
         "": ("", {"patch_embed.proj": "patch_embedding", "pos_embed.weight": "positions"}),
     }
     vision = {
-        f"{visual}{theirs}{name}": f"vision/{ours}{path}"
-        for theirs, (ours, names) in parts.items()
+        f"{visual}{hub_prefix}{name}": f"vision/{path_prefix}{path}"
+        for hub_prefix, (path_prefix, names) in parts.items()
         for name, path in names.items()
     }
     language = decoders.keys(DECODERS[model_type], text)
@@ -59,10 +64,10 @@ def keys(model_type: str, *, nested: bool) -> dict[str, str]:
 
 
 def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> VisionLanguageModel:
-    """The model of a hub config, as `AutoConfig` completes it.
+    """Builds the model of a hub config that has all defaults, see `hub.read_config`.
 
     Raises:
-      ValueError: the config of the decoder asks for something that we do not know.
+      ValueError: The decoder's config has an unsupported type of layer or rotary embedding.
     """
     kind = config["model_type"]
     text = config["text_config"] | {
@@ -82,8 +87,8 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Vision
 def build_vision(
     config: Mapping[str, Any], model_type: str, *, dtype: jnp.dtype, remat: bool
 ) -> PatchTower:
-    """The tower of a vision config."""
-    c, third = config, model_type == "qwen3_vl"
+    """Builds the tower of a vision config."""
+    c, is_qwen3 = config, model_type == "qwen3_vl"
     merge = c["spatial_merge_size"]
     return PatchTower(
         width=c["hidden_size"],
@@ -91,26 +96,26 @@ def build_vision(
         block=BlockSpec(
             heads=c["num_heads"],
             hidden=c["intermediate_size"],
-            norm="layer" if third else "rms",
-            epsilon=1e-6,  # No config has it.
+            norm="layer" if is_qwen3 else "rms",
+            epsilon=1e-6,  # Configs do not have it.
             activation=ACTIVATIONS[c["hidden_act"]],
-            gated=not third,
+            gated=not is_qwen3,
         ),
         features=c["out_hidden_size"],
         rope=Rope(c["rope_parameters"]["rope_theta"], c["hidden_size"] // c["num_heads"] // 2),
         merge=merge,
-        window=None if third else c["window_size"] // merge // c["patch_size"] * merge,
-        full_layers=() if third else tuple(c["fullatt_block_indexes"]),
-        side=round(c["num_position_embeddings"] ** 0.5) if third else None,
-        deepstack=tuple(c["deepstack_visual_indexes"]) if third else (),
-        patch_bias=third,
+        window=None if is_qwen3 else c["window_size"] // merge // c["patch_size"] * merge,
+        full_layers=() if is_qwen3 else tuple(c["fullatt_block_indexes"]),
+        side=round(c["num_position_embeddings"] ** 0.5) if is_qwen3 else None,
+        deepstack=tuple(c["deepstack_visual_indexes"]) if is_qwen3 else (),
+        patch_bias=is_qwen3,
         dtype=dtype,
         remat=remat,
     )
 
 
 def smallest_inputs(config: Mapping[str, Any]) -> tuple[PatchImages, np.ndarray]:
-    """An image of one feature, and the positions of two tokens; of zeros."""
+    """Returns the smallest inputs, all zero: an image of one feature, positions of two tokens."""
     c = config["vision_config"]
     count = c["spatial_merge_size"] ** 2
     pixels = c["temporal_patch_size"] * c["patch_size"] ** 2 * c["in_channels"]

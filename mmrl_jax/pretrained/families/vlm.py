@@ -1,4 +1,4 @@
-"""Vision-language models: Idefics3, SmolVLM, PaliGemma, LLaVA, LLaVA-OneVision: their recipes."""
+"""Vision-language models: Idefics3, SmolVLM, PaliGemma, LLaVA and LLaVA-OneVision."""
 
 from collections.abc import Callable, Collection, Mapping
 import re
@@ -16,13 +16,13 @@ from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 
 class Recipe(NamedTuple):
-    """How to load a model.
+    """A model without its parameters, and how to load them.
 
     Attributes:
-      model: with its attributes, without its parameters.
-      keys: the hub's module names -> ours, see `weights.counterparts`.
-      images: shapes and dtypes of one sample's.
-      ignored: patterns of the hub's tensors that the model has no use for.
+      model: Linen module.
+      keys: Key map from the hub's module names to module paths, see `weights.counterparts`.
+      images: Shapes and dtypes of the images of one sample.
+      ignored: Patterns of the hub's tensors that the model does not use.
     """
 
     model: VisionLanguageModel
@@ -51,9 +51,9 @@ def idefics3(
 def paligemma(
     config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
 ) -> Recipe:
-    """SigLIP, one dense layer, and Gemma 1 or 2, whose prompt sees ahead (Beyer et al., 2024).
+    """SigLIP, one dense layer, and Gemma 1 or 2 with bidirectional prompts (Beyer et al., 2024).
 
-    The embeddings of tokens are scaled, the features are not.
+    The embeddings of tokens are scaled, but the image features are not.
     """
     tower = _tower(config, dtype, remat)
     vision = TiledVision(tower, config["text_config"]["hidden_size"])
@@ -78,19 +78,19 @@ def llava(
     """CLIP or SigLIP up to one of its blocks, two dense layers, and a decoder (Liu et al., 2024).
 
     Args:
-      config: the hub's.
-      names: the hub's tensors.
-      dtype: of the computation.
-      remat: recompute each block's activations in the backward pass.
-      path: ours, of what reads a tile.
+      config: Config of the model in the hub's format.
+      names: Names of the hub's tensors.
+      dtype: Compute dtype.
+      remat: Whether to recompute each block's activations in the backward pass.
+      path: Module path of the tower and its projector.
 
     Raises:
-      ValueError: the features are those of several layers, or of one that is not there, or are
-        chosen in an unknown way.
+      ValueError: The features are those of several layers or of a layer that does not exist, or the
+        selection strategy is unknown.
     """
     layer, layers = config["vision_feature_layer"], config["vision_config"]["num_hidden_layers"]
     if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer={layer} is not supported; a single one is.")
+        raise ValueError(f"vision_feature_layer={layer} is not supported; it must be an integer.")
     if not -layers - 1 <= layer <= layers:
         raise ValueError(f"vision_feature_layer={layer} is beyond the tower's {layers} layers.")
     strategy = config["vision_feature_select_strategy"]
@@ -98,9 +98,9 @@ def llava(
         raise ValueError(
             f"vision_feature_select_strategy={strategy!r} is neither 'default' nor 'full'."
         )
-    # Layer 0 is what goes into the first block, -1 what comes out of the last.
-    read = layer if layer >= 0 else layers + 1 + layer
-    tower = _tower(config, dtype, remat).clone(layers=read, norm_tokens=False)
+    # Layer 0 is the input of the first block, and -1 the output of the last.
+    used = layer if layer >= 0 else layers + 1 + layer
+    tower = _tower(config, dtype, remat).clone(layers=used, norm_tokens=False)
     vision = TiledVision(
         tower,
         config["text_config"]["hidden_size"],
@@ -118,9 +118,9 @@ def llava(
         }
         | _language_keys(config, "language_model.model.", "language_model.lm_head.weight")
     )
-    unread = [f"encoder.layers.{i}." for i in range(read, layers)]
+    unused = [f"encoder.layers.{i}." for i in range(used, layers)]
     ignored = tuple(
-        re.escape(prefix + name) + ".*" for name in ("head.", "post_layernorm.", *unread)
+        re.escape(prefix + name) + ".*" for name in ("head.", "post_layernorm.", *unused)
     )
     return Recipe(VisionLanguageModel(vision, language, token), keys, _images(tower), ignored)
 
@@ -128,10 +128,10 @@ def llava(
 def llava_onevision(
     config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
 ) -> Recipe:
-    """LLaVA that reads an image whole and in tiles (Li et al., 2024, LLaVA-OneVision).
+    """LLaVA with features of the whole image and of its tiles (Li et al., 2024, LLaVA-OneVision).
 
     Raises:
-      ValueError: see `llava`, `most_tiles`.
+      ValueError: The config is not supported, see `llava` and `most_tiles`.
     """
     most = most_tiles(config["vision_aspect_ratio"])
     tiled = llava(config, names, dtype, remat, "vision/tiles")
@@ -150,15 +150,15 @@ def llava_onevision(
 
 
 def most_tiles(ratio: str) -> int:
-    """N of LLaVA-OneVision's `vision_aspect_ratio`, 'anyres_max_N'.
+    """Returns N of LLaVA-OneVision's `vision_aspect_ratio`, 'anyres_max_N'.
 
     Raises:
-      ValueError: tiles are put together in another way.
+      ValueError: Tiles are combined in an unsupported way.
     """
-    found = re.fullmatch(r"anyres_max_(\d+)", ratio)
-    if found is None:
-        raise ValueError(f"vision_aspect_ratio={ratio!r} is not supported; 'anyres_max_N' is.")
-    return int(found[1])
+    match = re.fullmatch(r"anyres_max_(\d+)", ratio)
+    if match is None:
+        raise ValueError(f"vision_aspect_ratio={ratio!r} is not supported; use 'anyres_max_N'.")
+    return int(match[1])
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, bool], Recipe]] = {
@@ -177,7 +177,7 @@ def _tower(config: Mapping[str, Any], dtype: jnp.dtype, remat: bool) -> VisionTo
 
 
 def _language(config: Mapping[str, Any], dtype: jnp.dtype, remat: bool) -> LanguageModel:
-    # Whether the output layer is tied, the whole model's config says.
+    # The config of the whole model determines whether the output layer is tied.
     text = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
     return decoders.build(text, dtype=dtype, remat=remat)
 
@@ -187,14 +187,14 @@ def _language_keys(config: Mapping[str, Any], prefix: str, head: str) -> dict[st
     return _under("language", decoders.keys(kind, prefix, head))
 
 
-def _under(ours: str, keys: Mapping[str, str]) -> dict[str, str]:
-    return {theirs: f"{ours}/{path}" for theirs, path in keys.items()}
+def _under(module: str, keys: Mapping[str, str]) -> dict[str, str]:
+    return {name: f"{module}/{path}" for name, path in keys.items()}
 
 
 def _tower_prefix(names: Collection[str]) -> str:
-    """Of the tensors of a tower, that transformers 5 gave a shorter name."""
-    before = "vision_tower.vision_model."
-    return before if any(name.startswith(before) for name in names) else "vision_tower."
+    """Returns the prefix of a tower's tensors, which transformers 5 shortened."""
+    old = "vision_tower.vision_model."
+    return old if any(name.startswith(old) for name in names) else "vision_tower."
 
 
 def _images(tower: VisionTower) -> Any:
