@@ -476,12 +476,12 @@ def _prefix(names: Collection[str], prefix: str) -> str:
     return prefix if any(name.startswith(prefix) for name in names) else ""
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Returns whether two configs or values are equal, except for dtypes and other records."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        names = {*ours, *theirs} - {*RECORDS}
-        return all(_same(ours.get(name), theirs.get(name)) for name in names)
-    return ours == theirs
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        names = {*a, *b} - {*RECORDS}
+        return all(_same(a.get(name), b.get(name)) for name in names)
+    return a == b
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_a_template_that_changes_the_text_beside_an_image_is_refused(tmp_path):
             template = chat.read_template(words, tmp_path, picture=True)
             assert template.before.endswith("<|vision_start|><|image_pad|><|vision_end|>")
         else:
-            with pytest.raises(ValueError, match="but of '<turn>' it made .*&lt;turn&gt;"):
+            with pytest.raises(ValueError, match="but from '<turn>' it made .*&lt;turn&gt;"):
                 chat.read_template(words, tmp_path, picture=True)
 
 
@@ -141,7 +141,7 @@ def test_a_token_without_a_row_is_refused_by_its_name(tmp_path):
 
 
 def test_an_end_of_answers_without_a_row_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the end of an answer has token '<\|im_end\|>' \(2"):
+    with pytest.raises(ValueError, match=r"the end of a completion has token '<\|im_end\|>' \(2"):
         read(tmp_path, HEAD + "{{ m.content }}" + TAIL, rows=200)
 
 

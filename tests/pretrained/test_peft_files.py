@@ -127,5 +127,5 @@ def test_damaged_tensors_are_named(directory, plan, tmp_path):
         load_adapter(adapter, shapes, plan.keys)
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is no readable.*again"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a readable.*again"):
         load_adapter(adapter, shapes, plan.keys)

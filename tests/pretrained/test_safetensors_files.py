@@ -128,7 +128,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     for name in ("x", "y"):
         save_file({"a": np.ones(2)}, tmp_path / f"{name}.safetensors")
     index(tmp_path, {"a": "x.safetensors", "b": "z.safetensors"})
-    refused(tmp_path, "z.safetensors", "1 of 2", "Fetch")
+    refused(tmp_path, "z.safetensors", "1 of 2", "Download")
     index(tmp_path, {"a": "x.safetensors", "b": "x.safetensors"})
     refused(tmp_path, "['b']", "none of its files")
     index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})

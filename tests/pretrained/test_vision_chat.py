@@ -187,7 +187,7 @@ def test_a_question_with_a_mark_of_its_own_is_refused(make):
         sight = read(make(family)[0])
         with pytest.raises(ValueError, match=r"2 marks|1 images for 2"):
             sight.chat.prompt(f"what is {mark} ?", images=sight.image_tokens)
-        with pytest.raises(ValueError, match="image tokens, but the picture has 3 features"):
+        with pytest.raises(ValueError, match="image tokens, but the image has 3 features"):
             sight.chat.prompt("what is it ?", images=3)
 
 
