@@ -29,6 +29,7 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import FAILURES, clean_exit, refuse_arguments
 from mmrl_jax.configs import reach_ppo
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import partition
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import statistics
@@ -127,7 +128,7 @@ def _evaluation_key(problem: Control) -> jax.Array:
 def cloned_learner(problem: Control, workdir: epath.Path) -> LearnerState:
     """The learner of the warm start as it ended, with its optimizer, from its last checkpoint."""
     like = jax.eval_shape(problem.stage("bc").init).learner
-    parts = {"learner": mesh_lib.replicated_shapes(like, mesh=problem.mesh)}
+    parts = {"learner": mesh_lib.placed_shapes(like, partition.shardings(like, problem.mesh))}
     return checkpoint.restore_parts(workdir, parts, which="latest")[0]["learner"]
 
 

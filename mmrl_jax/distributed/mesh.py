@@ -1,16 +1,21 @@
-"""The device mesh and where arrays lie on it: environments and samples are split, the rest copied.
+"""The device mesh, and where environments, samples and copies lie on it.
 
-On the one axis 'data', every device holds B / devices environments and all parameters. The axes
-'fsdp' and 'tensor' are for parameters that no device holds whole, see `partition`. Programs are
-plain `jit` over arrays placed here, and XLA inserts the collectives.
+    axis      what is split over it
+    data      samples and environments
+    fsdp      samples and environments, and each matrix of the parameters by its inputs
+    tensor    each matrix of the parameters by its outputs, or by its inputs where it ends a block
+
+Every device of an axis other than 'tensor' learns from other samples. `partition` says where
+parameters lie. Programs are plain `jit` over arrays placed here, and XLA inserts the collectives.
 """
 
 from collections.abc import Mapping
+import contextlib
 import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
@@ -57,9 +62,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns the axes of the mesh that samples are split over: all but 'tensor'."""
+    return tuple(axis for axis in mesh.axis_names if axis != TENSOR)
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
 def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
-    """Axis `axis_index` is split over the devices, e.g. 1 for B in [T, B, ...]; the rest is not."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, DATA))
+    """Returns the sharding that splits one axis of an array of samples and no other.
+
+    Args:
+      mesh: The devices.
+      axis_index: The axis of the samples, e.g. 1 for B in [T, B, ...].
+    """
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, batch_axes(mesh)))
 
 
 def put_batch(tree: Any, *, mesh: Mesh) -> Any:
@@ -67,10 +87,17 @@ def put_batch(tree: Any, *, mesh: Mesh) -> Any:
     return jax.device_put(tree, batch_sharding(mesh, 0))
 
 
-def replicated_shapes(tree: Any, *, mesh: Mesh) -> Any:
-    """Shapes and dtypes of a tree of arrays that have a whole copy on every device."""
+def placed_shapes(tree: Any, shardings: Any) -> Any:
+    """Returns the shapes and dtypes of a tree of arrays with the shardings that they have.
+
+    Args:
+      tree: Pytree of arrays, or of their shapes.
+      shardings: One sharding for all of them, or a pytree of shardings like `tree`.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
@@ -81,3 +108,28 @@ def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
     does all of the work.
     """
     return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh, 0))
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
+    """Returns the context in which a model is traced whose arrays lie on a mesh.
+
+    Args:
+      mesh: The devices; None where the model is traced for one device.
+    """
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def split_samples(x: jax.Array) -> jax.Array:
+    """Inside a model: splits activations [B, ...] by their samples alone, see `on_mesh`.
+
+    Left to itself XLA derives layouts of activations from those of the matrices that they meet, and
+    between two such layouts it may gather whole activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    if x.shape[0] % batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(mesh)))

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mmrl_jax.distributed.mesh import AXES, FSDP, TENSOR
 
@@ -20,14 +20,20 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 # A layer splits its features over 'tensor', and the one after it its inputs, so that only the sum
 # at the end of attention or MLP crosses devices (Shoeybi et al., 2019, Megatron-LM); over 'fsdp'
-# goes the other side of each matrix. What is small is copied.
+# goes the other side of each matrix. An adapter's A is split as the inputs of its matrix and its B
+# as the outputs, its rank never. What is small is copied.
+_OUT = r".*/(attention/out|mlp_out)"
 RULES: Rules = (
-    (r"(.*/)?table", PartitionSpec((TENSOR, FSDP), None)),
-    (r"(.*/)?head", PartitionSpec(None, (TENSOR, FSDP))),
+    (r"(.*/)?table", PartitionSpec(TENSOR, FSDP)),
+    (r"(.*/)?head", PartitionSpec(FSDP, TENSOR)),
     # Of the rows of a convolution, no file holds a part by itself.
     (r"(.*/)?patch_embedding/kernel", PartitionSpec(None, (TENSOR, FSDP))),
-    (r".*/(attention/out|mlp_out)/kernel", PartitionSpec(TENSOR, FSDP)),
+    (rf"{_OUT}/kernel", PartitionSpec(TENSOR, FSDP)),
+    (rf"{_OUT}/adapter/a", PartitionSpec(TENSOR, None)),
+    (rf"{_OUT}/adapter/b", PartitionSpec(None, FSDP)),
     (r"(.*/)?kernel", PartitionSpec(FSDP, TENSOR)),
+    (r"(.*/)?adapter/a", PartitionSpec(FSDP, None)),
+    (r"(.*/)?adapter/b", PartitionSpec(None, TENSOR)),
     (r".*", PartitionSpec()),
 )
 
@@ -73,12 +79,35 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def gathered(kernel: jax.Array, path: Sequence[str]) -> jax.Array:
+    """Inside a model: gathers what the axis 'fsdp' splits of a matrix, for one use of it.
+
+    It is what makes the axis a split of storage alone (Rajbhandari et al., 2020, ZeRO, stage 3):
+    left to itself XLA may split the product instead, over devices that have different samples, and
+    its CPU compiler computed wrong gradients of such a product (jax 0.10.2, all three axes).
+
+    Args:
+      kernel: A matrix of the parameters, whole for the program; see `mesh.on_mesh`.
+      path: Of the layer that the matrix is the kernel of.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(FSDP, 1) == 1:
+        return kernel
+    name = "/".join((*path, "kernel"))
+    spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name))
+    entries = (
+        _fitting(tuple(axis for axis in _axes(entry) if axis != FSDP), size, mesh)
+        for entry, size in zip(spec, kernel.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*entries))
+
+
 def _axes(entry: Any) -> tuple[str, ...]:
     """Of an entry of a partition: None, an axis, or several."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _fitting(axes: tuple[str, ...], size: int, mesh: Mesh) -> tuple[str, ...] | None:
+def _fitting(axes: tuple[str, ...], size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
     """Those axes, in order, that the mesh has and that together divide a dimension."""
     kept: tuple[str, ...] = ()
     for axis in axes:

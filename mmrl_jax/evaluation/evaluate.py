@@ -97,7 +97,9 @@ class Evaluator:
     ):
         self._make_env, self._policy, self._episodes = make_env, policy, episodes
         self._mesh = mesh or mesh_lib.make_mesh(1)
-        self._size = chunk_size(episodes, together or episodes, devices=self._mesh.size)
+        self._size = chunk_size(
+            episodes, together or episodes, devices=mesh_lib.batch_shards(self._mesh)
+        )
         self._start_key, self._policy_key = jax.random.split(rng)
         self._starts: dict[str, Any] = {}
         self._run: Any = None

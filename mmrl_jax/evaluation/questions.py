@@ -103,7 +103,9 @@ class QuestionEvaluator:
             chunk = mesh_lib.put_batch(chunk, mesh=self._mesh)
             return self._answer(variables, chunk, self._rng)
 
-        tokens, present = in_chunks(answer, shown, most=self._together, devices=self._mesh.size)
+        tokens, present = in_chunks(
+            answer, shown, most=self._together, devices=mesh_lib.batch_shards(self._mesh)
+        )
         score = jax.device_get(self._score(asked, tokens, present))
         return Answered(asked, *jax.tree.map(lambda x: x[:, 0], (tokens, present, score)))
 

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple, cast
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
+from mmrl_jax.distributed.mesh import TENSOR, on_mesh
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import (
     Shard,
@@ -281,6 +283,7 @@ class TokenPolicy:
       positions: of tokens int32 [B, S] of which bool [B, S] are present, as
         `EmbeddedPrompt.positions`; None where they are counted.
       tile: rows of the output layer at a time, see `token_log_probs`.
+      mesh: The devices that its variables lie on; None for one device.
       pack_rows: that the answers to a question are packed into for learning, see
         `completion_log_probs`;
         None: not packed.
@@ -293,6 +296,7 @@ class TokenPolicy:
     pictures: Callable[[jax.Array], Any] = lambda images: images
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     tile: int = 4096
+    mesh: Mesh | None = None
     pack_rows: int | None = None
 
     def inputs(self, question: Prompt) -> tuple[Any, ...]:
@@ -316,17 +320,18 @@ class TokenPolicy:
         """Draws `group` answers to each of B questions, [B, G, T]."""
         variables = join(params, frozen)
         language, within = gen.language(self.model, variables)
-        return gen.generate(
-            language,
-            within,
-            self._prompt(variables, question),
-            rng,
-            group=group,
-            length=self.length,
-            sampling=sampling,
-            stop=self.stop,
-            pad=self.pad,
-        )
+        with on_mesh(self.mesh):
+            return gen.generate(
+                language,
+                within,
+                self._prompt(variables, question),
+                rng,
+                group=group,
+                length=self.length,
+                sampling=sampling,
+                stop=self.stop,
+                pad=self.pad,
+            )
 
     def log_probs(
         self,
@@ -375,18 +380,29 @@ class TokenPolicy:
         score: Callable[[jax.Array, jax.Array], Output],
     ) -> Output:
         language, within = gen.language(self.model, variables)
-        prompt = self._prompt(variables, question)
-        return completion_log_probs(
-            language, within, prompt, tokens, present, score, pack_rows=self.pack_rows
-        )
+        with on_mesh(self.mesh):
+            prompt = self._prompt(variables, question)
+            return completion_log_probs(
+                language, within, prompt, tokens, present, score, pack_rows=self.pack_rows
+            )
 
     def _log_probs(
         self, variables: Any, temperature: float
     ) -> Callable[[jax.Array, jax.Array], TokenLogProbs]:
         language, within = gen.language(self.model, variables)
         return functools.partial(
-            log_probs_from_features, language, within, temperature=temperature, tile=self.tile
+            log_probs_from_features,
+            language,
+            within,
+            temperature=temperature,
+            tile=self.tile,
+            shards=self._vocabulary_shards(language),
         )
+
+    def _vocabulary_shards(self, language: LanguageModel) -> int:
+        """The parts that the rows of the output layer are split into, see `partition.RULES`."""
+        shards = 1 if self.mesh is None else self.mesh.shape.get(TENSOR, 1)
+        return shards if language.vocabulary % shards == 0 else 1
 
     def _prompt(self, variables: Any, question: Prompt) -> gen.EmbeddedPrompt:
         if isinstance(self.model, LanguageModel):

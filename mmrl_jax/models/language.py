@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmrl_jax.distributed.mesh import split_samples
 from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
 
 
@@ -175,7 +176,8 @@ class LanguageModel(nn.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings [B, S, D] of token ids [B, S]."""
         table = self.table.astype(self.dtype)
-        return table[tokens] * jnp.asarray(self.embedding_scale, self.dtype)
+        x = table[tokens] * jnp.asarray(self.embedding_scale, self.dtype)
+        return split_samples(x)
 
     def hidden_states(
         self,

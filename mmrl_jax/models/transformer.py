@@ -9,6 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.distributed.mesh import split_samples
+from mmrl_jax.distributed.partition import gathered
+
 NEGATIVE = -1e30  # It is finite, so that a row whose keys are all masked has finite gradients.
 
 NormKind = Literal["plain", "layer", "rms", "rms_offset"]
@@ -102,7 +105,7 @@ class Dense(nn.Module):
         """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = rows @ kernel.astype(self.dtype)
+        y = rows @ gathered(kernel.astype(self.dtype), self.path)
         if self.has_variable("params", "kernel_scale"):
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
         if self.has_variable("lora", "adapter"):
@@ -412,13 +415,14 @@ class Transformer(nn.Module):
         if isinstance(contexts, Context):
             contexts = (contexts,)
         length = x.shape[1]
-        x = x.astype(self.dtype)
+        x = split_samples(x.astype(self.dtype))
         for i in range(self.layers) if span is None else span:
             last = i == self.layers - 1
             queries = length if readouts is None or not (last or only_readouts) else readouts
             context = contexts[self.pattern[i] if self.pattern else 0]
             y = block(self.block, self.dtype, name=f"block_{i}")(x, context, queries)
             x = y if last else jnp.concatenate([x[:, : length - queries], y], axis=1)
+            x = split_samples(x)
             if i < len(added):
                 x = x + added[i].astype(x.dtype)
         if readouts is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 
 from mmrl_jax import envs
@@ -107,7 +108,7 @@ def check_env(config: ml_collections.ConfigDict) -> State:
     return envs.check_env(envs.unwrapped(make_env(config)), pixels=env.height > 0)
 
 
-def _check_sizes(config: ml_collections.ConfigDict, devices: int) -> None:
+def _check_sizes(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises ValueError for batches that do not divide into minibatches, or among the devices."""
     sizes: dict[str, int] = {}
     for name in config.stages:
@@ -137,7 +138,7 @@ def _check_sizes(config: ml_collections.ConfigDict, devices: int) -> None:
             sizes[
                 f"the minibatch {name}.num_envs * {name}.unroll_length / {name}.num_minibatches"
             ] = samples // minibatches
-    problem.check_divisible(sizes, devices)
+    problem.check_divisible(sizes, mesh)
     discounts = {f"{name}.discount": config[name].get("discount") for name in config.stages}
     if len({x for x in discounts.values() if x is not None}) > 1:
         raise ValueError(
@@ -234,7 +235,7 @@ class Control:
         state = check_env(config)
         self.config = config
         self.mesh = problem.make_mesh(config)
-        _check_sizes(config, self.mesh.size)
+        _check_sizes(config, self.mesh)
         if config.model.kind != "mlp":
             _check_observation(config, state)
         self.env = make_env(config)
@@ -318,7 +319,7 @@ class Control:
         optimizer = sources.make_optimizer(
             config, name, algorithm_options, None if trainable == ".*" else is_trained
         )
-        apply = control_models.make_apply(self.network, trainable)
+        apply = control_models.make_apply(self.network, self.mesh, trainable)
         if algorithm.experience == "demonstrations":
             data = self.demonstrations(name)
             source = demonstrations.source(data, batch_size=config[name].batch_size)
@@ -400,7 +401,7 @@ class Control:
 
     def policy(self, learner: LearnerState, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy of a learner, for `rollouts.unroll`."""
-        apply = control_models.make_apply(self.network)
+        apply = control_models.make_apply(self.network, self.mesh)
         return policy_function(apply, learner, deterministic=deterministic)
 
     def evaluator(self, rng: jax.Array, *, episodes: int) -> Evaluator:

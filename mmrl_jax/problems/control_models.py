@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 
 from mmrl_jax.config.options import (
@@ -22,6 +23,7 @@ from mmrl_jax.config.options import (
     options_of,
 )
 from mmrl_jax.config.schema import is_group
+from mmrl_jax.distributed.mesh import on_mesh
 from mmrl_jax.envs.brax_api import Env
 from mmrl_jax.learners.learner import Apply
 from mmrl_jax.models import lora
@@ -414,21 +416,23 @@ def check_trainable(variables: Params, trainable: str, key: str) -> None:
         raise ValueError(f"{key}={trainable!r}: {error}") from error
 
 
-def make_apply(network: nn.Module, trainable: str = ".*") -> Apply:
+def make_apply(network: nn.Module, mesh: Mesh, trainable: str = ".*") -> Apply:
     """Returns a policy network as a function of parameters and observations.
 
     Args:
       network: See `make_network`.
+      mesh: The devices that the parameters lie on.
       trainable: Regular expression of the whole paths of the parameters that are trained; no
         gradient is computed for the others.
     """
-    if trainable == ".*":
-        return cast(Apply, network.apply)
 
     def apply(params: Params, observation: Observation) -> PolicyOutput:
-        stopped = jax.tree_util.tree_map_with_path(
-            lambda path, x: x if is_trainable(path, trainable) else jax.lax.stop_gradient(x), params
-        )
-        return cast(PolicyOutput, network.apply(stopped, observation))
+        if trainable != ".*":
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, x: x if is_trainable(path, trainable) else jax.lax.stop_gradient(x),
+                params,
+            )
+        with on_mesh(mesh):
+            return cast(PolicyOutput, network.apply(params, observation))
 
     return apply

@@ -213,14 +213,15 @@ class Dataset(TokenProblem):
 
             def compiled(carry: Carry, constants: Constants) -> HostUpdate:
                 replicated = mesh_lib.replicated(self.mesh)
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated)
+                shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
+                jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
                 lowered = jitted.lower(carry, constants, read(0))
                 program, batches = lowered.compile(), Prefetch(read, updates=s.num_updates)
 
                 def collect(carry: Carry, _: Any) -> ScoredCompletions:
                     return batches(int(jax.device_get(carry.updates)))
 
-                shapes = mesh_lib.replicated_shapes(lowered.out_info[1], mesh=self.mesh)
+                shapes = mesh_lib.placed_shapes(lowered.out_info[1], replicated)
                 return HostUpdate(collect, program, shapes)
 
             return compiled
@@ -241,10 +242,11 @@ class Dataset(TokenProblem):
     ) -> HostUpdate:
         """Compiles the two programs of an update, between which the rewards are computed."""
         r, replicated = self.config[name], mesh_lib.replicated(self.mesh)
-        placed = functools.partial(mesh_lib.replicated_shapes, mesh=self.mesh)
+        placed = functools.partial(mesh_lib.placed_shapes, shardings=replicated)
+        shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
         generate = jax.jit(functools.partial(self._generate, name), out_shardings=replicated)
 
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated)
+        @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
         def step(
             carry: Carry, constants: Constants, scored: tuple, failed: jax.Array
         ) -> tuple[Carry, Metrics]:
@@ -342,7 +344,7 @@ class Dataset(TokenProblem):
                 lambda indices: complete(variables, self.prompts(batch.take(indices))),
                 np.arange(len(batch.records)),
                 most=self.evaluated_together(),
-                devices=self.mesh.size,
+                devices=mesh_lib.batch_shards(self.mesh),
             )
             return batch, self.scorer(part, batch, completions, allow_none=True)
 

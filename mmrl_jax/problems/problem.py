@@ -11,6 +11,7 @@ experience, the splits and the evaluation of a run, and builds the run's stages.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
@@ -31,6 +32,7 @@ from mmrl_jax.config.options import (
     options_of,
 )
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import partition
 from mmrl_jax.evaluation.questions import Sample
 from mmrl_jax.learners.optimizers import OptimizerOptions
 from mmrl_jax.monitoring.loggers import LOGGERS
@@ -201,12 +203,8 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
             f"mesh.data={m.data}, mesh.fsdp={m.fsdp}, mesh.tensor={m.tensor}: JAX sees {available} "
             "devices. Lower a number; mesh.data=0 takes what the others leave."
         )
-    if m.fsdp * m.tensor > 1:
-        raise ValueError(
-            f"mesh.fsdp={m.fsdp}, mesh.tensor={m.tensor}: parameters are not split over devices by "
-            "training yet; set both to 1."
-        )
-    return mesh_lib.make_mesh(data)
+    sizes = {mesh_lib.DATA: data, mesh_lib.FSDP: m.fsdp, mesh_lib.TENSOR: m.tensor}
+    return mesh_lib.make_mesh(math.prod(sizes.values()), sizes)
 
 
 def stage_names(config: Any, algorithms: Mapping[str, Any]) -> tuple[str, ...]:
@@ -230,16 +228,18 @@ def stage_names(config: Any, algorithms: Mapping[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def check_divisible(sizes: Mapping[str, int], devices: int) -> None:
-    """Checks that the devices divide sizes, which are given by their names in the config.
+def check_divisible(sizes: Mapping[str, int], mesh: Mesh) -> None:
+    """Checks that the mesh divides numbers of samples, which are given by their config keys.
 
     Raises:
-      ValueError: They do not divide one of them.
+      ValueError: It does not divide one of them.
     """
+    parts = mesh_lib.batch_shards(mesh)
     for name, size in sizes.items():
-        if size % devices:
+        if size % parts:
             raise ValueError(
-                f"{devices} devices do not divide {name} = {size}; change it, or set mesh.data."
+                f"mesh.data * mesh.fsdp = {parts} devices do not divide {name} = {size}; change "
+                "it, or set mesh.data."
             )
 
 
@@ -249,11 +249,15 @@ def options_of_problem(*kinds: type, **groups: Group) -> dict[str, Any]:
 
 
 def shard_carry(carry: Carry, *, mesh: Mesh) -> Carry:
-    """Returns shardings of a carry: environments over the data axis, the rest replicated."""
+    """Returns the shardings of a carry: environments are split as samples are, see `mesh`.
+
+    Parameters, the state of the optimizer and the reference are split by the rules of `partition`.
+    """
     replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
     # XLA replicates arrays without elements, whatever is asked for.
     by_env = jax.tree.map(
         lambda x: mesh_lib.batch_sharding(mesh, 0) if x.size else mesh_lib.replicated(mesh),
         carry.env_state,
     )
-    return replicated.replace(env_state=by_env)
+    learner = partition.shardings(carry.learner, mesh)
+    return replicated.replace(env_state=by_env, learner=learner)

@@ -5,11 +5,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, group, option, options_of
 from mmrl_jax.config.schema import is_group
+from mmrl_jax.distributed import partition
 from mmrl_jax.learners import token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.models import lora
@@ -328,30 +330,38 @@ def init_variables(
 
 
 def read_variables(
-    m: ml_collections.ConfigDict, model: TokenModel, key: jax.Array, *, value_head: bool
+    m: ml_collections.ConfigDict, model: TokenModel, key: jax.Array, mesh: Mesh, *, value_head: bool
 ) -> Params:
     """Returns the model's variables as a run begins with them: pretrained ones are read.
 
-    For the arguments see `init_variables`.
+    No device ever holds more than its part of them.
+
+    Args:
+      m: The group `model` of the config.
+      model: See `make_model`.
+      key: Key of the parameters that are initialized.
+      mesh: The devices that the variables are split over, see `partition`.
+      value_head: Add a value head, as 'value'.
 
     Returns:
       {'params': ...}, with adapters 'lora', with a value head 'value'; float32.
     """
     loaded: dict[str, Any] = {}
     if m.kind == "vlm":
-        loaded = hub.load_vision_language_model(chat.directory_of(m.checkpoint)).params["params"]
+        read = hub.load_vision_language_model(chat.directory_of(m.checkpoint), mesh=mesh)
+        loaded = read.params["params"]
     elif m.kind == "decoder":
-        read = hub.load_language_model(chat.directory_of(m.checkpoint))
+        read = hub.load_language_model(chat.directory_of(m.checkpoint), mesh=mesh)
         loaded = {"language": read.params["params"]}
 
-    @jax.jit
-    def draw(key: jax.Array) -> Params:
-        # What is loaded is not returned, and so not drawn either.
-        drawn = init_variables(m, model, key, value_head=value_head)
-        kept = {name: x for name, x in drawn["params"].items() if name not in loaded}
-        return drawn | {"params": kept}
+    def init(key: jax.Array) -> Params:
+        # What is loaded is not returned, and so not initialized either.
+        variables = init_variables(m, model, key, value_head=value_head)
+        new = {name: x for name, x in variables["params"].items() if name not in loaded}
+        return variables | {"params": new}
 
-    variables = draw(key)
+    shardings = partition.shardings(jax.eval_shape(init, key), mesh)
+    variables = jax.jit(init, out_shardings=shardings)(key)
     return variables | {"params": variables["params"] | loaded}
 
 

@@ -12,6 +12,7 @@ import ml_collections
 
 from mmrl_jax.config.options import POSITIVE, Group, build, option, options_of
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import partition
 from mmrl_jax.learners import registry, token_learner
 from mmrl_jax.learners.learner import epoch_indices
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
@@ -163,8 +164,9 @@ class TokenProblem(abc.ABC):
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: TokenModel, best_metric: str):
-        self.config, self.model, self.best_metric = config, model, best_metric
+        self.config, self.best_metric = config, best_metric
         self.mesh = problem.make_mesh(config)
+        self.model = model._replace(policy=dataclasses.replace(model.policy, mesh=self.mesh))
         self.needs_value_head = any("value_head" in self._needs(name) for name in config.stages)
         for name in config.stages:
             self._check_stage(name)
@@ -200,7 +202,7 @@ class TokenProblem(abc.ABC):
             if "batch_size" in self.config[name]
         }
         for each in (batches, *sizes):
-            problem.check_divisible(each, self.mesh.size)
+            problem.check_divisible(each, self.mesh)
 
     def _shapes(self) -> Params:
         """The shapes of the variables of the whole model."""
@@ -245,6 +247,7 @@ class TokenProblem(abc.ABC):
             self.config.model,
             self.model,
             stream(self.config, problem.PARAMETERS),
+            self.mesh,
             value_head=self.needs_value_head,
         )
 
@@ -257,8 +260,10 @@ class TokenProblem(abc.ABC):
         trained = algorithm.prepare(trained, options)
         del variables, start
         optimizer = sources.make_optimizer(config, name, options)
-        replicated = mesh_lib.replicated(self.mesh)
-        constants = Constants(*jax.device_put((frozen, source.data), replicated))
+        constants = jax.device_put(
+            Constants(frozen, source.data),
+            Constants(partition.shardings(frozen, self.mesh), mesh_lib.replicated(self.mesh)),
+        )
         policy = dataclasses.replace(self.model.policy, pack_rows=config[name].get("pack_rows"))
         begin = Start(trained)
         del trained, frozen

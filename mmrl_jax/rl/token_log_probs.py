@@ -27,6 +27,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     tile: int = 4096,
+    shards: int = 1,
 ) -> TokenLogProbs:
     """Log-probs of tokens whose logits are `hidden @ table.T`.
 
@@ -42,25 +43,42 @@ def token_log_probs(
       temperature: logits are divided by it.
       softcap: logits are softcap * tanh(logits / softcap) before that; None: as they are.
       tile: rows of the table at a time.
+      shards: number of equal parts that the table's rows are split into over devices. A tile takes
+        as many rows of each part, so that no device needs another's.
 
     Raises:
-      ValueError: the temperature or the tile is not positive.
+      ValueError: the temperature or the tile is not positive, or the shards do not divide the rows
+        of the table.
     """
     if temperature <= 0 or tile <= 0:
         raise ValueError(f"temperature={temperature} and tile={tile} must be positive.")
-    return TokenLogProbs(
-        *_tiled(temperature, softcap, min(tile, len(table)), hidden, table, tokens)
-    )
+    if len(table) % shards:
+        raise ValueError(f"shards={shards} do not divide the {len(table)} rows of the table.")
+    parts = table.reshape(shards, -1, table.shape[1])
+    size = min(max(tile // shards, 1), parts.shape[1])
+    return TokenLogProbs(*_tiled(temperature, softcap, size, hidden, parts, tokens))
 
 
-def _tile(
-    i: jax.Array, size: int, hidden: jax.Array, table: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where tile i begins, which of its rows [size] no earlier tile had, and hidden @ rows.T."""
-    start = jnp.minimum(i * size, len(table) - size)
-    new = start + jnp.arange(size) >= i * size  # The last tile reaches back into the one before.
-    rows = jax.lax.dynamic_slice_in_dim(table, start, size).astype(hidden.dtype)
-    return start, new, jnp.matmul(hidden, rows.T, preferred_element_type=jnp.float32)
+class _Tile(NamedTuple):
+    start: jax.Array  # int32 [], its first row in each shard.
+    ids: jax.Array  # int32 [N], the tokens of its rows, of all shards.
+    new: jax.Array  # bool [N], the rows that no earlier tile had.
+    rows: jax.Array  # [N, D]
+
+
+def _tile(i: jax.Array, size: int, table: jax.Array) -> _Tile:
+    """Tile i of `size` rows of each shard of the table [shards, V / shards, D]."""
+    shards, length, width = table.shape
+    start = jnp.minimum(i * size, length - size)
+    offsets = start + jnp.arange(size)
+    ids = (jnp.arange(shards)[:, None] * length + offsets).reshape(-1)
+    new = jnp.tile(offsets >= i * size, shards)  # The last tile reaches back into the one before.
+    rows = jax.lax.dynamic_slice_in_dim(table, start, size, axis=1).reshape(-1, width)
+    return _Tile(start, ids, new, rows)
+
+
+def _product(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.matmul(hidden, rows.astype(hidden.dtype).T, preferred_element_type=jnp.float32)
 
 
 def _logits(raw: jax.Array, temperature: float, softcap: float | None) -> jax.Array:
@@ -89,20 +107,21 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     def step(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         top, total, weighted, own = carry
-        start, new, raw = _tile(i, size, hidden, table)
+        tile = _tile(i, size, table)
+        raw, new = _product(hidden, tile.rows), tile.new
         logits = jnp.where(new, _logits(raw, temperature, softcap), -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=1))
         shrink, exp = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
         total = shrink * total + jnp.sum(exp, axis=1)
         weighted = shrink * weighted + jnp.sum(exp * jnp.where(new, logits, 0.0), axis=1)
-        place = tokens - start
-        here = (place >= 0) & (place < size)
-        logit = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=1)[:, 0]
-        return (higher, total, weighted, jnp.where(here & (logit > -jnp.inf), logit, own)), None
+        # A sum, for no device has the logits of all rows, and those of one it need not gather.
+        is_token = (tokens[:, None] == tile.ids) & new
+        own += jnp.sum(jnp.where(is_token, logits, 0.0), axis=1)
+        return (higher, total, weighted, own), None
 
     zeros = jnp.zeros(len(hidden), jnp.float32)
     first: tuple[jax.Array, ...] = (zeros - jnp.inf, zeros, zeros, zeros)
-    tiles = jnp.arange(-(-len(table) // size))
+    tiles = jnp.arange(-(-table.shape[1] // size))
     (top, total, weighted, own), _ = jax.lax.scan(step, first, tiles)
     normalizer = top + jnp.log(total)
     mean = weighted / total  # Of the logits, under the distribution.
@@ -128,24 +147,27 @@ def _backward(
         carry: tuple[jax.Array, jax.Array], i: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         to_hidden, to_table = carry
-        start, new, raw = _tile(i, size, hidden, table)
-        logits = _logits(raw, temperature, softcap)
+        tile = _tile(i, size, table)
+        logits = _logits(_product(hidden, tile.rows), temperature, softcap)
         p = jnp.exp(logits - normalizer[:, None])
-        one = (tokens - start)[:, None] == jnp.arange(size)
+        one = tokens[:, None] == tile.ids
         to_raw = of_log_prob * (one - p) - of_entropy * p * (logits - mean[:, None])
-        to_raw = jnp.where(new, to_raw, 0.0) / temperature
+        to_raw = jnp.where(tile.new, to_raw, 0.0) / temperature
         if softcap is not None:
             to_raw = to_raw * (1 - (logits * temperature / softcap) ** 2)
         to_raw = to_raw.astype(hidden.dtype)
-        rows = jax.lax.dynamic_slice_in_dim(table, start, size).astype(hidden.dtype)
+        rows = tile.rows.astype(hidden.dtype)
         to_hidden += jnp.matmul(to_raw, rows, preferred_element_type=jnp.float32)
         to_rows = jnp.matmul(to_raw.T, hidden, preferred_element_type=jnp.float32)
-        before = jax.lax.dynamic_slice_in_dim(to_table, start, size)
-        to_table = jax.lax.dynamic_update_slice_in_dim(to_table, before + to_rows, start, 0)
+        to_rows = to_rows.reshape(len(table), size, -1)
+        before = jax.lax.dynamic_slice_in_dim(to_table, tile.start, size, axis=1)
+        to_table = jax.lax.dynamic_update_slice_in_dim(
+            to_table, before + to_rows, tile.start, axis=1
+        )
         return (to_hidden, to_table), None
 
     first = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
-    tiles = jnp.arange(-(-len(table) // size))
+    tiles = jnp.arange(-(-table.shape[1] // size))
     (to_hidden, to_table), _ = jax.lax.scan(step, first, tiles)
     return to_hidden.astype(hidden.dtype), to_table.astype(table.dtype), None
 

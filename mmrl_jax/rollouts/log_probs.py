@@ -110,6 +110,7 @@ def log_probs_from_features(
     *,
     temperature: float = 1.0,
     tile: int = 4096,
+    shards: int = 1,
 ) -> TokenLogProbs:
     """Log-probs and entropies of tokens int32 [B, G, T] under features [B, G, T, D].
 
@@ -125,5 +126,6 @@ def log_probs_from_features(
         temperature=temperature,
         softcap=model.softcap,
         tile=tile,
+        shards=shards,
     )
     return jax.tree.map(lambda x: x.reshape(tokens.shape), log_probs)

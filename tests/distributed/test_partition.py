@@ -79,17 +79,26 @@ def test_the_rules_by_hand():
         "mlp_out": {"kernel": shape(64, 16)},
         "norm": {"scale": shape(16)},
     }
+    adapters = {
+        "query": {"adapter": {"a": shape(16, 4), "b": shape(4, 32)}},
+        "out": {"adapter": {"a": shape(32, 4), "b": shape(4, 16)}},
+    }
     tree = {
         "language": {"table": shape(80, 16), "head": shape(16, 80), "stack": {"block_0": block}},
+        "lora": {"attention": adapters},
         "vision": {"patch_embedding": {"kernel": shape(48, 16)}, "positions": shape(9, 16)},
     }
-    # 'fsdp' of 2 and 'tensor' of 4; 80 rows are divided by both, a matrix by one on each side.
+    # 'fsdp' of 2 and 'tensor' of 4: a matrix is divided by one on each side.
     found = specs(tree, mesh_of(fsdp=2, tensor=4))
     stack = "language/stack/block_0"
     columns, rows = P(("fsdp",), ("tensor",)), P(("tensor",), ("fsdp",))
     assert found == {
-        "language/table": P(("tensor", "fsdp"), None),
-        "language/head": P(None, ("tensor", "fsdp")),
+        "language/table": rows,
+        "language/head": columns,
+        "lora/attention/query/adapter/a": P(("fsdp",), None),
+        "lora/attention/query/adapter/b": P(None, ("tensor",)),
+        "lora/attention/out/adapter/a": P(("tensor",), None),
+        "lora/attention/out/adapter/b": P(None, ("fsdp",)),
         f"{stack}/attention/query/kernel": columns,
         f"{stack}/attention/query/bias": P(),
         f"{stack}/attention/out/kernel": rows,
@@ -101,7 +110,7 @@ def test_the_rules_by_hand():
     }
     # Axes that the mesh lacks are left out: only the inputs of a layer are split, or nothing.
     found = specs(tree, mesh_of(data=2, fsdp=4))
-    assert found["language/table"] == P(("fsdp",), None)
+    assert found["language/table"] == P(None, ("fsdp",))
     assert found[f"{stack}/mlp_in/kernel"] == P(("fsdp",), None)
     assert found[f"{stack}/mlp_out/kernel"] == P(None, ("fsdp",))
     for sharding in jax.tree.leaves(partition.shardings(tree, mesh_of(data=8))):
@@ -110,9 +119,10 @@ def test_the_rules_by_hand():
 
 def test_what_an_axis_does_not_divide_stays_whole():
     mesh = mesh_of(fsdp=2, tensor=4)
-    # 12 rows: 4 divide them, 8 do not. 6 rows: 4 do not, 2 do. 5 rows: neither does.
-    for rows, entry in ((12, ("tensor",)), (6, ("fsdp",)), (5, None)):
+    # 'tensor' of 4 divides 12 rows and not 6; 'fsdp' of 2 divides 6 columns and not 3.
+    for rows, entry in ((12, ("tensor",)), (6, None)):
         assert specs({"table": shape(rows, 3)}, mesh) == {"table": P(entry, None)}
+        assert specs({"table": shape(rows, 6)}, mesh) == {"table": P(entry, ("fsdp",))}
 
 
 def test_an_optimizer_s_state_lies_as_its_parameters():

@@ -12,6 +12,7 @@ import pytest
 
 import mmrl_jax
 from mmrl_jax import problems
+from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.models.transformer import Transformer
 from mmrl_jax.models.vlm_policy import VLMPolicy
 from mmrl_jax.pretrained import control_encoders, hub
@@ -70,7 +71,7 @@ def parts(config):
     env, network = problem.env, problem.network
     params = control_models.init_params(network, env, config.model, jax.random.key(0))
     obs = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(0), 2)).obs
-    apply = jax.jit(control_models.make_apply(network))
+    apply = jax.jit(control_models.make_apply(network, meshes.make_mesh(1)))
     return env, params, obs, lambda obs: apply(params, obs)
 
 

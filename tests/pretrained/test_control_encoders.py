@@ -57,7 +57,7 @@ def initial(config):
     problem = problems.make(config)
     network, model = problem.network, config.model
     params = control_models.init_params(network, problem.env, model, jax.random.key(0))
-    return problem, params, control_models.make_apply(network)
+    return problem, params, control_models.make_apply(network, problem.mesh)
 
 
 def observe(config, count=2):
