@@ -24,6 +24,8 @@ import ml_collections
 from mmrl_jax import envs, probes, problems
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config import load_config
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import partition
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import report
@@ -335,7 +337,10 @@ class Loaded(NamedTuple):
 def read_problem(
     workdir: workdir_lib.PathLike, *, trust_modules: bool = False
 ) -> tuple[Problem, str]:
-    """Makes the problem of a run that was trained before, on one device.
+    """Makes the problem of a run that was trained before.
+
+    It is made on one device; or, where the run split its parameters and there are as many devices
+    here, on those that a copy of the parameters was split over.
 
     Args:
       workdir: Directory of the run, or of one of its stages.
@@ -360,7 +365,9 @@ def read_problem(
             "here. If you trust the module that this name finds on this machine, add "
             "--trust_modules."
         )
-    config = problems.complete(config, {"mesh": {"data": 1}})
+    axes = config.mesh.fsdp, config.mesh.tensor
+    fsdp, tensor = axes if math.prod(axes) <= jax.device_count() else (1, 1)
+    config = problems.complete(config, {"mesh": {"data": 1, "fsdp": fsdp, "tensor": tensor}})
     run = fingerprints.read(directory)
     return problems.make(config), config.stages[-1] if run is None else run.stage
 
@@ -425,7 +432,8 @@ def restore(
     root = directory if stage == problem.config.stages[-1] else directory.parent
     parts, step = {}, 0
     for name in problem.restored_from(stage):
-        like = problem.stored(name)
+        shapes = problem.stored(name)
+        like = mesh_lib.placed_shapes(shapes, partition.shardings(shapes, problem.mesh))
         # A stage begins where the one before ended, and nowhere before.
         chosen = which if name == stage else str(problem.config[name].num_updates)
         restored, step = checkpoint.restore_parts(

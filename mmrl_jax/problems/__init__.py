@@ -87,5 +87,8 @@ def make(config: ml_collections.ConfigDict) -> Problem:
 
 
 def may_change(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """Returns the keys that a resumed run may change: how long it continues, what it reports."""
-    return ("run", *(f"{stage}.{key}" for stage in config.stages for key in MAY_CHANGE))
+    """Returns the keys that a resumed run may change.
+
+    They say how long it continues, what it reports, and on how many devices it runs.
+    """
+    return ("run", "mesh", *(f"{stage}.{key}" for stage in config.stages for key in MAY_CHANGE))

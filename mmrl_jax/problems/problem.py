@@ -48,10 +48,20 @@ class MeshOptions:
     """The group `mesh`: how many devices each axis of the mesh has."""
 
     data: int = option(
-        0, "Devices that batches are split over; 0 for all that the other axes leave.", NON_NEGATIVE
+        0,
+        "Groups of devices that each hold all parameters and learn from their share of a batch; 0 "
+        "for as many as there are devices for.",
+        NON_NEGATIVE,
     )
-    fsdp: int = option(1, "Devices that parameters are split over, by their input axes.", POSITIVE)
-    tensor: int = option(1, "Devices that matrix products are split over.", POSITIVE)
+    fsdp: int = option(
+        1,
+        "Devices of a group that share its parameters and its samples: a matrix is gathered where "
+        "it is used.",
+        POSITIVE,
+    )
+    tensor: int = option(
+        1, "Devices that share each matrix product, and have the same samples.", POSITIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
