@@ -335,7 +335,10 @@ class Loaded(NamedTuple):
 
 
 def read_problem(
-    workdir: workdir_lib.PathLike, *, trust_modules: bool = False
+    workdir: workdir_lib.PathLike,
+    *,
+    trust_modules: bool = False,
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[Problem, str]:
     """Makes the problem of a run that was trained before.
 
@@ -346,6 +349,7 @@ def read_problem(
       workdir: Directory of the run, or of one of its stages.
       trust_modules: Import the modules that the config names, although they are not of this
         package.
+      changes: Nested dictionary of the keys of the config that differ from the run's.
 
     Returns:
       The problem, and the stage that the directory is of.
@@ -367,7 +371,8 @@ def read_problem(
         )
     axes = config.mesh.fsdp, config.mesh.tensor
     fsdp, tensor = axes if math.prod(axes) <= jax.device_count() else (1, 1)
-    config = problems.complete(config, {"mesh": {"data": 1, "fsdp": fsdp, "tensor": tensor}})
+    mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
+    config = problems.complete(config, {"mesh": mesh}, changes)
     run = fingerprints.read(directory)
     return problems.make(config), config.stages[-1] if run is None else run.stage
 
@@ -391,6 +396,7 @@ def load(
     which: str = "latest",
     trust_modules: bool = False,
     accept: Collection[str] = (),
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Loaded:
     """Restores a trained policy.
 
@@ -399,6 +405,7 @@ def load(
       which: Checkpoint: 'latest', 'best' or an update.
       trust_modules: See `read_problem`.
       accept: Changes of what the policy depends on that are intended, see `fingerprints.check`.
+      changes: See `read_problem`.
 
     Raises:
       ValueError: See `read_problem`; there is no such checkpoint; or what the policy depends on has
@@ -406,7 +413,7 @@ def load(
       CheckpointDamaged: The checkpoint cannot be read.
     """
     directory = workdir_lib.as_path(workdir)
-    problem, stage = read_problem(directory, trust_modules=trust_modules)
+    problem, stage = read_problem(directory, trust_modules=trust_modules, changes=changes)
     now = problem.dependencies()
     of_model = {name: x for name, x in now.items() if name in fingerprints.OF_MODEL}
     fingerprints.check(directory, of_model, accept=accept)

@@ -64,7 +64,14 @@ def export(
             f"--workdir={directory} has model.kind={config.model.kind!r}, which is no whole "
             "vision-language model: a vision encoder of ours has no format of the hub."
         )
-    loaded = runs.load(directory, which=which, trust_modules=trust_modules, accept=accept)
+    loaded = runs.load(
+        directory,
+        which=which,
+        trust_modules=trust_modules,
+        accept=accept,
+        # The adapters are added to the parameters as they were read, not as they were rounded.
+        changes={"model": {"frozen_dtype": "float32"}},
+    )
     variables, source = loaded.variables, chat.directory_of(config.model.checkpoint)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:

@@ -1,6 +1,7 @@
 """Loads and exports models in the hub's format, a directory of config.json and safetensors."""
 
 from collections.abc import Callable, Collection, Mapping
+import functools
 import json
 import pathlib
 import shutil
@@ -114,6 +115,7 @@ def load_language_model(
     remat: bool = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
+    param_dtype: Callable[[str], jnp.dtype] | None = None,
 ) -> Pretrained:
     """Loads a decoder: Llama, Qwen2, Qwen3, Gemma 1 to 3.
 
@@ -124,6 +126,7 @@ def load_language_model(
       mesh: Mesh over which the parameters are distributed, where each process reads what its
         devices hold; None for the default device.
       rules: Partition rules of the parameters, see `partition.shardings`.
+      param_dtype: Path of a parameter to the dtype that it is stored in; None for `dtype`.
 
     Returns:
       The model with its parameters and config.
@@ -132,7 +135,15 @@ def load_language_model(
       ValueError: The family is not supported, the files are damaged or do not match the model, see
         `weights.load`, or the rules do not fit, see `partition.shardings`.
     """
-    return load("language_model", directory, dtype=dtype, remat=remat, mesh=mesh, rules=rules)
+    return load(
+        "language_model",
+        directory,
+        dtype=dtype,
+        remat=remat,
+        mesh=mesh,
+        rules=rules,
+        param_dtype=param_dtype,
+    )
 
 
 def load_vision_tower(
@@ -172,6 +183,7 @@ def load_vision_language_model(
     remat: bool = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
+    param_dtype: Callable[[str], jnp.dtype] | None = None,
 ) -> Pretrained:
     """Loads a vision-language model.
 
@@ -180,7 +192,13 @@ def load_vision_language_model(
     supported family may be unsupported too.
     """
     return load(
-        "vision_language_model", directory, dtype=dtype, remat=remat, mesh=mesh, rules=rules
+        "vision_language_model",
+        directory,
+        dtype=dtype,
+        remat=remat,
+        mesh=mesh,
+        rules=rules,
+        param_dtype=param_dtype,
     )
 
 
@@ -192,11 +210,17 @@ def load(
     remat: bool,
     mesh: Mesh | None,
     rules: partition.Rules,
+    param_dtype: Callable[[str], jnp.dtype] | None = None,
 ) -> Pretrained:
     """Loads a model of a kind in `KINDS`; for other arguments see `load_language_model`."""
     path = pathlib.Path(directory)
     plan = read_blueprint(kind, path, dtype=dtype, remat=remat)
     like = plan.shapes(dtype)
+    if param_dtype is not None:
+        stored = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+        like = jax.tree_util.tree_map_with_path(
+            lambda p, x: jax.ShapeDtypeStruct(x.shape, param_dtype(stored(p))), like
+        )
     params = weights.load(
         path,
         like,

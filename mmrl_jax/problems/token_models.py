@@ -1,6 +1,8 @@
 """Models of token policies: the group `model` of a config, and their variables."""
 
+from collections.abc import Callable
 import dataclasses
+import re
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -37,7 +39,9 @@ from mmrl_jax.types import Params
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TokenModelOptions:
     lora: LoraOptions = group(LoraOptions)
-    dtype: Dtype = option("float32", "Dtype of the computation; parameters are float32.")
+    dtype: Dtype = option(
+        "float32", "Dtype of the computation; parameters that are trained are float32."
+    )
     remat: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
 
@@ -57,6 +61,15 @@ class _PatchOptions(_TokenModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _PretrainedOptions(_TokenModelOptions):
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] = option(
+        "float32",
+        "Dtype that pretrained parameters are stored in which no stage trains; 'int8' is for the "
+        "matrices of layers, and the other parameters are bfloat16 then.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScratchOptions(_PatchOptions):
     """A small vision-language model that is trained from scratch, on the words of one task."""
 
@@ -65,7 +78,7 @@ class ScratchOptions(_PatchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderOptions(_PatchOptions):
+class DecoderOptions(_PatchOptions, _PretrainedOptions):
     """A pretrained decoder that sees by our own encoder of patches and a projector."""
 
     kind: Literal["decoder"] = option("decoder", "Kind of model.")
@@ -77,7 +90,7 @@ class DecoderOptions(_PatchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VLMOptions(_TokenModelOptions):
+class VLMOptions(_PretrainedOptions):
     """A whole pretrained vision-language model."""
 
     kind: Literal["vlm"] = option("vlm", "Kind of model.")
@@ -329,8 +342,51 @@ def init_variables(
     return variables
 
 
+def store_frozen(m: ml_collections.ConfigDict, variables: Params, trained: str) -> Params:
+    """Returns variables with the pretrained ones that no stage trains in model.frozen_dtype.
+
+    Args:
+      m: The group `model` of the config.
+      variables: Of the whole model.
+      trained: Regular expression of the whole paths of the variables that stages train.
+    """
+    dtype = _frozen_dtype(m, trained)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(dtype(_name(path))), variables["params"]
+    )
+    if m.get("frozen_dtype") == "int8":
+        layers = [
+            re.escape(path)
+            for path, kernel in lora.dense_kernels(params).items()
+            if kernel.dtype == jnp.bfloat16
+        ]
+        params = lora.quantize(params, "|".join(layers)) if layers else params
+    return variables | {"params": params}
+
+
+def _frozen_dtype(m: ml_collections.ConfigDict, trained: str) -> Callable[[str], jnp.dtype]:
+    """Path of a parameter to the dtype that it is read in."""
+
+    def dtype(name: str) -> jnp.dtype:
+        pretrained = m.kind == "vlm" or (m.kind == "decoder" and name.startswith("language/"))
+        kept = m.get("frozen_dtype", "float32") == "float32" or not pretrained
+        return jnp.float32 if kept or re.fullmatch(trained, f"params/{name}") else jnp.bfloat16
+
+    return dtype
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def read_variables(
-    m: ml_collections.ConfigDict, model: TokenModel, key: jax.Array, mesh: Mesh, *, value_head: bool
+    m: ml_collections.ConfigDict,
+    model: TokenModel,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    value_head: bool,
+    trained: str,
 ) -> Params:
     """Returns the model's variables as a run begins with them: pretrained ones are read.
 
@@ -342,16 +398,25 @@ def read_variables(
       key: Key of the parameters that are initialized.
       mesh: The devices that the variables are split over, see `partition`.
       value_head: Add a value head, as 'value'.
+      trained: Regular expression of the whole paths of the variables that stages train.
 
     Returns:
-      {'params': ...}, with adapters 'lora', with a value head 'value'; float32.
+      {'params': ...}, with adapters 'lora', with a value head 'value'; float32, or see
+      `store_frozen`.
     """
     loaded: dict[str, Any] = {}
+    dtype = _frozen_dtype(m, trained)
     if m.kind == "vlm":
-        read = hub.load_vision_language_model(chat.directory_of(m.checkpoint), mesh=mesh)
+        read = hub.load_vision_language_model(
+            chat.directory_of(m.checkpoint), mesh=mesh, param_dtype=dtype
+        )
         loaded = read.params["params"]
     elif m.kind == "decoder":
-        read = hub.load_language_model(chat.directory_of(m.checkpoint), mesh=mesh)
+        read = hub.load_language_model(
+            chat.directory_of(m.checkpoint),
+            mesh=mesh,
+            param_dtype=lambda name: dtype(f"language/{name}"),
+        )
         loaded = {"language": read.params["params"]}
 
     def init(key: jax.Array) -> Params:
@@ -362,7 +427,7 @@ def read_variables(
 
     shardings = partition.shardings(jax.eval_shape(init, key), mesh)
     variables = jax.jit(init, out_shardings=shardings)(key)
-    return variables | {"params": variables["params"] | loaded}
+    return store_frozen(m, variables | {"params": variables["params"] | loaded}, trained)
 
 
 def partition_trainable(

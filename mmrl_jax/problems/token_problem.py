@@ -206,12 +206,17 @@ class TokenProblem(abc.ABC):
 
     def _shapes(self) -> Params:
         """The shapes of the variables of the whole model."""
-        return jax.eval_shape(
-            lambda key: token_models.init_variables(
-                self.config.model, self.model, key, value_head=self.needs_value_head
-            ),
-            jax.random.key(0),
-        )
+
+        def init(key: jax.Array) -> Params:
+            m, value_head = self.config.model, self.needs_value_head
+            variables = token_models.init_variables(m, self.model, key, value_head=value_head)
+            return token_models.store_frozen(m, variables, self._trained())
+
+        return jax.eval_shape(init, jax.random.key(0))
+
+    def _trained(self) -> str:
+        """The pattern of the paths of the variables that the stages train."""
+        return "|".join(f"({self.config[name].trainable})" for name in self.config.stages)
 
     def options(self, name: str) -> Any:
         """Returns the options of a stage's algorithm."""
@@ -249,6 +254,7 @@ class TokenProblem(abc.ABC):
             stream(self.config, problem.PARAMETERS),
             self.mesh,
             value_head=self.needs_value_head,
+            trained=self._trained(),
         )
 
     def stage(self, name: str, /, *, start: Params | None = None) -> Stage:

@@ -1,5 +1,7 @@
 """Token policies around a pretrained decoder: what is trained, what is frozen, their texts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,3 +181,38 @@ def test_the_real_smollm2_trains(tmp_path):
     assert [result.updates for result in trained.results.values()] == [2, 1]
     assert last["optimizer/skipped_steps"] == 0 and abs(last["policy/reference_kl"]) < 1e-5
     assert lora.adapters(trained.last.carry.learner.params["lora"])
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+def test_what_no_stage_trains_is_stored_in_few_bits(dtype, directory, tmp_path):
+    plain = problems.make(make_config(directory))
+    small = problems.make(make_config(directory, model__frozen_dtype=dtype))
+    before, after = plain.initial_variables(), small.initial_variables()
+    flat = by_path(after)
+    kernels = {path for path in flat if re.search(r"language/stack/.*/kernel$", path)}
+    # Both stages train our own encoder of patches or the adapters: these stay as they are.
+    stays = {path for path in flat if not path.startswith("params/language/")}
+    assert len(kernels) == 7 and len(stays) > 10
+    for path, x in flat.items():
+        wanted = "float32" if path in stays or path.endswith("_scale") else "bfloat16"
+        assert str(x.dtype) == (dtype if path in kernels else wanted), path
+    # bfloat16 keeps 8 bits of a number, and int8 is off by 1 / 254 of the largest of a column.
+    largest = np.abs(by_path(before)["params/language/table"]).max()
+    difference = flat["params/language/table"].astype(np.float32)
+    difference = np.abs(difference - by_path(before)["params/language/table"]).max()
+    assert 0 < difference <= largest / 2**8
+
+    def log_probs(problem, variables):
+        prompt = problem.task.sample(jax.random.key(0), 4, "train")
+        tokens = jnp.full((4, 1, 2), 5, jnp.int32)
+        found = problem.model.policy.log_probs(
+            *lora.split(variables, ".*"), prompt, tokens, tokens > 0, temperature=1.0
+        )
+        return np.asarray(found.log_prob)
+
+    difference = log_probs(small, after) - log_probs(plain, before)
+    assert 0 < np.abs(difference).max() < 0.05
+
+    trained = mmrl_jax.train(small.config, tmp_path)
+    assert trained.last.updates == 4
+    bitwise_equal(by_path(mmrl_jax.load(tmp_path).variables), by_path(trained.variables))
