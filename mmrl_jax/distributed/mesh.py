@@ -9,8 +9,9 @@ Every device of an axis other than 'tensor' learns from other samples. `partitio
 parameters lie. Programs are plain `jit` over arrays placed here, and XLA inserts the collectives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
+import contextvars
 import math
 from typing import Any
 
@@ -19,6 +20,32 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
+
+
+# The devices that meshes are made of; None for those of this process.
+_devices: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVar(
+    "devices", default=None
+)
+
+
+@contextlib.contextmanager
+def described_devices(devices: Iterable[Any]) -> Iterator[None]:
+    """Makes meshes of devices that are described and not present, to compile for them.
+
+    Args:
+      devices: For example `jax.experimental.topologies.get_topology_desc(...).devices`.
+    """
+    token = _devices.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _devices.reset(token)
+
+
+def available_devices() -> tuple[Any, ...]:
+    """Returns the devices that meshes can be made of, see `described_devices`."""
+    described = _devices.get()
+    return tuple(jax.devices()) if described is None else described
 
 
 def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mesh:
@@ -33,7 +60,7 @@ def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mes
       ValueError: there are fewer devices, `devices` is not positive, an axis has another name, or
         their sizes do not make up the devices.
     """
-    available = jax.devices()
+    available = available_devices()
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):
         raise ValueError(
@@ -85,6 +112,22 @@ def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
 def put_batch(tree: Any, *, mesh: Mesh) -> Any:
     """Puts a batch [N, ...] of the host on the devices, split along axis 0; they divide N."""
     return jax.device_put(tree, batch_sharding(mesh, 0))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Puts arrays where shardings say; what is given as shapes stays shapes, with the shardings.
+
+    Args:
+      tree: Pytree of arrays, or of their shapes.
+      shardings: Pytree of shardings, of which `tree` may have branches below.
+    """
+
+    def each(sharding: NamedSharding, x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(lambda s, part: jax.tree.map(lambda x: each(s, x), part), shardings, tree)
 
 
 def placed_shapes(tree: Any, shardings: Any) -> Any:

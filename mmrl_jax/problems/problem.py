@@ -206,7 +206,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
     Raises:
       ValueError: There are fewer devices than the config asks for.
     """
-    m, available = config.mesh, jax.device_count()
+    m, available = config.mesh, len(mesh_lib.available_devices())
     data = m.data or available // (m.fsdp * m.tensor)
     if not 1 <= data * m.fsdp * m.tensor <= available:
         raise ValueError(

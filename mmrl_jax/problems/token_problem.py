@@ -173,7 +173,7 @@ class TokenProblem(abc.ABC):
 
     def _check_stage(self, name: str) -> None:
         """Raises ValueError for a stage that trains nothing, or a reference that is not there."""
-        shapes = self._shapes()
+        shapes = self.shapes()
         token_models.partition_trainable(
             {key: x for key, x in shapes.items() if key != "value"},
             self.config[name].trainable,
@@ -204,8 +204,8 @@ class TokenProblem(abc.ABC):
         for each in (batches, *sizes):
             problem.check_divisible(each, self.mesh)
 
-    def _shapes(self) -> Params:
-        """The shapes of the variables of the whole model."""
+    def shapes(self) -> Params:
+        """Returns the shapes of the variables of the whole model."""
 
         def init(key: jax.Array) -> Params:
             m, value_head = self.config.model, self.needs_value_head
@@ -258,7 +258,7 @@ class TokenProblem(abc.ABC):
         )
 
     def stage(self, name: str, /, *, start: Params | None = None) -> Stage:
-        """See `problem.Problem`; `start` are the variables of the whole model."""
+        """See `problem.Problem`; `start` are the variables of the whole model, or their shapes."""
         config, algorithm, options = self.config, registry.TOKEN[name], self.options(name)
         source = self.source(name)
         variables = self.initial_variables() if start is None else start
@@ -266,7 +266,7 @@ class TokenProblem(abc.ABC):
         trained = algorithm.prepare(trained, options)
         del variables, start
         optimizer = sources.make_optimizer(config, name, options)
-        constants = jax.device_put(
+        constants = mesh_lib.put(
             Constants(frozen, source.data),
             Constants(partition.shardings(frozen, self.mesh), mesh_lib.replicated(self.mesh)),
         )
@@ -316,7 +316,7 @@ class TokenProblem(abc.ABC):
 
     def stored(self, name: str) -> dict[str, Any]:
         """See `problem.Problem`."""
-        return {"params": self.partition(self._shapes(), name)[0]}
+        return {"params": self.partition(self.shapes(), name)[0]}
 
     def restored_from(self, name: str) -> tuple[str, ...]:
         """See `problem.Problem`: a checkpoint holds what its stage has trained."""

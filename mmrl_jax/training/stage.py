@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.types import Metrics
@@ -64,7 +65,8 @@ class StageProbe(NamedTuple):
 class Start:
     """Arrays that a fresh carry is made of, kept until it is; None where it needs none.
 
-    A closure over them would keep them beside the carry for as long as the run takes.
+    A closure over them would keep them beside the carry for as long as the run takes. They may be
+    given as shapes: a carry is then made under `jax.eval_shape` alone.
     """
 
     def __init__(self, arrays: Any):
@@ -78,7 +80,10 @@ class Start:
         """
         if self._released:
             raise RuntimeError("The carry was made of this stage's start: build another stage.")
-        return self._arrays
+        return jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
+            self._arrays,
+        )
 
     def release(self) -> None:
         """Lets go of them."""

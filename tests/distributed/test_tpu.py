@@ -43,18 +43,15 @@ def mesh_of(devices):
 
 def compiled(config, devices):
     """A dispatch of one update over these devices, and the shapes of its carry."""
-    # Nothing can be put on devices that are not there: shapes come from a mesh of this machine.
-    problem, name = problems.make(config), config.stages[-1]
-    shapes = jax.eval_shape(problem.stage(name).init)
-    problem.mesh = mesh_of(devices)
-    stage = problem.stage(name)
-    shardings = stage.shardings(shapes)
-    carry = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    assert not jax.tree.leaves(stage.constants)
-    dispatch = loop.make_dispatch(stage.update, 1, shardings)
-    return dispatch.lower(carry, stage.constants).compile(), shapes
+    with mesh_lib.described_devices(devices):
+        problem, name = problems.make(config), config.stages[-1]
+        # Nothing can be put on devices that are not there.
+        stage = problem.stage(name, start=getattr(problem, "shapes", lambda: None)())
+        shapes = jax.eval_shape(stage.init)
+        shardings = stage.shardings(shapes)
+        carry = mesh_lib.placed_shapes(shapes, shardings)
+        dispatch = loop.make_dispatch(stage.update, 1, shardings)
+        return dispatch.lower(carry, stage.constants).compile(), shapes
 
 
 def collectives(text):
@@ -97,7 +94,7 @@ def test_what_crosses_chips_or_reaches_the_host_is_seen(chips):
     ids=["ppo", "grpo"],
 )
 def test_eight_chips_share_the_work_and_exchange_gradients_alone(name, changes, chips):
-    config = mmrl_jax.get_config(name, changes | {"mesh": {"data": 1}})
+    config = mmrl_jax.get_config(name, changes)
     eight, carry = compiled(config, chips)
     memory, text = eight.memory_analysis(), eight.as_text()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
