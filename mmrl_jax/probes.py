@@ -60,8 +60,8 @@ def samples(moment: Moment) -> dict[str, float]:
             json.dumps(
                 {
                     "update": moment.update,
-                    "prompt": row.question,
-                    "completion": row.answer,
+                    "prompt": row.prompt,
+                    "completion": row.completion,
                     "reward": row.reward,
                 }
             )

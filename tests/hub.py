@@ -61,18 +61,20 @@ def generation_error(model, variables, tokens, present, images, positions=None) 
     tokens, present = jnp.asarray(tokens), jnp.asarray(present)
 
     @jax.jit
-    def answer(variables, tokens, present, images, place):
+    def generate(variables, tokens, present, images, place):
         prompt = gen.image_prompt(model, variables, tokens, present, images, place)
         within = gen.language(model, variables)
-        return gen.generate(*within, prompt, key, group=2, length=4, sampling=gen.Sampling())
+        return gen.generate(
+            *within, prompt, key, num_completions=2, max_new_tokens=4, sampling=gen.Sampling()
+        )
 
     with jax.default_matmul_precision("highest"):
-        generated = answer(variables, tokens, present, images, place)
+        generated = generate(variables, tokens, present, images, place)
         assert not np.any(generated.tokens == model.image_token)  # It would want an image.
         errors = []
         for g in range(2):
             whole = jnp.concatenate([tokens, generated.tokens[:, g]], axis=1)
-            there = jnp.concatenate([present, jnp.ones_like(generated.present[:, g])], axis=1)
+            there = jnp.concatenate([present, jnp.ones_like(generated.mask[:, g])], axis=1)
             place = None if positions is None else positions(np.asarray(whole), np.asarray(there))
             logits = jax.jit(model.apply)(variables, whole, there, images, place)
             last = tokens.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)

@@ -17,7 +17,7 @@ from experiments.benchmarks.harness import Row, compare, rate
 from mmrl_jax.pretrained import bundled_weights, hub
 from mmrl_jax.rollouts import generate as gen
 
-QUESTIONS = (
+PROMPTS = (
     "What is the capital of France?",
     "Name three colours and say where one sees them.",
     "What is 2 + 3?",
@@ -45,9 +45,9 @@ def rows(runs: int) -> Iterator[Row]:
     theirs.generation_config.eos_token_id = None  # Both make all LENGTH tokens.
     model, variables, _ = hub.load_language_model(directory)
     for batch in BATCHES:
-        ids, present = prompts(tokenizer, batch)
-        ours = functools.partial(answer(model), variables, ids, present, jax.random.key(0))
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(present)}
+        ids, mask = prompts(tokenizer, batch)
+        ours = functools.partial(generate(model), variables, ids, mask, jax.random.key(0))
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         peer, name = fastest(theirs, inputs)
         new = peer()[:, ids.shape[1] :].numpy()
         same = np.mean(np.all(new == np.asarray(ours().tokens[:, 0]), axis=1))
@@ -62,28 +62,32 @@ def rows(runs: int) -> Iterator[Row]:
 
 def prompts(tokenizer: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [batch, S] and which are there, padded on the left."""
-    asked = itertools.islice(itertools.cycle(QUESTIONS), batch)
+    asked = itertools.islice(itertools.cycle(PROMPTS), batch)
     texts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-        for question in asked
+        for prompt in asked
     ]
     batch_ = tokenizer(texts, return_tensors="np", padding=True, padding_side="left")
     return batch_["input_ids"], batch_["attention_mask"].astype(bool)
 
 
-def answer(model: Any) -> jax.stages.Wrapped:
+def generate(model: Any) -> jax.stages.Wrapped:
     """(variables, ids, present, rng) -> LENGTH greedy tokens each."""
 
     @jax.jit
-    def program(
-        variables: Any, ids: jax.Array, present: jax.Array, rng: jax.Array
-    ) -> gen.Completions:
-        prompt = gen.text_prompt(model, variables, ids, present)
+    def program(variables: Any, ids: jax.Array, mask: jax.Array, rng: jax.Array) -> gen.Completions:
+        prompt = gen.text_prompt(model, variables, ids, mask)
         sampling = gen.Sampling(temperature=0.0)
         return gen.generate(
-            model, variables, prompt, rng, group=1, length=LENGTH, sampling=sampling
+            model,
+            variables,
+            prompt,
+            rng,
+            num_completions=1,
+            max_new_tokens=LENGTH,
+            sampling=sampling,
         )
 
     return program

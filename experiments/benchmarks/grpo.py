@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks.generate import QUESTIONS, prompts
+from experiments.benchmarks.generate import PROMPTS, prompts
 from experiments.benchmarks.harness import Row, alternate, row
 from mmrl_jax.learners import grpo, token_learner
 from mmrl_jax.learners.token_learner import ScoredCompletions
 from mmrl_jax.models.lora import split
 from mmrl_jax.pretrained import bundled_weights, hub
 from mmrl_jax.rollouts.generate import Completions, Sampling
-from mmrl_jax.tasks.question import Prompt
+from mmrl_jax.tasks.prompts import Prompt
 
 GROUP = 8
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
@@ -44,13 +44,13 @@ class Job:
     Attributes:
       name: of the model.
       directory: its weights, in the hub's format.
-      questions: B, of an update.
+      num_prompts: B, of an update.
       length: T, tokens of every answer.
     """
 
     name: str
     directory: pathlib.Path
-    questions: int
+    num_prompts: int
     length: int
 
 
@@ -67,14 +67,14 @@ def rows(runs: int) -> Iterator[Row]:
 def jobs(directory: pathlib.Path) -> tuple[Job, ...]:
     """The models that are compared; weights that no package holds are written to a directory."""
     return (
-        Job("Llama of 17M", small_llama(directory), questions=4, length=32),
-        Job("SmolLM2-135M", bundled_weights.smollm2(), questions=1, length=64),
+        Job("Llama of 17M", small_llama(directory), num_prompts=4, length=32),
+        Job("SmolLM2-135M", bundled_weights.smollm2(), num_prompts=1, length=64),
     )
 
 
 def rows_of(job: Job, runs: int) -> Iterator[Row]:
     """The whole update, its two stages, what it costs of the processors, and the memory."""
-    name = f"{job.name}, {job.questions} x {GROUP} answers of {job.length} / TRL"
+    name = f"{job.name}, {job.num_prompts} x {GROUP} answers of {job.length} / TRL"
     ours, peer = timed_updates(job, runs)
     for stage in ours[0]:
         rates = ([1 / took[stage] for took in side] for side in (ours, peer))
@@ -132,7 +132,7 @@ class Ours:
 
     Attributes:
       state: its parameters and optimizer.
-      question: of B samples.
+      prompts: of B samples.
     """
 
     def __init__(self, job: Job):
@@ -141,20 +141,22 @@ class Ours:
         model, variables, _ = hub.load_language_model(job.directory)
         params, self._frozen = split(variables, ".*")
         tokenizer = AutoTokenizer.from_pretrained(job.directory)
-        tokens, present = map(jnp.asarray, prompts(tokenizer, job.questions))
-        unused = jnp.zeros(job.questions, jnp.int32)
-        self.question = Prompt(tokens, present, None, *(unused,) * 4)
+        tokens, mask = map(jnp.asarray, prompts(tokenizer, job.num_prompts))
+        unused = jnp.zeros(job.num_prompts, jnp.int32)
+        self.prompts = Prompt(tokens, mask, None, *(unused,) * 4)
         # No token has this id: every answer has all its tokens.
         policy = token_learner.TokenPolicy(
-            model, length=job.length, stop=(model.vocabulary,), pad=tokenizer.pad_token_id
+            model, max_new_tokens=job.length, stop=(model.vocabulary,), pad=tokenizer.pad_token_id
         )
         optimizer = optax.chain(
             optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0)
         )
         self.state = token_learner.init(params, optimizer=optimizer, with_reference=False)
         self._keys = iter(jax.random.split(jax.random.key(0), 10_000))
-        self._answer = jax.jit(
-            functools.partial(policy.answer, group=GROUP, sampling=Sampling(temperature=1.0))
+        self._generate = jax.jit(
+            functools.partial(
+                policy.generate, num_completions=GROUP, sampling=Sampling(temperature=1.0)
+            )
         )
         self._update = jax.jit(
             functools.partial(
@@ -170,13 +172,17 @@ class Ours:
 
     def generate(self) -> ScoredCompletions:
         """Draws answers and scores them."""
-        answers = self._answer(self.state.params, self._frozen, self.question, next(self._keys))
-        return self.experience(answers)
+        completions = self._generate(
+            self.state.params, self._frozen, self.prompts, next(self._keys)
+        )
+        return self.experience(completions)
 
-    def experience(self, answers: Completions) -> ScoredCompletions:
+    def experience(self, completions: Completions) -> ScoredCompletions:
         """Scores answers by how many of their tokens are even."""
-        reward = jnp.mean(answers.tokens % 2 == 0, axis=-1, dtype=jnp.float32)
-        return ScoredCompletions.single_turn(self.question, answers, reward, jnp.ones_like(reward))
+        reward = jnp.mean(completions.tokens % 2 == 0, axis=-1, dtype=jnp.float32)
+        return ScoredCompletions.single_turn(
+            self.prompts, completions, reward, jnp.ones_like(reward)
+        )
 
     def learn(self, experience: ScoredCompletions) -> dict[str, jax.Array]:
         """Takes the step; returns its metrics."""
@@ -200,7 +206,7 @@ class Peer:
         from transformers import AutoTokenizer
         from trl import GRPOConfig, GRPOTrainer
 
-        asked = [[{"role": "user", "content": text}] for text in QUESTIONS[: job.questions]]
+        asked = [[{"role": "user", "content": text}] for text in PROMPTS[: job.num_prompts]]
         config = GRPOConfig(
             output_dir=tempfile.gettempdir(),  # Nothing is saved.
             use_cpu=True,
@@ -209,7 +215,7 @@ class Peer:
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
-            per_device_train_batch_size=job.questions * GROUP,
+            per_device_train_batch_size=job.num_prompts * GROUP,
             num_generations=GROUP,
             max_completion_length=job.length,
             generation_kwargs={"min_new_tokens": job.length},
@@ -268,20 +274,20 @@ def check(ours: Ours, peer: Peer) -> None:
     batch, own = peer.generate(), ours.generate()
     drawn: Completions = jax.tree.map(lambda x: x[0], own.completions)  # Of the only turn.
     shape = drawn.tokens.shape
-    assert bool(drawn.present.all()) and bool(batch["completion_mask"].all())
+    assert bool(drawn.mask.all()) and bool(batch["completion_mask"].all())
     assert batch["completion_ids"].shape == (shape[0] * shape[1], shape[2])
     for theirs, mine in (
-        (batch["prompt_ids"], ours.question.tokens),
-        (batch["prompt_mask"], ours.question.present),
+        (batch["prompt_ids"], ours.prompts.tokens),
+        (batch["prompt_mask"], ours.prompts.mask),
     ):
         np.testing.assert_array_equal(theirs, np.repeat(np.asarray(mine), GROUP, axis=0))
-    answers = drawn._replace(
+    completions = drawn._replace(
         tokens=jnp.asarray(batch["completion_ids"].numpy(), jnp.int32).reshape(shape)
     )
     # A single step is on the policy: its ratios are 1 and the advantages of a group add up to 0, so
     # that its loss is 0 and its gradient is what can differ.
     theirs = peer.learn(batch | {"old_per_token_logps": None})
-    mine = ours.learn(ours.experience(answers))
+    mine = ours.learn(ours.experience(completions))
     assert theirs["grad/norm"] > 0
     for name, value in theirs.items():
         np.testing.assert_allclose(float(mine[name]), value, rtol=2e-3, atol=1e-6, err_msg=name)

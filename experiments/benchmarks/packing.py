@@ -21,7 +21,7 @@ from mmrl_jax.rollouts.log_probs import completion_log_probs, log_probs_from_fea
 from mmrl_jax.types import Params
 
 VOCABULARY, WIDTH = 49_152, 256
-QUESTIONS, GROUP, LENGTH, PROMPT = 4, 8, 64, 24
+NUM_PROMPTS, GROUP, LENGTH, PROMPT = 4, 8, 64, 24
 
 MODEL = LanguageModel(
     VOCABULARY,
@@ -35,27 +35,27 @@ MODEL = LanguageModel(
 def rows(runs: int) -> Iterator[Row]:
     """Measures answers of any length, in rows enough and too few, and short ones beside a long."""
     rng = np.random.default_rng(0)
-    any_length = rng.integers(8, LENGTH + 1, (QUESTIONS, GROUP))
-    short = rng.integers(8, 25, (QUESTIONS, GROUP))
+    any_length = rng.integers(8, LENGTH + 1, (NUM_PROMPTS, GROUP))
+    short = rng.integers(8, 25, (NUM_PROMPTS, GROUP))
     short[:, 0] = LENGTH
     for name, lengths, lacking in (
         ("answers of 8 to 64", any_length, 0),
         ("the same", any_length, 1),
         ("7 of 8 to 24 and 1 of 64", short, 0),
     ):
-        present = jnp.asarray(np.arange(LENGTH) < lengths[..., None])
-        count = int(packing.rows_used(present)) - lacking
+        mask = jnp.asarray(np.arange(LENGTH) < lengths[..., None])
+        count = int(packing.rows_used(mask)) - lacking
         where = f"{count} of {GROUP} rows" + lacking * ", too few"
-        yield from rows_of(f"{name}, {where} / padded", present, count, runs)
+        yield from rows_of(f"{name}, {where} / padded", mask, count, runs)
 
 
-def rows_of(name: str, present: jax.Array, count: int, runs: int) -> Iterator[Row]:
+def rows_of(name: str, mask: jax.Array, count: int, runs: int) -> Iterator[Row]:
     """Time, of the clock and of the processors, and memory."""
-    variables, ours, peer = programs(present, count)
+    variables, ours, peer = programs(mask, count)
 
     def timed(program: jax.stages.Compiled) -> tuple[float, float]:
         processors, start = time.process_time(), time.perf_counter()
-        jax.block_until_ready(program(variables, present))
+        jax.block_until_ready(program(variables, mask))
         return time.perf_counter() - start, time.process_time() - processors
 
     took = alternate([functools.partial(timed, side) for side in (ours, peer)], runs)
@@ -66,7 +66,7 @@ def rows_of(name: str, present: jax.Array, count: int, runs: int) -> Iterator[Ro
 
 
 def programs(
-    present: jax.Array, count: int
+    mask: jax.Array, count: int
 ) -> tuple[Params, jax.stages.Compiled, jax.stages.Compiled]:
     """Parameters, and the gradients with respect to them with answers packed and padded.
 
@@ -74,28 +74,28 @@ def programs(
       AssertionError: the gradients are not the same.
     """
     keys = jax.random.split(jax.random.key(0), 3)
-    prompt = jax.random.randint(keys[0], (QUESTIONS, PROMPT), 0, VOCABULARY)
-    tokens = jax.random.randint(keys[1], present.shape, 0, VOCABULARY)
-    there = jnp.ones(prompt.shape, bool)
-    variables = jax.jit(MODEL.init)(keys[2], prompt, there)
+    prompt = jax.random.randint(keys[0], (NUM_PROMPTS, PROMPT), 0, VOCABULARY)
+    tokens = jax.random.randint(keys[1], mask.shape, 0, VOCABULARY)
+    prompt_mask = jnp.ones(prompt.shape, bool)
+    variables = jax.jit(MODEL.init)(keys[2], prompt, prompt_mask)
 
     def compiled(pack_rows: int | None) -> jax.stages.Compiled:
-        def loss(variables: Params, present: jax.Array) -> jax.Array:
-            found = completion_log_probs(
+        def loss(variables: Params, mask: jax.Array) -> jax.Array:
+            log_probs = completion_log_probs(
                 MODEL,
                 variables,
-                text_prompt(MODEL, variables, prompt, there),
+                text_prompt(MODEL, variables, prompt, prompt_mask),
                 tokens,
-                present,
+                mask,
                 functools.partial(log_probs_from_features, MODEL, variables),
                 pack_rows=pack_rows,
             )
-            return -jnp.sum(jnp.where(present, found.log_prob, 0.0)) / jnp.sum(present)
+            return -jnp.sum(jnp.where(mask, log_probs.log_prob, 0.0)) / jnp.sum(mask)
 
-        return jax.jit(jax.grad(loss)).lower(variables, present).compile()
+        return jax.jit(jax.grad(loss)).lower(variables, mask).compile()
 
     ours, peer = compiled(count), compiled(None)
-    jax.tree.map(_check, ours(variables, present), peer(variables, present))
+    jax.tree.map(_check, ours(variables, mask), peer(variables, mask))
     return variables, ours, peer
 
 

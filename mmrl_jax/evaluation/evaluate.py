@@ -232,17 +232,17 @@ def record_video(
     start_key, policy_key = jax.random.split(rng)
     first = start(env, start_key, episodes=episodes)
 
-    def picture(state: State) -> jax.Array:
+    def render_state(state: State) -> jax.Array:
         return render(*env.scene(state), height=height, width=width)
 
     def step(carry: tuple, t: jax.Array) -> tuple:
         state, frame, over = carry
         decision = policy(state, jax.random.fold_in(policy_key, t))
         state = env.step(state, decision.environment_action)
-        frame = jnp.where(over[:, None, None, None], frame, picture(state))
+        frame = jnp.where(over[:, None, None, None], frame, render_state(state))
         return (state, frame, over | (state.done > 0)), frame
 
-    frame = picture(first)
+    frame = render_state(first)
     carry = (first, frame, jnp.zeros(episodes, bool))
     _, frames = jax.lax.scan(step, carry, jnp.arange(env.episode_length))
     return first, jnp.concatenate([frame[None], frames])

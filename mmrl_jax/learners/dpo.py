@@ -21,7 +21,7 @@ from mmrl_jax.learners.token_learner import (
     minibatch_epochs,
 )
 from mmrl_jax.rl.token_losses import dpo_loss
-from mmrl_jax.tasks.question import Prompt
+from mmrl_jax.tasks.prompts import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
@@ -41,20 +41,20 @@ class Preferences(NamedTuple):
     Attributes:
       prompt: of B samples.
       tokens: int32 [B, 2, T], the preferred answer and the other one.
-      present: bool [B, 2, T].
+      mask: bool [B, 2, T].
       weight: float32 [B], 0 where there is no preference.
     """
 
     prompt: Prompt
     tokens: jax.Array
-    present: jax.Array
+    mask: jax.Array
     weight: jax.Array
 
 
 def best_and_worst(
     prompt: Prompt,
     tokens: jax.Array,
-    present: jax.Array,
+    mask: jax.Array,
     reward: jax.Array,
     valid: jax.Array,
 ) -> Preferences:
@@ -63,7 +63,7 @@ def best_and_worst(
     Args:
       prompt: of B samples.
       tokens: int32 [B, G, T].
-      present: bool [B, G, T].
+      mask: bool [B, G, T].
       reward: float32 [B, G].
       valid: float32 [B, G], 0 for answers that could not be scored.
 
@@ -79,7 +79,7 @@ def best_and_worst(
     def pick(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, which[..., None], axis=1)
 
-    return Preferences(prompt, pick(tokens), pick(present), differ.astype(jnp.float32))
+    return Preferences(prompt, pick(tokens), pick(mask), differ.astype(jnp.float32))
 
 
 def update(
@@ -115,18 +115,18 @@ def update(
     if h.mask_truncated_completions:
         valid = valid * batch.completions.finished
     preferences = best_and_worst(
-        batch.prompt, batch.completions.tokens, batch.completions.present, batch.reward, valid
+        batch.prompt, batch.completions.tokens, batch.completions.mask, batch.reward, valid
     )
 
-    def of_answers(params: Params, part: Preferences) -> jax.Array:
+    def sequence_log_probs(params: Params, part: Preferences) -> jax.Array:
         """Log-probs of whole answers, float32 [N, 2]."""
         log_probs = policy.log_probs(
-            params, frozen, part.prompt, part.tokens, part.present, temperature=1.0
+            params, frozen, part.prompt, part.tokens, part.mask, temperature=1.0
         )
-        return jnp.sum(jnp.where(part.present, log_probs.log_prob, 0.0), axis=-1)
+        return jnp.sum(jnp.where(part.mask, log_probs.log_prob, 0.0), axis=-1)
 
     reference = map_in_chunks(
-        lambda part: of_answers(state.reference, part),
+        lambda part: sequence_log_probs(state.reference, part),
         preferences,
         h.num_minibatches * h.grad_accum_steps,
     )
@@ -134,7 +134,7 @@ def update(
     def part_loss(params: Params, part: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
         """The part's share of the loss of a minibatch whose weights have the sum `normalizer`."""
         part, reference = part
-        gain = of_answers(params, part) - reference
+        gain = sequence_log_probs(params, part) - reference
         losses = dpo_loss(gain[:, 0], gain[:, 1], beta=h.beta, label_smoothing=h.label_smoothing)
 
         def mean(x: jax.Array) -> jax.Array:

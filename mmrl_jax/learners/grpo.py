@@ -35,7 +35,7 @@ from mmrl_jax.rl.token_losses import (
 )
 from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.generate import Completions
-from mmrl_jax.tasks.question import Prompt
+from mmrl_jax.tasks.prompts import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
@@ -125,7 +125,7 @@ def update(
             frozen,
             sample.prompt,
             sample.completions.tokens,
-            sample.completions.present,
+            sample.completions.mask,
             temperature=h.temperature,
         )
 
@@ -139,7 +139,7 @@ def update(
     learned_from = valid > 0
     if h.mask_truncated_completions:  # Their rewards still count in the advantages of their groups.
         learned_from &= completions.finished
-    mask = completions.present * learned_from[..., None].astype(jnp.float32)
+    mask = completions.mask * learned_from[..., None].astype(jnp.float32)
     samples = _Sample(batch.prompt, completions, advantage, mask, old, reference)
 
     def part_loss(
@@ -210,12 +210,12 @@ def describe(batch: ScoredCompletions) -> Metrics:
     """Returns what to log of the completions of an update, of one turn."""
     reward, valid = batch.reward[0], batch.valid[0]
     completions = jax.tree.map(lambda x: x[0], batch.completions)
-    present = completions.present.astype(jnp.float32)
+    mask = completions.mask.astype(jnp.float32)
     degenerate = group_advantages.degenerate(reward, valid)
     return {
         "completion/reward": losses.masked_mean(reward, valid),
-        "completion/length": jnp.mean(jnp.sum(present, axis=-1)),
+        "completion/length": jnp.mean(jnp.sum(mask, axis=-1)),
         "completion/truncated_fraction": 1 - jnp.mean(completions.finished),
-        "completion/rows": packing.rows_used(completions.present).astype(jnp.float32),
+        "completion/rows": packing.rows_used(completions.mask).astype(jnp.float32),
         "reward/zero_std_groups": jnp.mean(degenerate.astype(jnp.float32)),
     }

@@ -44,17 +44,17 @@ def update(
     Returns:
       The new learner, and metrics; 'loss/sft' is the mean over the tokens of the completions.
     """
-    prompt, tokens, present = shard(
+    prompt, tokens, mask = shard(
         jax.tree.map(
-            lambda x: x[0], (batch.prompt, batch.completions.tokens, batch.completions.present)
+            lambda x: x[0], (batch.prompt, batch.completions.tokens, batch.completions.mask)
         )
     )
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
-        log_probs = policy.log_probs(params, frozen, prompt, tokens, present, temperature=1.0)
-        mask = present.astype(jnp.float32)
-        loss = -losses.masked_mean(log_probs.log_prob, mask)
-        entropy = losses.masked_mean(log_probs.entropy, mask)
+        log_probs = policy.log_probs(params, frozen, prompt, tokens, mask, temperature=1.0)
+        weight = mask.astype(jnp.float32)
+        loss = -losses.masked_mean(log_probs.log_prob, weight)
+        entropy = losses.masked_mean(log_probs.entropy, weight)
         return loss, {"loss/sft": loss, "policy/entropy": entropy}
 
     (loss, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)

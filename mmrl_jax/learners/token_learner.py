@@ -32,7 +32,7 @@ from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts.log_probs import Output, completion_log_probs, log_probs_from_features
 from mmrl_jax.rollouts.text_actions import TextActions
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, deterministic_output
-from mmrl_jax.tasks.question import Prompt
+from mmrl_jax.tasks.prompts import Prompt
 from mmrl_jax.types import Metrics, Params, Transition
 
 
@@ -112,9 +112,9 @@ class ScoredCompletions(NamedTuple):
     next_prompt: Prompt | None = None
 
     @classmethod
-    def labelled(cls, prompt: Prompt, tokens: jax.Array, present: jax.Array) -> "ScoredCompletions":
+    def labelled(cls, prompt: Prompt, tokens: jax.Array, mask: jax.Array) -> "ScoredCompletions":
         """Returns given completions, int32 and bool [B, L], of B prompts; they have no rewards."""
-        completions = gen.Completions(tokens, None, present, None)  # type: ignore[arg-type]
+        completions = gen.Completions(tokens, None, mask, None)  # type: ignore[arg-type]
         return cls(
             jax.tree.map(lambda x: x[None], prompt),
             jax.tree.map(lambda x: x[None, :, None], completions),
@@ -198,11 +198,13 @@ def agent_policy(
     """
 
     def decide(env_state: State, rng: jax.Array) -> ActorOutput:
-        question = interface.ask(env_state.obs)
-        answers = policy.answer(*variables, question, rng, group=1, sampling=sampling)
-        answers = jax.tree.map(lambda x: x[:, 0], answers)
-        action, _ = interface.read(answers.tokens, answers.present)
-        return deterministic_output(action)._replace(action=answers)
+        prompts = interface.make_prompts(env_state.obs)
+        completions = policy.generate(
+            *variables, prompts, rng, num_completions=1, sampling=sampling
+        )
+        completions = jax.tree.map(lambda x: x[:, 0], completions)
+        action, _ = interface.decode_actions(completions.tokens, completions.mask)
+        return deterministic_output(action)._replace(action=completions)
 
     return decide
 
@@ -276,10 +278,10 @@ class TokenPolicy:
 
     Attributes:
       model: the model; one without vision reads the questions' tokens alone.
-      length: most tokens of an answer.
+      max_new_tokens: most tokens of an answer.
       stop: tokens any of which ends an answer.
       pad: token that stands behind it.
-      pictures: images of questions, uint8 [B, H, W, 3], to what the vision model takes.
+      preprocess_images: images of questions, uint8 [B, H, W, 3], to what the vision model takes.
       positions: of tokens int32 [B, S] of which bool [B, S] are present, as
         `EmbeddedPrompt.positions`; None where they are counted.
       tile: rows of the output layer at a time, see `token_log_probs`.
@@ -290,44 +292,44 @@ class TokenPolicy:
     """
 
     model: VisionLanguageModel | LanguageModel
-    length: int
+    max_new_tokens: int
     stop: tuple[int, ...]
     pad: int
-    pictures: Callable[[jax.Array], Any] = lambda images: images
+    preprocess_images: Callable[[jax.Array], Any] = lambda images: images
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     tile: int = 4096
     mesh: Mesh | None = None
     pack_rows: int | None = None
 
-    def inputs(self, question: Prompt) -> tuple[Any, ...]:
+    def inputs(self, prompts: Prompt) -> tuple[Any, ...]:
         """What the model takes of B questions, behind its variables."""
-        tokens, present = question.tokens, question.present
+        tokens, mask = prompts.tokens, prompts.mask
         if isinstance(self.model, LanguageModel):
-            return tokens, present
-        positions = self.positions and self.positions(tokens, present)
-        return tokens, present, self.pictures(question.images), positions
+            return tokens, mask
+        positions = self.positions and self.positions(tokens, mask)
+        return tokens, mask, self.preprocess_images(prompts.images), positions
 
-    def answer(
+    def generate(
         self,
         params: Params,
         frozen: Any,
-        question: Prompt,
+        prompts: Prompt,
         rng: jax.Array,
         *,
-        group: int,
+        num_completions: int,
         sampling: gen.Sampling,
     ) -> gen.Completions:
-        """Draws `group` answers to each of B questions, [B, G, T]."""
+        """Draws `num_completions` answers to each of B questions, [B, G, T]."""
         variables = join(params, frozen)
-        language, within = gen.language(self.model, variables)
+        language, language_variables = gen.language(self.model, variables)
         with on_mesh(self.mesh):
             return gen.generate(
                 language,
-                within,
-                self._prompt(variables, question),
+                language_variables,
+                self._embed(variables, prompts),
                 rng,
-                group=group,
-                length=self.length,
+                num_completions=num_completions,
+                max_new_tokens=self.max_new_tokens,
                 sampling=sampling,
                 stop=self.stop,
                 pad=self.pad,
@@ -337,24 +339,24 @@ class TokenPolicy:
         self,
         params: Params,
         frozen: Any,
-        question: Prompt,
+        prompts: Prompt,
         tokens: jax.Array,
-        present: jax.Array,
+        mask: jax.Array,
         *,
         temperature: float,
     ) -> TokenLogProbs:
         """Log-probs and entropies of answers int32 [B, G, T], float32 [B, G, T] each."""
         variables = join(params, frozen)
         score = self._log_probs(variables, temperature)
-        return self._score(variables, question, tokens, present, score)
+        return self._score(variables, prompts, tokens, mask, score)
 
     def log_probs_and_values(
         self,
         params: Params,
         frozen: Any,
-        question: Prompt,
+        prompts: Prompt,
         tokens: jax.Array,
-        present: jax.Array,
+        mask: jax.Array,
         *,
         temperature: float,
     ) -> tuple[TokenLogProbs, jax.Array]:
@@ -369,31 +371,37 @@ class TokenPolicy:
             value = _VALUE.apply({"params": variables["value"]}, features)
             return log_probs(features, tokens), cast(jax.Array, value)
 
-        return self._score(variables, question, tokens, present, score)
+        return self._score(variables, prompts, tokens, mask, score)
 
     def _score(
         self,
         variables: Any,
-        question: Prompt,
+        prompts: Prompt,
         tokens: jax.Array,
-        present: jax.Array,
+        mask: jax.Array,
         score: Callable[[jax.Array, jax.Array], Output],
     ) -> Output:
-        language, within = gen.language(self.model, variables)
+        language, language_variables = gen.language(self.model, variables)
         with on_mesh(self.mesh):
-            prompt = self._prompt(variables, question)
+            embedded = self._embed(variables, prompts)
             return completion_log_probs(
-                language, within, prompt, tokens, present, score, pack_rows=self.pack_rows
+                language,
+                language_variables,
+                embedded,
+                tokens,
+                mask,
+                score,
+                pack_rows=self.pack_rows,
             )
 
     def _log_probs(
         self, variables: Any, temperature: float
     ) -> Callable[[jax.Array, jax.Array], TokenLogProbs]:
-        language, within = gen.language(self.model, variables)
+        language, language_variables = gen.language(self.model, variables)
         return functools.partial(
             log_probs_from_features,
             language,
-            within,
+            language_variables,
             temperature=temperature,
             tile=self.tile,
             shards=self._vocabulary_shards(language),
@@ -404,7 +412,7 @@ class TokenPolicy:
         shards = 1 if self.mesh is None else self.mesh.shape.get(TENSOR, 1)
         return shards if language.vocabulary % shards == 0 else 1
 
-    def _prompt(self, variables: Any, question: Prompt) -> gen.EmbeddedPrompt:
+    def _embed(self, variables: Any, prompts: Prompt) -> gen.EmbeddedPrompt:
         if isinstance(self.model, LanguageModel):
-            return gen.text_prompt(self.model, variables, *self.inputs(question))
-        return gen.image_prompt(self.model, variables, *self.inputs(question))
+            return gen.text_prompt(self.model, variables, *self.inputs(prompts))
+        return gen.image_prompt(self.model, variables, *self.inputs(prompts))

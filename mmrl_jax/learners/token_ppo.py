@@ -29,7 +29,7 @@ from mmrl_jax.learners.token_learner import (
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
 from mmrl_jax.rollouts.generate import Completions
-from mmrl_jax.tasks.question import Prompt
+from mmrl_jax.tasks.prompts import Prompt
 from mmrl_jax.types import Metrics, Params
 
 
@@ -110,7 +110,7 @@ def update(
     if h.mask_truncated_completions:
         batch = batch._replace(valid=batch.valid * batch.completions.finished)
     valid = batch.valid
-    read = functools.partial(_read, policy=policy, frozen=frozen, temperature=h.temperature)
+    read = functools.partial(_outputs, policy=policy, frozen=frozen, temperature=h.temperature)
     samples = _samples(state, batch, read, h)
 
     def part_loss(
@@ -156,10 +156,10 @@ def update(
     }
 
 
-def _read(
+def _outputs(
     params: Params,
-    question: Prompt,
-    answers: Completions,
+    prompts: Prompt,
+    completions: Completions,
     *,
     policy: TokenPolicy,
     frozen: Any,
@@ -167,7 +167,7 @@ def _read(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probs, entropies and values, float32 [N, G, L], of G answers to each of N questions."""
     log_probs, value = policy.log_probs_and_values(
-        params, frozen, question, answers.tokens, answers.present, temperature=temperature
+        params, frozen, prompts, completions.tokens, completions.mask, temperature=temperature
     )
     return log_probs.log_prob, log_probs.entropy, value
 
@@ -203,7 +203,7 @@ def _samples(
         # The value before a first token is of the prompt alone, whatever the token.
         first = completions._replace(
             tokens=completions.tokens[-1, :, :, :1],
-            present=completions.present[-1, :, :, :1],
+            mask=completions.mask[-1, :, :, :1],
             log_probs=completions.log_probs[-1, :, :, :1],
             finished=completions.finished[-1],
         )
@@ -223,14 +223,14 @@ def _samples(
         reward=episodes(jnp.where(valid > 0, batch.reward, 0.0)),
         value=episodes(value),
         last_value=last_value(),
-        present=episodes(completions.present),
+        mask=episodes(completions.mask),
         terminated=episodes(batch.terminated),
         truncated=episodes(advantages.truncation_mask(batch.terminated, batch.truncated, valid)),
         discount=h.discount,
         lambda_=h.gae_lambda,
     )
     advantage, target = (x.reshape(value.shape) for x in estimates)
-    mask = (completions.present & (valid > 0)[..., None]).astype(jnp.float32)
+    mask = (completions.mask & (valid > 0)[..., None]).astype(jnp.float32)
     return _Sample(
         prompt=prompt,
         completions=completions,

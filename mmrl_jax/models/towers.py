@@ -157,7 +157,7 @@ class VisionTower(nn.Module):
         return Encoded(x, pooled)
 
 
-class Pictures(nn.Module):
+class ResizingVisionTower(nn.Module):
     """A vision tower that takes images of any size, for a control policy.
 
     Attributes:

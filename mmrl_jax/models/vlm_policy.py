@@ -31,8 +31,8 @@ class VLMPolicy(nn.Module):
       kind: Kind of actions, 'continuous' or 'discrete', see `PolicyHead`.
       actions: Number of action dimensions, or number of discrete actions.
       vlm: Vision-language model, whose output layer is not used.
-      pictures: Function from pixels uint8 [B, 1, H, W, 3] to the images that the vision model
-        takes.
+      preprocess_images: Function from pixels uint8 [B, 1, H, W, 3] to the images that the vision
+        model takes.
       prompts: Function from tokens int32 [B, L] and mask bool [B, L] of the environment's
         instruction to tokens int32 [B, S] and mask bool [B, S] of the model, with one image token
         per feature.
@@ -45,7 +45,7 @@ class VLMPolicy(nn.Module):
     kind: ActionKind
     actions: int
     vlm: VisionLanguageModel
-    pictures: Callable[[jax.Array], Any]
+    preprocess_images: Callable[[jax.Array], Any]
     prompts: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     auxiliary: tuple[tuple[str, int], ...] = ()
     pointing: str | None = None
@@ -61,7 +61,7 @@ class VLMPolicy(nn.Module):
         """
         instruction, language = observation["instruction"], self.vlm.language
         tokens, present = self.prompts(instruction["tokens"], instruction["mask"])
-        features = self.vlm.encode(self.pictures(observation["pixels"][:, None]))
+        features = self.vlm.encode(self.preprocess_images(observation["pixels"][:, None]))
         x, added = self.vlm.embed(tokens, features)
         joints = ProprioEncoder(language.width, language.dtype, name="proprio")(
             observation["proprio"]
@@ -87,13 +87,13 @@ class VLMPolicy(nn.Module):
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary
         }
         if self.pointing is not None:
-            question = Dense(language.width, name="pointing")(policy)
+            query = Dense(language.width, name="pointing")(policy)
             count = features.tokens.shape[1]
             edge = math.isqrt(count)
             if count - edge**2 > 1:
                 raise ValueError(f"{count} image features form no square grid to point into.")
-            answers = layer_norm(features.tokens[:, : edge**2].astype(jnp.float32))
-            logits = jnp.einsum("bd,bfd->bf", question, answers) / math.sqrt(language.width)
+            keys = layer_norm(features.tokens[:, : edge**2].astype(jnp.float32))
+            logits = jnp.einsum("bd,bfd->bf", query, keys) / math.sqrt(language.width)
             auxiliary[self.pointing] = logits.reshape(-1, edge, edge)
         return PolicyOutput(
             distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),

@@ -77,24 +77,24 @@ class ChatTokenizer:
         """Token ids that end a completion."""
         return self.template.stops
 
-    def prompt(self, question: str, *, images: int) -> list[int]:
+    def encode_prompt(self, text: str, *, images: int) -> list[int]:
         """Returns the token ids of a prompt with an image.
 
         Args:
-          question: Text of the prompt.
+          text: Text of the prompt.
           images: Number of image tokens.
 
         Raises:
           ValueError: The text is invalid, see `check_text` and `check_ids`.
         """
-        check_text(question, "prompt")
+        check_text(text, "prompt")
         before = self._ids(self.template.before)
-        after = self._ids(question + self.template.after)
-        check_ids(self.tokenizer, [*before, *after], self.vocabulary, f"prompt {shown(question)}")
+        after = self._ids(text + self.template.after)
+        check_ids(self.tokenizer, [*before, *after], self.vocabulary, f"prompt {shown(text)}")
         return [*before, *[self.image] * images, *after]
 
-    def answer(self, text: str) -> list[int]:
-        """Returns the token ids of a completion, with the stop token; for errors see `prompt`."""
+    def encode_completion(self, text: str) -> list[int]:
+        """Returns the token ids of a completion, with the stop token; raises as `encode_prompt`."""
         check_text(text, "answer")
         # Some tokenizers begin every text with a space, so the completion is tokenized after its
         # prompt.
@@ -178,11 +178,11 @@ def read_chat(directory: pathlib.Path, vocabulary: int) -> ChatTokenizer:
       ValueError: There is no tokenizer, or its template is not supported, see `read_template`.
     """
     tokenizer = processor_files.read_tokenizer(directory)
-    template = read_template(tokenizer, directory, picture=False)
+    template = read_template(tokenizer, directory, with_image=False)
     return ChatTokenizer(tokenizer, template, vocabulary, vocabulary)
 
 
-def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> Template:
+def read_template(tokenizer: Any, directory: pathlib.Path, *, with_image: bool) -> Template:
     """Reads a chat template.
 
     The output of a template must not depend on the date, or a resumed run would train on different
@@ -191,8 +191,8 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
     Args:
       tokenizer: Tokenizer of transformers.
       directory: Directory from which the tokenizer was read, for error messages.
-      picture: Whether the user's message has an image before its text, whose mark is then part of
-        `Template.before`.
+      with_image: Whether the user's message has an image before its text, whose mark is then part
+        of `Template.before`.
 
     Raises:
       ValueError: There is no chat template or no token that ends a text; or the template cannot
@@ -204,7 +204,7 @@ def read_template(tokenizer: Any, directory: pathlib.Path, *, picture: bool) -> 
                 f"The tokenizer of {directory} has no {name}: give a model that was trained to "
                 "chat, such as an 'Instruct' model."
             )
-    render = functools.partial(_render, tokenizer, directory, picture)
+    render = functools.partial(_render, tokenizer, directory, with_image)
     prompt, conversation = render(_TURN), render(_TURN, _REPLY)
     for text, probes in ((prompt, [_TURN]), (conversation, [_TURN, _REPLY])):
         for probe in probes:
@@ -304,12 +304,12 @@ def check_ids(tokenizer: Any, ids: Iterable[int], vocabulary: int, where: str) -
 
 
 def _render(
-    tokenizer: Any, directory: pathlib.Path, picture: bool, turn: str, reply: str | None = None
+    tokenizer: Any, directory: pathlib.Path, with_image: bool, turn: str, reply: str | None = None
 ) -> str:
     """Renders a prompt up to the start of the completion, or with a reply the full conversation."""
 
     def content(text: str, *images: dict[str, str]) -> Any:
-        return [*images, {"type": "text", "text": text}] if picture else text
+        return [*images, {"type": "text", "text": text}] if with_image else text
 
     messages = [{"role": "user", "content": content(turn, {"type": "image"})}]
     if reply is not None:

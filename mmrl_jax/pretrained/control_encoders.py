@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
-from mmrl_jax.models.towers import Pictures, TextTower, VisionTower
+from mmrl_jax.models.towers import ResizingVisionTower, TextTower, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import bundled_weights, chat, hub, processing, processor_files
 from mmrl_jax.pretrained.families import vlm
@@ -132,7 +132,7 @@ def vision_encoder(directory: str, dtype: jnp.dtype, remat: bool) -> Encoder:
     tower_params = {name: x for name, x in params.items() if name not in ("head", "projection")}
     if not tower.norm_tokens:
         tower_params.pop("norm")
-    module = Pictures(tower, *processor_files.mean_and_std(image))
+    module = ResizingVisionTower(tower, *processor_files.mean_and_std(image))
     return Encoder(module, {"tower": tower_params})
 
 
@@ -141,7 +141,8 @@ class ControlModel(NamedTuple):
 
     Attributes:
       model: Linen module.
-      pictures: Pure function from frames uint8 [B, 1, H, W, 3] to the tiles that the model takes.
+      preprocess_images: Pure function from frames uint8 [B, 1, H, W, 3] to the tiles that the model
+        takes.
       prompts: Function from tokens int32 [B, L] and mask bool [B, L] of an instruction to tokens
         int32 [B, S] and mask bool [B, S] of the model.
       grid: Whether the image features form a square grid over the whole frame, optionally followed
@@ -149,7 +150,7 @@ class ControlModel(NamedTuple):
     """
 
     model: VisionLanguageModel
-    pictures: Callable[[jax.Array], Tiles | AnyresTiles]
+    preprocess_images: Callable[[jax.Array], Tiles | AnyresTiles]
     prompts: Reader
     grid: bool
 

@@ -71,7 +71,8 @@ _QWEN_VL = Family(
     (("longest_edge", "shortest_edge"),),
     "Qwen2_5_VLProcessor",
 )
-# A separate tower gets what a control policy sees, resized by `models.towers.Pictures`.
+# A separate tower gets what a control policy sees, resized by `ResizingVisionTower` of
+# `models.towers`.
 _TOWER = Family(
     ("CLIPImageProcessor", "SiglipImageProcessor"),
     PIXELS,

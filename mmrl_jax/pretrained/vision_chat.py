@@ -47,19 +47,19 @@ class VisionChatTokenizer(ChatTokenizer):
 
     read: Callable[[str], list[int]]
 
-    def prompt(self, question: str, *, images: int) -> list[int]:
+    def encode_prompt(self, text: str, *, images: int) -> list[int]:
         """Returns the token ids of a prompt with an image.
 
         Args:
-          question: Text of the prompt.
+          text: Text of the prompt.
           images: Number of image tokens.
 
         Raises:
           ValueError: The processor gives the image a different number of tokens, or the text
             contains the mark of an image; or the text is invalid, see `check_text` and `check_ids`.
         """
-        check_text(question, "prompt")
-        ids = self.read(self.template.before + question + self.template.after)
+        check_text(text, "prompt")
+        ids = self.read(self.template.before + text + self.template.after)
         count = ids.count(self.image)
         if count != images:
             raise ValueError(
@@ -67,7 +67,7 @@ class VisionChatTokenizer(ChatTokenizer):
             )
         # Features replace the embeddings of image tokens, which therefore need no rows.
         words = [token for token in ids if token != self.image]
-        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {shown(question)}")
+        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {shown(text)}")
         return ids
 
 
@@ -78,7 +78,8 @@ class VLMSpec(NamedTuple):
       model: Linen module.
       chat: Tokenizer of prompts and completions.
       image_tokens: Number of image tokens of an image, one per feature of the vision model.
-      pictures: Pure function from images uint8 [B, H, W, 3] to the inputs of the vision model.
+      preprocess_images: Pure function from images uint8 [B, H, W, 3] to the inputs of the vision
+        model.
       positions: Function from tokens int32 [B, S] and mask bool [B, S] to positions int32 [B, A, S]
         for a rotary embedding of A axes; None if positions are consecutive numbers.
     """
@@ -86,7 +87,7 @@ class VLMSpec(NamedTuple):
     model: VisionLanguageModel
     chat: VisionChatTokenizer
     image_tokens: int
-    pictures: Callable[[jax.Array], Any]
+    preprocess_images: Callable[[jax.Array], Any]
     positions: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
@@ -128,7 +129,7 @@ def read_spec(
     if plan.config["model_type"] in PLAIN:
         template = Template(processor.mark, "", "", stop_tokens(tokenizer, directory))
     else:
-        template = read_template(tokenizer, directory, picture=True)
+        template = read_template(tokenizer, directory, with_image=True)
         start = tokenizer.bos_token
         # A template may begin with a token that the tokenizer adds before any text.
         if start is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
@@ -136,10 +137,10 @@ def read_spec(
     vocabulary = model.language.vocabulary
     chat = VisionChatTokenizer(tokenizer, template, model.image_token, vocabulary, read)
 
-    def pictures(images: jax.Array) -> Tiles | AnyresTiles:
+    def preprocess_images(images: jax.Array) -> Tiles | AnyresTiles:
         return processor.pixels(images[:, None])
 
-    return VLMSpec(model, chat, processor.image_tokens(size, 1), pictures, None)
+    return VLMSpec(model, chat, processor.image_tokens(size, 1), preprocess_images, None)
 
 
 def _qwen_spec(
@@ -154,7 +155,7 @@ def _qwen_spec(
         layout = (np.zeros_like(rows), rows, columns)
         return PatchImages(patches, *(jnp.broadcast_to(x, (batch, len(rows))) for x in layout))
 
-    def pictures(images: jax.Array) -> PatchImages:
+    def preprocess_images(images: jax.Array) -> PatchImages:
         split = functools.partial(qwen_processing.cut_image, spec=spec)
         return packed(jax.vmap(split)(images), len(images))
 
@@ -164,9 +165,9 @@ def _qwen_spec(
 
     chat = VisionChatTokenizer(
         processor.tokenizer,
-        read_template(processor.tokenizer, directory, picture=True),
+        read_template(processor.tokenizer, directory, with_image=True),
         model.image_token,
         model.language.vocabulary,
         lambda text: processor.ids(text, [size]),
     )
-    return VLMSpec(model, chat, len(rows) // spec.merge**2, pictures, positions)
+    return VLMSpec(model, chat, len(rows) // spec.merge**2, preprocess_images, positions)

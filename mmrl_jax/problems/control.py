@@ -22,7 +22,7 @@ from mmrl_jax.config.options import (
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
-from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners import bc, registry
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import LearnerState, Rollout, policy_function

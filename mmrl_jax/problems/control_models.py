@@ -318,7 +318,7 @@ def _vlm_policy(
         kind=env.action_kind,
         actions=env.action_size,
         vlm=read.model,
-        pictures=read.pictures,
+        preprocess_images=read.preprocess_images,
         prompts=read.prompts,
         auxiliary=auxiliary,
         pointing=m.pointing,

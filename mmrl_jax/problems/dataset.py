@@ -22,7 +22,7 @@ from mmrl_jax.config.options import (
 )
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation.chunks import in_chunks
-from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.evaluation.rewards import describe
 from mmrl_jax.learners import grpo, registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
@@ -43,7 +43,7 @@ from mmrl_jax.problems.sources import Collected, Constants, Learn, Source, updat
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks.folder import METADATA, Batch
-from mmrl_jax.tasks.question import Prompt, Texts
+from mmrl_jax.tasks.prompts import Prompt, Texts
 from mmrl_jax.tasks.rewards import RewardWorkerPool
 from mmrl_jax.training import fingerprints
 from mmrl_jax.training.prefetch import Prefetch
@@ -302,12 +302,12 @@ class Dataset(TokenProblem):
         """The completions of an update of a stage; traced."""
         # Each device completes its part.
         prompts = mesh_lib.constrain_batch(prompts, mesh=self.mesh)
-        return self.model.policy.answer(
+        return self.model.policy.generate(
             params,
             frozen,
             prompts,
             jax.random.split(jax.random.fold_in(rng, updates))[0],
-            group=self.config[name].num_completions,
+            num_completions=self.config[name].num_completions,
             sampling=Sampling(temperature=getattr(self.options(name), "temperature", 1.0)),
         )
 
@@ -334,8 +334,8 @@ class Dataset(TokenProblem):
         @jax.jit
         def complete(variables: Params, prompts: Prompt) -> Completions:
             halves, sampling = lora.split(variables, ".*"), Sampling(temperature=0.0)
-            return self.model.policy.answer(
-                *halves, prompts, jax.random.key(0), group=1, sampling=sampling
+            return self.model.policy.generate(
+                *halves, prompts, jax.random.key(0), num_completions=1, sampling=sampling
             )
 
         def greedy(variables: Params, split: str) -> tuple[Batch, Scored]:

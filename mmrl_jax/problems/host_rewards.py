@@ -32,9 +32,9 @@ def prompt_rows(
       images: image tokens of a picture.
 
     Raises:
-      ValueError: one is longer than S, dataset.prompt_tokens; or see `ChatTokenizer.prompt`.
+      ValueError: one is longer than S, dataset.prompt_tokens; or see `ChatTokenizer.encode_prompt`.
     """
-    rows = [chat.prompt(text, images=images) for text in prompts]
+    rows = [chat.encode_prompt(text, images=images) for text in prompts]
     for text, ids in zip(prompts, rows, strict=True):
         if len(ids) > length:
             raise ValueError(
@@ -42,8 +42,8 @@ def prompt_rows(
                 f"than dataset.prompt_tokens={length}; raise it."
             )
     # Backwards, padding behind is padding before.
-    tokens, present = _padded([ids[::-1] for ids in rows], length, chat.pad)
-    return tokens[:, ::-1], present[:, ::-1]
+    tokens, mask = _padded([ids[::-1] for ids in rows], length, chat.pad)
+    return tokens[:, ::-1], mask[:, ::-1]
 
 
 def completion_rows(
@@ -52,9 +52,9 @@ def completion_rows(
     """Token ids of B answers with their stop tokens, int32 [B, T], and which are there, bool.
 
     Raises:
-      ValueError: one is longer than T, the length; or see `ChatTokenizer.answer`.
+      ValueError: one is longer than T, the length; or see `ChatTokenizer.encode_completion`.
     """
-    rows = [chat.answer(text) for text in answers]
+    rows = [chat.encode_completion(text) for text in answers]
     for text, ids in zip(answers, rows, strict=True):
         if len(ids) > length:
             raise ValueError(
@@ -203,30 +203,30 @@ class Scorer:
         self._told: set[tuple[str, str]] = set()
 
     def __call__(
-        self, records: Records, batch: Batch, answers: Completions, *, allow_none: bool = False
+        self, records: Records, batch: Batch, completions: Completions, *, allow_none: bool = False
     ) -> Scored:
         """Texts and rewards [B, G] of answers [B, G, T] to the questions of a batch.
 
         Raises:
           NoRewards: not a single answer has one, and that is not allowed.
         """
-        tokens, present, finished = jax.device_get(
-            (answers.tokens, answers.present, answers.finished)
+        tokens, mask, finished = jax.device_get(
+            (completions.tokens, completions.mask, completions.finished)
         )
-        completions = [
-            [self._chat.decode(row[there]) for row, there in zip(*group, strict=True)]
-            for group in zip(tokens, present, strict=True)
+        texts = [
+            [self._chat.decode(row[kept]) for row, kept in zip(*group, strict=True)]
+            for group in zip(tokens, mask, strict=True)
         ]
         rewards = self._pool(
             batch.prompts,
-            completions,
+            texts,
             batch.answers,
             batch.columns,
             finished,
             allow_none=allow_none,
         )
         self._tell_all(rewards, records, batch)
-        return Scored(completions, rewards)
+        return Scored(texts, rewards)
 
     def rehearse(self, records: Records) -> None:
         """Scores the records' own answers, to find before compiling that no function works.

@@ -33,7 +33,7 @@ from mmrl_jax.config.options import (
 )
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import partition
-from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners.optimizers import OptimizerOptions
 from mmrl_jax.monitoring.loggers import LOGGERS
 from mmrl_jax.rollouts.unroll import PolicyFunction

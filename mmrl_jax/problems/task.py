@@ -23,8 +23,8 @@ from mmrl_jax.config.options import (
 )
 from mmrl_jax.config.schema import is_group
 from mmrl_jax.distributed import mesh as mesh_lib
-from mmrl_jax.evaluation.questions import (
-    QuestionEvaluator,
+from mmrl_jax.evaluation.prompts import (
+    PromptEvaluator,
     Sample,
     describe,
     describe_levels,
@@ -38,7 +38,7 @@ from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import Prompt, Task
+from mmrl_jax.tasks.prompts import Prompt, Task
 from mmrl_jax.training.stage import Carry
 from mmrl_jax.types import Params
 
@@ -208,7 +208,7 @@ class TaskProblem(TokenProblem):
         super().__init__(config, model, "eval/train/accuracy")
         self.check_sizes(
             *(
-                token_problem.check_groups(config, name, model.policy.length)
+                token_problem.check_groups(config, name, model.policy.max_new_tokens)
                 for name in config.stages
                 if name not in labelled
             )
@@ -254,16 +254,16 @@ class TaskProblem(TokenProblem):
                 prompts = prompts._replace(images=jnp.roll(prompts.images, 1, axis=0))
             # Each device completes its part.
             prompts = mesh_lib.constrain_batch(prompts, mesh=self.mesh)
-            completions = policy.answer(
+            completions = policy.generate(
                 carry.learner.params,
                 constants.frozen,
                 prompts,
                 sample_key,
-                group=r.num_completions,
+                num_completions=r.num_completions,
                 sampling=Sampling(temperature=temperature),
             )
             score = texts.score(
-                prompts, completions.tokens, completions.present, penalty=r.format_penalty
+                prompts, completions.tokens, completions.mask, penalty=r.format_penalty
             )
             scored = token_problem.shape_rewards(
                 ScoredCompletions.single_turn(
@@ -274,7 +274,7 @@ class TaskProblem(TokenProblem):
             batch = grpo.dynamic_sampling(scored, r.prompts_per_update)
             metrics = grpo.describe(scored) | {
                 "completion/correct": jnp.mean(score.correct),
-                "completion/invalid_fraction": jnp.mean(score.malformed),
+                "completion/invalid_fraction": jnp.mean(score.invalid),
             }
             return Collected(None, batch, learn_key, metrics)
 
@@ -285,26 +285,26 @@ class TaskProblem(TokenProblem):
             console=("completion/correct", "completion/invalid_fraction"),
         )
 
-    def evaluator(self, rng: jax.Array, *, prompts: int) -> QuestionEvaluator:
+    def evaluator(self, rng: jax.Array, *, prompts: int) -> PromptEvaluator:
         """Returns an evaluator of the greedy completions of variables of the whole model."""
 
         def complete(
             variables: Params, prompt: Prompt, rng: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            completions = self.model.policy.answer(
+            completions = self.model.policy.generate(
                 *lora.split(variables, ".*"),
                 prompt,
                 rng,
-                group=1,
+                num_completions=1,
                 sampling=Sampling(temperature=0.0),
             )
-            return completions.tokens, completions.present
+            return completions.tokens, completions.mask
 
-        return QuestionEvaluator(
+        return PromptEvaluator(
             self.task,
             complete,
             rng,
-            questions=prompts,
+            num_prompts=prompts,
             mesh=self.mesh,
             together=self.evaluated_together(),
         )
@@ -314,21 +314,21 @@ class TaskProblem(TokenProblem):
     ) -> Callable[[Params, str], dict[str, float]]:
         """See `problem.Problem`.
 
-        The metrics are those of `questions.describe`, the same with shuffled images as
-        'shuffled_image/accuracy', and with several levels those of `questions.describe_levels`.
+        The metrics are those of `prompts.describe`, the same with shuffled images as
+        'shuffled_image/accuracy', and with several levels those of `prompts.describe_levels`.
         """
         count = episodes or self.config.run.eval_episodes
         return self._measure(self.evaluator(stream(self.config, problem.EVALUATION), prompts=count))
 
-    def _measure(self, evaluator: QuestionEvaluator) -> Callable[[Params, str], dict[str, float]]:
+    def _measure(self, evaluator: PromptEvaluator) -> Callable[[Params, str], dict[str, float]]:
         levels = tuple(self.config.task.get("levels", ()))
 
         def measure(variables: Params, split: str) -> dict[str, float]:
             shuffled = describe(evaluator(variables, split, shuffle_images=True).score)
-            answered = evaluator(variables, split)
-            described = describe(answered.score)
+            evaluated = evaluator(variables, split)
+            described = describe(evaluated.score)
             described |= {"shuffled_image/accuracy": shuffled["accuracy"]}
-            return described | (describe_levels(answered, levels) if len(levels) > 1 else {})
+            return described | (describe_levels(evaluated, levels) if len(levels) > 1 else {})
 
         return measure
 

@@ -13,7 +13,7 @@ from mmrl_jax import envs
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, option, options_of
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
-from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners import registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState, agent_policy
 from mmrl_jax.models import lora
@@ -151,8 +151,8 @@ class TextAgent(TokenProblem):
         env, interface, episodes = self.env, self.interface, self.config[name].episodes
 
         def expert(state: State, rng: jax.Array) -> ActorOutput:
-            written = interface.write(env.expert(state, rng))
-            action, _ = interface.read(*written)
+            written = interface.encode_actions(env.expert(state, rng))
+            action, _ = interface.decode_actions(*written)
             return deterministic_output(action)._replace(action=written)
 
         @jax.jit
@@ -160,7 +160,7 @@ class TextAgent(TokenProblem):
             reset_key, rng = jax.random.split(rng)
             state = env.reset(jax.random.split(reset_key, episodes))
             _, batch = unroll(env, state, expert, rng, env.episode_length)
-            turns = (jax.vmap(interface.ask)(batch.observation), *batch.action)
+            turns = (jax.vmap(interface.make_prompts)(batch.observation), *batch.action)
             return turns, batch.valid
 
         turns, valid = record(stream(self.config, problem.DATA))
@@ -185,13 +185,15 @@ class TextAgent(TokenProblem):
             )
             env_state, batch = unroll(env, carry.env_state, policy, act_key, r.unroll_length)
             completions: Any = batch.action
-            invalid = interface.read(completions.tokens, completions.present)[1].astype(jnp.float32)
+            invalid = interface.decode_actions(completions.tokens, completions.mask)[1].astype(
+                jnp.float32
+            )
             experience = ScoredCompletions.turns(
                 batch.replace(
-                    observation=jax.vmap(interface.ask)(batch.observation),
+                    observation=jax.vmap(interface.make_prompts)(batch.observation),
                     reward=batch.reward - r.format_penalty * invalid,
                 ),
-                interface.ask(env_state.obs),
+                interface.make_prompts(env_state.obs),
             )
             metrics = control.rollout_metrics(batch) | {
                 "completion/invalid_fraction": losses.masked_mean(invalid, batch.valid),

@@ -30,7 +30,7 @@ from mmrl_jax.problems.control_models import (
     check_patches,
     with_adapters,
 )
-from mmrl_jax.tasks.question import Texts, Tokenizer, WordTokenizer
+from mmrl_jax.tasks.prompts import Texts, Tokenizer, WordTokenizer
 from mmrl_jax.training import fingerprints
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.types import Params
@@ -255,9 +255,9 @@ def make_model(
       ValueError: See `vlm.check_counts`.
     """
     tokenizer = texts.tokenizer
-    ends = texts.length, tokenizer.stops, tokenizer.pad
+    ends = texts.max_answer_length, tokenizer.stops, tokenizer.pad
     if isinstance(spec, VLMSpec):
-        policy = TokenPolicy(spec.model, *ends, spec.pictures, spec.positions)
+        policy = TokenPolicy(spec.model, *ends, spec.preprocess_images, spec.positions)
     else:
         policy = TokenPolicy(_with_patches(m, spec, tokenizer), *ends)
     mask = np.ones((len(texts.prompts), image_tokens(m, spec, size)), bool)
@@ -333,7 +333,7 @@ def init_variables(
       ValueError: model.lora.pattern matches no layer.
     """
     policy, nothing = model.policy, jnp.zeros(1, jnp.int32)
-    prompt = model.texts.ask(jnp.zeros((1, *model.size, 3), jnp.uint8), *[nothing] * 4)
+    prompt = model.texts.make_prompts(jnp.zeros((1, *model.size, 3), jnp.uint8), *[nothing] * 4)
     params = policy.model.init(key, *policy.inputs(prompt))["params"]
     variables = with_adapters(params, m.lora, jax.random.fold_in(key, 1))
     if value_head:

@@ -129,7 +129,7 @@ def shape_rewards(experience: ScoredCompletions, overlong_buffer: int | None) ->
     """Adds to rewards what is penalized in the form of the completions, not in their content."""
     if overlong_buffer is None:
         return experience
-    mask = experience.completions.present
+    mask = experience.completions.mask
     penalty = soft_overlong_penalty(
         jnp.sum(mask, axis=-1), max_length=mask.shape[-1], buffer=overlong_buffer
     )

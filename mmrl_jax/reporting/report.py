@@ -19,7 +19,7 @@ from etils import epath
 import numpy as np
 
 from mmrl_jax import workdir as workdir_lib
-from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.reporting.videos import file_path, saved
 
@@ -291,10 +291,10 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{}</td></tr>"
         "".format(
             _png(sample.image),
-            html.escape(sample.question),
-            html.escape(sample.right),
+            html.escape(sample.prompt),
+            html.escape(sample.answer),
             {True: "right", False: "wrong", None: ""}[sample.correct],
-            html.escape(sample.answer) or "(nothing)",
+            html.escape(sample.completion) or "(nothing)",
             f"{sample.reward:.2f}" if math.isfinite(sample.reward) else "none",
         )
         for sample in samples

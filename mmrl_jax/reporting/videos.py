@@ -42,9 +42,9 @@ def captioned(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     if len(captions) != len(frames):
         raise ValueError(f"{len(captions)} captions for {len(frames)} frames: give one for each.")
     factor = max(1, math.ceil(_TILE_PIXELS / min(frames.shape[1:3])))
-    pictures = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    bars = _caption_bars(captions, width=pictures.shape[2])
-    whole = np.concatenate([pictures, bars], axis=1)
+    images = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    bars = _caption_bars(captions, width=images.shape[2])
+    whole = np.concatenate([images, bars], axis=1)
     height, width = whole.shape[1:3]
     return _padded(whole, height + height % 2, width + width % 2)
 
@@ -131,8 +131,8 @@ def episode_strip(
         raise ValueError(f"count is {count}, but must be at least 1.")
     chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
     factor = max(1, math.ceil(_TILE_PIXELS / min(frames.shape[1:3])))
-    pictures = frames[chosen].repeat(factor, axis=1).repeat(factor, axis=2)
-    row = tiled(pictures[:, None], columns=len(chosen))[0]
+    images = frames[chosen].repeat(factor, axis=1).repeat(factor, axis=2)
+    row = tiled(images[:, None], columns=len(chosen))[0]
     bar = _caption_bars([caption], width=row.shape[1])[0]
     strip = np.concatenate([row, bar])
 
@@ -226,10 +226,10 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
 def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
     from PIL import Image
 
-    pictures = [Image.fromarray(frame) for frame in frames]
+    images = [Image.fromarray(frame) for frame in frames]
     # GIF counts in hundredths of a second, and players slow down below two of them.
     duration_ms = max(20, round(100 / fps) * 10)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0)
 
 
 def _check_frames(frames: np.ndarray, *, axes: str) -> None:

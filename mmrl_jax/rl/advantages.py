@@ -69,7 +69,7 @@ def token_advantages(
     reward: jax.Array,
     value: jax.Array,
     last_value: jax.Array,
-    present: jax.Array,
+    mask: jax.Array,
     terminated: jax.Array,
     truncated: jax.Array,
     discount: float,
@@ -85,7 +85,7 @@ def token_advantages(
       reward: float32 [T, B], of the turns.
       value: float32 [T, B, L], estimates before each token.
       last_value: float32 [B], before the first token of the turn after the last one.
-      present: bool [T, B, L], the tokens that are there; at least the first of every turn.
+      mask: bool [T, B, L], the tokens that are there; at least the first of every turn.
       terminated: float32 [T, B], 1 where the turn ended the task.
       truncated: float32 [T, B], 1 where a limit cut the episode after the turn.
       discount: of a turn, in [0, 1].
@@ -95,8 +95,8 @@ def token_advantages(
       advantages float32 [T, B, L], and the value targets A + v, float32 [T, B, L]; what stands
       where no token is has no meaning.
     """
-    follows = jnp.concatenate([present[..., 1:], jnp.zeros_like(present[..., :1])], axis=-1)
-    last = present & ~follows
+    follows = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], axis=-1)
+    last = mask & ~follows
 
     def in_order(x: jax.Array) -> jax.Array:
         """[T, B, L] to [T * L, B]."""
@@ -118,7 +118,7 @@ def token_advantages(
         step,
         (jnp.zeros_like(last_value), last_value),
         (
-            in_order(present),
+            in_order(mask),
             in_order(value),
             at_last(reward),
             at_last(terminated),
@@ -164,8 +164,8 @@ def return_advantages(
       float32 [T, B].
     """
     next_value = jnp.concatenate([target[1:], last_value[None]])
-    value_behind = jnp.concatenate([value[1:], last_value[None]])
-    next_value = jnp.where(truncated > 0, value_behind, next_value)
+    following_value = jnp.concatenate([value[1:], last_value[None]])
+    next_value = jnp.where(truncated > 0, following_value, next_value)
     return reward + discount * jnp.where(terminated > 0, 0.0, next_value) - value
 
 

@@ -36,14 +36,14 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, good, wanted in (
+        for name, valid, requirement in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
         ):
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}.")
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {requirement}.")
 
 
 class EmbeddedPrompt(NamedTuple):
@@ -51,17 +51,17 @@ class EmbeddedPrompt(NamedTuple):
 
     Attributes:
       x: float [B, S, D], embeddings with image features in place.
-      present: bool [B, S], False for padding, on either side.
+      mask: bool [B, S], False for padding, on either side.
       positions: int32 [B, S], or [B, A, S].
-      mask: bool [B, S, S], who reads whom.
+      attention_mask: bool [B, S, S], who reads whom.
       added: float [B, S, D] each, see `VisionFeatures.deep`.
       ahead: bool [B, S, S], see `VisionLanguageModel.ahead`; or None.
     """
 
     x: jax.Array
-    present: jax.Array
-    positions: jax.Array
     mask: jax.Array
+    positions: jax.Array
+    attention_mask: jax.Array
     added: tuple[jax.Array, ...] = ()
     ahead: jax.Array | None = None
 
@@ -73,42 +73,42 @@ class Completions(NamedTuple):
       tokens: int32 [B, G, T]; behind a stop token, which is the last of an answer, there is `pad`.
       log_probs: float32 [B, G, T], of these tokens at the sampling's temperature (1 where that is
         0), before top-k, top-p and min-p; 0 where there is none.
-      present: bool [B, G, T], the tokens of the answers, a stop token among them.
+      mask: bool [B, G, T], the tokens of the answers, a stop token among them.
       finished: bool [B, G], whether an answer ended with a stop token; one that has not was
         truncated at T tokens.
     """
 
     tokens: jax.Array
     log_probs: jax.Array
-    present: jax.Array
+    mask: jax.Array
     finished: jax.Array
 
 
 def text_prompt(
-    model: LanguageModel, variables: Variables, tokens: jax.Array, present: jax.Array
+    model: LanguageModel, variables: Variables, tokens: jax.Array, mask: jax.Array
 ) -> EmbeddedPrompt:
     """The prompt of token ids int32 [B, S], of which bool [B, S] tells padding."""
     apply: Callable[..., Any] = model.apply
     x = apply(variables, tokens, method="embed")
-    positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
-    return EmbeddedPrompt(x, present, positions, causal_mask(present))
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    return EmbeddedPrompt(x, mask, positions, causal_mask(mask))
 
 
 def image_prompt(
     model: VisionLanguageModel,
     variables: Variables,
     tokens: jax.Array,
-    present: jax.Array,
+    mask: jax.Array,
     images: Any,
     positions: jax.Array | None = None,
 ) -> EmbeddedPrompt:
     """The prompt of token ids and images, as `VisionLanguageModel` takes them."""
     if positions is None:
-        positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
     x, added = apply(tokens, apply(images, method="encode"), method="embed")
-    mask, ahead = (apply(tokens, present, method=name) for name in ("mask", "ahead"))
-    return EmbeddedPrompt(x, present, positions, mask, added, ahead)
+    attention_mask, ahead = (apply(tokens, mask, method=name) for name in ("mask", "ahead"))
+    return EmbeddedPrompt(x, mask, positions, attention_mask, added, ahead)
 
 
 def language(
@@ -165,60 +165,69 @@ class Prefill(NamedTuple):
     Attributes:
       features: float32 [B, D], of the last token that is present.
       prefix: keys and values of all layers, shared by the answers.
-      present: bool [B * G, S], of the prompt.
-      place: int32 [B * G, S + T], positions of the prompt and of what follows it.
+      prompt_mask: bool [B * G, S], of the prompt.
+      key_positions: int32 [B * G, S + T], positions of the prompt and of what follows it.
       axes: () or (A,), those of the prompt's positions.
     """
 
     features: jax.Array
     prefix: Any
-    present: jax.Array
-    place: jax.Array
+    prompt_mask: jax.Array
+    key_positions: jax.Array
     axes: tuple[int, ...]
 
-    def positions(self, slot: jax.Array, count: int) -> jax.Array:
+    def query_positions(self, slot: jax.Array, count: int) -> jax.Array:
         """Of the `count` tokens from a slot of the answers on, [B * G, count] or with axes."""
-        first = self.present.shape[1] + slot
-        positions = jax.lax.dynamic_slice_in_dim(self.place, first, count, axis=1)
+        first = self.prompt_mask.shape[1] + slot
+        positions = jax.lax.dynamic_slice_in_dim(self.key_positions, first, count, axis=1)
         return jnp.repeat(positions[:, None], self.axes[0], axis=1) if self.axes else positions
 
     def cache(self, slots: int) -> Any:
         """An empty one, for the answers' own keys and values."""
-        samples = len(self.present)
+        samples = len(self.prompt_mask)
         return jax.tree.map(
             lambda x: jnp.zeros((samples, x.shape[1], slots, x.shape[3]), x.dtype), self.prefix
         )
 
 
 def prefill(
-    model: LanguageModel, variables: Variables, prompt: EmbeddedPrompt, *, group: int, length: int
+    model: LanguageModel,
+    variables: Variables,
+    prompt: EmbeddedPrompt,
+    *,
+    num_completions: int,
+    max_new_tokens: int,
 ) -> Prefill:
-    """Runs the model over prompts, for `group` answers of up to `length` tokens each."""
+    """Runs the model over prompts, for G completions of up to `max_new_tokens` tokens each."""
     apply: Callable[..., Any] = model.apply
     hidden, collections = apply(
         variables,
         prompt.x,
-        prompt.mask,
+        prompt.attention_mask,
         prompt.positions,
         prompt.added,
         prompt.ahead,
         method="hidden_states",
         mutable=["prefix"],
     )
-    last = prompt.present.shape[1] - 1 - jnp.argmax(prompt.present[:, ::-1], axis=1)
+    last = prompt.mask.shape[1] - 1 - jnp.argmax(prompt.mask[:, ::-1], axis=1)
     features = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     axes = prompt.positions.shape[1:-1]
-    place = prompt.positions.max(axis=1) if axes else prompt.positions
-    start = next_position(prompt.positions, prompt.present)
-    place = jnp.concatenate([place, start[:, None] + jnp.arange(length)], axis=1)
-    place, present = (jnp.repeat(x, group, axis=0) for x in (place, prompt.present))
-    return Prefill(features, collections["prefix"], present, place, axes)
+    key_positions = prompt.positions.max(axis=1) if axes else prompt.positions
+    start = next_position(prompt.positions, prompt.mask)
+    key_positions = jnp.concatenate(
+        [key_positions, start[:, None] + jnp.arange(max_new_tokens)], axis=1
+    )
+    key_positions, prompt_mask = (
+        jnp.repeat(x, num_completions, axis=0) for x in (key_positions, prompt.mask)
+    )
+    return Prefill(features, collections["prefix"], prompt_mask, key_positions, axes)
 
 
 class _Written(NamedTuple):
     tokens: jax.Array  # [B * G, T], see `Completions`, as those below.
     log_probs: jax.Array
-    present: jax.Array
+    mask: jax.Array
 
 
 class _State(NamedTuple):
@@ -235,8 +244,8 @@ def generate(
     prompt: EmbeddedPrompt,
     rng: jax.Array,
     *,
-    group: int,
-    length: int,
+    num_completions: int,
+    max_new_tokens: int,
     sampling: Sampling,
     stop: tuple[int, ...] = (),
     pad: int = 0,
@@ -250,17 +259,19 @@ def generate(
       variables: its variables; keys and values are kept in its dtype.
       prompt: of B samples.
       rng: PRNG key.
-      group: G, answers to each prompt; they share the pass over it and what is kept of it.
-      length: T, the most tokens of an answer.
+      num_completions: G, completions of each prompt, which share the pass over it.
+      max_new_tokens: T, the most tokens of an answer.
       sampling: how tokens are chosen.
       stop: token ids that end an answer.
       pad: what stands behind the end.
     """
-    batch = len(prompt.present)
-    samples = batch * group
+    batch = len(prompt.mask)
+    samples = batch * num_completions
     apply: Callable[..., Any] = model.apply
-    read = prefill(model, variables, prompt, group=group, length=length)
-    logits = jnp.repeat(apply(variables, read.features, method="logits"), group, axis=0)
+    read = prefill(
+        model, variables, prompt, num_completions=num_completions, max_new_tokens=max_new_tokens
+    )
+    logits = jnp.repeat(apply(variables, read.features, method="logits"), num_completions, axis=0)
 
     def write_token(state: _State, logits: jax.Array) -> _State:
         """Chooses the tokens of a step and writes them down."""
@@ -279,13 +290,13 @@ def generate(
     def decode_step(state: _State) -> _State:
         """Reads the last tokens and chooses the next ones."""
         slot = state.step - 1
-        own = jnp.broadcast_to(jnp.arange(length) <= slot, (samples, length))
+        own = jnp.broadcast_to(jnp.arange(max_new_tokens) <= slot, (samples, max_new_tokens))
         hidden, changed = apply(
             {**variables, "prefix": read.prefix, "cache": state.cache},
             apply(variables, state.token[:, None], method="embed"),
-            jnp.concatenate([read.present, own], axis=1)[:, None],
-            read.positions(slot, 1),
-            cache_position=CachePosition(slot, read.place),
+            jnp.concatenate([read.prompt_mask, own], axis=1)[:, None],
+            read.query_positions(slot, 1),
+            cache_position=CachePosition(slot, read.key_positions),
             method="hidden_states",
             mutable=["cache"],
         )
@@ -293,19 +304,21 @@ def generate(
         return write_token(state._replace(cache=changed["cache"]), logits)
 
     out = _Written(
-        tokens=jnp.full((samples, length), pad, jnp.int32),
-        log_probs=jnp.zeros((samples, length), jnp.float32),
-        present=jnp.zeros((samples, length), bool),
+        tokens=jnp.full((samples, max_new_tokens), pad, jnp.int32),
+        log_probs=jnp.zeros((samples, max_new_tokens), jnp.float32),
+        mask=jnp.zeros((samples, max_new_tokens), bool),
     )
     state = _State(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(samples, jnp.int32),
         running=jnp.ones(samples, bool),
-        cache=read.cache(length),
+        cache=read.cache(max_new_tokens),
         out=out,
     )
     state = jax.lax.while_loop(
-        lambda s: (s.step < length) & jnp.any(s.running), decode_step, write_token(state, logits)
+        lambda s: (s.step < max_new_tokens) & jnp.any(s.running),
+        decode_step,
+        write_token(state, logits),
     )
-    tokens, log_probs, present = (x.reshape(batch, group, length) for x in state.out)
-    return Completions(tokens, log_probs, present, ~state.running.reshape(batch, group))
+    tokens, log_probs, mask = (x.reshape(batch, num_completions, max_new_tokens) for x in state.out)
+    return Completions(tokens, log_probs, mask, ~state.running.reshape(batch, num_completions))

@@ -27,7 +27,7 @@ def completion_log_probs(
     variables: Variables,
     prompt: EmbeddedPrompt,
     tokens: jax.Array,
-    present: jax.Array,
+    mask: jax.Array,
     per_token: Callable[[jax.Array, jax.Array], Output],
     *,
     pack_rows: int | None = None,
@@ -39,7 +39,7 @@ def completion_log_probs(
       variables: its variables.
       prompt: of B samples.
       tokens: int32 [B, G, T].
-      present: bool [B, G, T]; an answer begins at its first place and has no holes.
+      mask: bool [B, G, T]; an answer begins at its first place and has no holes.
       per_token: features float32 [B, R, T, D] and tokens int32 [B, R, T] to a tree of [B, R, T].
       pack_rows: the answers to a question are packed, and those beyond the first so many rows go
         through a second pass, which is left out where there are none. None: each has its row.
@@ -47,26 +47,26 @@ def completion_log_probs(
     Returns:
       A tree of [B, G, T]; of padding 0 where answers are packed, else anything.
     """
-    read = prefill(model, variables, prompt, group=1, length=1)
+    read = prefill(model, variables, prompt, num_completions=1, max_new_tokens=1)
 
-    def of(rows: packing.Rows) -> Output:
+    def outputs(rows: packing.Rows) -> Output:
         return per_token(_features(model, variables, read, rows), rows.tokens)
 
     if pack_rows is None or pack_rows >= tokens.shape[1]:
-        return of(packing.padded(tokens, present))
-    rows, place = packing.pack(tokens, present)
+        return outputs(packing.padded(tokens, mask))
+    rows, slots = packing.pack(tokens, mask)
     first = jax.tree.map(lambda x: x[:, :pack_rows], rows)
     rest = jax.tree.map(lambda x: x[:, pack_rows:], rows)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, rest))
-    more = jax.lax.cond(jnp.any(rest.answer >= 0), of, lambda _: nothing, rest)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(outputs, rest))
+    second = jax.lax.cond(jnp.any(rest.segment_ids >= 0), outputs, lambda _: zeros, rest)
 
-    def back(x: jax.Array, y: jax.Array) -> jax.Array:
+    def unpack(x: jax.Array, y: jax.Array) -> jax.Array:
         flat = jnp.concatenate([x, y], axis=1).reshape(len(tokens), -1)
-        at = jnp.maximum(place, 0).reshape(len(tokens), -1)
-        gathered = jnp.take_along_axis(flat, at, axis=1)
-        return jnp.where(present, gathered.reshape(present.shape), 0)
+        indices = jnp.maximum(slots, 0).reshape(len(tokens), -1)
+        gathered = jnp.take_along_axis(flat, indices, axis=1)
+        return jnp.where(mask, gathered.reshape(mask.shape), 0)
 
-    return jax.tree.map(back, of(first), more)
+    return jax.tree.map(unpack, outputs(first), second)
 
 
 def _features(
@@ -82,24 +82,26 @@ def _features(
     if not slots:
         return jnp.broadcast_to(first, (batch, count, 1, first.shape[-1]))
     apply: Callable[..., Any] = model.apply
-    tokens, answer, offset = (x.reshape(samples, length)[:, :slots] for x in rows)
-    present, place = (jnp.repeat(x, count, axis=0) for x in (read.present, read.place))
-    place = jnp.concatenate([place[:, :-1], place[:, -1:] + offset], axis=1)
-    laid = read._replace(present=present, place=place)
+    tokens, segment_ids, offset = (x.reshape(samples, length)[:, :slots] for x in rows)
+    prompt_mask, positions = (
+        jnp.repeat(x, count, axis=0) for x in (read.prompt_mask, read.key_positions)
+    )
+    positions = jnp.concatenate([positions[:, :-1], positions[:, -1:] + offset], axis=1)
+    packed = read._replace(prompt_mask=prompt_mask, key_positions=positions)
     order = jnp.arange(slots)
-    own = (answer[:, :, None] == answer[:, None, :]) & (order <= order[:, None])
-    before = jnp.broadcast_to(present[:, None], (samples, slots, present.shape[1]))
+    own = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (order <= order[:, None])
+    before = jnp.broadcast_to(prompt_mask[:, None], (samples, slots, prompt_mask.shape[1]))
     rest, _ = apply(
-        {**variables, "prefix": read.prefix, "cache": laid.cache(slots)},
+        {**variables, "prefix": read.prefix, "cache": packed.cache(slots)},
         apply(variables, tokens, method="embed"),
         jnp.concatenate([before, own], axis=2),
-        laid.positions(jnp.zeros((), jnp.int32), slots),
-        cache_position=CachePosition(jnp.zeros((), jnp.int32), place),
+        packed.query_positions(jnp.zeros((), jnp.int32), slots),
+        cache_position=CachePosition(jnp.zeros((), jnp.int32), positions),
         method="hidden_states",
         mutable=["cache"],
     )
     rest = jnp.pad(rest.reshape(batch, count, slots, -1), ((0, 0), (0, 0), (1, 0), (0, 0)))
-    return jnp.where(rows.offset[..., None] == 0, first, rest)
+    return jnp.where(rows.positions[..., None] == 0, first, rest)
 
 
 def log_probs_from_features(

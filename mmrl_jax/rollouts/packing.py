@@ -18,63 +18,65 @@ class Rows(NamedTuple):
 
     Attributes:
       tokens: int32 [B, R, T]; anything where there is no answer.
-      answer: int32 [B, R, T], the number of the answer that a token is of; -1 where there is none.
-      offset: int32 [B, R, T], how many tokens of its answer stand before it.
+      segment_ids: int32 [B, R, T], the index in [0, G) of a token's completion; -1 for padding.
+      positions: int32 [B, R, T], how many tokens of its answer stand before it.
     """
 
     tokens: jax.Array
-    answer: jax.Array
-    offset: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
 
 
-def padded(tokens: jax.Array, present: jax.Array) -> Rows:
+def padded(tokens: jax.Array, mask: jax.Array) -> Rows:
     """A row for each of G answers, int32 [B, G, T], of which bool [B, G, T] tells padding."""
     _, group, length = tokens.shape
-    answer = jnp.where(present, jnp.arange(group)[:, None], -1)
-    return Rows(tokens, answer, jnp.broadcast_to(jnp.arange(length), tokens.shape))
+    segment_ids = jnp.where(mask, jnp.arange(group)[:, None], -1)
+    return Rows(tokens, segment_ids, jnp.broadcast_to(jnp.arange(length), tokens.shape))
 
 
-def places(present: jax.Array) -> jax.Array:
+def slots(mask: jax.Array) -> jax.Array:
     """Where each token of packed answers is among its question's G rows of T places.
 
     Args:
-      present: bool [B, G, T]; an answer begins at its first place and has no holes.
+      mask: bool [B, G, T]; an answer begins at its first place and has no holes.
 
     Returns:
       int32 [B, G, T], row * T + column, the rows from 0 on; -1 for padding.
     """
-    _, group, length = present.shape
+    _, group, length = mask.shape
 
-    def put(free: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def place_completion(free: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = jnp.argmax(free >= size)
         return free.at[row].add(-size), row * length + length - free[row]
 
     def first_fit(sizes: jax.Array) -> jax.Array:
         """Where each of answers of sizes [G] begins, int32 [G]."""
         order = jnp.argsort(-sizes)
-        _, begin = jax.lax.scan(put, jnp.full(group, length), sizes[order])
+        _, begin = jax.lax.scan(place_completion, jnp.full(group, length), sizes[order])
         return jnp.zeros_like(begin).at[order].set(begin)
 
-    begin = jax.vmap(first_fit)(jnp.sum(present, axis=2, dtype=jnp.int32))
-    return jnp.where(present, begin[..., None] + jnp.arange(length), -1)
+    begin = jax.vmap(first_fit)(jnp.sum(mask, axis=2, dtype=jnp.int32))
+    return jnp.where(mask, begin[..., None] + jnp.arange(length), -1)
 
 
-def rows_used(present: jax.Array) -> jax.Array:
+def rows_used(mask: jax.Array) -> jax.Array:
     """The most rows that the answers [B, G, T] to a question are packed into, int32 []."""
-    return jnp.max(places(present)) // present.shape[2] + 1
+    return jnp.max(slots(mask)) // mask.shape[2] + 1
 
 
-def pack(tokens: jax.Array, present: jax.Array) -> tuple[Rows, jax.Array]:
+def pack(tokens: jax.Array, mask: jax.Array) -> tuple[Rows, jax.Array]:
     """Answers int32 [B, G, T] in rows [B, G, T], of which the last may be empty; their places."""
-    place = places(present)
-    batch, nowhere = len(place), place[0].size
-    to = jnp.where(present, place, nowhere).reshape(batch, -1)
+    slot = slots(mask)
+    batch, nowhere = len(slot), slot[0].size
+    to = jnp.where(mask, slot, nowhere).reshape(batch, -1)
 
-    def lay(x: jax.Array, none: int) -> jax.Array:
-        laid = jax.vmap(lambda at, x: jnp.full_like(x, none).at[at].set(x, mode="drop"))(
+    def scatter(x: jax.Array, fill: int) -> jax.Array:
+        scattered = jax.vmap(lambda at, x: jnp.full_like(x, fill).at[at].set(x, mode="drop"))(
             to, x.reshape(batch, -1)
         )
-        return laid.reshape(x.shape)
+        return scattered.reshape(x.shape)
 
-    rows = padded(tokens, present)
-    return Rows(lay(rows.tokens, 0), lay(rows.answer, -1), lay(rows.offset, 0)), place
+    rows = padded(tokens, mask)
+    return Rows(
+        scatter(rows.tokens, 0), scatter(rows.segment_ids, -1), scatter(rows.positions, 0)
+    ), slot

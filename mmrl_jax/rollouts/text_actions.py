@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.envs.brax_api import Env
-from mmrl_jax.tasks.question import ABSENT, Prompt, Texts, Tokenizer, tokenize
+from mmrl_jax.tasks.prompts import ABSENT, Prompt, Texts, Tokenizer, tokenize
 from mmrl_jax.types import Observation
 
 
@@ -26,26 +26,26 @@ class TextActions:
     sentences: np.ndarray
     actions: np.ndarray
 
-    def ask(self, observation: Observation) -> Prompt:
+    def make_prompts(self, observation: Observation) -> Prompt:
         """The questions [B] that observations [B, ...] with pixels and an instruction are.
 
         What is right is not known: `answer` is ABSENT.
         """
-        given = observation["instruction"]["tokens"]
-        text = jnp.argmax(jnp.all(given[:, None] == self.sentences, axis=-1), axis=-1)
+        instruction = observation["instruction"]["tokens"]
+        text = jnp.argmax(jnp.all(instruction[:, None] == self.sentences, axis=-1), axis=-1)
         unknown, zeros = jnp.full(text.shape, ABSENT), jnp.zeros(text.shape, jnp.int32)
-        return self.texts.ask(observation["pixels"], text, unknown, zeros, zeros)
+        return self.texts.make_prompts(observation["pixels"], text, unknown, zeros, zeros)
 
-    def read(self, tokens: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def decode_actions(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the answers int32 [..., T], of which bool [..., T] tells what is there, do.
 
         Returns:
           Actions [..., A], and bool [...], which answers are none of the actions.
         """
-        given = self.texts.parse(tokens, present)
-        return jnp.asarray(self.actions)[jnp.maximum(given, 0)], given == ABSENT
+        parsed = self.texts.parse(tokens, mask)
+        return jnp.asarray(self.actions)[jnp.maximum(parsed, 0)], parsed == ABSENT
 
-    def write(self, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode_actions(self, action: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The texts of the actions nearest to [B, ...]: int32 [B, T], and what is there of it."""
         apart = (action[:, None] - jnp.asarray(self.actions)).astype(jnp.float32) ** 2
         nearest = jnp.argmin(apart.reshape(*apart.shape[:2], -1).sum(axis=-1), axis=1)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.tasks.question import Prompt, Texts, Tokenizer, tokenize
+from mmrl_jax.tasks.prompts import Prompt, Texts, Tokenizer, tokenize
 from mmrl_jax.tasks.scenes import COLORS, LEAST_RADIUS, SHAPES, Objects, draw
 
 KINDS = ("count", "exists", "colour", "shape", "compare", "relation")
@@ -178,7 +178,7 @@ class Shapes:
                 "the split out."
             )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
-        return self.texts.ask(*jax.vmap(functools.partial(self._one, split=split))(keys))
+        return self.texts.make_prompts(*jax.vmap(functools.partial(self._one, split=split))(keys))
 
     def restricted(self, seen: tuple[int, int]) -> "Shapes":
         """The same task with other counts in its training split.
@@ -202,18 +202,18 @@ class Shapes:
 
     def _one(self, rng: jax.Array, *, split: str) -> tuple[jax.Array, ...]:
         """Picture, text, answer, kind and level of one question."""
-        kind_key, question_key, place_key, draw_key = jax.random.split(rng, 4)
+        kind_key, prompt_key, place_key, draw_key = jax.random.split(rng, 4)
         chosen = self._asking(split)
         which = jax.random.randint(kind_key, (), 0, len(chosen))
         number = jax.random.randint(jax.random.fold_in(kind_key, 1), (), 0, len(self.levels))
         level = self._level(number)
         branches = [functools.partial(self._draw, kind=kind, split=split) for kind in chosen]
-        drawn = jax.lax.switch(which, branches, question_key, level)
+        drawn = jax.lax.switch(which, branches, prompt_key, level)
         places = self._places(place_key, drawn.number, split)
         order = jnp.argsort(places)  # Of each cell, which of the list lies there.
         pair = drawn.pairs[order]
         objects = Objects(pair % len(SHAPES), pair // len(SHAPES), order < drawn.number)
-        picture = draw(
+        image = draw(
             draw_key,
             objects,
             rows=self.rows,
@@ -228,7 +228,7 @@ class Shapes:
         first = np.cumsum([0] + [len(_texts(kind)) for kind in self.kinds])[numbers]
         is_relation = jnp.array([kind == "relation" for kind in chosen])[which]
         return (
-            picture,
+            image,
             jnp.asarray(first)[which] + drawn.text,
             jnp.where(is_relation, left, drawn.answer),
             jnp.asarray(numbers)[which],

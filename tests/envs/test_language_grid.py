@@ -102,34 +102,34 @@ def test_actions_are_written_and_read(name):
     env = envs.create(name, split="train", height=0, width=0, history=1)
     interface = text_actions(env, image_tokens=3)
     actions = jnp.asarray(interface.actions)
-    tokens, present = interface.write(actions)
-    again, malformed = interface.read(tokens, present)
+    tokens, mask = interface.encode_actions(actions)
+    again, invalid = interface.decode_actions(tokens, mask)
     np.testing.assert_array_equal(again, actions)
-    assert not malformed.any()
+    assert not invalid.any()
     words = [interface.texts.tokenizer.decode(row) for row in np.asarray(tokens)]
     assert words == list(env.actions_as_text) and words[0].startswith("stay")
     # What is no action does what the first one does, and is told.
-    action, malformed = interface.read(tokens[1:, ::-1], present[1:])
-    assert malformed.all() and (np.asarray(action) == np.asarray(actions[0])).all()
+    action, invalid = interface.decode_actions(tokens[1:, ::-1], mask[1:])
+    assert invalid.all() and (np.asarray(action) == np.asarray(actions[0])).all()
 
 
 def test_instructions_become_questions():
     env = envs.create("language_grid", split="train", height=16, width=16, history=1)
     state = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(2), 8))
     interface = text_actions(env, image_tokens=4)
-    question = interface.ask(state.obs)
+    prompts = interface.make_prompts(state.obs)
     tokenizer = interface.texts.tokenizer
     for i in range(8):
         caption = env.caption(jax.tree.map(lambda x, i=i: x[i], state))
-        assert tokenizer.decode(np.asarray(question.tokens[i])) == caption
-        assert int((question.tokens[i] == tokenizer.image).sum()) == 4
-    np.testing.assert_array_equal(question.images, state.obs["pixels"])
+        assert tokenizer.decode(np.asarray(prompts.tokens[i])) == caption
+        assert int((prompts.tokens[i] == tokenizer.image).sum()) == 4
+    np.testing.assert_array_equal(prompts.images, state.obs["pixels"])
 
 
 def test_a_nearest_action_stands_for_others():
     env = envs.create("language_reach", split="train", height=0, width=0, history=1)
     interface = text_actions(env, image_tokens=1)
-    tokens, _ = interface.write(jnp.array([[0.9, -0.2], [-0.6, 0.7]]))
+    tokens, _ = interface.encode_actions(jnp.array([[0.9, -0.2], [-0.6, 0.7]]))
     words = [interface.texts.tokenizer.decode(row) for row in np.asarray(tokens)]
     assert words == ["left stay", "right left"]
 

@@ -50,18 +50,18 @@ def test_questions_are_answered_in_chunks_and_shared_by_the_devices(monkeypatch)
         problem = problems.make(config)
         evaluator = problem.evaluator(jax.random.key(0), prompts=13)
         variables = problem.initial_variables()
-        calls, answer = [], evaluator._answer
+        calls, generate = [], evaluator._generate
 
-        def counted(variables, chunk, rng, answer=answer, calls=calls):
+        def counted(variables, chunk, rng, generate=generate, calls=calls):
             calls.append((variables, chunk, rng))
-            return answer(variables, chunk, rng)
+            return generate(variables, chunk, rng)
 
-        monkeypatch.setattr(evaluator, "_answer", counted)
+        monkeypatch.setattr(evaluator, "_generate", counted)
         found.append(evaluator(variables, "train", shuffle_images=True))
         # 13 at once; then twice one question a device, 3 of them to fill up.
         assert [len(chunk.images) for _, chunk, _ in calls] == ([13] if devices == 1 else [8, 8])
         assert len(calls[0][1].images.sharding.device_set) == devices
-        work.append(answer.lower(*calls[0]).compile().cost_analysis()["flops"])
+        work.append(generate.lower(*calls[0]).compile().cost_analysis()["flops"])
     jax.tree.map(np.testing.assert_array_equal, *found)
-    assert len(np.unique(found[0].question.images.reshape(13, -1), axis=0)) > 1
+    assert len(np.unique(found[0].prompts.images.reshape(13, -1), axis=0)) > 1
     assert work[1] < work[0] * 2 / 13

@@ -84,7 +84,7 @@ def of_logprobs(patch, _):
 
 def of_grpo(patch, tmp_path):
     small = tiny_llama(tmp_path / "model")
-    job = grpo.Job("tiny", small, questions=1, length=4)
+    job = grpo.Job("tiny", small, num_prompts=1, length=4)
     patch.setattr(grpo, "jobs", lambda directory: (job,))
     patch.setattr(grpo, "apart", grpo.peak)  # No process of its own, which starts for long.
 
@@ -94,7 +94,7 @@ def of_packing(patch, _):
     small = LanguageModel(64, 16, layers=1, block=block, ropes=(Rope(10_000.0, 8),))
     patch.setattr(packing, "MODEL", small)
     patch.setattr(packing, "VOCABULARY", 64)
-    patch.setattr(packing, "QUESTIONS", 1)
+    patch.setattr(packing, "NUM_PROMPTS", 1)
 
 
 def of_ppo_vs_brax(patch, _):

@@ -16,7 +16,7 @@ from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.log_probs import completion_log_probs, log_probs_from_features
 from tests import tiny
 from tests.learners.test_token_learners import MODEL as SEEING
-from tests.learners.test_token_learners import POLICY, jit, questions
+from tests.learners.test_token_learners import POLICY, jit, prompt_batch
 from tests.rollouts.test_generate import MODEL, VOCABULARY, prompts, variables
 from tests.rollouts.test_log_probs import UNTIED, shared
 
@@ -26,19 +26,19 @@ FITS = [[9, 4, 0, 4], [7, 2, 3, 6], [1, 1, 1, 1]]
 OVERFLOWS = [[9, 4, 0, 4], [7, 6, 5, 4], [1, 1, 1, 1]]
 
 
-def present(lengths, length=LENGTH):
+def completion_mask(lengths, length=LENGTH):
     return jnp.asarray(np.arange(length) < np.asarray(lengths)[..., None])
 
 
-def answers(length=LENGTH, shape=(3, 4), vocabulary=VOCABULARY):
+def completions(length=LENGTH, shape=(3, 4), vocabulary=VOCABULARY):
     return jnp.asarray(np.random.default_rng(1).integers(1, vocabulary, (*shape, length)))
 
 
 def test_first_fit_by_hand():
     # Falling lengths: 3 opens row 0, both 2s fill row 1, and 1 fits behind the 3.
-    there = present([[1, 2, 3, 2], [4, 0, 4, 4]], 4)
+    mask = completion_mask([[1, 2, 3, 2], [4, 0, 4, 4]], 4)
     tokens = 10 * (1 + jnp.arange(4))[:, None] + jnp.arange(4) + jnp.zeros((2, 1, 1), jnp.int32)
-    rows, place = packing.pack(tokens, there)
+    rows, slots = packing.pack(tokens, mask)
     np.testing.assert_array_equal(
         rows.tokens,
         [
@@ -46,13 +46,15 @@ def test_first_fit_by_hand():
             [[10, 11, 12, 13], [30, 31, 32, 33], [40, 41, 42, 43], [0] * 4],
         ],
     )
-    np.testing.assert_array_equal(rows.answer[0], [[2, 2, 2, 0], [1, 1, 3, 3], [-1] * 4, [-1] * 4])
-    np.testing.assert_array_equal(rows.offset[0, :2], [[0, 1, 2, 0], [0, 1, 0, 1]])
     np.testing.assert_array_equal(
-        place[0], [[3, -1, -1, -1], [4, 5, -1, -1], [0, 1, 2, -1], [6, 7, -1, -1]]
+        rows.segment_ids[0], [[2, 2, 2, 0], [1, 1, 3, 3], [-1] * 4, [-1] * 4]
     )
-    assert [int(packing.rows_used(x[None])) for x in there] == [2, 3]
-    assert int(packing.rows_used(there)) == 3 and int(packing.rows_used(there & False)) == 0
+    np.testing.assert_array_equal(rows.positions[0, :2], [[0, 1, 2, 0], [0, 1, 0, 1]])
+    np.testing.assert_array_equal(
+        slots[0], [[3, -1, -1, -1], [4, 5, -1, -1], [0, 1, 2, -1], [6, 7, -1, -1]]
+    )
+    assert [int(packing.rows_used(x[None])) for x in mask] == [2, 3]
+    assert int(packing.rows_used(mask)) == 3 and int(packing.rows_used(mask & False)) == 0
 
 
 @functools.cache
@@ -60,21 +62,21 @@ def scored(pack_rows):
     """(presence) -> scores of a windowed model, and the gradient of some weighting of them."""
     weight = jax.random.normal(jax.random.key(2), (2, 3, 4, LENGTH))
 
-    def loss(variables, there):
-        found = shared(MODEL, variables, *prompts(), answers(), there, pack_rows)
-        found = jax.tree.map(lambda x: jnp.where(there, x, 0), found)
+    def loss(variables, mask):
+        found = shared(MODEL, variables, *prompts(), completions(), mask, pack_rows)
+        found = jax.tree.map(lambda x: jnp.where(mask, x, 0), found)
         return jnp.sum(weight[0] * found.log_prob + weight[1] * found.entropy), found
 
     with jax.default_matmul_precision("highest"):
         gradient = jit(jax.grad(loss, has_aux=True))
-        return gradient.lower(variables(), present(FITS)).compile()
+        return gradient.lower(variables(), completion_mask(FITS)).compile()
 
 
 @pytest.mark.parametrize("lengths", [FITS, OVERFLOWS], ids=["fit", "do not fit"])
 def test_packed_equals_padded(lengths):
-    there = present(lengths)
-    assert int(packing.rows_used(there)) == (2 if lengths is FITS else 3)
-    ours, full = (scored(rows)(variables(), there) for rows in (2, None))
+    mask = completion_mask(lengths)
+    assert int(packing.rows_used(mask)) == (2 if lengths is FITS else 3)
+    ours, full = (scored(rows)(variables(), mask) for rows in (2, None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours[1], full[1])
     assert float(jnp.abs(ours[1].log_prob[0, 1, :4]).min()) > 0
 
@@ -86,23 +88,23 @@ def test_packed_equals_padded(lengths):
 
 
 def test_values_and_pictures():
-    asked = questions()
-    drawn = SEEING.init(jax.random.key(1), asked.tokens, asked.present, asked.images)
+    asked = prompt_batch()
+    drawn = SEEING.init(jax.random.key(1), asked.tokens, asked.mask, asked.images)
     drawn = token_learner.with_value_head(jax.random.key(2), drawn, SEEING.language.width)
     # The head is drawn near 0.
     drawn["value"] = jax.tree.map(
         lambda x: x + 0.1 * jnp.arange(x.size).reshape(x.shape), drawn["value"]
     )
     params, frozen = split(drawn, ".*")
-    tokens = answers(3, (4, 3), SEEING.language.vocabulary)
-    there = present([[3, 2, 1], [1, 1, 1], [2, 0, 1], [0, 0, 3]], 3)
+    tokens = completions(3, (4, 3), SEEING.language.vocabulary)
+    mask = completion_mask([[3, 2, 1], [1, 1, 1], [2, 0, 1], [0, 0, 3]], 3)
 
     def both(params, pack_rows):
         policy = dataclasses.replace(POLICY, pack_rows=pack_rows)
         found, value = policy.log_probs_and_values(
-            params, frozen, asked, tokens, there, temperature=0.7
+            params, frozen, asked, tokens, mask, temperature=0.7
         )
-        return jnp.where(there, found.log_prob, 0), jnp.where(there, value, 0)
+        return jnp.where(mask, found.log_prob, 0), jnp.where(mask, value, 0)
 
     def gradient(pack_rows):
         def loss(params):
@@ -125,14 +127,14 @@ def test_no_answer_reads_another_one():
     """By the gradient to the embeddings of tokens, of which each answer has its own."""
     prompt = jnp.arange(1, 4)[None]
     tokens = 4 + jnp.arange(15).reshape(1, 3, 5)
-    there = present([[5, 3, 2]], 5)
+    mask = completion_mask([[5, 3, 2]], 5)
     drawn = UNTIED.init(jax.random.key(0), prompt, prompt > 0)
 
     @jit
     def gradient(drawn, which):
         def log_prob(drawn):
-            found = shared(UNTIED, drawn, prompt, prompt > 0, tokens, there, 2)
-            return jnp.sum(jnp.where(there, found.log_prob, 0)[0, which])
+            found = shared(UNTIED, drawn, prompt, prompt > 0, tokens, mask, 2)
+            return jnp.sum(jnp.where(mask, found.log_prob, 0)[0, which])
 
         return jnp.abs(jax.grad(log_prob)(drawn)["params"]["table"]).sum(axis=1)
 
@@ -147,7 +149,7 @@ def test_the_second_pass_is_left_out_where_all_fit():
     passes = []
 
     @jit
-    def log_probs(there):
+    def log_probs(mask):
         prompt = gen.text_prompt(MODEL, variables(), *prompts())
 
         def score(features, tokens):
@@ -155,12 +157,12 @@ def test_the_second_pass_is_left_out_where_all_fit():
             return log_probs_from_features(MODEL, variables(), features, tokens).log_prob
 
         return completion_log_probs(
-            MODEL, variables(), prompt, answers(), there, score, pack_rows=2
+            MODEL, variables(), prompt, completions(), mask, score, pack_rows=2
         )
 
     for lengths, passed in ((FITS, 1), (OVERFLOWS, 2)):
         passes.clear()
-        jax.block_until_ready(log_probs(present(lengths)))
+        jax.block_until_ready(log_probs(completion_mask(lengths)))
         jax.effects_barrier()
         assert passes == [2] * passed  # Rows of each.
 

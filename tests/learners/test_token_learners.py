@@ -26,7 +26,7 @@ from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rl.token_losses import PRESETS, TokenLoss
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import WordTokenizer
+from mmrl_jax.tasks.prompts import WordTokenizer
 from mmrl_jax.types import Transition
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -50,7 +50,11 @@ MODEL = VisionLanguageModel(
     image_token=WordTokenizer.image,
 )
 POLICY = token_learner.TokenPolicy(
-    MODEL, length=TASK.texts.length, stop=WordTokenizer.stops, pad=WordTokenizer.pad, tile=16
+    MODEL,
+    max_new_tokens=TASK.texts.max_answer_length,
+    stop=WordTokenizer.stops,
+    pad=WordTokenizer.pad,
+    tile=16,
 )
 OPTIMIZER = optax.sgd(0.1)
 
@@ -75,14 +79,14 @@ PLAIN = Centered()
 
 
 @functools.cache
-def questions(count=4):
+def prompt_batch(count=4):
     return TASK.sample(jax.random.key(0), count, "train")
 
 
 @functools.cache
 def learner(trained=".*", reference=False):
-    asked = questions()
-    variables = MODEL.init(jax.random.key(1), asked.tokens, asked.present, asked.images)
+    asked = prompt_batch()
+    variables = MODEL.init(jax.random.key(1), asked.tokens, asked.mask, asked.images)
     params, frozen = split(variables, trained)
     state = token_learner.init(params, optimizer=OPTIMIZER, with_reference=reference)
     return state, frozen
@@ -92,11 +96,11 @@ def learner(trained=".*", reference=False):
 def experience():
     """Three completions of each of four prompts, in one turn, with random rewards."""
     state, frozen = learner()
-    answers = jit(functools.partial(POLICY.answer, group=3, sampling=Sampling()))(
-        state.params, frozen, questions(), jax.random.key(2)
+    completions = jit(functools.partial(POLICY.generate, num_completions=3, sampling=Sampling()))(
+        state.params, frozen, prompt_batch(), jax.random.key(2)
     )
     reward = jax.random.normal(jax.random.key(3), (4, 3))
-    return ScoredCompletions.single_turn(questions(), answers, reward, jnp.ones((4, 3)))
+    return ScoredCompletions.single_turn(prompt_batch(), completions, reward, jnp.ones((4, 3)))
 
 
 def update(options, state=None, frozen=None, given=None):
@@ -118,10 +122,10 @@ def test_one_step_is_reinforce_written_out():
     given = experience()
     new, metrics = update(PLAIN)
     advantage = given.reward[0] - given.reward[0].mean(axis=1, keepdims=True)
-    tokens, mask = given.completions.tokens[0], given.completions.present[0]
+    tokens, mask = given.completions.tokens[0], given.completions.mask[0]
 
     def loss(params):
-        policy = POLICY.log_probs(params, frozen, questions(), tokens, mask, temperature=1.0)
+        policy = POLICY.log_probs(params, frozen, prompt_batch(), tokens, mask, temperature=1.0)
         return -jnp.sum(mask * policy.log_prob * advantage[..., None]) / mask.sum()
 
     gradient = jit(jax.grad(loss))(state.params)
@@ -157,11 +161,11 @@ def test_what_is_worked_out_in_parts_comes_back_in_order():
 def test_two_devices_learn_what_one_does_and_no_answer_moves():
     state, frozen = learner()
     asked = TASK.sample(jax.random.key(0), 8, "train")
-    answers = jit(functools.partial(POLICY.answer, group=3, sampling=Sampling()))(
+    completions = jit(functools.partial(POLICY.generate, num_completions=3, sampling=Sampling()))(
         state.params, frozen, asked, jax.random.key(2)
     )
     given = ScoredCompletions.single_turn(
-        asked, answers, jax.random.normal(jax.random.key(3), (8, 3)), jnp.ones((8, 3))
+        asked, completions, jax.random.normal(jax.random.key(3), (8, 3)), jnp.ones((8, 3))
     )
     options = dataclasses.replace(PLAIN, num_epochs=2, num_minibatches=2, grad_accum_steps=2)
 
@@ -190,27 +194,27 @@ def test_two_devices_learn_what_one_does_and_no_answer_moves():
 
 
 def test_a_model_without_vision_learns_from_text():
-    asked = questions()._replace(images=None)
-    variables = MODEL.language.init(jax.random.key(1), asked.tokens, asked.present)
+    asked = prompt_batch()._replace(images=None)
+    variables = MODEL.language.init(jax.random.key(1), asked.tokens, asked.mask)
     policy = dataclasses.replace(POLICY, model=MODEL.language)
     state = token_learner.init(variables, optimizer=OPTIMIZER, with_reference=False)
     frozen = jax.tree.map(lambda _: None, variables)
-    answers = jit(functools.partial(policy.answer, group=3, sampling=Sampling()))(
+    completions = jit(functools.partial(policy.generate, num_completions=3, sampling=Sampling()))(
         state.params, frozen, asked, jax.random.key(2)
     )
     rows = jnp.repeat(asked.tokens, 3, axis=0)
-    there = jnp.repeat(asked.present, 3, axis=0)
-    rows = jnp.concatenate([rows, answers.tokens.reshape(12, -1)], axis=1)
-    there = jnp.concatenate([there, answers.present.reshape(12, -1)], axis=1)
-    logits = MODEL.language.apply(variables, rows, there)[:, -POLICY.length - 1 : -1]
+    row_mask = jnp.repeat(asked.mask, 3, axis=0)
+    rows = jnp.concatenate([rows, completions.tokens.reshape(12, -1)], axis=1)
+    row_mask = jnp.concatenate([row_mask, completions.mask.reshape(12, -1)], axis=1)
+    logits = MODEL.language.apply(variables, rows, row_mask)[:, -POLICY.max_new_tokens - 1 : -1]
     expected = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), rows[:, -POLICY.length :, None], axis=-1
-    ).reshape(answers.log_probs.shape)
-    expected = jnp.where(answers.present, expected, 0.0)
-    np.testing.assert_allclose(answers.log_probs, expected, atol=1e-5)
+        jax.nn.log_softmax(logits), rows[:, -POLICY.max_new_tokens :, None], axis=-1
+    ).reshape(completions.log_probs.shape)
+    expected = jnp.where(completions.mask, expected, 0.0)
+    np.testing.assert_allclose(completions.log_probs, expected, atol=1e-5)
     reward = jax.random.normal(jax.random.key(3), (4, 3))
     step = functools.partial(grpo.update, policy=policy, optimizer=OPTIMIZER, options=PLAIN)
-    given = ScoredCompletions.single_turn(asked, answers, reward, jnp.ones((4, 3)))
+    given = ScoredCompletions.single_turn(asked, completions, reward, jnp.ones((4, 3)))
     new, metrics = jit(step)(state, frozen, given, jax.random.key(4))
     assert largest_difference(new.params, state.params) > 1e-3
     assert float(metrics["policy/approx_kl"]) < 1e-8
@@ -270,8 +274,8 @@ class TablePolicy:
 
     dtype: jnp.dtype
 
-    def log_probs(self, params, frozen, question, tokens, present, *, temperature):
-        log_prob = -jax.nn.softplus(params[question.answer].astype(self.dtype))
+    def log_probs(self, params, frozen, prompts, tokens, mask, *, temperature):
+        log_prob = -jax.nn.softplus(params[prompts.answer].astype(self.dtype))
         return TokenLogProbs(log_prob.astype(jnp.float32), jnp.zeros(tokens.shape))
 
 
@@ -279,12 +283,10 @@ def table_update(dtype, options, valid):
     """An update of a `TablePolicy` by plain gradient steps, on what a float32 sampler drew."""
     table = jax.random.normal(jax.random.key(0), (4, 3, 5))
     length = jnp.array([[5, 2, 1], [3, 3, 4], [1, 5, 2], [4, 4, 1]])
-    present = jnp.arange(5) < length[..., None]
-    drawn = Completions(
-        jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), present, length < 5
-    )
+    mask = jnp.arange(5) < length[..., None]
+    drawn = Completions(jnp.zeros((4, 3, 5), jnp.int32), -jax.nn.softplus(table), mask, length < 5)
     reward = jax.random.normal(jax.random.key(1), (4, 3))
-    asked = jax.tree.map(lambda x: x[:4], questions())._replace(answer=jnp.arange(4))
+    asked = jax.tree.map(lambda x: x[:4], prompt_batch())._replace(answer=jnp.arange(4))
     state = token_learner.init(table, optimizer=optax.sgd(1.0), with_reference=False)
     step = functools.partial(
         grpo.update,
@@ -361,9 +363,9 @@ def test_dpo_and_ppo_prefer_and_learn_from_no_truncated_completion():
 
 def test_overlong_completions_lose_reward_where_it_is_known():
     given = experience()
-    present = jnp.arange(5) < jnp.array([[3, 4, 5]] * 4)[..., None]
+    mask = jnp.arange(5) < jnp.array([[3, 4, 5]] * 4)[..., None]
     given = given._replace(
-        completions=given.completions._replace(present=present[None]),
+        completions=given.completions._replace(mask=mask[None]),
         reward=jnp.ones((1, 4, 3)).at[0, 0].set(0.0),
         valid=jnp.ones((1, 4, 3)).at[0, 0].set(0.0),
     )
@@ -421,18 +423,20 @@ def test_pictures_that_were_dropped_stop_the_update():
 
 def test_supervised_fine_tuning_is_cross_entropy():
     state, frozen = learner()
-    tokens, present = TASK.texts.labels(questions().answer)
+    tokens, mask = TASK.texts.labels(prompt_batch().answer)
     step = functools.partial(sft.update, policy=POLICY, optimizer=OPTIMIZER, options=sft.SFT())
-    labels = ScoredCompletions.labelled(questions(), tokens, present)
+    labels = ScoredCompletions.labelled(prompt_batch(), tokens, mask)
     new, metrics = jit(step)(state, frozen, labels, jax.random.key(0))
-    rows = jnp.concatenate([questions().tokens, tokens], axis=1)
-    there = jnp.concatenate([questions().present, present], axis=1)
+    rows = jnp.concatenate([prompt_batch().tokens, tokens], axis=1)
+    row_mask = jnp.concatenate([prompt_batch().mask, mask], axis=1)
 
     def loss(params):
-        logits = MODEL.apply(params, rows, there, questions().images)[:, -tokens.shape[1] - 1 : -1]
+        logits = MODEL.apply(params, rows, row_mask, prompt_batch().images)[
+            :, -tokens.shape[1] - 1 : -1
+        ]
         log_probs = jax.nn.log_softmax(logits)
         taken = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(present, taken, 0)) / present.sum()
+        return -jnp.sum(jnp.where(mask, taken, 0)) / mask.sum()
 
     value, gradient = jit(jax.value_and_grad(loss))(state.params)
     assert metrics["loss/sft"] == pytest.approx(float(value), rel=1e-5)
@@ -444,7 +448,7 @@ def preferences(weight=(1.0, 1.0, 0.0, 1.0)):
     """Two completions, of which the first is preferred where the weight is 1, and neither else."""
     completions = jax.tree.map(lambda x: x[0, :, :2], experience().completions)
     reward = jnp.asarray(weight)[:, None] * jnp.array([1.0, 0.0])
-    return ScoredCompletions.single_turn(questions(), completions, reward, jnp.ones((4, 2)))
+    return ScoredCompletions.single_turn(prompt_batch(), completions, reward, jnp.ones((4, 2)))
 
 
 def prefer(given, **options):
@@ -462,9 +466,9 @@ def test_one_step_of_dpo_is_written_out():
     state, frozen = learner(reference=True)
 
     def margin(params):
-        tokens, present = given.completions.tokens[0], given.completions.present[0]
-        policy = POLICY.log_probs(params, frozen, questions(), tokens, present, temperature=1.0)
-        whole = jnp.sum(jnp.where(present, policy.log_prob, 0.0), axis=-1)
+        tokens, mask = given.completions.tokens[0], given.completions.mask[0]
+        policy = POLICY.log_probs(params, frozen, prompt_batch(), tokens, mask, temperature=1.0)
+        whole = jnp.sum(jnp.where(mask, policy.log_prob, 0.0), axis=-1)
         return jnp.sum(jnp.array([1, 1, 0, 1]) * (whole[:, 0] - whole[:, 1])) / 3
 
     gradient = jit(jax.grad(margin))(state.params)
@@ -486,26 +490,26 @@ def test_no_preference_teaches_nothing_and_more_steps_widen_the_margin():
 
 
 def test_best_and_worst_answers_are_preferred():
-    answers = jax.tree.map(lambda x: x[0], experience().completions)
+    completions = jax.tree.map(lambda x: x[0], experience().completions)
     reward = jnp.array([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0], [9.0, 0.2, 0.1], [2.0, -9.0, -9.0]])
     valid = jnp.array([[1.0, 1, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]])
-    found = dpo.best_and_worst(questions(), answers.tokens, answers.present, reward, valid)
+    found = dpo.best_and_worst(prompt_batch(), completions.tokens, completions.mask, reward, valid)
     np.testing.assert_array_equal(found.weight, [1, 0, 1, 0])
     for row, which in ((0, [1, 0]), (2, [1, 2])):
-        np.testing.assert_array_equal(found.tokens[row], answers.tokens[row, jnp.array(which)])
-        np.testing.assert_array_equal(found.present[row], answers.present[row, jnp.array(which)])
+        np.testing.assert_array_equal(found.tokens[row], completions.tokens[row, jnp.array(which)])
+        np.testing.assert_array_equal(found.mask[row], completions.mask[row, jnp.array(which)])
 
 
 @functools.cache
 def turns():
     """Two turns of two episodes, whose answers are the first ones of `experience`."""
     zeros = jnp.zeros((2, 2))
-    answers = jax.tree.map(
+    completions = jax.tree.map(
         lambda x: x[0, :, 0].reshape(2, 2, *x.shape[3:]), experience().completions
     )
     batch = Transition(
-        observation=jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), questions()),
-        action=answers,
+        observation=jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), prompt_batch()),
+        action=completions,
         log_prob=zeros,
         value=zeros,
         reward=jnp.array([[0.0, 1.0], [jnp.nan, 2.0]]),
@@ -515,7 +519,7 @@ def turns():
         privileged={},
         metrics={},
     )
-    return ScoredCompletions.turns(batch, jax.tree.map(lambda x: x[:2], questions()))
+    return ScoredCompletions.turns(batch, jax.tree.map(lambda x: x[:2], prompt_batch()))
 
 
 def with_value(reference=False):
@@ -540,14 +544,14 @@ def ppo_update(state=None, batch=None, **options):
 def test_one_step_of_token_ppo_is_written_out():
     new, metrics = ppo_update()
     (state, frozen), batch = with_value(), turns()
-    mask = (batch.completions.present & (batch.valid > 0)[..., None]).astype(jnp.float32)
+    mask = (batch.completions.mask & (batch.valid > 0)[..., None]).astype(jnp.float32)
 
     def read(params):
         flat = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), (batch.prompt, batch.completions)
         )
         found, value = POLICY.log_probs_and_values(
-            params, frozen, flat[0], flat[1].tokens, flat[1].present, temperature=1.0
+            params, frozen, flat[0], flat[1].tokens, flat[1].mask, temperature=1.0
         )
         return [x.reshape(mask.shape) for x in (found.log_prob, found.entropy, value)]
 
@@ -565,7 +569,7 @@ def test_one_step_of_token_ppo_is_written_out():
         reward=batch.reward[..., 0].at[1, 0].set(0.0),
         value=value[:, :, 0],
         last_value=behind[:, 0, 0],
-        present=batch.completions.present[:, :, 0],
+        mask=batch.completions.mask[:, :, 0],
         terminated=batch.terminated[..., 0],
         truncated=jnp.array([[1.0, 0.0], [0.0, 0.0]]),  # The first episode broke after one turn.
         discount=0.9,
@@ -610,9 +614,9 @@ def test_token_ppo_learns_from_a_group_what_it_learns_from_its_answers_apart():
 class Recorded(token_learner.TokenPolicy):
     """Notes the questions and answers of every pass that is traced."""
 
-    def log_probs_and_values(self, params, frozen, question, tokens, present, **kwargs):
-        passes.append((len(question.images), *tokens.shape[:2]))
-        return super().log_probs_and_values(params, frozen, question, tokens, present, **kwargs)
+    def log_probs_and_values(self, params, frozen, prompts, tokens, mask, **kwargs):
+        passes.append((len(prompts.images), *tokens.shape[:2]))
+        return super().log_probs_and_values(params, frozen, prompts, tokens, mask, **kwargs)
 
 
 passes = []

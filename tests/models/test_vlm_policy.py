@@ -168,7 +168,7 @@ def policy_of(directory):
         kind="continuous",
         actions=2,
         vlm=read.model.clone(language=language),
-        pictures=read.pictures,
+        preprocess_images=read.preprocess_images,
         prompts=lambda tokens, mask: (tokens, mask),
         auxiliary=(("place", 2),),
         pointing="pixel",
@@ -363,5 +363,5 @@ def test_pointing_wants_the_whole_frame_and_nothing_else(family, directories):
         control_models.make_network(config, control.make_env(config))
     config.model.pointing = None
     network = control_models.make_network(config, control.make_env(config))
-    tiles = network.pictures(jnp.zeros((2, 1, 16, 32, 3), jnp.uint8))
+    tiles = network.preprocess_images(jnp.zeros((2, 1, 16, 32, 3), jnp.uint8))
     assert tiles.pixels.shape[-4:] == (1, 32, 32, 3)  # One.

@@ -82,25 +82,25 @@ def test_greedy_answers_are_those_of_transformers(directory, theirs):
     model, variables, _ = hub.load_language_model(directory)
 
     @jax.jit
-    def answer(variables, ids, present):
+    def generate(variables, ids, present):
         return gen.generate(
             model,
             variables,
             gen.text_prompt(model, variables, ids, present),
             jax.random.key(0),
-            group=1,
-            length=LENGTH,
+            num_completions=1,
+            max_new_tokens=LENGTH,
             sampling=gen.Sampling(temperature=0.0),
             stop=(tokenizer.eos_token_id,),
             pad=tokenizer.pad_token_id,
         )
 
     with jax.default_matmul_precision("highest"):
-        generated = answer(variables, ids, present.astype(bool))
-    for i, question in enumerate(QUESTIONS):
-        length = int(generated.present[i].sum())
+        generated = generate(variables, ids, present.astype(bool))
+    for i, prompt in enumerate(QUESTIONS):
+        length = int(generated.mask[i].sum())
         np.testing.assert_array_equal(
-            generated.tokens[i, 0, :length], expected[i, :length], err_msg=question
+            generated.tokens[i, 0, :length], expected[i, :length], err_msg=prompt
         )
         assert length == LENGTH or expected[i, length - 1] == tokenizer.eos_token_id
     text = tokenizer.decode(generated.tokens[0, 0], skip_special_tokens=True)

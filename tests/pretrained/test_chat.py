@@ -11,7 +11,7 @@ from transformers.utils import chat_template_utils
 from mmrl_jax import problems
 from mmrl_jax.pretrained import chat, qwen_processing
 from mmrl_jax.problems import host_rewards
-from mmrl_jax.tasks import question
+from mmrl_jax.tasks import prompts as prompts_lib
 from tests import processors
 from tests.problems.test_token_pretrained import make_config
 
@@ -35,7 +35,7 @@ def test_a_prompt_is_what_the_template_renders(tmp_path):
         expected = said.tokenizer.apply_chat_template(
             [{"role": "user", "content": asked}], add_generation_prompt=True, tokenize=False
         )
-        assert said.tokenizer.decode(said.prompt(asked, images=0)) == expected
+        assert said.tokenizer.decode(said.encode_prompt(asked, images=0)) == expected
 
 
 PARTS = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% else %}<image>{% endif %}"
@@ -63,11 +63,11 @@ def test_a_template_that_changes_the_text_beside_an_image_is_refused(tmp_path):
     for text in ("c.text", "c.text | e"):
         words.chat_template = processors.TEMPLATES["qwen"].replace("c.text", text)
         if text == "c.text":
-            template = chat.read_template(words, tmp_path, picture=True)
+            template = chat.read_template(words, tmp_path, with_image=True)
             assert template.before.endswith("<|vision_start|><|image_pad|><|vision_end|>")
         else:
             with pytest.raises(ValueError, match="but from '<turn>' it made .*&lt;turn&gt;"):
-                chat.read_template(words, tmp_path, picture=True)
+                chat.read_template(words, tmp_path, with_image=True)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_template_that_writes_the_date_writes_always_the_same(tmp_path, monkey
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
         chat.read_chat.cache_clear()
         said = read(tmp_path, DATED)
-        prompts.add(said.tokenizer.decode(said.prompt("how many ?", images=0)))
+        prompts.add(said.tokenizer.decode(said.encode_prompt("how many ?", images=0)))
     monkeypatch.setattr(Clock, "now", classmethod(lambda cls: datetime.datetime(2024, 7, 26)))
     turn = [{"role": "user", "content": "how many ?"}]
     theirs = said.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -130,14 +130,14 @@ def test_a_token_without_a_row_is_refused_by_its_name(tmp_path):
     first = said.tokenizer.convert_tokens_to_ids(FAR[0])
     last, clash = FAR[ROWS - first - 1], FAR[ROWS - first]
     assert said.tokenizer.convert_tokens_to_ids(clash) == ROWS == said.image
-    assert said.prompt(f"what is {last} ?", images=2).count(ROWS) == 2
+    assert said.encode_prompt(f"what is {last} ?", images=2).count(ROWS) == 2
     for token in (clash, FAR[-1]):
         with pytest.raises(
             ValueError, match=f"'what is {token} .*'{token}' .*has 400 rows.*resize"
         ):
-            said.prompt(f"what is {token} ?", images=2)
+            said.encode_prompt(f"what is {token} ?", images=2)
         with pytest.raises(ValueError, match=f"answer '{token}' has token '{token}' "):
-            said.answer(token)
+            said.encode_completion(token)
 
 
 def test_an_end_of_answers_without_a_row_is_refused(tmp_path):
@@ -158,7 +158,7 @@ def test_a_task_whose_template_has_a_token_without_a_row_is_refused(tmp_path):
 def test_every_text_of_a_task_is_checked_where_it_becomes_a_table(tmp_path):
     said = read(tmp_path, HEAD + "{{ m.content }}" + TAIL, added=FAR)
     with pytest.raises(ValueError, match=f"answer '{FAR[-1]}' has token"):
-        question.tokenize(["what is it ?"], ["two", FAR[-1]], said, image_tokens=4)
+        prompts_lib.tokenize(["what is it ?"], ["two", FAR[-1]], said, image_tokens=4)
 
 
 def records(path, lines):

@@ -119,14 +119,16 @@ def test_greedy_generation_is_torch_s(family, directory):
         )
 
     @jax.jit
-    def answer(variables, tokens, present):
+    def generate(variables, tokens, present):
         prompt = gen.text_prompt(model, variables, tokens, present)
         sampling = gen.Sampling(temperature=0.0)
         key = jax.random.key(0)
-        return gen.generate(model, variables, prompt, key, group=1, length=32, sampling=sampling)
+        return gen.generate(
+            model, variables, prompt, key, num_completions=1, max_new_tokens=32, sampling=sampling
+        )
 
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(answer(variables, tokens, present).tokens[:, 0])
+        ours = np.asarray(generate(variables, tokens, present).tokens[:, 0])
     hub.compare_greedy(ours, expected.sequences[:, 11:].numpy(), torch.stack(expected.logits, 1))
 
 

@@ -25,7 +25,7 @@ from mmrl_jax.pretrained import hub, vision_chat
 from mmrl_jax.pretrained.chat import ChatTokenizer, Template
 from mmrl_jax.pretrained.peft_format import load_adapter, save_adapter
 from mmrl_jax.problems import token_models
-from mmrl_jax.tasks.question import Prompt
+from mmrl_jax.tasks.prompts import Prompt
 from tests import processors, tiny
 from tests.tasks.test_folder import folder
 
@@ -83,11 +83,11 @@ def test_answers_have_the_probability_that_torch_gives_them(family, make):
     directory, processor, model = make(family)
     sight = read(directory)
     inputs = their_inputs(processor, picture())
-    prompt = sight.chat.prompt(ASKED, images=sight.image_tokens)
+    prompt = sight.chat.encode_prompt(ASKED, images=sight.image_tokens)
     assert prompt == inputs["input_ids"][0].tolist()
     assert prompt.count(sight.chat.image) == sight.image_tokens > 1
 
-    answer = np.array(sight.chat.answer("two"))
+    answer = np.array(sight.chat.encode_completion("two"))
     assert answer[-1] == processor.tokenizer.convert_tokens_to_ids(ENDS.get(family, "</s>"))
     expected = their_log_probs(model, inputs, answer)
     params = lora.split(hub.load_vision_language_model(directory).params, ".*")
@@ -114,13 +114,13 @@ def log_probs(params, sight, prompt, answer, image):
     """The same by our policy of two halves of variables, behind two more tokens of padding."""
     chat = sight.chat
     policy = TokenPolicy(
-        sight.model, len(answer), chat.stops, chat.pad, sight.pictures, sight.positions
+        sight.model, len(answer), chat.stops, chat.pad, sight.preprocess_images, sight.positions
     )
     tokens = np.array([[chat.pad] * 2 + prompt])
-    question = Prompt(tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], *(None,) * 4)
+    prompts = Prompt(tokens, np.arange(len(prompt) + 2)[None] >= 2, image[None], *(None,) * 4)
     found = jax.jit(functools.partial(policy.log_probs, temperature=1.0))(
         *params,
-        question,
+        prompts,
         answer[None, None],
         np.ones((1, 1, len(answer)), bool),
     )
@@ -132,13 +132,20 @@ def test_a_picture_that_is_not_cut_is_one_tile(make):
     cut, whole = read(directory), read(directory, splitting=False)
     images = picture()[None]
     # 24 x 40 becomes 58 x 96, then 2 x 3 tiles of 32 x 32 and the whole, of 4 features each.
-    assert cut.pictures(images).pixels.shape == (1, 7, 32, 32, 3) and cut.image_tokens == 28
-    assert whole.pictures(images).pixels.shape == (1, 1, 32, 32, 3) and whole.image_tokens == 4
-    text = cut.chat.tokenizer.decode(whole.chat.prompt(ASKED, images=4))
+    assert (
+        cut.preprocess_images(images).pixels.shape == (1, 7, 32, 32, 3) and cut.image_tokens == 28
+    )
+    assert (
+        whole.preprocess_images(images).pixels.shape == (1, 1, 32, 32, 3)
+        and whole.image_tokens == 4
+    )
+    text = cut.chat.tokenizer.decode(whole.chat.encode_prompt(ASKED, images=4))
     fake, words = "<fake_token_around_image>", "<image>" * 4
     assert text == (f"<s>User:{fake}<global-img>{words}{fake}{ASKED}<end_of_utterance>\nAssistant:")
     np.testing.assert_allclose(
-        whole.pictures(images).pixels[0, 0], cut.pictures(images).pixels[0, -1], atol=0.2
+        whole.preprocess_images(images).pixels[0, 0],
+        cut.preprocess_images(images).pixels[0, -1],
+        atol=0.2,
     )
 
 
@@ -149,8 +156,8 @@ def test_an_answer_begins_as_the_template_has_it(make):
         ("qwen3_vl", "two<|im_end|>"),
     ):
         chat = read(make(family)[0]).chat
-        assert chat.tokenizer.decode(chat.answer("two")) == said
-        assert chat.decode(chat.answer("two")) == "two"
+        assert chat.tokenizer.decode(chat.encode_completion("two")) == said
+        assert chat.decode(chat.encode_completion("two")) == "two"
 
 
 def test_a_whole_model_s_texts_are_recorded_whatever_an_image_s_tokens(make):
@@ -179,16 +186,16 @@ def test_an_answer_is_read_behind_its_prompt():
     assert tokenizer(" two")["input_ids"] == [1, 2]
     assert tokenizer("? user: two")["input_ids"] == [4, 3, 2]
     chat = ChatTokenizer(tokenizer, Template("", "? user:", " ", (0,)), image=9, vocabulary=9)
-    assert chat.answer("two") == [2, 0]
+    assert chat.encode_completion("two") == [2, 0]
 
 
 def test_a_question_with_a_mark_of_its_own_is_refused(make):
     for family, mark in (("llava", "<image>"), ("qwen2_5_vl", "<|image_pad|>")):
         sight = read(make(family)[0])
         with pytest.raises(ValueError, match=r"2 marks|1 images for 2"):
-            sight.chat.prompt(f"what is {mark} ?", images=sight.image_tokens)
+            sight.chat.encode_prompt(f"what is {mark} ?", images=sight.image_tokens)
         with pytest.raises(ValueError, match="image tokens, but the image has 3 features"):
-            sight.chat.prompt("what is it ?", images=3)
+            sight.chat.encode_prompt("what is it ?", images=3)
 
 
 def test_a_model_without_a_template_is_refused(make, tmp_path):
@@ -320,9 +327,9 @@ def test_adapters_that_have_the_names_of_tensors_are_read_too(make, tmp_path):
 def compare(params, frozen, config, processor, theirs):
     """Asserts that a tuned model's answers have the probability that a model of torch gives."""
     sight, inputs = read(config.model.checkpoint), their_inputs(processor, picture())
-    prompt = sight.chat.prompt(ASKED, images=sight.image_tokens)
+    prompt = sight.chat.encode_prompt(ASKED, images=sight.image_tokens)
     assert prompt == inputs["input_ids"][0].tolist()
-    answer = np.array(sight.chat.answer("two"))
+    answer = np.array(sight.chat.encode_completion("two"))
     found = log_probs((params, frozen), sight, prompt, answer, picture())
     np.testing.assert_allclose(found, their_log_probs(theirs, inputs, answer), rtol=0, atol=1e-3)
 

@@ -17,7 +17,7 @@ from mmrl_jax.learners import ppo, registry, token_ppo
 from mmrl_jax.learners.learner import apply_gradients, flatten, run_network
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.monitoring.metric_definitions import Metric
-from mmrl_jax.tasks.question import Prompt, tokenize
+from mmrl_jax.tasks.prompts import Prompt, tokenize
 from tests import tiny
 
 HERE = __name__  # What a config names the things of this file by: 'module:name'.
@@ -83,7 +83,7 @@ class Bright:
         images = jnp.broadcast_to(shade, (count, *self._size, 3)).astype(jnp.uint8)
         answer = jnp.where(shade[:, 0, 0, 0] >= self._threshold, 0, 1)
         zeros = jnp.zeros(count, jnp.int32)
-        return self.texts.ask(images, zeros, answer, zeros, zeros)
+        return self.texts.make_prompts(images, zeros, answer, zeros, zeros)
 
 
 def count_calls(moment):

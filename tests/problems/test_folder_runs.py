@@ -36,7 +36,7 @@ LENGTH, HALF, NEVER = (
 def make_config(tmp_path_factory):
     """The public config at a size that trains in seconds, with changes as group__field=value."""
     model = processors.save_decoder(tmp_path_factory.mktemp("llama"))
-    pictures = folder(tmp_path_factory.mktemp("pictures"), count=10)
+    images = folder(tmp_path_factory.mktemp("pictures"), count=10)
 
     def make(stages=("grpo",), **changes):
         every = {"num_updates": 4, "eval_interval": 2, "checkpoint_interval": 1}
@@ -50,7 +50,7 @@ def make_config(tmp_path_factory):
         small = {
             "mesh": {"data": 1},
             "dataset": {
-                "directory": str(pictures),
+                "directory": str(images),
                 "height": 16,
                 "width": 16,
                 "resize": "stretch",
@@ -148,7 +148,7 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
     assert trained.tested == tested and tested["eval/test/return"] == summary["final/test/return"]
     test = trained.problem.records.test
-    assert {sample.question for sample in shown} == set(test.read(range(2)).prompts)
+    assert {sample.prompt for sample in shown} == set(test.read(range(2)).prompts)
 
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same(run, make_config, tmp_path):
@@ -192,15 +192,15 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     assert [result.updates for result in trained.results.values()] == [30, 1]
     # A batch of 8 of the 6 records: an epoch, and the beginning of the next one.
     labels = jax.tree.map(lambda x: x[0], jax.device_get(given[0]))
-    asked, tokens, present = labels.prompt, *(x[:, 0] for x in labels.completions[::2])
+    asked, tokens, mask = labels.prompt, *(x[:, 0] for x in labels.completions[::2])
     chat, train_records = trained.problem.chat, trained.problem.records.train
     numbers = train_records.batched(8).batch(0).records
     assert set(numbers[:6]) == set(range(6)) and len(tokens) == 8
     for row, number in enumerate(numbers):
         i = int(train_records.names[number].split(":")[1]) - 1  # Record i is line i + 1.
-        question = chat.prompt(f"which of {i} ?", images=4)
-        np.testing.assert_array_equal(asked.tokens[row][asked.present[row]], question)
-        np.testing.assert_array_equal(tokens[row][present[row]], chat.answer(str(i)))
+        prompt = chat.encode_prompt(f"which of {i} ?", images=4)
+        np.testing.assert_array_equal(asked.tokens[row][asked.mask[row]], prompt)
+        np.testing.assert_array_equal(tokens[row][mask[row]], chat.encode_completion(str(i)))
         np.testing.assert_array_equal(asked.images[row, 0, 0], color(i))
     # Random guesses among 400 tokens cost 6 nats; a digit and the stop token are soon learned.
     (row,) = rows(tmp_path / "sft")
@@ -218,10 +218,12 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         assert found["test/return"] == np.mean([sample.reward for sample in shown])
         assert found["test/episodes"] == found["validation/episodes"] == 2
         assert found["test/failed_fraction"] == found["validation/failed_fraction"] == 0
-        assert [2 * sample.reward for sample in shown] == [len(sample.answer) for sample in shown]
+        assert [2 * sample.reward for sample in shown] == [
+            len(sample.completion) for sample in shown
+        ]
         tested = trained.problem.records.test.read(range(2))
-        assert tuple(sample.question for sample in shown) == tested.prompts
-        assert tuple(sample.right for sample in shown) == tested.answers
+        assert tuple(sample.prompt for sample in shown) == tested.prompts
+        assert tuple(sample.answer for sample in shown) == tested.answers
     with pytest.raises(ValueError, match="3 episodes, but split 'validation' has 2 records"):
         evaluate(place, which="latest", split="all", episodes=3, trust_modules=True)
 
@@ -249,13 +251,13 @@ def test_fine_tuning_reads_a_batch_at_a_time_and_goes_on_bitwise(make_config, tm
 
 
 def test_held_out_records_are_answered_in_chunks(make_config, monkeypatch):
-    shown, answer, asked = [], TokenPolicy.answer, []
+    shown, generate, asked = [], TokenPolicy.generate, []
 
-    def counted(self, params, frozen, question, *args, **kwargs):
-        asked.append(len(question.tokens))
-        return answer(self, params, frozen, question, *args, **kwargs)
+    def counted(self, params, frozen, prompts, *args, **kwargs):
+        asked.append(len(prompts.tokens))
+        return generate(self, params, frozen, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(TokenPolicy, "answer", counted)
+    monkeypatch.setattr(TokenPolicy, "generate", counted)
     for together in (4, 2):
         folder_problem = problems.make(
             make_config(dataset__test_size=3, last__prompts_per_update=together)
@@ -323,21 +325,21 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
 
 
 def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(make_config):
-    questions, given = problems.make(make_config()), []
-    records, chat = questions.records.train, questions.chat
+    problem, given = problems.make(make_config()), []
+    records, chat = problem.records.train, problem.chat
 
     def pool(*arguments, allow_none):
         assert not allow_none
         given.append(arguments)
         return Rewards(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), {}, ())
 
-    two = chat.answer("2")[0]
+    two = chat.encode_completion("2")[0]
     tokens = np.array([[[two, chat.stop, two], [two, chat.pad, two]]] * 4)
-    present = np.array([[[True, True, False], [True, False, False]]] * 4)
+    mask = np.array([[[True, True, False], [True, False, False]]] * 4)
     finished = np.array([[True, False]] * 4)
     batch = records.batch(0)
-    answers = Completions(tokens, np.zeros(tokens.shape), present, finished)
-    scored = Scorer(pool, chat)(records, batch, answers)
+    completions = Completions(tokens, np.zeros(tokens.shape), mask, finished)
+    scored = Scorer(pool, chat)(records, batch, completions)
     assert scored.completions == [["2", "2"]] * 4
     ((prompts, completions, right, columns, ended),) = given
     assert completions == scored.completions
@@ -357,16 +359,16 @@ def test_functions_that_always_fail_stop_the_run_before_it_compiles(
 
 
 def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):
-    answer, advantage, traced, made = TokenPolicy.answer, group_advantages.standardized, [], []
+    generate, advantage, traced, made = TokenPolicy.generate, group_advantages.standardized, [], []
     # A clock of which tracing takes 100 s, and everything else next to nothing.
     ticks = itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: 100 * len(traced) + 1e-3 * next(ticks))
     monkeypatch.setattr(loop, "time", clock)
 
-    def slow_answer(self, *args, **kwargs):
-        if kwargs["group"] > 1:  # Evaluations ask once.
-            traced.append("answer")
-        return answer(self, *args, **kwargs)
+    def slow_generate(self, *args, **kwargs):
+        if kwargs["num_completions"] > 1:  # Evaluations sample one.
+            traced.append("generate")
+        return generate(self, *args, **kwargs)
 
     def slow_advantage(*args):
         traced.append("learn")
@@ -376,13 +378,13 @@ def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatc
         made.append(loop.HostUpdate(*args))
         return made[-1]
 
-    monkeypatch.setattr(TokenPolicy, "answer", slow_answer)
+    monkeypatch.setattr(TokenPolicy, "generate", slow_generate)
     monkeypatch.setitem(group_advantages.ESTIMATORS, "standardised", slow_advantage)
     monkeypatch.setattr(dataset_lib, "HostUpdate", spy)
     # The second dispatch is of another size, and shares the programs.
     config = make_config(last__num_updates=3, last__updates_per_dispatch=2)
     counters = runs.train(config, tmp_path).last.counters
-    assert traced == ["answer", "learn"] and len(made) == 1
+    assert traced == ["generate", "learn"] and len(made) == 1
     assert 0 < counters.wall_s < 1 and 200 < counters.compile_s < 201
     first = rows(tmp_path)[0]
     assert first["time/wall_s"] < 1 and first["time/compile_s"] > 200
@@ -396,14 +398,14 @@ def test_a_run_reads_its_folder_once(make_config, tmp_path, monkeypatch):
         "_inspected",
         lambda reader, inspected=folder_lib._inspected: read.append(1) or inspected(reader),
     )
-    pictures = folder(tmp_path / "d", count=8)
-    config = make_config(dataset__directory=str(pictures), last__num_updates=1)
+    images = folder(tmp_path / "d", count=8)
+    config = make_config(dataset__directory=str(images), last__num_updates=1)
     runs.train(config, tmp_path / "run")
     assert len(read) == 8
     # Another config, or another table, is another opening.
-    config = make_config(dataset__directory=str(pictures), dataset__test_size=3)
+    config = make_config(dataset__directory=str(images), dataset__test_size=3)
     assert len(open_split(config).train) == 3 and len(read) == 16
-    metadata = pictures / "metadata.jsonl"
+    metadata = images / "metadata.jsonl"
     metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:7]))
     assert len(open_split(config).train) == 2 and len(read) == 23
 
@@ -452,11 +454,11 @@ def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, t
         problems.make(config)
     (tested / "metadata.jsonl").write_text("".join([lines[10], lines[11], "{"]))
     config = make_config(**changes, dataset__max_rejected=0.4)
-    questions = problems.make(config)
-    split = questions.records
+    problem = problems.make(config)
+    split = problem.records
     assert split.test.read(range(2)).prompts == ("which of 10 ?", "which of 11 ?")
     assert len(split.train) == 8 and len(split.validation) == 2
-    assert questions.splits == {"validation": 2, "test": 2}
+    assert problem.splits == {"validation": 2, "test": 2}
     host_rewards.tell_rejected(split)
     assert "Left out of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
 

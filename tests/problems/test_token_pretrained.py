@@ -14,7 +14,7 @@ from mmrl_jax.models import lora
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.pretrained import bundled_weights, chat
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.tasks.question import ABSENT, Score, Texts
+from mmrl_jax.tasks.prompts import ABSENT, Score, Texts
 from mmrl_jax.training import loop
 from tests import processors, tiny
 
@@ -34,7 +34,7 @@ def make_config(directory, **changes):
     return tiny.token_config("smollm2_vqa_grpo", **changes)
 
 
-def prefers_even_tokens(self, question, tokens, present, *, penalty):
+def prefers_even_tokens(self, prompts, tokens, mask, *, penalty):
     """A score that an answer without meaning can get too: a random decoder is never right."""
     reward = (tokens[..., 0] % 2 == 0).astype(jnp.float32)
     return Score(reward, reward, 1 - reward)
@@ -119,10 +119,10 @@ def test_the_texts_are_those_of_the_chat_template(directory):
     turn = [{"role": "user", "content": "<image><image>how many red circles ?"}]
     expected = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
     mark = tokenizer.convert_tokens_to_ids("<image>")
-    found = said.prompt("how many red circles ?", images=2)
+    found = said.encode_prompt("how many red circles ?", images=2)
     assert found == [image if token == mark else token for token in expected]
     ended = tokenizer("two</s>", add_special_tokens=False)["input_ids"]
-    assert said.answer("two") == ended and len(ended) == 4
+    assert said.encode_completion("two") == ended and len(ended) == 4
 
 
 def test_an_answer_is_the_models_own_tokens_and_no_others(directory):

@@ -210,9 +210,9 @@ def test_demonstrations_are_the_experts_words():
     config = tiny.agent_config(sft__episodes=4)
     agent = problems.make(config)
     labels = agent.source("sft").data
-    tokens, present = labels.completions.tokens[0, :, 0], labels.completions.present[0, :, 0]
-    moves, malformed = agent.interface.read(tokens, present)
-    assert len(moves) == len(labels.prompt.images[0]) > 4 and not malformed.any()
+    tokens, mask = labels.completions.tokens[0, :, 0], labels.completions.mask[0, :, 0]
+    moves, invalid = agent.interface.decode_actions(tokens, mask)
+    assert len(moves) == len(labels.prompt.images[0]) > 4 and not invalid.any()
     assert len(np.unique(moves)) > 2
     bitwise_equal(labels, problems.make(config).source("sft").data)
 
@@ -223,11 +223,11 @@ def test_images_are_shuffled_when_asked_for():
     variables = counting.initial_variables()
     seen = []
 
-    def answer(_, question, rng):
-        seen.append(np.asarray(question.images))
+    def generate(_, prompts, rng):
+        seen.append(np.asarray(prompts.images))
         return np.zeros((4, 1, 2), np.int32), np.zeros((4, 1, 2), bool)
 
-    evaluator._answer = answer
+    evaluator._generate = generate
     evaluator(variables, "train"), evaluator(variables, "train", shuffle_images=True)
     shown, shuffled = np.concatenate(seen[:2]), np.concatenate(seen[2:])
     np.testing.assert_array_equal(shuffled, np.roll(shown, 1, axis=0))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mmrl_jax.evaluation.questions import Sample
+from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.reporting import report, videos
 
 

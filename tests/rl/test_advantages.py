@@ -225,19 +225,19 @@ def test_bootstrapped_returns_by_hand():
     np.testing.assert_array_equal(step, [[3, 2, 2], [3, 2, 2], [3, 3, 3]])
 
 
-def token_estimate(reward, value, last_value, present, terminated, truncated, discount, lambda_):
+def token_estimate(reward, value, last_value, mask, terminated, truncated, discount, lambda_):
     arrays = as_floats(reward, value, last_value, terminated, truncated)
     advantage, target = advantages.token_advantages(
-        **arrays, present=jnp.asarray(present), discount=discount, lambda_=lambda_
+        **arrays, mask=jnp.asarray(mask), discount=discount, lambda_=lambda_
     )
     return np.asarray(advantage), np.asarray(target)
 
 
 def test_turns_of_one_token_are_steps():
     reward, value, last_value, terminated, truncated, _ = an_end_at_every_position(5)
-    present = np.ones((*value.shape, 1), bool)
+    mask = np.ones((*value.shape, 1), bool)
     found = token_estimate(
-        reward, value[..., None], last_value, present, terminated, truncated, DISCOUNT, LAMBDA
+        reward, value[..., None], last_value, mask, terminated, truncated, DISCOUNT, LAMBDA
     )
     expected = estimate(reward, value, last_value, terminated, truncated)
     for a, b in zip(found, expected, strict=True):
@@ -248,19 +248,19 @@ def test_absent_tokens_are_passed_over():
     # Undiscounted, the tokens that are there are the steps of one episode.
     rng = np.random.default_rng(1)
     length = np.array([2, 1, 3])
-    present = np.arange(3) < length[:, None]
+    mask = np.arange(3) < length[:, None]
     value, reward = rng.normal(size=(3, 3)), rng.normal(size=3)
     at_last = np.where(np.arange(3) == length[:, None] - 1, reward[:, None], 0.0)
-    steps = [x[present][:, None] for x in (at_last, value)]
+    steps = [x[mask][:, None] for x in (at_last, value)]
     zeros = np.zeros((6, 1))
     expected, targets = estimate(*steps, np.array([0.4]), zeros, zeros, 1.0, LAMBDA)
-    value[~present] = np.nan
+    value[~mask] = np.nan
     advantage, target = token_estimate(
-        reward[:, None], value[:, None], np.array([0.4]), present[:, None],
+        reward[:, None], value[:, None], np.array([0.4]), mask[:, None],
         np.zeros((3, 1)), np.zeros((3, 1)), 1.0, LAMBDA,
     )  # fmt: skip
-    np.testing.assert_allclose(advantage[:, 0][present], expected[:, 0], atol=1e-6)
-    np.testing.assert_allclose(target[:, 0][present], targets[:, 0], atol=1e-6)
+    np.testing.assert_allclose(advantage[:, 0][mask], expected[:, 0], atol=1e-6)
+    np.testing.assert_allclose(target[:, 0][mask], targets[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize(

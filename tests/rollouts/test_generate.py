@@ -37,25 +37,34 @@ def variables():
 
 def prompts(left=True):
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, (3, 7))
-    present = np.ones((3, 7), bool)
+    mask = np.ones((3, 7), bool)
     for row, absent in enumerate((0, 2, 5)):
-        present[row, :absent] = False
+        mask[row, :absent] = False
     if not left:
-        present = present[:, ::-1].copy()
-    return jnp.asarray(np.where(present, tokens, 0)), jnp.asarray(present)
+        mask = mask[:, ::-1].copy()
+    return jnp.asarray(np.where(mask, tokens, 0)), jnp.asarray(mask)
 
 
-def run(sampling=GREEDY, *, group=1, length=9, stop=(), left=True, seed=0, model=MODEL):
-    tokens, present = prompts(left)
+def run(
+    sampling=GREEDY, *, num_completions=1, max_new_tokens=9, stop=(), left=True, seed=0, model=MODEL
+):
+    tokens, mask = prompts(left)
 
     @jax.jit
-    def program(variables, tokens, present, rng):
-        prompt = gen.text_prompt(model, variables, tokens, present)
+    def program(variables, tokens, mask, rng):
+        prompt = gen.text_prompt(model, variables, tokens, mask)
         return gen.generate(
-            model, variables, prompt, rng, group=group, length=length, sampling=sampling, stop=stop
+            model,
+            variables,
+            prompt,
+            rng,
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
         )
 
-    return program(variables(), tokens, present, jax.random.key(seed))
+    return program(variables(), tokens, mask, jax.random.key(seed))
 
 
 @jax.jit
@@ -72,10 +81,10 @@ def next_logits(tokens):
 
 def full_log_probs(generated, temperature=1.0, left=True):
     """Of the generated tokens, by a full pass over prompt and answer without padding between."""
-    tokens, present = (np.asarray(x) for x in prompts(left))
+    tokens, mask = (np.asarray(x) for x in prompts(left))
     result = np.zeros(generated.tokens.shape)
     for b, g in np.ndindex(generated.tokens.shape[:2]):
-        prompt = tokens[b][present[b]]
+        prompt = tokens[b][mask[b]]
         row = np.concatenate([prompt, generated.tokens[b, g]])
         log_probs = np.asarray(jax.nn.log_softmax(next_logits(row) / temperature))
         at = np.arange(len(prompt) - 1, len(row) - 1)
@@ -85,17 +94,23 @@ def full_log_probs(generated, temperature=1.0, left=True):
 
 @pytest.mark.parametrize("left", [True, False], ids=["padded left", "padded right"])
 def test_prefill_and_decode_equal_the_full_pass(left):
-    generated = run(group=2, left=left)
+    generated = run(num_completions=2, left=left)
     np.testing.assert_allclose(generated.log_probs, full_log_probs(generated, left=left), atol=2e-5)
 
 
 def test_a_shared_prefix_equals_one_of_its_own():
     sampling = Sampling(temperature=0.7)
-    shared = run(sampling, group=3)
-    tokens, present = (jnp.repeat(x, 3, axis=0) for x in prompts())
-    prompt = gen.text_prompt(MODEL, variables(), tokens, present)
+    shared = run(sampling, num_completions=3)
+    tokens, mask = (jnp.repeat(x, 3, axis=0) for x in prompts())
+    prompt = gen.text_prompt(MODEL, variables(), tokens, mask)
     alone = gen.generate(
-        MODEL, variables(), prompt, jax.random.key(0), group=1, length=9, sampling=sampling
+        MODEL,
+        variables(),
+        prompt,
+        jax.random.key(0),
+        num_completions=1,
+        max_new_tokens=9,
+        sampling=sampling,
     )
     np.testing.assert_array_equal(shared.tokens.reshape(9, 9), alone.tokens.reshape(9, 9))
     np.testing.assert_allclose(
@@ -105,35 +120,35 @@ def test_a_shared_prefix_equals_one_of_its_own():
 
 
 def test_greedy_takes_the_most_likely_token():
-    generated = run(length=4)
-    tokens, present = (np.asarray(x) for x in prompts())
+    generated = run(max_new_tokens=4)
+    tokens, mask = (np.asarray(x) for x in prompts())
     for b in range(3):
-        row = tokens[b][present[b]]
+        row = tokens[b][mask[b]]
         for t in range(4):
             assert np.argmax(next_logits(row)[-1]) == generated.tokens[b, 0, t]
             row = np.append(row, generated.tokens[b, 0, t])
 
 
 def test_log_probs_are_those_of_the_tempered_distribution():
-    generated = run(Sampling(temperature=0.5, top_k=3), group=2)
+    generated = run(Sampling(temperature=0.5, top_k=3), num_completions=2)
     np.testing.assert_allclose(
         generated.log_probs, full_log_probs(generated, temperature=0.5), atol=5e-5
     )
 
 
 def test_a_stop_token_ends_its_answer_alone():
-    free = run(Sampling(), group=4, length=12)
+    free = run(Sampling(), num_completions=4, max_new_tokens=12)
     stop = int(free.tokens[0, 0, 3])
-    stopped = run(Sampling(), group=4, length=12, stop=(stop,))
-    tokens, present = np.asarray(stopped.tokens), np.asarray(stopped.present)
-    lengths = present.sum(axis=-1)
+    stopped = run(Sampling(), num_completions=4, max_new_tokens=12, stop=(stop,))
+    tokens, mask = np.asarray(stopped.tokens), np.asarray(stopped.mask)
+    lengths = mask.sum(axis=-1)
     for b, g in np.ndindex(tokens.shape[:2]):
         n = lengths[b, g]
         np.testing.assert_array_equal(tokens[b, g, :n], free.tokens[b, g, :n])
         assert not np.any(tokens[b, g, : n - 1] == stop)
         assert n == 12 or tokens[b, g, n - 1] == stop
         assert np.all(tokens[b, g, n:] == 0) and np.all(stopped.log_probs[b, g, n:] == 0)
-        assert np.all(present[b, g, :n])
+        assert np.all(mask[b, g, :n])
     assert 4 >= lengths[0, 0] and lengths.max() > lengths[0, 0]
     last = np.take_along_axis(tokens, lengths[..., None] - 1, axis=-1)[..., 0]
     np.testing.assert_array_equal(stopped.finished, last == stop)
@@ -141,22 +156,22 @@ def test_a_stop_token_ends_its_answer_alone():
 
 
 def test_each_of_several_stop_tokens_ends_an_answer():
-    free = run(Sampling(), group=4, length=12)
+    free = run(Sampling(), num_completions=4, max_new_tokens=12)
     stops = tuple(int(free.tokens[0, g, 3]) for g in (0, 1))
-    stopped = run(Sampling(), group=4, length=12, stop=stops)
+    stopped = run(Sampling(), num_completions=4, max_new_tokens=12, stop=stops)
     is_stop = np.isin(free.tokens, stops)
     lengths = np.where(is_stop.any(-1), is_stop.argmax(-1) + 1, 12)
-    np.testing.assert_array_equal(np.asarray(stopped.present).sum(-1), lengths)
+    np.testing.assert_array_equal(np.asarray(stopped.mask).sum(-1), lengths)
     np.testing.assert_array_equal(stopped.finished, is_stop.any(-1))
     assert stops[0] != stops[1] and stopped.finished[0, 0] and stopped.finished[0, 1]
 
 
 def test_generation_ends_when_all_answers_have():
     # All steps would take a minute.
-    program = functools.partial(run, length=20_000, stop=tuple(range(VOCABULARY)))
+    program = functools.partial(run, max_new_tokens=20_000, stop=tuple(range(VOCABULARY)))
     program()
     begin = time.perf_counter()
-    assert np.asarray(program().present).sum() == 3
+    assert np.asarray(program().mask).sum() == 3
     assert time.perf_counter() - begin < 5
 
 

@@ -14,10 +14,10 @@ from tests.rollouts.test_generate import MODEL, VOCABULARY, full_log_probs, prom
 UNTIED = MODEL.clone(tied=False)
 
 
-def shared(model, variables, prompt, present, tokens, there, pack_rows=None):
-    prompt = gen.text_prompt(model, variables, prompt, present)
+def shared(model, variables, prompt, prompt_mask, tokens, mask, pack_rows=None):
+    prompt = gen.text_prompt(model, variables, prompt, prompt_mask)
     score = functools.partial(log_probs_from_features, model, variables, tile=8)
-    return completion_log_probs(model, variables, prompt, tokens, there, score, pack_rows=pack_rows)
+    return completion_log_probs(model, variables, prompt, tokens, mask, score, pack_rows=pack_rows)
 
 
 def unshared(model, variables, prompt, present, tokens, there):
@@ -35,7 +35,7 @@ def unshared(model, variables, prompt, present, tokens, there):
     return taken[..., 0].reshape(tokens.shape)
 
 
-def answers(group=3, length=5):
+def completions(group=3, length=5):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(1, VOCABULARY, (3, group, length)))
     lengths = rng.integers(1, length + 1, (3, group))
@@ -44,9 +44,9 @@ def answers(group=3, length=5):
 
 @pytest.mark.parametrize("left", [True, False], ids=["padded left", "padded right"])
 def test_generated_answers_have_the_log_probs_they_were_drawn_with(left):
-    drawn = run(gen.Sampling(), group=2, left=left)
+    drawn = run(gen.Sampling(), num_completions=2, left=left)
     found = jax.jit(functools.partial(shared, MODEL))(
-        variables(), *prompts(left), drawn.tokens, drawn.present
+        variables(), *prompts(left), drawn.tokens, drawn.mask
     )
     np.testing.assert_allclose(found.log_prob, drawn.log_probs, atol=2e-5)
     np.testing.assert_allclose(found.log_prob, full_log_probs(drawn, left=left), atol=2e-5)
@@ -54,13 +54,13 @@ def test_generated_answers_have_the_log_probs_they_were_drawn_with(left):
 
 @pytest.mark.parametrize("left", [True, False], ids=["padded left", "padded right"])
 def test_gradients_equal_those_of_prompts_that_are_not_shared(left):
-    prompt, present = prompts(left)
-    tokens, there = answers()
-    weight = jax.random.normal(jax.random.key(2), tokens.shape) * there
+    prompt, prompt_mask = prompts(left)
+    tokens, mask = completions()
+    weight = jax.random.normal(jax.random.key(2), tokens.shape) * mask
 
     def gradient(log_probs):
         def loss(variables):
-            found = log_probs(MODEL, variables, prompt, present, tokens, there)
+            found = log_probs(MODEL, variables, prompt, prompt_mask, tokens, mask)
             return jnp.sum(weight * found)
 
         with jax.default_matmul_precision("highest"):
@@ -74,26 +74,26 @@ def test_gradients_equal_those_of_prompts_that_are_not_shared(left):
 
 
 def test_what_is_not_there_changes_nothing():
-    prompt, present = prompts()
-    tokens, there = answers()
+    prompt, prompt_mask = prompts()
+    tokens, mask = completions()
     log_probs = jax.jit(functools.partial(shared, MODEL))
-    one = log_probs(variables(), prompt, present, tokens, there).log_prob
+    one = log_probs(variables(), prompt, prompt_mask, tokens, mask).log_prob
     other = log_probs(
         variables(),
-        jnp.where(present, prompt, 5),
-        present,
-        jnp.where(there, tokens, 7),
-        there,
+        jnp.where(prompt_mask, prompt, 5),
+        prompt_mask,
+        jnp.where(mask, tokens, 7),
+        mask,
     ).log_prob
-    np.testing.assert_array_equal(jnp.where(there, one, 0), jnp.where(there, other, 0))
+    np.testing.assert_array_equal(jnp.where(mask, one, 0), jnp.where(mask, other, 0))
 
 
 def test_an_output_layer_of_its_own():
-    prompt, present = prompts()
-    tokens, there = answers()
-    drawn = UNTIED.init(jax.random.key(0), prompt, present)
-    ours = jax.jit(functools.partial(shared, UNTIED))(drawn, prompt, present, tokens, there)
-    full = unshared(UNTIED, drawn, prompt, present, tokens, there)
+    prompt, prompt_mask = prompts()
+    tokens, mask = completions()
+    drawn = UNTIED.init(jax.random.key(0), prompt, prompt_mask)
+    ours = jax.jit(functools.partial(shared, UNTIED))(drawn, prompt, prompt_mask, tokens, mask)
+    full = unshared(UNTIED, drawn, prompt, prompt_mask, tokens, mask)
     np.testing.assert_allclose(
-        jnp.where(there, ours.log_prob, 0), jnp.where(there, full, 0), atol=2e-5
+        jnp.where(mask, ours.log_prob, 0), jnp.where(mask, full, 0), atol=2e-5
     )

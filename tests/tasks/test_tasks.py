@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax.evaluation.questions import Answered, describe_levels
+from mmrl_jax.evaluation.prompts import PromptEvaluation, describe_levels
 from mmrl_jax.tasks import shapes
-from mmrl_jax.tasks.question import ABSENT, Prompt, Score, WordTokenizer, tokenize
+from mmrl_jax.tasks.prompts import ABSENT, Prompt, Score, WordTokenizer, tokenize
 from mmrl_jax.tasks.scenes import COLORS, SHAPES, Objects, draw
 
 # Compiling is what these tests wait for.
@@ -30,8 +30,8 @@ def drawn(split="train", kinds=shapes.KINDS, count=600, **changes):
     return jax.device_get(jit(lambda rng: made.sample(rng, count, split))(jax.random.key(0)))
 
 
-def words(made, question, i):
-    return made.texts.prompts[question.text[i]], made.texts.answers[question.answer[i]]
+def words(made, prompts, i):
+    return made.texts.prompts[prompts.text[i]], made.texts.answers[prompts.answer[i]]
 
 
 @functools.cache
@@ -116,12 +116,12 @@ def large(split, level):
     ],
 )
 def test_the_picture_decides_the_answer(split, level):
-    made, question = task(height=96, width=96), large(split, level)
+    made, prompts = task(height=96, width=96), large(split, level)
     kinds = shapes.NAMING if split == "heldout_pair" else shapes.KINDS
-    assert {shapes.KINDS[kind] for kind in question.kind} == set(kinds)
+    assert {shapes.KINDS[kind] for kind in prompts.kind} == set(kinds)
     for i in range(150):
-        text, answer = words(made, question, i)
-        assert answer_of(text, seen(question.images[i])) == answer, (i, text)
+        text, answer = words(made, prompts, i)
+        assert answer_of(text, seen(prompts.images[i])) == answer, (i, text)
 
 
 @pytest.mark.parametrize("shape", range(4))
@@ -134,17 +134,17 @@ def test_shapes_look_different(shape):
 
 @pytest.mark.parametrize("split", ["train", "heldout_pair"])
 def test_who_does_not_look_is_at_chance(split):
-    made, question = task(), drawn(split, count=6000)
-    kinds = np.unique(question.kind)
+    made, prompts = task(), drawn(split, count=6000)
+    kinds = np.unique(prompts.kind)
     for k in kinds:
-        kind, rows = shapes.KINDS[k], question.kind == k
+        kind, rows = shapes.KINDS[k], prompts.kind == k
         assert 0.8 < rows.mean() * len(kinds) < 1.2
-        answers = question.answer[rows]
+        answers = prompts.answer[rows]
         counts = np.bincount(answers, minlength=len(made.texts.answers)) / rows.sum()
         chance = {"count": 1 / 3, "colour": 1 / 4, "shape": 1 / 3}.get(kind, 1 / 2)
         assert counts.max() < chance + 0.06, (kind, counts)
         # Nor does a text give its answer away: the most frequent one of each, where there are many.
-        texts = question.text[rows]
+        texts = prompts.text[rows]
         for text in np.unique(texts):
             same = answers[texts == text]
             if len(same) >= 25:
@@ -156,9 +156,9 @@ def test_each_level_is_harder_than_the_one_before():
     things = [(c, s) for c in COLORS for s in SHAPES]
     number, alike, area = [], [], []
     for level in shapes.LEVELS:
-        question, others, sharing, covered = large("train", level), [], [], []
-        for i, picture in enumerate(question.images):
-            text, _ = words(task(), question, i)
+        prompts, others, sharing, covered = large("train", level), [], [], []
+        for i, picture in enumerate(prompts.images):
+            text, _ = words(task(), prompts, i)
             objects = [(c, s) for *_, c, s in seen(picture)]
             ground = np.median(picture.reshape(-1, 3), axis=0)
             covered.append((np.abs(picture - ground).max(axis=-1) > 45).sum() / len(objects))
@@ -186,10 +186,10 @@ def test_each_level_is_harder_than_the_one_before():
 def test_levels_differ_in_the_picture_alone():
     each = [large("train", level) for level in shapes.LEVELS]
     mixed = drawn(count=150, height=96, width=96, levels=tuple(shapes.LEVELS))
-    for question in each:
-        np.testing.assert_array_equal(question.text, mixed.text)
-        np.testing.assert_array_equal(question.answer, mixed.answer)
-    images = np.stack([question.images for question in each])
+    for prompts in each:
+        np.testing.assert_array_equal(prompts.text, mixed.text)
+        np.testing.assert_array_equal(prompts.answer, mixed.answer)
+    images = np.stack([prompts.images for prompts in each])
     np.testing.assert_array_equal(images[mixed.level, np.arange(150)], mixed.images)
     assert (np.bincount(mixed.level, minlength=3) > 25).all()
 
@@ -216,9 +216,9 @@ def test_no_comparison_shows_a_count_that_is_held_out():
 
 def test_splits_hold_out_what_they_say():
     def things(split):
-        question = drawn(split, ("count",), 400)
+        prompts = drawn(split, ("count",), 400)
         kind = task(("count",))
-        return [words(kind, question, i) for i in range(400)]
+        return [words(kind, prompts, i) for i in range(400)]
 
     held = {f"{c} {s}" for i, (c, s) in enumerate((c, s) for c in COLORS for s in SHAPES)
             if shapes.HELDOUT_PAIR[i]}  # fmt: skip
@@ -237,15 +237,15 @@ def test_splits_hold_out_what_they_say():
     for split in ("train", "heldout_template"):
         for picture in drawn(split, ("count",), 400).images:
             assert middle not in {cell for _, cell, *_ in seen(picture)}
-    question = drawn("heldout_layout", ("count",), 400)
-    there = [{cell for _, cell, *_ in seen(picture)} for picture in question.images]
+    prompts = drawn("heldout_layout", ("count",), 400)
+    there = [{cell for _, cell, *_ in seen(picture)} for picture in prompts.images]
     assert all(middle in cells for cells in there) and set().union(*there) == set(range(16))
 
 
 def test_who_does_not_look_is_at_chance_where_the_layout_is_held_out():
-    question = drawn("heldout_layout", ("relation",), 1000)
+    prompts = drawn("heldout_layout", ("relation",), 1000)
     # Both are left of the other half the time: 4 standard deviations are 0.063.
-    assert abs(np.mean(question.answer == question.answer[0]) - 0.5) < 0.063
+    assert abs(np.mean(prompts.answer == prompts.answer[0]) - 0.5) < 0.063
 
 
 @pytest.mark.parametrize("kind", ["count", "exists"])
@@ -274,10 +274,10 @@ class Fixed(WordTokenizer):
     def __init__(self, answers):
         self.answers = answers
 
-    def prompt(self, question, *, images):
+    def encode_prompt(self, text, *, images):
         return [9]
 
-    def answer(self, text):
+    def encode_completion(self, text):
         return [*self.answers[text], self.stop]
 
 
@@ -298,20 +298,20 @@ def test_answers_are_read_exactly():
         ]
     )
     lengths = jnp.array([2, 3, 2, 3, 1, 0, 3, 2])
-    present = jnp.arange(4) < lengths[:, None]
+    mask = jnp.arange(4) < lengths[:, None]
     expected = [0, 1, 2, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT]
-    np.testing.assert_array_equal(texts.parse(given, present), expected)
-    question = texts.ask(jnp.zeros((2, 8, 8, 3), jnp.uint8), *(jnp.array([0, 0]),) * 4)
-    question = question._replace(answer=jnp.array([1, 2]))
+    np.testing.assert_array_equal(texts.parse(given, mask), expected)
+    prompts = texts.make_prompts(jnp.zeros((2, 8, 8, 3), jnp.uint8), *(jnp.array([0, 0]),) * 4)
+    prompts = prompts._replace(answer=jnp.array([1, 2]))
     # Of several stop tokens each ends an answer, and none stands for another token.
     other = jnp.array([[4, 6], [4, 5], [6, 1]])
     several = dataclasses.replace(texts, tokenizer=Fixed(said))
     several.tokenizer.stops = (1, 6)
     np.testing.assert_array_equal(several.parse(other, jnp.ones((3, 2), bool)), [0, ABSENT, ABSENT])
     np.testing.assert_array_equal(texts.parse(other, jnp.ones((3, 2), bool)), [ABSENT] * 3)
-    score = texts.score(question, given.reshape(2, 4, 4), present.reshape(2, 4, 4), penalty=0.5)
+    score = texts.score(prompts, given.reshape(2, 4, 4), mask.reshape(2, 4, 4), penalty=0.5)
     np.testing.assert_array_equal(score.correct, [[0, 1, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(score.malformed, [[0, 0, 0, 1], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(score.invalid, [[0, 0, 0, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(score.reward, [[0, 1, 0, -0.5], [-0.5] * 4])
 
 
@@ -319,7 +319,7 @@ def test_accuracy_is_told_by_level():
     level = np.array([0, 2, 0, 2, 2])  # Of the second there is none.
     right = np.array([1, 0, 0, 1, 1], np.float32)
     score = Score(right, right, np.array([0, 1, 0, 0, 0], np.float32))
-    found = Answered(Prompt(*(None,) * 6, level=level), None, None, score)
+    found = PromptEvaluation(Prompt(*(None,) * 6, level=level), None, None, score)
     described = describe_levels(found, ("easy", "medium", "hard"))
     assert described["easy/accuracy"] == 1 / 2 and described["easy/invalid_fraction"] == 0
     assert described["hard/accuracy"] == pytest.approx(2 / 3)
@@ -328,17 +328,17 @@ def test_accuracy_is_told_by_level():
 
 
 def test_labels_are_the_right_answers():
-    made, question = task(), drawn()
-    labels, there = made.texts.labels(question.answer)
+    made, prompts = task(), drawn()
+    labels, there = made.texts.labels(prompts.answer)
     parsed = made.texts.parse(labels, there)
-    np.testing.assert_array_equal(parsed, question.answer)
+    np.testing.assert_array_equal(parsed, prompts.answer)
     assert (np.asarray(labels)[~np.asarray(there)] == WordTokenizer.pad).all()
 
 
 def test_prompts_have_their_image_tokens():
-    question = drawn()
-    assert ((question.tokens == WordTokenizer.image).sum(axis=1) == 2).all()
-    assert not question.tokens[~question.present].any()
+    prompts = drawn()
+    assert ((prompts.tokens == WordTokenizer.image).sum(axis=1) == 2).all()
+    assert not prompts.tokens[~prompts.mask].any()
 
 
 @pytest.mark.parametrize(
@@ -381,8 +381,8 @@ def test_splits_and_pictures_that_cannot_be_are_refused():
 
 def test_words_are_read_back():
     words = WordTokenizer(["how many red balls ?", "two"])
-    ids = words.prompt("how many balls ?", images=2)
+    ids = words.encode_prompt("how many balls ?", images=2)
     assert ids[:2] == [words.image] * 2 and words.decode(ids) == "how many balls ?"
-    assert words.decode([*words.answer("two"), words.pad]) == "two"
+    assert words.decode([*words.encode_completion("two"), words.pad]) == "two"
     with pytest.raises(ValueError, match="Words ..blue.. of 'blue balls'"):
         words.encode("blue balls")

@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
     """
 
     tokens: jax.Array
-    present: jax.Array
+    mask: jax.Array
     images: jax.Array
     answer: jax.Array
     kind: jax.Array
@@ -43,12 +43,12 @@ class Score(NamedTuple):
     Attributes:
       reward: 1 for the right answer, 0 for another one, `-penalty` for what is no answer.
       correct: 1 for the right answer.
-      malformed: 1 for what is not exactly one of the task's answers.
+      invalid: 1 for what is not exactly one of the task's answers.
     """
 
     reward: jax.Array
     correct: jax.Array
-    malformed: jax.Array
+    invalid: jax.Array
 
 
 class Task(Protocol):
@@ -84,10 +84,10 @@ class Tokenizer(Protocol):
     @property
     def image(self) -> int: ...
 
-    def prompt(self, question: str, *, images: int) -> list[int]:
+    def encode_prompt(self, text: str, *, images: int) -> list[int]:
         """The ids of a question about a picture of `images` image tokens."""
 
-    def answer(self, text: str) -> list[int]:
+    def encode_completion(self, text: str) -> list[int]:
         """The ids of an answer, the stop token as last."""
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -102,7 +102,7 @@ class Texts:
       prompts: every question, as text.
       answers: every answer, as text.
       prompt_tokens: int32 [Q, S], padded on the left with `pad`.
-      prompt_present: bool [Q, S].
+      prompt_mask: bool [Q, S].
       answer_tokens: int32 [A, T], with the stop token as last, then ABSENT.
       tokenizer: that made them.
     """
@@ -110,16 +110,16 @@ class Texts:
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     prompt_tokens: np.ndarray
-    prompt_present: np.ndarray
+    prompt_mask: np.ndarray
     answer_tokens: np.ndarray
     tokenizer: Tokenizer
 
     @property
-    def length(self) -> int:
+    def max_answer_length(self) -> int:
         """T, tokens of the longest answer, its stop token among them."""
         return self.answer_tokens.shape[1]
 
-    def ask(
+    def make_prompts(
         self,
         images: jax.Array,
         text: jax.Array,
@@ -130,7 +130,7 @@ class Texts:
         """The questions with texts int32 [B] about images [B, H, W, 3]."""
         return Prompt(
             jnp.asarray(self.prompt_tokens)[text],
-            jnp.asarray(self.prompt_present)[text],
+            jnp.asarray(self.prompt_mask)[text],
             images,
             answer,
             kind,
@@ -141,34 +141,34 @@ class Texts:
     def labels(self, answer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The tokens of answers int32 [B], int32 [B, T], and which are there, bool [B, T]."""
         rows = jnp.asarray(self.answer_tokens)[answer]
-        there = rows != ABSENT
-        return jnp.where(there, rows, self.tokenizer.pad), there
+        mask = rows != ABSENT
+        return jnp.where(mask, rows, self.tokenizer.pad), mask
 
-    def parse(self, tokens: jax.Array, present: jax.Array) -> jax.Array:
+    def parse(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Which answer tokens int32 [..., T'] are, exactly and with a stop token: int32 [...].
 
         Returns:
           The index of the answer; ABSENT for what is none.
         """
         # Generation ends at any of the stop tokens, the table's answers with one of them.
-        ends = jnp.isin(tokens, jnp.array(self.tokenizer.stops))
-        given = jnp.where(present, jnp.where(ends, self.tokenizer.stop, tokens), ABSENT)
-        width = max(given.shape[-1], self.length)
-        given = _widen(given, width)
-        same = jnp.all(given[..., None, :] == _widen(self.answer_tokens, width), axis=-1)
+        is_stop = jnp.isin(tokens, jnp.array(self.tokenizer.stops))
+        parsed = jnp.where(mask, jnp.where(is_stop, self.tokenizer.stop, tokens), ABSENT)
+        width = max(parsed.shape[-1], self.max_answer_length)
+        parsed = _pad_to_width(parsed, width)
+        same = jnp.all(parsed[..., None, :] == _pad_to_width(self.answer_tokens, width), axis=-1)
         return jnp.where(jnp.any(same, axis=-1), jnp.argmax(same, axis=-1), ABSENT)
 
     def score(
-        self, question: Prompt, tokens: jax.Array, present: jax.Array, *, penalty: float
+        self, prompts: Prompt, tokens: jax.Array, mask: jax.Array, *, penalty: float
     ) -> Score:
         """Scores answers int32 [B, G, T'], of which bool [B, G, T'] tells what is there."""
-        given = self.parse(tokens, present)
-        correct = (given == question.answer[:, None]).astype(jnp.float32)
-        malformed = (given == ABSENT).astype(jnp.float32)
-        return Score(correct - penalty * malformed, correct, malformed)
+        parsed = self.parse(tokens, mask)
+        correct = (parsed == prompts.answer[:, None]).astype(jnp.float32)
+        invalid = (parsed == ABSENT).astype(jnp.float32)
+        return Score(correct - penalty * invalid, correct, invalid)
 
 
-def _widen(rows: jax.Array | np.ndarray, width: int) -> jax.Array:
+def _pad_to_width(rows: jax.Array | np.ndarray, width: int) -> jax.Array:
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])]
     return jnp.pad(jnp.asarray(rows), padding, constant_values=ABSENT)
 
@@ -193,20 +193,21 @@ def tokenize(
     """
     if tokenizer is None:
         tokenizer = WordTokenizer([*prompts, *answers])
-    asked = [tokenizer.prompt(text, images=image_tokens) for text in prompts]
-    said = [tokenizer.answer(text) for text in answers]
-    for i, ids in enumerate(said):
-        if ids in said[:i]:
+    prompt_ids = [tokenizer.encode_prompt(text, images=image_tokens) for text in prompts]
+    answer_ids = [tokenizer.encode_completion(text) for text in answers]
+    for i, ids in enumerate(answer_ids):
+        if ids in answer_ids[:i]:
+            same = answers[answer_ids.index(ids)], answers[i]
             raise ValueError(
-                f"The answers {answers[said.index(ids)]!r} and {answers[i]!r} have the same tokens "
-                f"{ids}; the tokenizer does not know one of them."
+                f"The answers {same[0]!r} and {same[1]!r} have the same tokens {ids}; the "
+                "tokenizer does not know one of them."
             )
-    width = max(map(len, asked))
-    tokens = np.array([[tokenizer.pad] * (width - len(ids)) + ids for ids in asked], np.int32)
-    present = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in asked])
-    longest = max(map(len, said))
-    rows = np.array([ids + [ABSENT] * (longest - len(ids)) for ids in said], np.int32)
-    return Texts(tuple(prompts), tuple(answers), tokens, present, rows, tokenizer)
+    width = max(map(len, prompt_ids))
+    tokens = np.array([[tokenizer.pad] * (width - len(ids)) + ids for ids in prompt_ids], np.int32)
+    mask = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompt_ids])
+    longest = max(map(len, answer_ids))
+    rows = np.array([ids + [ABSENT] * (longest - len(ids)) for ids in answer_ids], np.int32)
+    return Texts(tuple(prompts), tuple(answers), tokens, mask, rows, tokenizer)
 
 
 class WordTokenizer:
@@ -227,11 +228,11 @@ class WordTokenizer:
         """Number of ids."""
         return len(self.words) + 3
 
-    def prompt(self, question: str, *, images: int) -> list[int]:
+    def encode_prompt(self, text: str, *, images: int) -> list[int]:
         """See `Tokenizer`; for errors `encode`."""
-        return [self.image] * images + self.encode(question)
+        return [self.image] * images + self.encode(text)
 
-    def answer(self, text: str) -> list[int]:
+    def encode_completion(self, text: str) -> list[int]:
         """See `Tokenizer`; for errors `encode`."""
         return [*self.encode(text), self.stop]
 

@@ -11,25 +11,25 @@ import numpy as np
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.chunks import in_chunks
-from mmrl_jax.tasks.question import Prompt, Score, Task
+from mmrl_jax.tasks.prompts import Prompt, Score, Task
 
 # (what a policy is made of, questions [B], key) -> tokens and which are present, [B, 1, T].
-Answer = Callable[[Any, Prompt, jax.Array], tuple[jax.Array, jax.Array]]
+GenerateFunction = Callable[[Any, Prompt, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class Answered(NamedTuple):
+class PromptEvaluation(NamedTuple):
     """Questions [N] and the answers to them, [N, 1, T], or on the host [N, T].
 
     Attributes:
-      question: as it was asked.
+      prompts: as they were asked.
       tokens: int32, of the answers.
       present: bool, which tokens are there.
       score: of the answers.
     """
 
-    question: Prompt
+    prompts: Prompt
     tokens: Any
-    present: Any
+    mask: Any
     score: Score
 
 
@@ -38,23 +38,23 @@ class Sample(NamedTuple):
 
     Attributes:
       image: uint8 [H, W, 3].
-      question: its text.
-      right: the right answer.
-      answer: what was answered.
+      prompt: its text.
+      answer: the right answer.
+      completion: what was answered.
       reward: for it; NaN where there is none.
       correct: whether the task takes it for right; None of a task where rewards alone say how good
         an answer is.
     """
 
     image: np.ndarray
-    question: str
-    right: str
+    prompt: str
     answer: str
+    completion: str
     reward: float
     correct: bool | None
 
 
-class QuestionEvaluator:
+class PromptEvaluator:
     """Evaluates policies of one kind on the splits of a task, each on the same questions.
 
     One compiled program answers the questions of all splits, a chunk at a time, which is split over
@@ -62,9 +62,9 @@ class QuestionEvaluator:
 
     Args:
       task: asks and scores.
-      answer: the policy, one answer to each question.
+      generate: the policy, one answer to each question.
       rng: key of the questions.
-      questions: N.
+      num_prompts: N.
       mesh: whose devices share the work.
       together: the most questions that are answered at once.
     """
@@ -72,20 +72,22 @@ class QuestionEvaluator:
     def __init__(
         self,
         task: Task,
-        answer: Answer,
+        generate: GenerateFunction,
         rng: jax.Array,
         *,
-        questions: int,
+        num_prompts: int,
         mesh: Mesh,
         together: int,
     ):
-        self._task, self._rng, self._questions = task, rng, questions
+        self._task, self._rng, self._num_prompts = task, rng, num_prompts
         self._mesh, self._together = mesh, together
         self._sample = jax.jit(task.sample, static_argnums=(1, 2))
-        self._answer = jax.jit(answer)
+        self._generate = jax.jit(generate)
         self._score = jax.jit(functools.partial(task.texts.score, penalty=0.0))
 
-    def __call__(self, variables: Any, split: str, *, shuffle_images: bool = False) -> Answered:
+    def __call__(
+        self, variables: Any, split: str, *, shuffle_images: bool = False
+    ) -> PromptEvaluation:
         """The questions of a split and the answers of a policy, in numpy.
 
         Args:
@@ -94,34 +96,34 @@ class QuestionEvaluator:
           shuffle_images: every prompt is given another prompt's image: how well one answers
             without looking.
         """
-        asked = jax.device_get(self._sample(self._rng, self._questions, split))
-        shown = asked
+        prompts = jax.device_get(self._sample(self._rng, self._num_prompts, split))
+        inputs = prompts
         if shuffle_images:
-            shown = asked._replace(images=np.roll(asked.images, 1, axis=0))
+            inputs = prompts._replace(images=np.roll(prompts.images, 1, axis=0))
 
-        def answer(chunk: Prompt) -> tuple[jax.Array, jax.Array]:
+        def generate(chunk: Prompt) -> tuple[jax.Array, jax.Array]:
             chunk = mesh_lib.put_batch(chunk, mesh=self._mesh)
-            return self._answer(variables, chunk, self._rng)
+            return self._generate(variables, chunk, self._rng)
 
-        tokens, present = in_chunks(
-            answer, shown, most=self._together, devices=mesh_lib.batch_shards(self._mesh)
+        tokens, mask = in_chunks(
+            generate, inputs, most=self._together, devices=mesh_lib.batch_shards(self._mesh)
         )
-        score = jax.device_get(self._score(asked, tokens, present))
-        return Answered(asked, *jax.tree.map(lambda x: x[:, 0], (tokens, present, score)))
+        score = jax.device_get(self._score(prompts, tokens, mask))
+        return PromptEvaluation(prompts, *jax.tree.map(lambda x: x[:, 0], (tokens, mask, score)))
 
     def samples(self, variables: Any, split: str, count: int) -> list[Sample]:
         """The first questions of a split as texts, with the answers of a policy."""
-        texts, found = self._task.texts, self(variables, split)
+        texts, evaluated = self._task.texts, self(variables, split)
         return [
             Sample(
-                image=np.asarray(found.question.images[i]),
-                question=texts.prompts[found.question.text[i]],
-                right=texts.answers[found.question.answer[i]],
-                answer=texts.tokenizer.decode(found.tokens[i][found.present[i]]),
-                reward=float(found.score.reward[i]),
-                correct=bool(found.score.correct[i]),
+                image=np.asarray(evaluated.prompts.images[i]),
+                prompt=texts.prompts[evaluated.prompts.text[i]],
+                answer=texts.answers[evaluated.prompts.answer[i]],
+                completion=texts.tokenizer.decode(evaluated.tokens[i][evaluated.mask[i]]),
+                reward=float(evaluated.score.reward[i]),
+                correct=bool(evaluated.score.correct[i]),
             )
-            for i in range(min(count, self._questions))
+            for i in range(min(count, self._num_prompts))
         ]
 
 
@@ -134,19 +136,19 @@ def describe(score: Score) -> dict[str, float]:
         "accuracy": mean,
         "accuracy_lo": low,
         "accuracy_hi": high,
-        "invalid_fraction": float(np.mean(score.malformed)),
+        "invalid_fraction": float(np.mean(score.invalid)),
     }
 
 
-def describe_levels(found: Answered, levels: Sequence[str]) -> dict[str, float]:
+def describe_levels(evaluated: PromptEvaluation, levels: Sequence[str]) -> dict[str, float]:
     """The same of the questions of each level, as '<level>/accuracy' and so on.
 
     A level that was not asked is left out.
     """
     described = {}
     for i, level in enumerate(levels):
-        asked = found.question.level == i
-        if asked.any():
-            score = jax.tree.map(lambda x, asked=asked: x[asked], found.score)
+        mask = evaluated.prompts.level == i
+        if mask.any():
+            score = jax.tree.map(lambda x, mask=mask: x[mask], evaluated.score)
             described |= {f"{level}/{name}": x for name, x in describe(score).items()}
     return described
