@@ -13,30 +13,31 @@ import jax
 Params = Any  # A pytree of float32 arrays.
 Metrics = dict[str, jax.Array]
 
-# What a policy sees. A multimodal environment gives
+# The observation of a policy. A multimodal environment has the entries
 #   'pixels'       uint8 [B, H, W, 3], or [B, K, H, W, 3] with a history of K frames;
-#   'instruction'  {'tokens': int32 [B, L], 'mask': bool [B, L]}, mask True where there is a word;
-#   'proprio'      float32 [B, P], or [B, K, P] with a history;
-# a flat one gives 'proprio' alone.
+#   'instruction'  {'tokens': int32 [B, L], 'mask': bool [B, L]}, the mask False for padding;
+#   'proprio'      float32 [B, P], or [B, K, P] with a history.
+# A flat environment has only 'proprio'.
 Observation = dict[str, Any]
 
 
 class Transition(struct.PyTreeNode):
-    """What one environment step leaves behind, time-major [T, B, ...] after an unroll.
+    """The record of one environment step, time-major [T, B, ...] after an unroll.
 
     Attributes:
-      observation: what the policy saw at t, an Observation; for PPO over tokens a Prompt.
-      action: the distribution's sample at t before any squashing, float32 [T, B, A], or int32
-        [T, B] for discrete actions; for PPO over tokens the Completions.
-      log_prob: float32 [T, B], log-probability of `action` under the acting policy.
-      value: float32 [T, B], the acting policy's value estimate at t.
-      reward: float32 [T, B], reward of the step from t to t + 1.
-      terminated: float32 [T, B], 1 where the task ended at t + 1: nothing follows.
-      truncated: float32 [T, B], 1 where a limit cut the episode at t + 1: the value there counts.
-      valid: float32 [T, B], 0 where the step only reset the environment: no decision was made, and
-        every loss and statistic leaves it out.
-      privileged: dict of training-only targets [T, B, ...]; never an input of the policy.
-      metrics: dict of the environment's own measurements after the step, float32 [T, B].
+      observation: Observation of the policy at t; for token policies the Prompt.
+      action: Sample of the action distribution at t before squashing, float32 [T, B, A], or int32
+        [T, B] for discrete actions; for token policies the Completions.
+      log_prob: Log-probability of `action` under the acting policy, float32 [T, B].
+      value: Value estimate of the acting policy at t, float32 [T, B].
+      reward: Reward of the step from t to t + 1, float32 [T, B].
+      terminated: 1 where the task ended at t + 1, so that no state follows, float32 [T, B].
+      truncated: 1 where a limit truncated the episode at t + 1, so that returns are bootstrapped
+        with the value of that state, float32 [T, B].
+      valid: 0 where the step only reset the environment, float32 [T, B]. Such a step has no action
+        of the policy, and every loss and statistic masks it out.
+      privileged: Targets for training, each [T, B, ...]; they are never an input of the policy.
+      metrics: Measurements of the environment after the step, float32 [T, B] each.
     """
 
     observation: Any

@@ -1,4 +1,4 @@
-"""Behaviour cloning of demonstrations, with a critic and auxiliary targets: the warm start."""
+"""Behavior cloning of demonstrations, which also trains the critic and auxiliary predictions."""
 
 import dataclasses
 from typing import NamedTuple
@@ -23,19 +23,20 @@ from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 @struct.dataclass
 class Demonstrations:
-    """A fixed set of N demonstrated decisions of B environments, on the device.
+    """A fixed set of N demonstrated steps of B environments, on the device.
 
-    The value that a decision is worth under the demonstrator is
-    value_return + bootstrap_weight * v(observation[bootstrap]), as PPO's: an episode that a limit
-    truncated would have gone on.
+    The value target of a step is value_return + bootstrap_weight * v(observation[bootstrap]). As in
+    PPO, truncated episodes are bootstrapped.
 
     Attributes:
-      observation: [N + B, ...], of the decisions and, behind them, after the last ones.
-      action: what the environment was given, float32 [N, A] in [-1, 1] or int32 [N].
-      value_return: float32 [N], discounted sum of the rewards until the episode ended.
-      bootstrap: int32 [N], in [0, N + B).
-      bootstrap_weight: float32 [N], 0 where the episode terminated.
-      privileged: training-only targets, [N, ...].
+      observation: Observations of the N steps, followed by those after the last step of each of the
+        B environments, [N + B, ...].
+      action: Actions of the environment, float32 [N, A] in [-1, 1] or int32 [N].
+      value_return: Discounted sums of the rewards until the episode ended, float32 [N].
+      bootstrap: Indices of the observations after the ends of episodes, int32 [N] in [0, N + B).
+      bootstrap_weight: Discounts of the values of these observations, float32 [N]; 0 where the
+        episode terminated.
+      privileged: Targets for training, each [N, ...].
     """
 
     observation: Observation
@@ -47,11 +48,11 @@ class Demonstrations:
 
 
 class Batch(NamedTuple):
-    """Demonstrated decisions [n], and what follows them.
+    """A batch of n demonstrated steps.
 
     Attributes:
-      samples: The decisions.
-      next_observation: [n, ...], the observations that their values are bootstrapped from.
+      samples: Demonstrated steps [n].
+      next_observation: Observations that their value targets are bootstrapped from, [n, ...].
     """
 
     samples: Demonstrations
@@ -77,7 +78,7 @@ class BC:
 
 
 def gather(data: Demonstrations, indices: jax.Array) -> Batch:
-    """Returns the demonstrations with these indices, int32 [n]."""
+    """Returns the demonstrated steps with the indices int32 [n]."""
     return Batch(
         jax.tree.map(lambda x: x[indices], data),
         jax.tree.map(lambda x: x[data.bootstrap[indices]], data.observation),
@@ -91,13 +92,13 @@ def demonstrations(
     *,
     discount: float,
 ) -> Demonstrations:
-    """Turns recorded whole episodes [T, B, ...] into N = T * B samples.
+    """Returns the N = T * B demonstrated steps of whole episodes.
 
     Args:
-      transitions: [T, B, ...].
-      environment_action: what the environments were given, [T, B, ...].
-      last_observation: [B, ...], after the last transition and before any reset.
-      discount: per step, in [0, 1].
+      transitions: Transitions of the episodes, [T, B, ...].
+      environment_action: Actions of the environments, [T, B, ...].
+      last_observation: Observations after the last transitions and before any reset, [B, ...].
+      discount: Discount factor per step, in [0, 1].
     """
     returns, weight, step = advantages.bootstrapped_returns(
         reward=transitions.reward,
@@ -130,14 +131,26 @@ def update(
     options: BC,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
-    """One optimizer step on demonstrations [n]; nothing of it is random.
+    """Takes one optimizer step on a batch of demonstrated steps.
 
-    The loss is the cloning loss of the action distribution, plus weighted squared errors of the
-    value and of the auxiliary predictions. The state's statistics must have been computed.
+    The loss is the cloning loss of the action distribution, plus the weighted losses of the value
+    and of the auxiliary predictions.
+
+    Args:
+      state: State of the learner; its normalizer must have seen the demonstrations.
+      batch: Demonstrated steps [n].
+      rng: Not used.
+      apply: Function of parameters and observations that returns a PolicyOutput.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Options of behavior cloning.
+      shard: Function that places the batch on the mesh.
+
+    Returns:
+      The new state, and the losses with the metrics of `apply_gradients`.
     """
     h, (batch, next_observation) = options, shard(batch)
     next_value = run_network(apply, state, next_observation).value
-    # A select: behind the end of a task there need be no number.
+    # A select instead of a product: the value after a terminated episode may be NaN.
     target = batch.value_return + jnp.where(
         batch.bootstrap_weight > 0, batch.bootstrap_weight * next_value, 0.0
     )

@@ -1,7 +1,7 @@
-"""Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290) of given answers.
+"""Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290).
 
-The preferences may be given, or made of the policy's own answers by their rewards, update by update
-(Guo et al., 2024, arXiv 2402.04792): `best_and_worst`.
+The chosen and the rejected completion of a prompt are the policy's own completions with the highest
+and the lowest reward, sampled anew in each update (Guo et al., 2024, arXiv 2402.04792).
 """
 
 import dataclasses
@@ -29,20 +29,22 @@ from mmrl_jax.types import Metrics, Params
 class DPO(StepOptions):
     """The options of DPO."""
 
-    beta: float = option(0.1, "Weight of the implicit KL to the reference.", POSITIVE)
+    beta: float = option(
+        0.1, "Coefficient of the implicit KL divergence from the reference.", POSITIVE
+    )
     label_smoothing: float = option(
-        0.0, "Fraction of the preferences that are taken to be wrong.", between(0, 0.5)
+        0.0, "Probability that a preference is taken to be wrong.", between(0, 0.5)
     )
 
 
 class Preferences(NamedTuple):
-    """Two answers to each of B questions.
+    """A chosen and a rejected completion of each of B prompts.
 
     Attributes:
-      prompt: of B samples.
-      tokens: int32 [B, 2, T], the preferred answer and the other one.
-      mask: bool [B, 2, T].
-      weight: float32 [B], 0 where there is no preference.
+      prompt: Prompts [B].
+      tokens: Tokens of the chosen and of the rejected completion, int32 [B, 2, T].
+      mask: False for padding, bool [B, 2, T].
+      weight: Weight in the loss, float32 [B]; 0 for a prompt without a preference.
     """
 
     prompt: Prompt
@@ -58,28 +60,28 @@ def best_and_worst(
     reward: jax.Array,
     valid: jax.Array,
 ) -> Preferences:
-    """The answers of highest and lowest reward, of G answers [B, G, T] to each of B questions.
+    """Returns the completions of highest and lowest reward of each prompt.
 
     Args:
-      prompt: of B samples.
-      tokens: int32 [B, G, T].
-      mask: bool [B, G, T].
-      reward: float32 [B, G].
-      valid: float32 [B, G], 0 for answers that could not be scored.
+      prompt: Prompts [B].
+      tokens: Tokens of G completions of each prompt, int32 [B, G, T].
+      mask: False for padding, bool [B, G, T].
+      reward: Rewards, float32 [B, G].
+      valid: 0 for completions without a reward, float32 [B, G].
 
     Returns:
-      Preferences, of no weight where all rewards are equal.
+      The preferences; their weight is 0 for prompts whose rewards are all equal.
     """
     best = jnp.argmax(jnp.where(valid > 0, reward, -jnp.inf), axis=1)
     worst = jnp.argmin(jnp.where(valid > 0, reward, jnp.inf), axis=1)
-    which = jnp.stack([best, worst], axis=1)
-    high, low = jnp.moveaxis(jnp.take_along_axis(reward, which, axis=1), 1, 0)
+    indices = jnp.stack([best, worst], axis=1)
+    high, low = jnp.moveaxis(jnp.take_along_axis(reward, indices, axis=1), 1, 0)
     differ = (jnp.sum(valid, axis=1) > 1) & (high > low)
 
-    def pick(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, which[..., None], axis=1)
+    def select(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, indices[..., None], axis=1)
 
-    return Preferences(prompt, pick(tokens), pick(mask), differ.astype(jnp.float32))
+    return Preferences(prompt, select(tokens), select(mask), differ.astype(jnp.float32))
 
 
 def update(
@@ -93,22 +95,22 @@ def update(
     options: DPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """Epochs of minibatch steps on preferences among the completions of B prompts.
+    """Takes epochs of minibatch steps on preferences among the completions of B prompts.
 
     Args:
-      state: the learner, with a reference.
-      frozen: the other half of the model's variables.
-      batch: of one turn, with G completions of each of B prompts: the one of highest reward is
-        preferred to that of lowest reward.
-      rng: key of the shuffles.
-      policy: the model.
-      optimizer: the one whose state the learner holds.
-      options: see `DPO`.
-      shard: places a minibatch on the mesh.
+      state: State of the learner, with a reference.
+      frozen: Frozen variables of the model.
+      batch: G completions of each of B prompts, in one turn.
+      rng: PRNG key of the shuffles.
+      policy: Token policy.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Options of the algorithm.
+      shard: Function that places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimizer steps that were taken.
-      'dpo/reward_accuracy' is how often the preferred answer has gained on the other one.
+      The new state, and the means of the metrics over the optimizer steps that were taken.
+      'dpo/reward_accuracy' is the fraction of pairs in which the log-ratio to the reference is
+      larger for the chosen completion.
     """
     h, batch = options, jax.tree.map(lambda x: x[0], batch)
     valid = batch.valid
@@ -119,7 +121,7 @@ def update(
     )
 
     def sequence_log_probs(params: Params, part: Preferences) -> jax.Array:
-        """Log-probs of whole answers, float32 [N, 2]."""
+        """Returns the log-probs of whole completions, float32 [N, 2]."""
         log_probs = policy.log_probs(
             params, frozen, part.prompt, part.tokens, part.mask, temperature=1.0
         )
@@ -132,15 +134,17 @@ def update(
     )
 
     def part_loss(params: Params, part: Any, normalizer: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss of a minibatch whose weights have the sum `normalizer`."""
+        """Returns the loss of a part of a minibatch whose weights have the sum `normalizer`."""
         part, reference = part
-        gain = sequence_log_probs(params, part) - reference
-        losses = dpo_loss(gain[:, 0], gain[:, 1], beta=h.beta, label_smoothing=h.label_smoothing)
+        log_ratio = sequence_log_probs(params, part) - reference
+        losses = dpo_loss(
+            log_ratio[:, 0], log_ratio[:, 1], beta=h.beta, label_smoothing=h.label_smoothing
+        )
 
         def mean(x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(part.weight > 0, part.weight * x, 0.0)) / normalizer
 
-        margin = gain[:, 0] - gain[:, 1]
+        margin = log_ratio[:, 0] - log_ratio[:, 1]
         loss = mean(losses)
         return loss, {
             "loss/policy": loss,

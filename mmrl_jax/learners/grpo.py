@@ -1,9 +1,10 @@
-"""Policy optimization from groups of answers: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++.
+"""GRPO and its relatives: Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++.
 
-They differ in the advantage and in the loss alone, see `rl.group_advantages` and `rl.token_losses`:
+They compare the completions of a prompt, and differ only in the advantage and in the loss, see
+`rl.group_advantages` and `rl.token_losses`:
 
-    questions [B] -> answers [B, G, T] -> rewards [B, G] -> advantages [B, G]
-                                                         -> epochs of minibatch steps
+    prompts [B] -> completions [B, G, T] -> rewards [B, G] -> advantages [B, G]
+                                                           -> epochs of minibatch steps
 """
 
 from collections.abc import Callable
@@ -50,14 +51,14 @@ class GRPO(PolicyGradientOptions):
     )
     pass_at_k: int | None = option(
         None,
-        "k of the advantage that asks for one right completion among k; None for the preset's own "
-        "advantage.",
+        "k of the objective pass@k, one correct completion among k; None for the advantage of the "
+        "preset.",
         POSITIVE,
     )
 
     @property
     def advantage(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Rewards and which are valid, [B, G] each, to advantages [B, G]."""
+        """The estimator of advantages [B, G] from rewards and `valid`, float32 [B, G] each."""
         if self.pass_at_k is not None:
             return functools.partial(group_advantages.pass_at_k, k=self.pass_at_k)
         return group_advantages.ESTIMATORS[PRESETS[self.preset][0]]
@@ -77,14 +78,14 @@ class _Sample(NamedTuple):
     prompt: Prompt
     completions: Completions
     advantage: jax.Array  # [B, G]
-    mask: jax.Array  # [B, G, T], 1 for tokens of answers that are learned from.
+    mask: jax.Array  # [B, G, T], 1 for tokens that are learned from.
     old: jax.Array | None  # [B, G, T], log-probs before the update; None for a single step.
-    reference: jax.Array | None  # [B, G, T]
+    reference: jax.Array | None  # [B, G, T], log-probs under the reference.
 
 
 class _Normalizer(NamedTuple):
-    loss_denominator: jax.Array  # [], of the loss of a minibatch.
-    tokens: jax.Array  # [], how many it has.
+    loss_denominator: jax.Array  # [], denominator of the loss of a minibatch.
+    tokens: jax.Array  # [], number of tokens of a minibatch.
 
 
 def update(
@@ -98,21 +99,20 @@ def update(
     options: GRPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """Epochs of minibatch steps on one batch of completions.
+    """Takes epochs of minibatch steps on one batch of completions.
 
     Args:
-      state: The learner, whose parameters sampled the completions.
-      frozen: The variables of the model that are not trained.
-      batch: Of one turn, with G completions of each of B prompts; completions without a reward are
-        not learned from.
-      rng: Key of the shuffles.
-      policy: The model.
-      optimizer: The one whose state the learner holds.
-      options: See `GRPO`.
-      shard: Places a minibatch on the mesh.
+      state: State of the learner, whose parameters sampled the completions.
+      frozen: Frozen variables of the model.
+      batch: G completions of each of B prompts, in one turn; those without a reward are masked out.
+      rng: PRNG key of the shuffles.
+      policy: Token policy.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Options of the algorithm.
+      shard: Function that places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimizer steps that were taken.
+      The new state, and the means of the metrics over the optimizer steps that were taken.
     """
     h = options
     batch = jax.tree.map(lambda x: x[0], batch)
@@ -130,14 +130,14 @@ def update(
         )
 
     def batch_log_probs(params: Params) -> jax.Array:
-        # In parts of the steps' own shapes: of others the matrix products round differently.
+        # The parts have the shape of the steps' parts: other matrix products round differently.
         parts = h.num_minibatches * h.grad_accum_steps
         return map_in_chunks(lambda part: log_probs(params, part).log_prob, batch, parts)
 
     old = None if h.num_epochs * h.num_minibatches == 1 else batch_log_probs(state.params)
     reference = batch_log_probs(state.reference) if h.kl_coef else None
     learned_from = valid > 0
-    if h.mask_truncated_completions:  # Their rewards still count in the advantages of their groups.
+    if h.mask_truncated_completions:  # Their rewards count in the advantages.
         learned_from &= completions.finished
     mask = completions.mask * learned_from[..., None].astype(jnp.float32)
     samples = _Sample(batch.prompt, completions, advantage, mask, old, reference)
@@ -162,7 +162,7 @@ def update(
 def _part_loss(
     current: TokenLogProbs, part: _Sample, normalizer: _Normalizer, options: GRPO
 ) -> tuple[jax.Array, Metrics]:
-    """A part's share of the loss, and of the metrics, of a minibatch."""
+    """Returns the loss and the metrics of a part, which add up to those of the minibatch."""
     mask = _flat(part.mask)
     sums = token_loss_sums(
         _flat(current.log_prob),
@@ -189,15 +189,15 @@ def _normalizer(minibatch: _Sample, reduction: Reduction) -> _Normalizer:
 
 
 def _flat(tree: Any) -> Any:
-    """[B, G, ...] to [B * G, ...]."""
+    """Reshapes [B, G, ...] to [B * G, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def dynamic_sampling(batch: ScoredCompletions, count: int) -> ScoredCompletions:
-    """Returns `count` of the prompts of one turn, those whose completions differ in reward first.
+    """Selects `count` prompts of one turn, those whose completions differ in reward first.
 
-    Of more prompts than are learned from, it is DAPO's dynamic sampling (Yu et al., 2025, arXiv
-    2503.14476, eq. 11) at a fixed cost; of as many, none has to move to another device.
+    This is DAPO's dynamic sampling (Yu et al., 2025, arXiv 2503.14476, eq. 11) from a fixed number
+    of prompts. If the batch has `count` prompts, it is returned as it is.
     """
     reward, valid = batch.reward[0], batch.valid[0]
     if count == len(reward):
@@ -207,7 +207,7 @@ def dynamic_sampling(batch: ScoredCompletions, count: int) -> ScoredCompletions:
 
 
 def describe(batch: ScoredCompletions) -> Metrics:
-    """Returns what to log of the completions of an update, of one turn."""
+    """Returns metrics [] of the completions of an update, in one turn."""
     reward, valid = batch.reward[0], batch.valid[0]
     completions = jax.tree.map(lambda x: x[0], batch.completions)
     mask = completions.mask.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What all learners of control policies share: their state and how they run the network."""
+"""The parts that all learners of control policies share, and minibatches of all learners."""
 
 from collections.abc import Callable
 import math
@@ -17,20 +17,20 @@ from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 Apply = Callable[[Params, Observation], PolicyOutput]
-# A learner's state with `params`, `opt_state` and `steps`.
+# The state of a learner, with `params`, `opt_state` and `steps`.
 AnyState = TypeVar("AnyState", bound=Any)
-# Places a minibatch [N, ...] on the mesh; the identity on one device.
+# Function that places a minibatch [N, ...] on the mesh; the identity on one device.
 Shard = Callable[[Any], Any]
 
 
 class LearnerState(struct.PyTreeNode):
-    """Everything a learner carries from update to update.
+    """State of a learner of a control policy.
 
     Attributes:
-      params: float32 pytree of the network.
-      opt_state: state of the optax optimizer.
-      normalizer: running statistics of proprioception; acting and learning normalize with them.
-      steps: int32 [], optimizer steps taken.
+      params: Parameters of the network, a float32 pytree.
+      opt_state: State of the optax optimizer.
+      normalizer: Running statistics by which acting and learning normalize proprioception.
+      steps: Number of optimizer steps taken, int32 [].
     """
 
     params: Params
@@ -39,16 +39,16 @@ class LearnerState(struct.PyTreeNode):
     steps: jax.Array
 
     def without_optimizer(self) -> "LearnerState":
-        """What the learner acts with: of one structure, whatever it was trained with."""
+        """Returns the state without `opt_state`, with the same structure for all optimizers."""
         return self.replace(opt_state=())
 
 
 class Rollout(NamedTuple):
-    """Experience of environments that the policy has just acted in.
+    """Transitions of B environments under the current policy.
 
     Attributes:
-      transitions: Of B environments, [T, B, ...].
-      last_observation: After the last transition, [B, ...].
+      transitions: Transitions, [T, B, ...].
+      last_observation: Observations after the last transitions, [B, ...].
     """
 
     transitions: Transition
@@ -58,12 +58,12 @@ class Rollout(NamedTuple):
 def init(
     params: Params, *, proprio_size: int, optimizer: optax.GradientTransformation | None = None
 ) -> LearnerState:
-    """Returns a fresh learner around initialized parameters.
+    """Returns the initial state of a learner.
 
     Args:
-      params: Of the network.
-      proprio_size: Numbers in an observation of proprioception.
-      optimizer: Whose state the learner holds; None for a learner that only acts.
+      params: Parameters of the network.
+      proprio_size: Number P of proprioceptive readings.
+      optimizer: Optimizer whose state is initialized; None for a learner that only acts.
     """
     return LearnerState(
         params=params,
@@ -74,13 +74,13 @@ def init(
 
 
 def run_network(apply: Apply, state: LearnerState, observation: Observation) -> PolicyOutput:
-    """Runs the network on observations [B, ...] with proprioception normalized."""
+    """Runs the network on observations [B, ...] with normalized proprioception."""
     proprio = normalization.normalize(state.normalizer, observation["proprio"])
     return apply(state.params, observation | {"proprio": proprio})
 
 
 def policy_function(apply: Apply, state: LearnerState, *, deterministic: bool) -> PolicyFunction:
-    """The learner's policy for `rollouts.unroll`; it reads observations and nothing else."""
+    """Returns the policy function of a learner, for `rollouts.unroll`."""
 
     def policy(env_state: State, rng: jax.Array) -> ActorOutput:
         output = run_network(apply, state, env_state.obs)
@@ -99,10 +99,16 @@ def policy_function(apply: Apply, state: LearnerState, *, deterministic: bool) -
 def auxiliary_losses(
     output: PolicyOutput, privileged: dict[str, jax.Array], valid: jax.Array
 ) -> Metrics:
-    """Masked mean errors [] of the predicted privileged targets.
+    """Returns the losses [] of the predictions of privileged targets.
 
-    'loss/auxiliary' sums the squared errors of vectors, 'loss/pointing' the cross-entropies of
-    places in the picture. Targets are compared with, and are never an input.
+    Args:
+      output: Output of the network for N observations.
+      privileged: Targets by name, [N, ...] each.
+      valid: Mask of the samples, float32 [N].
+
+    Returns:
+      'loss/auxiliary', the sum of the squared errors of vectors, and 'loss/pointing', the sum of
+      the cross-entropies of positions in the image, each a masked mean over samples.
     """
     parts = {"loss/auxiliary": jnp.zeros(()), "loss/pointing": jnp.zeros(())}
     for name, prediction in output.auxiliary.items():
@@ -110,7 +116,7 @@ def auxiliary_losses(
             error = losses.pointing_loss(prediction, privileged[name])
             parts["loss/pointing"] += losses.masked_mean(error, valid)
         else:
-            chex.assert_equal_shape([prediction, privileged[name]])  # They would broadcast.
+            chex.assert_equal_shape([prediction, privileged[name]])  # Other shapes would broadcast.
             error = jnp.sum((prediction - privileged[name]) ** 2, axis=-1)
             parts["loss/auxiliary"] += losses.masked_mean(error, valid)
     return parts
@@ -122,13 +128,19 @@ def apply_gradients(
     gradients: Params,
     optimizer: optax.GradientTransformation,
 ) -> tuple[AnyState, Metrics]:
-    """One optimizer step, skipped where the loss [] or its gradient is not finite.
+    """Takes one optimizer step, or skips it if the loss or the gradient is not finite.
+
+    Args:
+      state: State of the learner.
+      loss: Loss, [].
+      gradients: Gradient of the loss with respect to `state.params`.
+      optimizer: Optimizer whose state is `state.opt_state`.
 
     Returns:
-      The new state, and 'loss/total', 'grad/norm', 'optimizer/steps' and 'optimizer/skipped_steps'
-      (one of the last two is 1).
+      The new state, and the metrics 'loss/total', 'grad/norm', 'optimizer/steps' and
+      'optimizer/skipped_steps', of which one of the last two is 1 and the other one 0.
     """
-    norm = optax.tree.norm(gradients)  # Not finite as soon as one number of the gradient is not.
+    norm = optax.tree.norm(gradients)  # It is finite only if every entry of the gradient is.
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -143,35 +155,36 @@ def apply_gradients(
     }
 
 
-ROUNDS = 6  # Of the shuffle in `epoch_indices`, an even number.
+ROUNDS = 6  # Rounds of the Feistel network in `epoch_indices`, an even number.
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """Other bits for each uint32: the finalizer of MurmurHash3 (Appleby, 2011)."""
+    """Mixes the bits of each uint32 by the finalizer of MurmurHash3 (Appleby, 2011)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def epoch_indices(rng: jax.Array, update: jax.Array, *, batch_size: int, size: int) -> jax.Array:
-    """The samples of an update on a fixed set, int32 [batch_size]: each once in every epoch.
+    """Returns the indices of the samples of an update on a fixed set, int32 [batch_size].
 
-    An epoch goes through all samples in an order of its own, and the next one begins within a
-    batch where the batch size does not divide the set. The indices are a function of the key and
-    the number of the update alone, so that a resumed run goes on with the same ones. No order is
-    held in memory: a position is shuffled by a Feistel network over rows and columns, walked until
-    it is in the set (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
+    Every epoch contains each sample once, in a different order. If the batch size does not divide
+    the size of the set, a batch can contain the end of an epoch and the start of the next one. The
+    indices depend only on the key and on the number of the update, so that a resumed run uses the
+    same ones. No permutation is stored: a position is permuted by a Feistel network over rows and
+    columns, which is repeated until the result is in the set (Black and Rogaway, 2002, "Ciphers
+    with arbitrary finite domains").
 
     Args:
-      rng: key of the orders.
-      update: int32 [], at most 2^32 / batch_size.
-      batch_size: samples of an update; may be more than there are.
-      size: number of samples in the set.
+      rng: PRNG key of the permutations.
+      update: Number of the update, int32 [], at most 2^32 / batch_size.
+      batch_size: Number of samples of an update; it may exceed `size`.
+      size: Number of samples in the set.
     """
     first = update.astype(jnp.uint32) * jnp.uint32(batch_size)
     position = first + jnp.arange(batch_size, dtype=jnp.uint32)
     epoch, index = position // size, position % size
-    # Not keys folded for each sample: of some generators a batch of keys gives other numbers.
+    # One call for all keys: for some PRNG implementations, vmapped keys give other numbers.
     words = jax.random.bits(rng, (ROUNDS,), jnp.uint32)
     keys = [_mixed(word + _mixed(epoch + 1)) for word in words]
     columns = math.isqrt(size - 1) + 1
@@ -192,15 +205,16 @@ def epoch_indices(rng: jax.Array, update: jax.Array, *, batch_size: int, size: i
 
 
 def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
-    """The samples of every optimizer step, int32 [E * M, size / M], for `gather`.
+    """Returns the indices of the samples of every optimizer step, int32 [E * M, size / M].
 
-    Every minibatch has one sample of each run of M samples that follow each other, so that none has
-    to move to another device, however many there are, and the order does not depend on how many.
+    The samples are divided into runs of M consecutive ones, and every minibatch has one sample of
+    each run. No sample then moves to another device, and the order does not depend on the number of
+    devices. Indices count within a run, see `gather`.
 
     Args:
-      keys: of the shuffles, one for each of E epochs.
-      size: number of samples.
-      minibatches: M, optimizer steps an epoch; must divide `size`.
+      keys: PRNG keys of the shuffles, one for each of E epochs.
+      size: Number of samples.
+      minibatches: Number M of optimizer steps in an epoch; it must divide `size`.
     """
     runs = jnp.broadcast_to(jnp.arange(minibatches), (size // minibatches, minibatches))
 
@@ -211,7 +225,7 @@ def minibatch_order(keys: jax.Array, size: int, minibatches: int) -> jax.Array:
 
 
 def gather(tree: Any, indices: jax.Array) -> Any:
-    """Of a batch [N, ...], the samples [n, ...] that indices int32 [n] name, each in its run."""
+    """Selects one sample of each of n runs of a batch [N, ...], by its index int32 [n]."""
 
     def gathered(x: jax.Array) -> jax.Array:
         runs = x.reshape(len(indices), -1, *x.shape[1:])
@@ -221,30 +235,31 @@ def gather(tree: Any, indices: jax.Array) -> Any:
 
 
 def flatten(tree: Any) -> Any:
-    """[T, B, ...] to [B * T, ...]: each device's environments stay together."""
+    """Reshapes [T, B, ...] to [B * T, ...], where the steps of an environment are consecutive."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def unflatten(tree: Any, length: int) -> Any:
-    """What `flatten` made, [T, B, ...] again, of T = `length`."""
+    """Reshapes [B * T, ...] to [T, B, ...] with T = `length`, the inverse of `flatten`."""
     return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def split_microbatches(tree: Any, parts: int) -> Any:
-    """[N, ...] to [parts, N / parts, ...]: every `parts`-th sample, so some of each device's."""
+    """Reshapes [N, ...] to [parts, N / parts, ...]; each part has samples of every device."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def map_in_chunks(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """What a function maps a batch [N, ...] to, worked out for one of equal parts at a time."""
+    """Applies a function of samples [n, ...] to equal parts of a batch [N, ...], one at a time."""
     results = jax.lax.map(function, split_microbatches(batch, parts))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """The sum of what a function gives for `parts` equal parts of a batch [N, ...], one at a time.
+    """Returns the sum of a function's results over equal parts of a batch [N, ...].
 
-    Of gradients it is gradient accumulation: no more activations are held than a part's.
+    The parts are processed one at a time. With a function that returns gradients this is gradient
+    accumulation: only the activations of one part are in memory.
     """
     batch = split_microbatches(batch, parts)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
@@ -255,7 +270,7 @@ def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
 
 
 def mean_over_steps(metrics: Metrics) -> Metrics:
-    """Of metrics [steps], the means [] over the steps taken, and the sums of what counts steps."""
+    """Reduces metrics [steps] to means [] over the steps taken; numbers of steps are added up."""
     taken = metrics["optimizer/steps"]
 
     def reduce(name: str, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, as a group of a config names them."""
+"""Optimizers and learning-rate schedules, from the options of a config."""
 
 from collections.abc import Callable
 import dataclasses
@@ -9,7 +9,7 @@ import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
 
-# Adam's epsilon of Brax and openpi: with optax's 1e-8 the first steps of a value head are jumps.
+# Epsilon of Adam in Brax and openpi; with optax's 1e-8 the first steps of a value head are huge.
 _EPS = 1e-5
 
 
@@ -18,31 +18,31 @@ class OptimizerOptions:
     """The group `optimizer` of a stage."""
 
     name: Literal["adam", "adamw", "lion", "sgd"] = option("adam", "Optimizer, as optax names it.")
-    learning_rate: float = option(1e-3, "Learning rate at its highest.", POSITIVE)
+    learning_rate: float = option(1e-3, "Highest learning rate of the schedule.", POSITIVE)
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant",
-        "Course of the learning rate after the warm-up; 'linear' and 'cosine' fall to 0 at the "
-        "stage's last step.",
+        "Learning-rate schedule after the warmup; 'linear' and 'cosine' decay to 0 at the last "
+        "step of the stage.",
     )
     warmup: float = option(
         0.0,
-        "Fraction of the stage's steps over which the learning rate rises from 0.",
+        "Fraction of the stage's optimizer steps in which the learning rate rises from 0.",
         between(0, 1),
     )
     weight_decay: float = option(
-        0.0, "Decoupled weight decay of 'adamw' and 'lion', times the learning rate.", NON_NEGATIVE
+        0.0,
+        "Decoupled weight decay of 'adamw' and 'lion', which is multiplied by the learning rate.",
+        NON_NEGATIVE,
     )
-    max_grad_norm: float = option(
-        1.0, "Global norm that gradients are clipped to before the optimizer.", POSITIVE
-    )
+    max_grad_norm: float = option(1.0, "Global norm that gradients are clipped to.", POSITIVE)
 
 
 class Optimizer(NamedTuple):
     """An optimizer and its learning rate.
 
     Attributes:
-      rate: Optimizer steps taken -> learning rate.
-      transformation: The optax transformation whose state a learner holds.
+      rate: Learning-rate schedule, a function of the number of optimizer steps taken.
+      transformation: The optax transformation, whose state is part of a learner's state.
     """
 
     rate: optax.Schedule
@@ -50,14 +50,14 @@ class Optimizer(NamedTuple):
 
 
 def check(options: OptimizerOptions, name: str) -> None:
-    """Checks that the options of a group fit each other.
+    """Checks that the options of an optimizer are consistent.
 
     Args:
-      options: The group.
-      name: The group's name in the config, for the message.
+      options: Options of the optimizer.
+      name: Name of their group in the config, for error messages.
 
     Raises:
-      ValueError: There is a weight decay, but the optimizer has no use for it.
+      ValueError: A weight decay is given, but the optimizer has none.
     """
     if options.weight_decay and options.name not in ("adamw", "lion"):
         raise ValueError(
@@ -67,7 +67,7 @@ def check(options: OptimizerOptions, name: str) -> None:
 
 
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
-    """Returns the learning rate of each of a stage's `steps` optimizer steps."""
+    """Returns the learning-rate schedule of a stage of `steps` optimizer steps."""
     warmup = round(options.warmup * steps)
     rest = steps - warmup
     rate = {
@@ -90,10 +90,10 @@ def make(
     """Returns the optimizer of a stage.
 
     Args:
-      options: The group of the config.
-      steps: Optimizer steps of the whole stage, over which the schedule runs.
-      is_trained: Says of a parameter's path whether the stage trains it; the others get no update
-        and no state. By default all parameters are trained.
+      options: Options of the optimizer.
+      steps: Number of optimizer steps of the stage, which is the length of the schedule.
+      is_trained: Predicate on the path of a parameter; parameters that are not trained have no
+        updates and no optimizer state. By default all parameters are trained.
     """
     rate = make_schedule(options, steps)
     algorithm = {

@@ -38,14 +38,14 @@ class PPO:
     gae_lambda: float = option(0.95, "Lambda of the generalized advantage estimate.", between(0, 1))
     advantage: Advantage = option(
         "gae",
-        "Advantages: 'gae', generalized ones; 'return', those of the lambda-return behind a step, "
-        "as in Brax. The targets of the value are the same.",
+        "Advantage estimator: 'gae', the generalized advantage estimate, or 'return', one step "
+        "followed by the lambda-return, as in Brax. The value targets are the same.",
     )
     clip: float = option(
         0.2, "Half width of the interval that the probability ratio is clipped to.", POSITIVE
     )
     value_clip: float | None = option(
-        None, "Half width of the interval that a value may move in; None to not clip it.", POSITIVE
+        None, "Half width of the interval that a value may move in; None for no clipping.", POSITIVE
     )
     value_coef: float = option(0.5, "Coefficient of the value loss.", NON_NEGATIVE)
     entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
@@ -57,26 +57,27 @@ class PPO:
     )
     num_epochs: int = option(1, "Passes over the batch of an update.", POSITIVE)
     num_minibatches: int = option(
-        4, "Optimizer steps of a pass; they divide num_envs * unroll_length.", POSITIVE
+        4, "Optimizer steps in a pass; they must divide num_envs * unroll_length.", POSITIVE
     )
     target_kl: float | None = option(
         None,
-        "Skip what is left of an update once the KL of a minibatch exceeds this; None to never do.",
+        "KL divergence of a minibatch above which the rest of an update is skipped; None for no "
+        "limit.",
         POSITIVE,
     )
     initial_std: float = option(
         0.5,
-        "Standard deviation of the Gaussian, before squashing, when the stage begins.",
+        "Standard deviation of the Gaussian, before squashing, at the start of the stage.",
         POSITIVE,
     )
-    # Not a key of a config: the log-probs of the actions are computed anew, in minibatches, before
-    # the first step. In less than float32 those of the rollout, which is another program, differ
-    # by rounding, so that ratios would not be 1 before the policy has moved.
+    # This field is no key of a config. If it is set, the log-probs of the actions are recomputed in
+    # minibatches before the first step. Below float32 the log-probs of the rollout differ by
+    # rounding, because it is another program, and the first ratios would not be 1.
     recompute: bool = False
 
 
 def with_std(params: Any, std: float) -> Any:
-    """Returns parameters with the policy head's log std set; those without one as they are."""
+    """Returns the parameters with the log std of the policy head, if there is one, set."""
 
     def visit(path: tuple, x: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -94,10 +95,19 @@ def loss(
     *,
     options: PPO,
 ) -> tuple[dict[str, jax.Array], Metrics]:
-    """The parts of PPO's loss, unweighted, and what to log, over samples [N] that are valid."""
+    """Returns the unweighted terms of PPO's loss, and metrics, [] each.
+
+    Args:
+      output: Output of the network for N observations.
+      batch: Transitions [N]; those that are not valid are masked out.
+      advantage: Advantages, float32 [N].
+      target: Value targets, float32 [N].
+      rng: PRNG key of the estimate of the entropy.
+      options: Options of PPO.
+    """
     h, valid = options, batch.valid
     log_ratio = output.distribution.log_prob(batch.action) - batch.log_prob
-    log_ratio = jnp.where(valid > 0, log_ratio, 0.0)  # Not even an overflow there may count.
+    log_ratio = jnp.where(valid > 0, log_ratio, 0.0)  # The gradient of a masked overflow is NaN.
     policy = losses.clipped_policy_loss(log_ratio, advantage, h.clip, h.clip)
     value = losses.value_loss(output.value, target, batch.value, h.value_clip)
     entropy = losses.masked_mean(output.distribution.entropy(rng), valid)
@@ -116,7 +126,7 @@ def loss(
 
 
 def weighted_sum(parts: dict[str, jax.Array], options: PPO) -> jax.Array:
-    """The scalar that is minimized."""
+    """Returns the loss that is minimized, []."""
     h = options
     return (
         parts["loss/policy"]
@@ -137,20 +147,20 @@ def update(
     options: PPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[LearnerState, Metrics]:
-    """Epochs of minibatch steps on one batch of transitions.
+    """Takes epochs of minibatch steps on one batch of transitions.
 
     Args:
-      state: the learner; its parameters and statistics are those that acted.
-      rollout: what the learner's policy did in B environments.
-      rng: key of the shuffles.
-      apply: (params, observation) -> PolicyOutput.
-      optimizer: the one whose state the learner holds.
-      options: see `PPO`.
-      shard: places a minibatch on the mesh.
+      state: State of the learner, with the parameters and the normalizer of the rollout.
+      rollout: Transitions of B environments under the learner's policy.
+      rng: PRNG key of the shuffles.
+      apply: Function of parameters and observations that returns a PolicyOutput.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Options of PPO.
+      shard: Function that places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the minibatch steps that were taken, NaN if none
-      was, and how many were taken and skipped.
+      The new state, and metrics: means over the optimizer steps that were taken, NaN if there was
+      none, and the numbers of steps that were taken and skipped.
     """
     h, valid = options, rollout.transitions.valid
     batch, advantage, target = _with_advantages(state, rollout, apply, h)
@@ -162,8 +172,8 @@ def update(
 
         old = map_in_chunks(lambda part: log_prob(shard(part)), samples[0], h.num_minibatches)
         samples = (samples[0].replace(log_prob=old), *samples[1:])
-    # Acting normalized with these statistics: normalizing the same way here makes the first
-    # ratio exactly 1. They take in the new batch at the end.
+    # The rollout was normalized with these statistics. Learning normalizes with them too, so that
+    # the first ratios are exactly 1, and updates them at the end.
     normalizer = state.normalizer
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
@@ -181,8 +191,8 @@ def update(
     def maybe_step(carry: tuple, x: tuple) -> tuple:
         state, stop = carry
         shapes = jax.eval_shape(take_step, state, *x)[1]
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        state, metrics = jax.lax.cond(stop, lambda s, *_: (s, nothing), take_step, state, *x)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        state, metrics = jax.lax.cond(stop, lambda s, *_: (s, zeros), take_step, state, *x)
         if h.target_kl is not None:
             stop = stop | (metrics["policy/approx_kl"] > h.target_kl)
         return (state, stop), metrics
@@ -208,9 +218,9 @@ def _with_advantages(
     apply: Apply,
     options: PPO,
 ) -> tuple[Transition, jax.Array, jax.Array]:
-    """The batch [T, B, ...] with zeros where it is not valid, advantages and value targets [T, B].
+    """Returns the batch with zeros in invalid steps, and advantages and value targets [T, B].
 
-    A mask alone does not stop what is not finite: its gradient is 0 * nan.
+    Masking the loss would not be enough: the gradient of a masked NaN is NaN.
     """
     batch, valid = rollout.transitions, rollout.transitions.valid
 
@@ -220,7 +230,7 @@ def _with_advantages(
 
     masked = ("observation", "action", "log_prob", "reward", "privileged")
     batch = batch.replace(**jax.tree.map(keep, {name: getattr(batch, name) for name in masked}))
-    # The value stays until here: an invalid step's bootstraps a truncated step before it.
+    # Values are masked last: that of an invalid step bootstraps the truncated step before it.
     discount = options.discount
     steps: dict[str, jax.Array] = {
         "reward": batch.reward,

@@ -1,8 +1,8 @@
-"""The algorithms by name: what each needs, and its update.
+"""The registry of algorithms.
 
 An algorithm is a frozen dataclass of options, the kind of experience that it learns from, and a
-pure update. Its name is the name of its group in a config, and of its stage. A row is all that a
-new algorithm needs; rows of your own are added from your own file:
+pure update. Its name is the name of its stage and of its group in a config. A new algorithm needs
+only an entry in the registry, which can be added in a file of the user:
 
     registry.CONTROL["my_ppo"] = registry.Algorithm(
         options=MyPPO, experience="rollout", update=my_update, console=("loss/policy",)
@@ -17,24 +17,23 @@ from mmrl_jax.learners.token_learner import reference_needs
 
 
 class Algorithm(NamedTuple):
-    """An algorithm, as a problem builds a stage of it.
+    """An algorithm, from which a problem builds a stage.
 
     Attributes:
-      options: Dataclass of hyperparameters, see `config.options`.
-      experience: The kind of experience that it learns from, which a problem has a source of. For
-        control policies 'rollout' (`learner.Rollout`) or 'demonstrations' (`bc.Batch`), for token
-        policies 'completions' (`token_learner.ScoredCompletions`) or 'labels' (the same,
-        without rewards).
-      update: (learner, batch, key, *, apply, optimizer, options, shard) -> (learner, metrics); for
-        token policies (learner, frozen, batch, key, *, ...). It is traced into the compiled update.
-        Its metrics have 'optimizer/steps' and 'optimizer/skipped_steps', see
-        `learner.apply_gradients`.
-      console: Metrics that the console shows.
-      prepare: (parameters, options) -> parameters with which the stage begins.
-      needs: Of a token policy: the names of what it needs beside the policy, 'value_head' and, by
-        its options, 'reference'.
-      compares: Of a token policy: which completions to one prompt are compared with each other, all
-        of a group or pairs of them. A turn of an agent has one completion, and nothing to compare.
+      options: Dataclass of the hyperparameters, see `config.options`.
+      experience: Kind of experience that the algorithm learns from. For control policies it is
+        'rollout' (`learner.Rollout`) or 'demonstrations' (`bc.Batch`), for token policies
+        'completions' or 'labels' (`token_learner.ScoredCompletions` with or without rewards).
+      update: Function (learner, batch, key, *, apply, optimizer, options, shard) that returns the
+        new learner and metrics; for token policies (learner, frozen, batch, key, *, ...). It is
+        traced into the compiled update. Its metrics must have 'optimizer/steps' and
+        'optimizer/skipped_steps', see `learner.apply_gradients`.
+      console: Names of the metrics that are printed on the console.
+      prepare: Function of parameters and options that returns the initial parameters of the stage.
+      needs: Function of the options of an algorithm for token policies; it returns the names of
+        what the algorithm needs in addition to the policy, 'value_head' or 'reference'.
+      compares: Completions of a prompt that an algorithm for token policies compares, all of a
+        group or pairs. Agents have one completion in each turn, which can be compared to nothing.
     """
 
     options: type

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the cross-entropy of given completions."""
+"""Supervised fine-tuning: it minimizes the cross-entropy of given completions."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from mmrl_jax.types import Metrics, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFT:
-    """The options of supervised fine-tuning: it has none beside those of its stage."""
+    """The options of supervised fine-tuning; it has only those of its stage."""
 
 
 def update(
@@ -29,20 +29,20 @@ def update(
     options: SFT,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """One optimizer step on a batch of labels; nothing of it is random.
+    """Takes one optimizer step on a batch of labels.
 
     Args:
-      state: The learner.
-      frozen: The variables of the model that are not trained.
-      batch: Of one turn, with one completion of each of B prompts, their stop tokens included.
+      state: State of the learner.
+      frozen: Frozen variables of the model.
+      batch: One completion of each of B prompts, with a stop token, in one turn.
       rng: Not used.
-      policy: The model.
-      optimizer: The one whose state the learner holds.
-      options: See `SFT`.
-      shard: Places the batch on the mesh.
+      policy: Token policy.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Options of the algorithm.
+      shard: Function that places a batch on the mesh.
 
     Returns:
-      The new learner, and metrics; 'loss/sft' is the mean over the tokens of the completions.
+      The new state, and metrics; 'loss/sft' is the mean over the tokens of the completions.
     """
     prompt, tokens, mask = shard(
         jax.tree.map(

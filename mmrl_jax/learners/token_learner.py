@@ -1,4 +1,4 @@
-"""What all learners of token policies share: their state, the policy, and scoring its answers."""
+"""The parts that all learners of token policies share: options, experience, state and policy."""
 
 from collections.abc import Callable
 import dataclasses
@@ -45,43 +45,47 @@ class StepOptions:
     )
     num_epochs: int = option(1, "Passes over the batch of an update.", POSITIVE)
     num_minibatches: int = option(
-        1, "Optimizer steps of a pass; they divide the prompts of an update.", POSITIVE
+        1,
+        "Optimizer steps in a pass; they must divide the number of prompts of an update.",
+        POSITIVE,
     )
     grad_accum_steps: int = option(
-        1, "Parts of a minibatch, one at a time in memory, whose gradients are added up.", POSITIVE
+        1, "Parts of a minibatch whose gradients are accumulated, to save memory.", POSITIVE
     )
     mask_truncated_completions: bool = option(
-        False, "Learn nothing from completions without a stop token, as in TRL."
+        False, "Mask completions without a stop token out of the loss, as in TRL."
     )
     reference_ema_decay: float = option(
         1.0,
-        "Decay, per update, of the moving average of the policy that the reference is; 1 keeps the "
-        "reference where the stage began.",
+        "Decay, per update, of the moving average of the policy that is the reference; 1 keeps the "
+        "policy with which the stage began.",
         between(0, 1),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradientOptions(StepOptions):
-    """What algorithms have in common that follow a policy gradient over tokens."""
+    """The options that all policy gradient algorithms over tokens share."""
 
     kl_estimator: KL = option(
-        "k3", "Estimator of the KL to the reference, which is where the stage began."
+        "k3", "Estimator of the KL divergence from the reference, see mmrl_jax/rl/token_losses.py."
     )
     kl_coef: float = option(
-        0.0, "Coefficient of the KL to the reference; 0 keeps no reference.", NON_NEGATIVE
+        0.0,
+        "Coefficient of the KL divergence from the reference; 0 for no reference.",
+        NON_NEGATIVE,
     )
     entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
     importance_weight_cap: float | None = option(
         None,
-        "Largest importance weight, where completions are sampled in another precision than they "
-        "are learned from; None for no such weights.",
+        "Largest importance weight that corrects for completions which were sampled in another "
+        "precision than they are learned from; None for no importance weights.",
         POSITIVE,
     )
 
 
 def reference_needs(options: PolicyGradientOptions) -> frozenset[str]:
-    """Returns {'reference'} where the options put a coefficient on the KL to it."""
+    """Returns {'reference'} if the options have a KL divergence from the reference, else {}."""
     return frozenset({"reference"} if options.kl_coef > 0 else ())
 
 
@@ -92,15 +96,16 @@ class ScoredCompletions(NamedTuple):
     has as many turns as its environment has steps, with one completion each, G = 1.
 
     Attributes:
-      prompt: Of [T, B] samples.
-      completions: [T, B, G, L] tokens.
-      reward: Float32 [T, B, G]; None of labels.
-      valid: Float32 [T, B, G], 0 for completions that have no reward or were not taken; None of
+      prompt: Prompts [T, B].
+      completions: Completions [T, B, G] of up to L tokens.
+      reward: Rewards, float32 [T, B, G]; None for labels.
+      valid: 0 for completions that have no reward, or whose turn only reset the environment,
+        float32 [T, B, G]; None for labels.
+      terminated: 1 where the episode terminates with the turn, float32 [T, B, G]; None for labels.
+      truncated: 1 where a limit truncates the episode after the turn, float32 [T, B, G]; None for
         labels.
-      terminated: Float32 [T, B, G], 1 where an episode ends with its turn; None of labels.
-      truncated: Float32 [T, B, G], 1 where a limit cuts an episode off; None of labels.
-      next_prompt: Of B samples, after the last turn; None where every episode terminates with its
-        last turn.
+      next_prompt: Prompts [B] after the last turn; None if every episode terminates with its last
+        turn.
     """
 
     prompt: Prompt
@@ -113,7 +118,7 @@ class ScoredCompletions(NamedTuple):
 
     @classmethod
     def labelled(cls, prompt: Prompt, tokens: jax.Array, mask: jax.Array) -> "ScoredCompletions":
-        """Returns given completions, int32 and bool [B, L], of B prompts; they have no rewards."""
+        """Returns labels: one completion, int32 and bool [B, L], of each of B prompts."""
         completions = gen.Completions(tokens, None, mask, None)  # type: ignore[arg-type]
         return cls(
             jax.tree.map(lambda x: x[None], prompt),
@@ -126,8 +131,8 @@ class ScoredCompletions(NamedTuple):
     ) -> "ScoredCompletions":
         """Returns G completions of each of B prompts, with rewards float32 [B, G].
 
-        A completion that was truncated has terminated too: its reward is for the text as it is, and
-        no later reward is left out that a value would have to stand for.
+        A truncated completion has terminated too. Its reward is that of the truncated text, so that
+        no later reward has to be estimated by a value.
         """
         prompt, completions, reward, valid = jax.tree.map(
             lambda x: x[None], (prompt, completions, reward, valid)
@@ -137,7 +142,7 @@ class ScoredCompletions(NamedTuple):
 
     @classmethod
     def turns(cls, batch: Transition, next_prompt: Prompt) -> "ScoredCompletions":
-        """Returns the turns [T, B] of agents, whose observations are prompts, as groups of one."""
+        """Returns T turns of B agents, with one completion each; their observations are prompts."""
         completions, reward, valid, terminated, truncated = jax.tree.map(
             lambda x: x[:, :, None],
             (batch.action, batch.reward, batch.valid, batch.terminated, batch.truncated),
@@ -148,13 +153,13 @@ class ScoredCompletions(NamedTuple):
 
 
 class TokenState(struct.PyTreeNode):
-    """Everything a learner of tokens carries from update to update.
+    """State of a learner of a token policy.
 
     Attributes:
-      params: the trained half of the model's variables, see `models.lora.split`.
-      opt_state: state of the optax optimizer.
-      reference: parameters that the policy is kept near to, as `params`; () where to none.
-      steps: int32 [], optimizer steps taken.
+      params: Trainable variables of the model, see `models.lora.split`.
+      opt_state: State of the optax optimizer.
+      reference: Parameters of the reference policy, with the structure of `params`; () without one.
+      steps: Number of optimizer steps taken, int32 [].
     """
 
     params: Params
@@ -163,14 +168,14 @@ class TokenState(struct.PyTreeNode):
     steps: jax.Array
 
     def without_optimizer(self) -> "TokenState":
-        """What the learner acts with."""
+        """Returns the state without what only the optimizer and the loss need."""
         return self.replace(opt_state=(), reference=())
 
 
 def init(
     params: Params, *, optimizer: optax.GradientTransformation, with_reference: bool
 ) -> TokenState:
-    """A fresh learner around a trained half; the reference is where it starts."""
+    """Returns the initial state, whose reference is `params`."""
     return TokenState(
         params=params,
         opt_state=optimizer.init(params),
@@ -185,19 +190,19 @@ def agent_policy(
     interface: TextActions,
     sampling: gen.Sampling,
 ) -> PolicyFunction:
-    """The policy function of an agent that writes its actions, for `rollouts.unroll`.
+    """Returns the policy function, for `rollouts.unroll`, of an agent that writes its actions.
 
-    A decision's action is the `Completions` text [B, T]; its log-probs and values are those of the
-    text's tokens, and come with learning.
+    The action in its output is the `Completions` [B, T]. The log-probs and values in its output are
+    0: learners compute those of the tokens.
 
     Args:
-      policy: the model.
-      variables: trained and frozen half of its variables.
-      interface: of the environment.
-      sampling: how tokens are chosen.
+      policy: Token policy.
+      variables: Trainable and frozen variables of the model.
+      interface: Instructions and actions of the environment as text.
+      sampling: How tokens are sampled.
     """
 
-    def decide(env_state: State, rng: jax.Array) -> ActorOutput:
+    def act(env_state: State, rng: jax.Array) -> ActorOutput:
         prompts = interface.make_prompts(env_state.obs)
         completions = policy.generate(
             *variables, prompts, rng, num_completions=1, sampling=sampling
@@ -206,11 +211,11 @@ def agent_policy(
         action, _ = interface.decode_actions(completions.tokens, completions.mask)
         return deterministic_output(action)._replace(action=completions)
 
-    return decide
+    return act
 
 
 def move_reference(state: TokenState, decay: float) -> TokenState:
-    """Moves the reference to the policy by 1 - decay of the way: a moving average, or at 1 none."""
+    """Returns the state with reference = decay * reference + (1 - decay) * params."""
     if decay == 1:
         return state
     reference = optax.incremental_update(state.params, state.reference, 1 - decay)
@@ -221,7 +226,13 @@ _VALUE = ValueHead()
 
 
 def with_value_head(rng: jax.Array, variables: Params, width: int) -> Params:
-    """Variables of a model, and beside them, as 'value', a head on its features [..., width]."""
+    """Returns the variables of a model and, as 'value', those of a value head.
+
+    Args:
+      rng: PRNG key of the head's parameters.
+      variables: Variables of the model.
+      width: Size of the features that the head reads.
+    """
     return variables | {"value": _VALUE.init(rng, jnp.zeros((1, width)))["params"]}
 
 
@@ -236,21 +247,21 @@ def minibatch_epochs(
     options: StepOptions,
     shard: Shard,
 ) -> tuple[TokenState, Metrics]:
-    """Epochs of minibatch steps on samples [N, ...].
+    """Takes optimizer steps on minibatches of N samples, in one or more epochs.
 
     Args:
-      state: the learner.
-      samples: pytree.
-      rng: key of the shuffles.
-      part_loss: (parameters, part of a minibatch, what `normalizer` says of the minibatch) -> the
-        part's shares [] of the loss and of metrics, which add up to the minibatch's.
-      normalizer: minibatch -> what the losses of its parts are divided by.
-      optimizer: the one whose state the learner holds.
-      options: how many steps are taken, and in how many parts.
-      shard: places a minibatch on the mesh.
+      state: State of the learner.
+      samples: Pytree of arrays [N, ...].
+      rng: PRNG key of the shuffles.
+      part_loss: Function (parameters, part, normalizer) that returns the loss [] of a part of a
+        minibatch and its metrics [], which add up over the parts.
+      normalizer: Function of a minibatch that returns the denominators of the losses of its parts.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Numbers of epochs, minibatches and parts.
+      shard: Function that places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimizer steps that were taken.
+      The new state, and the means of the metrics over the optimizer steps that were taken.
     """
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
@@ -272,23 +283,24 @@ def minibatch_epochs(
 
 @dataclasses.dataclass(frozen=True)
 class TokenPolicy:
-    """A language model, or one with vision, that answers questions.
+    """A language model or vision-language model that completes prompts.
 
-    `frozen` is the other half of its variables, shared by the policy and its reference.
+    Its methods take the trainable variables `params` and the other ones, `frozen`, which the policy
+    and its reference share.
 
     Attributes:
-      model: the model; one without vision reads the questions' tokens alone.
-      max_new_tokens: most tokens of an answer.
-      stop: tokens any of which ends an answer.
-      pad: token that stands behind it.
-      preprocess_images: images of questions, uint8 [B, H, W, 3], to what the vision model takes.
-      positions: of tokens int32 [B, S] of which bool [B, S] are present, as
-        `EmbeddedPrompt.positions`; None where they are counted.
-      tile: rows of the output layer at a time, see `token_log_probs`.
-      mesh: The devices that its variables lie on; None for one device.
-      pack_rows: that the answers to a question are packed into for learning, see
-        `completion_log_probs`;
-        None: not packed.
+      model: The model; a language model reads only the tokens of a prompt.
+      max_new_tokens: Largest number T of tokens of a completion.
+      stop: Token ids any of which ends a completion.
+      pad: Token id of padding after the end of a completion.
+      preprocess_images: Function of images uint8 [B, H, W, 3] that returns the inputs of the vision
+        model.
+      positions: Function of tokens int32 [B, S] and their mask bool [B, S] that returns
+        `EmbeddedPrompt.positions`; None to count the tokens.
+      tile: Number of rows of the output layer in a tile, see `token_log_probs`.
+      mesh: Mesh of the devices that the variables are sharded over; None for one device.
+      pack_rows: Number of rows that the completions of a prompt are packed into for learning, see
+        `completion_log_probs`; None for no packing.
     """
 
     model: VisionLanguageModel | LanguageModel
@@ -302,7 +314,7 @@ class TokenPolicy:
     pack_rows: int | None = None
 
     def inputs(self, prompts: Prompt) -> tuple[Any, ...]:
-        """What the model takes of B questions, behind its variables."""
+        """Returns the inputs of the model for B prompts."""
         tokens, mask = prompts.tokens, prompts.mask
         if isinstance(self.model, LanguageModel):
             return tokens, mask
@@ -319,7 +331,7 @@ class TokenPolicy:
         num_completions: int,
         sampling: gen.Sampling,
     ) -> gen.Completions:
-        """Draws `num_completions` answers to each of B questions, [B, G, T]."""
+        """Samples G completions of each of B prompts."""
         variables = join(params, frozen)
         language, language_variables = gen.language(self.model, variables)
         with on_mesh(self.mesh):
@@ -345,10 +357,19 @@ class TokenPolicy:
         *,
         temperature: float,
     ) -> TokenLogProbs:
-        """Log-probs and entropies of answers int32 [B, G, T], float32 [B, G, T] each."""
+        """Returns the log-probs and entropies of the tokens of completions, float32 [B, G, T].
+
+        Args:
+          params: Trainable variables.
+          frozen: Frozen variables.
+          prompts: B prompts.
+          tokens: Tokens of G completions of each prompt, int32 [B, G, T].
+          mask: False for padding, bool [B, G, T].
+          temperature: Sampling temperature, > 0.
+        """
         variables = join(params, frozen)
-        score = self._log_probs(variables, temperature)
-        return self._score(variables, prompts, tokens, mask, score)
+        per_token = self._log_probs(variables, temperature)
+        return self._apply_per_token(variables, prompts, tokens, mask, per_token)
 
     def log_probs_and_values(
         self,
@@ -360,26 +381,26 @@ class TokenPolicy:
         *,
         temperature: float,
     ) -> tuple[TokenLogProbs, jax.Array]:
-        """`log_probs`, and the values before each token, float32 [B, G, T].
+        """Returns the results of `log_probs`, and the values before each token, float32 [B, G, T].
 
-        The parameters hold a value head, see `with_value_head`.
+        The parameters must have a value head, see `with_value_head`.
         """
         variables = join(params, frozen)
         log_probs = self._log_probs(variables, temperature)
 
-        def score(features: jax.Array, tokens: jax.Array) -> tuple[TokenLogProbs, jax.Array]:
+        def per_token(features: jax.Array, tokens: jax.Array) -> tuple[TokenLogProbs, jax.Array]:
             value = _VALUE.apply({"params": variables["value"]}, features)
             return log_probs(features, tokens), cast(jax.Array, value)
 
-        return self._score(variables, prompts, tokens, mask, score)
+        return self._apply_per_token(variables, prompts, tokens, mask, per_token)
 
-    def _score(
+    def _apply_per_token(
         self,
         variables: Any,
         prompts: Prompt,
         tokens: jax.Array,
         mask: jax.Array,
-        score: Callable[[jax.Array, jax.Array], Output],
+        per_token: Callable[[jax.Array, jax.Array], Output],
     ) -> Output:
         language, language_variables = gen.language(self.model, variables)
         with on_mesh(self.mesh):
@@ -390,7 +411,7 @@ class TokenPolicy:
                 embedded,
                 tokens,
                 mask,
-                score,
+                per_token,
                 pack_rows=self.pack_rows,
             )
 
@@ -408,7 +429,7 @@ class TokenPolicy:
         )
 
     def _vocabulary_shards(self, language: LanguageModel) -> int:
-        """The parts that the rows of the output layer are split into, see `partition.RULES`."""
+        """Returns the number of shards of the rows of the output layer, see `partition.RULES`."""
         shards = 1 if self.mesh is None else self.mesh.shape.get(TENSOR, 1)
         return shards if language.vocabulary % shards == 0 else 1
 

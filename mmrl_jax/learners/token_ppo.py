@@ -1,9 +1,9 @@
 """PPO over tokens (Ouyang et al., 2022, arXiv 2203.02155): every token is a step, with a value.
 
-    questions [T, B] -> answers [T, B, G, L] -> rewards [T, B, G] -> advantages [T, B, G, L]
+    prompts [T, B] -> completions [T, B, G, L] -> rewards [T, B, G] -> advantages [T, B, G, L]
 
-A question with G answers is G episodes of one turn that share the pass over their prompt; an agent
-that writes its actions has as many turns as its environment has steps, with one answer each.
+A prompt with G completions is G episodes of one turn, which share the pass over the prompt. The
+episode of an agent that writes its actions has a turn for every step, with one completion each.
 """
 
 from collections.abc import Callable
@@ -62,19 +62,20 @@ class PPO(PolicyGradientOptions):
 
 
 def needs(options: PPO) -> frozenset[str]:
-    """Returns what PPO needs beside the policy."""
+    """Returns the names of what PPO needs in addition to the policy, see `registry.Algorithm`."""
     return reference_needs(options) | {"value_head"}
 
 
 class _Sample(NamedTuple):
     prompt: Prompt
     completions: Completions
-    advantage: jax.Array  # [..., G, L], as those below.
-    target: jax.Array
-    mask: jax.Array  # 1 for the tokens of turns that were taken.
+    # The arrays below are [..., G, L].
+    advantage: jax.Array
+    target: jax.Array  # Value targets.
+    mask: jax.Array  # 1 for tokens that are learned from.
     old: jax.Array | None  # Log-probs before the update; None for a single step.
-    value: jax.Array  # Before the update.
-    reference: jax.Array | None  # Log-probs.
+    value: jax.Array  # Values before the update.
+    reference: jax.Array | None  # Log-probs under the reference.
 
 
 def update(
@@ -88,23 +89,23 @@ def update(
     options: PPO,
     shard: Shard = lambda batch: batch,
 ) -> tuple[TokenState, Metrics]:
-    """Epochs of minibatch steps on one batch of turns.
+    """Takes epochs of minibatch steps on one batch of turns.
 
     Args:
-      state: the learner, whose parameters drew the answers and hold a value head.
-      frozen: the other half of the model's variables.
-      batch: of T turns of B prompts with G completions.
-      rng: key of the shuffles.
-      policy: the model.
-      optimizer: the one whose state the learner holds.
-      options: see `PPO`.
-      shard: places a minibatch on the mesh.
+      state: State of the learner, whose parameters sampled the completions and have a value head.
+      frozen: Frozen variables of the model.
+      batch: T turns of B prompts with G completions each.
+      rng: PRNG key of the shuffles.
+      policy: Token policy.
+      optimizer: Optimizer whose state is `state.opt_state`.
+      options: Options of the algorithm.
+      shard: Function that places a minibatch on the mesh.
 
     Returns:
-      The new learner, and metrics: means over the optimizer steps that were taken.
+      The new state, and the means of the metrics over the optimizer steps that were taken.
 
     Raises:
-      ValueError: the batch has a `next_prompt`, but G is not 1.
+      ValueError: The batch has a `next_prompt`, but G is not 1.
     """
     h, loss_options = options, options.loss
     if h.mask_truncated_completions:
@@ -116,7 +117,7 @@ def update(
     def part_loss(
         params: Params, part: _Sample, normalizer: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss of a minibatch that has `normalizer` tokens."""
+        """Returns the loss of a part of a minibatch that has `normalizer` tokens."""
         log_prob, entropies, value = read(params, part.prompt, part.completions)
         sums = token_loss_sums(
             _flat(log_prob),
@@ -165,7 +166,7 @@ def _outputs(
     frozen: Any,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probs, entropies and values, float32 [N, G, L], of G answers to each of N questions."""
+    """Returns log-probs, entropies and values of G completions of N prompts, float32 [N, G, L]."""
     log_probs, value = policy.log_probs_and_values(
         params, frozen, prompts, completions.tokens, completions.mask, temperature=temperature
     )
@@ -173,7 +174,7 @@ def _outputs(
 
 
 def _flat(tree: Any) -> Any:
-    """[N, G, L] to [N * G, L]."""
+    """Reshapes [N, G, L] to [N * G, L]."""
     return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tree)
 
 
@@ -183,7 +184,7 @@ def _samples(
     read: Callable[[Params, Prompt, Completions], tuple[jax.Array, jax.Array, jax.Array]],
     options: PPO,
 ) -> _Sample:
-    """What is learned from, [T, B, ...]."""
+    """Returns the samples of the update, [T, B, ...]."""
     h, valid = options, batch.valid
     prompt, completions, next_prompt = batch.prompt, batch.completions, batch.next_prompt
     turns, count, group = valid.shape
@@ -199,15 +200,17 @@ def _samples(
         if next_prompt is None:
             return jnp.zeros(count * group)
         if group != 1:
-            raise ValueError(f"Every turn has {group} answers, but after only one is there a next.")
-        # The value before a first token is of the prompt alone, whatever the token.
+            raise ValueError(
+                f"The batch has a next_prompt, but {group} completions of each prompt; give one."
+            )
+        # The value before the first token of a completion depends only on the prompt.
         first = completions._replace(
             tokens=completions.tokens[-1, :, :, :1],
             mask=completions.mask[-1, :, :, :1],
             log_probs=completions.log_probs[-1, :, :, :1],
             finished=completions.finished[-1],
         )
-        # The largest equal parts of B questions that are no more than are learned from at once.
+        # The largest equal parts of B prompts that are not larger than a part of a minibatch.
         size = math.gcd(count, turns * count // parts)
         values = map_in_chunks(
             lambda part: read(state.params, *part)[2], (next_prompt, first), count // size
@@ -215,7 +218,7 @@ def _samples(
         return values.reshape(count)
 
     def episodes(x: jax.Array) -> jax.Array:
-        """[T, B, G, ...] to [T, B * G, ...]."""
+        """Reshapes [T, B, G, ...] to [T, B * G, ...]."""
         return x.reshape(turns, -1, *x.shape[3:])
 
     old, _, value = batch_outputs(state.params)

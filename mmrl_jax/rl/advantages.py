@@ -1,4 +1,4 @@
-"""Advantage estimation: arrays in, arrays out, time-major [T, B]."""
+"""Advantage estimators on time-major arrays [T, B]."""
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,29 @@ def generalized_advantages(
     discount: float,
     lambda_: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al., 2016, arXiv 1506.02438).
+    """Generalized advantage estimation (Schulman et al., 2016, arXiv 1506.02438).
 
       delta_t = r_t + discount * (1 - terminated_t) * v_{t+1} - v_t
       A_t = delta_t + discount * lambda * (1 - terminated_t) * (1 - truncated_t) * A_{t+1}
 
-    A truncated step is bootstrapped with the value of the state it was cut at, so value[t + 1] has
-    to be that state's: here an environment resets itself only in the following step, which is
-    marked invalid and whose advantage no other step reads.
+    A truncated step is bootstrapped with the value of the state in which it was truncated, so
+    value[t + 1] must be the value of that state. `AutoReset` therefore resets an environment in the
+    step after it; that step is invalid, and no other step reads its advantage.
 
     Args:
-      reward: float32 [T, B].
-      value: float32 [T, B], estimates v_t.
-      last_value: float32 [B], v_T.
-      terminated: float32 [T, B], 1 where the step ended the task.
-      truncated: float32 [T, B], 1 where the step reached a limit.
-      discount: in [0, 1].
-      lambda_: in [0, 1]; 1 is the Monte Carlo return, 0 the one-step error.
+      reward: Rewards r_t, float32 [T, B].
+      value: Value estimates v_t, float32 [T, B].
+      last_value: Value estimate v_T of the state after the last step, float32 [B].
+      terminated: 1 where the step ended the task, float32 [T, B].
+      truncated: 1 where the step reached a limit, float32 [T, B].
+      discount: Discount factor per step, in [0, 1].
+      lambda_: Weight of later errors, in [0, 1]; 1 gives Monte Carlo returns, 0 the one-step error.
 
     Returns:
-      advantages float32 [T, B], and the value targets A_t + v_t, float32 [T, B].
+      The advantages A_t, float32 [T, B], and the value targets A_t + v_t, float32 [T, B].
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
-    # Selects, not products: what follows an end need not be a number.
+    # Selects instead of products: the value after a terminated step may be NaN.
     delta = reward + discount * jnp.where(terminated > 0, 0.0, next_value) - value
     decay = discount * lambda_ * (1 - terminated) * (1 - truncated)
 
@@ -50,15 +50,16 @@ def generalized_advantages(
 
 
 def truncation_mask(terminated: jax.Array, truncated: jax.Array, valid: jax.Array) -> jax.Array:
-    """Where an episode was cut short, float32 [T, B]: truncated, or broken.
+    """Returns 1 where an episode was truncated by a limit or by a failure, float32 [T, B].
 
-    Without an end of its own, an episode whose next step is not valid broke there: what it was
-    worth until then is all that is known.
+    An environment whose state is no longer finite is reset in the next step, without termination or
+    truncation. The step before such a reset counts as truncated: the value estimate there is all
+    that is known about the rest of the episode.
 
     Args:
-      terminated: float32 [T, B].
-      truncated: float32 [T, B].
-      valid: float32 [T, B].
+      terminated: 1 where the step ended the task, float32 [T, B].
+      truncated: 1 where the step reached a limit, float32 [T, B].
+      valid: 0 where the step only reset the environment, float32 [T, B].
     """
     next_valid = jnp.concatenate([valid[1:], jnp.ones_like(valid[:1])])
     return jnp.maximum(truncated, valid * (1 - next_valid) * (1 - terminated))
@@ -75,31 +76,32 @@ def token_advantages(
     discount: float,
     lambda_: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """`generalized_advantages` of the tokens of T turns, each an answer of up to L tokens.
+    """Generalized advantages of the tokens of T turns, each a completion of up to L tokens.
 
-    Every token is a step. The last one of an answer is followed by the first one of the next turn,
-    and has the turn's reward, end and discount; between the tokens of an answer nothing is earned
-    and nothing discounted.
+    Every token is a step. The last token of a completion has the reward, the termination and the
+    discount of its turn, and is followed by the first token of the next turn. All other tokens have
+    reward 0 and discount 1.
 
     Args:
-      reward: float32 [T, B], of the turns.
-      value: float32 [T, B, L], estimates before each token.
-      last_value: float32 [B], before the first token of the turn after the last one.
-      mask: bool [T, B, L], the tokens that are there; at least the first of every turn.
-      terminated: float32 [T, B], 1 where the turn ended the task.
-      truncated: float32 [T, B], 1 where a limit cut the episode after the turn.
-      discount: of a turn, in [0, 1].
-      lambda_: of a token, in [0, 1].
+      reward: Rewards of the turns, float32 [T, B].
+      value: Value estimates before each token, float32 [T, B, L].
+      last_value: Value estimate before the first token that would follow the last turn, float32
+        [B].
+      mask: True for tokens, False for padding, bool [T, B, L]; every turn has its first token.
+      terminated: 1 where the turn ended the task, float32 [T, B].
+      truncated: 1 where a limit truncated the episode after the turn, float32 [T, B].
+      discount: Discount factor per turn, in [0, 1].
+      lambda_: Weight of later errors, per token, in [0, 1].
 
     Returns:
-      advantages float32 [T, B, L], and the value targets A + v, float32 [T, B, L]; what stands
-      where no token is has no meaning.
+      The advantages A, float32 [T, B, L], and the value targets A + v, float32 [T, B, L]; the
+      entries of padding have no meaning.
     """
     follows = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], axis=-1)
     last = mask & ~follows
 
     def in_order(x: jax.Array) -> jax.Array:
-        """[T, B, L] to [T * L, B]."""
+        """Reshapes [T, B, L] to [T * L, B]."""
         return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1])
 
     def at_last(x: jax.Array, else_: float = 0.0) -> jax.Array:
@@ -142,26 +144,26 @@ def return_advantages(
     truncated: jax.Array,
     discount: float,
 ) -> jax.Array:
-    """Advantages of one step and the lambda-return behind it, as IMPALA's and those of Brax's PPO.
+    """Advantages of one step followed by the lambda-return, as in IMPALA and in Brax's PPO.
 
       A_t = r_t + discount * (1 - terminated_t) * G_{t+1} - v_t
 
-    (Espeholt et al., 2018, arXiv 1802.01561, section 4.2). Against generalized advantages the
-    errors after the first count 1 / lambda times as much: the value right behind the action, whose
-    error the action itself brings about, falls out.
+    (Espeholt et al., 2018, arXiv 1802.01561, section 4.2). Compared with generalized advantages,
+    the temporal-difference errors after the first one have 1 / lambda times the weight.
 
     Args:
-      reward: float32 [T, B].
-      value: float32 [T, B], estimates v_t.
-      last_value: float32 [B], v_T.
-      target: float32 [T, B], the lambda-returns G_t that `generalized_advantages` gives; behind a
-        truncated step, and behind the last one, the value stands for them.
-      terminated: float32 [T, B], 1 where the step ended the task.
-      truncated: float32 [T, B], 1 where the step reached a limit.
-      discount: in [0, 1].
+      reward: Rewards r_t, float32 [T, B].
+      value: Value estimates v_t, float32 [T, B].
+      last_value: Value estimate v_T of the state after the last step, float32 [B].
+      target: Lambda-returns G_t, the second result of `generalized_advantages`, float32 [T, B].
+        After a truncated step and after the last one, the value estimate takes the place of
+        G_{t+1}.
+      terminated: 1 where the step ended the task, float32 [T, B].
+      truncated: 1 where the step reached a limit, float32 [T, B].
+      discount: Discount factor per step, in [0, 1].
 
     Returns:
-      float32 [T, B].
+      The advantages A_t, float32 [T, B].
     """
     next_value = jnp.concatenate([target[1:], last_value[None]])
     following_value = jnp.concatenate([value[1:], last_value[None]])
@@ -172,34 +174,34 @@ def return_advantages(
 def bootstrapped_returns(
     *, reward: jax.Array, terminated: jax.Array, truncated: jax.Array, discount: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Monte Carlo returns up to the observation whose value stands for the rest of the episode.
+    """Monte Carlo returns up to the observation that they are bootstrapped from.
 
       G_t = return_t + weight_t * v(o_{step_t})
 
-    That observation is the one behind a truncated step, or behind the last recorded one. A step
-    that terminates is followed by nothing, and has weight 0.
+    That observation follows the first truncated step from t on, or the last recorded step. The
+    weight is 0 where the episode terminates first.
 
     Args:
-      reward: float32 [T, B].
-      terminated: float32 [T, B], 1 where the step ended the task.
-      truncated: float32 [T, B], 1 where the step reached a limit.
-      discount: in [0, 1].
+      reward: Rewards r_t, float32 [T, B].
+      terminated: 1 where the step ended the task, float32 [T, B].
+      truncated: 1 where the step reached a limit, float32 [T, B].
+      discount: Discount factor per step, in [0, 1].
 
     Returns:
-      The discounted sums of rewards float32 [T, B], the weights float32 [T, B], and the steps
-      int32 [T, B], in [1, T].
+      The discounted sums of rewards, float32 [T, B], the weights, float32 [T, B], and the steps,
+      int32 [T, B] in [1, T].
     """
     length, batch = reward.shape
 
     def step(following: tuple[jax.Array, ...], x: tuple[jax.Array, ...]) -> tuple:
         return_tp1, weight_tp1, step_tp1 = following
         t, reward_t, terminated_t, truncated_t = x
-        ended, cut_short = terminated_t > 0, truncated_t > 0
-        over = ended | cut_short
+        is_terminated, is_truncated = terminated_t > 0, truncated_t > 0
+        is_last = is_terminated | is_truncated
         current = (
-            reward_t + discount * jnp.where(over, 0.0, return_tp1),
-            discount * jnp.where(ended, 0.0, jnp.where(cut_short, 1.0, weight_tp1)),
-            jnp.where(over, t + 1, step_tp1),
+            reward_t + discount * jnp.where(is_last, 0.0, return_tp1),
+            discount * jnp.where(is_terminated, 0.0, jnp.where(is_truncated, 1.0, weight_tp1)),
+            jnp.where(is_last, t + 1, step_tp1),
         )
         return current, current
 

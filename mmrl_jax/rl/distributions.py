@@ -1,4 +1,4 @@
-"""Action distributions as pytrees: parameters in, float32 log-probabilities out."""
+"""Action distributions as pytrees, with float32 log-probabilities."""
 
 from flax import struct
 import jax
@@ -9,81 +9,85 @@ import jax.numpy as jnp
 class TanhNormal:
     """A diagonal Gaussian squashed by tanh to (-1, 1), as in Brax and SAC (Haarnoja et al., 2018).
 
-    Samples are kept unsquashed (`u`): log-probabilities near +-1 stay exact. `action(u)` squashes.
+    Samples u are not squashed, so that log-probabilities of actions near -1 and 1 stay exact;
+    `action(u)` squashes them.
 
     Attributes:
-      mean: float32 [..., A], of the Gaussian.
-      log_std: float32 [..., A], of the Gaussian.
+      mean: Mean of the Gaussian, float32 [..., A].
+      log_std: Logarithm of the Gaussian's standard deviation, float32 [..., A].
     """
 
     mean: jax.Array
     log_std: jax.Array
 
     def sample(self, rng: jax.Array) -> jax.Array:
-        """Draws u [..., A]."""
+        """Samples u, float32 [..., A]."""
         return self.mean + jnp.exp(self.log_std) * jax.random.normal(rng, self.mean.shape)
 
     def mode(self) -> jax.Array:
-        """The u [..., A] whose action is the deterministic policy's."""
+        """Returns the u of the deterministic action, float32 [..., A]."""
         return self.mean
 
     @staticmethod
     def action(u: jax.Array) -> jax.Array:
-        """The environment's action, tanh(u), [..., A] in (-1, 1)."""
+        """Returns the environment's action, tanh(u), float32 [..., A] in (-1, 1)."""
         return jnp.tanh(u)
 
     def log_prob(self, u: jax.Array) -> jax.Array:
-        """log p(tanh(u)) = sum_a [log N(u; mean, std) - log(1 - tanh(u)^2)], [...]."""
+        """Returns the log-probability density of tanh(u), float32 [...], in nats.
+
+        log p(tanh(u)) = sum_a [log N(u_a; mean_a, std_a) - log(1 - tanh(u_a)^2)]
+        """
         z = (u - self.mean) * jnp.exp(-self.log_std)
         normal = -0.5 * z**2 - self.log_std - 0.5 * jnp.log(2 * jnp.pi)
         return jnp.sum(normal - _log_det(u), axis=-1)
 
     def entropy(self, rng: jax.Array) -> jax.Array:
-        """Entropy [...]: the Gaussian's, plus a one-sample estimate of E[log(1 - tanh(u)^2)]."""
+        """Estimates the entropy [...] in nats, with one sample for E[log(1 - tanh(u)^2)]."""
         normal = 0.5 + 0.5 * jnp.log(2 * jnp.pi) + self.log_std
         return jnp.sum(normal + _log_det(self.sample(rng)), axis=-1)
 
     def cloning_loss(self, action: jax.Array) -> jax.Array:
-        """Squared error [...] of the deterministic action to `action` [..., A] in [-1, 1]."""
+        """Returns the squared error [...] of the deterministic action to `action` [..., A]."""
         return jnp.sum((jnp.tanh(self.mean) - action) ** 2, axis=-1)
 
 
 @struct.dataclass
 class Categorical:
-    """Discrete actions.
+    """A distribution over A discrete actions.
 
     Attributes:
-      logits: float32 [..., A], unnormalized log-probabilities.
+      logits: Unnormalized log-probabilities, float32 [..., A].
     """
 
     logits: jax.Array
 
     def sample(self, rng: jax.Array) -> jax.Array:
-        """Draws int32 [...]."""
+        """Samples actions, int32 [...]."""
         return jax.random.categorical(rng, self.logits)
 
     def mode(self) -> jax.Array:
-        """The most probable action, int32 [...]."""
+        """Returns the most probable action, int32 [...]."""
         return jnp.argmax(self.logits, axis=-1)
 
     @staticmethod
     def action(u: jax.Array) -> jax.Array:
-        """The environment's action: the sample itself."""
+        """Returns the environment's action, which is the sample itself."""
         return u
 
     def log_prob(self, u: jax.Array) -> jax.Array:
-        """Log-probability [...] of int [...] actions."""
+        """Returns the log-probabilities of actions int [...], float32 [...], in nats."""
         log_probs = jax.nn.log_softmax(self.logits)
         return jnp.take_along_axis(log_probs, u[..., None], axis=-1)[..., 0]
 
     def entropy(self, rng: jax.Array) -> jax.Array:
-        """Exact entropy [...], in nats; `rng` is not used."""
+        """Returns the exact entropy, float32 [...], in nats; `rng` is not used."""
         del rng
         log_probs = jax.nn.log_softmax(self.logits)
         return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
     def cloning_loss(self, action: jax.Array) -> jax.Array:
-        """Cross-entropy [...] of int [...] actions."""
+        """Returns the cross-entropy of actions int [...], float32 [...], in nats."""
         return -self.log_prob(action)
 
 
@@ -91,5 +95,5 @@ Distribution = TanhNormal | Categorical
 
 
 def _log_det(u: jax.Array) -> jax.Array:
-    """log(1 - tanh(u)^2), stable for large |u|."""
+    """Returns log(1 - tanh(u)^2) in a form that is stable for large |u|."""
     return 2.0 * (jnp.log(2.0) - u - jax.nn.softplus(-2.0 * u))

@@ -1,14 +1,19 @@
-"""Losses per sample and masked means: arrays in, arrays out, float32."""
+"""Losses per sample and masked means, float32."""
 
 import jax
 import jax.numpy as jnp
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-    """sum(x * mask) / sum(mask) over arrays of one shape; 0 where the mask is all 0.
+    """Returns sum(x * mask) / sum(mask), or 0 where the mask is all 0.
+
+    Args:
+      x: Values of any shape; they may be NaN where the mask is 0.
+      mask: Weights of the same shape.
+      axis: Axis that is averaged over; None for all axes.
 
     Returns:
-      [], or with an axis the means along it, which stays with length 1.
+      The mean, []; with an axis the means along it, whose length becomes 1.
     """
     keep = axis is not None
     total = jnp.sum(jnp.where(mask > 0, x * mask, 0.0), axis, keepdims=keep)
@@ -16,7 +21,7 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.A
 
 
 def whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """(x - mean) / (std + 1e-8) with the statistics of the masked entries, same shape as x."""
+    """Returns (x - mean) / (std + 1e-8), with the mean and std of the entries where `mask` is 1."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) / (jnp.sqrt(variance) + 1e-8)
@@ -30,13 +35,13 @@ def clipped_policy_loss(
       -min(rho * A, clamp(rho, 1 - low, 1 + high) * A),  rho = exp(log_ratio)
 
     Args:
-      log_ratio: float32 [...], log pi_new(a) - log pi_old(a).
-      advantage: float32 [...].
-      low: width of the trust interval below 1, > 0.
-      high: above 1, > 0; PPO's are equal.
+      log_ratio: Log of the probability ratio, log pi_new(a) - log pi_old(a), float32 [...].
+      advantage: Advantages A, float32 [...].
+      low: Width of the clipping interval below 1, > 0.
+      high: Width of the clipping interval above 1, > 0; equal to `low` in PPO.
 
     Returns:
-      float32 [...].
+      The loss of each sample, float32 [...].
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - low, 1 + high)
@@ -46,7 +51,7 @@ def clipped_policy_loss(
 def value_loss(
     value: jax.Array, target: jax.Array, old_value: jax.Array, clip: float | None
 ) -> jax.Array:
-    """0.5 * (v - target)^2, float32 [...]; with `clip`, PPO's pessimistic clipped form.
+    """Returns 0.5 * (v - target)^2, float32 [...]; with `clip`, PPO's clipped form.
 
     0.5 * max((v - target)^2, (v_old + clamp(v - v_old, -clip, clip) - target)^2)
     """
@@ -58,30 +63,30 @@ def value_loss(
 
 
 def explained_variance(value: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """1 - mean((target - value)^2) / Var(target), [], over samples where `mask` is 1."""
+    """Returns 1 - mean((target - value)^2) / Var(target), [], over samples where `mask` is 1."""
     variance = masked_mean((target - masked_mean(target, mask)) ** 2, mask)
     residual = masked_mean((target - value) ** 2, mask)
     return 1 - residual / jnp.maximum(variance, 1e-8)
 
 
 def approximate_kl(log_ratio: jax.Array) -> jax.Array:
-    """KL(old || new) per sample by the k3 estimator, (rho - 1) - log rho >= 0, float32 [...].
+    """Estimates KL(old || new) per sample by k3, (rho - 1) - log rho >= 0, float32 [...], in nats.
 
-    John Schulman, http://joschu.net/blog/kl-approx.html (2020); samples come from the old policy.
+    The samples come from the old policy (Schulman, 2020, http://joschu.net/blog/kl-approx.html).
     """
     return jnp.expm1(log_ratio) - log_ratio
 
 
-def pointing_loss(logits: jax.Array, place: jax.Array) -> jax.Array:
-    """Cross-entropy of the patch that holds a place in the picture, float32 [N], in nats.
+def pointing_loss(logits: jax.Array, position: jax.Array) -> jax.Array:
+    """Returns the cross-entropy of the patch that contains a position in the image, float32 [N].
 
     Args:
-      logits: float32 [N, rows, columns], one a patch.
-      place: float32 [N, 2], fractions of the width from the left and of the height from the top;
-        a place out of the picture counts for the nearest patch.
+      logits: Logits of the patches, float32 [N, rows, columns].
+      position: Fractions of the width from the left and of the height from the top, float32 [N, 2];
+        a position outside the image counts for the nearest patch.
     """
     rows, columns = logits.shape[1:]
     cells = jnp.array([columns, rows])
-    column, row = jnp.moveaxis(jnp.clip(place * cells, 0, cells - 1).astype(jnp.int32), -1, 0)
+    column, row = jnp.moveaxis(jnp.clip(position * cells, 0, cells - 1).astype(jnp.int32), -1, 0)
     log_probs = jax.nn.log_softmax(logits.reshape(-1, rows * columns))
     return -jnp.take_along_axis(log_probs, (row * columns + column)[:, None], axis=1)[:, 0]

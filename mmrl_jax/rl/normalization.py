@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 @struct.dataclass
 class RunningStatistics:
-    """Statistics of all masked rows seen so far.
+    """Statistics of all rows so far.
 
     Attributes:
-      count: float32 [], number of rows.
-      mean: float32 [P].
-      m2: float32 [P], sum of squared differences from the mean.
+      count: Number of rows, float32 [].
+      mean: Mean of the rows, float32 [P].
+      m2: Sum of the squared differences from the mean, float32 [P].
     """
 
     count: jax.Array
@@ -21,12 +21,12 @@ class RunningStatistics:
 
 
 def init(size: int) -> RunningStatistics:
-    """No rows seen: `normalize` is then the identity."""
+    """Returns statistics of no rows, with which `normalize` is the identity."""
     return RunningStatistics(jnp.zeros(()), jnp.zeros(size), jnp.zeros(size))
 
 
 def update(statistics: RunningStatistics, x: jax.Array, mask: jax.Array) -> RunningStatistics:
-    """Adds rows x [..., P] where mask [...] is 1."""
+    """Adds the rows x float32 [..., P] where mask [...] is 1."""
     weight = mask[..., None]
     axes = tuple(range(x.ndim - 1))
     count = jnp.sum(mask)
@@ -43,7 +43,7 @@ def update(statistics: RunningStatistics, x: jax.Array, mask: jax.Array) -> Runn
 
 
 def normalize(statistics: RunningStatistics, x: jax.Array) -> jax.Array:
-    """(x - mean) / std, clipped to [-10, 10]; x [..., P]. The identity before the first update."""
+    """Returns (x - mean) / std of x [..., P], clipped to [-10, 10]; std is at least 1e-3."""
     variance = statistics.m2 / jnp.maximum(statistics.count, 1.0)
     std = jnp.where(statistics.count > 0, jnp.maximum(jnp.sqrt(variance), 1e-3), 1.0)
     return jnp.clip((x - statistics.mean) / std, -10.0, 10.0)

@@ -1,4 +1,4 @@
-"""What a completion loses for coming close to the most tokens that it may have."""
+"""Penalty of completions that approach the maximum length."""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ def soft_overlong_penalty(length: jax.Array, *, max_length: int, buffer: int) ->
       -1                            if L_max < |y|.
 
     Args:
-      length: [...], tokens of each completion, its stop token among them.
-      max_length: the most tokens of a completion, where it is truncated.
-      buffer: tokens before that over which the penalty grows, in [1, max_length].
+      length: Number of tokens of each completion, the stop token included, [...].
+      max_length: Number of tokens at which a completion is truncated.
+      buffer: Number of tokens before `max_length` over which the penalty grows, in [1, max_length].
 
     Returns:
-      float32 [...] in [-1, 0], to be added to the reward.
+      The penalty that is added to the reward, float32 [...] in [-1, 0].
     """
-    beyond = length.astype(jnp.float32) - (max_length - buffer)
-    return -jnp.clip(beyond / buffer, 0.0, 1.0)
+    excess = length.astype(jnp.float32) - (max_length - buffer)
+    return -jnp.clip(excess / buffer, 0.0, 1.0)

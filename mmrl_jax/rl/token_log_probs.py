@@ -1,4 +1,4 @@
-"""Log-probs of tokens without the logits of a whole vocabulary in memory."""
+"""Log-probs of tokens, computed without the logits of the whole vocabulary in memory."""
 
 import functools
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 class TokenLogProbs(NamedTuple):
-    """Of each of N tokens, under its distribution over the vocabulary.
+    """Log-probs of N tokens, and entropies of the distributions over the vocabulary.
 
     Attributes:
-      log_prob: float32 [N], of the token.
-      entropy: float32 [N], of the distribution, nats.
+      log_prob: Log-probability of each token, float32 [N], in nats.
+      entropy: Entropy of the distribution that each token is sampled from, float32 [N], in nats.
     """
 
     log_prob: jax.Array
@@ -29,50 +29,52 @@ def token_log_probs(
     tile: int = 4096,
     shards: int = 1,
 ) -> TokenLogProbs:
-    """Log-probs of tokens whose logits are `hidden @ table.T`.
+    """Returns the log-probs of tokens whose logits are `hidden @ table.T`.
 
-    The vocabulary is gone through in tiles, forward and backward: with l_j the logits,
-    log p(token) = l_token - log sum_j exp(l_j), the sum as in online softmax (Milakov and
-    Gimelshein, 2018). Neither pass holds more than [N, tile] logits; the backward pass makes them
-    anew, a third more matmuls.
+    With the logits l_j, log p(token) = l_token - log sum_j exp(l_j). The forward and the backward
+    pass process the vocabulary in tiles, with the sum as in online softmax (Milakov and Gimelshein,
+    2018), so that neither holds more than [N, tile] logits. The backward pass recomputes them,
+    which costs a third more matrix products.
 
     Args:
-      hidden: float [N, D], features of the tokens before; their dtype is the products'.
-      table: float [V, D], the output layer.
-      tokens: int32 [N], in [0, V).
-      temperature: logits are divided by it.
-      softcap: logits are softcap * tanh(logits / softcap) before that; None: as they are.
-      tile: rows of the table at a time.
-      shards: number of equal parts that the table's rows are split into over devices. A tile takes
-        as many rows of each part, so that no device needs another's.
+      hidden: Features of the token before each token, float [N, D]; their dtype is that of the
+        matrix products.
+      table: Weights of the output layer, float [V, D].
+      tokens: Token ids, int32 [N] in [0, V).
+      temperature: Sampling temperature, by which logits are divided, > 0.
+      softcap: Bound c of the logits, which become c * tanh(logits / c) before the temperature is
+        applied; None for no bound.
+      tile: Number of rows of the table in a tile, > 0.
+      shards: Number of equal shards of the table's rows over devices. A tile has equally many rows
+        of each shard, so that no device needs the rows of another one.
 
     Raises:
-      ValueError: the temperature or the tile is not positive, or the shards do not divide the rows
-        of the table.
+      ValueError: The temperature or the tile is not positive, or `shards` does not divide the
+        number of rows of the table.
     """
     if temperature <= 0 or tile <= 0:
         raise ValueError(f"temperature={temperature} and tile={tile} must be positive.")
     if len(table) % shards:
-        raise ValueError(f"shards={shards} do not divide the {len(table)} rows of the table.")
+        raise ValueError(f"shards={shards} does not divide the {len(table)} rows of the table.")
     parts = table.reshape(shards, -1, table.shape[1])
     size = min(max(tile // shards, 1), parts.shape[1])
     return TokenLogProbs(*_tiled(temperature, softcap, size, hidden, parts, tokens))
 
 
 class _Tile(NamedTuple):
-    start: jax.Array  # int32 [], its first row in each shard.
-    ids: jax.Array  # int32 [N], the tokens of its rows, of all shards.
-    new: jax.Array  # bool [N], the rows that no earlier tile had.
-    rows: jax.Array  # [N, D]
+    start: jax.Array  # int32 [], first row of the tile in each shard.
+    ids: jax.Array  # int32 [R], token ids of the rows, of all shards.
+    new: jax.Array  # bool [R], False for rows that the tile before has too.
+    rows: jax.Array  # float [R, D]
 
 
 def _tile(i: jax.Array, size: int, table: jax.Array) -> _Tile:
-    """Tile i of `size` rows of each shard of the table [shards, V / shards, D]."""
+    """Returns tile i, with `size` rows of each shard of a table [shards, V / shards, D]."""
     shards, length, width = table.shape
     start = jnp.minimum(i * size, length - size)
     offsets = start + jnp.arange(size)
     ids = (jnp.arange(shards)[:, None] * length + offsets).reshape(-1)
-    new = jnp.tile(offsets >= i * size, shards)  # The last tile reaches back into the one before.
+    new = jnp.tile(offsets >= i * size, shards)  # The last tile overlaps the one before.
     rows = jax.lax.dynamic_slice_in_dim(table, start, size, axis=1).reshape(-1, width)
     return _Tile(start, ids, new, rows)
 
@@ -106,26 +108,26 @@ def _forward(
     tokens: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     def step(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        top, total, weighted, own = carry
+        largest, total, weighted, token_logit = carry
         tile = _tile(i, size, table)
         raw, new = _product(hidden, tile.rows), tile.new
         logits = jnp.where(new, _logits(raw, temperature, softcap), -jnp.inf)
-        higher = jnp.maximum(top, jnp.max(logits, axis=1))
-        shrink, exp = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
+        higher = jnp.maximum(largest, jnp.max(logits, axis=1))
+        shrink, exp = jnp.exp(largest - higher), jnp.exp(logits - higher[:, None])
         total = shrink * total + jnp.sum(exp, axis=1)
         weighted = shrink * weighted + jnp.sum(exp * jnp.where(new, logits, 0.0), axis=1)
-        # A sum, for no device has the logits of all rows, and those of one it need not gather.
+        # A masked sum needs no gather of the logits, whose rows are sharded over devices.
         is_token = (tokens[:, None] == tile.ids) & new
-        own += jnp.sum(jnp.where(is_token, logits, 0.0), axis=1)
-        return (higher, total, weighted, own), None
+        token_logit += jnp.sum(jnp.where(is_token, logits, 0.0), axis=1)
+        return (higher, total, weighted, token_logit), None
 
     zeros = jnp.zeros(len(hidden), jnp.float32)
     first: tuple[jax.Array, ...] = (zeros - jnp.inf, zeros, zeros, zeros)
     tiles = jnp.arange(-(-table.shape[1] // size))
-    (top, total, weighted, own), _ = jax.lax.scan(step, first, tiles)
-    normalizer = top + jnp.log(total)
-    mean = weighted / total  # Of the logits, under the distribution.
-    result = (own - normalizer, normalizer - mean)
+    (largest, total, weighted, token_logit), _ = jax.lax.scan(step, first, tiles)
+    normalizer = largest + jnp.log(total)
+    mean = weighted / total  # The expected logit under the distribution.
+    result = (token_logit - normalizer, normalizer - mean)
     return result, (hidden, table, tokens, normalizer, mean)
 
 
@@ -136,40 +138,40 @@ def _backward(
     residuals: tuple[jax.Array, ...],
     gradients: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None]:
-    """The gradient, with p the distribution over the logits l.
+    """The gradients with respect to `hidden` and `table`, with p = softmax(l).
 
     d log p(token) / d l_j = [j = token] - p_j,  d entropy / d l_j = -p_j (l_j - sum_k p_k l_k).
     """
     hidden, table, tokens, normalizer, mean = residuals
-    of_log_prob, of_entropy = (g[:, None] for g in gradients)
+    grad_log_prob, grad_entropy = (g[:, None] for g in gradients)
 
     def step(
         carry: tuple[jax.Array, jax.Array], i: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        to_hidden, to_table = carry
+        grad_hidden, grad_table = carry
         tile = _tile(i, size, table)
         logits = _logits(_product(hidden, tile.rows), temperature, softcap)
         p = jnp.exp(logits - normalizer[:, None])
-        one = tokens[:, None] == tile.ids
-        to_raw = of_log_prob * (one - p) - of_entropy * p * (logits - mean[:, None])
-        to_raw = jnp.where(tile.new, to_raw, 0.0) / temperature
+        is_token = tokens[:, None] == tile.ids
+        grad_raw = grad_log_prob * (is_token - p) - grad_entropy * p * (logits - mean[:, None])
+        grad_raw = jnp.where(tile.new, grad_raw, 0.0) / temperature
         if softcap is not None:
-            to_raw = to_raw * (1 - (logits * temperature / softcap) ** 2)
-        to_raw = to_raw.astype(hidden.dtype)
+            grad_raw = grad_raw * (1 - (logits * temperature / softcap) ** 2)
+        grad_raw = grad_raw.astype(hidden.dtype)
         rows = tile.rows.astype(hidden.dtype)
-        to_hidden += jnp.matmul(to_raw, rows, preferred_element_type=jnp.float32)
-        to_rows = jnp.matmul(to_raw.T, hidden, preferred_element_type=jnp.float32)
-        to_rows = to_rows.reshape(len(table), size, -1)
-        before = jax.lax.dynamic_slice_in_dim(to_table, tile.start, size, axis=1)
-        to_table = jax.lax.dynamic_update_slice_in_dim(
-            to_table, before + to_rows, tile.start, axis=1
+        grad_hidden += jnp.matmul(grad_raw, rows, preferred_element_type=jnp.float32)
+        grad_rows = jnp.matmul(grad_raw.T, hidden, preferred_element_type=jnp.float32)
+        grad_rows = grad_rows.reshape(len(table), size, -1)
+        before = jax.lax.dynamic_slice_in_dim(grad_table, tile.start, size, axis=1)
+        grad_table = jax.lax.dynamic_update_slice_in_dim(
+            grad_table, before + grad_rows, tile.start, axis=1
         )
-        return (to_hidden, to_table), None
+        return (grad_hidden, grad_table), None
 
     first = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
     tiles = jnp.arange(-(-table.shape[1] // size))
-    (to_hidden, to_table), _ = jax.lax.scan(step, first, tiles)
-    return to_hidden.astype(hidden.dtype), to_table.astype(table.dtype), None
+    (grad_hidden, grad_table), _ = jax.lax.scan(step, first, tiles)
+    return grad_hidden.astype(hidden.dtype), grad_table.astype(table.dtype), None
 
 
 _tiled.defvjp(_forward, _backward)

@@ -1,14 +1,16 @@
-"""Policy losses over the tokens of answers, as compositions of few options: [N, T] in, sums out.
+"""Policy losses over the tokens of completions, as combinations of a few options.
 
-    answers [N, T]    ratio         clip          sum over tokens     divisor
-    log pi, log old -> per token -> 'ppo'      -> of each answer   -> its own tokens  ('sequence')
-                       per answer   'cispo'                           all tokens      ('token')
-                                    None                              N * T           ('constant')
+    completions [N, T]   ratio            clip       sum over tokens   denominator
+    log pi, log old  ->  per token     -> 'ppo'   -> of a completion -> its tokens ('sequence')
+                         per completion   'cispo'    of the batch       all tokens ('token')
+                                          None                          N * T      ('constant')
 
-N counts the completions whose mask is not empty: one that was not scored has no part in a loss.
+N counts the completions whose mask is not empty; a completion without a reward is not counted.
+With 'sequence' the means over tokens are then averaged over the N completions.
 
-The parts of a batch give sums and divisors that add up, so that accumulated gradients and meshes
-come to the loss of the whole batch; `PRESETS` names the published combinations.
+Losses of the parts of a batch are returned as sums, whose denominators add up too. Accumulated
+gradients and meshes of several devices therefore give the loss of the whole batch. `PRESETS` names
+the published combinations.
 """
 
 import dataclasses
@@ -34,18 +36,19 @@ class TokenLoss:
     """The options of a policy loss over tokens.
 
     Attributes:
-      ratio: 'token', pi / pi_old of each token; 'sequence', its geometric mean over an answer
-        (GSPO, arXiv 2507.18071, eq. 7).
-      clip: 'ppo', the smaller of the plain and the clipped surrogate; 'cispo', the gradient of
-        log pi, weighted by the clipped ratio (arXiv 2506.13585, eq. 4); None: no clipping.
-      low, high: the ratio is clipped to [1 - low, 1 + high]; 'cispo' clips above only. Clip-higher
-        is high > low (DAPO, arXiv 2503.14476, eq. 10).
-      reduction: what the sum over tokens is divided by, see the module.
-      kl: estimator of KL(pi || reference) per token, see `kl_estimate`.
-      kl_coef: of it; 0 for none.
-      importance_weight_cap: C of the weights min(pi_old / pi_rollout, C), which correct for
-        completions that were sampled in another precision than they are learned from; None: no
-        weights.
+      ratio: Probability ratio, 'token' for pi / pi_old of each token, or 'sequence' for its
+        geometric mean over a completion (GSPO, arXiv 2507.18071, eq. 7).
+      clip: Surrogate, 'ppo' for the smaller of the plain and the clipped one, 'cispo' for log pi
+        weighted by the clipped ratio (arXiv 2506.13585, eq. 4), or None for no clipping.
+      low: Width of the clipping interval below 1; 'cispo' does not use it.
+      high: Width of the clipping interval above 1; larger than `low` for clip-higher (DAPO, arXiv
+        2503.14476, eq. 10).
+      reduction: Denominator of the sum over tokens, see `loss_denominator`.
+      kl: Estimator of KL(pi || reference) per token, see `kl_estimate`.
+      kl_coef: Coefficient of the KL to the reference; 0 for no KL.
+      importance_weight_cap: Bound C of the importance weights min(pi_old / pi_rollout, C), which
+        correct for completions that were sampled in another precision than they are learned from;
+        None for no weights.
     """
 
     ratio: Ratio = "token"
@@ -62,39 +65,39 @@ class TokenLoss:
             ("ratio", RATIOS), ("clip", (*CLIPS, None)), ("reduction", REDUCTIONS), ("kl", KLS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}.")
 
 
 # Name -> (estimator of group_advantages, loss).
 PRESETS: dict[str, tuple[str, TokenLoss]] = {
     # Shao et al., 2024, arXiv 2402.03300.
-    "grpo": ("standardised", TokenLoss(reduction="sequence")),
+    "grpo": ("standardized", TokenLoss(reduction="sequence")),
     # Liu et al., 2025, arXiv 2503.20783.
-    "dr_grpo": ("centred", TokenLoss(reduction="constant")),
+    "dr_grpo": ("centered", TokenLoss(reduction="constant")),
     # Yu et al., 2025, arXiv 2503.14476.
-    "dapo": ("standardised", TokenLoss(high=0.28)),
+    "dapo": ("standardized", TokenLoss(high=0.28)),
     # Zheng et al., 2025, arXiv 2507.18071.
     "gspo": (
-        "standardised",
+        "standardized",
         TokenLoss(ratio="sequence", low=3e-4, high=4e-4, reduction="sequence"),
     ),
     # MiniMax, 2025, arXiv 2506.13585.
-    "cispo": ("standardised", TokenLoss(clip="cispo", high=4.0)),
+    "cispo": ("standardized", TokenLoss(clip="cispo", high=4.0)),
     # Ahmadian et al., 2024, arXiv 2402.14740.
     "rloo": ("leave_one_out", TokenLoss(clip=None, reduction="constant")),
     # Hu et al., 2025, arXiv 2501.03262.
-    "reinforce++": ("batch_standardised", TokenLoss()),
+    "reinforce++": ("batch_standardized", TokenLoss()),
 }
 
 
 class Sums(NamedTuple):
-    """Of a part of a batch; added up over the parts.
+    """Sums over a part of a batch, which add up over the parts.
 
     Attributes:
-      loss: sum over tokens, each over what `loss_denominator` leaves: its answer's tokens for
-        'sequence'.
-      metrics: name -> sum over tokens that are present.
-      tokens: tokens that are present.
+      loss: Sum of the token losses, []; with the reduction 'sequence' each is divided by the length
+        of its completion.
+      metrics: Sums of metrics over the tokens, [] each.
+      tokens: Number of tokens, [].
     """
 
     loss: jax.Array
@@ -103,11 +106,14 @@ class Sums(NamedTuple):
 
 
 def kl_estimate(log_ratio: jax.Array, kind: KL) -> jax.Array:
-    """KL(pi || reference) per token, of tokens drawn from pi (http://joschu.net/blog/kl-approx.html).
+    """Estimates KL(pi || reference) per token, in nats, from tokens that were sampled from pi.
+
+    See Schulman (2020), http://joschu.net/blog/kl-approx.html.
 
     Args:
-      log_ratio: float32 [...], log pi_reference - log pi.
-      kind: 'k1', -x; 'k2', x^2 / 2; 'k3', exp(x) - 1 - x, never negative.
+      log_ratio: Log-ratio x = log pi_reference - log pi, float32 [...].
+      kind: Estimator, 'k1' for -x, 'k2' for x^2 / 2, or 'k3' for exp(x) - 1 - x, which is never
+        negative.
     """
     if kind == "k1":
         return -log_ratio
@@ -117,12 +123,13 @@ def kl_estimate(log_ratio: jax.Array, kind: KL) -> jax.Array:
 
 
 def loss_denominator(mask: jax.Array, reduction: Reduction) -> jax.Array:
-    """What the sums of a whole batch are divided by, []; those of its parts add up.
+    """Returns the denominator of the loss of a batch, []; those of its parts add up.
 
     Args:
-      mask: float32 [N, T], 1 for tokens that are learned from.
-      reduction: 'token', the number of these tokens; 'sequence', the number of completions that
-        have any; 'constant', T times that number, so that no completion gains by its length.
+      mask: 1 for tokens that are learned from, float32 [N, T].
+      reduction: 'token' for the number of these tokens, 'sequence' for the number of completions
+        that have any, or 'constant' for T times that number, which gives every token of every
+        completion the same weight.
     """
     if reduction == "token":
         return jnp.sum(mask)
@@ -140,25 +147,26 @@ def token_loss_sums(
     reference_log_prob: jax.Array | None = None,
     rollout_log_prob: jax.Array | None = None,
 ) -> Sums:
-    """The sums of a policy loss over the tokens of N answers.
+    """Returns the sums of a policy loss over the tokens of N completions.
+
+    The loss of a batch is the sum of the losses of its parts, divided by `loss_denominator` of the
+    batch.
 
     Args:
-      log_prob: float32 [N, T], of the tokens under the policy.
-      old_log_prob: float32 [N, T], under the policy before the update, computed by the same program
-        as `log_prob`: the sampler's differ by rounding, which a narrow interval clips. None where
-        the policy has not moved yet: `log_prob` without its gradient, so that every ratio is 1.
-      advantage: float32 [N], or [N, T].
-      mask: float32 [N, T], 1 for tokens that are present.
-      options: see there.
-      reference_log_prob: float32 [N, T], where options.kl_coef is not 0.
-      rollout_log_prob: float32 [N, T], of the sampler, where options.importance_weight_cap is
-        given; with it 'policy/sampler_gap' is among the metrics.
-
-    Returns:
-      Sums; the loss of a batch is sum(loss) / sum(divisor).
+      log_prob: Log-probs of the tokens under the policy, float32 [N, T].
+      old_log_prob: Log-probs under the policy before the update, float32 [N, T]. They must come
+        from the same program as `log_prob`, because those of the sampler differ by rounding, which
+        a narrow interval would clip. None if no step was taken yet, so that every ratio is 1.
+      advantage: Advantages of the completions, float32 [N], or of the tokens, [N, T].
+      mask: 1 for tokens that are learned from, float32 [N, T].
+      options: Options of the loss.
+      reference_log_prob: Log-probs under the reference, float32 [N, T]; needed if options.kl_coef
+        is not 0.
+      rollout_log_prob: Log-probs under the sampler, float32 [N, T]; needed if
+        options.importance_weight_cap is given, and the source of the metric 'policy/sampler_gap'.
 
     Raises:
-      ValueError: log-probs are missing that the options want.
+      ValueError: The options need log-probs that are None.
     """
     o, is_token = options, mask > 0
     if o.kl_coef and reference_log_prob is None:
@@ -170,7 +178,7 @@ def token_loss_sums(
     if advantage.ndim == 1:
         advantage = advantage[:, None]
     advantage = jnp.where(is_token, advantage, 0.0)
-    # Not even an overflow of padding may count.
+    # Padding is masked before the exponential too: the gradient of a masked overflow is NaN.
     log_prob = jnp.where(is_token, log_prob, 0.0)
     if old_log_prob is None:
         old_log_prob = jax.lax.stop_gradient(log_prob)
@@ -212,7 +220,7 @@ def token_loss_sums(
 def _surrogate(
     log_ratio: jax.Array, log_prob: jax.Array, advantage: jax.Array, options: TokenLoss
 ) -> jax.Array:
-    """The policy loss of each token, [N, T], without importance weights and KL."""
+    """Returns the policy loss of each token, [N, T], without importance weights and KL."""
     ratio = jnp.exp(log_ratio)
     if options.clip == "cispo":
         weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + options.high))
@@ -225,16 +233,18 @@ def _surrogate(
 def dpo_loss(
     chosen: jax.Array, rejected: jax.Array, *, beta: float, label_smoothing: float = 0.0
 ) -> jax.Array:
-    """Direct preference optimization, float32 [N] (Rafailov et al., 2023, arXiv 2305.18290, eq. 7).
+    """Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290, eq. 7).
 
       -(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m),  m = chosen - rejected
 
     Args:
-      chosen: float32 [N], log pi - log pi_reference of the preferred answers, summed over tokens.
-      rejected: float32 [N], of the others.
-      beta: weight of the KL to the reference, > 0.
-      label_smoothing: e, the share of preferences taken to be the wrong way round (arXiv
-        2312.02013), in [0, 0.5).
+      chosen: log pi - log pi_reference of the chosen completions, summed over tokens, float32 [N].
+      rejected: The same of the rejected completions, float32 [N].
+      beta: Coefficient of the implicit KL to the reference, > 0.
+      label_smoothing: Probability e that a preference is flipped (arXiv 2312.02013), in [0, 0.5).
+
+    Returns:
+      The loss of each pair, float32 [N].
     """
     margin = beta * (chosen - rejected)
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(

@@ -1,7 +1,7 @@
-"""Generation of tokens, in one compiled program: one pass over the prompts, then token by token.
+"""Generation of completions in one compiled program: one prefill, then decoding token by token.
 
-prefix [B, S]     <pad> <pad>  How  many  red  balls  ?        kept once for the G answers
-answers [B, G, T]                                        two  <end> <pad>  ...
+prompt      [B, S]     <pad> <pad>  How  many  red  balls  ?      cached once for G completions
+completions [B, G, T]                                       two  <end> <pad>  ...
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,18 @@ Variables = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """How a token is sampled.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the most likely token.
-      top_k: only the k most likely tokens; None: all.
-      top_p: only the most likely tokens that hold this probability together (Holtzman et al.,
-        2020); 1: all.
-      min_p: only tokens with at least this fraction of the most likely one's probability; 0: all.
+      temperature: Number that logits are divided by, >= 0; 0 for greedy decoding.
+      top_k: Number of most likely tokens that are sampled from, >= 1; None for all tokens.
+      top_p: Total probability of the most likely tokens that are sampled from, in (0, 1] (Holtzman
+        et al., 2020); 1 for all tokens.
+      min_p: Smallest probability of a token that is sampled from, as a fraction of the largest one,
+        in [0, 1]; 0 for all tokens.
+
+    Raises:
+      ValueError: A value is out of its range.
     """
 
     temperature: float = 1.0
@@ -47,15 +51,17 @@ class Sampling:
 
 
 class EmbeddedPrompt(NamedTuple):
-    """What a language model reads before it answers, see `text_prompt` and `image_prompt`.
+    """Inputs of the language model for B prompts, from `text_prompt` or `image_prompt`.
 
     Attributes:
-      x: float [B, S, D], embeddings with image features in place.
-      mask: bool [B, S], False for padding, on either side.
-      positions: int32 [B, S], or [B, A, S].
-      attention_mask: bool [B, S, S], who reads whom.
-      added: float [B, S, D] each, see `VisionFeatures.deep`.
-      ahead: bool [B, S, S], see `VisionLanguageModel.ahead`; or None.
+      x: Embeddings, with image features at the image tokens, float [B, S, D].
+      mask: False for padding, on either side, bool [B, S].
+      positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes.
+      attention_mask: True where the query in row i attends to the key in column j, bool [B, S, S].
+      added: Features that are added to the first layers' outputs, float [B, S, D] each, see
+        `VisionFeatures.deep`.
+      ahead: True for pairs of tokens that attend to each other whatever the attention windows, bool
+        [B, S, S], see `VisionLanguageModel.ahead`; None without such pairs.
     """
 
     x: jax.Array
@@ -67,15 +73,15 @@ class EmbeddedPrompt(NamedTuple):
 
 
 class Completions(NamedTuple):
-    """G answers to each of B prompts, of up to T tokens.
+    """G completions of each of B prompts, of up to T tokens.
 
     Attributes:
-      tokens: int32 [B, G, T]; behind a stop token, which is the last of an answer, there is `pad`.
-      log_probs: float32 [B, G, T], of these tokens at the sampling's temperature (1 where that is
-        0), before top-k, top-p and min-p; 0 where there is none.
-      mask: bool [B, G, T], the tokens of the answers, a stop token among them.
-      finished: bool [B, G], whether an answer ended with a stop token; one that has not was
-        truncated at T tokens.
+      tokens: Token ids, with padding after the stop token, int32 [B, G, T].
+      log_probs: Log-probs of the tokens at the sampling temperature (1 for greedy decoding), before
+        top-k, top-p and min-p, float32 [B, G, T]; 0 for padding.
+      mask: True for the tokens of completions, the stop token included, bool [B, G, T].
+      finished: True where a completion ended with a stop token, False where it was truncated at T
+        tokens, bool [B, G].
     """
 
     tokens: jax.Array
@@ -87,7 +93,7 @@ class Completions(NamedTuple):
 def text_prompt(
     model: LanguageModel, variables: Variables, tokens: jax.Array, mask: jax.Array
 ) -> EmbeddedPrompt:
-    """The prompt of token ids int32 [B, S], of which bool [B, S] tells padding."""
+    """Embeds prompts of token ids int32 [B, S], with a mask bool [B, S], False for padding."""
     apply: Callable[..., Any] = model.apply
     x = apply(variables, tokens, method="embed")
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -102,7 +108,17 @@ def image_prompt(
     images: Any,
     positions: jax.Array | None = None,
 ) -> EmbeddedPrompt:
-    """The prompt of token ids and images, as `VisionLanguageModel` takes them."""
+    """Embeds prompts of token ids and images.
+
+    Args:
+      model: The vision-language model.
+      variables: Variables of the model.
+      tokens: Token ids, image tokens included, int32 [B, S].
+      mask: False for padding, bool [B, S].
+      images: Preprocessed images, as the vision model takes them.
+      positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes; by default the
+        tokens that are not padding are counted.
+    """
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
@@ -114,31 +130,33 @@ def image_prompt(
 def language(
     model: VisionLanguageModel | LanguageModel, variables: Variables
 ) -> tuple[LanguageModel, Variables]:
-    """The language model within, and its variables; a language model is its own."""
+    """Returns the language model inside a model, and its variables."""
     if isinstance(model, LanguageModel):
         return model, variables
-    within = {name: tree["language"] for name, tree in variables.items() if "language" in tree}
-    return model.language, within
+    inner = {name: tree["language"] for name, tree in variables.items() if "language" in tree}
+    return model.language, inner
 
 
 def log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
-    """Log-probs float32 [..., V] at a temperature; 0 counts as 1."""
+    """Returns log-probs float32 [..., V] at a temperature; 0 is taken as 1."""
     return jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0), axis=-1)
 
 
 def apply_top_k_top_p(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
-    """`log_probs` [..., V], -inf for tokens that top-k, top-p or min-p leave out.
+    """Sets log-probs [..., V] to -inf for tokens that top-k, top-p or min-p exclude.
 
-    The most likely token stays in all cases. Ties at the edge of top-k stay too.
+    The most likely token always remains, and so do ties with the k-th one.
     """
     if sampling.top_k is not None and sampling.top_k < log_probs.shape[-1]:
         kth = jax.lax.top_k(log_probs, sampling.top_k)[0][..., -1:]
         log_probs = jnp.where(log_probs < kth, -jnp.inf, log_probs)
     if sampling.top_p < 1:
-        falling = jnp.sort(log_probs, axis=-1, descending=True)
-        probs = jax.nn.softmax(falling, axis=-1)
+        sorted_log_probs = jnp.sort(log_probs, axis=-1, descending=True)
+        probs = jax.nn.softmax(sorted_log_probs, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
-        last = jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf), -1, keepdims=True)
+        last = jnp.min(
+            jnp.where(before < sampling.top_p, sorted_log_probs, jnp.inf), -1, keepdims=True
+        )
         log_probs = jnp.where(log_probs < last, -jnp.inf, log_probs)
     if sampling.min_p > 0:
         least = jnp.max(log_probs, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
@@ -149,25 +167,25 @@ def apply_top_k_top_p(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
 def sample_token(
     logits: jax.Array, rng: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [...] drawn from logits [..., V], and their log-probs, see `Completions`."""
+    """Samples tokens int32 [...] from logits [..., V], with log-probs as in `Completions`."""
     log_probs = log_softmax(logits, sampling.temperature)
     if sampling.temperature == 0:
         token = jnp.argmax(log_probs, axis=-1)
     else:
         token = jax.random.categorical(rng, apply_top_k_top_p(log_probs, sampling))
-    taken = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
-    return token.astype(jnp.int32), taken
+    log_prob = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), log_prob
 
 
 class Prefill(NamedTuple):
-    """What is kept of a prompt's pass, for G answers of up to T tokens to each of B prompts.
+    """The cached pass over B prompts, for G completions of each of up to T tokens.
 
     Attributes:
-      features: float32 [B, D], of the last token that is present.
-      prefix: keys and values of all layers, shared by the answers.
-      prompt_mask: bool [B * G, S], of the prompt.
-      key_positions: int32 [B * G, S + T], positions of the prompt and of what follows it.
-      axes: () or (A,), those of the prompt's positions.
+      features: Features of the last token of each prompt, float32 [B, D].
+      prefix: Keys and values of all layers, shared by the completions of a prompt.
+      prompt_mask: False for padding of the prompts, bool [B * G, S].
+      key_positions: Positions of the tokens of prompts and completions, int32 [B * G, S + T].
+      axes: Axes of the prompts' positions, () or (A,).
     """
 
     features: jax.Array
@@ -177,13 +195,13 @@ class Prefill(NamedTuple):
     axes: tuple[int, ...]
 
     def query_positions(self, slot: jax.Array, count: int) -> jax.Array:
-        """Of the `count` tokens from a slot of the answers on, [B * G, count] or with axes."""
+        """Returns the positions of `count` tokens from a slot on, int32 [B * G, *axes, count]."""
         first = self.prompt_mask.shape[1] + slot
         positions = jax.lax.dynamic_slice_in_dim(self.key_positions, first, count, axis=1)
         return jnp.repeat(positions[:, None], self.axes[0], axis=1) if self.axes else positions
 
     def cache(self, slots: int) -> Any:
-        """An empty one, for the answers' own keys and values."""
+        """Returns an empty cache for the keys and values of completions of `slots` tokens."""
         samples = len(self.prompt_mask)
         return jax.tree.map(
             lambda x: jnp.zeros((samples, x.shape[1], slots, x.shape[3]), x.dtype), self.prefix
@@ -198,7 +216,15 @@ def prefill(
     num_completions: int,
     max_new_tokens: int,
 ) -> Prefill:
-    """Runs the model over prompts, for G completions of up to `max_new_tokens` tokens each."""
+    """Runs the model over B prompts, to be followed by completions.
+
+    Args:
+      model: The language model.
+      variables: Variables of the model.
+      prompt: Embedded prompts.
+      num_completions: Number G of completions of each prompt.
+      max_new_tokens: Largest number T of tokens of a completion.
+    """
     apply: Callable[..., Any] = model.apply
     hidden, collections = apply(
         variables,
@@ -225,15 +251,17 @@ def prefill(
 
 
 class _Written(NamedTuple):
-    tokens: jax.Array  # [B * G, T], see `Completions`, as those below.
+    """Outputs so far, [B * G, T] each, with the fields of `Completions`."""
+
+    tokens: jax.Array
     log_probs: jax.Array
     mask: jax.Array
 
 
 class _State(NamedTuple):
-    step: jax.Array
-    token: jax.Array  # int32 [B * G], the last one, not yet read.
-    running: jax.Array  # bool [B * G]
+    step: jax.Array  # int32 [], number of tokens written.
+    token: jax.Array  # int32 [B * G], the last token, which the model has not read yet.
+    running: jax.Array  # bool [B * G], False after a stop token.
     cache: Any
     out: _Written
 
@@ -250,32 +278,35 @@ def generate(
     stop: tuple[int, ...] = (),
     pad: int = 0,
 ) -> Completions:
-    """Answers prompts; to be jitted, with everything but `variables`, `prompt`, `rng` static.
+    """Generates completions, until all have ended or have T tokens.
 
-    Stops early when every answer has ended.
+    The function is meant to be jitted, with all arguments but `variables`, `prompt` and `rng`
+    static.
 
     Args:
-      model: the language model.
-      variables: its variables; keys and values are kept in its dtype.
-      prompt: of B samples.
+      model: The language model; keys and values are cached in its dtype.
+      variables: Variables of the model.
+      prompt: Embedded prompts, B of them.
       rng: PRNG key.
-      num_completions: G, completions of each prompt, which share the pass over it.
-      max_new_tokens: T, the most tokens of an answer.
-      sampling: how tokens are chosen.
-      stop: token ids that end an answer.
-      pad: what stands behind the end.
+      num_completions: Number G of completions of each prompt; they share one pass over the prompt.
+      max_new_tokens: Largest number T of tokens of a completion.
+      sampling: How tokens are sampled.
+      stop: Token ids any of which ends a completion.
+      pad: Token id of padding after the end of a completion.
     """
     batch = len(prompt.mask)
     samples = batch * num_completions
     apply: Callable[..., Any] = model.apply
-    read = prefill(
+    prefilled = prefill(
         model, variables, prompt, num_completions=num_completions, max_new_tokens=max_new_tokens
     )
-    logits = jnp.repeat(apply(variables, read.features, method="logits"), num_completions, axis=0)
+    logits = jnp.repeat(
+        apply(variables, prefilled.features, method="logits"), num_completions, axis=0
+    )
 
     def write_token(state: _State, logits: jax.Array) -> _State:
-        """Chooses the tokens of a step and writes them down."""
-        # One key for every sample by its number, so that no mesh changes what is drawn.
+        """Samples the next tokens and writes them into the outputs."""
+        # Keys are derived from the index of a sample, so that samples do not depend on the mesh.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(rng, state.step), jnp.arange(samples)
         )
@@ -288,15 +319,15 @@ def generate(
         return _State(state.step + 1, token, running & ~ends, state.cache, out)
 
     def decode_step(state: _State) -> _State:
-        """Reads the last tokens and chooses the next ones."""
+        """Runs the model on the last tokens and samples the next ones."""
         slot = state.step - 1
         own = jnp.broadcast_to(jnp.arange(max_new_tokens) <= slot, (samples, max_new_tokens))
         hidden, changed = apply(
-            {**variables, "prefix": read.prefix, "cache": state.cache},
+            {**variables, "prefix": prefilled.prefix, "cache": state.cache},
             apply(variables, state.token[:, None], method="embed"),
-            jnp.concatenate([read.prompt_mask, own], axis=1)[:, None],
-            read.query_positions(slot, 1),
-            cache_position=CachePosition(slot, read.key_positions),
+            jnp.concatenate([prefilled.prompt_mask, own], axis=1)[:, None],
+            prefilled.query_positions(slot, 1),
+            cache_position=CachePosition(slot, prefilled.key_positions),
             method="hidden_states",
             mutable=["cache"],
         )
@@ -312,7 +343,7 @@ def generate(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(samples, jnp.int32),
         running=jnp.ones(samples, bool),
-        cache=read.cache(max_new_tokens),
+        cache=prefilled.cache(max_new_tokens),
         out=out,
     )
     state = jax.lax.while_loop(

@@ -1,11 +1,12 @@
-"""Scores of given answers, to learn from: one pass over the prompts for a group.
+"""Log-probs of given completions, with one pass over a prompt for all of its completions.
 
-    prompt [B, S]   How  many  red  balls  ?      read once for the G answers, forward and backward
-    answers [B, G, T]                       two  <end>  <pad>
-    features            of what stands before:  ?    two   <end>
+    prompt      [B, S]     How  many  red  balls  ?        one pass, forward and backward
+    completions [B, G, T]                            two  <end>  <pad>
+    features from the token before each token:        ?    two   <end>
 
-They equal those of a pass over prompt and answer together, and so do their gradients; the prompt
-costs 1 / G of it (PrefixGrouper, arXiv 2506.05433). Short answers may share a row, see `packing`.
+The results and their gradients equal those of a pass over each prompt and completion together, but
+each prompt is computed once instead of G times (PrefixGrouper, arXiv 2506.05433). Short completions
+may share a row, see `packing`.
 """
 
 from collections.abc import Callable
@@ -32,25 +33,28 @@ def completion_log_probs(
     *,
     pack_rows: int | None = None,
 ) -> Output:
-    """Scores of each token of the answers, from the features of what stands before it.
+    """Applies a function to each token of completions and the features of the token before it.
 
     Args:
-      model: the language model.
-      variables: its variables.
-      prompt: of B samples.
-      tokens: int32 [B, G, T].
-      mask: bool [B, G, T]; an answer begins at its first place and has no holes.
-      per_token: features float32 [B, R, T, D] and tokens int32 [B, R, T] to a tree of [B, R, T].
-      pack_rows: the answers to a question are packed, and those beyond the first so many rows go
-        through a second pass, which is left out where there are none. None: each has its row.
+      model: The language model.
+      variables: Variables of the model.
+      prompt: Embedded prompts, B of them.
+      tokens: Tokens of the completions, int32 [B, G, T].
+      mask: False for padding, which follows the tokens, bool [B, G, T].
+      per_token: Function of features float32 [B, R, T, D] and tokens int32 [B, R, T] that returns a
+        tree of arrays [B, R, T], for example `log_probs_from_features`.
+      pack_rows: Number of rows of T tokens that the completions of a prompt are packed into; those
+        that do not fit take a second pass, which is skipped if all fit. None for a row for each
+        completion.
 
     Returns:
-      A tree of [B, G, T]; of padding 0 where answers are packed, else anything.
+      A tree of arrays [B, G, T]. The entries of padding are 0 if completions are packed, and have
+      no meaning otherwise.
     """
-    read = prefill(model, variables, prompt, num_completions=1, max_new_tokens=1)
+    prefilled = prefill(model, variables, prompt, num_completions=1, max_new_tokens=1)
 
     def outputs(rows: packing.Rows) -> Output:
-        return per_token(_features(model, variables, read, rows), rows.tokens)
+        return per_token(_features(model, variables, prefilled, rows), rows.tokens)
 
     if pack_rows is None or pack_rows >= tokens.shape[1]:
         return outputs(packing.padded(tokens, mask))
@@ -70,31 +74,31 @@ def completion_log_probs(
 
 
 def _features(
-    model: LanguageModel, variables: Variables, read: Prefill, rows: packing.Rows
+    model: LanguageModel, variables: Variables, prefilled: Prefill, rows: packing.Rows
 ) -> jax.Array:
-    """What predicts each token of rows [B, R, T], float32 [B, R, T, D].
+    """Returns the features of the token before each token of rows [B, R, T], float32 [B, R, T, D].
 
-    Of an answer's first token it is the prompt's last one that is there.
+    The token before the first token of a completion is the last one of the prompt.
     """
     batch, count, length = rows.tokens.shape
-    samples, slots = batch * count, length - 1  # What comes behind the last token is not asked.
-    first = read.features[:, None, None]
+    samples, slots = batch * count, length - 1  # The last token predicts nothing.
+    first = prefilled.features[:, None, None]
     if not slots:
         return jnp.broadcast_to(first, (batch, count, 1, first.shape[-1]))
     apply: Callable[..., Any] = model.apply
     tokens, segment_ids, offset = (x.reshape(samples, length)[:, :slots] for x in rows)
     prompt_mask, positions = (
-        jnp.repeat(x, count, axis=0) for x in (read.prompt_mask, read.key_positions)
+        jnp.repeat(x, count, axis=0) for x in (prefilled.prompt_mask, prefilled.key_positions)
     )
     positions = jnp.concatenate([positions[:, :-1], positions[:, -1:] + offset], axis=1)
-    packed = read._replace(prompt_mask=prompt_mask, key_positions=positions)
+    packed = prefilled._replace(prompt_mask=prompt_mask, key_positions=positions)
     order = jnp.arange(slots)
-    own = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (order <= order[:, None])
-    before = jnp.broadcast_to(prompt_mask[:, None], (samples, slots, prompt_mask.shape[1]))
+    reads_row = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (order <= order[:, None])
+    reads_prompt = jnp.broadcast_to(prompt_mask[:, None], (samples, slots, prompt_mask.shape[1]))
     rest, _ = apply(
-        {**variables, "prefix": read.prefix, "cache": packed.cache(slots)},
+        {**variables, "prefix": prefilled.prefix, "cache": packed.cache(slots)},
         apply(variables, tokens, method="embed"),
-        jnp.concatenate([before, own], axis=2),
+        jnp.concatenate([reads_prompt, reads_row], axis=2),
         packed.query_positions(jnp.zeros((), jnp.int32), slots),
         cache_position=CachePosition(jnp.zeros((), jnp.int32), positions),
         method="hidden_states",
@@ -114,10 +118,16 @@ def log_probs_from_features(
     tile: int = 4096,
     shards: int = 1,
 ) -> TokenLogProbs:
-    """Log-probs and entropies of tokens int32 [B, G, T] under features [B, G, T, D].
+    """Returns the log-probs and entropies of tokens int32 [B, G, T], float32 [B, G, T] each.
 
-    Returns:
-      float32 [B, G, T] each, of padding too; see `token_log_probs`.
+    Args:
+      model: The language model.
+      variables: Variables of the model.
+      features: Features of the token before each token, float [B, G, T, D].
+      tokens: Token ids, int32 [B, G, T]; padding is treated as any other token.
+      temperature: Sampling temperature, > 0.
+      tile: Number of rows of the output layer in a tile, see `token_log_probs`.
+      shards: Number of shards of the rows of the output layer, see `token_log_probs`.
     """
     params = variables["params"]
     table = params["table"] if model.tied else params["head"].T

@@ -1,10 +1,11 @@
-"""Answers in rows, several short ones one behind another, so that less padding is computed.
+"""Packing of several short completions into one row, so that less padding is computed.
 
-    answers [B, G, T]   two   <end> <pad> <pad>        rows   three  red  balls <end>
-                        three red   balls <end>               two    <end> none  <end>
-                        none  <end> <pad> <pad>               <pad>  <pad> <pad> <pad>
+    completions [B, G, T]   two   <end> <pad> <pad>      rows   three  red   balls <end>
+                            three red   balls <end>             two    <end> none  <end>
+                            none  <end> <pad> <pad>             <pad>  <pad> <pad> <pad>
 
-First fit in the order of falling length needs at most 11/9 of the fewest rows and 6/9 (Dosa, 2007).
+Completions are placed by first fit, longest first. This needs at most 11/9 OPT + 6/9 rows, where
+OPT is the smallest possible number (Dosa, 2007).
 """
 
 from typing import NamedTuple
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 
 
 class Rows(NamedTuple):
-    """Tokens of the answers to each of B questions, in R rows of T places.
+    """Tokens of the completions of each of B prompts, in R rows of T slots.
 
     Attributes:
-      tokens: int32 [B, R, T]; anything where there is no answer.
-      segment_ids: int32 [B, R, T], the index in [0, G) of a token's completion; -1 for padding.
-      positions: int32 [B, R, T], how many tokens of its answer stand before it.
+      tokens: Token ids, int32 [B, R, T]; those of padding have no meaning.
+      segment_ids: Index in [0, G) of the completion of each token, int32 [B, R, T]; -1 for padding.
+      positions: Index of each token in its completion, int32 [B, R, T].
     """
 
     tokens: jax.Array
@@ -28,20 +29,20 @@ class Rows(NamedTuple):
 
 
 def padded(tokens: jax.Array, mask: jax.Array) -> Rows:
-    """A row for each of G answers, int32 [B, G, T], of which bool [B, G, T] tells padding."""
+    """Returns a row for each completion, from tokens int32 [B, G, T] and a mask bool [B, G, T]."""
     _, group, length = tokens.shape
     segment_ids = jnp.where(mask, jnp.arange(group)[:, None], -1)
     return Rows(tokens, segment_ids, jnp.broadcast_to(jnp.arange(length), tokens.shape))
 
 
 def slots(mask: jax.Array) -> jax.Array:
-    """Where each token of packed answers is among its question's G rows of T places.
+    """Returns the slot of each token when the completions of a prompt are packed into G rows.
 
     Args:
-      mask: bool [B, G, T]; an answer begins at its first place and has no holes.
+      mask: False for padding, which follows the tokens, bool [B, G, T].
 
     Returns:
-      int32 [B, G, T], row * T + column, the rows from 0 on; -1 for padding.
+      The slots row * T + column, int32 [B, G, T]; -1 for padding.
     """
     _, group, length = mask.shape
 
@@ -50,7 +51,7 @@ def slots(mask: jax.Array) -> jax.Array:
         return free.at[row].add(-size), row * length + length - free[row]
 
     def first_fit(sizes: jax.Array) -> jax.Array:
-        """Where each of answers of sizes [G] begins, int32 [G]."""
+        """Returns the first slot of each of G completions with these lengths, int32 [G]."""
         order = jnp.argsort(-sizes)
         _, begin = jax.lax.scan(place_completion, jnp.full(group, length), sizes[order])
         return jnp.zeros_like(begin).at[order].set(begin)
@@ -60,12 +61,16 @@ def slots(mask: jax.Array) -> jax.Array:
 
 
 def rows_used(mask: jax.Array) -> jax.Array:
-    """The most rows that the answers [B, G, T] to a question are packed into, int32 []."""
+    """Returns the largest number of rows that the completions of a prompt need, int32 []."""
     return jnp.max(slots(mask)) // mask.shape[2] + 1
 
 
 def pack(tokens: jax.Array, mask: jax.Array) -> tuple[Rows, jax.Array]:
-    """Answers int32 [B, G, T] in rows [B, G, T], of which the last may be empty; their places."""
+    """Packs completions int32 [B, G, T] into G rows, of which the last may be empty.
+
+    Returns:
+      The rows, and the slot of each token as in `slots`.
+    """
     slot = slots(mask)
     batch, nowhere = len(slot), slot[0].size
     to = jnp.where(mask, slot, nowhere).reshape(batch, -1)

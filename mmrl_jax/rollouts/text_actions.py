@@ -1,4 +1,4 @@
-"""Environments for agents that read their instructions and write their actions as text."""
+"""Instructions and actions of an environment as text, for agents that are token policies."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from mmrl_jax.types import Observation
 
 @dataclasses.dataclass(frozen=True)
 class TextActions:
-    """What the instructions and the actions of an environment are as text, see `text_actions`.
+    """Instructions and actions of an environment as text, see `text_actions`.
 
     Attributes:
-      texts: a prompt for each instruction, an answer for each action.
-      sentences: int32 [Q, L], the environment's own tokens of each instruction.
-      actions: [A, ...], what the environment is given for each answer; the first one also stands
-        for what is no answer.
+      texts: A prompt for each instruction and an answer for each action, as tokens of the model.
+      sentences: Tokens of each instruction in the environment's vocabulary, int32 [Q, L].
+      actions: Action of the environment for each answer, [A, ...]; the first one is also taken
+        for a completion that is no answer.
     """
 
     texts: Texts
@@ -27,9 +27,9 @@ class TextActions:
     actions: np.ndarray
 
     def make_prompts(self, observation: Observation) -> Prompt:
-        """The questions [B] that observations [B, ...] with pixels and an instruction are.
+        """Returns the prompts for observations [B, ...] with pixels and an instruction.
 
-        What is right is not known: `answer` is ABSENT.
+        Their `answer` is ABSENT, because no action is known to be correct.
         """
         instruction = observation["instruction"]["tokens"]
         text = jnp.argmax(jnp.all(instruction[:, None] == self.sentences, axis=-1), axis=-1)
@@ -37,24 +37,36 @@ class TextActions:
         return self.texts.make_prompts(observation["pixels"], text, unknown, zeros, zeros)
 
     def decode_actions(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the answers int32 [..., T], of which bool [..., T] tells what is there, do.
+        """Returns the actions that completions describe.
+
+        Args:
+          tokens: Tokens of the completions, int32 [..., T].
+          mask: False for padding, bool [..., T].
 
         Returns:
-          Actions [..., A], and bool [...], which answers are none of the actions.
+          The actions [..., A], and True where a completion is no action, bool [...].
         """
         parsed = self.texts.parse(tokens, mask)
         return jnp.asarray(self.actions)[jnp.maximum(parsed, 0)], parsed == ABSENT
 
     def encode_actions(self, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The texts of the actions nearest to [B, ...]: int32 [B, T], and what is there of it."""
-        apart = (action[:, None] - jnp.asarray(self.actions)).astype(jnp.float32) ** 2
-        nearest = jnp.argmin(apart.reshape(*apart.shape[:2], -1).sum(axis=-1), axis=1)
+        """Returns tokens int32 [B, T] and mask of the texts of the actions nearest to [B, ...]."""
+        squared_distance = (action[:, None] - jnp.asarray(self.actions)).astype(jnp.float32) ** 2
+        nearest = jnp.argmin(
+            squared_distance.reshape(*squared_distance.shape[:2], -1).sum(axis=-1), axis=1
+        )
         return self.texts.labels(nearest)
 
 
 def text_actions(env: Env, tokenizer: Tokenizer | None = None, *, image_tokens: int) -> TextActions:
-    """Makes them of an environment with `vocabulary` and `actions_as_text`; see `tokenize`."""
+    """Tokenizes the instructions and the actions of an environment.
+
+    Args:
+      env: An environment with `vocabulary` and `actions_as_text`.
+      tokenizer: Tokenizer of the model; by default a `WordTokenizer` of these texts.
+      image_tokens: Number of image tokens of a frame.
+    """
     sentences, actions = env.vocabulary.sentences, env.actions_as_text
     texts = tokenize(sentences, tuple(actions), tokenizer, image_tokens=image_tokens)
-    own = np.stack([env.vocabulary.encode(sentence) for sentence in sentences])
-    return TextActions(texts, own, np.stack(list(actions.values())))
+    environment_tokens = np.stack([env.vocabulary.encode(sentence) for sentence in sentences])
+    return TextActions(texts, environment_tokens, np.stack(list(actions.values())))

@@ -1,4 +1,4 @@
-"""Environment unrolls inside one `scan`."""
+"""Unrolls of environments in one `jax.lax.scan`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,13 +11,14 @@ from mmrl_jax.types import Transition
 
 
 class ActorOutput(NamedTuple):
-    """What a policy function returns for B environments.
+    """The output of a policy function for B environments.
 
     Attributes:
-      environment_action: [B, A] in [-1, 1], or int32 [B]: what the environment is given.
-      action: the sample before squashing, of `Transition.action`; an agent's text.
-      log_prob: float32 [B].
-      value: float32 [B].
+      environment_action: Action that the environment takes, float32 [B, A] in [-1, 1], or int32
+        [B] for discrete actions.
+      action: Sample before squashing, as in `Transition.action`; Completions for token policies.
+      log_prob: Log-probability of `action`, float32 [B].
+      value: Value estimate, float32 [B].
     """
 
     environment_action: jax.Array
@@ -30,7 +31,7 @@ PolicyFunction = Callable[[State, jax.Array], ActorOutput]
 
 
 def deterministic_output(action: jax.Array) -> ActorOutput:
-    """A decision for `action` [B, A] or [B] of who knows no probabilities and no values: 0."""
+    """Returns the output for `action` [B, A] or [B], with 0 for log-probabilities and values."""
     zero = jnp.zeros(action.shape[0])
     return ActorOutput(environment_action=action, action=action, log_prob=zero, value=zero)
 
@@ -41,31 +42,32 @@ def unroll(
     """Steps a batch of auto-resetting environments `length` times.
 
     Args:
-      env: a batched environment with `AutoReset` semantics.
-      state: of B environments.
-      policy: (state, key) -> ActorOutput; network policies read `state.obs` only.
-      rng: key; step t uses fold_in(rng, t).
-      length: T.
+      env: Batched environment with `AutoReset` semantics.
+      state: State of B environments.
+      policy: Function of a state and a key that returns an ActorOutput; network policies read
+        `state.obs` only.
+      rng: PRNG key; step t uses fold_in(rng, t).
+      length: Number T of steps.
 
     Returns:
-      The last state, and transitions [T, B, ...].
+      The state after the last step, and the transitions [T, B, ...].
     """
 
     def step(state: State, t: jax.Array) -> tuple[State, Transition]:
-        decision = policy(state, jax.random.fold_in(rng, t))
-        after = env.step(state, decision.environment_action)
-        truncated = after.info["truncation"] * after.done
-        return after, Transition(
+        output = policy(state, jax.random.fold_in(rng, t))
+        next_state = env.step(state, output.environment_action)
+        truncated = next_state.info["truncation"] * next_state.done
+        return next_state, Transition(
             observation=state.obs,
-            action=decision.action,
-            log_prob=decision.log_prob,
-            value=decision.value,
-            reward=after.reward,
-            terminated=after.done - truncated,
+            action=output.action,
+            log_prob=output.log_prob,
+            value=output.value,
+            reward=next_state.reward,
+            terminated=next_state.done - truncated,
             truncated=truncated,
-            valid=1 - after.info["was_reset"],
+            valid=1 - next_state.info["was_reset"],
             privileged=state.info["privileged"],
-            metrics=after.metrics,
+            metrics=next_state.metrics,
         )
 
     return jax.lax.scan(step, state, jnp.arange(length))

@@ -1,7 +1,7 @@
-"""What a visual question is, how answers are scored, and the tokens of both: all inside `jit`.
+"""Prompts about images, their tokens, and rewards of completions by exact match, inside `jit`.
 
-The texts of a task are finitely many, so each is tokenized once, on the host, by whichever
-tokenizer its model has; in `jit` a question is a row of a table.
+A task has finitely many texts. Each is tokenized once, on the host, by the tokenizer of the model;
+inside `jit`, a prompt is a row of a table of tokens.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ABSENT = -1  # In a table of answers: no token.
+ABSENT = -1  # No token in a table of answers, and no answer among their indices.
 
 
 class Prompt(NamedTuple):
-    """B questions, each about a picture where the model sees.
+    """A batch of B prompts, each with an image if the model takes images.
 
     Attributes:
-      tokens: int32 [B, S], the prompt, image tokens among them, padded on the left.
-      present: bool [B, S], False for padding.
-      images: uint8 [B, H, W, 3]; None, in questions of text alone.
-      answer: int32 [B], index of the right one among the task's answers.
-      kind: int32 [B], index among the task's kinds of questions.
-      text: int32 [B], index among the task's texts.
-      level: int32 [B], index among the task's levels of difficulty.
+      tokens: Token ids, image tokens included, padded on the left, int32 [B, S].
+      mask: False for padding, bool [B, S].
+      images: Images, uint8 [B, H, W, 3]; None for prompts without images.
+      answer: Index of the correct answer in `Texts.answers`, int32 [B].
+      kind: Index of the kind of prompt among the task's kinds, int32 [B].
+      text: Index of the prompt's text in `Texts.prompts`, int32 [B].
+      level: Index of the level of difficulty among the task's levels, int32 [B].
     """
 
     tokens: jax.Array
@@ -38,12 +38,13 @@ class Prompt(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of G answers to each of B questions, float32 [B, G].
+    """Scores of G completions of each of B prompts.
 
     Attributes:
-      reward: 1 for the right answer, 0 for another one, `-penalty` for what is no answer.
-      correct: 1 for the right answer.
-      invalid: 1 for what is not exactly one of the task's answers.
+      reward: 1 for the correct answer, 0 for another answer, and `-penalty` for any other text,
+        float32 [B, G].
+      correct: 1 for the correct answer, float32 [B, G].
+      invalid: 1 for a completion that is none of the task's answers, float32 [B, G].
     """
 
     reward: jax.Array
@@ -52,24 +53,24 @@ class Score(NamedTuple):
 
 
 class Task(Protocol):
-    """Questions without end, with rewards that can be verified."""
+    """A task that samples prompts on the device and has verifiable rewards."""
 
     @property
     def texts(self) -> "Texts":
-        """Its questions and answers."""
+        """The prompts and answers of the task."""
 
     def sample(self, rng: jax.Array, count: int, split: str) -> Prompt:
-        """Draws questions; the i-th does not depend on how many are drawn."""
+        """Samples `count` prompts of a split; the i-th prompt does not depend on `count`."""
 
 
 class Tokenizer(Protocol):
-    """Texts to token ids, and back.
+    """Converts texts to token ids and back.
 
     Attributes:
-      pad: id that stands for no token.
-      stop: id that ends an answer which is learned from.
-      stops: ids any of which ends an answer that is read, `stop` among them.
-      image: id whose places image features take.
+      pad: Token id of padding.
+      stop: Token id that ends a completion which is learned from.
+      stops: Token ids any of which ends a generated completion; they include `stop`.
+      image: Token id of an image feature.
     """
 
     @property
@@ -85,13 +86,13 @@ class Tokenizer(Protocol):
     def image(self) -> int: ...
 
     def encode_prompt(self, text: str, *, images: int) -> list[int]:
-        """The ids of a question about a picture of `images` image tokens."""
+        """Returns the token ids of a prompt about an image of `images` image tokens."""
 
     def encode_completion(self, text: str) -> list[int]:
-        """The ids of an answer, the stop token as last."""
+        """Returns the token ids of a completion, which end with the stop token."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the ids of an answer."""
+        """Returns the text of the token ids of a completion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +100,13 @@ class Texts:
     """The texts of a task as tokens.
 
     Attributes:
-      prompts: every question, as text.
-      answers: every answer, as text.
-      prompt_tokens: int32 [Q, S], padded on the left with `pad`.
-      prompt_mask: bool [Q, S].
-      answer_tokens: int32 [A, T], with the stop token as last, then ABSENT.
-      tokenizer: that made them.
+      prompts: The texts of all Q prompts.
+      answers: The texts of all A answers.
+      prompt_tokens: Token ids of the prompts, padded on the left, int32 [Q, S].
+      prompt_mask: False for padding, bool [Q, S].
+      answer_tokens: Token ids of the answers, each ending with the stop token and followed by
+        ABSENT, int32 [A, T].
+      tokenizer: Tokenizer of the texts.
     """
 
     prompts: tuple[str, ...]
@@ -116,7 +118,7 @@ class Texts:
 
     @property
     def max_answer_length(self) -> int:
-        """T, tokens of the longest answer, its stop token among them."""
+        """Number T of tokens of the longest answer, its stop token included."""
         return self.answer_tokens.shape[1]
 
     def make_prompts(
@@ -127,7 +129,15 @@ class Texts:
         kind: jax.Array,
         level: jax.Array,
     ) -> Prompt:
-        """The questions with texts int32 [B] about images [B, H, W, 3]."""
+        """Returns B prompts.
+
+        Args:
+          images: Images, uint8 [B, H, W, 3].
+          text: Index of each prompt's text in `prompts`, int32 [B].
+          answer: Index of the correct answer in `answers`, int32 [B].
+          kind: Index of the kind of prompt among the task's kinds, int32 [B].
+          level: Index of the level of difficulty among the task's levels, int32 [B].
+        """
         return Prompt(
             jnp.asarray(self.prompt_tokens)[text],
             jnp.asarray(self.prompt_mask)[text],
@@ -139,18 +149,22 @@ class Texts:
         )
 
     def labels(self, answer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The tokens of answers int32 [B], int32 [B, T], and which are there, bool [B, T]."""
+        """Returns the tokens int32 [B, T] and the mask bool [B, T] of answers int32 [B]."""
         rows = jnp.asarray(self.answer_tokens)[answer]
         mask = rows != ABSENT
         return jnp.where(mask, rows, self.tokenizer.pad), mask
 
     def parse(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Which answer tokens int32 [..., T'] are, exactly and with a stop token: int32 [...].
+        """Returns the answer that each completion is, by exact match including a stop token.
+
+        Args:
+          tokens: Tokens of the completions, int32 [..., T'].
+          mask: False for padding, bool [..., T'].
 
         Returns:
-          The index of the answer; ABSENT for what is none.
+          The index of the answer in `answers`, or ABSENT for any other text, int32 [...].
         """
-        # Generation ends at any of the stop tokens, the table's answers with one of them.
+        # Any of the stop tokens ends a completion, but the table has only one of them.
         is_stop = jnp.isin(tokens, jnp.array(self.tokenizer.stops))
         parsed = jnp.where(mask, jnp.where(is_stop, self.tokenizer.stop, tokens), ABSENT)
         width = max(parsed.shape[-1], self.max_answer_length)
@@ -161,7 +175,14 @@ class Texts:
     def score(
         self, prompts: Prompt, tokens: jax.Array, mask: jax.Array, *, penalty: float
     ) -> Score:
-        """Scores answers int32 [B, G, T'], of which bool [B, G, T'] tells what is there."""
+        """Scores G completions of each prompt.
+
+        Args:
+          prompts: B prompts.
+          tokens: Tokens of the completions, int32 [B, G, T'].
+          mask: False for padding, bool [B, G, T'].
+          penalty: Reward that a completion loses which is none of the answers.
+        """
         parsed = self.parse(tokens, mask)
         correct = (parsed == prompts.answer[:, None]).astype(jnp.float32)
         invalid = (parsed == ABSENT).astype(jnp.float32)
@@ -180,16 +201,16 @@ def tokenize(
     *,
     image_tokens: int,
 ) -> Texts:
-    """Tokenises the texts of a task.
+    """Tokenizes the texts of a task.
 
     Args:
-      prompts: every question.
-      answers: every answer.
-      tokenizer: by default `WordTokenizer` of these texts.
-      image_tokens: of the picture of each question.
+      prompts: Texts of all prompts.
+      answers: Texts of all answers.
+      tokenizer: Tokenizer of the model; by default a `WordTokenizer` of these texts.
+      image_tokens: Number of image tokens of the image of each prompt.
 
     Raises:
-      ValueError: two answers have the same ids, so that none could be told from the other.
+      ValueError: Two answers have the same token ids.
     """
     if tokenizer is None:
         tokenizer = WordTokenizer([*prompts, *answers])
@@ -213,8 +234,11 @@ def tokenize(
 class WordTokenizer:
     """A tokenizer of whole words, for models that are trained from scratch on one task.
 
+    Args:
+      texts: Texts whose words are the vocabulary.
+
     Attributes:
-      words: the word with id i + 3.
+      words: The vocabulary; word i has the token id i + 3.
     """
 
     pad, stop, image = 0, 1, 2
@@ -225,28 +249,30 @@ class WordTokenizer:
 
     @property
     def size(self) -> int:
-        """Number of ids."""
+        """Number of token ids."""
         return len(self.words) + 3
 
     def encode_prompt(self, text: str, *, images: int) -> list[int]:
-        """See `Tokenizer`; for errors `encode`."""
+        """See `Tokenizer` and `encode`."""
         return [self.image] * images + self.encode(text)
 
     def encode_completion(self, text: str) -> list[int]:
-        """See `Tokenizer`; for errors `encode`."""
+        """See `Tokenizer` and `encode`."""
         return [*self.encode(text), self.stop]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the words of `text`.
+        """Returns the token ids of the words of a text.
 
         Raises:
-          ValueError: a word that is none of `words`.
+          ValueError: The text has a word that is not in `words`.
         """
         unknown = [word for word in text.split() if word not in self.words]
         if unknown:
-            raise ValueError(f"Words {unknown} of {text!r} are none of {self.words}.")
+            raise ValueError(
+                f"The words {unknown} of {text!r} are not in the vocabulary {self.words}."
+            )
         return [self.words.index(word) + 3 for word in text.split()]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer`; the stop token is no word either."""
+        """See `Tokenizer`; padding, stop and image tokens are left out."""
         return " ".join(self.words[int(t) - 3] for t in tokens if int(t) >= 3)

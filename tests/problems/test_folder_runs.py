@@ -278,7 +278,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         return group_advantages.standardized(reward, scored)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(group_advantages.ESTIMATORS, "standardised", spy)
+        patch.setitem(group_advantages.ESTIMATORS, "standardized", spy)
         config = make_config(
             rewards__functions=(LENGTH, HALF),
             rewards__weights=(1.0, 1.0),
@@ -379,7 +379,7 @@ def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatc
         return made[-1]
 
     monkeypatch.setattr(TokenPolicy, "generate", slow_generate)
-    monkeypatch.setitem(group_advantages.ESTIMATORS, "standardised", slow_advantage)
+    monkeypatch.setitem(group_advantages.ESTIMATORS, "standardized", slow_advantage)
     monkeypatch.setattr(dataset_lib, "HostUpdate", spy)
     # The second dispatch is of another size, and shares the programs.
     config = make_config(last__num_updates=3, last__updates_per_dispatch=2)

@@ -235,7 +235,7 @@ def test_the_estimates_of_kl_have_its_value_as_mean(kind):
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(ValueError, match="clip='pp0' is none of"):
+    with pytest.raises(ValueError, match="clip='pp0' must be one of"):
         TokenLoss(clip="pp0")
     arrays = batch() | {"reference_log_prob": None, "rollout_log_prob": None}
     with pytest.raises(ValueError, match=r"kl_coef=0.1, but reference_log_prob is None"):
@@ -264,13 +264,13 @@ def test_dpo_by_hand_and_in_torch(smoothing):
 def test_presets_are_what_their_papers_say():
     # name: advantage, ratio, clip, low, high, reduction; where a paper gives no number, TRL's.
     expected = {
-        "grpo": ("standardised", "token", "ppo", 0.2, 0.2, "sequence"),
-        "dr_grpo": ("centred", "token", "ppo", 0.2, 0.2, "constant"),
-        "dapo": ("standardised", "token", "ppo", 0.2, 0.28, "token"),
-        "gspo": ("standardised", "sequence", "ppo", 3e-4, 4e-4, "sequence"),
-        "cispo": ("standardised", "token", "cispo", 0.2, 4.0, "token"),
+        "grpo": ("standardized", "token", "ppo", 0.2, 0.2, "sequence"),
+        "dr_grpo": ("centered", "token", "ppo", 0.2, 0.2, "constant"),
+        "dapo": ("standardized", "token", "ppo", 0.2, 0.28, "token"),
+        "gspo": ("standardized", "sequence", "ppo", 3e-4, 4e-4, "sequence"),
+        "cispo": ("standardized", "token", "cispo", 0.2, 4.0, "token"),
         "rloo": ("leave_one_out", "token", None, 0.2, 0.2, "constant"),
-        "reinforce++": ("batch_standardised", "token", "ppo", 0.2, 0.2, "token"),
+        "reinforce++": ("batch_standardized", "token", "ppo", 0.2, 0.2, "token"),
     }
     found = {
         name: (advantage, o.ratio, o.clip, o.low, o.high, o.reduction)
