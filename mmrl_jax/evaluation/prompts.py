@@ -23,7 +23,7 @@ class PromptEvaluation(NamedTuple):
     Attributes:
       prompts: as they were asked.
       tokens: int32, of the answers.
-      present: bool, which tokens are there.
+      mask: bool, False for padding.
       score: of the answers.
     """
 
