@@ -117,7 +117,7 @@ class ScoredCompletions(NamedTuple):
     next_prompt: Prompt | None = None
 
     @classmethod
-    def labelled(cls, prompt: Prompt, tokens: jax.Array, mask: jax.Array) -> "ScoredCompletions":
+    def labeled(cls, prompt: Prompt, tokens: jax.Array, mask: jax.Array) -> "ScoredCompletions":
         """Returns labels: one completion, int32 and bool [B, L], of each of B prompts."""
         completions = gen.Completions(tokens, None, mask, None)  # type: ignore[arg-type]
         return cls(

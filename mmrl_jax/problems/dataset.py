@@ -203,7 +203,7 @@ class Dataset(TokenProblem):
             batch = train.batch(update)
             rows = completion_rows(self.chat, batch.answers, length=length)
             rows = mesh_lib.put_batch(rows, mesh=self.mesh)
-            return ScoredCompletions.labelled(self.prompts(batch), *rows)
+            return ScoredCompletions.labeled(self.prompts(batch), *rows)
 
         def on_host(learn: Learn) -> Callable[[Carry, Any], HostUpdate]:
             def step(

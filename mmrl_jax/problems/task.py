@@ -239,7 +239,7 @@ class TaskProblem(TokenProblem):
                 other.kind == prompts.kind
             )
             labels = few.texts.labels(jnp.where(wrong, other.answer, prompts.answer))
-            return ScoredCompletions.labelled(prompts, *labels)
+            return ScoredCompletions.labeled(prompts, *labels)
 
         return label(stream(self.config, problem.DATA))
 

@@ -165,7 +165,7 @@ class TextAgent(TokenProblem):
 
         turns, valid = record(stream(self.config, problem.DATA))
         taken = np.asarray(valid) > 0
-        return ScoredCompletions.labelled(*jax.tree.map(lambda x: x[taken], turns))
+        return ScoredCompletions.labeled(*jax.tree.map(lambda x: x[taken], turns))
 
     def _turns(self, name: str) -> Source:
         r, env, interface = self.config[name], self.env, self.interface

@@ -181,7 +181,7 @@ class Texts:
           prompts: B prompts.
           tokens: Tokens of the completions, int32 [B, G, T'].
           mask: False for padding, bool [B, G, T'].
-          penalty: Reward that a completion loses which is none of the answers.
+          penalty: Reward that is subtracted if a completion is none of the answers.
         """
         parsed = self.parse(tokens, mask)
         correct = (parsed == prompts.answer[:, None]).astype(jnp.float32)

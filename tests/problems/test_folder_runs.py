@@ -178,11 +178,11 @@ def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
 def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_path, monkeypatch):
     given = []
 
-    def spy(*arguments, labelled=ScoredCompletions.labelled):
-        given.append(labelled(*arguments))
+    def spy(*arguments, labeled=ScoredCompletions.labeled):
+        given.append(labeled(*arguments))
         return given[-1]
 
-    monkeypatch.setattr(ScoredCompletions, "labelled", spy)
+    monkeypatch.setattr(ScoredCompletions, "labeled", spy)
     config = make_config(
         ("sft", "grpo"), sft__num_updates=30, sft__updates_per_dispatch=30, sft__batch_size=8,
         sft__optimizer__learning_rate=1e-2, sft__trainable=".*", last__trainable=".*",
