@@ -209,6 +209,8 @@ def _writer_fields(stage: Stage) -> dict[str, Any]:
     return {
         "total_steps": stage.num_updates,
         "console_names": stage.console,
+        # A dispatch that passes several of its intervals is evaluated once.
+        "eval_interval": stage.evaluate and max(stage.eval_interval, stage.updates_per_dispatch),
         "label": stage.name,
         "active": jax.process_index() == 0,
         "tensorboard": "tensorboard" in stage.loggers,

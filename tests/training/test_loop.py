@@ -428,7 +428,7 @@ def test_a_limit_of_time_ends_a_stage_with_an_evaluation(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "toy: compiling ..." and lines[1].startswith("toy: compiled in ")
     # Time is what ended it, not one update of a million.
-    assert "100 % 0:00/0:00, step 1" in lines[3]
+    assert "100 % 0:00/0:00, update 1" in lines[3]
     # Again it has nothing to do.
     assert run(stage, tmp_path, max_seconds=1e-9).updates == 1
 
