@@ -40,6 +40,7 @@ class MetricWriter:
         resume_step: int | None,
         console_names: Sequence[str],
         console_interval_s: float,
+        eval_interval: int | None = None,
         label: str = "",
         active: bool = True,
         tensorboard: bool = True,
@@ -57,6 +58,8 @@ class MetricWriter:
                 from the start: all earlier lines are removed.
             console_names: Metrics to show on the console, in order.
             console_interval_s: Least seconds between two lines where there is no terminal.
+            eval_interval: Steps between two evaluations, whose `time/eval_s` is part of the time
+                left, as is that of the one at the end; None where there are none.
             label: Name of the stage, at the start of the console line.
             active: False makes every method do nothing: the other hosts of a multi-host run.
             tensorboard: Write TensorBoard's events too.
@@ -81,6 +84,7 @@ class MetricWriter:
             start=resume_step or 0,
             names=console_names,
             interval_s=console_interval_s,
+            eval_interval=eval_interval,
             label=label,
             clock=clock,
         )
@@ -156,8 +160,10 @@ class MetricWriter:
 class _Console:
     """A bar with progress, rate, time left and a few metrics.
 
-    Progress and time left are of the limit, steps or time, that will be met first. Rate and time
-    left are of `time/wall_s`, which leaves compilation and evaluations out.
+    Progress and time left are of the limit, steps or time, that will be met first. The rate is of
+    `time/wall_s`, which leaves compilation and evaluations out. The time left is that of the
+    updates and of the evaluations to come, each of which is taken to last as long as the mean of
+    those before; the first one compiles, and counts only until there is another.
     """
 
     _BAR = 20
@@ -171,6 +177,7 @@ class _Console:
         start: int,
         names: Sequence[str],
         interval_s: float,
+        eval_interval: int | None,
         label: str,
         clock: Callable[[], float],
     ):
@@ -179,6 +186,8 @@ class _Console:
         self._max_wall_s = max_wall_s
         self._names = names
         self._interval = interval_s
+        self._eval_interval = eval_interval
+        self._evaluations_s: list[float] = []
         self._label = label
         self._clock = clock
         self._tty = stream.isatty()
@@ -194,6 +203,8 @@ class _Console:
         self._step = step
         self._values.update({name: values[name] for name in self._names if name in values})
         self._wall_s = values.get("time/wall_s", self._wall_s)
+        if "time/eval_s" in values:
+            self._evaluations_s.append(values["time/eval_s"])
         if self._first is None and self._wall_s is not None:
             self._first = (step, self._wall_s)
         due = self._shown_at is None or now - self._shown_at >= self._interval
@@ -241,7 +252,7 @@ class _Console:
         if timed:
             assert self._wall_s is not None and self._max_wall_s is not None
             progress = (
-                f"{_duration(self._wall_s)}/{_duration(self._max_wall_s)}, step {self._step:,}"
+                f"{_duration(self._wall_s)}/{_duration(self._max_wall_s)}, update {self._step:,}"
             )
         parts = [
             f"{self._label + ' ' if self._label else ''}"
@@ -251,12 +262,22 @@ class _Console:
             steps, seconds = self._step - self._first[0], self._wall_s - self._first[1]
             if steps > 0 and seconds > 0:
                 rate = steps / seconds
-                left = (self._total - self._step) / rate
+                left, end = (self._total - self._step) / rate, self._total
                 if timed and self._max_wall_s is not None:
-                    left = self._max_wall_s - self._wall_s
-                parts.append(f"{_short(rate)} steps/s, {_duration(max(left, 0))} left")
+                    left = max(self._max_wall_s - self._wall_s, 0)
+                    end = self._step + math.ceil(left * rate)
+                left += self._evaluations_left_s(end)
+                parts.append(f"{_short(rate)} updates/s, {_duration(left)} left")
         shown = [f"{name} {_short(value)}" for name, value in self._values.items()]
         return " | ".join([*parts, *([", ".join(shown)] if shown else [])])
+
+    def _evaluations_left_s(self, end: int) -> float:
+        """Seconds of the evaluations that are still to come in a run that ends at a step."""
+        if self._eval_interval is None or not self._evaluations_s or end <= self._step:
+            return 0.0
+        # The last one is at the end, wherever that is.
+        count = -(-end // self._eval_interval) - self._step // self._eval_interval
+        return count * float(np.mean(self._evaluations_s[1:] or self._evaluations_s))
 
 
 def _scalar(name: str, value: Any) -> float:

@@ -96,7 +96,11 @@ class StageOptions:
 
     num_updates: int = option(100, "Update at which the stage ends.", POSITIVE)
     updates_per_dispatch: int = option(1, "Updates in one compiled call.", POSITIVE)
-    eval_interval: int = option(50, "Updates between two evaluations.", POSITIVE)
+    eval_interval: int = option(
+        50,
+        "Updates between two evaluations; a stage is evaluated before its first one too.",
+        POSITIVE,
+    )
     checkpoint_interval: int = option(50, "Updates between two checkpoints.", POSITIVE)
     trainable: str = option(
         ".*",

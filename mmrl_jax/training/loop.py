@@ -132,10 +132,10 @@ def run(
 ) -> Result:
     """Runs a stage to its end in `workdir`, from its newest checkpoint if there is one.
 
-    The stage ends at exactly `stage.num_updates`, or at the first dispatch after `max_seconds`,
-    with an evaluation and a checkpoint; one that had ended before is returned as it is. Each
-    evaluation that gives the best metric is followed by a checkpoint, so that the best can be
-    restored.
+    A fresh stage is evaluated before its first update, as step 0 of the metrics. The stage ends at
+    exactly `stage.num_updates`, or at the first dispatch after `max_seconds`, with an evaluation
+    and a checkpoint; one that had ended before is returned as it is. Each later evaluation that
+    gives the best metric is followed by a checkpoint, so that the best can be restored.
 
     Args:
       stage: what to run.
@@ -209,6 +209,8 @@ def _writer_fields(stage: Stage) -> dict[str, Any]:
     return {
         "total_steps": stage.num_updates,
         "console_names": stage.console,
+        # A dispatch that passes several of its intervals is evaluated once.
+        "eval_interval": stage.evaluate and max(stage.eval_interval, stage.updates_per_dispatch),
         "label": stage.name,
         "active": jax.process_index() == 0,
         "tensorboard": "tensorboard" in stage.loggers,
@@ -270,8 +272,18 @@ class _Logging:
         self.path = as_path(workdir) / JSONL_NAME
         self._alarms = Alarms()
         for row in read_jsonl(self.path):  # Alarms that the whole run would have had.
-            if row["step"] <= done:
+            if 0 < row["step"] <= done:
                 self._alarms.see(row)
+
+    def log_start(self, carry: Carry, progress: _Progress) -> None:
+        """Evaluates a fresh carry, if the stage has an evaluation, and writes the row of step 0.
+
+        Nothing has been learned yet: alarms do not see this row, and no checkpoint is saved, so
+        that step 0 is never the best.
+        """
+        if self._stage.evaluate is not None:
+            values = _row({}, {}, progress.counters, 0) | self._evaluation(carry, 0)
+            self.writer.write(0, values | self._failed())
 
     def log(self, values: dict[str, float], carry: Carry, progress: _Progress, before: int) -> None:
         """Evaluates if it is due, writes a row and, if it is due, a checkpoint.
@@ -294,8 +306,7 @@ class _Logging:
                     done,
                     functools.partial(probe.measure, carry.learner, done),
                 )
-        if self._failed_evaluations:
-            values["eval/failed"] = self._failed_evaluations
+        values |= self._failed()
         for text in self._alarms.see(values).values():
             self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
         values |= {f"alarm/{name}": 1.0 for name in self._alarms.raised}
@@ -321,6 +332,10 @@ class _Logging:
         if not values:
             self._failed_evaluations += 1
         return values | {"time/eval_s": time.perf_counter() - eval_start}
+
+    def _failed(self) -> dict[str, float]:
+        """The number of evaluations that failed; nothing where none did."""
+        return {"eval/failed": self._failed_evaluations} if self._failed_evaluations else {}
 
     def _attempt(
         self, what: str, done: int, measure: Callable[[], Mapping[str, float]]
@@ -363,6 +378,8 @@ def _train(
             compile_s = time.perf_counter() - compile_start
             progress.add(compile_s=compile_s)
             logging.writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
+            if not (progress.done or stopping()):
+                logging.log_start(carry, progress)
             continue  # A signal may have come meanwhile.
         update_start = time.perf_counter()
         with jax.transfer_guard("disallow"):

@@ -107,7 +107,7 @@ class Stage:
       updates_per_dispatch: Updates in one compiled call; the last one may have fewer.
       env_steps_per_update: Steps of the unroll, resets among them; 0 without environments.
       samples_per_update: Samples that an update learns from, for the rate on the console.
-      evaluate: Learner -> metrics to log; or None.
+      evaluate: Learner -> metrics to log, before the first update too; or None.
       eval_interval: Updates between two evaluations.
       checkpoint_interval: Updates between two checkpoints.
       max_to_keep: Number of newest checkpoints that are kept beside the best.

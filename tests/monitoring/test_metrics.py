@@ -141,8 +141,8 @@ def test_console_without_terminal_prints_now_and_then(tmp_path):
     # 60 left = 40 s; 40 steps in 25 s = 1.6 a second, 50 left = 31.25 s.
     assert stream.getvalue().splitlines() == [
         "[##------------------]  10 % 10/100 | episode/success 0.25",
-        "[########------------]  40 % 40/100 | 1.5 steps/s, 0:40 left | episode/success 0.4",
-        "[##########----------]  50 % 50/100 | 1.6 steps/s, 0:31 left | episode/success 0.5",
+        "[########------------]  40 % 40/100 | 1.5 updates/s, 0:40 left | episode/success 0.4",
+        "[##########----------]  50 % 50/100 | 1.6 updates/s, 0:31 left | episode/success 0.5",
     ]
 
 
@@ -158,10 +158,40 @@ def test_console_shows_the_limit_that_ends_first(tmp_path):
     # 20 s = 5 a second, and 140 s are left (by steps: 160 s). Last 75 of 200 s are 37.5 %, less
     # than 400 of 1000 steps: 300 steps in 35 s = 8.57 a second, 600 left = 70 s.
     assert stream.getvalue().splitlines() == [
-        "[####----------------]  20 % 0:40/3:20, step 100",
-        "[######--------------]  30 % 1:00/3:20, step 200 | 5 steps/s, 2:20 left",
-        "[########------------]  40 % 400/1,000 | 8.57 steps/s, 1:10 left",
+        "[####----------------]  20 % 0:40/3:20, update 100",
+        "[######--------------]  30 % 1:00/3:20, update 200 | 5 updates/s, 2:20 left",
+        "[########------------]  40 % 400/1,000 | 8.57 updates/s, 1:10 left",
     ]
+
+
+def test_the_time_left_has_the_evaluations_to_come(tmp_path):
+    stream = io.StringIO()
+    with _open(tmp_path, stream=stream, console_interval_s=0, eval_interval=4) as writer:
+        writer.write(0, {"time/wall_s": 0, "time/eval_s": 100})  # It compiles.
+        writer.write(2, {"time/wall_s": 4})
+        writer.write(4, {"time/wall_s": 8, "time/eval_s": 10})
+        writer.write(8, {"time/wall_s": 16, "time/eval_s": 20})
+        writer.write(10, {"time/wall_s": 20, "time/eval_s": 30})
+    # An update takes 2 s. After update 2 there are 8 more, 16 s, and the evaluations at 4, 8 and
+    # 10, of 100 s each as far as is known. After update 4 they are 2 of 10 s, after 8 one of 15 s.
+    left = [line.split("updates/s, ")[1] for line in stream.getvalue().splitlines()[1:]]
+    assert left == ["5:16 left", "0:32 left", "0:19 left", "0:00 left"]
+
+
+def test_the_time_left_until_a_limit_of_time_has_them_too(tmp_path):
+    stream = io.StringIO()
+    with _open(
+        tmp_path,
+        stream=stream,
+        console_interval_s=0,
+        total_steps=1000,
+        max_wall_s=20,
+        eval_interval=4,
+    ) as writer:
+        writer.write(0, {"time/wall_s": 0, "time/eval_s": 1})
+        writer.write(4, {"time/wall_s": 8, "time/eval_s": 5})
+    # 12 s are left, which are 6 updates: to update 10, with evaluations at 8 and there.
+    assert stream.getvalue().splitlines()[1].endswith("0.5 updates/s, 0:22 left")
 
 
 def test_console_on_a_terminal_is_one_line(tmp_path, monkeypatch):

@@ -275,7 +275,7 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
     moved = by_path(trained.last.carry.learner.params)
     assert all(path.startswith("lora/language/") for path in moved)
     assert all(np.any(np.asarray(x) != 0) for x in moved.values())
-    rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
+    _, *rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
     assert abs(rows[0]["policy/reference_kl"]) < 1e-6 < rows[1]["policy/reference_kl"]
     assert all(row["optimizer/skipped_steps"] == 0 for row in rows)
 
@@ -353,7 +353,7 @@ def test_a_whole_model_answers_questions_of_a_task(make, tmp_path):
     assert any(path.startswith("params/vision/projector") for path in aligned)
     assert any(path.startswith("value/") for path in tuned)
     assert all(path.startswith(("lora/", "value/")) for path in tuned)
-    rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
+    _, *rows = metrics.read_jsonl(tmp_path / "run" / metrics.JSONL_NAME)
     assert all(row["optimizer/skipped_steps"] == 0 for row in rows)
 
     written = {"which": "latest", "dtype": np.float32}

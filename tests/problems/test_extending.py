@@ -118,7 +118,8 @@ def test_an_algorithm_an_environment_and_a_probe(tmp_path):
     )
     trained = mmrl_jax.train(config, tmp_path)
     assert trained.results["reinforce"].updates == 2
-    rows = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)
+    start, *rows = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)
+    assert "eval/train/return" in start and "probe/calls" not in start
     assert [row["probe/calls"] for row in rows] == [1, 2]
     assert (tmp_path / "probe.txt").read_text() == "2"
     assert json.loads((tmp_path / "config.json").read_text())["reinforce"]["baseline"] == 0.25

@@ -96,7 +96,8 @@ def open_split(config):
 
 
 def rows(workdir):
-    return metrics.read_jsonl(workdir / metrics.JSONL_NAME)
+    """Of the updates; step 0 is an evaluation alone."""
+    return [row for row in metrics.read_jsonl(workdir / metrics.JSONL_NAME) if row["step"]]
 
 
 def bitwise_equal(a, b):
@@ -317,7 +318,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         runs.load(tmp_path, which="best", trust_modules=True)
     # One line for one reason, with who and why; once more when held-out samples are written.
     told = capfd.readouterr().err.splitlines()
-    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in told) == 2
+    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in told) == 3
     line, *_ = lines = [x for x in told if x.startswith("No reward")]
     assert len(lines) <= 2
     assert "answer to metadata.jsonl:" in line and "KeyError: 'no such level'" in line

@@ -1,5 +1,6 @@
 """The compiled loop as a whole: resume, recompilation, transfers, meshes, other platforms."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -93,6 +94,17 @@ def kill() -> dict:
     return {}
 
 
+def killing_evaluation():
+    """An evaluation that kills the run in its second call, the first after an update."""
+    calls = []
+
+    def evaluate(learner) -> dict:
+        calls.append(learner)
+        return kill() if len(calls) == 2 else {}
+
+    return evaluate
+
+
 def bitwise_equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
@@ -174,16 +186,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     config = tiny.config("reach_ppo_scratch")
     whole = train(config, tmp_path / "whole")
     stage = stage_of(config)
-    asked = []
-
-    def evaluate_then_kill(learner):
-        if not asked:
-            os.kill(os.getpid(), signal.SIGTERM)
-        asked.append(learner)
-        return {}
-
     killed = loop.run(
-        loop.dataclasses.replace(stage, evaluate=evaluate_then_kill),
+        dataclasses.replace(stage, evaluate=killing_evaluation()),
         workdir=tmp_path / "killed",
         config=config,
     )
@@ -205,6 +209,57 @@ def test_the_best_evaluated_update_can_be_restored(tmp_path):
     run(stage, tmp_path)
     assert stored(tmp_path, "best") == (4.0, 4)
     assert stored(tmp_path, "latest") == (9.0, 9)
+
+
+def test_a_fresh_stage_is_evaluated_before_its_first_update(tmp_path):
+    evaluated = []
+
+    def evaluate(learner):
+        evaluated.append(int(learner.params["w"][0]))
+        return {"eval/train/return": 9.0 - evaluated[-1]}
+
+    stage = toy(evaluate=evaluate, best_metric="eval/train/return")
+    run(stage, tmp_path)
+    first, *others = rows(tmp_path)
+    expected = {"step": 0, "progress/updates": 0, "progress/env_steps": 0, "time/wall_s": 0}
+    assert first.items() >= (expected | {"eval/train/return": 9}).items()
+    assert not any(name.startswith(("loss/", "optimizer/")) for name in first)
+    assert [row["step"] for row in others] == [1, 2, 3, 4]
+    # 9 before the first update is better than 7 and 5, but has no checkpoint.
+    assert stored(tmp_path, "best") == (2.0, 2)
+    run(dataclasses.replace(stage, num_updates=5), tmp_path)
+    assert evaluated == [0, 2, 4, 5]
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_killed_before_its_first_checkpoint_gives_the_same_rows_again(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def evaluate(learner):
+        n = int(learner.params["w"][0])
+        if n == 2 and not killed:
+            killed.append(n)
+            raise Killed
+        return {"eval/train/return": float(n)}
+
+    killed = []
+    with pytest.raises(Killed):
+        run(toy(evaluate=evaluate), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
+    run(toy(evaluate=evaluate), tmp_path)
+    logged = {row["step"]: row.get("eval/train/return") for row in rows(tmp_path)}
+    assert logged == {0: 0, 1: None, 2: 2, 3: None, 4: 4} and len(rows(tmp_path)) == 5
+
+
+def test_alarms_do_not_see_what_nothing_was_learned_before(tmp_path):
+    # Images are of no use at step 0 either; two evaluations of what has learned tell.
+    blind = {"eval/train/accuracy_lo": 0.1, "eval/train/shuffled_image/accuracy": 0.2}
+    stage = toy(evaluate=lambda _: blind)
+    run(dataclasses.replace(stage, num_updates=2), tmp_path)
+    run(dataclasses.replace(stage, num_updates=3), tmp_path)
+    told = {row["step"]: row.get("alarm/pictures_unused") for row in rows(tmp_path)}
+    assert told == {0: None, 1: None, 2: None, 3: 1}
 
 
 def skipping(*numbers):
@@ -261,7 +316,7 @@ def test_only_episode_metrics_may_have_nothing_to_report(tmp_path):
 
 
 def test_a_sigterm_in_the_last_update_is_not_lost(tmp_path, monkeypatch):
-    result = run(toy(evaluate=lambda _: kill(), eval_interval=4), tmp_path / "toy")
+    result = run(toy(evaluate=killing_evaluation(), eval_interval=4), tmp_path / "toy")
     assert result.interrupted and result.updates == 4
     assert stored(tmp_path / "toy", "latest") == (4.0, 4)
     # After the warm start no PPO begins.
@@ -269,7 +324,7 @@ def test_a_sigterm_in_the_last_update_is_not_lost(tmp_path, monkeypatch):
 
     def killed(*arguments, **keywords) -> loop.Stage:
         stage = make(*arguments, **keywords)
-        return loop.dataclasses.replace(stage, evaluate=lambda _: kill(), eval_interval=4)
+        return dataclasses.replace(stage, evaluate=killing_evaluation(), eval_interval=4)
 
     monkeypatch.setattr(Control, "stage", killed)
     config = tiny.config(stages=("bc", "ppo"))
@@ -373,7 +428,7 @@ def test_a_limit_of_time_ends_a_stage_with_an_evaluation(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "toy: compiling ..." and lines[1].startswith("toy: compiled in ")
     # Time is what ended it, not one update of a million.
-    assert "100 % 0:00/0:00, step 1" in lines[2]
+    assert "100 % 0:00/0:00, update 1" in lines[3]
     # Again it has nothing to do.
     assert run(stage, tmp_path, max_seconds=1e-9).updates == 1
 

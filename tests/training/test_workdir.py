@@ -39,7 +39,8 @@ def test_a_run_in_a_bucket_is_written_resumed_and_evaluated(tmp_path, monkeypatc
     carries = jax.device_get((whole.last.carry, parts.last.carry))
     jax.tree.map(np.testing.assert_array_equal, *carries)
     local = tmp_path / "b" / "parts"
-    assert [row["step"] for row in metrics.read_jsonl("gs://b/parts/metrics.jsonl")] == [1, 2, 3, 4]
+    logged = metrics.read_jsonl("gs://b/parts/metrics.jsonl")
+    assert [row["step"] for row in logged] == [0, 1, 2, 3, 4]
     assert "final/train/return" in json.loads((local / "summary.json").read_text())
     assert (local / "learning_curves.png").stat().st_size > 1000
     assert list((local / "tensorboard").iterdir()) and not (local / "lock.json").exists()
@@ -190,7 +191,7 @@ def test_metrics_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):
         return {}
 
     run(toy(num_updates=6, evaluate=evaluate_then_block), tmp_path)
-    assert [row["step"] for row in rows(tmp_path)] == [1, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 4, 5, 6]
     assert capsys.readouterr().err.count("metrics.jsonl cannot be written") == 1
 
 
