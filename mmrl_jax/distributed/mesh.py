@@ -1,8 +1,8 @@
-"""The device mesh and where arrays lie on it: environments and samples are split, the rest copied.
+"""The device mesh and shardings: batches are split over the axis 'data', the rest is replicated.
 
-On the one axis 'data', every device holds B / devices environments and all parameters. The axes
-'fsdp' and 'tensor' are for parameters that no device holds whole, see `partition`. Programs are
-plain `jit` over arrays placed here, and XLA inserts the collectives.
+With the axis 'data' alone, every device holds B / devices environments and a full copy of the
+parameters. The axes 'fsdp' and 'tensor' shard the parameters themselves, see `partition`. Programs
+are plain `jit` over arrays that are placed with these shardings, and XLA inserts the collectives.
 """
 
 from collections.abc import Mapping
@@ -17,33 +17,34 @@ AXES = (DATA, FSDP, TENSOR)
 
 
 def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mesh:
-    """Returns a mesh.
+    """Returns a device mesh.
 
     Args:
-      devices: how many of `jax.devices()` to use, the first ones; None: all of them.
-      axes: names, of 'data', 'fsdp' and 'tensor', and sizes; neighboring devices differ in the
-        last one. None: the one axis 'data'.
+      devices: Number of devices to use, from the front of `jax.devices()`. None uses all devices.
+      axes: Size of each mesh axis by its name, which is 'data', 'fsdp' or 'tensor'. The last axis
+        varies fastest over `jax.devices()`. None makes a mesh with the axis 'data' alone.
 
     Raises:
-      ValueError: there are fewer devices, `devices` is not positive, an axis has another name, or
-        their sizes do not make up the devices.
+      ValueError: If `devices` is not in [1, number of available devices], an axis has another
+        name, or the product of the axis sizes is not the number of devices.
     """
     available = jax.devices()
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):
         raise ValueError(
-            f"devices={devices}, but JAX sees {len(available)}; ask for 1 to {len(available)}, or "
-            f"for all of them with None."
+            f"devices={devices}, but JAX sees {len(available)}; choose 1 to {len(available)}, or "
+            f"None for all of them."
         )
     sizes = {DATA: count} if axes is None else dict(axes)
     if unknown := [name for name in sizes if name not in AXES]:
-        raise ValueError(f"axes={sizes} has {unknown}; the names are {list(AXES)}.")
+        raise ValueError(f"axes={sizes} has {unknown}; valid names are {list(AXES)}.")
     if min(sizes.values(), default=0) < 1 or math.prod(sizes.values()) != count:
         raise ValueError(
-            f"axes={sizes} must be positive and multiply to the number of devices, {count}; change "
-            f"a size, or devices={devices}."
+            f"axes={sizes} must be positive and their product must be the number of devices, "
+            f"{count}; change a size, or devices={devices}."
         )
-    # Auto lets XLA propagate shardings; make_mesh's default would have every operation typed.
+    # Auto lets XLA propagate shardings. The default of make_mesh, Explicit, would require every
+    # operation to state its sharding.
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -53,31 +54,45 @@ def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding of an array that has a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
-    """Axis `axis_index` is split over the devices, e.g. 1 for B in [T, B, ...]; the rest is not."""
+    """Returns the sharding that splits one dimension over 'data' and replicates the others.
+
+    Args:
+      mesh: Device mesh.
+      axis_index: Dimension that is split, for example 1 for B in [T, B, ...].
+    """
     return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, DATA))
 
 
 def put_batch(tree: Any, *, mesh: Mesh) -> Any:
-    """Puts a batch [N, ...] of the host on the devices, split along axis 0; they divide N."""
+    """Transfers a host batch [N, ...] to the devices, split along axis 0.
+
+    Args:
+      tree: Pytree of arrays with a leading axis N, which is a multiple of the size of 'data'.
+      mesh: Device mesh.
+    """
     return jax.device_put(tree, batch_sharding(mesh, 0))
 
 
 def replicated_shapes(tree: Any, *, mesh: Mesh) -> Any:
-    """Shapes and dtypes of a tree of arrays that have a whole copy on every device."""
+    """Returns the shapes and dtypes of a pytree of arrays, with a replicated sharding."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree
     )
 
 
 def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
-    """Inside `jit`: splits axis 0 of a batch [N, ...] over the devices, each learns its part.
+    """Constrains a batch [N, ...] inside `jit` to be split over the devices along axis 0.
 
-    Without it a minibatch that is gathered by index lies whole on every device, and every device
-    does all of the work.
+    Without this constraint, a minibatch that is gathered by index is replicated on every device,
+    and every device repeats the whole computation.
+
+    Args:
+      tree: Pytree of arrays with a leading axis N.
+      mesh: Device mesh.
     """
     return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh, 0))

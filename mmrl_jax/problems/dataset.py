@@ -135,7 +135,7 @@ class Dataset(TokenProblem):
             split_seed=d.split_seed,
             size=(d.height, d.width),
             resize=d.resize,
-            batch_size=self.evaluated_together(),
+            batch_size=self.eval_batch_size(),
             seed=self.config.seed,
             max_rejected=d.max_rejected,
             completion_length=d.completion_tokens if self._labels else None,
@@ -341,7 +341,7 @@ class Dataset(TokenProblem):
             completions = in_chunks(
                 lambda indices: complete(variables, self.prompts(batch.take(indices))),
                 np.arange(len(batch.records)),
-                most=self.evaluated_together(),
+                max_size=self.eval_batch_size(),
                 devices=self.mesh.size,
             )
             return batch, self.scorer(part, batch, completions, allow_none=True)

@@ -306,7 +306,7 @@ class TaskProblem(TokenProblem):
             rng,
             questions=prompts,
             mesh=self.mesh,
-            together=self.evaluated_together(),
+            max_batch=self.eval_batch_size(),
         )
 
     def measure(

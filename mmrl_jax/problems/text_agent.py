@@ -225,7 +225,7 @@ class TextAgent(TokenProblem):
             rng,
             episodes=episodes,
             mesh=self.mesh,
-            together=self.evaluated_together(),
+            max_batch=self.eval_batch_size(),
         )
 
     def measure(

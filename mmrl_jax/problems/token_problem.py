@@ -335,7 +335,7 @@ class TokenProblem(abc.ABC):
 
         return evaluate
 
-    def evaluated_together(self) -> int:
+    def eval_batch_size(self) -> int:
         """Returns the most prompts that an evaluation completes at once.
 
         They are as many as the last stage learns from at once: an evaluation then never needs more

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mmrl_jax import envs
 from mmrl_jax.config import ConfigLike
 from mmrl_jax.monitoring import loggers, metric_definitions
-from mmrl_jax.monitoring.health_checks import Alarms
+from mmrl_jax.monitoring.health_checks import HealthChecks
 from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.dispatch import (
@@ -268,10 +268,10 @@ class _Logging:
         self._failed_evaluations = 0
         self.writer = writer
         self.path = as_path(workdir) / JSONL_NAME
-        self._alarms = Alarms()
-        for row in read_jsonl(self.path):  # Alarms that the whole run would have had.
+        self._health_checks = HealthChecks()
+        for row in read_jsonl(self.path):  # A resumed run raises the alarms of the whole run.
             if row["step"] <= done:
-                self._alarms.see(row)
+                self._health_checks.update(row)
 
     def log(self, values: dict[str, float], carry: Carry, progress: _Progress, before: int) -> None:
         """Evaluates if it is due, writes a row and, if it is due, a checkpoint.
@@ -296,9 +296,9 @@ class _Logging:
                 )
         if self._failed_evaluations:
             values["eval/failed"] = self._failed_evaluations
-        for text in self._alarms.see(values).values():
+        for text in self._health_checks.update(values).values():
             self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
-        values |= {f"alarm/{name}": 1.0 for name in self._alarms.raised}
+        values |= {f"alarm/{name}": 1.0 for name in self._health_checks.raised}
         self.writer.write(done, values)
         best = stage.best_metric
         scores = {best: values[best]} if best is not None and best in values else {}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax.evaluation.questions import Answered, describe_levels
+from mmrl_jax.evaluation.questions import EvaluatedCompletions, describe_levels
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.question import ABSENT, Prompt, Score, WordTokenizer, tokenize
 from mmrl_jax.tasks.scenes import COLORS, SHAPES, Objects, draw
@@ -319,7 +319,7 @@ def test_accuracy_is_told_by_level():
     level = np.array([0, 2, 0, 2, 2])  # Of the second there is none.
     right = np.array([1, 0, 0, 1, 1], np.float32)
     score = Score(right, right, np.array([0, 1, 0, 0, 0], np.float32))
-    found = Answered(Prompt(*(None,) * 6, level=level), None, None, score)
+    found = EvaluatedCompletions(Prompt(*(None,) * 6, level=level), None, None, score)
     described = describe_levels(found, ("easy", "medium", "hard"))
     assert described["easy/accuracy"] == 1 / 2 and described["easy/invalid_fraction"] == 0
     assert described["hard/accuracy"] == pytest.approx(2 / 3)
