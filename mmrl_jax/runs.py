@@ -209,12 +209,12 @@ def train_stages(
     trained = Trained(problem, results, variables)
     if trained.interrupted or jax.process_index() != 0:
         return trained
-    with report.surviving("Writing samples.html"):
+    with report.tolerate_errors("Writing samples.html"):
         samples, tested = problem.samples(variables, SAMPLES)
         trained = dataclasses.replace(trained, tested=tested)
         if samples:
             report.sample_table(directory / "samples.html", samples, f"{directory.name}: samples")
-    with report.surviving("Writing summary.json"):
+    with report.tolerate_errors("Writing summary.json"):
         summary = final_evaluation(directory, trained.tested) | totals(results.values(), started)
         write_json(directory / "summary.json", summary)
     return trained
@@ -223,7 +223,7 @@ def train_stages(
 def draw_curves(workdir: epath.Path, *, x: str) -> None:
     """Draws a stage's learning_curves.png; not of a stage stopped before it logged anything."""
     path = workdir / metrics.JSONL_NAME
-    with report.surviving("Drawing learning_curves.png"):
+    with report.tolerate_errors("Drawing learning_curves.png"):
         if jax.process_index() == 0 and metrics.read_jsonl(path):
             report.learning_curves(path, workdir / "learning_curves.png", x=x)
 

@@ -189,7 +189,7 @@ class Dataset(TokenProblem):
             tell_images(self.records, (d.height, d.width), resize=d.resize)
         labels = name in self._labels
         size = self.config[name].batch_size if labels else self.config[name].prompts_per_update
-        train = self.records.train.batched(size)
+        train = self.records.train.with_batch_size(size)
         self.scorer.rehearse(train)
         if labels:
             return self._labelled(name, train)

@@ -15,7 +15,7 @@ from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, shown
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.rewards import GIVEN, Failure, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.rewards import RESERVED, Failure, Rewards, RewardWorkerPool
 
 TOLD = 10  # Reasons of failures that a process prints; reward/failed counts all failures.
 
@@ -105,7 +105,7 @@ def open_split(
       test_directory: a folder of the test split alone, or None for a part of the other one.
       validation_size: least number of records of the validation split.
       test_size: least number of records of the test split; 0 with a folder of its own.
-      split_seed: of the splits, see `Records.divided`.
+      split_seed: of the splits, see `Records.split`.
       completion_length: the most tokens of an answer; None where none is learned from.
       length: the most tokens of a prompt.
       images: image tokens of a picture.
@@ -124,7 +124,7 @@ def open_split(
         prompt_rows(chat, [prompt], length=length, images=images)
         if completion_length is not None:
             completion_rows(chat, [answer], length=completion_length)
-        taken = [name for name in GIVEN if name in columns]
+        taken = [name for name in RESERVED if name in columns]
         if taken:
             raise ValueError(f"columns {taken} are what reward functions are given already.")
 
@@ -132,7 +132,7 @@ def open_split(
     # The test split comes first, so that it does not depend on the size of the other one.
     sizes = {"test": test_size, "validation": validation_size}
     try:
-        parts = records.divided(sizes, seed=split_seed)
+        parts = records.split(sizes, seed=split_seed)
     except ValueError as error:
         raise ValueError(
             f"dataset.validation_size={validation_size}, dataset.test_size={test_size}: {error}"

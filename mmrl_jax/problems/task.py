@@ -175,7 +175,7 @@ def _restricted(config: ml_collections.ConfigDict, name: str, task: Task) -> Tas
         return task
     counts = tuple(config[name].counts)
     try:
-        return task.restricted(counts)
+        return task.with_train_counts(counts)
     except ValueError as error:
         raise ValueError(f"{name}.counts={counts} cannot be: {error}") from error
 

@@ -98,9 +98,9 @@ def test_fresh_start_forgets_the_lines_of_a_run_without_checkpoint(tmp_path):
 
 def test_unknown_names_are_refused_with_the_nearest(tmp_path):
     with _open(tmp_path) as writer:
-        with pytest.raises(ValueError, match="nearest name there is 'policy/clip_fraction'"):
+        with pytest.raises(ValueError, match="nearest defined name is 'policy/clip_fraction'"):
             writer.write(1, {"policy/clip_frac": 0.1})
-        with pytest.raises(ValueError, match="nearest name there is 'eval/<split>/success'"):
+        with pytest.raises(ValueError, match="nearest defined name is 'eval/<split>/success'"):
             writer.write(1, {"eval/train/sucess": 0.1})
         # The place of a split is one part, not two.
         with pytest.raises(ValueError, match="is not defined"):

@@ -194,7 +194,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     labels = jax.tree.map(lambda x: x[0], jax.device_get(given[0]))
     asked, tokens, present = labels.prompt, *(x[:, 0] for x in labels.completions[::2])
     chat, train_records = trained.problem.chat, trained.problem.records.train
-    numbers = train_records.batched(8).batch(0).records
+    numbers = train_records.with_batch_size(8).batch(0).records
     assert set(numbers[:6]) == set(range(6)) and len(tokens) == 8
     for row, number in enumerate(numbers):
         i = int(train_records.names[number].split(":")[1]) - 1  # Record i is line i + 1.
@@ -509,7 +509,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
             "sft.trainable='lora': 'lora' matches no leaf",
         ),
         ({"dataset__directory": ""}, "'dataset.directory' is ''"),
-        ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl is not there"),
+        ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl does not exist"),
         ({"dataset__prompt_tokens": 8}, "dataset.prompt_tokens=8"),
         ({"model__checkpoint": None}, "model.checkpoint=None"),
         ({"rewards__functions": ()}, r"rewards.functions=\(\)"),
