@@ -424,8 +424,8 @@ def restore(
     directory = workdir_lib.as_path(workdir)
     root = directory if stage == problem.config.stages[-1] else directory.parent
     parts, step = {}, 0
-    for name in problem.restored_from(stage):
-        like = problem.stored(name)
+    for name in problem.checkpoint_stages(stage):
+        like = problem.checkpoint_parts(name)
         # A stage begins where the one before ended, and nowhere before.
         chosen = which if name == stage else str(problem.config[name].num_updates)
         restored, step = checkpoint.restore_parts(
@@ -434,4 +434,4 @@ def restore(
             which=int(chosen) if chosen.isdecimal() else chosen,
         )
         parts[name] = {part: restored[f"learner/{part}"] for part in like}
-    return Loaded(problem, problem.restored(parts), stage, step)
+    return Loaded(problem, problem.from_checkpoint(parts), stage, step)

@@ -29,7 +29,7 @@ from mmrl_jax.pretrained.chat import (
     stop_tokens,
 )
 from mmrl_jax.pretrained.families import qwen_vl
-from mmrl_jax.tasks.folder import shown
+from mmrl_jax.tasks.folder import short_repr
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
 # Trained on a picture and words, without a template.
@@ -60,7 +60,7 @@ class VisionChatTokenizer(ChatTokenizer):
             raise ValueError(f"{found} image tokens, but the picture has {images} features.")
         # Features take the place of image tokens, which need no rows.
         words = [token for token in ids if token != self.image]
-        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {shown(question)}")
+        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {short_repr(question)}")
         return ids
 
 

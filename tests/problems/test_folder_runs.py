@@ -457,7 +457,7 @@ def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, t
     assert split.test.read(range(2)).prompts == ("which of 10 ?", "which of 11 ?")
     assert len(split.train) == 8 and len(split.validation) == 2
     assert questions.splits == {"validation": 2, "test": 2}
-    host_rewards.tell_rejected(split)
+    host_rewards.print_rejected(split)
     assert "Left out of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
 
 

@@ -140,10 +140,10 @@ def bad_lines(path):
         json.dumps(line | {"answer": True}): "answer=True is not a non-empty text",
         json.dumps(line | {"answer": float("nan")}): "answer=nan is not a non-empty text",
         json.dumps({"file_name": "a/0.png", "question": "p"}): (
-            "prompt=None is no text; write one. The record has only ['file_name', 'question']."
+            "prompt=None is not a non-empty text. The record has only ['file_name', 'question']."
         ),
         json.dumps(line | {"prompt": ["p"] * 1000}): (
-            f"prompt={repr(['p'] * 1000)[:80]}... is no text; write one."
+            f"prompt={repr(['p'] * 1000)[:80]}... is not a non-empty text."
         ),
         json.dumps(line | {"file_name": "../0.png"}): "lies outside the folder",
         '["a/0.png"]': "is not an object",
