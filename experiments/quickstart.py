@@ -174,7 +174,7 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
         "more_cloning/wall_s": more.wall_s,
     } | runs.totals((warm, tuned, more), started)
     runs.write_json(workdir / "summary.json", summary)
-    with report.surviving("Drawing success.png, or recording episodes"):
+    with report.tolerate_errors("Drawing success.png, or recording episodes"):
         curves = report.stage_curves(
             {
                 "warm start (cloning)": [workdir / "bc"],

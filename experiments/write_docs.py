@@ -94,7 +94,7 @@ def metrics() -> str:
     """Returns docs/metrics.md."""
     renamed = [(f"`{old}`", f"`{new}`") for old, new in metric_definitions.RENAMED.items()]
     return (
-        f"{NOTE}{METRICS}{metric_definitions.glossary_markdown()}"
+        f"{NOTE}{METRICS}{metric_definitions.definitions_markdown()}"
         f"{RENAMED}{markdown(('earlier name', 'name'), renamed)}"
     )
 

@@ -4,7 +4,7 @@
 
 A probe is a function of a `Moment`, and returns metrics, or an empty dictionary where it writes
 files. A metric of your own needs a definition, which your module adds to
-`monitoring.metric_definitions.GLOSSARY`.
+`monitoring.metric_definitions.METRIC_DEFINITIONS`.
 """
 
 from collections.abc import Callable, Mapping

@@ -211,12 +211,12 @@ def train_stages(
     trained = Trained(problem, results, variables)
     if trained.interrupted or jax.process_index() != 0:
         return trained
-    with report.surviving("Writing samples.html"):
+    with report.tolerate_errors("Writing samples.html"):
         samples, tested = problem.samples(variables, SAMPLES)
         trained = dataclasses.replace(trained, tested=tested)
         if samples:
             report.sample_table(directory / "samples.html", samples, f"{directory.name}: samples")
-    with report.surviving("Writing summary.json"):
+    with report.tolerate_errors("Writing summary.json"):
         summary = final_evaluation(directory, trained.tested) | totals(results.values(), started)
         write_json(directory / "summary.json", summary)
     return trained
@@ -225,7 +225,7 @@ def train_stages(
 def draw_curves(workdir: epath.Path, *, x: str) -> None:
     """Draws a stage's learning_curves.png; not of a stage stopped before it logged anything."""
     path = workdir / metrics.JSONL_NAME
-    with report.surviving("Drawing learning_curves.png"):
+    with report.tolerate_errors("Drawing learning_curves.png"):
         if jax.process_index() == 0 and metrics.read_jsonl(path):
             report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
@@ -438,8 +438,8 @@ def restore(
     directory = workdir_lib.as_path(workdir)
     root = directory if stage == problem.config.stages[-1] else directory.parent
     parts, step = {}, 0
-    for name in problem.restored_from(stage):
-        shapes = problem.stored(name)
+    for name in problem.checkpoint_stages(stage):
+        shapes = problem.checkpoint_parts(name)
         like = mesh_lib.placed_shapes(shapes, partition.shardings(shapes, problem.mesh))
         # A stage begins where the one before ended, and nowhere before.
         chosen = which if name == stage else str(problem.config[name].num_updates)
@@ -449,4 +449,4 @@ def restore(
             which=int(chosen) if chosen.isdecimal() else chosen,
         )
         parts[name] = {part: restored[f"learner/{part}"] for part in like}
-    return Loaded(problem, problem.restored(parts), stage, step)
+    return Loaded(problem, problem.from_checkpoint(parts), stage, step)

@@ -1,6 +1,7 @@
-"""The working directory of a run: made, claimed for a config, and written to.
+"""The working directory of a run, which is a local directory or one in Google Cloud Storage.
 
-It is a local directory or one of Google Cloud Storage, gs://bucket/run.
+It is created, claimed for a config, and written to. A path in a bucket has the form
+gs://bucket/run.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -30,7 +31,7 @@ def as_path(path: PathLike) -> epath.Path:
     """Returns the absolute path of a directory, local or gs://bucket/run.
 
     Raises:
-        ValueError: Another kind of storage, which Orbax would take for a local directory.
+        ValueError: If the path has another scheme, which Orbax would treat as a local directory.
     """
     text = os.fspath(path)
     scheme, is_address, _ = text.partition("://")
@@ -38,20 +39,20 @@ def as_path(path: PathLike) -> epath.Path:
         return epath.Path(os.path.abspath(text))
     if scheme != "gs":
         raise ValueError(
-            f"Workdir {text}: there is no support for {scheme}://. Give a local directory, "
-            "perhaps a mounted one, or gs://bucket/directory."
+            f"Workdir {text}: there is no support for {scheme}://. Give a local directory, which "
+            "may be mounted, or gs://bucket/directory."
         )
     return epath.Path(text)
 
 
 def is_remote(path: PathLike) -> bool:
-    """Says whether a path is no local one: it has no locks, no appending and no atomic renaming."""
+    """Returns whether a path is in a bucket, without locks, appending and atomic renaming."""
     return "://" in os.fspath(path)
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file in one replacement, so that a killed process leaves the old one or the new."""
-    if is_remote(path):  # Objects in a bucket appear whole.
+    """Writes a file atomically, so that a killed process leaves either the old or the new file."""
+    if is_remote(path):  # Objects in a bucket are always written atomically.
         path.write_text(text)
         return
     temporary = path.with_name(f"{path.name}.tmp")
@@ -68,36 +69,37 @@ def claim_workdir(
     begun: bool = True,
     complete: Callable[[config_lib.ConfigDict], config_lib.ConfigLike] = lambda config: config,
 ) -> None:
-    """Writes `workdir/config.json`, or compares with the one that is there.
+    """Writes `workdir/config.json`, or compares the config with the stored one.
 
     Args:
-        workdir: Directory of the run; made if absent.
+        workdir: Directory of the run, which is created if it does not exist.
         config: Config of the run.
-        may_change: Keys, or groups of keys, in which the two may differ; the file then gets the
-            new values.
-        fixed: Keys among those that may not differ all the same, and why.
-        complete: Gives a stored config of an earlier version the keys that it lacks.
-        begun: Whether the run has learned anything; one that has not may get another config.
+        may_change: Keys, or groups of keys, whose values may differ from the stored config. The new
+            values are written to the file.
+        fixed: Reasons by the keys that must not differ although a group in `may_change` contains
+            them.
+        begun: Whether the run has completed an update. If not, its config may be replaced.
+        complete: Adds missing keys to a stored config of an earlier version.
 
     Raises:
-        ValueError: The workdir cannot be written, or belongs to another config (each differing
-            key is named with both values).
+        ValueError: If the workdir cannot be written, or belongs to another config; the message
+            lists each differing key with both values.
     """
     workdir = as_path(workdir)
     make_directory(workdir)
     stored = stored_config(workdir) if begun else None
     if stored is not None:
         differences = config_lib.diff_configs(complete(stored), config)
-        refused = {
+        rejected = {
             key: pair
             for key, pair in differences.items()
             if key in fixed
             or not any(key == name or key.startswith(f"{name}.") for name in may_change)
         }
-        if refused:
+        if rejected:
             lines = [
                 f"  {key}: {old!r} there, {new!r} now" + (f"; {fixed[key]}" if key in fixed else "")
-                for key, (old, new) in refused.items()
+                for key, (old, new) in rejected.items()
             ]
             raise ValueError(
                 f"Workdir {workdir} belongs to a run of another config:\n"
@@ -114,7 +116,7 @@ def claim_workdir(
 def stored_config(workdir: PathLike) -> config_lib.ConfigDict | None:
     """Returns the config of the run in a workdir; None if there is no run.
 
-    A missing or damaged config.json is replaced by what the newest checkpoint says.
+    If config.json is missing or damaged, the config is read from the newest checkpoint.
     """
     workdir = as_path(workdir)
     path = workdir / CONFIG_NAME
@@ -123,25 +125,25 @@ def stored_config(workdir: PathLike) -> config_lib.ConfigDict | None:
             return config_lib.from_json(path.read_bytes().decode("utf-8"))
         except (OSError, ValueError) as error:
             logger.warning(
-                "%s cannot be read (%s); the config in the newest checkpoint is taken instead, if "
+                "%s cannot be read (%s); the config in the newest checkpoint is used instead, if "
                 "there is one.",
                 path,
                 one_line(error),
             )
     for step in reversed(saved_steps(workdir)):
         try:
-            # The file of Orbax's JsonCheckpointHandler.
+            # This is the file that Orbax's JsonCheckpointHandler writes.
             text = (workdir / CHECKPOINTS / str(step) / "record" / "metadata").read_text()
             return config_lib.from_json(json.dumps(json.loads(text)["body"]["config"]))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # A damaged record; restoring says so.
+            continue  # The record is damaged, which is reported when it is restored.
     return None
 
 
 def saved_steps(workdir: PathLike) -> list[int]:
-    """Returns the steps of the finished checkpoints of a run, in order.
+    """Returns the steps of the complete checkpoints of a run, sorted.
 
-    Other files and directories among the checkpoints are no checkpoints.
+    Other files and directories in the directory of the checkpoints are ignored.
     """
     directory = as_path(workdir) / CHECKPOINTS
     if not directory.is_dir():
@@ -150,8 +152,8 @@ def saved_steps(workdir: PathLike) -> list[int]:
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
-    # Orbax's temporary directories have longer names ("5.orbax-checkpoint-tmp"), where it can
-    # rename; elsewhere it writes a file into a directory that is complete.
+    # On a file system with renaming, incomplete checkpoints have longer names, for example
+    # "5.orbax-checkpoint-tmp". In a bucket, Orbax marks complete checkpoints with a file.
     name = path.name
     if not (name.isascii() and name.isdecimal() and str(int(name)) == name):
         return False
@@ -159,12 +161,12 @@ def _is_checkpoint(path: epath.Path) -> bool:
 
 
 def make_directory(directory: epath.Path) -> None:
-    """Makes a directory and writes to it once, so that a run does not find out hours later.
+    """Creates a directory and tests that it can be written, rather than failing hours later.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: If the directory cannot be written.
     """
-    # Several hosts may do so at once, and their processes may have the same number.
+    # The name is random, because processes on several hosts may do so concurrently.
     probe = directory / f".write_test_{uuid.uuid4().hex}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -175,14 +177,14 @@ def make_directory(directory: epath.Path) -> None:
     except OSError as error:
         raise _unwritable(directory, error) from error
     except Exception as error:
-        # Clients of remote storage raise errors of their own, of credentials for example.
+        # Clients of remote storage have their own exception types, for example for credentials.
         if not is_remote(directory):
             raise
         raise _unwritable(directory, error) from error
 
 
 def missing_package(directory: epath.Path, error: ImportError) -> ValueError:
-    """Returns the error of a bucket for which epath or Orbax lacks a package."""
+    """Returns the error to raise if a package for access to a bucket is not installed."""
     return ValueError(
         f"Workdir {directory} needs packages that are not installed ({error}): "
         "pip install gcsfs google-cloud-storage."
@@ -194,23 +196,23 @@ def _unwritable(directory: epath.Path, error: Exception) -> ValueError:
     return ValueError(
         f"Workdir {directory} cannot be written ({getattr(error, 'strerror', None) or error}): "
         + (
-            "make space there or give another one."
+            "free disk space there or give another directory."
             if full
-            else "give a directory that you may write to."
+            else "give a directory for which you have write permission."
         )
     )
 
 
 def free_name(parent: epath.Path, name: str) -> epath.Path:
-    """Returns a path in a directory that is not taken: `name`, or `name_2` and so on."""
-    place, i = parent / name, 2
-    while place.exists():
-        place, i = parent / f"{name}_{i}", i + 1
-    return place
+    """Returns a path in a directory that does not exist yet: `name`, or else `name_2` and so on."""
+    path, i = parent / name, 2
+    while path.exists():
+        path, i = parent / f"{name}_{i}", i + 1
+    return path
 
 
 def free_space(directory: epath.Path) -> str:
-    """Returns ", 12 MiB free there" of a local directory; nothing where that is not known."""
+    """Returns ", 12 MiB free there" for a local directory; "" if the free space is unknown."""
     try:
         return f", {shutil.disk_usage(pathlib.Path(directory)).free / 2**20:.0f} MiB free there"
     except OSError:
@@ -218,6 +220,6 @@ def free_space(directory: epath.Path) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Returns kind and message of an error in one line of bounded length."""
+    """Returns type and message of an error in one line of bounded length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"

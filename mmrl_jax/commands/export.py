@@ -91,8 +91,8 @@ def export(
 
 def _trained(problem: problems.Problem, stage: str) -> set[str]:
     """The collections of variables of which a stage, or one before it, trained anything."""
-    stored = [problem.stored(name)["params"] for name in problem.restored_from(stage)]
-    return {name for half in stored for name, tree in half.items() if jax.tree.leaves(tree)}
+    trained = [problem.checkpoint_parts(x)["params"] for x in problem.checkpoint_stages(stage)]
+    return {name for params in trained for name, tree in params.items() if jax.tree.leaves(tree)}
 
 
 def main(argv: list[str]) -> None:

@@ -49,33 +49,34 @@ def available_devices() -> tuple[Any, ...]:
 
 
 def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mesh:
-    """Returns a mesh.
+    """Returns a device mesh.
 
     Args:
-      devices: how many of `jax.devices()` to use, the first ones; None: all of them.
-      axes: names, of 'data', 'fsdp' and 'tensor', and sizes; neighboring devices differ in the
-        last one. None: the one axis 'data'.
+      devices: Number of devices to use, from the front of `jax.devices()`. None uses all devices.
+      axes: Size of each mesh axis by its name, which is 'data', 'fsdp' or 'tensor'. The last axis
+        varies fastest over `jax.devices()`. None makes a mesh with the axis 'data' alone.
 
     Raises:
-      ValueError: there are fewer devices, `devices` is not positive, an axis has another name, or
-        their sizes do not make up the devices.
+      ValueError: If `devices` is not in [1, number of available devices], an axis has another
+        name, or the product of the axis sizes is not the number of devices.
     """
     available = available_devices()
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):
         raise ValueError(
-            f"devices={devices}, but JAX sees {len(available)}; ask for 1 to {len(available)}, or "
-            f"for all of them with None."
+            f"devices={devices}, but JAX sees {len(available)}; choose 1 to {len(available)}, or "
+            f"None for all of them."
         )
     sizes = {DATA: count} if axes is None else dict(axes)
     if unknown := [name for name in sizes if name not in AXES]:
-        raise ValueError(f"axes={sizes} has {unknown}; the names are {list(AXES)}.")
+        raise ValueError(f"axes={sizes} has {unknown}; valid names are {list(AXES)}.")
     if min(sizes.values(), default=0) < 1 or math.prod(sizes.values()) != count:
         raise ValueError(
-            f"axes={sizes} must be positive and multiply to the number of devices, {count}; change "
-            f"a size, or devices={devices}."
+            f"axes={sizes} must be positive and their product must be the number of devices, "
+            f"{count}; change a size, or devices={devices}."
         )
-    # Auto lets XLA propagate shardings; make_mesh's default would have every operation typed.
+    # Auto lets XLA propagate shardings. The default of make_mesh, Explicit, would require every
+    # operation to state its sharding.
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -85,7 +86,7 @@ def make_mesh(devices: int | None, axes: Mapping[str, int] | None = None) -> Mes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding of an array that has a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -110,7 +111,12 @@ def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
 
 
 def put_batch(tree: Any, *, mesh: Mesh) -> Any:
-    """Puts a batch [N, ...] of the host on the devices, split along axis 0; they divide N."""
+    """Transfers a host batch [N, ...] to the devices, split along axis 0.
+
+    Args:
+      tree: Pytree of arrays with a leading axis N, which is a multiple of the size of 'data'.
+      mesh: Device mesh.
+    """
     return jax.device_put(tree, batch_sharding(mesh, 0))
 
 
@@ -145,10 +151,14 @@ def placed_shapes(tree: Any, shardings: Any) -> Any:
 
 
 def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
-    """Inside `jit`: splits axis 0 of a batch [N, ...] over the devices, each learns its part.
+    """Constrains a batch [N, ...] inside `jit` to be split over the devices along axis 0.
 
-    Without it a minibatch that is gathered by index lies whole on every device, and every device
-    does all of the work.
+    Without this constraint, a minibatch that is gathered by index is replicated on every device,
+    and every device repeats the whole computation.
+
+    Args:
+      tree: Pytree of arrays with a leading axis N.
+      mesh: Device mesh.
     """
     return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh, 0))
 

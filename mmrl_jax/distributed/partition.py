@@ -1,8 +1,8 @@
-"""Which parts of parameters lie on which devices: rules from paths to partitions.
+"""Partition rules, which map parameter paths to shardings.
 
-The first rule whose pattern matches all of a path says along which axes of the mesh the dimensions
-of that array are split, as in t5x and big_vision. Paths are those of `models.lora`; the rules hold
-for optimizer states too, whose paths end as their parameters' do.
+As in t5x and big_vision, the first rule whose pattern matches a whole path gives the mesh axes over
+which the dimensions of that array are split. Paths are written as in `models.lora`. The rules also
+apply to optimizer states, whose paths end with the paths of their parameters.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from mmrl_jax.distributed.mesh import AXES, FSDP, TENSOR
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# A layer splits its features over 'tensor', and the one after it its inputs, so that only the sum
-# at the end of attention or MLP crosses devices (Shoeybi et al., 2019, Megatron-LM); over 'fsdp'
-# goes the other side of each matrix. An adapter's A is split as the inputs of its matrix and its B
-# as the outputs, its rank never. What is small is copied.
+# The first matrix of attention or an MLP splits its outputs over 'tensor', and the second splits
+# its inputs, so that only the sum at the end crosses devices (Shoeybi et al., 2019, Megatron-LM).
+# The other dimension of each matrix is split over 'fsdp'. A of an adapter is split as the inputs
+# of its matrix, B as the outputs, and the rank never. Small arrays are replicated.
 _OUT = r".*/(attention/out|mlp_out)"
 RULES: Rules = (
     (r"(.*/)?table", PartitionSpec(TENSOR, FSDP)),
     (r"(.*/)?head", PartitionSpec(FSDP, TENSOR)),
-    # Of the rows of a convolution, no file holds a part by itself.
+    # The rows of a convolution kernel are not split: no checkpoint file stores them contiguously.
     (r"(.*/)?patch_embedding/kernel", PartitionSpec(None, (TENSOR, FSDP))),
     (rf"{_OUT}/kernel", PartitionSpec(TENSOR, FSDP)),
     (rf"{_OUT}/adapter/a", PartitionSpec(TENSOR, None)),
@@ -39,22 +39,23 @@ RULES: Rules = (
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Where each leaf of a pytree goes.
+    """Returns the sharding of each leaf of a pytree according to the partition rules.
 
-    Axes of 'data', 'fsdp' and 'tensor' that the mesh lacks are left out, and so are those that do
-    not divide a dimension, which stays whole there.
+    An axis of a rule is ignored if the mesh does not have it, or if its size does not divide the
+    dimension, which is then not split over that axis.
 
     Args:
-      tree: pytree of arrays, or of their shapes.
-      mesh: of the devices.
-      rules: pattern of whole paths, and the partition of what the first one matches.
+      tree: Pytree of arrays or of `jax.ShapeDtypeStruct`.
+      mesh: Device mesh.
+      rules: Pairs of a regular expression for a whole path and a partition spec. The first rule
+        that matches the path of a leaf applies.
 
     Returns:
-      Pytree of `NamedSharding`, like `tree`.
+      Pytree of `NamedSharding` with the structure of `tree`.
 
     Raises:
-      ValueError: a leaf that no rule matches, a rule for more dimensions than its leaf has, or one
-        that names an axis which neither the mesh nor this package has.
+      ValueError: If no rule matches a leaf, a rule has more dimensions than its leaf, or a rule
+        names an axis that is neither in the mesh nor in `mesh.AXES`.
     """
     for pattern, spec in rules:
         for axis in (axis for entry in spec for axis in _axes(entry)):
@@ -62,7 +63,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
             if axis not in known:
                 near = difflib.get_close_matches(axis, known, 1, cutoff=0.0)[0]
                 raise ValueError(
-                    f"Rule {pattern!r} splits over {axis!r}, which is no axis of the mesh "
+                    f"Rule {pattern!r} splits over {axis!r}, which is not an axis of the mesh "
                     f"{dict(mesh.shape)}; the nearest name is {near!r}."
                 )
 
@@ -103,14 +104,14 @@ def gathered(kernel: jax.Array, path: Sequence[str]) -> jax.Array:
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
-    """Of an entry of a partition: None, an axis, or several."""
+    """Returns the axes of one entry of a partition spec: None, one axis, or several."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _fitting(axes: tuple[str, ...], size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
-    """Those axes, in order, that the mesh has and that together divide a dimension."""
-    kept: tuple[str, ...] = ()
+    """Returns the axes, in order, that the mesh has and whose product divides `size`."""
+    fitting: tuple[str, ...] = ()
     for axis in axes:
-        if axis in mesh.shape and size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0:
-            kept += (axis,)
-    return kept or None
+        if axis in mesh.shape and size % math.prod(mesh.shape[a] for a in (*fitting, axis)) == 0:
+            fitting += (axis,)
+    return fitting or None

@@ -1,4 +1,4 @@
-"""Evaluation of a bounded number of samples at a time, whatever their number."""
+"""Evaluation of any number of samples in chunks of a bounded size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,35 +7,39 @@ import jax
 import numpy as np
 
 
-def chunk_size(count: int, most: int, *, devices: int) -> int:
-    """The size of equal chunks of `count` samples; the last one may have to be filled up.
+def chunk_size(count: int, max_size: int, *, devices: int) -> int:
+    """Returns the size of equal chunks of `count` samples, of which the last may need padding.
 
     Args:
-      count: number of samples, > 0.
-      most: the most samples of a chunk; it is raised to a multiple of the devices.
-      devices: that share a chunk; they divide its size.
+      count: Number of samples, > 0.
+      max_size: Maximum number of samples in a chunk, which is rounded up to a multiple of
+        `devices`.
+      devices: Number of devices over which a chunk is split. The size is a multiple of it.
     """
-    chunks = -(-count // most)
+    chunks = -(-count // max_size)
     return -(-count // (chunks * devices)) * devices
 
 
-def in_chunks(function: Callable[[Any], Any], batch: Any, *, most: int, devices: int) -> Any:
-    """What a function maps a batch [N, ...] to, on the host, worked out for one chunk at a time.
+def in_chunks(function: Callable[[Any], Any], batch: Any, *, max_size: int, devices: int) -> Any:
+    """Applies a function to a batch [N, ...] one chunk at a time, and returns the results in numpy.
 
-    The last chunk is filled up with the first samples again, and what comes of these is dropped, so
-    that every sample counts once and one compiled program serves all chunks.
+    The last chunk is padded with samples from the front of the batch, and their results are
+    dropped. Every sample therefore counts once, and one compiled program serves all chunks.
 
     Args:
-      function: of a chunk [n, ...], of arrays as `batch` has them, to a tree of arrays [n, ...].
-      batch: tree of arrays on the host.
-      most: see `chunk_size`.
-      devices: see `chunk_size`.
+      function: Maps a chunk [n, ...] with the structure of `batch` to a pytree of arrays [n, ...].
+      batch: Pytree of host arrays [N, ...].
+      max_size: Maximum number of samples in a chunk, see `chunk_size`.
+      devices: Number of devices over which a chunk is split.
+
+    Returns:
+      Pytree of numpy arrays [N, ...].
     """
     count = len(jax.tree.leaves(batch)[0])
-    size = chunk_size(count, most, devices=devices)
-    found = []
+    size = chunk_size(count, max_size, devices=devices)
+    results = []
     for first in range(0, count, size):
-        numbers = np.arange(first, first + size) % count
-        chunk = jax.tree.map(lambda x, numbers=numbers: x[numbers], batch)
-        found.append(jax.device_get(function(chunk)))
-    return jax.tree.map(lambda *x: np.concatenate(x)[:count], *found)
+        indices = np.arange(first, first + size) % count
+        chunk = jax.tree.map(lambda x, indices=indices: x[indices], batch)
+        results.append(jax.device_get(function(chunk)))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:count], *results)

@@ -1,4 +1,4 @@
-"""Evaluation of a policy: whole episodes, each counted once, and modalities hidden in turn."""
+"""Evaluation of a control policy on complete episodes, and with one modality shuffled at a time."""
 
 from collections.abc import Callable, Collection
 import functools
@@ -23,12 +23,13 @@ MODALITIES: tuple[Modality, ...] = ("pixels", "instruction", "proprio")
 
 @struct.dataclass
 class Episodes:
-    """One finished episode an environment, float32 [N] each.
+    """Results of one finished episode in each of N environments.
 
     Attributes:
-      success: the environment's success metric at the episode's last step; None if it has none.
-      episode_return: sum of rewards.
-      length: steps.
+      success: Success metric of the environment at the last step of the episode, float32 [N]. None
+        if the environment has no success metric.
+      episode_return: Sum of the rewards of the episode, float32 [N].
+      length: Number of steps of the episode, float32 [N].
     """
 
     success: jax.Array | None
@@ -37,28 +38,41 @@ class Episodes:
 
 
 def start(env: Env, rng: jax.Array, *, episodes: int, first: jax.Array | int = 0) -> State:
-    """N = `episodes` environments at the start of an episode, from the `first` on.
+    """Resets N = `episodes` environments, whose episodes are numbered from `first` on.
 
-    The i-th of all does not depend on how many there are.
+    The initial state of an episode depends on `rng` and its number, but not on how many episodes
+    there are.
+
+    Args:
+      env: Batched environment.
+      rng: PRNG key of all episodes.
+      episodes: Number of environments N.
+      first: Number of the first episode.
+
+    Returns:
+      Initial states, with leaves [N, ...].
     """
     numbers = first + jnp.arange(episodes)
     return env.reset(jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers))
 
 
 def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Episodes:
-    """Runs environments side by side from the start of an episode, each until that ends.
+    """Runs one episode in each of N environments in parallel, from its start to its end.
 
-    An episode whose environment breaks has no success, and the return and length until then.
+    If the state of an environment becomes non-finite, its episode counts as no success, with the
+    return and length up to that step.
 
     Args:
-      env: batched, as `envs.create` makes it.
-      state: of N environments, see `start`; of any split, for all of them step alike.
-      policy: see `rollouts.unroll`.
-      rng: key of the policy.
+      env: Batched environment, as `envs.create` makes it.
+      state: Initial states of N environments, see `start`. They may be of any split, because all
+        splits have the same dynamics.
+      policy: Policy function, see `rollouts.unroll`.
+      rng: PRNG key for sampling actions.
     """
     _, batch = unroll(env, state, policy, rng, env.episode_length)
     done = batch.terminated + batch.truncated
-    # No end before step t, and until then not a step that only reset: the environment broke there.
+    # A step counts if no episode has ended before it, and no step so far was invalid: an invalid
+    # step resets an environment whose state became non-finite.
     before = jnp.cumsum(done, axis=0) - done + jnp.cumsum(1 - batch.valid, axis=0)
     running = (before == 0).astype(jnp.float32)
     success = batch.metrics.get("success")
@@ -70,19 +84,19 @@ def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> 
 
 
 class Evaluator:
-    """Evaluates policies of one kind on the splits of an environment, each on the same episodes.
+    """Evaluates policies with one network on splits of an environment, always on the same episodes.
 
-    A split decides what `reset` draws and nothing else, and what a policy is made of is data: one
-    compiled program serves all policies, splits and hidden modalities. The environments that step
-    together are split over the devices; those that fill up the last ones are not counted.
+    A split affects only what `reset` samples, and the variables of a policy are an argument, so
+    that one compiled program serves all variables, splits and shuffled modalities. The environments
+    of a batch are split over the devices. Environments that pad the last batch are not counted.
 
     Args:
-      make_env: split -> batched environment.
-      policy: what a policy is made of -> policy function; a learner, say.
-      rng: key of the episodes and of the policy.
-      episodes: N.
-      mesh: whose devices share the work.
-      together: the most environments that step at once; None: all.
+      make_env: Returns the batched environment of a split by its name.
+      policy: Returns the policy function for given variables, for example those of a learner.
+      rng: PRNG key of the episodes and of the sampled actions.
+      episodes: Number of episodes N in each split.
+      mesh: Device mesh over which the environments are split; None uses one device.
+      max_batch: Maximum number of environments that step in parallel; None for all N.
     """
 
     def __init__(
@@ -93,33 +107,43 @@ class Evaluator:
         *,
         episodes: int,
         mesh: Mesh | None = None,
-        together: int | None = None,
+        max_batch: int | None = None,
     ):
         self._make_env, self._policy, self._episodes = make_env, policy, episodes
         self._mesh = mesh or mesh_lib.make_mesh(1)
         self._size = chunk_size(
-            episodes, together or episodes, devices=mesh_lib.batch_shards(self._mesh)
+            episodes, max_batch or episodes, devices=mesh_lib.batch_shards(self._mesh)
         )
         self._start_key, self._policy_key = jax.random.split(rng)
         self._starts: dict[str, Any] = {}
         self._run: Any = None
 
-    def __call__(self, variables: Any, split: str, hidden: Modality | None = None) -> Episodes:
-        """Runs the policy on `split`; see `hide` for `hidden`. Returns numpy arrays."""
+    def __call__(self, variables: Any, split: str, shuffled: Modality | None = None) -> Episodes:
+        """Evaluates a policy on one split.
+
+        Args:
+          variables: Variables of the policy.
+          split: Name of the split.
+          shuffled: Modality that is replaced by that of another environment, see
+            `shuffle_modality`; None to shuffle nothing.
+
+        Returns:
+          The results of all episodes, as numpy arrays [N].
+        """
         if split not in self._starts:
             env = self._make_env(split)
             self._starts[split] = jax.jit(functools.partial(start, env, episodes=self._size))
             self._run = self._run or jax.jit(functools.partial(self._evaluate, env))
-        index = jnp.int32(-1 if hidden is None else MODALITIES.index(hidden))
-        found = []
+        index = jnp.int32(-1 if shuffled is None else MODALITIES.index(shuffled))
+        batches = []
         for first in range(0, self._episodes, self._size):
             state = self._starts[split](self._start_key, first=first)
             count = min(self._size, self._episodes - first)
-            if hidden is not None:
-                _check_hideable(state, hidden, count)
+            if shuffled is not None:
+                _check_shuffleable(state, shuffled, count)
             episodes = self._run(state, variables, self._policy_key, index, jnp.int32(count))
-            found.append(jax.device_get(episodes))
-        return jax.tree.map(lambda *x: np.concatenate(x)[: self._episodes], *found)
+            batches.append(jax.device_get(episodes))
+        return jax.tree.map(lambda *x: np.concatenate(x)[: self._episodes], *batches)
 
     def _evaluate(
         self,
@@ -127,10 +151,10 @@ class Evaluator:
         state: State,
         variables: Any,
         rng: jax.Array,
-        hidden: jax.Array,
+        shuffled: jax.Array,
         count: jax.Array,
     ) -> Episodes:
-        # XLA replicates arrays without elements, whatever is asked for.
+        # XLA replicates arrays without elements and rejects a constraint on them.
         state = jax.tree.map(
             lambda x: mesh_lib.constrain_batch(x, mesh=self._mesh) if x.size else x, state
         )
@@ -138,15 +162,15 @@ class Evaluator:
         if self._size > 1:
             for i, modality in enumerate(MODALITIES):
                 if modality in state.obs:
-                    policy = hide(policy, modality, hidden == i, count)
+                    policy = shuffle_modality(policy, modality, shuffled == i, count)
         return evaluate(env, state, policy, rng)
 
 
 def describe(episodes: Episodes) -> dict[str, float]:
-    """Mean 'success' (where the environment has it), 'return' and 'length' of episodes.
+    """Returns the mean 'success' (if the environment has it), 'return' and 'length' of episodes.
 
-    Of the first two also the ends '<name>_lo' and '<name>_hi' of the 95 % bootstrap interval; NaN
-    where an episode's number is not finite.
+    For success and return, '<name>_lo' and '<name>_hi' are the bounds of the 95 % bootstrap
+    interval. They are NaN if the value of any episode is not finite.
     """
     described = {}
     for name, values in (("success", episodes.success), ("return", episodes.episode_return)):
@@ -164,14 +188,16 @@ def describe(episodes: Episodes) -> dict[str, float]:
 def describe_ablations(
     evaluator: Evaluator, variables: Any, split: str, modalities: Collection[str]
 ) -> dict[str, float]:
-    """Returns `describe` of a policy, and of the same with modalities shuffled in turn.
+    """Evaluates a policy, and evaluates it again with each of the given modalities shuffled.
 
     Args:
-      evaluator: Of policies of this kind.
-      variables: What the policy acts with.
-      split: Of the environment.
-      modalities: Those to be shuffled, of MODALITIES; their metrics are named
-        'shuffled_<modality>/<metric>'.
+      evaluator: Evaluator of the policy.
+      variables: Variables of the policy.
+      split: Name of the split.
+      modalities: Modalities to shuffle, a subset of MODALITIES.
+
+    Returns:
+      The metrics of `describe`, and for each modality 'shuffled_<modality>/<metric>'.
     """
     described = describe(evaluator(variables, split))
     for modality in MODALITIES:
@@ -181,37 +207,37 @@ def describe_ablations(
     return described
 
 
-def hide(
+def shuffle_modality(
     policy: PolicyFunction,
     modality: Modality,
     when: jax.Array | bool = True,
     count: jax.Array | None = None,
 ) -> PolicyFunction:
-    """The policy, given another environment's input for one modality.
+    """Wraps a policy so that one modality of its observation comes from another environment.
 
-    A real input of another episode hides the right one without leaving the distribution of
-    inputs, as a blank picture would.
+    An input from another episode removes the information of the modality but stays in the
+    distribution of inputs, which a blank image would not.
 
     Args:
-      policy: see `rollouts.unroll`.
-      modality: the one to hide.
-      when: bool [], may be traced: one compiled program then serves with and without.
-      count: int32 [], the environments that count; they are the first ones, and are given each
-        other's input. None: all.
+      policy: Policy function, see `rollouts.unroll`.
+      modality: Modality of the observation that is shuffled.
+      when: Whether to shuffle, bool []. It may be traced, so that one compiled program serves both
+        cases.
+      count: Number of environments, int32 [], among which the modality is exchanged. They are the
+        first of the batch. None for the whole batch.
 
     Raises:
-      ValueError: the observation has no such modality, or the batch no other environment.
+      ValueError: If the observation has no such modality, or the batch has only one environment.
     """
 
-    def blind(state: State, rng: jax.Array) -> ActorOutput:
+    def shuffled_policy(state: State, rng: jax.Array) -> ActorOutput:
         environments = state.done.shape[0]
-        _check_hideable(state, modality, environments)
+        _check_shuffleable(state, modality, environments)
         other = (jnp.arange(environments) - 1) % (environments if count is None else count)
-        right = state.obs[modality]
-        given = jax.tree.map(lambda x: jnp.where(when, x[other], x), right)
-        return policy(state.replace(obs=state.obs | {modality: given}), rng)
+        inputs = jax.tree.map(lambda x: jnp.where(when, x[other], x), state.obs[modality])
+        return policy(state.replace(obs=state.obs | {modality: inputs}), rng)
 
-    return blind
+    return shuffled_policy
 
 
 def record_video(
@@ -223,36 +249,44 @@ def record_video(
     height: int,
     width: int,
 ) -> tuple[State, jax.Array]:
-    """Pictures of whole episodes, at another resolution than the policy's.
+    """Records videos of complete episodes, whose resolution may differ from the policy's input.
+
+    Args:
+      env: Batched environment with a `scene`.
+      policy: Policy function, see `rollouts.unroll`.
+      rng: PRNG key of the episodes and of the sampled actions.
+      episodes: Number of episodes N.
+      height: Height H of the frames in pixels.
+      width: Width W of the frames in pixels.
 
     Returns:
-      The first state [N, ...], and frames uint8 [T + 1, N, H, W, 3]; an episode that has ended
-      stands still.
+      The initial states [N, ...], and frames uint8 [T + 1, N, H, W, 3]. After the end of an
+      episode, its last frame is repeated.
     """
     start_key, policy_key = jax.random.split(rng)
     first = start(env, start_key, episodes=episodes)
 
-    def render_state(state: State) -> jax.Array:
+    def render_frame(state: State) -> jax.Array:
         return render(*env.scene(state), height=height, width=width)
 
     def step(carry: tuple, t: jax.Array) -> tuple:
-        state, frame, over = carry
-        decision = policy(state, jax.random.fold_in(policy_key, t))
-        state = env.step(state, decision.environment_action)
-        frame = jnp.where(over[:, None, None, None], frame, render_state(state))
-        return (state, frame, over | (state.done > 0)), frame
+        state, frame, ended = carry
+        output = policy(state, jax.random.fold_in(policy_key, t))
+        state = env.step(state, output.environment_action)
+        frame = jnp.where(ended[:, None, None, None], frame, render_frame(state))
+        return (state, frame, ended | (state.done > 0)), frame
 
-    frame = render_state(first)
+    frame = render_frame(first)
     carry = (first, frame, jnp.zeros(episodes, bool))
     _, frames = jax.lax.scan(step, carry, jnp.arange(env.episode_length))
     return first, jnp.concatenate([frame[None], frames])
 
 
-def _check_hideable(state: State, modality: Modality, count: int) -> None:
+def _check_shuffleable(state: State, modality: Modality, count: int) -> None:
     if modality not in state.obs:
-        raise ValueError(f"modality={modality!r} is none of {sorted(state.obs)}.")
+        raise ValueError(f"modality={modality!r} is not one of {sorted(state.obs)}.")
     if count < 2:
         raise ValueError(
-            f"{modality!r} cannot be hidden in a batch of 1, which has no other environment's "
-            f"input: evaluate at least 2 episodes."
+            f"{modality!r} cannot be shuffled in a batch of 1, which has no other environment: "
+            f"evaluate at least 2 episodes."
         )

@@ -1,4 +1,4 @@
-"""Evaluation of a token policy: answers to a fixed set of questions, with pictures swapped."""
+"""Evaluation of a token policy on a fixed set of prompts, optionally with shuffled images."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -13,18 +13,18 @@ from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.tasks.prompts import Prompt, Score, Task
 
-# (what a policy is made of, questions [B], key) -> tokens and which are present, [B, 1, T].
+# (variables, prompts [B], PRNG key) -> tokens int32 [B, 1, T] and completion mask bool [B, 1, T].
 GenerateFunction = Callable[[Any, Prompt, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class PromptEvaluation(NamedTuple):
-    """Questions [N] and the answers to them, [N, 1, T], or on the host [N, T].
+class EvaluatedCompletions(NamedTuple):
+    """N prompts with one scored completion each, as numpy arrays.
 
     Attributes:
-      prompts: as they were asked.
-      tokens: int32, of the answers.
-      mask: bool, False for padding.
-      score: of the answers.
+      prompts: Prompts [N], with their own images even if the policy was given shuffled ones.
+      tokens: Tokens of the completions, int32 [N, T].
+      mask: Mask of the completion tokens, bool [N, T]; False after the end of a completion.
+      score: Scores of the completions, with leaves [N].
     """
 
     prompts: Prompt
@@ -34,16 +34,16 @@ class PromptEvaluation(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One question and the answer to it, for people to read.
+    """One prompt and its completion as text, for the report.
 
     Attributes:
-      image: uint8 [H, W, 3].
-      prompt: its text.
-      answer: the right answer.
-      completion: what was answered.
-      reward: for it; NaN where there is none.
-      correct: whether the task takes it for right; None of a task where rewards alone say how good
-        an answer is.
+      image: Image of the prompt, uint8 [H, W, 3].
+      prompt: Text of the prompt.
+      answer: Text of the correct answer.
+      completion: Text of the completion.
+      reward: Reward of the completion; NaN if it has no reward.
+      correct: Whether the task counts the completion as correct. None for problems that have
+        rewards but no correct answers.
     """
 
     image: np.ndarray
@@ -55,18 +55,18 @@ class Sample(NamedTuple):
 
 
 class PromptEvaluator:
-    """Evaluates policies of one kind on the splits of a task, each on the same questions.
+    """Evaluates policies with one network on splits of a task, always on the same prompts.
 
-    One compiled program answers the questions of all splits, a chunk at a time, which is split over
-    the devices.
+    One compiled program generates the completions of all splits in chunks, which are split over the
+    devices.
 
     Args:
-      task: asks and scores.
-      generate: the policy, one answer to each question.
-      rng: key of the questions.
-      num_prompts: N.
-      mesh: whose devices share the work.
-      together: the most questions that are answered at once.
+      task: Task that samples prompts and scores completions.
+      generate: Generates one completion for each prompt of a batch, see `GenerateFunction`.
+      rng: PRNG key of the prompts and of the generation.
+      num_prompts: Number of prompts N in each split.
+      mesh: Device mesh over which a chunk is split.
+      max_batch: Maximum number of prompts in a chunk.
     """
 
     def __init__(
@@ -77,24 +77,24 @@ class PromptEvaluator:
         *,
         num_prompts: int,
         mesh: Mesh,
-        together: int,
+        max_batch: int,
     ):
         self._task, self._rng, self._num_prompts = task, rng, num_prompts
-        self._mesh, self._together = mesh, together
+        self._mesh, self._max_batch = mesh, max_batch
         self._sample = jax.jit(task.sample, static_argnums=(1, 2))
         self._generate = jax.jit(generate)
         self._score = jax.jit(functools.partial(task.texts.score, penalty=0.0))
 
     def __call__(
         self, variables: Any, split: str, *, shuffle_images: bool = False
-    ) -> PromptEvaluation:
-        """The questions of a split and the answers of a policy, in numpy.
+    ) -> EvaluatedCompletions:
+        """Generates and scores one completion for each prompt of a split.
 
         Args:
-          variables: what the policy is made of.
-          split: of the task.
-          shuffle_images: every prompt is given another prompt's image: how well one answers
-            without looking.
+          variables: Variables of the policy.
+          split: Name of a split of the task.
+          shuffle_images: Whether the policy is given the image of another prompt, which measures
+            the accuracy that it reaches without using the image.
         """
         prompts = jax.device_get(self._sample(self._rng, self._num_prompts, split))
         inputs = prompts
@@ -106,13 +106,18 @@ class PromptEvaluator:
             return self._generate(variables, chunk, self._rng)
 
         tokens, mask = in_chunks(
-            generate, inputs, most=self._together, devices=mesh_lib.batch_shards(self._mesh)
+            generate,
+            inputs,
+            max_size=self._max_batch,
+            devices=mesh_lib.batch_shards(self._mesh),
         )
         score = jax.device_get(self._score(prompts, tokens, mask))
-        return PromptEvaluation(prompts, *jax.tree.map(lambda x: x[:, 0], (tokens, mask, score)))
+        return EvaluatedCompletions(
+            prompts, *jax.tree.map(lambda x: x[:, 0], (tokens, mask, score))
+        )
 
     def samples(self, variables: Any, split: str, count: int) -> list[Sample]:
-        """The first questions of a split as texts, with the answers of a policy."""
+        """Returns the first `count` prompts of a split and the policy's completions as text."""
         texts, evaluated = self._task.texts, self(variables, split)
         return [
             Sample(
@@ -128,7 +133,15 @@ class PromptEvaluator:
 
 
 def describe(score: Score) -> dict[str, float]:
-    """Mean 'accuracy' of answers [N], its 95 % interval '_lo' and '_hi', and 'invalid_fraction'."""
+    """Returns metrics of N scored completions.
+
+    Args:
+      score: Scores of the completions, with leaves [N].
+
+    Returns:
+      'accuracy', the fraction of correct completions; 'accuracy_lo' and 'accuracy_hi', its 95 %
+      bootstrap interval; and 'invalid_fraction', the fraction that is not a valid answer.
+    """
     mean, low, high = statistics.bootstrap_interval(
         np.asarray(score.correct), confidence=0.95, resamples=2000, seed=0
     )
@@ -140,15 +153,18 @@ def describe(score: Score) -> dict[str, float]:
     }
 
 
-def describe_levels(evaluated: PromptEvaluation, levels: Sequence[str]) -> dict[str, float]:
-    """The same of the questions of each level, as '<level>/accuracy' and so on.
+def describe_levels(evaluated: EvaluatedCompletions, levels: Sequence[str]) -> dict[str, float]:
+    """Returns the metrics of `describe` for each difficulty level, as '<level>/<metric>'.
 
-    A level that was not asked is left out.
+    Args:
+      evaluated: Completions with their scores.
+      levels: Names of the levels; the index of a name is the value of `prompts.level`. Levels
+        without prompts are left out.
     """
-    described = {}
+    metrics = {}
     for i, level in enumerate(levels):
         mask = evaluated.prompts.level == i
         if mask.any():
             score = jax.tree.map(lambda x, mask=mask: x[mask], evaluated.score)
-            described |= {f"{level}/{name}": x for name, x in describe(score).items()}
-    return described
+            metrics |= {f"{level}/{name}": x for name, x in describe(score).items()}
+    return metrics

@@ -1,4 +1,4 @@
-"""Evaluation by reward functions, some of whose calls may have failed."""
+"""Evaluation with reward functions, some of whose calls may have failed."""
 
 import math
 import sys
@@ -10,21 +10,23 @@ from mmrl_jax.tasks.rewards import Rewards
 
 
 def describe(rewards: Rewards, split: str, *, max_failed: float) -> dict[str, float]:
-    """Metrics of the answers to the records of a split, one answer each.
+    """Returns metrics of the completions for the records of a split, one completion each.
 
-    A mean over those answers alone whose reward functions did not fail is a mean of those that are
-    well-formed, where malformed ones are what functions fail on. It is therefore reported next to
-    the share that failed, and not at all (NaN, which is no best value either) above `max_failed`.
+    Reward functions tend to fail on malformed completions, so that the mean over the other
+    completions is biased. It is therefore reported together with the fraction that failed, and is
+    NaN, which never counts as the best value, if that fraction exceeds `max_failed`.
 
     Args:
-      rewards: of the answers, [B, 1].
-      split: its name, for the message.
-      max_failed: the share of answers, in [0, 1), that may be without a reward.
+      rewards: Rewards of the completions, with leaves [B, 1].
+      split: Name of the split, for the message.
+      max_failed: Maximum fraction of completions without a reward, in [0, 1), for which the return
+        is reported.
 
     Returns:
-      'failed_fraction', the share of answers without a reward; 'return', their mean reward, and
-      'return_lo' and 'return_hi', its 95 % interval; and for each function 'reward/<function>', the
-      mean of its results, NaN if more than `max_failed` of them are missing.
+      'failed_fraction', the fraction of completions without a reward; 'return', the mean reward of
+      the others; 'return_lo' and 'return_hi', its 95 % bootstrap interval; and for each reward
+      function 'reward/<function>', the mean of its results, which is NaN if more than `max_failed`
+      of them are missing.
     """
     failed = float(np.mean(~rewards.valid))
     interval = math.nan, math.nan, math.nan
@@ -33,17 +35,17 @@ def describe(rewards: Rewards, split: str, *, max_failed: float) -> dict[str, fl
         interval = bootstrap_interval(scored, confidence=0.95, resamples=2000, seed=0)
     else:
         print(
-            f"{failed:.0%} of the answers to split {split!r} have no reward, more than "
-            f"rewards.max_failed={max_failed}: the return is not reported, for it would be that of "
-            "the other answers. Let the reward functions return a number for every answer, or "
-            "declare what a failed call counts as, see mmrl_jax/tasks/rewards.py.",
+            f"{failed:.0%} of the completions of split {split!r} have no reward, more than "
+            f"rewards.max_failed={max_failed}: the return is not reported, because it would cover "
+            "the other completions only. Make the reward functions return a number for every "
+            "completion, or declare the reward of a failed call, see mmrl_jax/tasks/rewards.py.",
             file=sys.stderr,
             flush=True,
         )
 
     def mean(part: np.ndarray) -> float:
-        there = np.isfinite(part)
-        return float(part[there].mean()) if np.mean(~there) <= max_failed else math.nan
+        valid = np.isfinite(part)
+        return float(part[valid].mean()) if np.mean(~valid) <= max_failed else math.nan
 
     parts = {f"reward/{name}": mean(part) for name, part in rewards.parts.items()}
     names = ("return", "return_lo", "return_hi")

@@ -1,7 +1,7 @@
 """Statistics of results: intervals for success rates, IQM over runs, comparison of intervals.
 
-Everything is numpy on the host and deterministic for a given seed. A result without an interval
-is not reported anywhere in this project.
+All functions compute in numpy on the host and are deterministic for a given seed. This project
+reports no result without an interval.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,9 @@ def bootstrap_interval(
 ) -> Interval:
     """Returns the mean with its percentile bootstrap interval.
 
-    Hazard: where all values are equal, so are all resamples, and the interval has no width. N
-    successes in N episodes still go with a rate as low as 1 - 3 / N (95 %, the rule of three).
+    Hazard: if all values are equal, so are all resamples, and the interval has zero width. N
+    successes in N episodes are still consistent with a success rate as low as 1 - 3 / N (95 %, the
+    rule of three).
 
     Args:
         values: One number for each episode, `[N]`, N at least 1.
@@ -34,7 +35,7 @@ def bootstrap_interval(
         (mean, low, high).
 
     Raises:
-        ValueError: An argument out of range, or values that are not finite.
+        ValueError: If an argument is out of range or a value is not finite.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
@@ -52,14 +53,14 @@ def bootstrap_interval(
 def iqm(scores: np.ndarray | Sequence[float]) -> float:
     """Returns the interquartile mean: the mean of the middle half of all scores.
 
-    The lowest and the highest quarter of the scores are left out, each rounded down to whole
-    scores, as in `scipy.stats.trim_mean(scores, 0.25)` and rliable.
+    The lowest and the highest quarter of the scores are discarded. Their number is rounded down, as
+    in `scipy.stats.trim_mean(scores, 0.25)` and rliable.
 
     Args:
-        scores: Any shape, for example `[runs, tasks]`; not empty.
+        scores: Scores of any shape, for example `[runs, tasks]`; at least one.
 
     Raises:
-        ValueError: No scores, or scores that are not finite.
+        ValueError: If there are no scores or a score is not finite.
 
     Source: Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice,
     NeurIPS 2021.
@@ -76,7 +77,8 @@ def stratified_bootstrap_interval(
 ) -> Interval:
     """Returns the IQM over runs and tasks with its stratified percentile bootstrap interval.
 
-    Runs are resampled within each task, so each resample has every task as often as the data.
+    Runs are resampled within each task, so that each resample has as many runs of every task as the
+    data.
 
     Args:
         scores: One score for each run of each task, `[runs, tasks]`.
@@ -88,7 +90,8 @@ def stratified_bootstrap_interval(
         (IQM, low, high).
 
     Raises:
-        ValueError: An argument out of range, or scores of another shape or not finite.
+        ValueError: If an argument is out of range, or the scores have another number of axes or are
+            not finite.
 
     Source: Agarwal et al., NeurIPS 2021, section 4.
     """
@@ -97,11 +100,11 @@ def stratified_bootstrap_interval(
     rng = np.random.default_rng(seed)
     runs, tasks = scores.shape
 
-    def draw(count: int) -> np.ndarray:
+    def resample(count: int) -> np.ndarray:
         chosen = rng.integers(0, runs, (count, runs, tasks))
         return _iqm_rows(scores[chosen, np.arange(tasks)].reshape(count, -1))
 
-    low, high = _percentiles(_in_chunks(resamples, runs * tasks, draw), confidence)
+    low, high = _percentiles(_in_chunks(resamples, runs * tasks, resample), confidence)
     return iqm(scores), low, high
 
 
@@ -113,7 +116,9 @@ def probability_of_improvement(
     resamples: int,
     seed: int,
 ) -> Interval:
-    """Returns how likely a run of `first` scores above a run of `second`; ties count as half.
+    """Returns the probability that a run of `first` scores above a run of `second`.
+
+    Ties count as half:
 
       P = mean_ij [x_i > y_j] + [x_i = y_j] / 2
 
@@ -128,7 +133,7 @@ def probability_of_improvement(
         (probability, low, high).
 
     Raises:
-        ValueError: An argument out of range, or scores that are not finite.
+        ValueError: If an argument is out of range or a score is not finite.
 
     Source: Agarwal et al., NeurIPS 2021, section 4.3 (the Mann-Whitney U statistic).
     """
@@ -138,11 +143,11 @@ def probability_of_improvement(
     rng = np.random.default_rng(seed)
     n, m = above.shape
 
-    def draw(count: int) -> np.ndarray:
+    def resample(count: int) -> np.ndarray:
         rows, columns = rng.integers(0, n, (count, n, 1)), rng.integers(0, m, (count, 1, m))
         return above[rows, columns].mean(axis=(1, 2))
 
-    low, high = _percentiles(_in_chunks(resamples, n * m, draw), confidence)
+    low, high = _percentiles(_in_chunks(resamples, n * m, resample), confidence)
     return float(above.mean()), low, high
 
 
@@ -158,16 +163,16 @@ def ratio_of_iqms(
 
     Args:
         first: One score for each run, `[N]`.
-        second: One score for each run, `[M]`; positive, or the ratio says nothing.
+        second: One score for each run, `[M]`; the scores must be positive for a meaningful ratio.
         confidence: Probability mass of the interval, in (0, 1).
         resamples: Number of bootstrap resamples of the runs of both, at least 1.
         seed: Seed of the resampling.
 
     Returns:
-        (ratio, low, high); all three NaN where a score of `second` is not positive.
+        (ratio, low, high); all three are NaN if a score of `second` is not positive.
 
     Raises:
-        ValueError: An argument out of range, or scores that are not finite.
+        ValueError: If an argument is out of range or a score is not finite.
     """
     first, second = _checked(first, ndim=1), _checked(second, ndim=1)
     _check_bootstrap(confidence, resamples)
@@ -175,21 +180,21 @@ def ratio_of_iqms(
         return np.nan, np.nan, np.nan
     rng = np.random.default_rng(seed)
 
-    def draw(count: int) -> np.ndarray:
+    def resample(count: int) -> np.ndarray:
         above, below = (
             _iqm_rows(rng.choice(scores, (count, len(scores)))) for scores in (first, second)
         )
         return above / below
 
-    low, high = _percentiles(_in_chunks(resamples, len(first) + len(second), draw), confidence)
+    low, high = _percentiles(_in_chunks(resamples, len(first) + len(second), resample), confidence)
     return iqm(first) / iqm(second), low, high
 
 
 def disjoint(first: Interval, second: Interval) -> bool:
-    """Says whether two (value, low, high) intervals have no point in common.
+    """Returns whether two (value, low, high) intervals have no point in common.
 
     Raises:
-        ValueError: An interval whose low is above its high.
+        ValueError: If the low bound of an interval is above its high bound.
     """
     for name, interval in (("first", first), ("second", second)):
         if not interval[1] <= interval[2]:
@@ -200,15 +205,15 @@ def disjoint(first: Interval, second: Interval) -> bool:
 def _iqm_rows(rows: np.ndarray) -> np.ndarray:
     """Returns the IQM of each row of `[rows, N]`."""
     n = rows.shape[1]
-    cut = n // 4
-    return np.sort(rows, axis=1)[:, cut : n - cut].mean(axis=1)
+    trimmed = n // 4
+    return np.sort(rows, axis=1)[:, trimmed : n - trimmed].mean(axis=1)
 
 
-def _in_chunks(resamples: int, width: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns `[resamples]` values of `draw(count)`; bounds the memory of one call."""
+def _in_chunks(resamples: int, width: int, resample: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Returns `[resamples]` values, calling `resample(count)` in chunks to bound its memory."""
     chunk = max(1, _CHUNK_ELEMENTS // width)
     counts = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    return np.concatenate([draw(count) for count in counts])
+    return np.concatenate([resample(count) for count in counts])
 
 
 def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:

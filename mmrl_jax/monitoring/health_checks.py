@@ -1,7 +1,7 @@
-"""Alarms: what goes wrong in silence while a policy that answers is trained.
+"""Health checks of the training of a token policy, which raise alarms on silent failures.
 
-Each one happened to others unnoticed for hundreds of updates. They are read off what was logged, so
-that a resumed run has those that the whole run would have had.
+Each of these failures is known to stay unnoticed for hundreds of updates. The checks use logged
+metrics only, so that a resumed run raises the same alarms as an uninterrupted one.
 """
 
 from collections import deque
@@ -9,79 +9,86 @@ from collections.abc import Mapping
 import math
 
 Row = Mapping[str, float | None]
-WINDOW = 20  # Lines of the log that an alarm wants to see.
-SHORT = 1 / 3  # Of the longest mean length of answers before.
-CERTAIN = 0.02  # Of the entropy in the first line.
-WATCHED = ("completion/reward", "reward/zero_std_groups", "completion/length", "policy/entropy")
+WINDOW = 20  # Number of rows with a metric before a check of it can raise an alarm.
+SHORT = 1 / 3  # Fraction of the longest mean completion length so far that counts as a collapse.
+LOW_ENTROPY = 0.02  # Fraction of the first logged entropy that counts as a collapse.
+CHECKED = ("completion/reward", "reward/zero_std_groups", "completion/length", "policy/entropy")
 
 
-class Alarms:
-    """Watches the lines of a run's log, one after the other.
+class HealthChecks:
+    """Checks the rows of a metrics log one after the other.
 
-    'reward_constant', 'groups_degenerate', 'answers_short' and 'entropy_low' want WINDOW lines;
-    'pictures_unused' wants two evaluations. A line without what an alarm is about is passed over.
+    The alarms 'reward_constant', 'groups_degenerate', 'answers_short' and 'entropy_low' need WINDOW
+    rows with their metric, and 'pictures_unused' needs two evaluations. A row without the metric of
+    a check does not count for it.
 
     Attributes:
-      raised: those raised after the last line, name -> what is wrong and where to look.
+      raised: Alarms that are raised after the last row: a message by the name of the alarm.
     """
 
     def __init__(self) -> None:
         self.raised: dict[str, str] = {}
-        self._last: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in WATCHED}
+        self._last: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in CHECKED}
         self._longest = 0.0
         self._first_entropy: float | None = None
-        self._unseeing: deque[bool] = deque(
-            maxlen=2
-        )  # Of evaluations: are shuffled images as good?
+        # Whether shuffled images were as good as the right ones in the last two evaluations.
+        self._images_unused: deque[bool] = deque(maxlen=2)
 
-    def see(self, row: Row) -> dict[str, str]:
-        """Takes a line in; the alarms that it raises and the line before did not."""
+    def update(self, row: Row) -> dict[str, str]:
+        """Checks the next row of metrics.
+
+        Args:
+          row: Metrics by their names. None stands for a value that is not finite.
+
+        Returns:
+          The alarms that this row raises and that were not raised after the row before.
+        """
         for name, values in self._last.items():
             value = row.get(name)
-            # A file of metrics has None for what was not finite.
+            # A metrics file has null, which becomes None, for values that are not finite.
             if value is not None and math.isfinite(value):
                 values.append(value)
         shuffled = row.get("eval/train/shuffled_image/accuracy")
-        least = row.get("eval/train/accuracy_lo")
-        if shuffled is not None and least is not None:
-            self._unseeing.append(shuffled >= least)
-        before, self.raised = self.raised, self._found()
+        accuracy_lo = row.get("eval/train/accuracy_lo")
+        if shuffled is not None and accuracy_lo is not None:
+            self._images_unused.append(shuffled >= accuracy_lo)
+        before, self.raised = self.raised, self._alarms()
         return {name: text for name, text in self.raised.items() if name not in before}
 
-    def _found(self) -> dict[str, str]:
-        reward, degenerate, length, entropy = (self._last[name] for name in WATCHED)
+    def _alarms(self) -> dict[str, str]:
+        reward, degenerate, length, entropy = (self._last[name] for name in CHECKED)
         self._longest = max(self._longest, *length, 0.0)
         if self._first_entropy is None and entropy:
             self._first_entropy = entropy[0]
-        found: dict[str, str] = {}
+        alarms: dict[str, str] = {}
         if len(reward) == WINDOW and max(reward) == min(reward):
-            found["reward_constant"] = (
-                f"completion/reward has been {reward[-1]:g} in the last {WINDOW} lines: see "
-                "whether answers are parsed as they are meant to be written, and whether some are "
-                "ever right."
+            alarms["reward_constant"] = (
+                f"completion/reward has been {reward[-1]:g} in the last {WINDOW} rows: check "
+                "whether completions are parsed as intended, and whether any is ever correct."
             )
         if len(degenerate) == WINDOW and min(degenerate) >= 1:
-            found["groups_degenerate"] = (
-                f"In the last {WINDOW} lines all answers of every group had equal rewards, and "
-                "nothing was learned: raise the temperature or the group, or ask easier or harder "
-                "questions."
+            alarms["groups_degenerate"] = (
+                f"In the last {WINDOW} rows all completions of every group had equal rewards, so "
+                "that nothing was learned: raise the temperature or the number of completions in a "
+                "group, or use easier or harder prompts."
             )
         if len(length) == WINDOW and max(length) < SHORT * self._longest:
-            found["answers_short"] = (
-                f"completion/length fell from {self._longest:.3g} to {length[-1]:.3g}: see whether "
-                "short answers are paid for, or the loss is a mean over each answer's tokens."
+            alarms["answers_short"] = (
+                f"completion/length fell from {self._longest:.3g} to {length[-1]:.3g}: check "
+                "whether the rewards favor short completions, or the loss is a mean over the "
+                "tokens of each completion."
             )
-        # The entropy of control policies is of a density, and may be negative.
-        answers = len(length) == WINDOW == len(entropy)
-        if answers and max(entropy) < CERTAIN * (self._first_entropy or 0.0):
-            found["entropy_low"] = (
-                f"policy/entropy fell from {self._first_entropy:.3g} to {entropy[-1]:.3g}: nothing "
-                "new is tried. Lower the learning rate, or raise the temperature, the entropy or "
-                "the KL weight."
+        # Control policies are left out: their entropy is that of a density and may be negative.
+        has_tokens = len(length) == WINDOW == len(entropy)
+        if has_tokens and max(entropy) < LOW_ENTROPY * (self._first_entropy or 0.0):
+            alarms["entropy_low"] = (
+                f"policy/entropy fell from {self._first_entropy:.3g} to {entropy[-1]:.3g}: the "
+                "policy no longer explores. Lower the learning rate, or raise the temperature, the "
+                "entropy coefficient or the KL coefficient."
             )
-        if len(self._unseeing) == 2 and all(self._unseeing):
-            found["pictures_unused"] = (
-                "eval/train/accuracy is no better than with another question's picture: the "
-                "answers do not depend on the pictures."
+        if len(self._images_unused) == 2 and all(self._images_unused):
+            alarms["pictures_unused"] = (
+                "eval/train/accuracy is no better than with the image of another prompt: the "
+                "completions do not depend on the images."
             )
-        return found
+        return alarms

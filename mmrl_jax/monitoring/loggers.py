@@ -1,7 +1,7 @@
-"""Loggers of metrics beside the files of a run: Weights & Biases and trackio.
+"""Loggers that receive metrics in addition to the files of a run: Weights & Biases and trackio.
 
-Their packages are imported only if a config asks for them: `run.loggers=("tensorboard", "wandb")`.
-A logger that fails does not end a run.
+Their packages are imported only if a config names them: `run.loggers=("tensorboard", "wandb")`.
+A logger that fails does not end the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,23 @@ PROJECT = "mmrl_jax"
 
 
 class Logger(Protocol):
-    """Where the metrics of a stage go."""
+    """Receives the metrics of a stage."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the metrics of an update."""
+        """Logs the metrics of update `step`."""
 
     def close(self) -> None:
-        """Ends the run there."""
+        """Finishes the run in the logger's backend."""
 
 
 class _Tracker:
-    """A run of wandb, or of trackio, whose interface is the same as far as it is used here."""
+    """A run of wandb or of trackio, which has the same interface for the functions used here."""
 
     def __init__(self, module: Any, workdir: workdir_lib.PathLike, label: str, config: ConfigLike):
         name = f"{workdir_lib.as_path(workdir).name}-{label}"
         arguments: dict[str, Any] = {"project": PROJECT, "name": name, "config": flatten(config)}
         if module.__name__ == "wandb":
-            # The same run of the same name is continued when a run is resumed.
+            # A resumed run continues the wandb run with the same id.
             arguments |= {"dir": str(workdir), "id": name, "resume": "allow"}
         else:
             arguments |= {"resume": "allow"}
@@ -58,16 +58,16 @@ def make(
     label: str,
     config: ConfigLike,
 ) -> tuple[Logger, ...]:
-    """Opens the loggers of a stage; TensorBoard's files are `metric_files`'.
+    """Opens the loggers of a stage, except for TensorBoard, whose files `metric_files` writes.
 
     Args:
-      names: Of LOGGERS.
-      workdir: Directory of the stage.
-      label: Name of the stage.
-      config: Of the run, which the loggers show.
+      names: Names of loggers, a subset of LOGGERS.
+      workdir: Working directory of the stage.
+      label: Name of the stage, which becomes part of the name of the logged run.
+      config: Config of the run, which the loggers show.
 
     Raises:
-      ValueError: A package is not installed.
+      ValueError: If the package of a logger is not installed.
     """
     loggers: list[Logger] = []
     for name in names:

@@ -1,7 +1,8 @@
-"""The files of metrics: one JSON object a line, and the same as TensorBoard events.
+"""Metrics files: one JSON object per line, and the same values as TensorBoard events.
 
-A file that cannot be written ends no run: a message says what is missing. In a bucket nothing can
-be appended to; there the files are copies of local ones, made now and then.
+A file that cannot be written does not end the run; a message says what is missing. Objects in a
+bucket cannot be appended to, so that the files there are copies of local ones, which are updated at
+intervals.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,23 +23,22 @@ from mmrl_jax.monitoring import metric_definitions
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
-COPY_INTERVAL_S = 30.0  # Least time between two copies to a bucket.
+COPY_INTERVAL_S = 30.0  # Minimum time between two copies to a bucket.
 
 logger = logging.getLogger(__name__)
 
 
 def read_jsonl(path: workdir_lib.PathLike) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file; none if there is no file.
+    """Returns the rows of a metrics file; an empty list if the file does not exist.
 
-    Metrics that an earlier version logged under another name have the name of today.
-
-    The half line that a killed run leaves is left out. Other lines that are no rows are left out
-    too, with a warning that counts them.
+    Metrics that an earlier version logged under another name are returned under their current name.
+    The incomplete last line of a killed run is skipped. Other lines that cannot be parsed are
+    skipped too, with a warning that counts them.
     """
     rows, damaged = _read_rows(epath.Path(path))
     if damaged:
         logger.warning(
-            "%s: %d lines are not rows of metrics and are left out; the first is line %d.",
+            "%s: %d lines are not rows of metrics and are skipped; the first is line %d.",
             path,
             len(damaged),
             damaged[0],
@@ -47,13 +47,13 @@ def read_jsonl(path: workdir_lib.PathLike) -> list[dict[str, Any]]:
 
 
 def _read_rows(path: epath.Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Returns the rows of a metrics file, and the numbers of the lines that are none."""
+    """Returns the rows of a metrics file, and the numbers of the lines that cannot be parsed."""
     if not path.exists():
         return [], []
     if path.is_dir():
         return [], [1]
     rows, damaged = [], []
-    # Each line is written whole, with its end; what is behind the last end was cut off.
+    # Each line is written with its newline; what follows the last newline is incomplete.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         row = _parse(line)
         if row is not None:
@@ -64,7 +64,7 @@ def _read_rows(path: epath.Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the row in a line; None if it is none."""
+    """Returns the row in a line; None if the line is not a row of metrics."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 class MetricFiles:
-    """Writes the rows of one run."""
+    """Writes the metrics of one run to its files."""
 
     def __init__(
         self,
@@ -85,16 +85,17 @@ class MetricFiles:
         tell: Callable[[str], None],
         tensorboard: bool = True,
     ):
-        """Opens the files, and removes what a resumed run will write again.
+        """Opens the files, and removes the rows that a resumed run will write again.
 
         Args:
-            workdir: Directory of the run; made if absent.
-            resume_step: See `MetricWriter`.
-            tell: Prints a message.
-            tensorboard: Write TensorBoard's events too.
+            workdir: Directory of the run, which is created if it does not exist.
+            resume_step: Step of the restored checkpoint, after which rows are removed; None for a
+                new run, which removes all rows.
+            tell: Function that prints a message.
+            tensorboard: Whether to write TensorBoard events too.
         """
         self._tell = tell
-        self._told: set[str] = set()
+        self._reported: set[str] = set()  # Files whose first failure was reported.
         self._after_failure = b""
         workdir = workdir_lib.as_path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ class MetricFiles:
                 self._board = _open_board(self._local / TENSORBOARD_NAME, first)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a row to the disk."""
+        """Appends the metrics of a step to the files."""
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
         line = json.dumps({"step": step, **row}, allow_nan=False).encode() + b"\n"
         with self._tolerating(JSONL_NAME):
@@ -131,7 +132,7 @@ class MetricFiles:
             self.flush()
 
     def flush(self) -> None:
-        """Copies to the bucket, where there is one, what has been written since the last time."""
+        """Copies files that have grown since the last copy to the bucket, if the run is in one."""
         if self._bucket is None:
             return
         self._copied_at = time.monotonic()
@@ -155,37 +156,37 @@ class MetricFiles:
 
     @contextlib.contextmanager
     def _tolerating(self, name: str) -> Iterator[None]:
-        """Makes an error of a file a message, the first time."""
+        """Turns errors of a file into one message, which is printed at the first error."""
         try:
             yield
-        except Exception as error:  # Clients of remote storage raise errors of their own.
-            if name not in self._told:
-                self._told.add(name)
+        except Exception as error:  # Clients of remote storage have their own exception types.
+            if name not in self._reported:
+                self._reported.add(name)
                 self._tell(
-                    f"{name} cannot be written ({workdir_lib.one_line(error)}). The run goes on "
-                    "without what is missing there."
+                    f"{name} cannot be written ({workdir_lib.one_line(error)}). The run continues, "
+                    "but metrics will be missing there."
                 )
 
     def _truncate(self, resume_step: int | None) -> None:
-        """Removes the rows after `resume_step`, in one replacement; keeps a damaged file beside."""
+        """Removes the rows after `resume_step` atomically, and keeps a copy of a damaged file."""
         path = epath.Path(self._local / JSONL_NAME)
         rows, damaged = _read_rows(path)
         if damaged:
-            beside = workdir_lib.free_name(path.parent, f"{JSONL_NAME}.damaged")
-            path.rename(beside)
-            self._tell(f"{path.name} is damaged: it was moved to {beside.name}, and what can be "
-                       "read of it is written again.")  # fmt: skip
-        kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
-        workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            backup = workdir_lib.free_name(path.parent, f"{JSONL_NAME}.damaged")
+            path.rename(backup)
+            self._tell(f"{path.name} is damaged: it was moved to {backup.name}, and its readable "
+                       "rows are written to a new file.")  # fmt: skip
+        remaining = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+        workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for row in remaining))
 
 
 def _open_board(directory: pathlib.Path, first: int) -> Any:
-    """Opens a file of events, of which earlier files' events from step `first` on are to go.
+    """Opens an event file that makes TensorBoard drop events of earlier files from `first` on.
 
-    tensorboardX's own writer hands events to a thread; where that cannot write, it dies, and the
-    queue to it fills up until the run stands still.
+    The SummaryWriter of tensorboardX is not used: it passes events to a thread, which dies when it
+    cannot write, and then the full queue blocks the run.
     """
-    # Imported here: a core installation runs without it until something is logged.
+    # Imported here, so that the module can be imported without tensorboardX.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2
 

@@ -16,7 +16,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from mmrl_jax.pretrained import bundled_weights, processor_files
-from mmrl_jax.tasks.folder import shown
+from mmrl_jax.tasks.folder import short_repr
 
 SMOLLM2 = "smollm2"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -90,7 +90,7 @@ class ChatTokenizer:
         check_text(text, "prompt")
         before = self._ids(self.template.before)
         after = self._ids(text + self.template.after)
-        check_ids(self.tokenizer, [*before, *after], self.vocabulary, f"prompt {shown(text)}")
+        check_ids(self.tokenizer, [*before, *after], self.vocabulary, f"prompt {short_repr(text)}")
         return [*before, *[self.image] * images, *after]
 
     def encode_completion(self, text: str) -> list[int]:
@@ -103,7 +103,7 @@ class ChatTokenizer:
         if ids[: len(prompt)] != prompt:
             prompt, ids = [], self._ids(self.template.lead + text)
         ids = [*ids[len(prompt) :], self.stop]
-        check_ids(self.tokenizer, ids, self.vocabulary, f"answer {shown(text)}")
+        check_ids(self.tokenizer, ids, self.vocabulary, f"answer {short_repr(text)}")
         return ids
 
     @property
@@ -273,7 +273,7 @@ def check_text(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} {shown(text)} has {ascii(text[error.start])}, a lone surrogate, at "
+            f"{where} {short_repr(text)} has {ascii(text[error.start])}, a lone surrogate, at "
             f"character {error.start}, which is not valid text; replace it. It is often half of a "
             "truncated emoji."
         ) from error

@@ -29,7 +29,7 @@ from mmrl_jax.pretrained.chat import (
     stop_tokens,
 )
 from mmrl_jax.pretrained.families import qwen_vl
-from mmrl_jax.tasks.folder import shown
+from mmrl_jax.tasks.folder import short_repr
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
 # Families that were trained on an image and words without a template.
@@ -67,7 +67,7 @@ class VisionChatTokenizer(ChatTokenizer):
             )
         # Features replace the embeddings of image tokens, which therefore need no rows.
         words = [token for token in ids if token != self.image]
-        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {shown(text)}")
+        check_ids(self.tokenizer, words, self.vocabulary, f"prompt {short_repr(text)}")
         return ids
 
 

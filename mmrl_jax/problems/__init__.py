@@ -1,4 +1,4 @@
-"""Problems by name: a policy, where its experience comes from, and how it is evaluated."""
+"""Problems by name: a policy, the sources of its experience, and its evaluation."""
 
 from collections.abc import Mapping
 import types
@@ -16,7 +16,7 @@ from mmrl_jax.problems.problem import MAY_CHANGE, Problem
 
 __all__ = ["KINDS", "Problem", "complete", "make", "may_change", "options"]
 
-# The module of each kind has `options` and a class; a kind of your own is one more row.
+# Module with `options`, and class, of each kind of problem. Users may add a row for their own kind.
 KINDS: dict[str, tuple[types.ModuleType, type]] = {
     "control": (control, control.Control),
     "text_agent": (text_agent, text_agent.TextAgent),
@@ -30,8 +30,8 @@ def _kind(config: Mapping[str, Any] | ml_collections.ConfigDict) -> tuple[types.
         import_module(module, "imports")
     name = config.get("problem")
     if name not in KINDS:
-        old = [key for key in ("algorithm", "devices") if key in config]
-        hint = " This is a config of an earlier version: see the changelog." if old else ""
+        is_old = any(key in config for key in ("algorithm", "devices"))
+        hint = " This is a config of an earlier version: see the changelog." if is_old else ""
         raise ValueError(
             f"Config key 'problem' is {name!r}, but must be one of "
             f"{', '.join(map(repr, KINDS))}.{hint}"
@@ -40,26 +40,26 @@ def _kind(config: Mapping[str, Any] | ml_collections.ConfigDict) -> tuple[types.
 
 
 def options(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Group:
-    """Returns the keys that a config has, by its kind of problem, its stages and its model.
+    """Returns the keys of a config, which depend on its problem, stages and kind of model.
 
     Raises:
-      ValueError: One of these is unknown.
+      ValueError: If the problem, a stage or the kind of model is unknown.
     """
     return _kind(config)[0].options(config)
 
 
 def complete(*differences: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Returns a whole config, made of what differs from the defaults.
+    """Completes a config with the defaults of all keys that it does not set.
 
-    The groups of algorithms that are not among the stages are left out, so that a config may hold
-    settings for several algorithms, of which 'stages' chooses.
+    The groups of algorithms that are not in `stages` are dropped, so that a config may contain
+    settings for several algorithms.
 
     Args:
-      *differences: Nested dictionaries with at least 'problem' and 'stages'; a later one replaces
-        single keys of those before.
+      *differences: Nested dictionaries of values that differ from the defaults, including 'problem'
+        and 'stages'. A later dictionary overrides single keys of earlier ones.
 
     Raises:
-      ValueError: The problem, a stage or the kind of model is unknown.
+      ValueError: If the problem, a stage or the kind of model is unknown.
     """
     given = schema.merge(*differences)
     keys = options(given)
@@ -68,14 +68,15 @@ def complete(*differences: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def make(config: ml_collections.ConfigDict) -> Problem:
-    """Makes the problem of a config; after it, no other code reads the config.
+    """Makes the problem of a config. No code outside of the problem reads the config afterwards.
 
     Args:
-      config: A whole config, or one of an earlier version: keys that it lacks get their defaults.
+      config: A complete config, or one of an earlier version, whose missing keys get their
+        defaults.
 
     Raises:
-      ValueError: The config cannot run. All keys that are unknown, missing or impossible are named
-        at once; what does not fit together is named by its first fault.
+      ValueError: If the config is invalid. The message lists all keys that are unknown, missing or
+        out of range, or else the first inconsistency between keys.
     """
     config = complete(config)
     config.lock()

@@ -1,4 +1,4 @@
-"""Control policies: pixels, an instruction and proprioception to actions in an environment."""
+"""Problem of a control policy, which maps pixels, instruction and proprioception to actions."""
 
 from collections.abc import Callable
 import dataclasses
@@ -42,31 +42,34 @@ from mmrl_jax.types import Metrics, Transition
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnvOptions:
-    """The group `env`."""
+    """Options of the group `env`."""
 
     name: str = option(
         dataclasses.MISSING,
-        "Environment: one of mmrl_jax.envs.NAMES, 'brax:<name>', 'module:Class'.",
+        "Environment: one of mmrl_jax.envs.NAMES, 'brax:<name>', or 'module:Class'.",
     )
-    split: str = option("train", "Split of the environment that the policy is trained on.")
+    split: str = option("train", "Split of the environment on which the policy is trained.")
     height: int = option(
-        32, "Height of the pixels; 0 for an environment without pixels.", NON_NEGATIVE
+        32, "Height of the images in pixels; 0 for an environment without images.", NON_NEGATIVE
     )
-    width: int = option(32, "Width of the pixels.", NON_NEGATIVE)
-    history: int = option(1, "Frames that an observation holds.", POSITIVE)
+    width: int = option(32, "Width of the images in pixels.", NON_NEGATIVE)
+    history: int = option(1, "Number of frames in an observation.", POSITIVE)
     options: dict = option({}, "Further arguments of the environment.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
-    """How environments are stepped in an update."""
+    """Options of the rollout of an update."""
 
     num_envs: int = option(
-        256, "Environments that step in parallel; the devices divide them.", POSITIVE
+        256,
+        "Number of environments that step in parallel; a multiple of the number of devices.",
+        POSITIVE,
     )
-    unroll_length: int = option(16, "Steps of each environment in an update.", POSITIVE)
+    unroll_length: int = option(16, "Number of steps of each environment in an update.", POSITIVE)
 
 
+# Options of the source of each kind of experience.
 SOURCES: dict[str, type] = {
     "rollout": RolloutOptions,
     "demonstrations": demonstrations.DemonstrationOptions,
@@ -74,7 +77,7 @@ SOURCES: dict[str, type] = {
 
 
 def options(config: Any) -> Group:
-    """Returns the keys that a config of this problem has, by its stages and its kind of model."""
+    """Returns the keys of a config of this problem, by its stages and its kind of model."""
     stages = {
         name: options_of(
             StageOptions,
@@ -89,27 +92,30 @@ def options(config: Any) -> Group:
 
 
 def check_env(config: ml_collections.ConfigDict) -> State:
-    """Checks the environment, and returns the shapes of its state after `reset`, of one episode.
+    """Checks the environment of a config.
+
+    Returns:
+      Shapes and dtypes of the state of one unbatched environment after `reset`.
 
     Raises:
-      ValueError: There is no such environment, split or option, an argument is impossible, or see
-        `check_settings` and `envs.check_env`.
+      ValueError: If the environment, split or an option is unknown, an argument is invalid, the
+        environment violates the contract of `envs.check_env`, or a setting of JAX is not supported.
     """
     check_settings()
     env, known = config.env, envs.splits(config.env.name)
     if env.split not in known:
         raise ValueError(f"env.split={env.split!r} is unknown; choose one of {known}.")
-    given = env.options.to_dict()
-    for name in sorted(set(given) & set(env.keys())):
+    arguments = env.options.to_dict()
+    for name in sorted(set(arguments) & set(env.keys())):
         raise ValueError(
-            f"env.options.{name}={given[name]!r}: set env.{name}, which is {env[name]!r}, and "
-            "leave the option out."
+            f"env.options.{name}={arguments[name]!r}: set env.{name}, which is {env[name]!r}, "
+            "instead, and remove the option."
         )
     return envs.check_env(envs.unwrapped(make_env(config)), pixels=env.height > 0)
 
 
 def _check_sizes(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError for batches that do not divide into minibatches, or among the devices."""
+    """Raises ValueError for batches that minibatches or devices do not divide."""
     sizes: dict[str, int] = {}
     for name in config.stages:
         g, experience = config[name], registry.CONTROL[name].experience
@@ -117,14 +123,14 @@ def _check_sizes(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             sizes[f"{name}.batch_size"] = g.batch_size
             if g.num_updates * g.batch_size >= 2**32:
                 raise ValueError(
-                    f"{name}.num_updates={g.num_updates} * {name}.batch_size={g.batch_size} are "
-                    "2**32 samples or more, beyond which epochs cannot be counted; lower one."
+                    f"{name}.num_updates={g.num_updates} * {name}.batch_size={g.batch_size} is "
+                    "2**32 samples or more, for which epochs cannot be counted; lower one of them."
                 )
             if config.env.name != "language_reach":
                 raise ValueError(
                     f"stages={tuple(config.stages)} has {name!r}, which learns from "
                     f"demonstrations, but env.name={config.env.name!r} has no scripted expert; "
-                    "leave the stage out."
+                    "remove the stage."
                 )
         if experience == "rollout":
             samples = g.num_envs * g.unroll_length
@@ -143,40 +149,43 @@ def _check_sizes(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if len({x for x in discounts.values() if x is not None}) > 1:
         raise ValueError(
             ", ".join(f"{name}={x}" for name, x in discounts.items())
-            + ": a value means one thing to all stages of a run; give them one discount."
+            + ": all stages of a run share the value function; give them the same discount."
         )
 
 
 def _check_observation(config: ml_collections.ConfigDict, state: State) -> None:
-    """Raises ValueError unless the environment has what the model reads and predicts.
+    """Checks that the environment has the inputs and the privileged targets of the model.
 
     Args:
-      config: Of a model that sees.
-      state: Shapes of the environment's, of one episode.
+      config: Config of a model with images.
+      state: Shapes and dtypes of the state of one unbatched environment.
+
+    Raises:
+      ValueError: If an input or a target is missing or has another shape.
     """
     model = config.model
     for entry in model.auxiliary:
         pair = isinstance(entry, (tuple, list)) and len(entry) == 2
         if not pair or not isinstance(entry[0], str) or type(entry[1]) is not int:
-            raise ValueError(f"model.auxiliary holds {entry!r}, but must hold (name, size).")
+            raise ValueError(f"model.auxiliary has {entry!r}, but must have pairs (name, size).")
     names = [name for name, _ in model.auxiliary]
     if model.pointing is not None:
         names.append(model.pointing)
     if len(set(names)) < len(names):
         raise ValueError(
             f"model.auxiliary={tuple(model.auxiliary)} and model.pointing={model.pointing!r} name "
-            "a target twice; name each once."
+            "a target twice; name each target once."
         )
-    asked: dict[str, tuple[int, ...]] = {name: (size,) for name, size in model.auxiliary}
+    targets: dict[str, tuple[int, ...]] = {name: (size,) for name, size in model.auxiliary}
     if model.pointing is not None:
-        asked[model.pointing] = (2,)
+        targets[model.pointing] = (2,)
     if "instruction" not in state.obs:
         raise ValueError(
             f"env.name={config.env.name!r} with env.options={config.env.options.to_dict()} gives "
             f"no instruction, which model.kind={model.kind!r} needs; give one in env.options."
         )
     privileged = {name: x.shape for name, x in state.info["privileged"].items()}
-    for name, shape in asked.items():
+    for name, shape in targets.items():
         if privileged.get(name) != shape:
             raise ValueError(
                 f"model.auxiliary or model.pointing names {name!r} of shape {shape}, but "
@@ -198,7 +207,7 @@ def make_env(config: ml_collections.ConfigDict, *, split: str | None = None) -> 
 
 
 def rollout_metrics(batch: Transition) -> Metrics:
-    """Returns what to log of an unroll; NaN where no episode ended in it."""
+    """Returns the metrics of an unroll; those of episodes are NaN if no episode ended in it."""
     ended = batch.terminated + batch.truncated
 
     def at_end(x: jax.Array) -> jax.Array:
@@ -217,17 +226,17 @@ def rollout_metrics(batch: Transition) -> Metrics:
 
 
 class Control:
-    """The problem of a control policy, see `problem.Problem`.
+    """Problem of a control policy, see `problem.Problem` for the interface.
 
     Args:
-      config: Of the run; its keys are those of `options`.
+      config: Config of the run, with the keys of `options`.
 
     Attributes:
-      env: The batched environment on the training split.
-      network: The policy network.
+      env: Batched environment on the training split.
+      network: Policy network.
 
     Raises:
-      ValueError: The config cannot run: names the field, its value and the remedy.
+      ValueError: If the config is invalid; the message gives the field, its value and the remedy.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -248,7 +257,10 @@ class Control:
         self._demonstrations: dict[str, bc.Demonstrations] = {}
 
     def dependencies(self) -> dict[str, str]:
-        """See `problem.Problem`; other pretrained parts are parameters, and in the checkpoints."""
+        """Returns the fingerprint of the text encoder, if there is one, see `problem.Problem`.
+
+        Other pretrained weights are part of the parameters, which checkpoints contain.
+        """
         encoder = self.config.model.get("text_encoder")
         if encoder is None:
             return {}
@@ -257,19 +269,19 @@ class Control:
     # -- Experience --------------------------------------------------------------------------------
 
     def expert(self, name: str) -> PolicyFunction:
-        """Returns the imperfect scripted expert of a stage; it reads privileged state."""
+        """Returns the scripted expert of a stage, which uses privileged state and is imperfect."""
         return demonstrations.expert(**self.config[name].expert.to_dict())
 
     def demonstrations(self, name: str) -> bc.Demonstrations:
-        """Returns the fixed set of a stage, in numpy; it is recorded once, see `record`."""
+        """Returns the demonstrations of a stage as numpy arrays, which are recorded only once."""
         if name not in self._demonstrations:
             g, rng = self.config[name], stream(self.config, problem.DATA)
             self._demonstrations[name], success = demonstrations.record(
                 self.env, self.expert(name), rng, episodes=g.episodes, discount=g.discount
             )
             print(
-                f"{g.episodes} demonstrated episodes of an expert that succeeds in {success:.0%} "
-                "of them.",
+                f"Recorded {g.episodes} episodes of an expert that succeeds in {success:.0%} of "
+                "them.",
                 flush=True,
             )
         return self._demonstrations[name]
@@ -300,20 +312,20 @@ class Control:
     # -- Stages ------------------------------------------------------------------------------------
 
     def stage(self, name: str, /, *, start: LearnerState | None = None, **changes: Any) -> Stage:
-        """See `problem.Problem`.
+        """Builds a stage of the run, see `problem.Problem`.
 
         Args:
-          name: One of config.stages.
-          start: A learner whose parameters and normalizer the stage begins with, and whose
-            optimizer too where it has one; None to begin from scratch.
-          **changes: Fields of the stage that differ from the config's, and `stream`, of the run's
-            streams of random numbers.
+          name: Name of the stage, one of config.stages.
+          start: Learner from whose parameters and normalizer, and optimizer state if it has one,
+            the stage starts; None to start from the initial parameters.
+          **changes: Fields of `Stage` to replace, and `stream`, the stream of random numbers of the
+            stage.
         """
         config, algorithm = self.config, registry.CONTROL[name]
-        # An MLP has no other dtype than float32.
+        # An MLP has no option `dtype` and always computes in float32.
         reduced = config.model.get("dtype", "float32") != "float32"
-        given = {"recompute": reduced} if hasattr(algorithm.options, "recompute") else {}
-        algorithm_options = build(algorithm.options, config[name], **given)
+        derived = {"recompute": reduced} if hasattr(algorithm.options, "recompute") else {}
+        algorithm_options = build(algorithm.options, config[name], **derived)
         trainable = config[name].trainable
         is_trained = functools.partial(control_models.is_trainable, trainable=trainable)
         optimizer = sources.make_optimizer(
@@ -325,10 +337,10 @@ class Control:
             source = demonstrations.source(data, batch_size=config[name].batch_size)
         else:
             source = self._rollout(name, apply)
-        begin = Start(start)
+        initial = Start(start)
 
         def init() -> Carry:
-            learner = begin()
+            learner = initial()
             if learner is None:
                 learner = source.prepare(self._fresh_learner())
             params = algorithm.prepare(learner.params, algorithm_options)
@@ -359,7 +371,7 @@ class Control:
         return Stage(
             **fields | {name: x for name, x in changes.items() if name != "stream"},
             init=init,
-            release=begin.release,
+            release=initial.release,
             update=sources.make_update(source, learn),
             constants=constants,
             evaluate=self._periodic_evaluation(),
@@ -367,45 +379,50 @@ class Control:
         )
 
     def _fresh_learner(self) -> LearnerState:
-        """A learner without an optimizer; pretrained parameters are read."""
+        """Returns a new learner without optimizer state; pretrained weights are read."""
         key = stream(self.config, problem.PARAMETERS)
         params = control_models.init_params(self.network, self.env, self.config.model, key)
         size = control_models.zeros(self.env)["proprio"].shape[-1]
         return learner_lib.init(params, proprio_size=size)
 
-    # -- What was trained --------------------------------------------------------------------------
+    # -- Variables and evaluation ------------------------------------------------------------------
 
     def variables(self, stage: Stage, learner: LearnerState) -> LearnerState:
-        """See `problem.Problem`."""
+        """Returns the learner without its optimizer state, see `problem.Problem`."""
         return learner.without_optimizer()
 
-    def stored(self, name: str) -> dict[str, Any]:
-        """See `problem.Problem`; they are the same for every stage and any number of devices."""
+    def checkpoint_parts(self, name: str) -> dict[str, Any]:
+        """Returns the shapes of parameters and normalizer, which are the same for every stage."""
         shapes = control_models.shapes(self.network, self.env, self.config.model)
         size = control_models.zeros(self.env)["proprio"].shape[-1]
         like = jax.eval_shape(functools.partial(learner_lib.init, proprio_size=size), shapes)
         return {"params": like.params, "normalizer": like.normalizer}
 
-    def restored_from(self, name: str) -> tuple[str, ...]:
-        """See `problem.Problem`: every checkpoint is complete."""
+    def checkpoint_stages(self, name: str) -> tuple[str, ...]:
+        """Returns the stage itself, because each checkpoint has all variables of the policy."""
         return (name,)
 
-    def restored(self, parts: dict[str, dict[str, Any]]) -> LearnerState:
-        """See `problem.Problem`."""
-        (stored,) = parts.values()
-        return LearnerState(**stored, opt_state=(), steps=jnp.zeros((), jnp.int32))
+    def from_checkpoint(self, parts: dict[str, dict[str, Any]]) -> LearnerState:
+        """Returns a learner without optimizer state, see `problem.Problem`."""
+        (stage_parts,) = parts.values()
+        return LearnerState(**stage_parts, opt_state=(), steps=jnp.zeros((), jnp.int32))
 
     def samples(self, variables: LearnerState, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """See `problem.Problem`: a video shows what a control policy does."""
+        """Returns no samples: the behavior of a control policy is shown by a video instead."""
         return [], {}
 
     def policy(self, learner: LearnerState, *, deterministic: bool = True) -> PolicyFunction:
-        """Returns the policy of a learner, for `rollouts.unroll`."""
+        """Returns the policy function of a learner for `rollouts.unroll`."""
         apply = control_models.make_apply(self.network, self.mesh)
         return policy_function(apply, learner, deterministic=deterministic)
 
     def evaluator(self, rng: jax.Array, *, episodes: int) -> Evaluator:
-        """Returns an evaluator of the deterministic policies of learners."""
+        """Returns an evaluator of the deterministic policy of a learner.
+
+        Args:
+          rng: PRNG key of the episodes.
+          episodes: Number of episodes in each split.
+        """
         return Evaluator(
             lambda split: make_env(self.config, split=split),
             self.policy,
@@ -417,7 +434,7 @@ class Control:
     def measure(
         self, *, episodes: int | None = None, ablations: bool = False
     ) -> Callable[[LearnerState, str], dict[str, float]]:
-        """See `problem.Problem` and `evaluate.describe_ablations`."""
+        """Returns the reported evaluation, see `problem.Problem` and `describe_ablations`."""
         evaluator = self.evaluator(
             stream(self.config, problem.EVALUATION),
             episodes=episodes or self.config.run.eval_episodes,
@@ -427,12 +444,12 @@ class Control:
 
     def _periodic_evaluation(self) -> Callable[[LearnerState], dict[str, float]]:
         split = self.config.env.split
-        # Other episodes than those that are reported: the best checkpoint is chosen by these.
+        # These are not the reported episodes, because they select the best checkpoint.
         rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)
         evaluator = self.evaluator(rng, episodes=self.config.run.eval_episodes)
 
-        def evaluation(learner: LearnerState) -> dict[str, float]:
-            described = describe(evaluator(learner.without_optimizer(), split))
-            return {f"eval/{split}/{name}": value for name, value in described.items()}
+        def evaluate(learner: LearnerState) -> dict[str, float]:
+            metrics = describe(evaluator(learner.without_optimizer(), split))
+            return {f"eval/{split}/{name}": value for name, value in metrics.items()}
 
-        return evaluation
+        return evaluate

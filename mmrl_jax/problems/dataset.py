@@ -1,9 +1,9 @@
-"""Prompts from files, with a user's own reward functions in Python.
+"""Problem of prompts from files, with reward functions of the user in Python.
 
     records of the update -> [completions] -> texts -> reward functions -> [learning] -> next update
 
-In brackets are the two compiled programs of an update; what lies between happens on the host. The
-records' own answers can be learned from first, as labels.
+The steps in brackets are the two compiled programs of an update; the others run on the host. In a
+supervised stage, the answers of the records are the labels.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ from mmrl_jax.models import lora
 from mmrl_jax.pretrained.chat import ChatTokenizer
 from mmrl_jax.problems import dataset_options, problem, token_models, token_problem
 from mmrl_jax.problems.host_rewards import (
-    Scored,
+    ScoredTexts,
     Scorer,
     Split,
-    completion_rows,
     open_split,
-    prompt_rows,
-    tell_images,
-    tell_rejected,
+    print_image_summary,
+    print_rejected,
+    tokenize_completions,
+    tokenize_prompts,
 )
 from mmrl_jax.problems.sources import Collected, Constants, Learn, Source, update_keys
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
@@ -54,7 +54,7 @@ VALIDATION, TEST = SPLITS = ("validation", "test")
 
 
 def options(config: Any) -> Group:
-    """Returns the keys that a config of this problem has, by its stages and its kind of model."""
+    """Returns the keys of a config of this problem, by its stages and its kind of model."""
     kinds = {"labels": (LabelOptions,), "completions": (CompletionOptions,)}
     keys = problem.options_of_problem(
         dataset=options_of(dataset_options.DatasetOptions),
@@ -62,18 +62,26 @@ def options(config: Any) -> Group:
         model=token_models.options(config),
         **token_problem.stage_options(config, kinds),
     )
-    # The evaluation is of all validation records.
+    # Evaluations always use all validation records.
     keys["run"] = {name: x for name, x in keys["run"].items() if name != "eval_episodes"}
     return keys
 
 
 class Dataset(TokenProblem):
-    """The problem of prompts from files, see `problem.Problem`; it reads the whole folder.
+    """Problem of prompts from files, see `problem.Problem` for the interface.
+
+    All records are read and checked when the problem is made.
+
+    Args:
+      config: Config of the run, with the keys of `options`.
 
     Attributes:
-      chat: The model's texts.
-      records: The records of the folder, read once a run.
-      scorer: Rewards of completions.
+      chat: Tokenizer and chat template of the model.
+      records: Records of the folder, by split.
+      scorer: Scores completions with the reward functions.
+
+    Raises:
+      ValueError: If the config is invalid, or the records cannot be used.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -84,8 +92,8 @@ class Dataset(TokenProblem):
         assert spec is not None  # See `dataset_options.check`.
         self.chat: ChatTokenizer = spec.chat
         self._image_tokens = token_models.image_tokens(config.model, spec, size)
-        rows = prompt_rows(self.chat, [""], length=d.prompt_tokens, images=self._image_tokens)
-        # No prompt and no answer is known beforehand: this is what the shapes are read from.
+        rows = tokenize_prompts(self.chat, [""], length=d.prompt_tokens, images=self._image_tokens)
+        # Prompts and answers are not known in advance. These placeholders define the shapes.
         texts = Texts(("",), (), *rows, np.zeros((0, d.completion_tokens), np.int32), self.chat)
         model = token_models.make_model(config.model, spec, texts, size)
         super().__init__(config, model, f"eval/{VALIDATION}/return")
@@ -112,10 +120,10 @@ class Dataset(TokenProblem):
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        """Scores completions by the functions of the config; its processes start with it.
+        """Scores completions with the reward functions; its first use starts the workers.
 
         Raises:
-          RuntimeError: See `RewardWorkerPool`.
+          RuntimeError: If a worker does not start.
         """
         return Scorer(self._pool(), self.chat)
 
@@ -123,7 +131,7 @@ class Dataset(TokenProblem):
         """Opens the folder.
 
         Raises:
-          ValueError: See `open_split`.
+          ValueError: If the records cannot be used, see `open_split`.
         """
         d = self.config.dataset
         return open_split(
@@ -135,7 +143,7 @@ class Dataset(TokenProblem):
             split_seed=d.split_seed,
             size=(d.height, d.width),
             resize=d.resize,
-            batch_size=self.evaluated_together(),
+            batch_size=self.eval_batch_size(),
             seed=self.config.seed,
             max_rejected=d.max_rejected,
             completion_length=d.completion_tokens if self._labels else None,
@@ -144,12 +152,12 @@ class Dataset(TokenProblem):
         )
 
     def dependencies(self) -> dict[str, str]:
-        """See `problem.Problem`."""
+        """Returns fingerprints of model, records and reward functions, see `problem.Problem`."""
         d = self.config.dataset
         tables = [
-            (pathlib.Path(place) / METADATA).read_bytes()
-            for place in (d.directory, d.test_directory)
-            if place is not None
+            (pathlib.Path(directory) / METADATA).read_bytes()
+            for directory in (d.directory, d.test_directory)
+            if directory is not None
         ]
         images = [
             (name, info.digest)
@@ -166,42 +174,42 @@ class Dataset(TokenProblem):
 
     def prompts(self, batch: Batch) -> Prompt:
         """Returns the B prompts of a batch, split over the devices."""
-        tokens, mask = prompt_rows(
+        tokens, mask = tokenize_prompts(
             self.chat,
             batch.prompts,
             length=self.config.dataset.prompt_tokens,
             images=self._image_tokens,
         )
-        unnamed = np.zeros(len(tokens), np.int32)  # Of no table of a task's texts.
-        arrays = tokens, mask, batch.images, *(unnamed,) * 4
+        unused = np.zeros(len(tokens), np.int32)  # The indices into a task's texts are unused.
+        arrays = tokens, mask, batch.images, *(unused,) * 4
         return Prompt(*mesh_lib.put_batch(arrays, mesh=self.mesh))
 
     def source(self, name: str) -> Source:
-        """See `TokenProblem`.
+        """Returns the source of the experience of a stage, see `TokenProblem`.
 
         Raises:
-          NoRewards: Not a single answer of the first records has a reward.
-          RuntimeError: See `RewardWorkerPool`.
+          NoRewards: If no answer of the records of the first batch has a reward.
+          RuntimeError: If a worker for reward functions does not start.
         """
         if name == self.config.stages[0]:
             d = self.config.dataset
-            tell_rejected(self.records)
-            tell_images(self.records, (d.height, d.width), resize=d.resize)
+            print_rejected(self.records)
+            print_image_summary(self.records, (d.height, d.width), resize=d.resize)
         labels = name in self._labels
         size = self.config[name].batch_size if labels else self.config[name].prompts_per_update
-        train = self.records.train.batched(size)
-        self.scorer.rehearse(train)
+        train = self.records.train.with_batch_size(size)
+        self.scorer.check_functions(train)
         if labels:
-            return self._labelled(name, train)
-        return self._completions(name, train)
+            return self._label_source(name, train)
+        return self._completion_source(name, train)
 
-    def _labelled(self, name: str, train: Any) -> Source:
-        """The records' own answers, read batch by batch while the devices learn from the last."""
+    def _label_source(self, name: str, train: Any) -> Source:
+        """Returns a source of the records' answers, which are read one batch ahead."""
         s, length = self.config[name], self.config.dataset.completion_tokens
 
         def read(update: int) -> ScoredCompletions:
             batch = train.batch(update)
-            rows = completion_rows(self.chat, batch.answers, length=length)
+            rows = tokenize_completions(self.chat, batch.answers, length=length)
             rows = mesh_lib.put_batch(rows, mesh=self.mesh)
             return ScoredCompletions.labeled(self.prompts(batch), *rows)
 
@@ -228,7 +236,8 @@ class Dataset(TokenProblem):
 
         return Source(stream=problem.FIXED_SET, samples_per_update=s.batch_size, on_host=on_host)
 
-    def _completions(self, name: str, train: Any) -> Source:
+    def _completion_source(self, name: str, train: Any) -> Source:
+        """Returns a source of sampled completions with rewards on the host."""
         r = self.config[name]
         return Source(
             stream=problem.COMPLETIONS,
@@ -242,7 +251,7 @@ class Dataset(TokenProblem):
     ) -> HostUpdate:
         """Compiles the two programs of an update, between which the rewards are computed."""
         r, replicated = self.config[name], mesh_lib.replicated(self.mesh)
-        placed = functools.partial(mesh_lib.placed_shapes, shardings=replicated)
+        replicated_shapes = functools.partial(mesh_lib.placed_shapes, shardings=replicated)
         shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
         generate = jax.jit(functools.partial(self._generate, name), out_shardings=replicated)
 
@@ -263,31 +272,31 @@ class Dataset(TokenProblem):
             return batch, self.prompts(batch)
 
         _, prompts = read(0)
-        generating = generate.lower(
+        lowered_generate = generate.lower(
             carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
         )
-        number = placed(np.empty((r.prompts_per_update, r.num_completions), np.float32))
-        scored = prompts, placed(generating.out_info), number, number
-        stepping = step.lower(carry, constants, scored, placed(np.float32(0)))
-        generated, stepped = generating.compile(), stepping.compile()
+        reward = replicated_shapes(np.empty((r.prompts_per_update, r.num_completions), np.float32))
+        scored = prompts, replicated_shapes(lowered_generate.out_info), reward, reward
+        lowered_step = step.lower(carry, constants, scored, replicated_shapes(np.float32(0)))
+        compiled_generate, compiled_step = lowered_generate.compile(), lowered_step.compile()
         batches = Prefetch(read, updates=r.num_updates)
 
         def collect(carry: Carry, constants: Constants) -> tuple[tuple, jax.Array]:
             batch, prompts = batches(int(jax.device_get(carry.updates)))
-            completions = generated(
+            completions = compiled_generate(
                 carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
             )
             _, rewards = self.scorer(train, batch, completions)
-            # NaN times a mask of 0 is NaN.
+            # Missing rewards are set to 0, because NaN times a mask of 0 is NaN.
             reward = np.where(rewards.valid, rewards.reward, 0)
-            numbers = reward, rewards.valid.astype(np.float32), np.float32(rewards.failed)
-            reward, valid, failed = jax.device_put(numbers, replicated)
+            arrays = reward, rewards.valid.astype(np.float32), np.float32(rewards.failed)
+            reward, valid, failed = jax.device_put(arrays, replicated)
             return (prompts, completions, reward, valid), failed
 
         return HostUpdate(
             collect,
-            lambda carry, constants, collected: stepped(carry, constants, *collected),
-            placed(stepping.out_info[1]),
+            lambda carry, constants, collected: compiled_step(carry, constants, *collected),
+            replicated_shapes(lowered_step.out_info[1]),
         )
 
     def _generate(
@@ -299,8 +308,8 @@ class Dataset(TokenProblem):
         rng: jax.Array,
         updates: jax.Array,
     ) -> Completions:
-        """The completions of an update of a stage; traced."""
-        # Each device completes its part.
+        """Samples the completions of an update of a stage; traced."""
+        # Each device completes its part of the prompts.
         prompts = mesh_lib.constrain_batch(prompts, mesh=self.mesh)
         return self.model.policy.generate(
             params,
@@ -313,37 +322,47 @@ class Dataset(TokenProblem):
 
     # -- Evaluation --------------------------------------------------------------------------------
 
-    def greedy(self, episodes: int | None = None) -> Callable[[Params, str], tuple[Batch, Scored]]:
-        """Returns (variables, split) -> its records, and the greedy completions of them, G = 1.
+    def greedy(
+        self, episodes: int | None = None
+    ) -> Callable[[Params, str], tuple[Batch, ScoredTexts]]:
+        """Returns a function that completes the records of a split greedily.
 
         Args:
-          episodes: The first so many records of a split; None for all.
+          episodes: Number of records from the front of a split; None for all records.
+
+        Returns:
+          Function (variables, split) -> (records, their completions with rewards, with G = 1).
         """
 
-        @functools.cache  # An evaluation is repeated, and images are read from files.
+        @functools.cache  # Evaluations are repeated, and reading the images from files is slow.
         def read(split: str) -> Batch:
             part = getattr(self.records, split)
             count = len(part) if episodes is None else episodes
             if count > len(part):
                 raise ValueError(
-                    f"{count} episodes, but split {split!r} has {len(part)} records; ask for as "
-                    "many at most."
+                    f"{count} episodes, but split {split!r} has only {len(part)} records; give at "
+                    "most that many."
                 )
             return part.read(range(count))
 
         @jax.jit
         def complete(variables: Params, prompts: Prompt) -> Completions:
-            halves, sampling = lora.split(variables, ".*"), Sampling(temperature=0.0)
+            trainable, frozen = lora.split(variables, ".*")
             return self.model.policy.generate(
-                *halves, prompts, jax.random.key(0), num_completions=1, sampling=sampling
+                trainable,
+                frozen,
+                prompts,
+                jax.random.key(0),
+                num_completions=1,
+                sampling=Sampling(temperature=0.0),
             )
 
-        def greedy(variables: Params, split: str) -> tuple[Batch, Scored]:
+        def greedy(variables: Params, split: str) -> tuple[Batch, ScoredTexts]:
             batch, part = read(split), getattr(self.records, split)
             completions = in_chunks(
                 lambda indices: complete(variables, self.prompts(batch.take(indices))),
                 np.arange(len(batch.records)),
-                most=self.evaluated_together(),
+                max_size=self.eval_batch_size(),
                 devices=mesh_lib.batch_shards(self.mesh),
             )
             return batch, self.scorer(part, batch, completions, allow_none=True)
@@ -353,9 +372,9 @@ class Dataset(TokenProblem):
     def measure(
         self, *, episodes: int | None = None, ablations: bool = False
     ) -> Callable[[Params, str], dict[str, float]]:
-        """See `problem.Problem` and `evaluation.rewards.describe`.
+        """Returns the reported evaluation, see `problem.Problem` and `evaluation.rewards.describe`.
 
-        The function raises ValueError if a split has fewer records.
+        The returned function raises ValueError if a split has fewer records than `episodes`.
         """
         greedy = self.greedy(episodes)
 
@@ -366,13 +385,13 @@ class Dataset(TokenProblem):
         return measure
 
     def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
-        """See `TokenProblem`."""
+        """Returns the evaluation on the validation records, see `TokenProblem`."""
         return self.periodic(self.measure(), frozen, VALIDATION)
 
     def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """See `problem.Problem`: the first test records, and the metrics of all of them."""
+        """Returns completions of the first test records, and the metrics of all test records."""
         batch, (completions, rewards) = self.greedy()(variables, TEST)
-        described = describe(rewards, TEST, max_failed=self.config.rewards.max_failed)
+        metrics = describe(rewards, TEST, max_failed=self.config.rewards.max_failed)
         samples = [
             Sample(
                 batch.images[i],
@@ -380,8 +399,8 @@ class Dataset(TokenProblem):
                 batch.answers[i],
                 text,
                 float(rewards.reward[i, 0]),
-                correct=None,  # What is right, the reward functions alone can say.
+                correct=None,  # Only the reward functions know what is correct.
             )
             for i, (text,) in enumerate(completions[:count])
         ]
-        return samples, {f"eval/{TEST}/{name}": value for name, value in described.items()}
+        return samples, {f"eval/{TEST}/{name}": value for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Demonstrations of a scripted expert: recorded once, and learned from in epochs."""
+"""Demonstrations of a scripted expert, which are recorded once and learned from in epochs."""
 
 import dataclasses
 
@@ -24,26 +24,36 @@ from mmrl_jax.training.stage import Carry
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertOptions:
-    """The group `expert`: the scripted expert of `language_reach`, imperfect on purpose."""
+    """Options of the group `expert`: the scripted expert of `language_reach`, made imperfect."""
 
     gain: float = option(1.5, "Action per rad of error.", POSITIVE)
     undershoot: float = option(
-        0.15, "Fraction of the way to the target at which the expert stops short.", between(0, 1)
+        0.15,
+        "Fraction of the distance to the target by which the expert stops short.",
+        between(0, 1),
     )
-    noise: float = option(0.2, "Standard deviation of the noise on its actions.", NON_NEGATIVE)
+    noise: float = option(
+        0.2, "Standard deviation of the noise on the expert's actions.", NON_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemonstrationOptions:
-    """The demonstrations of an update."""
+    """Options of the demonstrations of a stage."""
 
-    episodes: int = option(4096, "Episodes that are recorded once, before training.", POSITIVE)
-    batch_size: int = option(512, "Samples of an optimizer step.", POSITIVE)
+    episodes: int = option(4096, "Number of episodes that are recorded before training.", POSITIVE)
+    batch_size: int = option(512, "Number of samples in an optimizer step.", POSITIVE)
     expert: ExpertOptions = group(ExpertOptions)
 
 
 def expert(*, gain: float, undershoot: float, noise: float) -> PolicyFunction:
-    """Returns the scripted expert of `language_reach`, see `ExpertOptions`."""
+    """Returns the scripted expert of `language_reach`.
+
+    Args:
+      gain: Action per rad of error.
+      undershoot: Fraction of the distance to the target by which the expert stops short.
+      noise: Standard deviation of the noise on the expert's actions.
+    """
 
     def policy(state: State, rng: jax.Array) -> ActorOutput:
         action = language_reach.expert_action(
@@ -57,17 +67,17 @@ def expert(*, gain: float, undershoot: float, noise: float) -> PolicyFunction:
 def record(
     env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int, discount: float
 ) -> tuple[bc.Demonstrations, float]:
-    """Records whole episodes; the same key gives the same ones.
+    """Records complete episodes of a policy, which depend on the PRNG key alone.
 
     Args:
-      env: The batched environment.
-      policy: The demonstrator.
-      rng: Key of the episodes and of the policy.
+      env: Batched environment.
+      policy: Policy function of the demonstrator.
+      rng: PRNG key of the episodes and of the policy.
       episodes: Number of episodes.
-      discount: Discount factor per step of the returns that a critic learns.
+      discount: Discount factor per step of the returns, which are the targets of the value.
 
     Returns:
-      The samples, in numpy, and the fraction of episodes in which the demonstrator succeeded.
+      The samples as numpy arrays, and the fraction of episodes with success.
     """
 
     @jax.jit
@@ -79,17 +89,17 @@ def record(
         success = losses.masked_mean(batch.metrics["success"], ended)
         return bc.demonstrations(batch, batch.action, last.obs, discount=discount), success
 
-    # On the host: the devices have the samples for as long as the stage runs.
+    # The samples are kept on the host, and are on the devices only while their stage runs.
     data, success = jax.device_get(run(rng))
     return data, float(success)
 
 
 def source(data: bc.Demonstrations, *, batch_size: int) -> Source:
-    """Returns a source of demonstrations that lie on every device.
+    """Returns a source of demonstrations, which are replicated on every device.
 
     Args:
-      data: The demonstrations.
-      batch_size: Samples of an update.
+      data: Demonstrations.
+      batch_size: Number of samples in an update.
     """
 
     def collect(carry: Carry, constants: Constants) -> Collected:
@@ -101,9 +111,9 @@ def source(data: bc.Demonstrations, *, batch_size: int) -> Source:
 
     def prepare(learner: LearnerState) -> LearnerState:
         proprio = data.observation["proprio"][: len(data.action)]
-        counted = jnp.ones(proprio.shape[:-1])
-        seen = normalization.update(learner.normalizer, proprio, counted)
-        return learner.replace(normalizer=seen)
+        mask = jnp.ones(proprio.shape[:-1])
+        normalizer = normalization.update(learner.normalizer, proprio, mask)
+        return learner.replace(normalizer=normalizer)
 
     return Source(
         stream=problem.FIXED_SET,

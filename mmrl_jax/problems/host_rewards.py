@@ -1,4 +1,4 @@
-"""The records of a folder as a model reads them, and the rewards of what it answers."""
+"""Tokenizes the records of a folder for a model, and scores the completions of the model."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -13,70 +13,84 @@ import numpy as np
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import images as images_lib
-from mmrl_jax.tasks.folder import Batch, Records, open_folder, shown
+from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.rewards import GIVEN, Failure, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.rewards import RESERVED, Failure, Rewards, RewardWorkerPool
 
-TOLD = 10  # Reasons of failures that a process prints; reward/failed counts all failures.
+# Maximum number of kinds of failures that a process prints. reward/failed counts all failures.
+MAX_PRINTED = 10
 
 
-def prompt_rows(
+def tokenize_prompts(
     chat: ChatTokenizer, prompts: Sequence[str], *, length: int, images: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of B prompts, int32 [B, S], padded on the left, and which are there, bool [B, S].
+    """Tokenizes B prompts with one image each.
 
     Args:
-      chat: the model's texts.
-      prompts: B questions about a picture each.
-      length: S.
-      images: image tokens of a picture.
+      chat: Tokenizer and chat template of the model.
+      prompts: Texts of the B prompts.
+      length: Number of tokens S to which prompts are padded on the left.
+      images: Number of tokens of an image.
+
+    Returns:
+      Token ids int32 [B, S], and their mask bool [B, S], which is False for padding.
 
     Raises:
-      ValueError: one is longer than S, dataset.prompt_tokens; or see `ChatTokenizer.encode_prompt`.
+      ValueError: If a prompt has more than S tokens, or cannot be tokenized, see
+        `ChatTokenizer.encode_prompt`.
     """
     rows = [chat.encode_prompt(text, images=images) for text in prompts]
     for text, ids in zip(prompts, rows, strict=True):
         if len(ids) > length:
             raise ValueError(
-                f"prompt {shown(text)} has {len(ids)} tokens, {images} of them of the image, more "
-                f"than dataset.prompt_tokens={length}; raise it."
+                f"prompt {short_repr(text)} has {len(ids)} tokens, {images} of them for the image, "
+                f"more than dataset.prompt_tokens={length}; raise it."
             )
-    # Backwards, padding behind is padding before.
+    # Rows are reversed, padded on the right, and reversed again.
     tokens, mask = _padded([ids[::-1] for ids in rows], length, chat.pad)
     return tokens[:, ::-1], mask[:, ::-1]
 
 
-def completion_rows(
+def tokenize_completions(
     chat: ChatTokenizer, answers: Sequence[str], *, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of B answers with their stop tokens, int32 [B, T], and which are there, bool.
+    """Tokenizes B completions with their stop tokens.
+
+    Args:
+      chat: Tokenizer and chat template of the model.
+      answers: Texts of the B completions.
+      length: Number of tokens T to which completions are padded on the right.
+
+    Returns:
+      Token ids int32 [B, T], and their mask bool [B, T], which is False for padding.
 
     Raises:
-      ValueError: one is longer than T, the length; or see `ChatTokenizer.encode_completion`.
+      ValueError: If a completion has more than T tokens, or cannot be tokenized, see
+        `ChatTokenizer.encode_completion`.
     """
     rows = [chat.encode_completion(text) for text in answers]
     for text, ids in zip(answers, rows, strict=True):
         if len(ids) > length:
             raise ValueError(
-                f"answer {shown(text)} has {len(ids)} tokens, more than "
-                f"dataset.completion_tokens={length}, and is to be learned from; raise it."
+                f"answer {short_repr(text)} has {len(ids)} tokens, more than "
+                f"dataset.completion_tokens={length}, but a stage learns from it; raise that key."
             )
     return _padded(rows, length, chat.pad)
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids, int32 [B, length], padded behind, and which are there."""
+    """Pads rows of token ids on the right; returns ids int32 [B, length] and their mask."""
     tokens = np.array([[*ids, *[pad] * (length - len(ids))] for ids in rows], np.int32)
     return tokens, np.arange(length) < np.array([len(ids) for ids in rows])[:, None]
 
 
 class Split(NamedTuple):
-    """The records of a dataset.
+    """The records of a dataset by split.
 
     Attributes:
-      train: in batches of an update's prompts.
-      validation: for evaluation while training, by which the best checkpoint is chosen.
-      test: for the evaluation that is reported.
+      train: Records that stages learn from, in batches of an update.
+      validation: Records of the evaluations during training, which select the best checkpoint.
+      test: Records of the reported evaluation.
     """
 
     train: Records
@@ -97,91 +111,101 @@ def open_split(
     images: int,
     **opening: Any,
 ) -> Split:
-    """The records of a dataset.
+    """Opens the records of a dataset and splits them.
 
     Args:
-      chat: the model's texts.
-      directory: the dataset.
-      test_directory: a folder of the test split alone, or None for a part of the other one.
-      validation_size: least number of records of the validation split.
-      test_size: least number of records of the test split; 0 with a folder of its own.
-      split_seed: of the splits, see `Records.divided`.
-      completion_length: the most tokens of an answer; None where none is learned from.
-      length: the most tokens of a prompt.
-      images: image tokens of a picture.
-      **opening: see `open_folder`.
+      chat: Tokenizer and chat template of the model.
+      directory: Directory of the dataset.
+      test_directory: Directory of the test split; None if the test split is a part of `directory`.
+      validation_size: Minimum number of records in the validation split.
+      test_size: Minimum number of records in the test split; 0 with a `test_directory`.
+      split_seed: Seed of the splits, see `Records.split`.
+      completion_length: Maximum number of tokens of an answer; None if no stage learns from
+        answers, so that their length does not matter.
+      length: Maximum number of tokens of a prompt.
+      images: Number of tokens of an image.
+      **opening: Further arguments of `open_folder`.
 
     Raises:
-      ValueError: see `open_folder`; there are too few records for so many to be held out; or an
-        image of the test folder is in the other folder too.
+      ValueError: If a folder cannot be opened, see `open_folder`, there are too few records for
+        the held-out splits, or an image of `test_directory` is in `directory` too.
     """
 
-    def usable(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
+    def check(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
         check_text(prompt, "prompt")
         check_text(answer, "answer")
         for column in columns.items():
             check_text(json.dumps(column, ensure_ascii=False), "column")
-        prompt_rows(chat, [prompt], length=length, images=images)
+        tokenize_prompts(chat, [prompt], length=length, images=images)
         if completion_length is not None:
-            completion_rows(chat, [answer], length=completion_length)
-        taken = [name for name in GIVEN if name in columns]
-        if taken:
-            raise ValueError(f"columns {taken} are what reward functions are given already.")
+            tokenize_completions(chat, [answer], length=completion_length)
+        reserved = [name for name in RESERVED if name in columns]
+        if reserved:
+            raise ValueError(f"columns {reserved} are reserved arguments of reward functions.")
 
-    records = open_folder(directory, check=usable, **opening)
-    # The test split comes first, so that it does not depend on the size of the other one.
+    records = open_folder(directory, check=check, **opening)
+    # The test split comes first, so that it does not depend on the size of the validation split.
     sizes = {"test": test_size, "validation": validation_size}
     try:
-        parts = records.divided(sizes, seed=split_seed)
+        parts = records.split(sizes, seed=split_seed)
     except ValueError as error:
         raise ValueError(
             f"dataset.validation_size={validation_size}, dataset.test_size={test_size}: {error}"
         ) from error
     if test_directory is not None:
-        parts["test"] = open_folder(test_directory, check=usable, **opening)
-        _check_unseen(records, parts["test"])
+        parts["test"] = open_folder(test_directory, check=check, **opening)
+        _check_disjoint(records, parts["test"])
     return Split(**parts)
 
 
-def _check_unseen(records: Records, test: Records) -> None:
-    """Raises ValueError if an image of the test records is among those of the others."""
-    seen = {info.digest: name for name, info in zip(records.names, records.images, strict=True)}
+def _check_disjoint(records: Records, test: Records) -> None:
+    """Raises ValueError if a test record has the same image as another record."""
+    names = {info.digest: name for name, info in zip(records.names, records.images, strict=True)}
     shared = [
-        (name, seen[info.digest])
+        (name, names[info.digest])
         for name, info in zip(test.names, test.images, strict=True)
-        if info.digest in seen
+        if info.digest in names
     ]
     if shared:
         raise ValueError(
             f"{len(shared)} of {len(test)} records of dataset.test_directory have an image that "
             f"dataset.directory has too, first {shared[0][0]} that of {shared[0][1]} there: a "
-            "model is not tested on what it learned from. Take them out of one of the two."
+            "model must not be tested on images from which it has learned. Remove them from one "
+            "of the two."
         )
 
 
-def tell_rejected(records: Split) -> None:
-    """Prints the first records that were left out, and why."""
+def print_rejected(records: Split) -> None:
+    """Prints the first rejected records with their reasons."""
     lists = {"": records.train.rejected}
-    if records.test.rejected is not records.train.rejected:  # Of a folder of its own.
+    if records.test.rejected is not records.train.rejected:  # The test split has its own folder.
         lists[" of dataset.test_directory"] = records.test.rejected
     for where, rejected in lists.items():
-        for name, reason in rejected[:TOLD]:
-            print(f"Left out{where}: {name}: {printable(reason)}", file=sys.stderr, flush=True)
+        for name, reason in rejected[:MAX_PRINTED]:
+            print(
+                f"Rejected record{where}: {name}: {printable(reason)}", file=sys.stderr, flush=True
+            )
 
 
-def tell_images(records: Split, size: tuple[int, int], *, resize: str) -> None:
-    """Prints what is done to the images of a folder, for arguments see `images.fit`."""
+def print_image_summary(records: Split, size: tuple[int, int], *, resize: str) -> None:
+    """Prints how the images of a folder are changed before a model receives them.
+
+    Args:
+      records: Records of the dataset.
+      size: Height and width in pixels to which the images are resized.
+      resize: Method of resizing, see `images.fit`.
+    """
     infos = {info.digest: info for part in records for info in part.images}
     for text in images_lib.summary(infos.values(), size, resize=resize):
         print(text, file=sys.stderr, flush=True)
 
 
-class Scored(NamedTuple):
-    """G answers to each of B questions.
+class ScoredTexts(NamedTuple):
+    """Texts and rewards of G completions for each of B prompts.
 
     Attributes:
-      completions: B times G texts.
-      rewards: for them.
+      completions: Texts of the completions, B lists of G texts.
+      rewards: Rewards of the completions.
     """
 
     completions: list[list[str]]
@@ -189,26 +213,32 @@ class Scored(NamedTuple):
 
 
 class Scorer:
-    """Rewards of answers to a folder's questions.
+    """Scores completions of the prompts of a folder with reward functions.
 
-    The pool's processes end when nothing refers to it any more, or at the end of this one.
+    The worker processes end when the pool is garbage-collected or this process ends.
 
     Args:
-      pool: calls the reward functions.
-      chat: the model's texts.
+      pool: Pool of workers that call the reward functions.
+      chat: Tokenizer that decodes completions.
     """
 
     def __init__(self, pool: RewardWorkerPool, chat: ChatTokenizer):
         self._pool, self._chat = pool, chat
-        self._told: set[tuple[str, str]] = set()
+        self._printed: set[tuple[str, str]] = set()
 
     def __call__(
         self, records: Records, batch: Batch, completions: Completions, *, allow_none: bool = False
-    ) -> Scored:
-        """Texts and rewards [B, G] of answers [B, G, T] to the questions of a batch.
+    ) -> ScoredTexts:
+        """Decodes and scores completions [B, G, T] of the prompts of a batch.
+
+        Args:
+          records: Records that the batch is from, for the names in messages.
+          batch: Batch of B records.
+          completions: Completions, with leaves [B, G, ...].
+          allow_none: Whether no error is raised if no completion has a reward.
 
         Raises:
-          NoRewards: not a single answer has one, and that is not allowed.
+          NoRewards: If no completion has a reward and `allow_none` is False.
         """
         tokens, mask, finished = jax.device_get(
             (completions.tokens, completions.mask, completions.finished)
@@ -225,35 +255,35 @@ class Scorer:
             finished,
             allow_none=allow_none,
         )
-        self._tell_all(rewards, records, batch)
-        return Scored(texts, rewards)
+        self._print_failures(rewards, records, batch)
+        return ScoredTexts(texts, rewards)
 
-    def rehearse(self, records: Records) -> None:
-        """Scores the records' own answers, to find before compiling that no function works.
+    def check_functions(self, records: Records) -> None:
+        """Scores the answers of the first batch, so that broken functions fail before compilation.
 
         Raises:
-          NoRewards: not a single answer of the first batch has a reward.
+          NoRewards: If no answer of the first batch has a reward.
         """
         batch = records.batch(0)
         rewards = self._pool(
             batch.prompts, [[text] for text in batch.answers], batch.answers, batch.columns
         )
-        self._tell_all(rewards, records, batch)
+        self._print_failures(rewards, records, batch)
 
-    def _tell_all(self, rewards: Rewards, records: Records, batch: Batch) -> None:
+    def _print_failures(self, rewards: Rewards, records: Records, batch: Batch) -> None:
         for failure in rewards.failures:
-            self._tell(failure, records.names[batch.records[failure.prompt]])
+            self._print_failure(failure, records.names[batch.records[failure.prompt]])
 
-    def _tell(self, failure: Failure, record: str) -> None:
-        """Prints a failure, of a function and a reason only the first."""
-        what = failure.function, failure.reason
-        if what in self._told or len(self._told) == TOLD:
+    def _print_failure(self, failure: Failure, record: str) -> None:
+        """Prints a failure, unless the function has failed for the same reason before."""
+        key = failure.function, failure.reason
+        if key in self._printed or len(self._printed) == MAX_PRINTED:
             return
-        self._told.add(what)
-        counts = "is left out" if math.isnan(failure.value) else f"counts as {failure.value}"
+        self._printed.add(key)
+        effect = "is masked out" if math.isnan(failure.value) else f"counts as {failure.value}"
         print(
-            f"No reward of an answer to {record}: {failure.function}: {failure.reason}. It "
-            f"{counts}; further ones for this reason are only counted, see reward/failed.",
+            f"The reward of a completion of {record} failed: {failure.function}: {failure.reason}. "
+            f"It {effect}; further failures for this reason are only counted in reward/failed.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,7 +1,7 @@
-"""What all problems share: their options, the seeds of their random streams, and their interface.
+"""The interface of problems, and the options and random streams that all problems have.
 
-A problem is made once from a config, and the config ends there: it holds the policy, the sources of
-experience, the splits and the evaluation of a run, and builds the run's stages.
+A problem is made once from a config, which no other code reads afterwards. It has the policy, the
+sources of experience, the splits and the evaluation of a run, and builds the stages of the run:
 
     problem = problems.make(config)
     for name in config.stages:                      # ("bc", "ppo"), ("sft", "grpo"), ...
@@ -39,13 +39,14 @@ from mmrl_jax.monitoring.loggers import LOGGERS
 from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training.stage import Carry, Stage
 
-# Streams of random numbers of a run: each is fold_in(PRNGKey(seed), number).
+# Numbers of a run's streams of random numbers. The key of a stream is
+# fold_in(PRNGKey(seed), number).
 PARAMETERS, DATA, FIXED_SET, COMPLETIONS, ROLLOUT, EVALUATION = range(6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """The group `mesh`: how many devices each axis of the mesh has."""
+    """Options of the group `mesh`: the number of devices of each mesh axis."""
 
     data: int = option(
         0,
@@ -66,81 +67,82 @@ class MeshOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The group `run`: what a run reports and keeps, without an effect on what it learns."""
+    """Options of the group `run`, which affect reports and checkpoints but not what is learned."""
 
     eval_episodes: int = option(
-        512, "Episodes, or prompts, of an evaluation during training.", POSITIVE
+        512, "Number of episodes, or prompts, in an evaluation during training.", POSITIVE
     )
     max_to_keep: int = option(
         2,
-        "Number of newest checkpoints that are kept beside the best.",
-        at_least(2, "so that a damaged checkpoint has one before it"),
+        "Number of newest checkpoints that are kept in addition to the best.",
+        at_least(2, "so that a run can fall back to an earlier one if the newest is damaged"),
     )
     loggers: tuple[str, ...] = option(
         ("tensorboard",),
-        f"Where metrics go beside metrics.jsonl, any of {', '.join(LOGGERS)}.",
-        Valid(lambda x: set(x) <= set(LOGGERS), f"some of {', '.join(LOGGERS)}"),
+        f"Loggers of metrics in addition to metrics.jsonl, any of {', '.join(LOGGERS)}.",
+        Valid(lambda x: set(x) <= set(LOGGERS), f"a subset of {', '.join(LOGGERS)}"),
     )
     probes: tuple[str, ...] = option(
         (),
-        "What else is measured during training: names of mmrl_jax.probes.PROBES, or "
-        "'module:function' for one of yours.",
+        "Further measurements during training: names in mmrl_jax.probes.PROBES, or "
+        "'module:function' for your own.",
         TEXTS,
     )
-    probe_interval: int = option(100, "Updates between two calls of the probes.", POSITIVE)
+    probe_interval: int = option(100, "Number of updates between two calls of a probe.", POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """What the group of every stage has, whatever it learns with."""
+    """Options that the groups of all stages have."""
 
-    num_updates: int = option(100, "Update at which the stage ends.", POSITIVE)
-    updates_per_dispatch: int = option(1, "Updates in one compiled call.", POSITIVE)
+    num_updates: int = option(100, "Number of updates after which the stage ends.", POSITIVE)
+    updates_per_dispatch: int = option(1, "Number of updates in one compiled call.", POSITIVE)
     eval_interval: int = option(
         50,
-        "Updates between two evaluations; a stage is evaluated before its first one too.",
+        "Number of updates between two evaluations; the first one is before the first update.",
         POSITIVE,
     )
-    checkpoint_interval: int = option(50, "Updates between two checkpoints.", POSITIVE)
+    checkpoint_interval: int = option(50, "Number of updates between two checkpoints.", POSITIVE)
     trainable: str = option(
         ".*",
-        "Regular expression of the whole paths of the variables that are trained, params/... or "
-        "lora/...; the others are frozen.",
+        "Regular expression that matches the full paths of the variables to train, params/... or "
+        "lora/...; the other variables are frozen.",
         PATTERN,
     )
     optimizer: OptimizerOptions = group(OptimizerOptions)
 
 
-# What a resumed run may change: how long it continues and how often it reports.
+# Keys of a stage that a resumed run may change: its length and the frequency of its reports.
 MAY_CHANGE = ("num_updates", "updates_per_dispatch", "eval_interval", "checkpoint_interval")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProblemOptions:
-    """The keys that the configs of all problems have."""
+    """Options that the configs of all problems have."""
 
-    # A larger seed would begin the same streams as what is left of it in 32 bits.
-    seed: int = option(0, "Seed of every random number of the run.", between(0, 2**32 - 1))
+    # PRNGKey truncates a larger seed to 32 bits.
+    seed: int = option(0, "Seed of all random numbers of the run.", between(0, 2**32 - 1))
     problem: str = option(dataclasses.MISSING, "Kind of problem.")
     stages: tuple[str, ...] = option(
-        dataclasses.MISSING, "Algorithms that the policy is trained with, in order.", TEXTS
+        dataclasses.MISSING, "Algorithms with which the policy is trained, in order.", TEXTS
     )
     imports: tuple[str, ...] = option(
-        (), "Modules of yours that are imported first: they register algorithms and metrics.", TEXTS
+        (),
+        "Your own modules that are imported first, to register algorithms and metrics.",
+        TEXTS,
     )
     mesh: MeshOptions = group(MeshOptions)
     run: RunOptions = group(RunOptions)
 
 
 class Problem(Protocol):
-    """A policy, where its experience comes from, and how it is evaluated.
+    """Interface of a problem: a policy, the sources of its experience, and its evaluation.
 
     Attributes:
-      config: Of the run; complete and checked.
-      mesh: The devices.
-      splits: The splits of the problem, and the number of episodes, or prompts, that the run's own
-        evaluations have of each.
-      best_metric: The metric by which the best checkpoint is chosen.
+      config: Config of the run, complete and checked.
+      mesh: Device mesh.
+      splits: Number of episodes, or prompts, in the run's own evaluations by the name of the split.
+      best_metric: Name of the metric by which the best checkpoint is chosen.
     """
 
     config: ml_collections.ConfigDict
@@ -149,104 +151,110 @@ class Problem(Protocol):
     best_metric: str
 
     def dependencies(self) -> dict[str, str]:
-        """Returns the fingerprints of what the run depends on beside its config."""
+        """Returns the fingerprints of the inputs of the run other than its config."""
 
     def stage(self, name: str, /, *, start: Any = None) -> Stage:
         """Returns a stage of the run.
 
         Args:
-          name: One of config.stages.
-          start: What the stage before it ended with, as `variables` gives it; None for the first.
+          name: Name of the stage, one of config.stages.
+          start: Variables with which the previous stage ended, see `variables`; None for the first
+            stage.
         """
 
     def variables(self, stage: Stage, learner: Any) -> Any:
-        """Returns what a policy acts with, from the learner of a stage."""
+        """Returns all variables of the policy, from the learner of a stage."""
 
-    def stored(self, name: str) -> dict[str, Any]:
-        """Returns the parts of a stage's learner that a policy acts with, as shapes."""
+    def checkpoint_parts(self, name: str) -> dict[str, Any]:
+        """Returns shapes and dtypes of the parts of a stage's learner that the policy needs."""
 
-    def restored_from(self, name: str) -> tuple[str, ...]:
-        """Returns the stages whose checkpoints hold what a policy of this stage acts with."""
+    def checkpoint_stages(self, name: str) -> tuple[str, ...]:
+        """Returns the stages whose checkpoints are needed to restore the policy of a stage."""
 
-    def restored(self, parts: dict[str, dict[str, Any]]) -> Any:
-        """Returns what a policy acts with, see `variables`.
+    def from_checkpoint(self, parts: dict[str, dict[str, Any]]) -> Any:
+        """Returns the variables of a policy, see `variables`, from parts of checkpoints.
 
         Args:
-          parts: Stage -> what `stored` names, of the stages of `restored_from`.
+          parts: Restored parts, see `checkpoint_parts`, by the name of the stage, for all stages in
+            `checkpoint_stages`.
         """
 
     def policy(self, variables: Any, *, deterministic: bool = True) -> PolicyFunction:
-        """Returns the policy, of a problem with an environment, for `rollouts.unroll`."""
+        """Returns the policy function for `rollouts.unroll`, of a problem with an environment."""
 
     def samples(self, variables: Any, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """Returns what a policy answers, for people to read, and the metrics of a test split.
+        """Returns sample completions for the report, and the metrics of a test split.
 
         Args:
-          variables: What it acts with.
-          count: The most samples; there are none where no prompt shows what a policy does.
+          variables: Variables of the policy.
+          count: Maximum number of samples. Problems with an environment return no samples.
         """
 
     def measure(
         self, *, episodes: int | None = None, ablations: bool = False
     ) -> Callable[[Any, str], dict[str, float]]:
-        """Returns the reported evaluation: (variables, split) -> metrics.
+        """Returns the reported evaluation, a function (variables, split) -> metrics.
 
         Args:
-          episodes: Episodes, or prompts, of an evaluation; by default those of `splits`.
-          ablations: Measure also with each modality shuffled in turn, as
-            'shuffled_<modality>/<metric>'. Verifiable questions always are, prompts from files
-            never: their reward functions would be called twice.
+          episodes: Number of episodes, or prompts, in an evaluation; None for those of `splits`.
+          ablations: Whether to measure also with each modality shuffled, as
+            'shuffled_<modality>/<metric>'. Tasks always measure it for images, and datasets never,
+            because their reward functions would be called twice.
         """
 
 
 def stream(config: ml_collections.ConfigDict, number: int) -> jax.Array:
-    """Returns the key of one of a run's streams of random numbers."""
+    """Returns the PRNG key of one of a run's streams of random numbers."""
     return jax.random.fold_in(jax.random.PRNGKey(config.seed), number)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """Returns the mesh of a run.
+    """Returns the device mesh of a run.
 
     Raises:
-      ValueError: There are fewer devices than the config asks for.
+      ValueError: If the config needs more devices than there are, or unsupported axes.
     """
     m, available = config.mesh, len(mesh_lib.available_devices())
     data = m.data or available // (m.fsdp * m.tensor)
     if not 1 <= data * m.fsdp * m.tensor <= available:
         raise ValueError(
             f"mesh.data={m.data}, mesh.fsdp={m.fsdp}, mesh.tensor={m.tensor}: JAX sees {available} "
-            "devices. Lower a number; mesh.data=0 takes what the others leave."
+            "devices. Lower a number; mesh.data=0 uses all devices that the other axes leave."
         )
     sizes = {mesh_lib.DATA: data, mesh_lib.FSDP: m.fsdp, mesh_lib.TENSOR: m.tensor}
     return mesh_lib.make_mesh(math.prod(sizes.values()), sizes)
 
 
 def stage_names(config: Any, algorithms: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the stages of a config.
+    """Returns the names of the stages of a config.
 
     Args:
-      config: Of the run; may lack keys.
-      algorithms: Those that the problem's policy can be trained with, by name.
+      config: Config of the run, in which keys may be missing.
+      algorithms: Algorithms by their names with which the policy of the problem can be trained.
 
     Raises:
-      ValueError: There is no stage, one is unknown, or one is named twice.
+      ValueError: If there is no stage, a stage is unknown, or a stage occurs twice.
     """
     names = config.get("stages") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in names if name not in algorithms]
     if not names or unknown or len(set(names)) < len(names):
         raise ValueError(
-            f"Config key 'stages' is {names!r}, but must name algorithms, each once, of "
-            f"{', '.join(map(repr, algorithms))}."
+            f"Config key 'stages' is {names!r}, but must be one or more of "
+            f"{', '.join(map(repr, algorithms))}, without duplicates."
         )
     return names
 
 
 def check_divisible(sizes: Mapping[str, int], mesh: Mesh) -> None:
-    """Checks that the mesh divides numbers of samples, which are given by their config keys.
+    """Checks that sizes are divisible by the number of parts that the mesh splits a batch into.
+
+    Args:
+      sizes: Sizes by their names in the config.
+      mesh: Device mesh.
 
     Raises:
-      ValueError: It does not divide one of them.
+      ValueError: If a size is not divisible.
     """
     parts = mesh_lib.batch_shards(mesh)
     for name, size in sizes.items():
@@ -258,7 +266,7 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mesh) -> None:
 
 
 def options_of_problem(*kinds: type, **groups: Group) -> dict[str, Any]:
-    """Returns the keys of a problem: those of all, of further dataclasses, and groups."""
+    """Returns the keys of a problem: those of all problems, of more dataclasses, and of groups."""
     return {**options_of(ProblemOptions, *kinds), **groups}
 
 
@@ -268,7 +276,7 @@ def shard_carry(carry: Carry, *, mesh: Mesh) -> Carry:
     Parameters, the state of the optimizer and the reference are split by the rules of `partition`.
     """
     replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
-    # XLA replicates arrays without elements, whatever is asked for.
+    # XLA always replicates arrays without elements.
     by_env = jax.tree.map(
         lambda x: mesh_lib.batch_sharding(mesh, 0) if x.size else mesh_lib.replicated(mesh),
         carry.env_state,

@@ -1,4 +1,4 @@
-"""Keys of configs of earlier versions, and what they are called now."""
+"""Current names of config keys of earlier versions, for error messages."""
 
 _STAGE = {
     "updates": "num_updates",
@@ -32,7 +32,8 @@ _RL = (
     "temperature pack_rows oversample mask_truncated_completions overlong_buffer num_envs"
 ).split()
 
-# 'old key': the new one as a message says it. A stage of RL is 'grpo', 'dpo' or 'ppo'.
+# Description of the new key, as part of a message, by the old key. The old group 'rl' became the
+# group of the stage: 'grpo', 'dpo' or 'ppo'.
 KEYS = {
     "algorithm": "'stages', a tuple, e.g. ('bc', 'ppo') or ('sft', 'grpo')",
     "devices": "'mesh.data'",

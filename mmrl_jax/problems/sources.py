@@ -1,10 +1,10 @@
-"""Sources of experience, and the stage that an algorithm and a source make together.
+"""Sources of experience, and the construction of a stage from an algorithm and a source.
 
-A source says what an update learns from. A traced source is part of the compiled update:
+A source provides the batch of an update. A traced source is part of the compiled update:
 
     carry -> source.collect -> batch -> algorithm.update -> carry
 
-A host source is called between two compiled programs, as reward functions in Python are.
+A host source runs between two compiled programs, for example to call reward functions in Python.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from mmrl_jax.types import Metrics
 
 
 class Collected(NamedTuple):
-    """What a source gives an update.
+    """Experience that a source has collected for an update.
 
     Attributes:
-      env_state: Of all environments, after the experience; None without environments.
-      batch: The experience, of the kind that the algorithm asks for.
-      key: Key of the algorithm's own random numbers.
-      metrics: What to log of the experience, float32 [] each.
+      env_state: State of all environments after the experience; None without environments.
+      batch: Experience, of the type that the algorithm learns from.
+      key: PRNG key for the algorithm.
+      metrics: Metrics of the experience by their names, float32 [] each.
     """
 
     env_state: State | None
@@ -41,37 +41,38 @@ class Collected(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What every update of a stage is given, and none changes.
+    """Arrays that all updates of a stage read and none changes.
 
     Attributes:
-      frozen: The variables that the stage does not train; () for control policies, whose learner
-        holds all parameters.
-      data: What the source draws from; None where it needs nothing.
+      frozen: Variables that the stage does not train; () for control policies, whose learner has
+        all parameters.
+      data: Data set of the source; None if it has none.
     """
 
     frozen: Any
     data: Any
 
 
-# (carry, constants, collected) -> (carry, metrics): the learning half of an update.
+# The learning part of an update: (carry, constants, collected) -> (carry, metrics).
 Learn = Callable[[Carry, Constants, Collected], tuple[Carry, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the experience of a stage comes from.
+    """Source of the experience of a stage.
 
     Attributes:
-      stream: Of the run's streams of random numbers, the one of the stage, see `problem.stream`.
-      samples_per_update: Samples that an update learns from, for the rate on the console.
-      env_steps_per_update: Steps of environments in an update, resets among them.
-      data: What `collect` draws from, on the devices; it is in the constants of the stage.
-      reset: Key -> states of all environments at the start of an episode; None without any.
-      collect: (carry, constants) -> what the update learns from; traced.
-      on_host: Instead of `collect`: the learning half of an update -> the stage's `on_host`.
-      prepare: Learner -> learner with which a policy from scratch begins, as running statistics of
-        a data set are computed beforehand.
-      console: Metrics that the console shows.
+      stream: Number of the stage's stream of random numbers, see `problem.stream`.
+      samples_per_update: Number of samples in an update, for the rate on the console.
+      env_steps_per_update: Number of environment steps in an update, including resets.
+      data: Data set from which `collect` samples; it becomes part of the constants of the stage.
+      reset: PRNG key -> states of all environments at the start of an episode; None without
+        environments.
+      collect: (carry, constants) -> experience of an update; traced. None for a host source.
+      on_host: Learning part of an update -> `Stage.on_host`; None for a traced source.
+      prepare: Changes the learner of a policy from scratch before training, for example to compute
+        the normalizer from the data set.
+      console: Names of the metrics that the console shows.
     """
 
     stream: int
@@ -86,21 +87,22 @@ class Source:
 
 
 def update_keys(carry: Carry, count: int) -> jax.Array:
-    """Returns the keys [count] of an update: those of its source, and as last the algorithm's."""
+    """Returns the PRNG keys [count] of an update, of which the last is for the algorithm."""
     return jax.random.split(jax.random.fold_in(carry.rng, carry.updates), count)
 
 
 def fresh_carry(learner: Any, source: Source, rng: jax.Array) -> Carry:
-    """Returns a carry with which a stage begins.
+    """Returns the initial carry of a stage.
 
     Args:
-      learner: The fresh learner.
-      source: Where its experience comes from.
-      rng: The key of the stage's stream.
+      learner: Initial learner.
+      source: Source of the stage's experience.
+      rng: PRNG key of the stage's stream.
     """
     env_state = None
     if source.reset is not None:
-        # Not sharded: by batches of another size, other roundings would start the environments.
+        # The reset is not sharded, because rounding differs between batch sizes, and initial states
+        # must not depend on the number of devices.
         env_state = jax.jit(source.reset)(jax.random.fold_in(rng, 0))
         rng = jax.random.fold_in(rng, 1)
     return Carry(learner, env_state, rng, jnp.zeros((), jnp.int32))
@@ -112,13 +114,14 @@ def make_optimizer(
     options: Any,
     is_trained: Callable[[tuple[Any, ...]], bool] | None = None,
 ) -> Optimizer:
-    """Returns the optimizer of a stage, whose schedule runs over the steps of all its updates.
+    """Returns the optimizer of a stage, whose schedule covers the steps of all updates.
 
     Args:
-      config: Of the run.
-      name: Of the stage.
-      options: The options of its algorithm.
-      is_trained: See `optimizers.make`.
+      config: Config of the run.
+      name: Name of the stage.
+      options: Options of the algorithm of the stage.
+      is_trained: Returns whether the parameter at a path is trained, see `optimizers.make`; None
+        if all are.
     """
     steps = config[name].num_updates * steps_per_update(options)
     return optimizers.make(
@@ -127,18 +130,18 @@ def make_optimizer(
 
 
 def steps_per_update(options: Any) -> int:
-    """Returns the optimizer steps of an update: epochs times minibatches, or else 1."""
+    """Returns the number of optimizer steps of an update: epochs times minibatches, or else 1."""
     return getattr(options, "num_epochs", 1) * getattr(options, "num_minibatches", 1)
 
 
 def make_learn(
     update: Callable[[Any, Constants, Any, jax.Array], tuple[Any, Metrics]], optimizer: Optimizer
 ) -> Learn:
-    """Returns the learning half of an update.
+    """Returns the learning part of an update.
 
     Args:
-      update: (learner, constants, batch, key) -> (learner, metrics), of the algorithm.
-      optimizer: Whose learning rate is logged.
+      update: Update of the algorithm, (learner, constants, batch, key) -> (learner, metrics).
+      optimizer: Optimizer whose learning rate is logged.
     """
 
     def learn(carry: Carry, constants: Constants, collected: Collected) -> tuple[Carry, Metrics]:
@@ -170,11 +173,11 @@ def stage_fields(
     """Returns the fields of a `Stage` that do not depend on the kind of problem.
 
     Args:
-      config: Of the run.
-      name: Of the stage.
-      algorithm: Of the stage.
-      source: Of the stage.
-      best: The metric by which the best checkpoint is chosen.
+      config: Config of the run.
+      name: Name of the stage.
+      algorithm: Algorithm of the stage.
+      source: Source of the stage's experience.
+      best: Name of the metric by which the best checkpoint is chosen.
     """
     names = ("num_updates", "updates_per_dispatch", "eval_interval", "checkpoint_interval")
     return {field: config[name][field] for field in names} | {

@@ -1,6 +1,6 @@
-"""Verifiable questions: prompts that are drawn on the device, with rewards that are computed there.
+"""Problem of a task whose prompts are sampled, and whose rewards are computed, on the device.
 
-prompts -> completions -> rewards -> learning, all of it one compiled program
+Prompts, completions, rewards and learning are one compiled program.
 """
 
 from collections.abc import Callable
@@ -45,10 +45,10 @@ from mmrl_jax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserTaskOptions:
-    """The group `task` of a task of the user's."""
+    """Options of the group `task` for a user's task."""
 
     name: str = option(
-        "shapes", "Task: 'shapes', or 'module:Class' of one of yours, see docs/extending.md."
+        "shapes", "Task: 'shapes', or 'module:Class' for your own, see docs/extending.md."
     )
     height: int = option(32, "Height of the images in pixels.", POSITIVE)
     width: int = option(32, "Width of the images in pixels.", POSITIVE)
@@ -57,89 +57,94 @@ class UserTaskOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """The group `task`: questions about rendered shapes on a grid."""
+    """Options of the group `task` for questions about rendered shapes on a grid."""
 
-    name: str = option("shapes", "Task: 'shapes', or 'module:Class' of one of yours.")
+    name: str = option("shapes", "Task: 'shapes', or 'module:Class' for your own.")
     kinds: tuple[str, ...] = option(
         ("count",), "Kinds of questions, see mmrl_jax.tasks.shapes.KINDS.", TEXTS
     )
-    rows: int = option(4, "Rows of the grid of positions, which has as many columns.", POSITIVE)
+    rows: int = option(4, "Number of rows, and of columns, of the grid of cells.", POSITIVE)
     height: int = option(32, "Height of the images in pixels.", POSITIVE)
     width: int = option(32, "Width of the images in pixels.", POSITIVE)
-    counts: tuple[int, ...] = option((0, 6), "The least and the most that is counted.")
+    counts: tuple[int, ...] = option((0, 6), "Minimum and maximum count, both inclusive.")
     distractors: int = option(
-        4, "The most objects in an image that its question is not about.", NON_NEGATIVE
+        4, "Maximum number of objects in an image that its question is not about.", NON_NEGATIVE
     )
     levels: tuple[str, ...] = option(
         ("medium",),
-        "Levels of difficulty, drawn evenly for each question, see mmrl_jax.tasks.shapes.LEVELS.",
+        "Difficulty levels, sampled uniformly for each prompt, see mmrl_jax.tasks.shapes.LEVELS.",
         TEXTS,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledOptions(LabelOptions):
-    """The labelled questions of supervised fine-tuning, of any task."""
+class LabeledOptions(LabelOptions):
+    """Options of the labeled prompts of a supervised stage, for any task."""
 
-    examples: int = option(32768, "Labelled questions, a fixed set.", POSITIVE)
+    examples: int = option(32768, "Number of labeled prompts, a fixed set.", POSITIVE)
     label_noise: float = option(
-        0.0, "Fraction of the labels that are those of another question of the kind.", between(0, 1)
+        0.0,
+        "Fraction of the labels that are replaced by that of another prompt of the same kind.",
+        between(0, 1),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledShapesOptions(LabelledOptions):
-    """The labelled questions about shapes."""
+class LabeledShapesOptions(LabeledOptions):
+    """Options of the labeled prompts about shapes."""
 
     counts: tuple[int, ...] = option(
-        (0, 6), "The least and the most that is counted in the labelled questions."
+        (0, 6), "Minimum and maximum count in the labeled prompts, both inclusive."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampledTaskOptions(CompletionOptions):
-    """The questions of reinforcement learning."""
+    """Options of the prompts of a reinforcement learning stage."""
 
     oversample: int = option(
         1,
-        "Prompts that are completed for each that is learned from; those whose completions differ "
-        "in reward are learned from first (dynamic sampling of DAPO).",
+        "Number of prompts that are completed for each prompt in the batch; prompts whose "
+        "completions differ in reward are preferred (dynamic sampling of DAPO).",
         POSITIVE,
     )
     shuffle_images: bool = option(
-        False, "Give every prompt another prompt's image: what can be learned without looking."
+        False,
+        "Give every prompt the image of another prompt, as an ablation of learning from images.",
     )
     format_penalty: float = option(
-        0.5, "Reward that a completion loses that is none of the task's answers.", NON_NEGATIVE
+        0.5,
+        "Penalty on the reward of a completion that is not a valid answer of the task.",
+        NON_NEGATIVE,
     )
 
 
 def options(config: Any) -> Group:
-    """Returns the keys that a config of this problem has, by its stages and its kind of model."""
-    labels = LabelledOptions if _of_user(config) else LabelledShapesOptions
+    """Returns the keys of a config of this problem, by its stages and its kind of model."""
+    labels = LabeledOptions if _is_user_task(config) else LabeledShapesOptions
     kinds = {"labels": (labels,), "completions": (SampledTaskOptions,)}
     return problem.options_of_problem(
-        task=options_of(UserTaskOptions if _of_user(config) else TaskOptions),
+        task=options_of(UserTaskOptions if _is_user_task(config) else TaskOptions),
         model=token_models.options(config),
         **token_problem.stage_options(config, kinds),
     )
 
 
-def _of_user(config: Any) -> bool:
-    """Whether the task of a config is named 'module:Class'."""
+def _is_user_task(config: Any) -> bool:
+    """Returns whether the task of a config is a user's task, 'module:Class'."""
     task = config.get("task", {})
     return is_group(task) and ":" in str(task.get("name", ""))
 
 
 def _check_counts(name: str, pair: tuple[int, ...]) -> None:
     if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
-        raise ValueError(f"{name}={tuple(pair)} must be two whole numbers, (least, most).")
+        raise ValueError(f"{name}={tuple(pair)} must be two integers, (minimum, maximum).")
 
 
 def _make(
     config: ml_collections.ConfigDict,
 ) -> tuple[Task, token_models.TokenModel]:
-    """The task (of shapes one that asks over all counts) and the model of a config."""
+    """Makes the task, in which the training split has all counts, and the model of a config."""
     t, size = config.task, (config.task.height, config.task.width)
     spec = token_models.read_spec(config.model, size)
     arguments: dict[str, Any] = {
@@ -148,10 +153,10 @@ def _make(
         "image_tokens": token_models.image_tokens(config.model, spec, size),
         "tokenizer": spec and spec.chat,
     }
-    if _of_user(config):
-        made = import_object(t.name, "task.name")(**arguments, **t.options.to_dict())
+    if _is_user_task(config):
+        task = import_object(t.name, "task.name")(**arguments, **t.options.to_dict())
     elif t.name == "shapes":
-        made = shapes.make(
+        task = shapes.make(
             kinds=tuple(t.kinds),
             rows=t.rows,
             counts=tuple(t.counts),
@@ -162,46 +167,52 @@ def _make(
         )
     else:
         raise ValueError(f"task.name={t.name!r} is unknown: choose 'shapes', or 'module:Class'.")
-    return made, token_models.make_model(config.model, spec, made.texts, size)
+    return task, token_models.make_model(config.model, spec, task.texts, size)
 
 
-def _restricted(config: ml_collections.ConfigDict, name: str, task: Task) -> Task:
-    """The task that the labelled questions of a stage are drawn from.
+def _label_task(config: ml_collections.ConfigDict, name: str, task: Task) -> Task:
+    """Returns the task from which the labeled prompts of a stage are sampled.
 
     Raises:
-      ValueError: The stage's counts are no part of task.counts, or too few.
+      ValueError: If the counts of the stage are invalid, or not within task.counts.
     """
     if not isinstance(task, shapes.Shapes):
         return task
     counts = tuple(config[name].counts)
     try:
-        return task.restricted(counts)
+        return task.with_train_counts(counts)
     except ValueError as error:
-        raise ValueError(f"{name}.counts={counts} cannot be: {error}") from error
+        raise ValueError(f"{name}.counts={counts} is invalid: {error}") from error
 
 
 def _splits(config: ml_collections.ConfigDict, task: Task) -> tuple[str, ...]:
-    """The splits of a task, the one that is trained on first."""
+    """Returns the splits of a task, of which the first is the training split."""
     if not isinstance(task, shapes.Shapes):
         return tuple(getattr(task, "splits", ("train",)))
-    absent = {"heldout_count"}  # RL sees all counts.
-    if not set(config.task.kinds) & set(shapes.NAMING):
+    absent = {"heldout_count"}  # Reinforcement learning uses all counts.
+    if not set(config.task.kinds) & set(shapes.PAIR_KINDS):
         absent.add("heldout_pair")
     return tuple(split for split in shapes.SPLITS if split not in absent)
 
 
 class TaskProblem(TokenProblem):
-    """The problem of verifiable questions, see `problem.Problem`.
+    """Problem of a task with verifiable answers, see `problem.Problem` for the interface.
+
+    Args:
+      config: Config of the run, with the keys of `options`.
 
     Attributes:
-      task: Draws the prompts and scores the completions.
+      task: Task that samples prompts and scores completions.
+
+    Raises:
+      ValueError: If the config is invalid; the message gives the field, its value and the remedy.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
-        labelled = [name for name in config.stages if registry.TOKEN[name].experience == "labels"]
-        if not _of_user(config):
+        labeled = [name for name in config.stages if registry.TOKEN[name].experience == "labels"]
+        if not _is_user_task(config):
             _check_counts("task.counts", config.task.counts)
-            for name in labelled:
+            for name in labeled:
                 _check_counts(f"{name}.counts", config[name].counts)
         token_models.check_model(config, config.task.height, config.task.width, "task")
         self.task, model = _make(config)
@@ -210,40 +221,41 @@ class TaskProblem(TokenProblem):
             *(
                 token_problem.check_groups(config, name, model.policy.max_new_tokens)
                 for name in config.stages
-                if name not in labelled
+                if name not in labeled
             )
         )
-        for name in labelled:
-            few = _restricted(config, name, self.task)
-            # Images that do not divide into cells are refused when they are drawn.
-            jax.eval_shape(lambda key, few=few: few.sample(key, 1, "train"), jax.random.key(0))
+        for name in labeled:
+            task = _label_task(config, name, self.task)
+            # Sampling checks that the images divide into cells.
+            jax.eval_shape(lambda key, task=task: task.sample(key, 1, "train"), jax.random.key(0))
         self.splits = dict.fromkeys(_splits(config, self.task), config.run.eval_episodes)
 
     def source(self, name: str) -> Source:
-        """See `TokenProblem`."""
+        """Returns the source of the experience of a stage, see `TokenProblem`."""
         if registry.TOKEN[name].experience == "labels":
             labels = self._labels(name)
             return token_problem.fixed_labels(self.config[name].batch_size, labels)
-        return self._completions(name)
+        return self._completion_source(name)
 
     def _labels(self, name: str) -> ScoredCompletions:
-        """The labelled questions of a stage, a fixed set."""
-        s, few = self.config[name], _restricted(self.config, name, self.task)
+        """Samples the labeled prompts of a stage, which depend on the seed alone."""
+        s, label_task = self.config[name], _label_task(self.config, name, self.task)
 
         @jax.jit
         def label(rng: jax.Array) -> ScoredCompletions:
-            prompts = few.sample(rng, s.examples, "train")
+            prompts = label_task.sample(rng, s.examples, "train")
             other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
             other = self.task.sample(other_key, s.examples, "train")
             wrong = jax.random.bernoulli(noise_key, s.label_noise, (s.examples,)) & (
                 other.kind == prompts.kind
             )
-            labels = few.texts.labels(jnp.where(wrong, other.answer, prompts.answer))
+            labels = label_task.texts.labels(jnp.where(wrong, other.answer, prompts.answer))
             return ScoredCompletions.labeled(prompts, *labels)
 
         return label(stream(self.config, problem.DATA))
 
-    def _completions(self, name: str) -> Source:
+    def _completion_source(self, name: str) -> Source:
+        """Returns a source of sampled completions with the rewards of the task."""
         r, texts, policy = self.config[name], self.task.texts, self.model.policy
         temperature = getattr(self.options(name), "temperature", 1.0)
 
@@ -252,7 +264,7 @@ class TaskProblem(TokenProblem):
             prompts = self.task.sample(prompt_key, r.prompts_per_update * r.oversample, "train")
             if r.shuffle_images:
                 prompts = prompts._replace(images=jnp.roll(prompts.images, 1, axis=0))
-            # Each device completes its part.
+            # Each device completes its part of the prompts.
             prompts = mesh_lib.constrain_batch(prompts, mesh=self.mesh)
             completions = policy.generate(
                 carry.learner.params,
@@ -286,7 +298,12 @@ class TaskProblem(TokenProblem):
         )
 
     def evaluator(self, rng: jax.Array, *, prompts: int) -> PromptEvaluator:
-        """Returns an evaluator of the greedy completions of variables of the whole model."""
+        """Returns an evaluator of greedy completions, for the variables of the whole model.
+
+        Args:
+          rng: PRNG key of the prompts.
+          prompts: Number of prompts in each split.
+        """
 
         def complete(
             variables: Params, prompt: Prompt, rng: jax.Array
@@ -306,16 +323,16 @@ class TaskProblem(TokenProblem):
             rng,
             num_prompts=prompts,
             mesh=self.mesh,
-            together=self.evaluated_together(),
+            max_batch=self.eval_batch_size(),
         )
 
     def measure(
         self, *, episodes: int | None = None, ablations: bool = False
     ) -> Callable[[Params, str], dict[str, float]]:
-        """See `problem.Problem`.
+        """Returns the reported evaluation, see `problem.Problem`.
 
-        The metrics are those of `prompts.describe`, the same with shuffled images as
-        'shuffled_image/accuracy', and with several levels those of `prompts.describe_levels`.
+        The metrics are those of `prompts.describe`; 'shuffled_image/accuracy', the accuracy with
+        shuffled images; and, for a task with several levels, those of `prompts.describe_levels`.
         """
         count = episodes or self.config.run.eval_episodes
         return self._measure(self.evaluator(stream(self.config, problem.EVALUATION), prompts=count))
@@ -326,20 +343,20 @@ class TaskProblem(TokenProblem):
         def measure(variables: Params, split: str) -> dict[str, float]:
             shuffled = describe(evaluator(variables, split, shuffle_images=True).score)
             evaluated = evaluator(variables, split)
-            described = describe(evaluated.score)
-            described |= {"shuffled_image/accuracy": shuffled["accuracy"]}
-            return described | (describe_levels(evaluated, levels) if len(levels) > 1 else {})
+            metrics = describe(evaluated.score)
+            metrics |= {"shuffled_image/accuracy": shuffled["accuracy"]}
+            return metrics | (describe_levels(evaluated, levels) if len(levels) > 1 else {})
 
         return measure
 
     def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
-        """See `TokenProblem`."""
-        # Other prompts than those that are reported: the best checkpoint is chosen by these.
+        """Returns the evaluation on the training split, see `TokenProblem`."""
+        # These are not the reported prompts, because they select the best checkpoint.
         rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)
         evaluator = self.evaluator(rng, prompts=self.config.run.eval_episodes)
         return self.periodic(self._measure(evaluator), frozen, "train")
 
     def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """See `problem.Problem`: questions of the training split."""
+        """Returns sample completions of prompts of the training split, see `problem.Problem`."""
         evaluator = self.evaluator(stream(self.config, problem.EVALUATION), prompts=count)
         return evaluator.samples(variables, "train", count), {}

@@ -1,4 +1,4 @@
-"""Agents that see an environment, read an instruction, and write their actions as text."""
+"""Problem of an agent that sees an environment and writes its actions as text."""
 
 from collections.abc import Callable
 import dataclasses
@@ -37,24 +37,26 @@ from mmrl_jax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemonstratedTurnOptions(LabelOptions):
-    """The turns of demonstrated episodes."""
+    """Options of the turns of demonstrated episodes."""
 
     episodes: int = option(
-        4096, "Episodes of the environment's expert that are recorded once.", POSITIVE
+        4096,
+        "Number of episodes of the environment's expert that are recorded before training.",
+        POSITIVE,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentRolloutOptions(RolloutOptions):
-    """The turns of an update."""
+    """Options of the turns of an update."""
 
     format_penalty: float = option(
-        0.1, "Reward that a turn loses whose text is no action.", NON_NEGATIVE
+        0.1, "Penalty on the reward of a turn whose text is not a valid action.", NON_NEGATIVE
     )
 
 
 def options(config: Any) -> Group:
-    """Returns the keys that a config of this problem has, by its stages and its kind of model."""
+    """Returns the keys of a config of this problem, by its stages and its kind of model."""
     kinds = {"labels": (DemonstratedTurnOptions,), "completions": (AgentRolloutOptions,)}
     return problem.options_of_problem(
         env=options_of(EnvOptions),
@@ -64,28 +66,30 @@ def options(config: Any) -> Group:
 
 
 def _check_env(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for an environment that an agent cannot see or write actions for."""
+    """Raises ValueError for an environment without images or without actions as text."""
     env = config.env
     control.check_env(config)
     if not env.height or not env.width:
         raise ValueError(
-            f"env.height={env.height}, env.width={env.width}: an agent that reads and writes sees "
-            "pixels; give both a size."
+            f"env.height={env.height}, env.width={env.width}: a text agent needs images; set both "
+            "above 0."
         )
     if env.history != 1:
-        raise ValueError(f"env.history={env.history}, but an agent sees one frame; set it to 1.")
+        raise ValueError(
+            f"env.history={env.history}, but a text agent observes one frame; set it to 1."
+        )
     if not hasattr(control.make_env(config), "actions_as_text"):
         raise ValueError(
-            f"env.name={env.name!r} has no actions as text; choose 'language_grid' or "
+            f"env.name={env.name!r} does not define actions as text; choose 'language_grid' or "
             "'language_reach'."
         )
 
 
 def _check_turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
-    """The sizes of a stage that the devices must divide, by their names.
+    """Returns the sizes of a stage that must be divisible by the devices, by their names.
 
     Raises:
-      ValueError: The turns of an update do not divide into minibatches.
+      ValueError: If the turns of an update do not divide into minibatches.
     """
     g = config[name]
     turns = g.num_envs * g.unroll_length
@@ -106,7 +110,7 @@ def _check_turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]
 def _make(
     config: ml_collections.ConfigDict,
 ) -> tuple[Env, TextActions, token_models.TokenModel]:
-    """The environment, its instructions and actions as text, and the model of a config."""
+    """Makes the environment, its text interface, and the model of a config."""
     env, size = control.make_env(config), (config.env.height, config.env.width)
     spec = token_models.read_spec(config.model, size)
     interface = text_actions(
@@ -118,11 +122,17 @@ def _make(
 
 
 class TextAgent(TokenProblem):
-    """The problem of an agent that writes its actions, see `problem.Problem`.
+    """Problem of an agent that writes its actions, see `problem.Problem` for the interface.
+
+    Args:
+      config: Config of the run, with the keys of `options`.
 
     Attributes:
-      env: The batched environment on the training split.
-      interface: Its instructions and actions as text.
+      env: Batched environment on the training split.
+      interface: Conversion of instructions to prompts, and of completions to actions.
+
+    Raises:
+      ValueError: If the config is invalid; the message gives the field, its value and the remedy.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -140,20 +150,20 @@ class TextAgent(TokenProblem):
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
 
     def source(self, name: str) -> Source:
-        """See `TokenProblem`."""
+        """Returns the source of the experience of a stage, see `TokenProblem`."""
         if registry.TOKEN[name].experience == "labels":
             labels = self._demonstrations(name)
             return token_problem.fixed_labels(self.config[name].batch_size, labels)
-        return self._turns(name)
+        return self._turn_source(name)
 
     def _demonstrations(self, name: str) -> ScoredCompletions:
-        """The turns of whole episodes of the expert; the same seed gives the same turns."""
+        """Records the turns of complete episodes of the expert, which depend on the seed alone."""
         env, interface, episodes = self.env, self.interface, self.config[name].episodes
 
         def expert(state: State, rng: jax.Array) -> ActorOutput:
-            written = interface.encode_actions(env.expert(state, rng))
-            action, _ = interface.decode_actions(*written)
-            return deterministic_output(action)._replace(action=written)
+            completion = interface.encode_actions(env.expert(state, rng))
+            action, _ = interface.decode_actions(*completion)
+            return deterministic_output(action)._replace(action=completion)
 
         @jax.jit
         def record(rng: jax.Array) -> tuple[Any, jax.Array]:
@@ -164,10 +174,11 @@ class TextAgent(TokenProblem):
             return turns, batch.valid
 
         turns, valid = record(stream(self.config, problem.DATA))
-        taken = np.asarray(valid) > 0
-        return ScoredCompletions.labeled(*jax.tree.map(lambda x: x[taken], turns))
+        mask = np.asarray(valid) > 0
+        return ScoredCompletions.labeled(*jax.tree.map(lambda x: x[mask], turns))
 
-    def _turns(self, name: str) -> Source:
+    def _turn_source(self, name: str) -> Source:
+        """Returns a source of turns of episodes of the agent."""
         r, env, interface = self.config[name], self.env, self.interface
         temperature = getattr(self.options(name), "temperature", 1.0)
 
@@ -214,37 +225,42 @@ class TextAgent(TokenProblem):
         )
 
     def policy(self, variables: Params, *, deterministic: bool = True) -> PolicyFunction:
-        """Returns the policy of variables of the whole model, for `rollouts.unroll`."""
+        """Returns the policy function for `rollouts.unroll`, for variables of the whole model."""
         sampling = Sampling(temperature=0.0 if deterministic else 1.0)
-        halves = lora.split(variables, ".*")
-        return agent_policy(self.model.policy, halves, self.interface, sampling)
+        partition = lora.split(variables, ".*")
+        return agent_policy(self.model.policy, partition, self.interface, sampling)
 
     def evaluator(self, rng: jax.Array, *, episodes: int) -> Evaluator:
-        """Returns an evaluator of the most likely texts of variables of the whole model."""
+        """Returns an evaluator of greedy completions, for the variables of the whole model.
+
+        Args:
+          rng: PRNG key of the episodes.
+          episodes: Number of episodes in each split.
+        """
         return Evaluator(
             lambda split: control.make_env(self.config, split=split),
             self.policy,
             rng,
             episodes=episodes,
             mesh=self.mesh,
-            together=self.evaluated_together(),
+            max_batch=self.eval_batch_size(),
         )
 
     def measure(
         self, *, episodes: int | None = None, ablations: bool = False
     ) -> Callable[[Params, str], dict[str, float]]:
-        """See `problem.Problem` and `evaluate.describe_ablations`."""
+        """Returns the reported evaluation, see `problem.Problem` and `describe_ablations`."""
         evaluator = self.evaluator(
             stream(self.config, problem.EVALUATION),
             episodes=episodes or self.config.run.eval_episodes,
         )
-        # An agent reads no proprioception.
+        # A text agent does not observe proprioception.
         modalities = ("pixels", "instruction") if ablations else ()
         return lambda variables, split: describe_ablations(evaluator, variables, split, modalities)
 
     def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
-        """See `TokenProblem`."""
-        # Other episodes than those that are reported: the best checkpoint is chosen by these.
+        """Returns the evaluation on the training split, see `TokenProblem`."""
+        # These are not the reported episodes, because they select the best checkpoint.
         rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)
         evaluator = self.evaluator(rng, episodes=self.config.run.eval_episodes)
         return self.periodic(
@@ -254,5 +270,5 @@ class TextAgent(TokenProblem):
         )
 
     def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """See `problem.Problem`: what agents do is shown by no prompt alone."""
+        """Returns no samples: the behavior of an agent is shown by a video instead."""
         return [], {}

@@ -1,4 +1,4 @@
-"""What the problems of token policies share: their stages, and what of a run is stored."""
+"""Base class of the problems of token policies, with their options, checks and stages."""
 
 import abc
 from collections.abc import Callable, Mapping
@@ -28,27 +28,28 @@ from mmrl_jax.types import Metrics, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """The labelled completions of an update."""
+    """Options of the labeled completions of a stage."""
 
-    batch_size: int = option(64, "Labelled completions of an optimizer step.", POSITIVE)
+    batch_size: int = option(64, "Number of labeled completions in an optimizer step.", POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionOptions:
-    """The completions of an update, to prompts of one turn."""
+    """Options of the completions of an update, for prompts of one turn."""
 
-    prompts_per_update: int = option(64, "Prompts that an update learns from.", POSITIVE)
-    num_completions: int = option(16, "Completions that are sampled for each prompt.", POSITIVE)
+    prompts_per_update: int = option(64, "Number of prompts in an update.", POSITIVE)
+    num_completions: int = option(16, "Number of completions sampled for each prompt.", POSITIVE)
     pack_rows: int | None = option(
         None,
-        "Rows, of the longest completion's length, that the completions to a prompt are packed "
-        "into for learning; those that do not fit take a second pass. None: a row for each.",
+        "Number of rows of the maximum completion length into which the completions of a prompt "
+        "are packed for learning; completions that do not fit take a second pass. None for one row "
+        "per completion.",
         POSITIVE,
     )
     overlong_buffer: int | None = option(
         None,
-        "Last tokens of the longest completion over which it loses up to 1 of its reward (DAPO); "
-        "None for no such penalty.",
+        "Number of tokens before the maximum completion length over which a penalty on the reward "
+        "grows from 0 to 1 (DAPO); None for no penalty.",
         POSITIVE,
     )
 
@@ -56,12 +57,13 @@ class CompletionOptions:
 def stage_options(
     config: Any, kinds: Mapping[str, tuple[type, ...]], *, comparing: bool = True
 ) -> dict[str, Group]:
-    """Returns the groups of a config's stages.
+    """Returns the groups of the stages of a config, with the keys of each.
 
     Args:
-      config: Of the run; may lack keys.
-      kinds: Kind of experience -> the options of the problem's source of it.
-      comparing: Whether a prompt has several completions, which algorithms can compare.
+      config: Config of the run, in which keys may be missing.
+      kinds: Dataclasses of the options of the source of each kind of experience.
+      comparing: Whether prompts have several completions, so that algorithms that compare
+        completions can be used.
     """
     rows = {
         name: row
@@ -75,18 +77,18 @@ def stage_options(
 
 
 def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> dict[str, int]:
-    """Checks the numbers of prompts and completions that an update of a stage learns from.
+    """Checks the numbers of prompts and completions in an update of a stage.
 
     Args:
-      config: Of the run.
-      name: A stage that learns from completions to prompts of one turn.
-      length: Tokens of the longest completion.
+      config: Config of the run.
+      name: Name of a stage that learns from completions of prompts of one turn.
+      length: Maximum number of tokens of a completion.
 
     Returns:
-      The sizes that the devices must divide, by their names.
+      Sizes that must be divisible by the number of devices, by their names.
 
     Raises:
-      ValueError: Names the field, its value and the remedy.
+      ValueError: If a number is invalid; the message gives the field, its value and the remedy.
     """
     g = config[name]
     parts = g.get("num_minibatches", 1) * g.get("grad_accum_steps", 1)
@@ -100,17 +102,17 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
     if compares != "nothing" and g.num_completions < 2:
         raise ValueError(
             f"{name}.num_completions={g.num_completions}, but the stage {name!r} compares the "
-            "completions to a prompt; raise it to 2 or more."
+            "completions of a prompt; raise it to 2 or more."
         )
     if g.get("pass_at_k") is not None and g.pass_at_k > g.num_completions:
         raise ValueError(
             f"{name}.pass_at_k={g.pass_at_k} is above {name}.num_completions={g.num_completions}."
         )
-    together = 2 if compares == "pairs" else g.num_completions
-    if g.pack_rows is not None and g.pack_rows >= together:
+    completions = 2 if compares == "pairs" else g.num_completions
+    if g.pack_rows is not None and g.pack_rows >= completions:
         raise ValueError(
-            f"{name}.pack_rows={g.pack_rows}, but the stage {name!r} learns from {together} "
-            "completions to a prompt together; give less, or None."
+            f"{name}.pack_rows={g.pack_rows}, but the stage {name!r} learns from {completions} "
+            "completions of each prompt; give fewer rows, or None."
         )
     if g.overlong_buffer is not None and g.overlong_buffer > length:
         raise ValueError(
@@ -126,25 +128,35 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
 
 
 def shape_rewards(experience: ScoredCompletions, overlong_buffer: int | None) -> ScoredCompletions:
-    """Adds to rewards what is penalized in the form of the completions, not in their content."""
+    """Adds the penalty of overlong completions to their rewards, see `soft_overlong_penalty`.
+
+    Args:
+      experience: Completions with rewards.
+      overlong_buffer: Number of tokens over which the penalty grows; None for no penalty.
+    """
     if overlong_buffer is None:
         return experience
     mask = experience.completions.mask
     penalty = soft_overlong_penalty(
         jnp.sum(mask, axis=-1), max_length=mask.shape[-1], buffer=overlong_buffer
     )
-    # Rewards that are not known are 0, and stay so.
+    # Missing rewards are 0 and are not changed.
     reward = experience.reward + jnp.where(experience.valid > 0, penalty, 0.0)
     return experience._replace(reward=reward)
 
 
 def fixed_labels(batch_size: int, labels: ScoredCompletions) -> Source:
-    """Returns a source of labelled completions [1, N, 1, ...] that lie on every device."""
+    """Returns a source of a fixed set of labeled completions.
+
+    Args:
+      batch_size: Number of completions in an update.
+      labels: Labeled completions, with leaves [1, N, 1, ...], which are replicated on every device.
+    """
 
     def collect(carry: Carry, constants: Constants) -> Collected:
         size = constants.data.completions.tokens.shape[1]
-        chosen = epoch_indices(carry.rng, carry.updates, batch_size=batch_size, size=size)
-        batch = jax.tree.map(lambda x: x[:, chosen], constants.data)
+        indices = epoch_indices(carry.rng, carry.updates, batch_size=batch_size, size=size)
+        batch = jax.tree.map(lambda x: x[:, indices], constants.data)
         return Collected(None, batch, carry.rng, {})
 
     return Source(
@@ -153,14 +165,16 @@ def fixed_labels(batch_size: int, labels: ScoredCompletions) -> Source:
 
 
 class TokenProblem(abc.ABC):
-    """A problem of a token policy, see `problem.Problem`; a subclass gives its sources.
+    """Base class of problems of a token policy, see `problem.Problem` for the interface.
+
+    A subclass provides the sources and the evaluation.
 
     Attributes:
-      config: Of the run.
-      mesh: The devices.
-      model: The policy and its texts.
-      best_metric: The metric by which the best checkpoint is chosen.
-      needs_value_head: A stage of the run uses a value head.
+      config: Config of the run.
+      mesh: Device mesh.
+      model: Policy with its tokenizer.
+      best_metric: Name of the metric by which the best checkpoint is chosen.
+      needs_value_head: Whether a stage of the run uses a value head.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: TokenModel, best_metric: str):
@@ -172,7 +186,7 @@ class TokenProblem(abc.ABC):
             self._check_stage(name)
 
     def _check_stage(self, name: str) -> None:
-        """Raises ValueError for a stage that trains nothing, or a reference that is not there."""
+        """Raises ValueError for a stage without trainable variables, or a missing reference."""
         shapes = self.shapes()
         token_models.partition_trainable(
             {key: x for key, x in shapes.items() if key != "value"},
@@ -183,18 +197,18 @@ class TokenProblem(abc.ABC):
         decay = self.config[name].get("reference_ema_decay", 1.0)
         if decay < 1 and "reference" not in self._needs(name):
             raise ValueError(
-                f"{name}.reference_ema_decay={decay}, but {name}.kl_coef=0 keeps no reference that "
-                "could move; set it to 1, or raise the coefficient."
+                f"{name}.reference_ema_decay={decay}, but with {name}.kl_coef=0 there is no "
+                "reference policy; set it to 1, or raise the coefficient."
             )
 
     def check_sizes(self, *sizes: Mapping[str, int]) -> None:
-        """Checks that the devices divide the batches of the stages.
+        """Checks that the batch sizes of the stages are divisible by the number of devices.
 
         Args:
-          *sizes: Further numbers that they must divide, by their names.
+          *sizes: Further sizes to check, by their names.
 
         Raises:
-          ValueError: They do not divide one.
+          ValueError: If a size is not divisible.
         """
         batches = {
             f"{name}.batch_size": self.config[name].batch_size
@@ -227,18 +241,22 @@ class TokenProblem(abc.ABC):
 
     @abc.abstractmethod
     def source(self, name: str) -> Source:
-        """Returns the source of the experience that a stage learns from."""
+        """Returns the source of the experience of a stage."""
 
     @abc.abstractmethod
     def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
-        """Returns the evaluation of a stage with these frozen variables."""
+        """Returns the evaluation during a stage, a function learner -> metrics.
+
+        Args:
+          frozen: Variables that the stage does not train.
+        """
 
     def dependencies(self) -> dict[str, str]:
-        """See `problem.Problem`."""
+        """Returns the fingerprints of the model and its tokenizer, see `problem.Problem`."""
         return token_models.dependencies(self.config.model, self.model.texts.tokenizer)
 
     def partition(self, variables: Params, name: str) -> tuple[Params, Any]:
-        """Returns the variables that a stage trains, and those that it does not."""
+        """Splits variables into those that a stage trains and the frozen ones."""
         return token_models.partition_trainable(
             variables,
             self.config[name].trainable,
@@ -247,7 +265,7 @@ class TokenProblem(abc.ABC):
         )
 
     def initial_variables(self) -> Params:
-        """Returns the variables that the first stage begins with; pretrained ones are read."""
+        """Returns the initial variables of the first stage; pretrained weights are read."""
         return token_models.read_variables(
             self.config.model,
             self.model,
@@ -258,7 +276,13 @@ class TokenProblem(abc.ABC):
         )
 
     def stage(self, name: str, /, *, start: Params | None = None) -> Stage:
-        """See `problem.Problem`; `start` are the variables of the whole model, or their shapes."""
+        """Builds a stage of the run, see `problem.Problem`.
+
+        Args:
+          name: Name of the stage, one of config.stages.
+          start: Variables of the whole model from which the stage starts; they may be
+            given as shapes. None for the initial variables.
+        """
         config, algorithm, options = self.config, registry.TOKEN[name], self.options(name)
         source = self.source(name)
         variables = self.initial_variables() if start is None else start
@@ -271,12 +295,12 @@ class TokenProblem(abc.ABC):
             Constants(partition.shardings(frozen, self.mesh), mesh_lib.replicated(self.mesh)),
         )
         policy = dataclasses.replace(self.model.policy, pack_rows=config[name].get("pack_rows"))
-        begin = Start(trained)
+        initial = Start(trained)
         del trained, frozen
 
         def init() -> Carry:
             learner = token_learner.init(
-                begin(),
+                initial(),
                 optimizer=optimizer.transformation,
                 with_reference="reference" in self._needs(name),
             )
@@ -302,7 +326,7 @@ class TokenProblem(abc.ABC):
         return Stage(
             **sources.stage_fields(config, name, algorithm, source, self.best_metric),
             init=init,
-            release=begin.release,
+            release=initial.release,
             update=None if source.collect is None else sources.make_update(source, learn),
             on_host=None if source.on_host is None else source.on_host(learn),
             constants=constants,
@@ -311,46 +335,46 @@ class TokenProblem(abc.ABC):
         )
 
     def variables(self, stage: Stage, learner: TokenState) -> Params:
-        """See `problem.Problem`: the variables of the whole model."""
+        """Returns the variables of the whole model, see `problem.Problem`."""
         return lora.join(learner.params, stage.constants.frozen)
 
-    def stored(self, name: str) -> dict[str, Any]:
-        """See `problem.Problem`."""
+    def checkpoint_parts(self, name: str) -> dict[str, Any]:
+        """Returns the shapes of the variables that a stage trains, see `problem.Problem`."""
         return {"params": self.partition(self.shapes(), name)[0]}
 
-    def restored_from(self, name: str) -> tuple[str, ...]:
-        """See `problem.Problem`: a checkpoint holds what its stage has trained."""
+    def checkpoint_stages(self, name: str) -> tuple[str, ...]:
+        """Returns the stages up to `name`: a checkpoint has only the variables that are trained."""
         return tuple(self.config.stages[: self.config.stages.index(name) + 1])
 
-    def restored(self, parts: dict[str, dict[str, Any]]) -> Params:
-        """See `problem.Problem`: the variables of the whole model."""
+    def from_checkpoint(self, parts: dict[str, dict[str, Any]]) -> Params:
+        """Returns the variables of the whole model, see `problem.Problem`."""
         variables = self.initial_variables()
-        for name, stored in parts.items():
-            variables = lora.join(stored["params"], self.partition(variables, name)[1])
+        for name, stage_parts in parts.items():
+            variables = lora.join(stage_parts["params"], self.partition(variables, name)[1])
         return variables
 
     def periodic(
         self, measure: Callable[[Any, str], dict[str, float]], frozen: Any, split: str
     ) -> Callable[[TokenState], dict[str, float]]:
-        """Returns the evaluation of a split during a stage: learner -> metrics by logged names.
+        """Returns the evaluation on a split during a stage, a function learner -> metrics.
 
         Args:
           measure: (variables, split) -> metrics.
-          frozen: The variables that the stage does not train.
-          split: The split that is evaluated.
+          frozen: Variables that the stage does not train.
+          split: Name of the split.
         """
 
         def evaluate(learner: TokenState) -> dict[str, float]:
-            described = measure(lora.join(learner.params, frozen), split)
-            return {f"eval/{split}/{name}": value for name, value in described.items()}
+            metrics = measure(lora.join(learner.params, frozen), split)
+            return {f"eval/{split}/{name}": value for name, value in metrics.items()}
 
         return evaluate
 
-    def evaluated_together(self) -> int:
-        """Returns the most prompts that an evaluation completes at once.
+    def eval_batch_size(self) -> int:
+        """Returns the maximum number of prompts that an evaluation completes at once.
 
-        They are as many as the last stage learns from at once: an evaluation then never needs more
-        memory than the updates, however many records it has.
+        It is the batch size of the last stage, so that an evaluation of any number of prompts needs
+        no more memory than an update.
         """
         g = self.config[self.config.stages[-1]]
         return g.get("prompts_per_update") or g.get("num_envs") or g.batch_size

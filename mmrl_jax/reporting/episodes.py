@@ -1,4 +1,4 @@
-"""Episodes of a trained policy as a video and as a strip of frames."""
+"""Writes episodes of a trained policy as a video and as a strip of frames."""
 
 from typing import Any
 
@@ -20,27 +20,27 @@ def write_episodes(
     episodes: int = 6,
     size: int = 160,
 ) -> list[epath.Path]:
-    """Writes episodes.mp4, with the instructions as captions, and episode.png, one as a strip.
+    """Writes episodes.mp4 with the instructions as captions, and episode.png, a strip of frames.
 
     Args:
-      problem: One with an environment that can be rendered, on its training split.
-      variables: What the policy acts with.
-      rng: Key of the episodes, which are taken as they come.
-      directory: Gets the files.
-      episodes: Number of episodes.
+      problem: Problem whose environment can be rendered. Episodes are of its training split.
+      variables: Variables of the policy.
+      rng: PRNG key of the episodes. All sampled episodes are shown, without selection.
+      directory: Directory in which the files are written.
+      episodes: Number of episodes in the video.
       size: Height and width of the frames in pixels.
 
     Returns:
-      The files.
+      Paths of the two files.
 
     Raises:
-      ValueError: The problem has no environment, or one that renders no scene.
+      ValueError: If the problem has no environment, or its environment has no scene to render.
     """
     env = getattr(problem, "env", None)
     if env is None or not hasattr(env, "caption"):
         raise ValueError(
             f"A run of problem={problem.config.problem!r} on {problem.config.get('env', {})!s} has "
-            "no episodes with an instruction that could be shown."
+            "no episodes with an instruction that could be rendered."
         )
 
     @jax.jit

@@ -1,7 +1,6 @@
-"""What is drawn of a run and of a study: learning curves, intervals, and a page of sample answers.
+"""Reports of a run and of a study: learning curves, intervals and a page of sample completions.
 
-matplotlib and PIL are imported inside the functions, so that a training host needs neither until it
-draws.
+matplotlib and PIL are imported inside the functions, so that training itself does not need them.
 """
 
 import base64
@@ -21,7 +20,7 @@ import numpy as np
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.monitoring import metric_definitions, metrics
-from mmrl_jax.reporting.videos import file_path, saved
+from mmrl_jax.reporting.videos import file_path, save_file
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -36,27 +35,28 @@ img {{ width: 128px; image-rendering: pixelated; display: block; }}
 .right::before {{ content: "\\2713\\00a0"; }} .wrong::before {{ content: "\\2717\\00a0"; }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}</p>
-<table><tr><th>picture</th><th>question</th><th>right answer</th><th>answer</th>
+<table><tr><th>image</th><th>prompt</th><th>reference</th><th>completion</th>
 <th class="reward">reward</th></tr>
 {rows}
 </table></body></html>
 """
 
-# One panel each; a name may hold a `<part>` as in the glossary. Panels without data are left out.
+# Metrics of each panel by its title. A name may contain a `<part>`, as in `METRIC_DEFINITIONS`.
+# Panels without data are omitted.
 CURVES: dict[str, tuple[str, ...]] = {
     "success": ("episode/success", "eval/<split>/success"),
-    "right answers": (
+    "accuracy": (
         "completion/correct",
         "eval/<split>/accuracy",
         "eval/<split>/shuffled_image/accuracy",
     ),
-    "answer length": ("completion/length",),
+    "completion length": ("completion/length",),
     "return": ("episode/return", "eval/<split>/return"),
     "reward functions": ("eval/<split>/reward/<function>",),
     "total loss": ("loss/total",),
     "policy loss": ("loss/policy",),
     "value loss": ("loss/value",),
-    "cloning loss": ("loss/bc",),
+    "behavior cloning loss": ("loss/bc",),
     "auxiliary loss": ("loss/auxiliary",),
     "KL per update": ("policy/approx_kl",),
     "entropy": ("policy/entropy",),
@@ -66,13 +66,17 @@ CURVES: dict[str, tuple[str, ...]] = {
 
 
 @contextlib.contextmanager
-def surviving(what: str) -> Iterator[None]:
-    """Makes an error of what only shows a run a message: it must not end the run."""
+def tolerate_errors(what: str) -> Iterator[None]:
+    """Prints an error instead of raising it, because a failed report must not end the run.
+
+    Args:
+      what: Description of the action, which begins the message, for example "Drawing curves.png".
+    """
     try:
         yield
     except Exception as error:
         print(
-            f"{what} failed, and the run goes on without: {workdir_lib.one_line(error)}",
+            f"{what} failed, and the run continues without it: {workdir_lib.one_line(error)}",
             file=sys.stderr,
             flush=True,
         )
@@ -84,32 +88,32 @@ def learning_curves(
     *,
     x: str = "progress/env_steps",
 ) -> pathlib.Path | epath.Path:
-    """Draws small multiples of what a run logged.
+    """Plots the logged metrics of a run in a grid of panels.
 
     Args:
-        jsonl_path: `metrics.jsonl` of a run.
-        out_png: Picture to write; its directory is made if absent.
-        x: Name of the horizontal axis, or "step". Where the file does not have it, "step". A line
-            without it gets the value of the last line that had it, so an evaluation written by
-            itself still lands in its place.
+        jsonl_path: Path of the `metrics.jsonl` of a run.
+        out_png: PNG file to write. Its directory is created if it does not exist.
+        x: Metric of the horizontal axis, or "step", which is also used if the file does not have
+            the metric. A row without the metric, for example of a separate evaluation, gets the
+            value of the last row that has it.
 
     Returns:
-        The path written.
+        The path of the written file.
 
     Raises:
-        ValueError: The file has no line, or none of the names in `CURVES`.
+        ValueError: If the file has no rows, or none of the metrics in `CURVES`.
     """
     rows = metrics.read_jsonl(jsonl_path)
     if not rows:
-        raise ValueError(f"{jsonl_path} has no line: give the metrics.jsonl of a run that began.")
+        raise ValueError(f"{jsonl_path} has no rows: give the metrics.jsonl of a run that began.")
     if not any(x in row for row in rows):
         x = "step"
     panels = {title: _series(rows, x, names) for title, names in CURVES.items()}
     panels = {title: series for title, series in panels.items() if series}
     if not panels:
-        raise ValueError(f"{jsonl_path} has none of the metrics that learning curves show.")
+        raise ValueError(f"{jsonl_path} has none of the metrics in report.CURVES.")
 
-    # The figure is made without pyplot: no global state, and no display is looked for.
+    # The figure is made without pyplot, which has global state and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,8 +126,8 @@ def learning_curves(
         axis.set_axis_off()
     label = "step" if x == "step" else metric_definitions.lookup(x).meaning.lower()
     for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
-        for name, (across, values) in series.items():
-            _draw_curve(axis, across, values, name)
+        for name, (x_values, values) in series.items():
+            _draw_curve(axis, x_values, values, name)
         unit = metric_definitions.lookup(next(iter(series))).unit
         axis.set_title(title if unit == "1" else f"{title} ({unit})", fontsize=10)
         axis.set_xlabel(label, fontsize=8)
@@ -133,7 +137,7 @@ def learning_curves(
             axis.set_ylim(-0.03, 1.03)
         if len(series) > 1:
             axis.legend(fontsize=7)
-    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
+    return save_file(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
 def stage_curves(
@@ -142,21 +146,21 @@ def stage_curves(
     *,
     metric: str,
 ) -> pathlib.Path | epath.Path:
-    """Draws one metric over the time of the updates, of stages that follow each other.
+    """Plots one metric of consecutive stages over the training time.
 
     Args:
-        lines: Label to the workdirs of a stage and of those before it, the earliest first. The last
-            one's values are drawn, to the right of the time that the others took, from where
-            the one before it ended.
-        out_png: Picture to write; its directory is made if absent.
-        metric: Name of the metric; where `<metric>_lo` and `<metric>_hi` were logged too, they are
-            drawn as a band.
+        lines: Workdirs of consecutive stages by the label of their line. The values of the last
+            stage are plotted. They are shifted by the training time of the earlier stages and begin
+            with the last value of the stage before.
+        out_png: PNG file to write. Its directory is created if it does not exist.
+        metric: Name of the metric. If `<metric>_lo` and `<metric>_hi` were logged too, they are
+            plotted as a band.
 
     Returns:
-        The path written.
+        The path of the written file.
 
     Raises:
-        ValueError: A stage logged no value of the metric.
+        ValueError: If a stage logged no value of the metric.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -164,30 +168,30 @@ def stage_curves(
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    wanted = (metric, f"{metric}_lo", f"{metric}_hi")
+    names = (metric, f"{metric}_lo", f"{metric}_hi")
     for label, workdirs in lines.items():
         before_s, points = 0.0, np.empty((0, 4))
         for workdir in workdirs:
             rows = metrics.read_jsonl(workdir_lib.as_path(workdir) / metrics.JSONL_NAME)
-            found = [
-                (before_s + row["time/wall_s"], *(row.get(name, row[metric]) for name in wanted))
+            logged = [
+                (before_s + row["time/wall_s"], *(row.get(name, row[metric]) for name in names))
                 for row in rows
                 if row.get(metric) is not None
             ]
-            if not found:
-                raise ValueError(f"{workdir} logged no {metric}: nothing to draw for '{label}'.")
-            points = np.concatenate([points[-1:], np.array(found, float)])
+            if not logged:
+                raise ValueError(f"{workdir} logged no {metric}: '{label}' cannot be plotted.")
+            points = np.concatenate([points[-1:], np.array(logged, float)])
             before_s += rows[-1]["time/wall_s"]
-        minutes, middle, low, high = points.T
-        (line,) = axis.plot(minutes / 60, middle, label=label, marker="o", markersize=3)
-        axis.fill_between(minutes / 60, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axis.set_xlabel("time of the updates (minutes)")
+        seconds, values, low, high = points.T
+        (line,) = axis.plot(seconds / 60, values, label=label, marker="o", markersize=3)
+        axis.fill_between(seconds / 60, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axis.set_xlabel("training time (minutes)")
     axis.set_ylabel(metric)
     if metric_definitions.lookup(metric).unit == "fraction":
         axis.set_ylim(-0.03, 1.03)
     axis.grid(alpha=0.3)
     axis.legend()
-    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
+    return save_file(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
 def study_figure(
@@ -197,18 +201,18 @@ def study_figure(
     *,
     metric: str,
 ) -> pathlib.Path | epath.Path:
-    """Draws a study: each variant's interval, and the fraction of its runs above every score.
+    """Plots the interval of each variant of a study, and the performance profiles of its runs.
 
     Args:
-        intervals: Variant -> (interquartile mean, low, high).
-        scores: Variant -> one score for each run.
-        out_png: Picture to write; its directory is made if absent.
-        metric: What the scores are, for the axes.
+        intervals: (interquartile mean, low, high) by the name of the variant.
+        scores: One score for each run by the name of the variant.
+        out_png: PNG file to write. Its directory is created if it does not exist.
+        metric: Name of the scores for the axis labels.
 
     Returns:
-        The path written.
+        The path of the written file.
 
-    Source: performance profiles are those of Agarwal et al., NeurIPS 2021, section 4.2.
+    Source: Agarwal et al., NeurIPS 2021, section 4.2 (performance profiles).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -236,13 +240,13 @@ def study_figure(
     right.set_ylabel("fraction of runs above it")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
     right.grid(alpha=0.3)
-    return saved(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
+    return save_file(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
 def _series(
     rows: Sequence[dict[str, Any]], x: str, patterns: Sequence[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns {name: (x values, y values)} of the names that match, in the order of patterns."""
+    """Returns {name: (x values, y values)} of the metrics that match, in the order of patterns."""
     names = [
         name
         for pattern in patterns
@@ -257,34 +261,35 @@ def _series(
             if row.get(name) is not None:
                 points.append((last, row[name]))
         if points:
-            across, values = np.array(points, float).T
-            series[name] = (across, values)
+            x_values, values = np.array(points, float).T
+            series[name] = (x_values, values)
     return series
 
 
-def _draw_curve(axis: Any, across: np.ndarray, values: np.ndarray, name: str) -> None:
-    """Draws the values, and over a long noisy curve its centered running mean."""
+def _draw_curve(axis: Any, x_values: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Plots the values of a metric, and for a long curve its centered running mean too."""
     window = len(values) // 20
     if window < 2:
-        axis.plot(across, values, label=name, linewidth=1.2, marker="." if len(values) < 9 else "")
+        marker = "." if len(values) < 9 else ""
+        axis.plot(x_values, values, label=name, linewidth=1.2, marker=marker)
         return
-    (line,) = axis.plot(across, values, linewidth=0.6, alpha=0.35)
+    (line,) = axis.plot(x_values, values, linewidth=0.6, alpha=0.35)
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
     start = window // 2
     axis.plot(
-        across[start : start + len(mean)], mean, label=name, linewidth=1.4, color=line.get_color()
+        x_values[start : start + len(mean)], mean, label=name, linewidth=1.4, color=line.get_color()
     )
 
 
 def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title: str) -> None:
-    """Writes a page of questions with their pictures, right and given answers and rewards.
+    """Writes a page with a table of prompts, images, references, completions and rewards.
 
-    The pictures are inside the page, so that it can be copied by itself.
+    The images are embedded, so that the page is a single file.
 
     Args:
         path: HTML file to write.
-        samples: its rows.
-        title: of the page.
+        samples: Samples, one for each row of the table.
+        title: Title of the page.
     """
     rows = "\n".join(
         "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td class='text'>{}</td>"
@@ -301,31 +306,32 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
     )
     page = _PAGE.format(title=html.escape(title), summary=_summary(samples), rows=rows)
 
-    def write(place: pathlib.Path) -> None:
-        place.write_text(page, encoding="utf-8")
+    def write(local_path: pathlib.Path) -> None:
+        local_path.write_text(page, encoding="utf-8")
 
-    saved(file_path(path), write)
+    save_file(file_path(path), write)
 
 
 def _summary(samples: Sequence[Sample]) -> str:
-    """How many samples are right where the task says so, and their mean reward."""
+    """Returns sentences with the number of correct samples, if known, and their mean reward."""
     rewards = [sample.reward for sample in samples if math.isfinite(sample.reward)]
     texts = []
     if any(sample.correct is not None for sample in samples):
-        right = sum(sample.correct is True for sample in samples)
+        correct = sum(sample.correct is True for sample in samples)
         texts.append(
-            f"{right} of {len(samples)} answers are right (&#10003;); the others are marked "
-            "&#10007;."
+            f"{correct} of {len(samples)} completions are correct (&#10003;); the others are "
+            "marked &#10007;."
         )
     if rewards:
-        texts.append(f"The mean reward of {len(rewards)} answers is {np.mean(rewards):.2f}.")
+        texts.append(f"The mean reward of {len(rewards)} completions is {np.mean(rewards):.2f}.")
     if len(rewards) < len(samples):
-        texts.append(f"{len(samples) - len(rewards)} have none, for their reward function failed.")
+        missing = len(samples) - len(rewards)
+        texts.append(f"{missing} have no reward because their reward function failed.")
     return " ".join(texts)
 
 
 def _png(image: np.ndarray) -> str:
-    """A picture uint8 [H, W, 3] as base64 of a PNG."""
+    """Encodes an image uint8 [H, W, 3] as a PNG in base64."""
     from PIL import Image
 
     buffer = io.BytesIO()

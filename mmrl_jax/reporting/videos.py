@@ -1,7 +1,6 @@
-"""Episodes as videos and strips of pictures, with their instructions.
+"""Videos and strips of frames of episodes, with their instructions as captions.
 
-imageio and PIL are imported inside the functions, so that a training host needs neither until it
-draws.
+imageio and PIL are imported inside the functions, so that training itself does not need them.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,40 +23,43 @@ _BACKGROUND = (24, 24, 24)
 _TEXT = (240, 240, 240)
 
 
-def captioned(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """Returns the frames enlarged to at least 256 pixels, each with its caption beneath.
+def add_captions(frames: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Returns the frames enlarged to at least 256 pixels, each with a caption below.
 
     Args:
-        frames: uint8 `[T, H, W, 3]`.
-        captions: One text for each frame; long ones are wrapped.
+        frames: Frames, uint8 `[T, H, W, 3]`.
+        captions: Caption of each frame. Long captions are wrapped.
 
     Returns:
-        uint8 `[T, H', W', 3]`: whole multiples of H and W (nearest neighbor, so that a pixel of
-        the policy's view is a square), plus the caption's lines; H' and W' even, as video needs.
+        Captioned frames, uint8 `[T, H', W', 3]`. They are enlarged by an integer factor (nearest
+        neighbor, so that a pixel becomes a square), then the lines of the caption are appended, and
+        H' and W' are padded to even numbers, which video codecs require.
 
     Raises:
-        ValueError: Frames of another shape or dtype, or not one caption for each.
+        ValueError: If the frames have another shape or dtype, or the number of captions is not the
+            number of frames.
     """
     _check_frames(frames, axes="[T, H, W, 3]")
     if len(captions) != len(frames):
         raise ValueError(f"{len(captions)} captions for {len(frames)} frames: give one for each.")
     factor = max(1, math.ceil(_TILE_PIXELS / min(frames.shape[1:3])))
-    images = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    bars = _caption_bars(captions, width=images.shape[2])
-    whole = np.concatenate([images, bars], axis=1)
-    height, width = whole.shape[1:3]
-    return _padded(whole, height + height % 2, width + width % 2)
+    enlarged = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    bars = _caption_bars(captions, width=enlarged.shape[2])
+    with_bars = np.concatenate([enlarged, bars], axis=1)
+    height, width = with_bars.shape[1:3]
+    return _padded(with_bars, height + height % 2, width + width % 2)
 
 
-def tiled(clips: np.ndarray, *, columns: int) -> np.ndarray:
-    """Returns clips side by side.
+def tile_clips(clips: np.ndarray, *, columns: int) -> np.ndarray:
+    """Arranges clips in a grid, row by row.
 
     Args:
-        clips: uint8 `[N, T, H, W, 3]`.
-        columns: Clips in a row, at least 1.
+        clips: Clips, uint8 `[N, T, H, W, 3]`.
+        columns: Number of clips in a row, at least 1.
 
     Returns:
-        uint8 `[T, rows * H + gaps, columns * W + gaps, 3]`, row by row; unused places are dark.
+        Frames of the grid, uint8 `[T, rows * H + gaps, columns * W + gaps, 3]`. Unused cells are
+        dark.
     """
     _check_frames(clips, axes="[N, T, H, W, 3]")
     if columns < 1:
@@ -65,11 +67,12 @@ def tiled(clips: np.ndarray, *, columns: int) -> np.ndarray:
     count, steps, height, width, _ = clips.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    down, across = height + _GAP_PIXELS, width + _GAP_PIXELS
-    grid = np.empty((steps, rows * down - _GAP_PIXELS, columns * across - _GAP_PIXELS, 3), np.uint8)
+    pitch_y, pitch_x = height + _GAP_PIXELS, width + _GAP_PIXELS
+    grid_size = rows * pitch_y - _GAP_PIXELS, columns * pitch_x - _GAP_PIXELS
+    grid = np.empty((steps, *grid_size, 3), np.uint8)
     grid[:] = _BACKGROUND
     for i, clip in enumerate(clips):
-        top, left = i // columns * down, i % columns * across
+        top, left = i // columns * pitch_y, i % columns * pitch_x
         grid[:, top : top + height, left : left + width] = clip
     return grid
 
@@ -81,68 +84,68 @@ def episodes_video(
     fps: float,
     columns: int,
 ) -> pathlib.Path | epath.Path:
-    """Writes episodes side by side, each with its caption, as mp4 where ffmpeg is there, or gif.
+    """Writes a video of captioned episodes in a grid, as mp4 if ffmpeg is available, else as gif.
 
     Args:
-        path: File to write; its suffix becomes `.mp4` or `.gif`. A path that ends in `.gif` is
-            always written as gif.
-        frames: uint8 `[N, T, H, W, 3]`.
-        captions: One text for each episode.
-        fps: Frames per second, over 0.
-        columns: Episodes in a row, at least 1.
+        path: File to write. Its suffix is replaced by `.mp4` or `.gif`; a path that ends in `.gif`
+            is always written as gif.
+        frames: Frames of N episodes, uint8 `[N, T, H, W, 3]`.
+        captions: Caption of each episode.
+        fps: Frames per second, above 0.
+        columns: Number of episodes in a row, at least 1.
 
     Returns:
-        The path written.
+        The path of the written file.
 
     Raises:
-        ValueError: Frames of another shape or dtype, not one caption for each episode, fps or
-            columns out of range.
+        ValueError: If the frames have another shape or dtype, the number of captions is not the
+            number of episodes, or `fps` or `columns` is out of range.
     """
     _check_frames(frames, axes="[N, T, H, W, 3]")
     count, steps = frames.shape[:2]
     if len(captions) != count:
         raise ValueError(f"{len(captions)} captions for {count} episodes: give one for each.")
-    # All at once: the caption bars then have one height.
+    # All episodes are captioned at once, so that all caption bars have the same height.
     every_caption = [caption for caption in captions for _ in range(steps)]
-    clips = captioned(frames.reshape(-1, *frames.shape[2:]), every_caption)
-    grid = tiled(clips.reshape(count, steps, *clips.shape[1:]), columns=columns)
+    clips = add_captions(frames.reshape(-1, *frames.shape[2:]), every_caption)
+    grid = tile_clips(clips.reshape(count, steps, *clips.shape[1:]), columns=columns)
     return _write_frames(file_path(path), grid, fps)
 
 
 def episode_strip(
     path: str | os.PathLike[str], frames: np.ndarray, caption: str, *, count: int
 ) -> pathlib.Path | epath.Path:
-    """Writes one episode as a PNG: `count` frames from first to last in a row, caption beneath.
+    """Writes `count` frames of an episode as a PNG, in a row from first to last, with a caption.
 
     Args:
-        path: Picture to write.
-        frames: uint8 `[T, H, W, 3]`.
-        caption: Text of the whole strip.
-        count: Frames to show, at least 1; evenly spaced.
+        path: PNG file to write.
+        frames: Frames of the episode, uint8 `[T, H, W, 3]`.
+        caption: Caption of the strip.
+        count: Number of frames to show, evenly spaced, at least 1.
 
     Returns:
-        The path written.
+        The path of the written file.
 
     Raises:
-        ValueError: Frames of another shape or dtype, or count below 1.
+        ValueError: If the frames have another shape or dtype, or `count` is below 1.
     """
     _check_frames(frames, axes="[T, H, W, 3]")
     if count < 1:
         raise ValueError(f"count is {count}, but must be at least 1.")
     chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
     factor = max(1, math.ceil(_TILE_PIXELS / min(frames.shape[1:3])))
-    images = frames[chosen].repeat(factor, axis=1).repeat(factor, axis=2)
-    row = tiled(images[:, None], columns=len(chosen))[0]
+    enlarged = frames[chosen].repeat(factor, axis=1).repeat(factor, axis=2)
+    row = tile_clips(enlarged[:, None], columns=len(chosen))[0]
     bar = _caption_bars([caption], width=row.shape[1])[0]
     strip = np.concatenate([row, bar])
 
     from PIL import Image
 
-    return saved(file_path(path), lambda place: Image.fromarray(strip).save(place))
+    return save_file(file_path(path), lambda local_path: Image.fromarray(strip).save(local_path))
 
 
 def _caption_bars(captions: Sequence[str], *, width: int) -> np.ndarray:
-    """Returns uint8 `[len(captions), h, width, 3]`; h fits the caption with the most lines."""
+    """Renders captions as uint8 `[N, h, width, 3]`; h fits the caption with the most lines."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=_FONT_PIXELS)
@@ -160,7 +163,7 @@ def _caption_bars(captions: Sequence[str], *, width: int) -> np.ndarray:
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Returns the lines of a text, broken at spaces; a longer word has a line of its own."""
+    """Wraps a text at spaces into lines of `width` pixels; a longer word gets a separate line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -172,23 +175,23 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def _padded(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    whole = np.empty((len(frames), height, width, 3), np.uint8)
-    whole[:] = _BACKGROUND
-    whole[:, : frames.shape[1], : frames.shape[2]] = frames
-    return whole
+    padded = np.empty((len(frames), height, width, 3), np.uint8)
+    padded[:] = _BACKGROUND
+    padded[:, : frames.shape[1], : frames.shape[2]] = frames
+    return padded
 
 
 def _write_frames(
     path: pathlib.Path | epath.Path, frames: np.ndarray, fps: float
 ) -> pathlib.Path | epath.Path:
     if not fps > 0:
-        raise ValueError(f"fps is {fps}, but must be over 0.")
+        raise ValueError(f"fps is {fps}, but must be above 0.")
     with warnings.catch_warnings():
-        # The child only starts ffmpeg; JAX's threads, which the warning is about, never run in it.
+        # The warning is about JAX's threads, which the child never runs: it only starts ffmpeg.
         warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
         if path.suffix != ".gif" and _has_ffmpeg():
-            return saved(path.with_suffix(".mp4"), lambda place: _write_mp4(place, frames, fps))
-    return saved(path.with_suffix(".gif"), lambda place: _write_gif(place, frames, fps))
+            return save_file(path.with_suffix(".mp4"), lambda local: _write_mp4(local, frames, fps))
+    return save_file(path.with_suffix(".gif"), lambda local: _write_gif(local, frames, fps))
 
 
 def _has_ffmpeg() -> bool:
@@ -206,7 +209,7 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
 
     height, width = frames.shape[1:3]
     frames = _padded(frames, height + height % 2, width + width % 2)
-    # yuv420p is what browsers play; it halves the color planes, hence the even sizes.
+    # Browsers require yuv420p, which halves the color planes and therefore needs even sizes.
     writer = imageio_ffmpeg.write_frames(
         str(path),
         (frames.shape[2], frames.shape[1]),
@@ -227,7 +230,7 @@ def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]
-    # GIF counts in hundredths of a second, and players slow down below two of them.
+    # GIF stores durations in hundredths of a second, and players slow down below two of them.
     duration_ms = max(20, round(100 / fps) * 10)
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0)
 
@@ -244,16 +247,22 @@ def _check_frames(frames: np.ndarray, *, axes: str) -> None:
 
 
 def file_path(path: workdir_lib.PathLike) -> pathlib.Path | epath.Path:
-    """Returns where a file lies, on a local disk or in a bucket."""
+    """Returns a path in a bucket as `epath.Path`, and a local path as `pathlib.Path`."""
     return workdir_lib.as_path(path) if workdir_lib.is_remote(path) else pathlib.Path(path)
 
 
-def saved(
+def save_file(
     path: pathlib.Path | epath.Path, write: Callable[[pathlib.Path], None]
 ) -> pathlib.Path | epath.Path:
-    """Makes the directory of a path, lets `write` write there, and returns the path.
+    """Writes a file, which may be in a bucket, with a function that writes local files only.
 
-    In a bucket the file is a copy of a local one, for what writes pictures knows local disks alone.
+    Args:
+        path: File to write. Its directory is created if it does not exist.
+        write: Writes the file to the local path that it is given. For a path in a bucket that is a
+            temporary file, which is then copied.
+
+    Returns:
+        `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not workdir_lib.is_remote(path):

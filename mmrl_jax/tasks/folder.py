@@ -1,11 +1,12 @@
-"""Image, prompt and answer from files: a folder, or a data set of TFDS, in batches by number.
+"""Records of image, prompt and answer from a folder or a TFDS data set, in deterministic batches.
 
-    pictures/metadata.jsonl   {"file_name": "a/0.png", "prompt": "How many?", "answer": "two"}
-    pictures/a/0.png          a further key of a line is a column, which reward functions are given
+    images/metadata.jsonl   {"file_name": "a/0.png", "prompt": "How many?", "answer": "two"}
+    images/a/0.png
 
-Everything here runs on the host. All records are read once when the data is opened: what cannot be
-used is set aside with its reason, so that the batch of an update depends on nothing but the
-update's number, and a resumed run goes on with the records that it would have seen.
+Further keys of a line are columns, which are passed to reward functions. This module runs on the
+host. All records are read once when the data is opened, and those that cannot be used are rejected
+with a reason. The batch of an update then depends on the number of the update alone, so that a
+resumed run continues with the records that an uninterrupted run would have read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,18 +26,18 @@ from mmrl_jax.tasks.image_index import ImageIndex
 from mmrl_jax.tasks.images import ImageInfo
 
 METADATA = "metadata.jsonl"
-NAMED = 5  # Records that an error names.
-SHOWN = 80  # Characters of a value that an error shows.
+MAX_LISTED = 5  # Maximum number of records that an error message lists.
+MAX_REPR = 80  # Maximum number of characters of a value in an error message.
 
 
 class Record(NamedTuple):
     """One sample.
 
     Attributes:
-      image: uint8 [H, W, 3].
-      prompt: text, not empty.
-      answer: text, not empty.
-      columns: whatever else is known of it.
+      image: Image, uint8 [H, W, 3].
+      prompt: Text of the prompt, not empty.
+      answer: Text of the reference answer, not empty.
+      columns: Further values of the record by the names of their columns.
     """
 
     image: np.ndarray
@@ -46,11 +47,12 @@ class Record(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """How one record is read; both functions raise if it cannot be used.
+    """Functions that check and read one record, and raise if it cannot be used.
 
     Attributes:
-      inspect: all checks, without the image where what is known of it is stored.
-      read: the record.
+      inspect: Checks the record and returns the properties of its image, which it does not decode
+        if they are cached.
+      read: Reads the record.
     """
 
     inspect: Callable[[], ImageInfo]
@@ -58,21 +60,26 @@ class Reader(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A record that cannot be used: where it stands, and why."""
+    """A record that cannot be used.
+
+    Attributes:
+      name: Name of the record, for example 'metadata.jsonl:3' for line 3.
+      reason: Reason why it cannot be used.
+    """
 
     name: str
     reason: str
 
 
 class Batch(NamedTuple):
-    """B samples.
+    """A batch of B samples.
 
     Attributes:
-      images: uint8 [B, H, W, 3].
-      prompts: B texts.
-      answers: B texts.
-      columns: what else is known of each of the B samples.
-      records: int64 [B], the samples' numbers among the good records.
+      images: Images, uint8 [B, H, W, 3].
+      prompts: Texts of the B prompts.
+      answers: Texts of the B reference answers.
+      columns: Further columns of each of the B samples.
+      records: Indices of the samples among the valid records, int64 [B].
     """
 
     images: np.ndarray
@@ -81,33 +88,33 @@ class Batch(NamedTuple):
     columns: tuple[dict[str, Any], ...]
     records: np.ndarray
 
-    def take(self, places: Sequence[int]) -> "Batch":
-        """The samples at these places of the batch."""
+    def take(self, indices: Sequence[int]) -> "Batch":
+        """Returns the samples at the given indices of the batch."""
         return Batch(
-            images=self.images[places],
-            prompts=tuple(self.prompts[i] for i in places),
-            answers=tuple(self.answers[i] for i in places),
-            columns=tuple(self.columns[i] for i in places),
-            records=self.records[places],
+            images=self.images[indices],
+            prompts=tuple(self.prompts[i] for i in indices),
+            answers=tuple(self.answers[i] for i in indices),
+            columns=tuple(self.columns[i] for i in indices),
+            records=self.records[indices],
         )
 
 
 class Records:
-    """The good records of a source, shuffled anew in each epoch.
+    """The valid records of a data source, which are shuffled again in each epoch.
 
     Attributes:
-      names: of the good records.
-      images: what is known of the image of each of them.
-      rejected: the others.
+      names: Names of the valid records.
+      images: Properties of the image of each valid record.
+      rejected: Records that cannot be used.
 
     Args:
-      readers: name of a record -> how it is read.
-      batch_size: B.
-      seed: of the orders.
-      max_rejected: the share of records, in [0, 1), that may be rejected.
+      readers: Reader of each record by the name of the record.
+      batch_size: Number of samples B in a batch.
+      seed: Seed of the order of records in each epoch.
+      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
 
     Raises:
-      ValueError: there are no records, or more of them than `max_rejected` were rejected.
+      ValueError: If there are no records, or a larger fraction than `max_rejected` is rejected.
     """
 
     def __init__(
@@ -121,46 +128,51 @@ class Records:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         if not 0 <= max_rejected < 1:
-            raise ValueError(f"max_rejected={max_rejected} must be a share in [0, 1).")
+            raise ValueError(f"max_rejected={max_rejected} must be a fraction in [0, 1).")
         if not readers:
             raise ValueError("There are no records; check the directory and the split.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            found = dict(zip(readers, pool.map(_inspected, readers.values()), strict=True))
-        good = {name: info for name, info in found.items() if isinstance(info, ImageInfo)}
-        self.names, self.images = tuple(good), tuple(good.values())
+            results = dict(zip(readers, pool.map(_inspected, readers.values()), strict=True))
+        valid = {name: info for name, info in results.items() if isinstance(info, ImageInfo)}
+        self.names, self.images = tuple(valid), tuple(valid.values())
         self.rejected = tuple(
-            Rejected(name, reason) for name, reason in found.items() if isinstance(reason, str)
+            Rejected(name, reason) for name, reason in results.items() if isinstance(reason, str)
         )
-        if len(self.rejected) > max_rejected * len(found):
-            named = "\n".join(f"  {name}: {why}" for name, why in self.rejected[:NAMED])
+        if len(self.rejected) > max_rejected * len(results):
+            listed = "\n".join(f"  {name}: {why}" for name, why in self.rejected[:MAX_LISTED])
             raise ValueError(
-                f"{len(self.rejected)} of {len(found)} records cannot be used, more than "
-                f"max_rejected={max_rejected} of them. Mend them, or raise it. The first:\n{named}"
+                f"{len(self.rejected)} of {len(results)} records cannot be used, more than the "
+                f"fraction max_rejected={max_rejected}. Fix them, or raise max_rejected. The "
+                f"first:\n{listed}"
             )
         self._readers = [readers[name] for name in self.names]
         self._batch_size, self._seed = batch_size, seed
-        # A batch may lie across two epochs.
+        # A batch may contain records of two epochs.
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def divided(self, sizes: Mapping[str, int], *, seed: int) -> dict[str, "Records"]:
-        """Parts by name that share no image, each as one batch, and the rest as 'train'.
+    def split(self, sizes: Mapping[str, int], *, seed: int) -> dict[str, "Records"]:
+        """Splits the records into held-out parts and 'train', which have no image in common.
 
-        Images are put in order by a hash of their content and the seed. The first part takes the
-        records of one image after the other until it has as many as it should, then the next part.
-        So all records of an image are in one part, and a part may have a few records more than
-        asked for. Neither names, lines nor the seed of the batches matter, and the first part does
-        not depend on the sizes of the others. Where images are added or removed, the order of the
-        others stays: only those at the ends of the parts change sides.
+        Images are ordered by a hash of their content and the seed. The first part receives the
+        records of one image after the other until it has at least the given number, then the next
+        part. All records of an image are therefore in one part, and a part may have a few more
+        records than requested. The split does not depend on file names, the order of lines or the
+        seed of the batches, and the first part does not depend on the sizes of the others. If
+        images are added or removed, only those next to the boundaries change their part.
 
         Args:
-          sizes: name of a part -> least number of its records.
-          seed: of the order of images.
+          sizes: Minimum number of records of each held-out part by its name.
+          seed: Seed of the order of images.
+
+        Returns:
+          The parts by their names, each with a batch that holds the whole part, and the remaining
+          records as 'train'.
 
         Raises:
-          ValueError: no record is left to train on.
+          ValueError: If no record remains for 'train'.
         """
         by_image: dict[str, list[int]] = {}
         for number, info in enumerate(self.images):
@@ -177,16 +189,16 @@ class Records:
                 "train on; hold out fewer."
             )
         rest = sorted(number for image in order for number in by_image[image])
-        return {name: self._of(np.array(x), len(x)) for name, x in parts.items()} | {
-            "train": self._of(np.array(rest), self._batch_size)
+        return {name: self._subset(np.array(x), len(x)) for name, x in parts.items()} | {
+            "train": self._subset(np.array(rest), self._batch_size)
         }
 
-    def batched(self, size: int) -> "Records":
-        """The same records in batches of another size."""
-        return self._of(np.arange(len(self)), size)
+    def with_batch_size(self, size: int) -> "Records":
+        """Returns the same records in batches of another size."""
+        return self._subset(np.arange(len(self)), size)
 
-    def _of(self, numbers: np.ndarray, batch_size: int) -> "Records":
-        """These records alone."""
+    def _subset(self, numbers: np.ndarray, batch_size: int) -> "Records":
+        """Returns the records with the given indices."""
         part = copy.copy(self)
         part.names = tuple(self.names[i] for i in numbers)
         part.images = tuple(self.images[i] for i in numbers)
@@ -196,21 +208,23 @@ class Records:
         return part
 
     def batch(self, update: int) -> Batch:
-        """The batch of an update, counted from 0; epochs follow each other without a gap.
+        """Returns the batch of an update, counted from 0.
+
+        Epochs follow each other without a gap, so that a batch may contain records of two epochs.
 
         Raises:
-          ValueError: `update` is negative, or see `read`.
+          ValueError: If `update` is negative, or a record has changed since it was checked.
         """
         if update < 0:
             raise ValueError(f"update={update} must be at least 0.")
-        places = range(update * self._batch_size, (update + 1) * self._batch_size)
-        return self.read([int(self._order(p // len(self))[p % len(self)]) for p in places])
+        positions = range(update * self._batch_size, (update + 1) * self._batch_size)
+        return self.read([int(self._order(p // len(self))[p % len(self)]) for p in positions])
 
     def read(self, numbers: Sequence[int]) -> Batch:
-        """The good records of these numbers.
+        """Returns the valid records with the given indices as a batch.
 
         Raises:
-          ValueError: a record has changed since it was checked.
+          ValueError: If a record has changed since it was checked.
         """
         with concurrent.futures.ThreadPoolExecutor() as pool:
             records = list(pool.map(self._read, numbers))
@@ -230,20 +244,20 @@ class Records:
             return self._readers[number].read()
         except Exception as error:
             raise ValueError(
-                f"{self.names[number]} could be read when the data was opened, but no longer: "
-                f"{error}. Leave the files alone while they are used."
+                f"{self.names[number]} could be read when the data was opened, but not any more: "
+                f"{error}. Do not change the files while they are used."
             ) from error
 
 
 def _inspected(reader: Reader) -> ImageInfo | str:
-    """What is known of a record's image, or why the record cannot be used."""
+    """Returns the properties of a record's image, or the reason why the record cannot be used."""
     try:
         return reader.inspect()
-    except Exception as error:  # Decoders raise whatever they like.
+    except Exception as error:  # Image decoders raise exceptions of many types.
         return f"{type(error).__name__}: {error}"
 
 
-# (prompt, answer, columns) of a record; raises if they cannot be used.
+# (prompt, answer, columns) of a record -> None; raises if the record cannot be used.
 Check = Callable[[str, str, Mapping[str, Any]], object]
 
 
@@ -259,33 +273,34 @@ def open_folder(
 ) -> Records:
     """Opens a folder in the layout of Hugging Face's 'imagefolder'.
 
-    What is found out about its images is kept, see `image_index`: another process, and another
-    opening, decodes those only that have changed.
+    The properties of its images are cached on disk, see `image_index`. When the folder is opened
+    again, also by another process, only images that have changed are decoded.
 
     Args:
-      directory: holds metadata.jsonl, a line of JSON for each record: 'file_name' of its image,
-        relative to the directory, 'prompt', 'answer', and any columns besides.
-      size: height and width of the images of a batch, pixels.
-      resize: how images come to that size, see `images.fit`.
-      batch_size: see `Records`.
-      seed: see `Records`.
-      max_rejected: see `Records`.
-      check: raises for a record that cannot be used for a reason of the caller's.
+      directory: Directory with a metadata.jsonl, which has a line of JSON for each record with the
+        keys 'file_name' (path of the image relative to the directory), 'prompt', 'answer', and any
+        further columns.
+      size: Height and width in pixels to which images are resized.
+      resize: Method of resizing, see `images.fit`.
+      batch_size: Number of samples in a batch.
+      seed: Seed of the order of records in each epoch.
+      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      check: Additional check of a record, which raises if the record cannot be used.
 
     Raises:
-      ValueError: there is no metadata.jsonl; or see `Records`.
+      ValueError: If there is no metadata.jsonl, or too many records are rejected, see `Records`.
     """
     root = pathlib.Path(directory).resolve()
     metadata = root / METADATA
     if not metadata.is_file():
         raise ValueError(
-            f"{metadata} is not there; write a line of JSON with file_name, prompt and answer for "
-            "each image."
+            f"{metadata} does not exist; write a line of JSON with file_name, prompt and answer "
+            "for each image."
         )
     index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
     readers: dict[str, Reader] = {}
-    # Not as text: its splitlines() also cuts at U+2028, which may stand within a line of JSON, and
-    # a byte that is no UTF-8 would cost the whole file instead of one record.
+    # Lines are split as bytes: str.splitlines() would also split at U+2028, which may occur within
+    # a line of JSON, and invalid UTF-8 in one record would make the whole file unreadable.
     for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
         if line.strip():
             readers[f"{metadata.name}:{number}"] = Reader(
@@ -309,25 +324,27 @@ def open_tfds(
     seed: int,
     max_rejected: float,
 ) -> Records:
-    """Opens a data set that TFDS has prepared, in a format of random access (array_record).
+    """Opens a data set that was prepared with TFDS in a random-access format (array_record).
 
-    Every example is a record; of an RLDS data set, whose examples are episodes, every step is.
+    Each example becomes a record. In an RLDS data set, whose examples are episodes, each step
+    becomes a record.
 
     Args:
-      directory: of one version of the data set, with dataset_info.json.
-      split: e.g. 'train'.
-      fields: where 'image' (encoded, or uint8 [H, W, 3]), 'prompt' and 'answer' lie, with slashes
-        between levels, e.g. {'image': 'observation/image', ...}; of RLDS, in a step. Further names
-        are columns.
-      size: height and width of the images of a batch, pixels.
-      resize: how images come to that size, see `images.fit`.
-      batch_size: see `Records`.
-      seed: see `Records`.
-      max_rejected: see `Records`.
+      directory: Directory of one version of the data set, with a dataset_info.json.
+      split: Name of the split, for example 'train'.
+      fields: Paths in an example, or in a step of RLDS, of 'image' (encoded, or uint8 [H, W, 3]),
+        'prompt' and 'answer', with slashes between levels, for example {'image':
+        'observation/image', ...}. Further names become columns.
+      size: Height and width in pixels to which images are resized.
+      resize: Method of resizing, see `images.fit`.
+      batch_size: Number of samples in a batch.
+      seed: Seed of the order of records in each epoch.
+      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
 
     Raises:
-      ImportError: the extra `data` (tensorflow-datasets and array-record) is not installed.
-      ValueError: `fields` lacks one of the three; or see `Records`.
+      ImportError: If the extra `data` (tensorflow-datasets and array-record) is not installed.
+      ValueError: If `fields` lacks 'image', 'prompt' or 'answer', or too many records are rejected,
+        see `Records`.
     """
     try:
         import tensorflow_datasets as tfds
@@ -337,9 +354,9 @@ def open_tfds(
             "or install mmrl_jax with its extra: pip install -e '.[data]'."
         ) from error
 
-    lacking = [name for name in ("image", "prompt", "answer") if name not in fields]
-    if lacking:
-        raise ValueError(f"fields={dict(fields)} lacks {lacking}; say where they lie.")
+    missing = [name for name in ("image", "prompt", "answer") if name not in fields]
+    if missing:
+        raise ValueError(f"fields={dict(fields)} lacks {missing}; give their paths in an example.")
     builder = tfds.builder_from_directory(str(directory))
     source = builder.as_data_source(split=split)
     readers: dict[str, Reader] = {}
@@ -360,13 +377,13 @@ def open_tfds(
 
 
 def _parsed(root: pathlib.Path, line: bytes) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The image's file of a line of the metadata, and all that the line has."""
+    """Returns the path of the image of a line of the metadata, and all columns of the line."""
     columns = json.loads(line)
     if not isinstance(columns, dict):
-        raise ValueError(f"{shown(columns)} is not an object; write {{...}}.")
+        raise ValueError(f"{short_repr(columns)} is not an object; write {{...}}.")
     path = (root / _text(columns, "file_name")).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(f"file_name={shown(columns['file_name'])} lies outside the folder.")
+        raise ValueError(f"file_name={short_repr(columns['file_name'])} is outside the folder.")
     return path, columns
 
 
@@ -402,7 +419,7 @@ def _read_example(
 
 
 def _step(source: Any, i: int, step: int) -> Mapping[str, Any]:
-    # There is no way to a step but past the ones before it.
+    # The steps of an episode can only be read in order.
     return next(itertools.islice(iter(source[i]["steps"]), step, None))
 
 
@@ -411,9 +428,9 @@ def _fields(example: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, 
 
 
 def _texts(columns: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Prompt, answer and further columns of a record."""
-    named = ("file_name", "image", "prompt", "answer")
-    further = {name: value for name, value in columns.items() if name not in named}
+    """Returns the prompt, the answer and the further columns of a record."""
+    required = ("file_name", "image", "prompt", "answer")
+    further = {name: value for name, value in columns.items() if name not in required}
     return _text(columns, "prompt"), _text(columns, "answer"), further
 
 
@@ -426,22 +443,22 @@ def _at(example: Any, path: str) -> Any:
 
 
 def _text(columns: Mapping[str, Any], name: str) -> str:
-    """A text or a number as text; TFDS gives texts as bytes."""
+    """Returns a column as text, which may be a str, UTF-8 bytes as in TFDS, or a number."""
     value = columns.get(name)
     if isinstance(value, bytes):
         value = value.decode("utf-8")
-    # JSON as Python reads it has NaN, which is how tables write what is not there.
+    # Python's JSON parser accepts NaN, with which exported tables mark missing values.
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         value = str(value)
     if isinstance(value, (float, np.floating)) and np.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        there = "" if name in columns else f" The record has only {shown(list(columns))}."
-        raise ValueError(f"{name}={shown(value)} is no text; write one.{there}")
+        hint = "" if name in columns else f" The record has only {short_repr(list(columns))}."
+        raise ValueError(f"{name}={short_repr(value)} is not a non-empty text.{hint}")
     return value.strip()
 
 
-def shown(value: Any) -> str:
-    """A value as an error shows it: of a long one the beginning."""
+def short_repr(value: Any) -> str:
+    """Returns the repr of a value for an error message, truncated if it is long."""
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_REPR else f"{text[:MAX_REPR]}..."

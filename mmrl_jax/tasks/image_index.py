@@ -1,12 +1,12 @@
-"""What is known of the image files of a folder, kept on disk from one process to the next.
+"""A cache on disk of the properties of the image files of a folder.
 
-To know that an image can be used, it is decoded as a whole, which takes hours for a million of
-them. A file whose time of change and size are those that it had then is not decoded again.
+The check of an image decodes it completely, which takes hours for a million images. A file with
+unchanged modification time and size is not decoded again.
 
     ~/.cache/mmrl_jax/images/<digest of the folder's path>.json     or in $XDG_CACHE_HOME
 
-A file that cannot be used is not kept: what failed may have been the disk. Where nothing can be
-written, or where what is written there is damaged, everything is decoded, as in a first process.
+Files that cannot be used are not cached, because the failure may have been one of the disk. If the
+cache cannot be written, or is damaged, all images are decoded.
 """
 
 from collections.abc import Callable
@@ -19,29 +19,30 @@ import threading
 
 from mmrl_jax.tasks.images import ImageInfo
 
-# Of what an entry holds, and of the rules by which an image can be used.
+# Version of the entries, and of the rules that decide whether an image can be used.
 VERSION = 1
 
 
 def cache_directory() -> pathlib.Path:
-    """Where indices are kept.
+    """Returns the directory of the cache.
 
     Raises:
-      RuntimeError: the user has no home directory.
+      RuntimeError: If the home directory of the user cannot be determined.
     """
     cache = os.environ.get("XDG_CACHE_HOME")
     return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "mmrl_jax/images"
 
 
 class ImageIndex:
-    """The index of one folder; several threads may look up files at the same time.
+    """Cached properties of the images of one folder, with thread-safe look-ups.
 
-    Hazard: a file that is rewritten with equal size within the resolution of the file system's
-    clock is taken for the one before, as by make.
+    Hazard: a file that is rewritten with the same size within the resolution of the file system's
+    clock counts as unchanged, as with make.
 
     Args:
-      root: the folder.
-      read: decodes a file: bytes -> what is known of the image; raises if it cannot be used.
+      root: Directory of the folder.
+      read: Decodes the bytes of a file and returns the properties of the image; raises if the image
+        cannot be used.
     """
 
     def __init__(self, root: pathlib.Path, read: Callable[[bytes], ImageInfo]):
@@ -53,34 +54,34 @@ class ImageIndex:
         with contextlib.suppress(RuntimeError):
             name = hashlib.blake2b(str(root).encode(), digest_size=16).hexdigest()
             self._path = cache_directory() / f"{name}.json"
-        self._known = self._load()
+        self._entries = self._load()
         self._changed = False
-        # Several records of one image are looked up at the same time, and it is decoded once.
+        # Records that share an image may look it up concurrently; it is decoded only once.
         self._locks = [threading.Lock() for _ in range(64)]
 
     def look_up(self, path: pathlib.Path) -> ImageInfo:
-        """What is known of an image file of the folder.
+        """Returns the properties of an image file of the folder.
 
         Raises:
-          OSError: there is no such file, or it cannot be read.
-          Exception: as `read` does.
+          OSError: If the file does not exist or cannot be read.
+          Exception: Any exception that `read` raises.
         """
         name, stat = str(path.relative_to(self._root)), path.stat()
-        written = (stat.st_mtime_ns, stat.st_size)
+        stamp = (stat.st_mtime_ns, stat.st_size)
         with self._locks[hash(name) % len(self._locks)]:
-            if name in self._known and self._known[name][0] == written:
-                return self._known[name][1]
+            if name in self._entries and self._entries[name][0] == stamp:
+                return self._entries[name][1]
             info = self._read(path.read_bytes())
-            self._known[name] = written, info
+            self._entries[name] = stamp, info
             self._changed = True
             return info
 
     def save(self) -> None:
-        """Writes the index in one atomic replacement; where it cannot be written, nothing."""
+        """Writes the cache atomically; does nothing if it cannot be written."""
         if self._path is None or not self._changed:
             return
-        images = {name: [*written, *info] for name, (written, info) in self._known.items()}
-        # Processes of one run may write at the same time.
+        images = {name: [*stamp, *info] for name, (stamp, info) in self._entries.items()}
+        # The name is unique to the process, because processes of one run may write concurrently.
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ class ImageIndex:
                 temporary.write_text(json.dumps({"version": self._version, "images": images}))
                 temporary.replace(self._path)
             finally:
-                temporary.unlink(missing_ok=True)  # What a full disk has cut off.
+                temporary.unlink(missing_ok=True)  # It still exists if, say, the disk is full.
             self._changed = False
 
     def _load(self) -> dict[str, tuple[tuple[int, int], ImageInfo]]:

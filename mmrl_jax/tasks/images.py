@@ -1,10 +1,10 @@
-"""Images from files as models are given them: 8-bit RGB of one size.
+"""Reads image files as 8-bit RGB images of one size, the input format of models.
 
-A file is read as PIL's users expect it: turned as its camera says, transparency on white as the
-image processors of transformers put it, 16-bit and float gray by its own range. An image whose file
-does not say what white is raises, and is never guessed at.
+The EXIF orientation is applied, transparency is composited on white as in the image processors of
+transformers, and 16-bit and float grayscale images are scaled by the range of their type. An image
+whose white level is ambiguous is rejected rather than guessed.
 
-PIL is imported inside the functions, so that a training host needs it only where it reads files.
+PIL is imported inside the functions, so that it is needed only where files are read.
 """
 
 from collections import Counter
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 LETTERBOX, STRETCH = RESIZES = ("letterbox", "stretch")
 # A change of the aspect ratio by more than this factor is reported.
-SIMILAR = 1.1
+MAX_ASPECT_CHANGE = 1.1
 UINT16_MAX, UINT8_MAX = 65535, 255
 
 
 class ImageInfo(NamedTuple):
-    """What is known of an image without its pixels.
+    """Properties of an image without its pixels.
 
     Attributes:
-      digest: BLAKE2b of the file's bytes, 32 hexadecimal digits: equal for equal files only. It is
-        not taken of the decoded pixels, which may differ between versions of a decoder.
-      mode: PIL's mode of the file, for example 'RGB' or 'I;16'.
-      width: pixels across, as it is shown.
-      height: pixels down, as it is shown.
+      digest: BLAKE2b digest of the file's bytes in 32 hexadecimal digits, which identifies the
+        image. The decoded pixels are not used, because they may differ between decoder versions.
+      mode: PIL mode of the file, for example 'RGB' or 'I;16'.
+      width: Width in pixels, after the EXIF orientation is applied.
+      height: Height in pixels, after the EXIF orientation is applied.
     """
 
     digest: str
@@ -42,17 +42,21 @@ class ImageInfo(NamedTuple):
 
 
 def read_rgb(image: bytes | np.ndarray) -> tuple["PIL.Image.Image", ImageInfo]:
-    """An encoded image, or uint8 [H, W, 3], as an image in mode 'RGB', and what is known of it.
+    """Decodes an image to mode 'RGB', and returns it with its properties.
+
+    Args:
+      image: Bytes of an encoded image, or pixels uint8 [H, W, 3].
 
     Raises:
-      ValueError: the array is of another dtype or shape, or see `to_rgb`.
-      OSError: the bytes are no image, or a part of them is missing.
+      ValueError: If the array has another dtype or shape, or the white level is ambiguous, see
+        `to_rgb`.
+      OSError: If the bytes are not a complete image.
     """
     import PIL.Image
     import PIL.ImageOps
 
     if isinstance(image, bytes):
-        # Cameras store an image as the sensor lay, and how to turn it beside.
+        # Cameras store the pixels in the orientation of the sensor, and the rotation as EXIF.
         stored = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(image)))
         data = image
     else:
@@ -66,13 +70,14 @@ def read_rgb(image: bytes | np.ndarray) -> tuple["PIL.Image.Image", ImageInfo]:
 
 
 def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """An image of any mode of PIL in mode 'RGB'.
+    """Converts an image of any PIL mode to mode 'RGB'.
 
-    Transparency is composited on white by the arithmetic of transformers'
-    `image_transforms.convert_to_rgb`, whose pixels these are for all modes of 8 bits.
+    Transparency is composited on white with the arithmetic of
+    `transformers.image_transforms.convert_to_rgb`, so that the pixels are the same for all 8-bit
+    modes.
 
     Raises:
-      ValueError: the pixels are of 32 bits, in a range that does not say what white is.
+      ValueError: If the pixels have 32 bits and their range leaves the white level ambiguous.
     """
     import PIL.Image
 
@@ -85,15 +90,15 @@ def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
 
 
 def is_deep(mode: str) -> bool:
-    """Says whether images of a mode have more than 8 bits: gray of 16 or 32 bits, or floats."""
+    """Returns whether a PIL mode has more than 8 bits: 16-bit, 32-bit or float grayscale."""
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
 def _to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """Gray of 16 or 32 bits in mode 'L', or 'LA' where one value is declared transparent.
+    """Converts 16-bit, 32-bit or float grayscale to 'L', or 'LA' if a value is transparent.
 
-    PIL's own conversion clips at 255, which makes almost every such image white, and every image
-    in [0, 1] black.
+    The conversion of PIL is not used: it clips at 255, so that most 16-bit images become white and
+    images in [0, 1] become black.
     """
     import PIL.Image
 
@@ -101,19 +106,19 @@ def _to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
     low, high = values.min(), values.max()
     if image.mode == "F":
         white = 1
-        if not (low >= 0 and high <= white):  # NaN is neither.
+        if not (low >= 0 and high <= white):  # The comparison is also false for NaN.
             raise ValueError(
-                f"its pixels are floats in [{low:g}, {high:g}], of which white is not known; scale "
-                "them to [0, 1], or save it with 8 or 16 bits."
+                f"its pixels are floats in [{low:g}, {high:g}], so that the white level is "
+                "unknown; scale them to [0, 1], or save it with 8 or 16 bits."
             )
     else:
         white = UINT16_MAX
-        # Of 8 bits or a dark one of 16: the mode 'I' leaves that open, except for black.
-        vague = image.mode == "I" and 0 < high <= UINT8_MAX
-        if vague or low < 0 or high > white:
+        # An image of mode 'I' with values up to 255 may be an 8-bit or a dark 16-bit image.
+        ambiguous = image.mode == "I" and 0 < high <= UINT8_MAX
+        if ambiguous or low < 0 or high > white:
             raise ValueError(
-                f"its pixels are 32-bit integers in [{low}, {high}], of which white is not known; "
-                "save it with 8 or 16 bits."
+                f"its pixels are 32-bit integers in [{low}, {high}], so that the white level is "
+                "unknown; save it with 8 or 16 bits."
             )
     gray = PIL.Image.fromarray(np.round(values / white * UINT8_MAX).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -124,64 +129,67 @@ def _to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
 
 
 def fit(image: "PIL.Image.Image", size: tuple[int, int], *, resize: str) -> np.ndarray:
-    """An image in mode 'RGB' as uint8 [*size, 3].
+    """Resizes an image in mode 'RGB' to an array uint8 [*size, 3].
 
     Args:
-      image: of any size.
-      size: height and width, pixels.
-      resize: 'letterbox' keeps the aspect ratio: the image is as large as fits, in the middle, and
-        black beside it, as the processors of LLaVA-NeXT and LLaVA-OneVision pad. 'stretch' fills
-        the size whatever the aspect ratio.
+      image: Image of any size.
+      size: Height and width of the result in pixels.
+      resize: 'letterbox' keeps the aspect ratio: the image is scaled to fit, centered, and padded
+        with black as in the processors of LLaVA-NeXT and LLaVA-OneVision. 'stretch' scales both
+        sides independently and changes the aspect ratio.
     """
     import PIL.Image
 
-    whole = size[1], size[0]
-    inner = _contained(image.size, whole) if resize == LETTERBOX else whole
+    outer = size[1], size[0]
+    inner = _contained(image.size, outer) if resize == LETTERBOX else outer
     if image.size != inner:
         image = image.resize(inner, PIL.Image.Resampling.BICUBIC)
-    if inner != whole:
-        canvas = PIL.Image.new("RGB", whole, "black")
-        left, top = (round((a - b) / 2) for a, b in zip(whole, inner, strict=True))
+    if inner != outer:
+        canvas = PIL.Image.new("RGB", outer, "black")
+        left, top = (round((a - b) / 2) for a, b in zip(outer, inner, strict=True))
         canvas.paste(image, (left, top))
         image = canvas
     return np.asarray(image)
 
 
-def _contained(size: tuple[int, int], whole: tuple[int, int]) -> tuple[int, int]:
-    """The largest size of an aspect ratio in another size, both (width, height)."""
-    (width, height), (across, down) = size, whole
-    if width * down > across * height:
-        return across, max(1, round(height / width * across))
-    return max(1, round(width / height * down)), down
+def _contained(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
+    """Returns the largest (width, height) within `outer` that has the aspect ratio of `size`."""
+    (width, height), (outer_width, outer_height) = size, outer
+    if width * outer_height > outer_width * height:
+        return outer_width, max(1, round(height / width * outer_width))
+    return max(1, round(width / height * outer_height)), outer_height
 
 
 def summary(infos: Iterable[ImageInfo], size: tuple[int, int], *, resize: str) -> list[str]:
-    """Sentences on what is done to images before a model is given them; none where nothing is.
+    """Describes in sentences how images are changed before a model receives them.
 
     Args:
-      infos: of the images, each once.
-      size: see `fit`.
-      resize: see `fit`.
+      infos: Properties of the images, without duplicates.
+      size: Height and width in pixels to which the images are resized.
+      resize: Method of resizing, see `fit`.
+
+    Returns:
+      A sentence for each kind of change; an empty list if nothing noteworthy is changed.
     """
     infos, (height, width) = list(infos), size
     ratios = [x.width * height / (x.height * width) for x in infos]
-    odd = sum(max(ratio, 1 / ratio) > SIMILAR for ratio in ratios)
+    changed = sum(max(ratio, 1 / ratio) > MAX_ASPECT_CHANGE for ratio in ratios)
     modes = Counter(x.mode for x in infos if is_deep(x.mode))
-    told = []
-    if odd and resize == LETTERBOX:
-        told.append(
-            f"{odd} of {len(infos)} images differ by more than 10 % from the aspect ratio of "
+    sentences = []
+    if changed and resize == LETTERBOX:
+        sentences.append(
+            f"{changed} of {len(infos)} images differ by more than 10 % from the aspect ratio of "
             f"{width} x {height}: they are padded with black (dataset.resize='letterbox')."
         )
-    if odd and resize == STRETCH:
-        told.append(
-            f"{odd} of {len(infos)} images differ by more than 10 % from the aspect ratio of "
+    if changed and resize == STRETCH:
+        sentences.append(
+            f"{changed} of {len(infos)} images differ by more than 10 % from the aspect ratio of "
             f"{width} x {height}: they are distorted (dataset.resize='stretch')."
         )
     if modes:
-        found = ", ".join(f"{count} of mode {mode!r}" for mode, count in sorted(modes.items()))
-        told.append(
-            f"{modes.total()} of {len(infos)} images are gray of more than 8 bits and are "
-            f"converted by their range ({found})."
+        counts = ", ".join(f"{count} of mode {mode!r}" for mode, count in sorted(modes.items()))
+        sentences.append(
+            f"{modes.total()} of {len(infos)} images are grayscale with more than 8 bits and are "
+            f"scaled by the range of their type ({counts})."
         )
-    return told
+    return sentences

@@ -1,12 +1,12 @@
-"""Kills processes together with all that they have started, even after the end of their owner.
+"""Kills processes together with all of their descendants, even after the end of their owner.
 
     python process_guard.py < pipe
 
-The guard reads from a pipe which processes its owner has started (`+ pid start`) and ended (`- pid
-start`). The pipe closes when the owner ends, in whatever way, SIGKILL included; the guard then
-kills the processes that are left. A fork of the owner holds the pipe open as long as it lives.
+The owner writes to a pipe which processes it has started (`+ pid start_time`) and ended (`- pid
+start_time`). The pipe closes when the owner ends for any reason, including SIGKILL, and the guard
+then kills the remaining processes. A fork of the owner keeps the pipe open while it lives.
 
-The module needs nothing but Python's own library, so that the guard starts fast and stays small.
+This module imports the standard library only, so that the guard starts fast and stays small.
 """
 
 from collections.abc import Iterable
@@ -19,119 +19,123 @@ import sys
 from typing import NamedTuple
 
 
-class Leader(NamedTuple):
-    """A process that leads a session and a process group, and is told from later ones of its pid.
+class ProcessHandle(NamedTuple):
+    """Identifies a session leader, unlike a pid alone, which the system may reuse later.
 
     Attributes:
-      pid: of the process.
-      start: time of its start in clock ticks since the machine's; None where /proc is absent.
+      pid: Process id.
+      start_time: Start time of the process in clock ticks since boot; None if there is no /proc.
     """
 
     pid: int
-    start: int | None
+    start_time: int | None
 
 
 class _Status(NamedTuple):
     parent: int
-    start: int
+    start_time: int
 
 
-def leader(pid: int) -> Leader:
-    """Names a process that runs, or whose end was not yet waited for."""
+def process_handle(pid: int) -> ProcessHandle:
+    """Returns the handle of a process that runs, or that has ended but was not waited for."""
     status = _status(pid)
-    return Leader(pid, status and status.start)
+    return ProcessHandle(pid, status and status.start_time)
 
 
-def kill_all(process: Leader) -> None:
+def kill_all(process: ProcessHandle) -> None:
     """Kills a process, its process group and its descendants.
 
-    Descendants with a session of their own, as sandboxes have it, are found through their parents,
-    on Linux alone. A daemon, which has left both its session and its parent, is not found.
+    On Linux, descendants in a separate session, as sandboxes use it, are found through their
+    parents. A daemon, which has left both its session and its parent, is not found.
     """
     status = _status(process.pid)
-    if status is not None and status.start != process.start:
-        return  # The pid belongs to another process, which it cannot while the group has members.
+    if status is not None and status.start_time != process.start_time:
+        # The pid was reused, which is impossible while the group has members: nothing is left.
+        return
     with contextlib.suppress(ProcessLookupError):
-        # Stopped, it starts nothing more, and stays the parent of what it has started.
+        # A stopped process starts no others, and remains the parent of those it has started.
         os.kill(process.pid, signal.SIGSTOP)
     killed: set[int] = set()
-    while found := _descendants(process.pid) - killed:
-        for pid in found:
+    while remaining := _descendants(process.pid) - killed:
+        for pid in remaining:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        killed |= found
-    # Before it leads a group, the process itself has to be named.
+        killed |= remaining
+    # The process is killed by its pid too, because it may not yet lead its group.
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(process.pid, signal.SIGKILL)
 
 
 class Guard:
-    """A process that calls `kill_all` for what is left when this process ends."""
+    """A separate process that calls `kill_all` for the remaining processes when this one ends."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C and a closed terminal are not for the guard.
+            start_new_session=True,  # Ctrl-C and a closed terminal must not end the guard.
             text=True,
         )
 
-    def started(self, process: Leader) -> None:
-        """Adds a process to those that are killed at the end."""
-        self._tell("+", process)
+    def started(self, process: ProcessHandle) -> None:
+        """Adds a process to those that are killed when this process ends."""
+        self._send("+", process)
 
-    def ended(self, process: Leader) -> None:
-        """Takes a process from those that are killed at the end."""
-        self._tell("-", process)
+    def ended(self, process: ProcessHandle) -> None:
+        """Removes a process from those that are killed when this process ends."""
+        self._send("-", process)
 
     def close(self) -> None:
-        """Ends the guard; nothing may be left that it would have to kill."""
-        self._process.kill()  # The end of the pipe may never come, see above.
+        """Ends the guard. No guarded process may remain."""
+        # The guard is killed, because a fork of this process may keep the pipe open.
+        self._process.kill()
         self._process.communicate()
 
-    def _tell(self, what: str, process: Leader) -> None:
+    def _send(self, action: str, process: ProcessHandle) -> None:
         assert self._process.stdin is not None
-        # Without a guard, which somebody has killed, all other ends still kill everything.
+        # The pipe is broken if the guard was killed. The owner still kills everything when it ends
+        # normally.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{what} {process.pid} {process.start}\n")
+            self._process.stdin.write(f"{action} {process.pid} {process.start_time}\n")
             self._process.stdin.flush()
 
 
 def _status(pid: int) -> _Status | None:
-    """Parent and start of a process; None where it is gone, or where /proc is absent."""
+    """Returns parent and start time of a process; None if it has ended or there is no /proc."""
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The second field is the name, in brackets, and may hold anything; see proc_pid_stat(5).
+    # The second field is the name in parentheses, which may contain any character; see
+    # proc_pid_stat(5).
     fields = text.rpartition(")")[2].split()
-    return _Status(parent=int(fields[1]), start=int(fields[19]))
+    return _Status(parent=int(fields[1]), start_time=int(fields[19]))
 
 
 def _descendants(pid: int) -> set[int]:
-    """Children of a process, their children, and so on, as far as parents are alive."""
+    """Returns the descendants of a process that are linked to it by living parents."""
     proc = pathlib.Path("/proc")
     pids = [int(x.name) for x in proc.iterdir() if x.name.isdigit()] if proc.is_dir() else []
     parents = {x: status.parent for x in pids if (status := _status(x)) is not None}
-    found, last = set[int](), {pid}
-    while last:
-        last = {child for child, parent in parents.items() if parent in last} - found
-        found |= last
-    return found
+    descendants, generation = set[int](), {pid}
+    while generation:
+        generation = {x for x, parent in parents.items() if parent in generation} - descendants
+        descendants |= generation
+    return descendants
 
 
 def _watch(lines: Iterable[str]) -> None:
-    """The guard: see above."""
-    left: set[Leader] = set()
+    """Runs the guard: reads the pipe until it closes, then kills the remaining processes."""
+    guarded: set[ProcessHandle] = set()
     for line in lines:
-        what, pid, start = line.split()
-        process = Leader(int(pid), None if start == "None" else int(start))
-        if what == "+":
-            left.add(process)
+        action, pid, start = line.split()
+        process = ProcessHandle(int(pid), None if start == "None" else int(start))
+        if action == "+":
+            guarded.add(process)
         else:
-            left.discard(process)
-    for process in left:
+            guarded.discard(process)
+    for process in guarded:
         kill_all(process)
 
 

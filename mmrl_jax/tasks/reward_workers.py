@@ -1,8 +1,8 @@
-"""Processes that call reward functions, and the calls that travel to them and back.
+"""Worker processes that call reward functions.
 
-Reward functions run what a model wrote, so a worker is not trusted: it has a session of its own and
-is killed with all that it has started, and what it sends counts only if it answers the call that
-waits.
+Reward functions may execute text that a model wrote, so that workers are not trusted. A worker runs
+in a separate session and is killed with all of its descendants, and a message from it is accepted
+only as the reply to the pending call.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,29 +22,30 @@ from typing import Any, NamedTuple
 
 from mmrl_jax.tasks import process_guard
 
-# Seconds for a process to start and to import the functions' modules, jax perhaps among them.
+# Maximum time in which a worker starts and imports the modules of the functions, including jax.
 START_TIMEOUT_S = 120.0
-# Characters of a reason.
+# Maximum number of characters of the reason of a failure.
 REASON_LENGTH = 300
 
 RewardFunction = Callable[..., Any]
 
-_START = 0  # Number of the reply that a worker sends when it has started; calls count from 1.
+# Number of the reply that a worker sends when it has started. Calls are numbered from 1.
+_START = 0
 _LIBRARIES = tuple(
     sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 
 
 class WorkerLost(Exception):
-    """A worker whose call has no result, and which must not be given another one."""
+    """A call has no result because its worker died or misbehaved; the worker must be stopped."""
 
 
 class Result(NamedTuple):
-    """What came of a call.
+    """Result of a call.
 
     Attributes:
-      value: that the function returned, a finite number; NaN where it failed.
-      reason: why it failed, printable and short; None where it did not.
+      value: Finite number that the function returned; NaN if the call failed.
+      reason: Short printable reason why the call failed; None if it succeeded.
     """
 
     value: float
@@ -58,8 +59,8 @@ class _Call(NamedTuple):
 
 
 class _Reply(NamedTuple):
-    number: int  # Of the call.
-    pid: int  # Of the worker: a fork of it may come back too.
+    number: int  # Number of the call.
+    pid: int  # Pid of the sender, which may be a fork of the worker.
     result: Result
 
 
@@ -67,86 +68,96 @@ class Worker:
     """A process that calls reward functions, one call at a time.
 
     Args:
-      functions: name -> function, pickled.
-      memory_mb: limit on the address space of the process, and of each that it starts, MiB.
-      guard: kills the process at the end of this one.
+      functions: Pickled dict of the functions by their names.
+      memory_mb: Limit in MiB on the address space of the process and of each process that it
+        starts; None for no limit.
+      guard: Guard that kills the worker when this process ends.
     """
 
     def __init__(self, functions: bytes, memory_mb: int | None, guard: process_guard.Guard):
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        # Not a daemon, which could have no children.
-        self._process = context.Process(target=_serve, args=(theirs, functions, memory_mb))
-        # A reward that uses JAX must not take the accelerator from the training.
+        self.connection, worker_end = context.Pipe()
+        # The process is not a daemon, because daemons must not have children.
+        self._process = context.Process(target=_serve, args=(worker_end, functions, memory_mb))
+        # A reward function that uses JAX must not claim the accelerator of the training.
         with _environment("JAX_PLATFORMS", "cpu"):
             self._process.start()
-        theirs.close()
+        worker_end.close()
         assert self._process.pid is not None
-        self._leader, self._guard = process_guard.leader(self._process.pid), guard
-        guard.started(self._leader)
+        self._handle, self._guard = process_guard.process_handle(self._process.pid), guard
+        guard.started(self._handle)
 
     @property
     def pid(self) -> int:
-        """Of the process."""
-        return self._leader.pid
+        """Process id of the worker."""
+        return self._handle.pid
 
     def is_alive(self) -> bool:
-        """Whether the process runs."""
+        """Returns whether the process is running."""
         return self._process.is_alive()
 
     def await_start(self) -> None:
-        """Waits until the functions are imported.
+        """Waits until the worker has imported the functions.
 
         Raises:
-          RuntimeError: they cannot be.
+          RuntimeError: If the worker does not start.
         """
         with contextlib.suppress(WorkerLost):
             if self.connection.poll(START_TIMEOUT_S):
                 self.receive(_START)
                 return
         raise RuntimeError(
-            "A process for reward functions did not start; see its error above. Their modules must "
-            "be importable from there, within its memory_mb if it has a limit, and a script must "
-            'guard its entry by if __name__ == "__main__".'
+            "A worker process for reward functions did not start; see its error above. The modules "
+            "of the functions must be importable in a new process, within its memory_mb if it has "
+            'a limit, and a script must guard its entry point with if __name__ == "__main__".'
         )
 
     def send(self, number: int, name: str, keywords: dict[str, Any]) -> None:
-        """Sends a call."""
-        # A worker that has just died says so when its reply is received.
+        """Sends a call to the worker.
+
+        Args:
+          number: Number of the call, which its reply repeats.
+          name: Name of the function.
+          keywords: Keyword arguments of the call.
+        """
+        # The death of a worker is reported when its reply is received.
         with contextlib.suppress(OSError):
             self.connection.send(_Call(number, name, keywords))
 
     def receive(self, number: int) -> Result:
-        """The result of a call that was sent, once the connection is ready.
+        """Receives the result of a call, once the connection is ready.
+
+        Args:
+          number: Number of the call.
 
         Raises:
-          WorkerLost: the process died, or what it sent is no reply to this call.
+          WorkerLost: If the process died, or its message is not the reply to this call.
         """
         try:
             reply = self.connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerLost("the process that ran it died") from error
-        except Exception:  # Whatever unpickling comes upon.
+        except Exception:  # Unpickling untrusted data may raise any exception.
             reply = None
         if isinstance(reply, _Reply) and (reply.number, reply.pid) == (number, self.pid):
             return reply.result
-        raise WorkerLost("the process that ran it sent something that is no reply to this call")
+        raise WorkerLost("the process that ran it sent a message that is not the reply to the call")
 
     def stop(self) -> None:
-        """Kills the process and all that it has started."""
-        process_guard.kill_all(self._leader)
+        """Kills the process and all of its descendants."""
+        process_guard.kill_all(self._handle)
         self._process.join()
-        self._guard.ended(self._leader)
+        self._guard.ended(self._handle)
         self.connection.close()
 
 
 class Workers:
-    """Workers of the same functions, and the guard that outlives this process for their sake.
+    """A set of workers for the same functions, and the guard that kills them if this process dies.
 
     Args:
-      functions: name -> function.
-      memory_mb: see `Worker`.
-      count: how many there are, once `refill` was called.
+      functions: Reward functions by their names.
+      memory_mb: Limit in MiB on the address space of each process; None for no limit.
+      count: Number of workers that `refill` starts.
     """
 
     def __init__(
@@ -158,10 +169,12 @@ class Workers:
         self.all: list[Worker] = []
 
     def refill(self) -> None:
-        """Starts the workers that are missing, at the same time.
+        """Starts the missing workers concurrently.
 
-        Some are at first, and where one could not be replaced. For errors see
-        `Worker.await_start`; what has not started is stopped then.
+        All workers are missing at first, and one is missing after a replacement has failed.
+
+        Raises:
+          RuntimeError: If a worker does not start. The workers of this call are stopped then.
         """
         started = [self._new() for _ in range(self._count - len(self.all))]
         try:
@@ -173,13 +186,17 @@ class Workers:
             raise
 
     def replace(self, worker: Worker) -> Worker:
-        """Stops a worker and starts another one; for errors see `refill`."""
+        """Stops a worker and starts a new one, which is returned.
+
+        Raises:
+          RuntimeError: If the new worker does not start.
+        """
         self.stop(worker)
         self.refill()
         return self.all[-1]
 
     def stop(self, worker: Worker) -> None:
-        """Stops a worker; `refill` starts another one."""
+        """Stops a worker without a replacement; `refill` starts a new one."""
         self.all.remove(worker)
         worker.stop()
 
@@ -196,7 +213,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Sets a variable for the processes that are started meanwhile."""
+    """Sets an environment variable for the processes that are started within the context."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -208,9 +225,9 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _serve(connection: Connection, pickled: bytes, memory_mb: int | None) -> None:
-    """Of a worker: answers calls until there are no more."""
-    # Before anything of the user's runs, so that nothing of it is outside the session. Ctrl-C is
-    # for the training, which ends its update first.
+    """Main function of a worker: executes calls until the connection is closed."""
+    # The session is created before any user code runs, so that all of it is in the session. Ctrl-C
+    # must reach the training process only, which finishes its update first.
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if memory_mb is not None:
@@ -219,7 +236,7 @@ def _serve(connection: Connection, pickled: bytes, memory_mb: int | None) -> Non
 
     def reply(number: int, result: Result) -> None:
         if os.getpid() != pid:
-            os._exit(1)  # A fork that the user's code has forgotten to end.
+            os._exit(1)  # This is a fork that user code has failed to end.
         connection.send(_Reply(number, pid, result))
 
     functions = pickle.loads(pickled)
@@ -231,49 +248,49 @@ def _serve(connection: Connection, pickled: bytes, memory_mb: int | None) -> Non
 
 
 def _result(function: RewardFunction, keywords: Mapping[str, Any]) -> Result:
-    """Calls a function."""
+    """Calls a function and converts its value or exception to a result."""
     try:
         value = function(**keywords)
         number = _as_float(value)
         if number is not None and math.isfinite(number):
             return Result(number, None)
-        return Result(math.nan, f"it returned {_text(repr, value)}, which is no finite number")
-    except BaseException as error:  # Also SystemExit: the worker is not the function's to end.
+        return Result(math.nan, f"it returned {_text(repr, value)}, which is not a finite number")
+    except BaseException as error:  # SystemExit is caught too: a function must not end the worker.
         name = type(error).__name__
-        return Result(math.nan, f"{name}: {_text(str, error)}{_place(error)}")
+        return Result(math.nan, f"{name}: {_text(str, error)}{_location(error)}")
 
 
 def _as_float(value: Any) -> float | None:
-    """A real number of Python, NumPy, JAX or torch, also as an array of shape (); else None."""
+    """Converts a real number or a scalar array of NumPy, JAX or torch; None for other values."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     return float(value) if isinstance(value, (numbers.Real, decimal.Decimal)) else None
 
 
-def _text(of: Callable[[Any], str], value: Any) -> str:
-    """What `str` or `repr` says of a value of the user's, printable."""
+def _text(convert: Callable[[Any], str], value: Any) -> str:
+    """Applies `str` or `repr` to a user's value, which may raise, and makes the text printable."""
     try:
-        return printable(of(value))
+        return printable(convert(value))
     except Exception as error:
-        return f"({type(error).__name__} in its {of.__name__})"
+        return f"({type(error).__name__} in its {convert.__name__})"
 
 
-def _place(error: BaseException) -> str:
-    """' (file:line)' of the last frame in code that is not a library's; '' where there is none."""
+def _location(error: BaseException) -> str:
+    """Returns ' (file:line)' of the last traceback frame outside of libraries; '' if unknown."""
     frames = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__)]
     frames = [frame for frame in frames if frame[0] != __file__]
-    own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)] or frames
-    return f" ({own[-1][0]}:{own[-1][1]})" if own else ""
+    user_frames = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)] or frames
+    return f" ({user_frames[-1][0]}:{user_frames[-1][1]})" if user_frames else ""
 
 
 def printable(text: str, length: int = REASON_LENGTH) -> str:
-    """A text without line ends and control characters, and cut off where it is too long.
+    """Escapes line breaks and control characters of a text, and truncates it to `length`.
 
-    A text of the user's or of the model's may hold escape sequences, which a terminal would follow.
+    Texts of users and models may contain escape sequences, which a terminal would execute.
     """
-    shown = "".join(
+    escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length]
     )
-    if len(shown) <= length and len(text) <= length:
-        return shown
-    return f"{shown[:length]}... ({len(text)} characters)"
+    if len(escaped) <= length and len(text) <= length:
+        return escaped
+    return f"{escaped[:length]}... ({len(text)} characters)"

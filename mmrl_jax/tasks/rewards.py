@@ -1,21 +1,21 @@
-"""Rewards by a user's own Python functions, each call in a process that can be stopped.
+"""Rewards from Python functions of the user, which are called in worker processes.
 
-A reward function takes keywords and returns a number:
+A reward function takes keyword arguments and returns a number:
 
     def length(*, prompt, completion, answer, finished, **columns) -> float:
         return -len(completion) / 100 if finished else -1.0
 
-`finished` says whether the completion ended by itself: it is False where the completion was
-truncated at its most tokens. It is left out of calls of a function without such a parameter, or
-`**columns`. A number is a bool, int, float, Decimal or Fraction, or a scalar or an
-array of shape () of NumPy, JAX or torch; it must be finite as a float32.
+`finished` is False if the completion was truncated at the maximum number of tokens. It is passed
+only to functions with a parameter `finished` or `**columns`. The number may be a bool, int, float,
+Decimal or Fraction, or a scalar or an array of shape () of NumPy, JAX or torch; it must be finite
+as a float32.
 
-Between the program that generates and the one that updates, the host calls the function for every
-sample. A call fails if it raises, returns anything else, or takes too long. Its sample is then
-masked out, not given a reward of 0, for which a policy would be punished. Some functions fail
-exactly where the completion is bad: `json.loads` raises on text that is no JSON. If such samples
-were masked out, the policy would never learn to avoid them, so the function declares what a failed
-call counts as:
+The host calls the function for every sample, after the program that generates and before the one
+that updates. A call fails if it raises, returns any other value, or times out. Its sample is then
+masked out, because a reward of 0 would penalize the policy for the failure. Some functions,
+however, fail on bad completions: `json.loads` raises on text that is not JSON. If such samples were
+masked out, the policy would never learn to avoid them. Such a function therefore declares the
+result of a failed call:
 
     @on_failure(-1.0)
     def valid_json(*, completion, **columns) -> float:
@@ -38,17 +38,18 @@ import numpy as np
 from mmrl_jax.tasks.reward_workers import Result, RewardFunction, Worker, WorkerLost, Workers
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-# Keywords of every call, which no column of a record may be named.
-GIVEN = ("prompt", "completion", "answer", "finished")
+# Keyword arguments of every call, which cannot be names of columns.
+RESERVED = ("prompt", "completion", "answer", "finished")
 
 Function = TypeVar("Function", bound=RewardFunction)
 
 
 def on_failure(value: float) -> Callable[[Function], Function]:
-    """Declares, as a decorator of a reward function, the result that a failed call counts as.
+    """Decorator of a reward function that declares the result of a failed call.
 
     Args:
-      value: finite; it is kept as the function's attribute `on_failure`.
+      value: Finite result of a failed call, which is stored as attribute `on_failure` of the
+        function.
     """
 
     def declare(function: Function) -> Function:
@@ -59,18 +60,18 @@ def on_failure(value: float) -> Callable[[Function], Function]:
 
 
 class NoRewards(RuntimeError):
-    """Not a single sample has a reward: there is nothing to learn from."""
+    """No sample of a batch has a reward, so that there is nothing to learn from."""
 
 
 class Failure(NamedTuple):
-    """A call without a result.
+    """A failed call of a reward function.
 
     Attributes:
-      prompt: number of the prompt, of B.
-      completion: number of the completion, of G.
-      function: name of the function.
-      reason: the exception, or what was returned, or the time that was up; short and printable.
-      value: what the call counts as, the function's `on_failure`; NaN without one.
+      prompt: Index of the prompt, in [0, B).
+      completion: Index of the completion of the prompt, in [0, G).
+      function: Name of the function.
+      reason: Short printable reason: the exception, the invalid result, or the timeout.
+      value: Result that the call counts as, the `on_failure` of the function; NaN if it has none.
     """
 
     prompt: int
@@ -81,15 +82,16 @@ class Failure(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """Of G completions of each of B prompts.
+    """Rewards of G completions for each of B prompts.
 
     Attributes:
-      reward: float32 [B, G], weighted sum of the functions' results; NaN where one failed that has
-        a weight other than 0 and no `on_failure`.
-      valid: bool [B, G], False where the reward is NaN: to be left out of losses and statistics.
-      parts: each function's results before its weight, float32 [B, G]; where it failed its
-        `on_failure`, or NaN without one.
-      failures: every call that failed.
+      reward: Weighted sum of the results of all functions, float32 [B, G]; NaN if a function with
+        nonzero weight and without `on_failure` failed.
+      valid: Mask of the samples with a reward, bool [B, G]. The others must be left out of losses
+        and statistics.
+      parts: Results of each function before its weight, float32 [B, G]. A failed call has the
+        `on_failure` of the function, or NaN if it has none.
+      failures: All failed calls.
     """
 
     reward: np.ndarray
@@ -99,46 +101,49 @@ class Rewards(NamedTuple):
 
     @property
     def failed(self) -> float:
-        """Share of the calls that failed, in [0, 1]."""
+        """Fraction of the calls that failed, in [0, 1]."""
         return len(self.failures) / (self.reward.size * len(self.parts))
 
 
 def exact_match(*, prompt: str, completion: str, answer: str, **columns: Any) -> float:
-    """1 where the completion is the answer, spaces around them and case aside; else 0."""
+    """Returns 1 if the completion equals the answer up to case and surrounding spaces, else 0."""
     return float(completion.strip().casefold() == answer.strip().casefold())
 
 
 def _takes(function: RewardFunction, name: str) -> bool:
-    """Whether a function has a parameter of this name, or takes any keyword."""
+    """Returns whether a function has a parameter `name` or takes arbitrary keyword arguments."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # Of some functions in C.
+    except (TypeError, ValueError):  # Some functions written in C have no signature.
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class RewardWorkerPool:
-    """Processes that call reward functions; a context manager, or to be closed by `close`.
+    """Pool of worker processes that call reward functions.
 
-    Processes are spawned, not forked, for a fork of a process with JAX's threads can hang: the
-    functions' modules are imported anew, and a script must guard its entry by
-    `if __name__ == "__main__"`. A function may start processes of its own. They are killed with
-    their worker when a call takes too long, when the pool is closed or collected, and when this
-    process ends, in whatever way; see `process_guard.kill_all` for what it cannot find.
+    The pool is a context manager; otherwise it must be closed with `close`. Processes are spawned,
+    because a fork of a process with JAX's threads can hang: each worker imports the modules of the
+    functions, and a script must guard its entry point with `if __name__ == "__main__"`. Processes
+    that a function starts are killed with their worker when a call times out, when the pool is
+    closed or garbage-collected, and when this process ends for any reason. See
+    `process_guard.kill_all` for the exceptions.
 
     Args:
-      functions: name -> function; each must be importable, so neither a lambda nor of a notebook.
-      weights: name -> weight of its result in the reward; a function of weight 0 is called for its
-        part alone. One weight at least is not 0.
-      workers: number of processes.
-      timeout_s: seconds for one call.
-      memory_mb: limit in MiB on the address space of each process, those that functions start
-        among them; None for no limit. Address space is more than memory in use: a function that
-        imports jax may need several thousand.
+      functions: Reward functions by their names. They must be importable, which excludes lambdas
+        and functions of a notebook.
+      weights: Weights of the functions in the reward by their names. A function of weight 0 is
+        called for its metric only. At least one weight must not be 0.
+      workers: Number of worker processes.
+      timeout_s: Maximum duration of a call in seconds.
+      memory_mb: Limit in MiB on the address space of each worker and of each process that it
+        starts; None for no limit. The address space exceeds the used memory: a function that
+        imports jax may need several thousand MiB.
 
     Raises:
-      ValueError: an argument is out of range, the names differ, or a function is not importable.
-      RuntimeError: a process does not start.
+      ValueError: If an argument is out of range, the names of functions and weights differ, or a
+        function is not importable.
+      RuntimeError: If a worker does not start.
     """
 
     def __init__(
@@ -152,14 +157,14 @@ class RewardWorkerPool:
     ):
         if not functions or set(functions) != set(weights):
             raise ValueError(
-                f"weights={dict(weights)} must name exactly the functions {list(functions)}, of "
-                "which there must be one."
+                f"weights={dict(weights)} must name exactly the functions {list(functions)}, and "
+                "there must be at least one."
             )
         for name, weight in weights.items():
             if not abs(weight) <= FLOAT32_MAX:
                 raise ValueError(f"weights[{name!r}]={weight} must be a finite float32.")
         if not any(weights.values()):
-            raise ValueError(f"weights={dict(weights)} are all 0, so that nothing is rewarded.")
+            raise ValueError(f"weights={dict(weights)} are all 0; at least one must not be.")
         if workers < 1:
             raise ValueError(f"workers={workers} must be at least 1.")
         if not timeout_s > 0:
@@ -171,7 +176,7 @@ class RewardWorkerPool:
                 pickle.dumps(function)
             except Exception as error:
                 raise ValueError(
-                    f"functions[{name!r}]={function!r} cannot be given to another process "
+                    f"functions[{name!r}]={function!r} cannot be sent to another process "
                     f"({error}); define it at the top level of a module."
                 ) from error
             declared = getattr(function, "on_failure", 0.0)
@@ -185,13 +190,13 @@ class RewardWorkerPool:
             name: float(getattr(function, "on_failure", math.nan))
             for name, function in functions.items()
         }
-        self._without = {
+        self._omitted = {
             name: () if _takes(function, "finished") else ("finished",)
             for name, function in functions.items()
         }
         self._numbers = itertools.count(1)
         self._workers = Workers(functions, memory_mb, count=workers)
-        # At the end of this process it comes before multiprocessing waits for its processes.
+        # The priority closes the workers before multiprocessing joins its processes at exit.
         self._finalize = util.Finalize(self, self._workers.close, exitpriority=10)
         try:
             self._workers.refill()
@@ -206,7 +211,7 @@ class RewardWorkerPool:
         self.close()
 
     def close(self) -> None:
-        """Stops all processes."""
+        """Stops all worker processes."""
         self._finalize()
 
     def __call__(
@@ -222,17 +227,18 @@ class RewardWorkerPool:
         """Calls every function for every completion.
 
         Args:
-          prompts: B texts.
-          completions: B times G texts.
-          answers: B texts.
-          columns: B mappings, further keywords of the functions.
-          finished: B times G, False for a completion that was truncated; None if none was.
-          allow_none: whether it is no error that no sample has a reward.
+          prompts: Texts of the B prompts.
+          completions: Texts of the G completions of each of the B prompts.
+          answers: Reference answers of the B prompts.
+          columns: Further keyword arguments for each of the B prompts.
+          finished: Whether each of the [B, G] completions has ended rather than been truncated;
+            None if all have ended.
+          allow_none: Whether no error is raised if no sample has a reward.
 
         Raises:
-          ValueError: the lengths differ.
-          NoRewards: not a single sample has a reward, and that is not allowed.
-          RuntimeError: a process does not start again.
+          ValueError: If the lengths of the arguments differ, or a column has a reserved name.
+          NoRewards: If no sample has a reward and `allow_none` is False.
+          RuntimeError: If the replacement of a worker does not start.
         """
         lengths = [len(x) for x in (prompts, completions, answers, columns)]
         groups = {len(group) for group in completions}
@@ -241,9 +247,9 @@ class RewardWorkerPool:
                 f"prompts, completions, answers and columns are {lengths} long, and the groups of "
                 f"completions {sorted(groups)}; give B of each, and G > 0 completions of each."
             )
-        for taken in GIVEN:
-            if any(taken in own for own in columns):
-                raise ValueError(f"columns has {taken!r}, which functions are given already.")
+        for reserved in RESERVED:
+            if any(reserved in row for row in columns):
+                raise ValueError(f"columns has {reserved!r}, which is an argument of every call.")
         shape = lengths[0], groups.pop()
         ended = np.ones(shape, bool) if finished is None else np.asarray(finished, bool)
         if ended.shape != shape:
@@ -251,9 +257,9 @@ class RewardWorkerPool:
         calls = [(name, b, g) for b, g in np.ndindex(*shape) for name in self._weights]
 
         def keywords(name: str, b: int, g: int) -> dict[str, Any]:
-            given = (prompts[b], completions[b][g], answers[b], bool(ended[b, g]))
-            found = {**columns[b], **dict(zip(GIVEN, given, strict=True))}
-            return {key: x for key, x in found.items() if key not in self._without[name]}
+            values = (prompts[b], completions[b][g], answers[b], bool(ended[b, g]))
+            arguments = {**columns[b], **dict(zip(RESERVED, values, strict=True))}
+            return {key: x for key, x in arguments.items() if key not in self._omitted[name]}
 
         results = self._run([(name, keywords(name, b, g)) for name, b, g in calls])
         parts = {name: np.full(shape, np.nan, np.float32) for name in self._weights}
@@ -261,12 +267,12 @@ class RewardWorkerPool:
         for (name, b, g), (value, reason) in zip(calls, results, strict=True):
             scale = max(1.0, abs(self._weights[name])) * len(self._weights)
             if reason is None and abs(value) * scale > FLOAT32_MAX:
-                reason = f"it returned {value}, with which the reward can leave float32"
+                reason = f"it returned {value}, with which the reward can exceed float32"
             if reason is not None:
                 value = self._on_failure[name]
                 failures.append(Failure(b, g, name, reason, value))
             parts[name][b, g] = value
-        # 0 times NaN is NaN: what has no weight must not decide which samples are masked out.
+        # Functions of weight 0 are left out, because 0 times NaN would mask out their samples.
         weights = {name: np.float32(weight) for name, weight in self._weights.items() if weight}
         reward = np.stack([weight * parts[name] for name, weight in weights.items()]).sum(axis=0)
         valid = np.isfinite(reward)
@@ -280,11 +286,11 @@ class RewardWorkerPool:
         return Rewards(reward, valid, parts, tuple(failures))
 
     def _run(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Result]:
-        """What comes of each call."""
+        """Runs the calls on the workers, and returns the result of each."""
         self._workers.refill()
         results = [Result(math.nan, "not called")] * len(calls)
         waiting, idle = deque(range(len(calls))), deque(self._workers.all)
-        # Of those that work: which of the calls, its number, until when.
+        # Index in `calls`, number of the call, deadline and worker of each pending call.
         busy: dict[Connection, tuple[int, int, float, Worker]] = {}
         try:
             while waiting or busy:
@@ -297,7 +303,7 @@ class RewardWorkerPool:
                     busy[worker.connection] = i, number, time.monotonic() + self._timeout_s, worker
                 soonest = min(deadline for _, _, deadline, _ in busy.values())
                 ready = wait(list(busy), max(0.0, soonest - time.monotonic()))
-                # Taken once: a call may finish in time while another's process is replaced.
+                # The time is read once, so that no call times out while another worker is replaced.
                 now = time.monotonic()
                 for connection in [*busy]:
                     i, number, deadline, worker = busy[connection]
@@ -313,7 +319,8 @@ class RewardWorkerPool:
                         worker = self._workers.replace(worker)
                     idle.append(worker)
         except BaseException:
-            # Whoever is still busy would answer to the next batch's calls, which starts others.
+            # Busy workers are stopped, because their late replies would reach the next batch, which
+            # starts new workers.
             for *_, worker in busy.values():
                 self._workers.stop(worker)
             raise

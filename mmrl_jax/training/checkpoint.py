@@ -1,18 +1,18 @@
-"""Checkpoints: the whole carry of a run, asynchronous, atomic, verified.
+"""Checkpoints of the complete carry of a run: asynchronous, atomic and verified by checksums.
 
-A run's working directory:
+The working directory of a run contains
 
-    workdir/config.json            the config of the run; another config is refused
+    workdir/config.json            the config of the run; another config is rejected
     workdir/checkpoints/120/       one checkpoint, named by its step (Orbax)
         carry/                     the arrays, by path: "learner/params/dense/kernel"
         record/                    JSON: config, extra (data position), layout, checksums, score
-    workdir/damaged_checkpoints/   checkpoints that could not be read, moved out of the way
+    workdir/damaged_checkpoints/   checkpoints that could not be read and were moved here
 
-Orbax writes in the background into a directory with a temporary name and renames it at the end,
-so a killed process leaves the earlier checkpoints and nothing that looks like one. What Orbax
-does not do is notice a changed byte inside the array files; each leaf therefore has a CRC-32 in
-the record, which `restore_latest` checks. A checkpoint that fails any check is damaged, and the
-one before is used.
+Orbax writes in the background to a directory with a temporary name and renames it at the end. A
+killed process therefore leaves the earlier checkpoints intact, and no incomplete one under a final
+name. Orbax does not detect a changed byte inside the array files. The record therefore has a CRC-32
+of each leaf, which `restore_latest` checks. A checkpoint that fails any check counts as damaged,
+and the previous one is used.
 """
 
 from collections.abc import Collection, Mapping
@@ -40,17 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriteError(RuntimeError):
-    """A checkpoint could not be written; the earlier ones are intact."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 class CheckpointDamaged(ValueError):
-    """No checkpoint in the directory could be read."""
+    """The directory has checkpoints, but none of them could be read."""
 
 
 class Checkpointer:
     """Saves and restores the carry of one run.
 
-    Use it from every process of a multi-host run, with the same arguments.
+    All processes of a multi-host run must use it, with the same arguments.
     """
 
     def __init__(
@@ -66,19 +66,20 @@ class Checkpointer:
         """Claims the working directory for this config and opens its checkpoints.
 
         Args:
-            workdir: Directory of the run; made if absent.
-            config: Config of the run, written to `workdir/config.json` and into each checkpoint.
-            keep: Number of newest checkpoints to keep, at least 1. With 1, a damaged newest
-                checkpoint has none before it to fall back to.
+            workdir: Directory of the run, which is created if it does not exist.
+            config: Config of the run, which is written to `workdir/config.json` and into each
+                checkpoint.
+            keep: Number of newest checkpoints to keep, at least 1. With 1, there is no earlier
+                checkpoint to fall back to if the newest one is damaged.
             best_metric: Name of the metric, higher is better, whose best checkpoint is kept in
-                addition; None keeps the newest only.
-            save_interval: Steps between two checkpoints, at least 1.
-            may_change: Config keys (or groups of keys) that a resumed run may have changed, for
-                example the total number of updates.
+                addition; None to keep the newest checkpoints only.
+            save_interval: Number of steps between two checkpoints, at least 1.
+            may_change: Config keys, or groups of keys, whose values may differ in a resumed run,
+                for example the total number of updates.
 
         Raises:
-            ValueError: An argument out of range, an unwritable workdir, or a workdir that holds
-                a run of another config.
+            ValueError: If an argument is out of range, or the workdir cannot be written or holds a
+                run of another config.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}, but must be at least 1 checkpoint.")
@@ -106,7 +107,7 @@ class Checkpointer:
         self.close()
 
     def due(self, step: int) -> bool:
-        """Says whether `save_interval` steps, or a multiple, were passed since the last save."""
+        """Returns whether a multiple of `save_interval` was passed since the last save."""
         return step // self._save_interval > self._last_step // self._save_interval
 
     def save(
@@ -118,27 +119,30 @@ class Checkpointer:
         metrics: Mapping[str, float],
         force: bool = False,
     ) -> bool:
-        """Saves if due, and returns before the files are written.
+        """Saves the carry if a save is due, and returns before the files are written.
 
-        The carry may be donated to a jitted function at once: what is written is a snapshot taken
-        before this function returns. Call it after the metrics of this step are logged, so that a
-        run killed in between does not lack that line.
+        The carry may be donated to a jitted function immediately, because a snapshot is taken
+        before this function returns. Call it after the metrics of this step are logged, so that
+        they are not missing if the run is killed in between.
 
         Args:
-            step: Step (update) after which the carry was taken; at least 0.
-            carry: Pytree whose leaves are jax arrays (PRNG keys raw or typed, any sharding) or
-                numpy arrays.
-            extra: What JSON can hold: data position, host counters.
-            metrics: Of which `best_metric`, where present and not NaN, scores the checkpoint.
-            force: Save whether or not it is due, for example at the end or on SIGTERM.
+            step: Step (update) after which the carry was taken, at least 0.
+            carry: Pytree whose leaves are JAX arrays with any sharding, including raw and typed
+                PRNG keys, or numpy arrays.
+            extra: JSON-serializable values that are stored too: data position, host counters.
+            metrics: Metrics of this step. The value of `best_metric`, if present and not NaN, is
+                the score of the checkpoint.
+            force: Whether to save even if no save is due, for example at the end or on SIGTERM.
 
         Returns:
-            Whether a save began; False also where this step was just saved.
+            Whether a save was started. It is False if this step is already saved.
 
         Raises:
-            CheckpointWriteError: This or the previous, asynchronous, save failed (disk full).
-            ValueError: A leaf that is not an array or is weakly typed, an `extra` that JSON cannot
-                hold, or a step that is already on disk because the run was not resumed from it.
+            CheckpointWriteError: If this save, or the previous asynchronous one, failed, for
+                example because the disk is full.
+            ValueError: If a leaf is not an array or is weakly typed, `extra` is not
+                JSON-serializable, or the step is already on disk because the run was not resumed
+                from it.
         """
         if not (force or self.due(step)) or step == self._pending:
             return False
@@ -163,7 +167,9 @@ class Checkpointer:
         try:
             record = {"body": body, "crc32": integrity.json_crc(body)}
         except TypeError as error:
-            raise ValueError(f"extra holds what JSON cannot ({error}): {dict(extra)!r}.") from error
+            raise ValueError(
+                f"extra is not JSON-serializable ({error}): {dict(extra)!r}."
+            ) from error
         self._scores[step] = score
         self._pending = step
         try:
@@ -180,10 +186,10 @@ class Checkpointer:
         return True
 
     def wait(self) -> None:
-        """Blocks until the save under way is on disk.
+        """Blocks until the pending save is on disk.
 
         Raises:
-            CheckpointWriteError: It failed.
+            CheckpointWriteError: If the save failed.
         """
         try:
             self._manager.wait_until_finished()
@@ -192,34 +198,39 @@ class Checkpointer:
         self._pending = None
 
     def close(self) -> None:
-        """Waits for the save under way and closes. Raises as `wait` does."""
+        """Waits for the pending save and closes the checkpoints.
+
+        Raises:
+            CheckpointWriteError: If the save failed.
+        """
         try:
             self.wait()
         finally:
             try:
                 self._manager.close()
-            except Exception:  # What failed was reported by wait.
+            except Exception:  # `wait` has reported the failure.
                 logger.debug("Closing the checkpoint manager failed.", exc_info=True)
 
     def restore_latest(self, target_like: PyTree) -> tuple[PyTree, dict[str, Any], int] | None:
-        """Restores the newest checkpoint that is whole, bit for bit.
+        """Restores the newest undamaged checkpoint bit for bit.
 
-        A damaged newest checkpoint is reported with a warning, moved to
-        `workdir/damaged_checkpoints`, and the one before it is restored.
+        If the newest checkpoint is damaged, a warning reports it, it is moved to
+        `workdir/damaged_checkpoints`, and the previous one is restored.
 
         Args:
-            target_like: Pytree of the carry's structure. Each leaf is an array or a
-                `jax.ShapeDtypeStruct`; its sharding is the one that the restored leaf gets, and
-                may differ from the saved one's. Without a sharding, or for an uncommitted array,
-                the leaf comes back uncommitted on the default device. A numpy leaf comes back as
-                numpy.
+            target_like: Pytree with the structure of the carry. Each leaf is an array or a
+                `jax.ShapeDtypeStruct`, whose sharding is applied to the restored leaf and may
+                differ from the sharding with which it was saved. If the target has no sharding, or
+                is an uncommitted array, the restored leaf is uncommitted on the default device. If
+                it is a numpy array, so is the restored leaf.
 
         Returns:
-            (carry, extra, step), or None where nothing was saved yet.
+            (carry, extra, step), or None if there is no checkpoint.
 
         Raises:
-            CheckpointMismatch: The checkpoint is of another model (lists the differing paths).
-            CheckpointDamaged: There are checkpoints, and none can be read.
+            CheckpointMismatch: If the checkpoint is of another model; the message lists the
+                differing paths.
+            CheckpointDamaged: If there are checkpoints, but none can be read.
         """
         self.wait()
         steps = saved_steps(self._workdir)
@@ -253,24 +264,24 @@ class Checkpointer:
             raise workdir_lib.missing_package(self._directory, error) from error
 
     def _set_aside(self, damaged: list[tuple[int, Exception]], *, used: int) -> None:
-        """Moves damaged steps away: a step that stays could not be saved again later."""
+        """Moves damaged checkpoints away, so that their steps can be saved again later."""
         for step, error in damaged:
-            place = workdir_lib.free_name(self._workdir / _DAMAGED, str(step))
+            target = workdir_lib.free_name(self._workdir / _DAMAGED, str(step))
             logger.warning(
                 "Checkpoint %d is damaged (%s); falling back to checkpoint %d. "
                 "The damaged one was moved to %s.",
                 step,
                 workdir_lib.one_line(error),
                 used,
-                place,
+                target,
             )
             if jax.process_index() == 0:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                (self._directory / str(step)).rename(place)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self._directory / str(step)).rename(target)
             self._scores.pop(step, None)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints moved")
-        # The manager lists the steps once, when it is made.
+        # The manager lists the steps only once, when it is created.
         self._manager.close()
         self._manager = self._open()
 
@@ -283,30 +294,32 @@ class Checkpointer:
             f"Checkpoint {step} could not be written to {self._directory}: "
             f"{workdir_lib.one_line(error)}"
             f"{workdir_lib.free_space(self._directory)}. "
-            + (f"Checkpoint {intact[-1]} is intact" if intact else "There is no earlier one")
-            + ": make space or give another workdir, then start the same command again."
+            + (f"Checkpoint {intact[-1]} is intact" if intact else "There is no earlier checkpoint")
+            + ": free disk space or give another workdir, then run the same command again."
         )
 
 
 def restore_parts(
     workdir: workdir_lib.PathLike, parts: Mapping[str, PyTree], *, which: str | int
 ) -> tuple[dict[str, PyTree], int]:
-    """Restores parts of a carry, for evaluation or a warm start; changes nothing on disk.
+    """Restores parts of a carry, for evaluation or initialization, without changing files.
 
     Args:
         workdir: Directory of a run.
-        parts: Path of a part in the carry, for example "learner/params" ("" for all of it), to a
-            pytree of its structure, as `target_like` in `Checkpointer.restore_latest`.
-        which: "latest" (a damaged one is passed over with a warning), "best" (by the
-            `best_metric` of that run), or a step.
+        parts: Target pytrees, as `target_like` in `Checkpointer.restore_latest`, by the path of a
+            part of the carry, for example "learner/params", or "" for the whole carry.
+        which: "latest" for the newest undamaged checkpoint (damaged ones are skipped with a
+            warning), "best" for the best one by the `best_metric` of the run, or a step.
 
     Returns:
-        (the parts by their paths, the step of their checkpoint).
+        (restored parts by their paths, step of the checkpoint).
 
     Raises:
-        ValueError: No checkpoint there, none that is `which`, or an unknown `which`.
-        CheckpointMismatch: A part differs from what is given (lists the differing paths).
-        CheckpointDamaged: It cannot be read.
+        ValueError: If the directory has no checkpoint, or none that is `which`, or `which` is
+            invalid.
+        CheckpointMismatch: If a part differs from its target; the message lists the differing
+            paths.
+        CheckpointDamaged: If no such checkpoint can be read.
     """
     directory = workdir_lib.as_path(workdir) / CHECKPOINTS
     steps = saved_steps(workdir)
@@ -322,7 +335,7 @@ def restore_parts(
         candidates = [best]
     elif isinstance(which, int):
         if which not in steps:
-            raise ValueError(f"No checkpoint {which} in {directory}: there are {steps}.")
+            raise ValueError(f"No checkpoint {which} in {directory}: available steps are {steps}.")
         candidates = [which]
     else:
         raise ValueError(f"which is {which!r}, but must be 'latest', 'best' or a step.")
@@ -345,9 +358,10 @@ def restore_parts(
 
 
 class _KeepNewestAndBest:
-    """Orbax preservation policy: the newest `keep`, and the best by score.
+    """Orbax preservation policy that keeps the newest `keep` checkpoints and the best by score.
 
-    Orbax's own BestN reads its metric files when a manager opens, and one damaged file stops it.
+    The policy BestN of Orbax is not used: it reads its metric files when a manager opens, and fails
+    if one of them is damaged.
     """
 
     def __init__(self, keep: int, scores: Mapping[int, float | None]):
@@ -357,13 +371,13 @@ class _KeepNewestAndBest:
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self._keep :]}
-        kept.add(_best_step({step: self._scores.get(step) for step in steps}))
-        return [step in kept for step in steps]
+        preserved = {*sorted(steps)[-self._keep :]}
+        preserved.add(_best_step({step: self._scores.get(step) for step in steps}))
+        return [step in preserved for step in steps]
 
 
 def _best_step(scores: Mapping[int, float | None]) -> int | None:
-    """Returns the step of the highest score, the later of equals; None without scores."""
+    """Returns the last step with the highest score; None if no step has a score."""
     scored = [(score, step) for step, score in scores.items() if score is not None]
     return max(scored)[1] if scored else None
 
@@ -380,7 +394,7 @@ def _read_record(directory: epath.Path, step: int) -> dict[str, Any]:
 def _score_on_disk(directory: epath.Path, step: int) -> float | None:
     try:
         return _read_record(directory, step)["score"]
-    except Exception:  # A damaged record; restoring says so, here it only has no score.
+    except Exception:  # The record is damaged, which is reported when it is restored.
         return None
 
 
@@ -389,7 +403,7 @@ def _try_load(
 ) -> tuple[tuple[dict[str, PyTree], dict[str, Any]] | None, Exception | None]:
     """Returns ((trees by path, record), None), or (None, the error) for a damaged checkpoint.
 
-    All processes get the same answer: where one of them cannot read, all fall back.
+    All processes get the same result: if one of them cannot read a checkpoint, all fall back.
     """
     restored, error = None, None
     try:
@@ -401,8 +415,8 @@ def _try_load(
             raise
         error = caught
     if jax.process_count() > 1:
-        fine = multihost_utils.process_allgather(np.array(error is None))
-        if not np.all(fine) and error is None:
+        succeeded = multihost_utils.process_allgather(np.array(error is None))
+        if not np.all(succeeded) and error is None:
             restored, error = None, ValueError("another process could not read it")
     return restored, error
 
@@ -411,18 +425,18 @@ def _load(
     directory: epath.Path, step: int, parts: Mapping[str, PyTree]
 ) -> tuple[dict[str, PyTree], dict[str, Any]]:
     body = _read_record(directory, step)
-    starts = {prefix: f"{prefix}/" if prefix else "" for prefix in parts}
+    prefixes = {part: f"{part}/" if part else "" for part in parts}
     targets = {
-        f"{starts[prefix]}{path}": leaf
-        for prefix, tree in parts.items()
+        f"{prefixes[part]}{path}": leaf
+        for part, tree in parts.items()
         for path, leaf in integrity.named_leaves(tree).items()
     }
     layout = {
         path: entry
         for path, entry in body["layout"].items()
-        if path.startswith(tuple(starts.values()))
+        if path.startswith(tuple(prefixes.values()))
     }
-    integrity.check_layout(layout, targets, place=directory / str(step))
+    integrity.check_layout(layout, targets, checkpoint=directory / str(step))
     like, arguments = {}, {}
     for path, target in targets.items():
         entry = layout[path]
@@ -445,11 +459,11 @@ def _load(
         for path, target in targets.items()
     }
     trees = {
-        prefix: jax.tree.unflatten(
+        part: jax.tree.unflatten(
             jax.tree.structure(tree),
-            [leaves[f"{starts[prefix]}{path}"] for path in integrity.named_leaves(tree)],
+            [leaves[f"{prefixes[part]}{path}"] for path in integrity.named_leaves(tree)],
         )
-        for prefix, tree in parts.items()
+        for part, tree in parts.items()
     }
     return trees, body
 

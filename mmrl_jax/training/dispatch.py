@@ -1,4 +1,4 @@
-"""Several updates in one call: compiled as a whole, or with the host between compiled programs."""
+"""Runs several updates in one call: as one compiled program, or with host code in between."""
 
 from collections.abc import Callable
 import time
@@ -12,24 +12,25 @@ from mmrl_jax.training.stage import Carry, HostUpdate, Update
 from mmrl_jax.types import Metrics
 from mmrl_jax.workdir import one_line
 
-# Metrics of optimizer steps: of an update that took none they say nothing.
-OF_STEPS = ("loss/", "grad/", "policy/", "dpo/")
-# The share of a dispatch's optimizer steps that may be skipped because they are not finite.
+# Prefixes of metrics of optimizer steps, which are undefined for an update without such steps.
+OPTIMIZER_METRICS = ("loss/", "grad/", "policy/", "dpo/")
+# Maximum fraction of a dispatch's optimizer steps that may be skipped because they are not finite.
 MAX_SKIPPED = 0.5
-# Seconds before the host's half of an update is called again: a restart of a server is waited for,
-# an outage of hours is not, for the same command goes on from what is saved.
+# Seconds before each retry of the host's part of an update. They cover the restart of a server. In
+# a longer outage the run ends, and the same command resumes it from the last checkpoint.
 RETRY_AFTER_S = (1.0, 5.0, 25.0)
 
 
-class Dispatched(NamedTuple):
-    """What a dispatch has done.
+class DispatchResult(NamedTuple):
+    """Result of a dispatch.
 
     Attributes:
-      carry: after its updates.
-      metrics: see `make_dispatch`; None if there was no update.
-      updates: done, fewer than asked for after an error.
-      retries: how often the host's half of an update failed and was called again.
-      error: by which the host's half of the next update failed in the end.
+      carry: Carry after the updates of the dispatch.
+      metrics: Metrics of the updates, see `make_dispatch`; None if no update was completed.
+      updates: Number of completed updates, which is smaller than requested after an error.
+      retries: Number of retries of the host's part of an update.
+      error: Error of the host's part of the next update after its last retry; None if all updates
+        were completed.
     """
 
     carry: Carry
@@ -40,14 +41,20 @@ class Dispatched(NamedTuple):
 
 
 def make_dispatch(update: Update, updates: int, shardings: Any) -> Any:
-    """One compiled call of `updates` updates; the carry is donated.
+    """Returns a jitted function that runs several updates and donates the carry.
+
+    Args:
+      update: Update of a stage, see `Stage.update`.
+      updates: Number of updates in one call.
+      shardings: Shardings of the carry.
 
     Returns:
-      (carry, constants) -> (carry, metrics). Metrics are means over the updates; those of
-      'episode/*' over the updates in which an episode ended, those in OF_STEPS over the updates
-      that took a step, each 0 where there is none: 'counted' has their numbers of updates by the
-      metrics' names. 'finite' is a bool []: less than MAX_SKIPPED of the optimizer steps were
-      skipped, and what the learner acts with is finite.
+      Function (carry, constants) -> (carry, metrics). Metrics are means over the updates. Those of
+      'episode/*' are means over the updates in which an episode ended, and those in
+      OPTIMIZER_METRICS over the updates with an optimizer step; they are 0 if there is no such
+      update. 'counted' has the number of these updates by the name of the metric. 'finite', bool
+      [], is True if fewer than MAX_SKIPPED of the optimizer steps were skipped and the variables of
+      the policy are finite.
     """
 
     def dispatch(carry: Carry, constants: Any) -> tuple[Carry, Metrics]:
@@ -66,86 +73,89 @@ def make_host_dispatch(
     *,
     stopping: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = print,
-) -> Callable[[Carry, Any], Dispatched]:
-    """The same of an update that is called from Python, for carries like this one.
+) -> Callable[[Carry, Any], DispatchResult]:
+    """Returns a function that runs several updates of a stage whose update needs the host.
 
-    The host's half of an update that fails is called again, at the times of RETRY_AFTER_S: of the
-    same update, for its batch and its random numbers depend on its number alone. A run with such an
-    outage is therefore bitwise the run without. No update is passed over.
+    If the host's part of an update fails, it is retried after the delays of RETRY_AFTER_S. Its
+    batch and random numbers depend on the number of the update alone, so that the retry is the same
+    update, no update is skipped, and the run is bitwise equal to one without failures.
 
     Args:
-      host: the update.
-      updates: of the dispatch.
-      carry: whose shapes and shardings the others have.
-      stopping: whether not to wait any more.
-      tell: prints a message.
+      host: Compiled parts of the update.
+      updates: Number of updates in one call.
+      carry: Carry whose shapes and shardings are those of all later carries.
+      stopping: Returns whether the run is stopping, in which case nothing is retried.
+      tell: Function that prints a message.
+
+    Returns:
+      Function (carry, constants) -> result of the dispatch.
     """
 
-    def summary(acts: Any, rows: list[Metrics]) -> Metrics:
-        return _summary(acts, jax.tree.map(lambda *x: jnp.stack(x), *rows))
+    def summary(variables: Any, rows: list[Metrics]) -> Metrics:
+        return _summary(variables, jax.tree.map(lambda *x: jnp.stack(x), *rows))
 
-    acts = carry.learner.without_optimizer()
-    summarize = jax.jit(summary).lower(acts, [host.metrics] * updates).compile()
+    variables = carry.learner.without_optimizer()
+    summarize = jax.jit(summary).lower(variables, [host.metrics] * updates).compile()
 
-    def dispatch(carry: Carry, constants: Any) -> Dispatched:
+    def dispatch(carry: Carry, constants: Any) -> DispatchResult:
         rows: list[Metrics] = []
         retries, error = 0, None
         while len(rows) < updates and error is None:
-            waits = list(RETRY_AFTER_S)
+            delays = list(RETRY_AFTER_S)
             while True:
                 try:
                     batch = host.collect(carry, constants)
                     break
                 except Exception as caught:
-                    if not waits or stopping() or not may_pass(caught):
+                    if not delays or stopping() or not is_transient(caught):
                         error = caught
                         break
                     retries += 1
-                    tell(f"An update failed, and is tried again: {one_line(caught)}")
-                    _wait(waits.pop(0), stopping)
+                    tell(f"An update failed, and is retried: {one_line(caught)}")
+                    _wait(delays.pop(0), stopping)
             if error is None:
                 carry, metrics = host.step(carry, constants, batch)
                 rows.append(metrics)
         if not rows:
-            return Dispatched(carry, None, 0, retries, error)
-        # After an error there are fewer rows than the compiled summary takes.
+            return DispatchResult(carry, None, 0, retries, error)
+        # After an error there are fewer rows than the summary was compiled for.
         summarized = (summarize if error is None else jax.jit(summary))(
             carry.learner.without_optimizer(), rows
         )
-        return Dispatched(carry, summarized, len(rows), retries, error)
+        return DispatchResult(carry, summarized, len(rows), retries, error)
 
     return dispatch
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether an error of the host's half may be an outage, and none of the code or the device."""
-    outside = isinstance(error, (ValueError, RuntimeError, OSError))
-    return outside and not isinstance(error, jax.errors.JaxRuntimeError)
+def is_transient(error: Exception) -> bool:
+    """Returns whether an error may be a temporary outage rather than one of code or device."""
+    external = isinstance(error, (ValueError, RuntimeError, OSError))
+    return external and not isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _wait(seconds: float, stopping: Callable[[], bool]) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not stopping():
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not stopping():
         time.sleep(min(0.2, seconds))
 
 
-def _summary(acts: Any, metrics: Metrics) -> Metrics:
-    """What a dispatch returns of the metrics of its updates, [updates] each.
+def _summary(variables: Any, metrics: Metrics) -> Metrics:
+    """Summarizes the metrics of the updates of a dispatch, see `make_dispatch`.
 
     Args:
-      acts: what the learner acts with after the last one.
-      metrics: of the updates.
+      variables: Variables of the policy after the last update.
+      metrics: Metrics of the updates, [updates] each.
     """
-    leaves_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(acts)])
+    leaves_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(variables)])
     taken, skipped = metrics["optimizer/steps"], metrics["optimizer/skipped_steps"]
 
-    counts = {name: taken > 0 for name in metrics if name.startswith(OF_STEPS)}
+    counts = {name: taken > 0 for name in metrics if name.startswith(OPTIMIZER_METRICS)}
     counts |= {name: ~jnp.isnan(x) for name, x in metrics.items() if name.startswith("episode/")}
     means = {
         name: losses.masked_mean(x, counts[name]) if name in counts else jnp.mean(x)
         for name, x in metrics.items()
     }
     finite = jnp.all(leaves_finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
-    # That there is no mean is no NaN: JAX_DEBUG_NANS takes any in what a program returns for a
-    # fault.
+    # A missing mean is 0 and not NaN, because JAX_DEBUG_NANS raises for any NaN that a compiled
+    # program returns.
     return means | {"finite": finite, "counted": jax.tree.map(jnp.sum, counts)}

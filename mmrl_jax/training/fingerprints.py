@@ -1,9 +1,9 @@
-"""What a run depends on beside its config, as fingerprints that are kept with the run.
+"""Fingerprints of the inputs of a run other than its config, which are stored with the run.
 
     workdir/run.json    {"stage": "sft", "fingerprints": {"base_weights": "9f0c...", ...}}
 
-A problem's `dependencies()` gives the fingerprints as they are now. Whoever resumes,
-evaluates or exports a run compares them with those that it began with.
+`dependencies()` of a problem returns the current fingerprints. The commands that resume, evaluate
+or export a run compare them with the stored ones.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ import jax
 from mmrl_jax import workdir as workdir_lib
 
 NAME = "run.json"
-# What each fingerprint is of.
+# Description of the input of each fingerprint, for error messages.
 MEANINGS = {
     "base_weights": "the tensors in the directory of model.checkpoint",
     "text_encoder": "the tensors in the directory of model.text_encoder",
@@ -24,17 +24,19 @@ MEANINGS = {
     "records": "metadata.jsonl or the images of dataset.directory",
     "reward_functions": "the source of the modules in rewards.functions",
 }
-# These may change on purpose. With other weights a checkpoint is of a policy that never was.
+# Inputs that may change intentionally. Changed weights are never accepted, because the policy of a
+# checkpoint was never trained with them.
 ACCEPTABLE = ("chat_template", "records", "reward_functions")
+# Inputs of the model alone.
 OF_MODEL = ("base_weights", "text_encoder", "chat_template")
 
 
 class Run(NamedTuple):
-    """What is kept of a run.
+    """Stored description of a run.
 
     Attributes:
-      stage: the stage that its checkpoints are of, e.g. 'sft' or 'ppo'.
-      fingerprints: name, as in MEANINGS, to digest.
+      stage: Name of the stage whose checkpoints are in the directory, for example 'sft' or 'ppo'.
+      fingerprints: Digest of each input by its name, a key of MEANINGS.
     """
 
     stage: str
@@ -42,19 +44,19 @@ class Run(NamedTuple):
 
 
 def digest(*parts: object) -> str:
-    """Returns the digest of bytes, or of anything by its representation."""
-    whole = hashlib.blake2b(digest_size=16)
+    """Returns a digest of bytes, or of the `repr` of other objects, as 32 hexadecimal digits."""
+    result = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass")
-        whole.update(len(data).to_bytes(8, "little") + data)
-    return whole.hexdigest()
+        result.update(len(data).to_bytes(8, "little") + data)
+    return result.hexdigest()
 
 
 def read(workdir: workdir_lib.PathLike) -> Run | None:
-    """Returns what is kept of the run in a workdir; None of one from before this was kept."""
+    """Returns the stored description of a run; None if it is missing or damaged."""
     try:
-        kept = json.loads((workdir_lib.as_path(workdir) / NAME).read_bytes())
-        return Run(str(kept["stage"]), {str(k): str(v) for k, v in kept["fingerprints"].items()})
+        run = json.loads((workdir_lib.as_path(workdir) / NAME).read_bytes())
+        return Run(str(run["stage"]), {str(k): str(v) for k, v in run["fingerprints"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -62,12 +64,13 @@ def read(workdir: workdir_lib.PathLike) -> Run | None:
 def write(
     workdir: workdir_lib.PathLike, run: Run, *, made_with: Mapping[str, Any] | None = None
 ) -> None:
-    """Keeps what a run depends on; of a multi-host run the first process does.
+    """Writes the description of a run; in a multi-host run only the first process writes.
 
     Args:
-      workdir: Directory of a stage.
-      run: What is kept.
-      made_with: See `provenance.provenance`; kept for people to read.
+      workdir: Working directory of the stage.
+      run: Description of the run.
+      made_with: Provenance of the run, see `provenance.provenance`, which is stored for people to
+        read.
     """
     if jax.process_index() == 0:
         path = workdir_lib.as_path(workdir) / NAME
@@ -80,15 +83,15 @@ def write(
 def check(
     workdir: workdir_lib.PathLike, now: Mapping[str, str], *, accept: Collection[str] = ()
 ) -> None:
-    """Compares fingerprints with those that the run in a workdir began with.
+    """Compares current fingerprints with those with which a run began.
 
     Args:
-      workdir: of the run; nothing is compared if it keeps none.
-      now: name to digest.
-      accept: names of changes that are meant.
+      workdir: Working directory of the run. Nothing is compared if it has no stored fingerprints.
+      now: Current digests by the names of the inputs.
+      accept: Names of inputs that may have changed, a subset of ACCEPTABLE.
 
     Raises:
-      ValueError: there are other changes; or a name in `accept` is none of ACCEPTABLE.
+      ValueError: If another input has changed, or a name in `accept` is not in ACCEPTABLE.
     """
     unknown = [name for name in accept if name not in ACCEPTABLE]
     if unknown:
@@ -103,9 +106,9 @@ def check(
     if not changed:
         return
     lines = "\n".join(f"  {name}: {MEANINGS[name]}" for name in changed)
-    meant = [name for name in changed if name in ACCEPTABLE]
+    acceptable = ",".join(name for name in changed if name in ACCEPTABLE)
     raise ValueError(
-        f"What the run in {workdir} depends on has changed since it began:\n{lines}\n"
-        "Put back what it began with, or train in a fresh workdir."
-        + (f" If the change is meant, add --accept_changes={','.join(meant)}." if meant else "")
+        f"An input of the run in {workdir} has changed since it began:\n{lines}\n"
+        "Restore the original input, or train in a fresh workdir."
+        + (f" If the change is intended, add --accept_changes={acceptable}." if acceptable else "")
     )

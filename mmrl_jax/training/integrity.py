@@ -1,7 +1,7 @@
-"""What a checkpoint holds of each leaf of a carry: its layout, and a checksum that is verified.
+"""Layout and checksums of the leaves of a carry, which are stored in checkpoints and verified.
 
-Orbax does not notice a changed byte inside the files of arrays. Each leaf therefore has a CRC-32
-beside its shape and dtype.
+Orbax does not detect a changed byte inside the array files. The layout of each leaf therefore has a
+CRC-32 in addition to shape and dtype.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ class CheckpointMismatch(ValueError):
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Returns {path: leaf}, as {"params/dense/kernel": ...}."""
+    """Returns the leaves of a pytree by their paths, for example "params/dense/kernel"."""
     named = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in named:
-            raise ValueError(f"Two leaves have the path '{name}': rename a key that holds '/'.")
+            raise ValueError(f"Two leaves have the path '{name}': rename a key that contains '/'.")
         named[name] = leaf
     return named
 
@@ -39,9 +39,9 @@ def _is_typed_key(leaf: Any) -> bool:
 
 
 def _key_kind(leaf: Any) -> str:
-    """Returns the name of a typed key's implementation, as "threefry2x32"."""
+    """Returns the name of the implementation of a typed key, for example "threefry2x32"."""
     kinds = []
-    # key_impl takes no ShapeDtypeStruct; a traced key has the same dtype.
+    # key_impl does not accept a ShapeDtypeStruct, but a traced key of the same dtype.
     jax.eval_shape(
         lambda key: kinds.append(str(jax.random.key_impl(key))),
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
@@ -54,17 +54,27 @@ def _crc(array: np.ndarray) -> int:
 
 
 def json_crc(body: Mapping[str, Any]) -> int:
-    """Returns the checksum of what JSON makes of a body, whatever the order of its keys."""
+    """Returns the CRC-32 of a mapping as JSON, which does not depend on the order of its keys."""
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def snapshot(carry: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns ({path: array to write}, {path: shape, dtype, crc32, and a key's kind}).
+    """Takes a snapshot of a carry that a later donation of the carry does not invalidate.
 
-    Hazard: on CPU `np.asarray(x)`, which Orbax calls too, is a view of x's own buffer. While such
-    a view lives, a donation of x is silently not done (JAX copies instead), so the live carry
-    must not be touched; its copy is. Elsewhere the transfer to the host is itself the snapshot,
-    and no second carry is held on the device.
+    Hazard: on CPU, `np.asarray(x)`, which Orbax also calls, is a view of the buffer of x. While
+    such a view exists, JAX silently copies instead of donating x. The view is therefore taken of a
+    copy. On other platforms the transfer to the host is the snapshot, and no second carry is
+    allocated on the device.
+
+    Args:
+      carry: Pytree of JAX or numpy arrays.
+
+    Returns:
+      Arrays to write by their paths, and the layout by the same paths: shape, dtype, crc32 and the
+      kind of a typed key.
+
+    Raises:
+      ValueError: If a leaf is not an array or is weakly typed.
     """
     arrays: dict[str, Any] = {}
     layout: dict[str, Any] = {}
@@ -81,25 +91,26 @@ def snapshot(carry: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(leaf, jax.Array):
             if leaf.weak_type:
                 raise ValueError(
-                    f"Carry leaf '{path}' is weakly typed, which no file keeps, and a resumed run "
-                    "would compile another program: give it a dtype, as in jnp.float32(0)."
+                    f"Carry leaf '{path}' is weakly typed, which a file cannot store, so that a "
+                    "resumed run would compile another program: give it a dtype, as in "
+                    "jnp.float32(0)."
                 )
             if any(device.platform == "cpu" for device in leaf.devices()):
                 leaf = jnp.copy(leaf)
         entry["shape"] = list(leaf.shape)
         entry["dtype"] = str(leaf.dtype)
-        whole = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
-        # Of an array that spans hosts no process sees all; those files stay without a checksum.
-        entry["crc32"] = _crc(jax.device_get(leaf)) if whole else None
+        addressable = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
+        # No process sees all of an array that spans several hosts, so that it has no checksum.
+        entry["crc32"] = _crc(jax.device_get(leaf)) if addressable else None
         layout[path] = entry
-        # Orbax writes no empty arrays; the layout is all there is to know of one.
+        # Orbax does not write empty arrays, which are restored from the layout alone.
         if leaf.size:
             arrays[path] = leaf
     return arrays, layout
 
 
 def target_sharding(target: Any) -> jax.sharding.Sharding | None:
-    """Returns the sharding to restore with; None for a host array or an uncommitted one."""
+    """Returns the sharding of a restored leaf; None for a host array or an uncommitted array."""
     if isinstance(target, np.ndarray):
         return None
     if isinstance(target, jax.Array) and not target.committed:
@@ -108,7 +119,20 @@ def target_sharding(target: Any) -> jax.sharding.Sharding | None:
 
 
 def finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) -> Any:
-    """Verifies one restored array and gives it the target's kind (numpy, jax, typed key)."""
+    """Verifies a restored array and converts it to the type of its target.
+
+    Args:
+      path: Path of the leaf, for error messages.
+      array: Restored array; None for an empty array, which is not stored.
+      target: Target leaf, see `Checkpointer.restore_latest`.
+      entry: Layout of the leaf.
+
+    Returns:
+      A numpy array, JAX array or typed key, like the target.
+
+    Raises:
+      ValueError: If the checksum is wrong.
+    """
     if array is None:
         array = np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
         sharding = target_sharding(target)
@@ -119,7 +143,7 @@ def finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) ->
             raise ValueError(f"the checksum of '{path}' is wrong")
     if isinstance(target, np.ndarray):
         return np.asarray(array)
-    # A copy: JAX does not donate what numpy holds a view of, as it does since the checksum.
+    # The array is copied, because the checksum has created a numpy view, which prevents donation.
     sharding = target_sharding(target)
     array = (
         jnp.array(array, copy=True)
@@ -130,31 +154,37 @@ def finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) ->
 
 
 def check_layout(
-    layout: Mapping[str, Any], targets: Mapping[str, Any], *, place: epath.Path
+    layout: Mapping[str, Any], targets: Mapping[str, Any], *, checkpoint: epath.Path
 ) -> None:
-    """Compares the saved leaves with the wanted ones.
+    """Compares the saved leaves with their targets.
+
+    Args:
+        layout: Layout of the saved leaves by their paths.
+        targets: Target leaves by their paths.
+        checkpoint: Path of the checkpoint for the error message.
 
     Raises:
-        CheckpointMismatch: Lists up to 20 differing paths with shape and dtype on both sides.
+        CheckpointMismatch: If paths, shapes, dtypes or kinds of keys differ. The message lists up
+            to 20 paths with shape and dtype on both sides.
     """
     lines = []
     for path in sorted(layout.keys() | targets.keys()):
         saved = _describe_entry(layout[path]) if path in layout else "absent"
-        wanted = _describe_leaf(path, targets[path]) if path in targets else "absent"
-        if saved != wanted:
-            lines.append(f"  {path}: {saved} in the checkpoint, {wanted} in the model")
+        expected = _describe_leaf(path, targets[path]) if path in targets else "absent"
+        if saved != expected:
+            lines.append(f"  {path}: {saved} in the checkpoint, {expected} in the model")
     if lines:
         more = [f"  and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
         if any(line.startswith("  rng: ") for line in lines):
             impl = jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
             more.append(
-                f"The random keys differ: jax_default_prng_impl is {impl!r} now; set it to what it "
-                "was when the run began."
+                f"The PRNG keys differ: jax_default_prng_impl is {impl!r} now; set it to the value "
+                "with which the run began."
             )
         raise CheckpointMismatch(
-            f"Checkpoint {place} is of another model; {len(lines)} paths differ:\n"
+            f"Checkpoint {checkpoint} is of another model; {len(lines)} paths differ:\n"
             + "\n".join(lines[:_MAX_LISTED] + more)
-            + "\nGive the config that made the checkpoint, or a fresh workdir."
+            + "\nGive the config with which the checkpoint was made, or a fresh workdir."
         )
 
 

@@ -1,10 +1,11 @@
-"""The lock of a workdir: one process at a time writes there.
+"""The lock of a workdir, so that only one process at a time writes to it.
 
     workdir/lock.json    {"host": "a", "pid": 12, "process_started": 345, "since": ..., "beats": 6}
 
-The owner counts its beats up for as long as it lives. Another process on the same host sees whether
-the owner still runs; on another host it sees whether the beats go on. In a bucket nothing can be
-changed by one process alone, so that two that start in the same second may both get the lock.
+The owner increments `beats` periodically while it lives (a heartbeat). Another process on the same
+host checks whether the owner still runs; a process on another host checks whether the heartbeat
+continues. A bucket has no exclusive access, so that two processes that start within the same second
+may both acquire the lock.
 """
 
 from collections.abc import Iterator
@@ -26,25 +27,25 @@ import jax
 from mmrl_jax import workdir as workdir_lib
 
 NAME = "lock.json"
-BEAT_S = 15.0
-# Seconds without a beat after which an owner on another host is gone: a pod that was preempted
-# comes back under another name, and should not wait for long.
+BEAT_S = 15.0  # Interval of the heartbeat.
+# Time without a heartbeat after which an owner on another host counts as dead. A preempted pod
+# restarts under another host name, and should not wait for long.
 SILENCE_S = 60.0
 
-_held: set[str] = set()  # By this process.
+_held: set[str] = set()  # Workdirs that this process has locked.
 
 Owner = dict[str, Any]
 
 
 @contextlib.contextmanager
 def locked(workdir: workdir_lib.PathLike) -> Iterator[None]:
-    """Keeps other processes from running in a workdir meanwhile.
+    """Context manager that locks a workdir against other processes.
 
-    A process may do so within itself again. Of the processes of a multi-host run the first one has
-    the lock for all.
+    It is reentrant within a process. In a multi-host run, the first process holds the lock for all
+    processes.
 
     Raises:
-        ValueError: Another process runs there, or the workdir cannot be written.
+        ValueError: If another process has locked the workdir, or it cannot be written.
     """
     directory = workdir_lib.as_path(workdir)
     path, name = directory / NAME, os.fspath(directory)
@@ -64,65 +65,66 @@ def locked(workdir: workdir_lib.PathLike) -> Iterator[None]:
         ended.set()
         beating.join()
         _held.discard(name)
-        # A lock that cannot be removed is taken over later; the run has ended well all the same.
-        with contextlib.suppress(Exception), _alone(path):
+        # Errors are ignored, because a remaining lock is taken over by the next process.
+        with contextlib.suppress(Exception), _exclusive(path):
             if _same(_read(path), owner):
                 path.unlink()
 
 
 def _acquire(path: epath.Path, owner: Owner) -> None:
-    """Writes the owner into the lock once nobody else's is there."""
-    watched, until = None, 0.0
+    """Writes the owner to the lock file as soon as no living process owns the lock."""
+    watched, deadline = None, 0.0
     while True:
-        with _alone(path):
+        with _exclusive(path):
             other = _read(path)
-            elsewhere = other is not None and other["host"] != owner["host"]
-            silent = elsewhere and other == watched and time.monotonic() > until
-            if other is None or silent or not (elsewhere or _is_alive(other)):
+            remote = other is not None and other["host"] != owner["host"]
+            silent = remote and other == watched and time.monotonic() > deadline
+            if other is None or silent or not (remote or _is_alive(other)):
                 if other is not None:
-                    _tell(f"Took over {path.parent} from {_named(other)}, which is gone.")
+                    _tell(f"Took over {path.parent} from {_describe(other)}, which has ended.")
                 workdir_lib.write_text(path, json.dumps(owner))
                 return
-        if not elsewhere or watched not in (None, other):
+        if not remote or watched not in (None, other):
             raise ValueError(
-                f"Workdir {path.parent} is in use by {_named(other)}: wait until it ends, stop it, "
-                f"or give another workdir. If it is no run at all, delete {path}."
+                f"Workdir {path.parent} is in use by {_describe(other)}: wait until it ends, stop "
+                f"it, or give another workdir. If that process is not a run, delete {path}."
             )
         if watched is None:
-            watched, until = other, time.monotonic() + SILENCE_S
+            watched, deadline = other, time.monotonic() + SILENCE_S
             _tell(
-                f"Workdir {path.parent} was in use by {_named(other)}; seeing for {SILENCE_S:.0f} "
-                "s whether it still is ..."
+                f"Workdir {path.parent} was in use by {_describe(other)}; waiting "
+                f"{SILENCE_S:.0f} s to check whether that process still runs ..."
             )
         time.sleep(min(1.0, SILENCE_S / 10))
 
 
 def _beat(path: epath.Path, owner: Owner, ended: threading.Event) -> None:
-    """Counts up the beats of the lock until it ends, or is another's."""
+    """Increments the beats in the lock file until `ended` is set, or another process owns it."""
     beats = 0
     while not ended.wait(BEAT_S):
         beats += 1
-        # Storage that fails for a moment shall not end the beats.
-        with contextlib.suppress(Exception), _alone(path):
+        # A temporary failure of the storage must not end the heartbeat.
+        with contextlib.suppress(Exception), _exclusive(path):
             other = _read(path)
             if other is not None and not _same(other, owner):
                 _tell(
-                    f"{path} is now of {_named(other)}, which took {path.parent} over while this "
-                    "process gave no sign: stop one of the two, both write there."
+                    f"{path} is now owned by {_describe(other)}, which took over {path.parent} "
+                    "because the heartbeat of this process was interrupted: stop one of the two, "
+                    "because both write to it."
                 )
                 return
             workdir_lib.write_text(path, json.dumps(owner | {"beats": beats}))
 
 
 @contextlib.contextmanager
-def _alone(path: epath.Path) -> Iterator[None]:
-    """Keeps other processes from reading and writing a lock meanwhile, where storage can do so."""
+def _exclusive(path: epath.Path) -> Iterator[None]:
+    """Gives exclusive access to a lock file within the context, if the storage supports it."""
     if workdir_lib.is_remote(path):
         yield
         return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # Some network disks cannot lock directories.
+        with contextlib.suppress(OSError):  # Some network file systems cannot lock directories.
             fcntl.flock(directory, fcntl.LOCK_EX)
         yield
     finally:
@@ -140,7 +142,7 @@ def _this_process() -> Owner:
 
 
 def _read(path: epath.Path) -> Owner | None:
-    """Returns the owner in a lock; None if there is none, or the file is damaged."""
+    """Returns the owner in a lock file; None if the file does not exist or is damaged."""
     try:
         owner = json.loads(path.read_bytes())
         return owner if {"host", "pid", "process_started", "since", "beats"} <= set(owner) else None
@@ -153,10 +155,10 @@ def _same(one: Owner | None, two: Owner) -> bool:
 
 
 def _is_alive(owner: Owner) -> bool:
-    """Says whether a process of this host still runs, and is no other of the same number."""
+    """Returns whether the owner, a process of this host, still runs and its pid was not reused."""
     pid = owner["pid"]
     if not isinstance(pid, int) or pid == os.getpid():
-        return False  # What this process holds it knows of.
+        return False  # This process would have found its own lock in `_held`.
     if pathlib.Path("/proc/self/stat").exists():
         return owner["process_started"] is not None and _started(pid) == owner["process_started"]
     try:
@@ -164,22 +166,22 @@ def _is_alive(owner: Owner) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # Another user's.
+        pass  # The process belongs to another user.
     return True
 
 
 def _started(pid: int) -> int | None:
-    """Returns when a process started, in clock ticks since boot; None if it is gone or unknown."""
+    """Returns the start time of a process in clock ticks since boot; None if it has ended."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        # The name before the last bracket may hold anything. Of a zombie nothing runs any more.
+        # The name before the last parenthesis may contain any character. A zombie counts as ended.
         state, *fields = stat.rpartition(")")[2].split()
         return None if state in "ZX" else int(fields[18])
     except (OSError, ValueError, IndexError):
         return None
 
 
-def _named(owner: Owner | None) -> str:
+def _describe(owner: Owner | None) -> str:
     assert owner is not None
     return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
 

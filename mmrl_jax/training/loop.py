@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from mmrl_jax import envs
 from mmrl_jax.config import ConfigLike
 from mmrl_jax.monitoring import loggers, metric_definitions
-from mmrl_jax.monitoring.health_checks import Alarms
+from mmrl_jax.monitoring.health_checks import HealthChecks
 from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.dispatch import (
-    OF_STEPS,
+    OPTIMIZER_METRICS,
     RETRY_AFTER_S,
-    Dispatched,
+    DispatchResult,
+    is_transient,
     make_dispatch,
     make_host_dispatch,
-    may_pass,
 )
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.preemption import PreemptionGuard
@@ -197,7 +197,7 @@ def run(
                 logging.save(carry, progress, {}, force=True)
         checkpointer.wait()
         if error is not None and not terminated():
-            if not may_pass(error):
+            if not is_transient(error):
                 raise error
             raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
         counters = progress.add()
@@ -270,10 +270,10 @@ class _Logging:
         self._failed_evaluations = 0
         self.writer = writer
         self.path = as_path(workdir) / JSONL_NAME
-        self._alarms = Alarms()
-        for row in read_jsonl(self.path):  # Alarms that the whole run would have had.
+        self._health_checks = HealthChecks()
+        for row in read_jsonl(self.path):  # A resumed run raises the alarms of the whole run.
             if 0 < row["step"] <= done:
-                self._alarms.see(row)
+                self._health_checks.update(row)
 
     def log_start(self, carry: Carry, progress: _Progress) -> None:
         """Evaluates a fresh carry, if the stage has an evaluation, and writes the row of step 0.
@@ -307,9 +307,9 @@ class _Logging:
                     functools.partial(probe.measure, carry.learner, done),
                 )
         values |= self._failed()
-        for text in self._alarms.see(values).values():
+        for text in self._health_checks.update(values).values():
             self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
-        values |= {f"alarm/{name}": 1.0 for name in self._alarms.raised}
+        values |= {f"alarm/{name}": 1.0 for name in self._health_checks.raised}
         self.writer.write(done, values)
         best = stage.best_metric
         scores = {best: values[best]} if best is not None and best in values else {}
@@ -354,7 +354,7 @@ class _Logging:
 def _train(
     carry: Carry,
     stage: Stage,
-    compiled: Callable[[int, Carry], Callable[[Carry, Any], Dispatched]],
+    compiled: Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]],
     progress: _Progress,
     logging: _Logging,
     stopping: Callable[[], bool],
@@ -367,7 +367,7 @@ def _train(
     Raises:
       InvalidEnvironment, FloatingPointError: see `run`.
     """
-    programs: dict[int, Callable[[Carry, Any], Dispatched]] = {}
+    programs: dict[int, Callable[[Carry, Any], DispatchResult]] = {}
     error: Exception | None = None
     while error is None and not (progress.over() or stopping()):
         size = min(stage.updates_per_dispatch, stage.num_updates - progress.done)
@@ -412,11 +412,11 @@ def _train(
 
 def _compiler(
     stage: Stage, shardings: Any, stopping: Callable[[], bool], tell: Callable[[str], None]
-) -> Callable[[int, Carry], Callable[[Carry, Any], Dispatched]]:
+) -> Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]]:
     """(number of updates, a carry) -> the compiled dispatch of so many."""
     host: list[HostUpdate] = []  # Its programs serve dispatches of every size.
 
-    def compiled(size: int, carry: Carry) -> Callable[[Carry, Any], Dispatched]:
+    def compiled(size: int, carry: Carry) -> Callable[[Carry, Any], DispatchResult]:
         if stage.on_host is None:
             assert stage.update is not None
             dispatch = make_dispatch(stage.update, size, shardings)
@@ -424,9 +424,9 @@ def _compiler(
             _check_metrics(lowered.out_info[1])
             program = lowered.compile()
 
-            def traced(carry: Carry, constants: Any) -> Dispatched:
+            def traced(carry: Carry, constants: Any) -> DispatchResult:
                 carry, metrics = program(carry, constants)
-                return Dispatched(carry, metrics, size)
+                return DispatchResult(carry, metrics, size)
 
             return traced
         if not host:
@@ -454,7 +454,9 @@ def _row(
     """
     absent = {name for name, count in counted.items() if not count}
     values = {name: math.nan if name in absent else float(x) for name, x in metrics.items()}
-    return {n: x for n, x in values.items() if n not in absent or n.startswith(OF_STEPS)} | {
+    return {
+        n: x for n, x in values.items() if n not in absent or n.startswith(OPTIMIZER_METRICS)
+    } | {
         "time/compile_s": counters.compile_s,
         "time/wall_s": counters.wall_s,
         "progress/updates": done,

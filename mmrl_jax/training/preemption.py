@@ -1,4 +1,4 @@
-"""Preemption: a run that is told to stop saves first."""
+"""Handles preemption: a run that receives a signal to stop saves a checkpoint first."""
 
 import os
 import signal
@@ -6,20 +6,21 @@ from typing import Any
 
 
 class PreemptionGuard:
-    """Notes a SIGTERM or SIGINT, so that the loop can save and stop between two dispatches.
+    """Context manager that records SIGTERM and SIGINT, so that the loop can save before it stops.
 
-    A SIGINT after that raises KeyboardInterrupt: who presses Ctrl-C twice does not want to wait.
+    Calling the guard returns whether a signal was received. A later SIGINT raises
+    KeyboardInterrupt, so that pressing Ctrl-C again stops the run immediately.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __enter__(self) -> "PreemptionGuard":
-        self._seen = False
+        self._received = False
         self._previous: dict[int, Any] = {}
         try:
             for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
-        except ValueError:  # Not the main thread: signals are somebody else's.
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # Only the main thread may set signal handlers.
             pass
         return self
 
@@ -28,11 +29,11 @@ class PreemptionGuard:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self._seen
+        return self._received
 
-    def _note(self, number: int, _: object) -> None:
-        if self._seen and number == signal.SIGINT:
+    def _handle(self, number: int, _: object) -> None:
+        if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._seen = True
-        # Not print: the signal may have come inside of one.
-        os.write(2, b"\nStopping after the updates under way; Ctrl-C to stop at once.\n")
+        self._received = True
+        # print is not reentrant, and the signal may have interrupted a call of it.
+        os.write(2, b"\nStopping after the current updates; press Ctrl-C to stop immediately.\n")

@@ -1,4 +1,4 @@
-"""Batches of a host, read by a thread while the devices work on the one before."""
+"""Prefetching: a thread reads the next batch while the devices compute with the current one."""
 
 from collections.abc import Callable
 import concurrent.futures
@@ -9,13 +9,13 @@ Batch = TypeVar("Batch")
 
 
 class Prefetch(Generic[Batch]):
-    """Reads the batch of update u + 1 while update u is worked on; no more than one ahead.
+    """Reads the batch of update u + 1 in the background during update u.
 
-    A thread lives for as long as it reads one batch, so that none outlives a run by more than that.
+    Each batch is read by a new thread, so that no thread outlives the run by more than one batch.
 
     Args:
-      read: the number of an update to its batch, which depends on nothing else.
-      updates: where the run ends; no batch is read ahead from there on.
+      read: Returns the batch of an update, which must depend on the number of the update alone.
+      updates: Number of updates of the run, after which no batch is read ahead.
     """
 
     def __init__(self, read: Callable[[int], Batch], *, updates: int):
@@ -23,10 +23,10 @@ class Prefetch(Generic[Batch]):
         self._ahead: tuple[int, concurrent.futures.Future[Batch]] | None = None
 
     def __call__(self, update: int) -> Batch:
-        """The batch of an update, and the next one's reading begins.
+        """Returns the batch of an update, and starts reading the next one.
 
         Raises:
-          Exception: whatever reading this batch raised, be it ahead of time.
+          Exception: Any exception that `read` raised for this batch, also in the background.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == update:
@@ -43,7 +43,7 @@ class Prefetch(Generic[Batch]):
         def read() -> None:
             try:
                 future.set_result(self._read(update))
-            except BaseException as error:  # It is raised where the batch is asked for.
+            except BaseException as error:  # The caller of `__call__` receives it.
                 future.set_exception(error)
 
         threading.Thread(target=read, name=f"prefetch {update}", daemon=True).start()

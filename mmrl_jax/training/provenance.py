@@ -1,4 +1,4 @@
-"""What a run or a result was made with: commit, versions, hardware and command."""
+"""Provenance of a run or a result: commit, package versions, hardware and command."""
 
 import importlib.metadata
 import os
@@ -13,12 +13,15 @@ import jax
 
 
 def commit() -> str:
-    """The short hash of the checkout's commit, with '+' after it where files differ from it."""
+    """Returns the short hash of the commit, with a '+' appended if files differ from it.
+
+    It is 'unknown' outside of a git checkout.
+    """
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     try:
         name, changed = (
-            subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
-            for more in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
+            subprocess.run([*command, *args], capture_output=True, text=True, check=True).stdout
+            for args in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -26,7 +29,7 @@ def commit() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns what a run is made with, to be kept with it."""
+    """Returns commit, command, hardware and versions of this process, to be stored with a run."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "brax", "transformers")
     versions = {name: _version(name) for name in ("mmrl_jax", *packages)}
     return {
@@ -46,13 +49,13 @@ def _version(package: str) -> str:
 
 
 def hardware() -> str:
-    """The devices and, of a CPU, its model and the cores this process may use."""
+    """Returns number and kind of the devices; for a CPU, its usable cores and its model."""
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"
     model, cpuinfo = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        named = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
-        model = named.group(1) if named else model
+        match = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))
+        model = match.group(1) if match else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores of {model}"

@@ -1,4 +1,4 @@
-"""Settings of JAX that runs do not support: refused before anything is traced."""
+"""Rejects unsupported settings of JAX before anything is traced."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import jax
 
 
 def check_settings() -> None:
-    """Refuses settings of JAX under which runs would fail, or would be other ones, far from here.
+    """Rejects settings of JAX under which runs would fail later or give other results.
 
-    `jax_default_prng_impl='rbg'` and `jax_debug_nans` are supported. With 'rbg' what a batch draws
-    depends on its size, see `jax.random`, so that another number of environments, of questions or
-    of devices draws other episodes.
+    `jax_default_prng_impl='rbg'` and `jax_debug_nans` are supported. With 'rbg', the random numbers
+    of a batch depend on its size, see `jax.random`, so that a different number of environments,
+    prompts or devices gives different episodes.
 
     Raises:
-      ValueError: names the setting and the remedy.
+      ValueError: If an unsupported setting is active. The message gives the setting and the remedy.
     """
-    config: Any = jax.config  # Its type knows no settings that a context manager changes.
+    config: Any = jax.config  # The type of jax.config lacks settings with a context manager.
     if config.jax_enable_x64:
         raise ValueError(
             "jax_enable_x64=True is not supported: runs compute in float32 and bfloat16. Unset "

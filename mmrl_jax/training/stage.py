@@ -1,4 +1,4 @@
-"""A stage of a run, as a problem builds it and the loop runs it."""
+"""Definition of a stage of a run, which a problem builds and the loop runs."""
 
 from collections.abc import Callable
 import dataclasses
@@ -13,13 +13,16 @@ from mmrl_jax.types import Metrics
 
 
 class Carry(struct.PyTreeNode):
-    """All that a run needs to go on: a checkpoint of it is a checkpoint of the run.
+    """Complete state of a run, so that a checkpoint of it is sufficient to resume.
 
     Attributes:
-      learner: parameters, optimizer, normalizer; `without_optimizer` is what it acts with.
-      env_state: of all environments, [B, ...]; None for a stage without environments.
-      rng: key of the run; update u uses fold_in(rng, u) and nothing else.
-      updates: int32 [], updates done; for demonstrations this is the data position too.
+      learner: State of the learner: parameters, optimizer state and normalizer. Its
+        `without_optimizer` returns the variables of the policy.
+      env_state: State of all environments, with leaves [B, ...]; None for a stage without
+        environments.
+      rng: PRNG key of the run. Update u uses fold_in(rng, u) and no other key.
+      updates: Number of completed updates, int32 []. It is also the position in the data of
+        demonstrations.
     """
 
     learner: Any  # A LearnerState or a TokenState.
@@ -32,15 +35,14 @@ Update = Callable[[Carry, Any], tuple[Carry, Metrics]]
 
 
 class HostUpdate(NamedTuple):
-    """An update that is called from Python, in two halves that compile nothing any more.
+    """The two compiled parts of an update that needs the host, for example for reward functions.
 
     Attributes:
-      collect: (carry, constants) -> what is learned from. It may fail, as an API of rewards does
-        that is down for a while, and be called again: it depends on its arguments alone, and
-        donates nothing.
-      step: (carry, constants, what `collect` gave) -> (carry, metrics), see `Stage`; it may donate
-        the carry.
-      metrics: their shapes, dtypes and shardings.
+      collect: (carry, constants) -> batch. It may fail, for example while a reward server is down,
+        and is then retried: it must depend on its arguments alone and donate nothing.
+      step: (carry, constants, batch) -> (carry, metrics), see `Stage.update`. It may donate the
+        carry.
+      metrics: Shapes, dtypes and shardings of the metrics by their names.
     """
 
     collect: Callable[[Carry, Any], Any]
@@ -49,12 +51,12 @@ class HostUpdate(NamedTuple):
 
 
 class StageProbe(NamedTuple):
-    """Something that is measured now and then during a stage.
+    """A measurement that is taken at intervals during a stage.
 
     Attributes:
-      name: For messages.
-      interval: Updates between two calls.
-      measure: (learner, update) -> metrics to log; it may write files.
+      name: Name of the probe, for messages.
+      interval: Number of updates between two measurements.
+      measure: (learner, number of completed updates) -> metrics to log. It may also write files.
     """
 
     name: str
@@ -63,62 +65,70 @@ class StageProbe(NamedTuple):
 
 
 class Start:
-    """Arrays that a fresh carry is made of, kept until it is; None where it needs none.
+    """Holds the initial arrays of a carry until the carry is created.
 
-    A closure over them would keep them beside the carry for as long as the run takes. They may be
-    given as shapes: a carry is then made under `jax.eval_shape` alone.
+    A closure over the arrays would keep them in memory in addition to the carry for the whole run.
+
+    Args:
+      arrays: Pytree of arrays, or None if the carry needs no initial arrays. They
+        may be given as shapes, with which a carry is only made under `jax.eval_shape`.
     """
 
     def __init__(self, arrays: Any):
         self._arrays, self._released = arrays, False
 
     def __call__(self) -> Any:
-        """The arrays.
+        """Returns the arrays.
 
         Raises:
-          RuntimeError: they were released.
+          RuntimeError: If the arrays were released.
         """
         if self._released:
-            raise RuntimeError("The carry was made of this stage's start: build another stage.")
+            raise RuntimeError(
+                "The initial arrays of this stage were released when its carry was created: build "
+                "a new stage."
+            )
         return jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
             self._arrays,
         )
 
     def release(self) -> None:
-        """Lets go of them."""
+        """Drops the references to the arrays."""
         self._arrays, self._released = None, self._arrays is not None or self._released
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a run, as a problem builds it and the loop runs it.
+    """One stage of a run.
 
     Attributes:
       name: Name of the stage, for the console and the reports.
-      init: Returns a fresh carry.
-      update: (carry, constants) -> (carry, metrics), with metrics float32 [], among them
-        'optimizer/steps' and 'optimizer/skipped_steps', the optimizer steps taken, and those
-        skipped because the loss or its gradient is not finite. 'episode/*' is NaN where no episode
-        ended. It is traced, and the updates of a dispatch are one compiled program. None for a
-        stage with `on_host`.
-      constants: Pytree that is given to every update and never donated; or None.
-      num_updates: Update at which the stage ends.
-      updates_per_dispatch: Updates in one compiled call; the last one may have fewer.
-      env_steps_per_update: Steps of the unroll, resets among them; 0 without environments.
-      samples_per_update: Samples that an update learns from, for the rate on the console.
+      init: Returns a new carry.
+      update: (carry, constants) -> (carry, metrics). It is traced, and the updates of a dispatch
+        form one compiled program. Metrics are float32 []. They include 'optimizer/steps', the
+        number of optimizer steps, and 'optimizer/skipped_steps', the number of steps that were
+        skipped because the loss or its gradient is not finite. 'episode/*' is NaN if no episode
+        ended. None for a stage with `on_host`.
+      constants: Pytree that is passed to every update and never donated; or None.
+      num_updates: Number of updates after which the stage ends.
+      updates_per_dispatch: Number of updates in one compiled call; the last call may have fewer.
+      env_steps_per_update: Number of environment steps in an update, including resets; 0 without
+        environments.
+      samples_per_update: Number of samples in an update, for the rate on the console.
       evaluate: Learner -> metrics to log, before the first update too; or None.
-      eval_interval: Updates between two evaluations.
-      checkpoint_interval: Updates between two checkpoints.
-      max_to_keep: Number of newest checkpoints that are kept beside the best.
+      eval_interval: Number of updates between two evaluations.
+      checkpoint_interval: Number of updates between two checkpoints.
+      max_to_keep: Number of newest checkpoints that are kept in addition to the best.
       best_metric: Metric by which the best checkpoint is chosen; or None.
-      console: Metrics that the console shows.
-      shardings: Carry -> shardings of a carry, for the mesh that the stage runs on.
-      on_host: Instead of `update`: (carry, constants) -> the compiled programs of an update.
-      probes: What else is measured now and then; one that fails is a message.
+      console: Names of the metrics that the console shows.
+      shardings: Returns the shardings of a carry on the mesh of the stage.
+      on_host: (carry, constants) -> compiled parts of an update that needs the host; None for a
+        stage with `update`.
+      probes: Further measurements. A probe that fails causes a message and does not end the run.
       loggers: Names of further loggers, see `monitoring.loggers`.
-      release: Releases the arrays that `init` begins with, see `Start`; it is called once they are
-        in a carry, or are not needed for one.
+      release: Releases the initial arrays of `init`, see `Start`. It is called after a carry was
+        created or restored.
     """
 
     name: str

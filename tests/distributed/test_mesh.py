@@ -39,7 +39,7 @@ def test_make_mesh_takes_the_first_devices():
 
 @pytest.mark.parametrize("devices", [0, -1, 9999])
 def test_a_number_of_devices_that_cannot_be_is_refused(devices):
-    with pytest.raises(ValueError, match=f"devices={devices}.*ask for 1 to {jax.device_count()}"):
+    with pytest.raises(ValueError, match=f"devices={devices}.*choose 1 to {jax.device_count()}"):
         meshes.make_mesh(devices)
 
 

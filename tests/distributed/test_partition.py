@@ -152,8 +152,8 @@ def test_a_mesh_of_several_axes():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert mesh.devices.ravel().tolist() == jax.devices()[:8]
     for axes, message in (
-        ({"fdsp": 8}, r"\['fdsp'\]; the names are"),
-        ({"fsdp": 3}, "multiply to the number of devices, 8"),
+        ({"fdsp": 8}, r"\['fdsp'\]; valid names are"),
+        ({"fsdp": 3}, "must be the number of devices, 8"),
         ({"data": -2, "fsdp": -4}, "must be positive"),
         ({}, "must be positive"),
     ):

@@ -11,7 +11,7 @@ from tests import tiny
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "devices", "size"),
+    ("count", "max_size", "devices", "size"),
     [
         (10, 4, 1, 4),  # 4, 4 and 2 that are filled up.
         (9, 8, 1, 5),  # Not 8 and 1.
@@ -22,13 +22,13 @@ from tests import tiny
         (9, 8, 2, 6),
     ],
 )
-def test_chunks_are_even_and_the_devices_divide_them(count, most, devices, size):
-    assert chunk_size(count, most, devices=devices) == size
+def test_chunks_are_even_and_the_devices_divide_them(count, max_size, devices, size):
+    assert chunk_size(count, max_size, devices=devices) == size
 
 
 def test_every_sample_is_worked_on_once_and_in_order():
     for count in range(1, 10):
-        for most, devices in ((1, 1), (4, 1), (4, 4), (8, 2)):
+        for max_size, devices in ((1, 1), (4, 1), (4, 4), (8, 2)):
             seen = []
 
             def double(chunk, seen=seen):
@@ -36,9 +36,9 @@ def test_every_sample_is_worked_on_once_and_in_order():
                 return {"y": 2 * jnp.asarray(chunk["x"])}
 
             batch = {"x": np.arange(2 * count).reshape(count, 2)}
-            found = in_chunks(double, batch, most=most, devices=devices)
+            found = in_chunks(double, batch, max_size=max_size, devices=devices)
             np.testing.assert_array_equal(found["y"], 2 * batch["x"])
-            assert set(seen) == {chunk_size(count, most, devices=devices)}
+            assert set(seen) == {chunk_size(count, max_size, devices=devices)}
 
 
 def test_questions_are_answered_in_chunks_and_shared_by_the_devices(monkeypatch):

@@ -13,8 +13,8 @@ from mmrl_jax.evaluation.evaluate import (
     Evaluator,
     describe,
     evaluate,
-    hide,
     record_video,
+    shuffle_modality,
     start,
 )
 from mmrl_jax.rendering import Scene, look_at
@@ -152,7 +152,7 @@ def test_hide_swaps_exactly_one_modality(modality):
 
     state = observed(3)
     for when in (True, False):
-        hide(look, modality, jnp.bool_(when))(state, jax.random.PRNGKey(0))
+        shuffle_modality(look, modality, jnp.bool_(when))(state, jax.random.PRNGKey(0))
     hidden, shown = seen
     jax.tree.map(np.testing.assert_array_equal, shown, state.obs)
     for name, right in state.obs.items():
@@ -166,9 +166,9 @@ def test_hide_swaps_exactly_one_modality(modality):
 def test_hide_refuses_what_it_cannot_hide():
     rng = jax.random.PRNGKey(0)
     with pytest.raises(ValueError, match="batch of 1.*at least 2 episodes"):
-        hide(nothing, "pixels")(observed(1), rng)
-    with pytest.raises(ValueError, match="'touch' is none of"):
-        hide(nothing, "touch")(observed(2), rng)
+        shuffle_modality(nothing, "pixels")(observed(1), rng)
+    with pytest.raises(ValueError, match="'touch' is not one of"):
+        shuffle_modality(nothing, "touch")(observed(2), rng)
 
 
 class Guess(Staircase):
@@ -209,7 +209,7 @@ def test_one_program_evaluates_all_policies_splits_and_modalities():
     # Environment i sees i - 1, and adds 1; environment 0 sees the last.
     np.testing.assert_array_equal(evaluator(jnp.float32(1), "low", "pixels").success, [0, 1, 1])
     assert len(compiled) == 1
-    with pytest.raises(ValueError, match="'proprio' is none of"):
+    with pytest.raises(ValueError, match="'proprio' is not one of"):
         evaluator(jnp.float32(0), "low", "proprio")
 
 
@@ -245,17 +245,17 @@ def test_devices_and_chunks_change_no_episode_and_share_the_work():
     rng, work = jax.random.PRNGKey(0), {}
     expected = None
     # 5 episodes: alone; 8 environments on 8 devices; 3 chunks of 2, the last of which has one more.
-    for devices, together in ((1, None), (8, None), (2, 2)):
+    for devices, max_batch in ((1, None), (8, None), (2, 2)):
         evaluator = Evaluator(
             lambda _: Drawn("low"), copy, rng, episodes=5, mesh=make_mesh(devices),
-            together=together,
+            max_batch=max_batch,
         )  # fmt: skip
         found = evaluator(None, "low").episode_return
         if expected is None:
             expected = found
         assert len(set(expected)) == 5
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-        if together is None:  # Environment i sees i - 1, and environment 0 the last that counts.
+        if max_batch is None:  # Environment i sees i - 1, and environment 0 the last that counts.
             hidden = evaluator(None, "low", "pixels").episode_return
             np.testing.assert_allclose(hidden, np.roll(expected, 1), rtol=1e-6)
         state = evaluator._starts["low"](rng, first=0)

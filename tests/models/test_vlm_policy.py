@@ -280,7 +280,7 @@ def test_an_interrupted_run_goes_on_bitwise(trained, tmp_path):
 
 def test_what_acts_can_be_stored_and_restored_without_the_optimizer(trained):
     _, config, _, result, _ = trained
-    like = problems.make(config).stored("ppo")
+    like = problems.make(config).checkpoint_parts("ppo")
     learner = {name: getattr(result.carry.learner, name) for name in like}
     assert set(learner) == {"params", "normalizer"}
     assert jax.tree.structure(learner) == jax.tree.structure(like)

@@ -1,4 +1,4 @@
-"""Alarms: each is raised by what it is about, and by nothing else."""
+"""Health checks: each alarm is raised by its own failure, and by nothing else."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests import tiny
 
 
 def rows(count=30, **changes):
-    """A healthy run; a change gives a metric as a function of the line."""
+    """Returns rows of a healthy run; `changes` gives a metric as a function of the row's index."""
     healthy = {
         "completion/reward": lambda i: 0.1 + 0.01 * i,
         "reward/zero_std_groups": lambda i: 0.9,
@@ -25,17 +25,17 @@ def rows(count=30, **changes):
 
 
 def raised(lines):
-    watching = health_checks.Alarms()
+    checks = health_checks.HealthChecks()
     for row in lines:
-        watching.see(row)
-    return watching.raised
+        checks.update(row)
+    return checks.raised
 
 
 def test_an_alarm_is_new_once():
-    watching = health_checks.Alarms()
-    new = [watching.see(row) for row in rows(completion__reward=lambda i: 0.0)]
+    checks = health_checks.HealthChecks()
+    new = [checks.update(row) for row in rows(completion__reward=lambda i: 0.0)]
     assert [bool(x) for x in new] == [i == health_checks.WINDOW - 1 for i in range(30)]
-    assert list(watching.raised) == ["reward_constant"]
+    assert list(checks.raised) == ["reward_constant"]
 
 
 def test_a_healthy_run_raises_none():
@@ -57,7 +57,7 @@ def test_a_healthy_run_raises_none():
 )
 def test_each_is_raised_by_what_it_is_about(name, changes):
     assert list(raised(rows(**changes))) == [name]
-    # Not before there is enough to tell by.
+    # No alarm is raised before there are enough rows.
     assert raised(rows(count=1, **changes)) == {}
 
 
@@ -70,7 +70,7 @@ def test_what_is_over_is_no_longer_raised():
 
 def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(health_checks, "WINDOW", 2)
-    # A blind policy of one answer: rewards that are always 0.
+    # A policy that cannot count and always gives one answer: all rewards are 0.
     config = tiny.token_config(
         stages=("grpo",),
         mesh__data=1,
@@ -82,7 +82,7 @@ def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):
     def stage():
         return problems.make(config).stage("grpo")
 
-    # A run that goes on knows what it was told before.
+    # A resumed run knows the alarms that were raised before, and does not print them again.
     run(dataclasses.replace(stage(), num_updates=3), workdir=tmp_path, config=config)
     run(stage(), workdir=tmp_path, config=config)
     logged = metrics.read_jsonl(tmp_path / metrics.JSONL_NAME)

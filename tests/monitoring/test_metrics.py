@@ -98,12 +98,12 @@ def test_fresh_start_forgets_the_lines_of_a_run_without_checkpoint(tmp_path):
 
 def test_unknown_names_are_refused_with_the_nearest(tmp_path):
     with _open(tmp_path) as writer:
-        with pytest.raises(ValueError, match="nearest name there is 'policy/clip_fraction'"):
+        with pytest.raises(ValueError, match="nearest defined name is 'policy/clip_fraction'"):
             writer.write(1, {"policy/clip_frac": 0.1})
-        with pytest.raises(ValueError, match="nearest name there is 'eval/<split>/success'"):
+        with pytest.raises(ValueError, match="nearest defined name is 'eval/<split>/success'"):
             writer.write(1, {"eval/train/sucess": 0.1})
         # The place of a split is one part, not two.
-        with pytest.raises(ValueError, match="not in the glossary"):
+        with pytest.raises(ValueError, match="is not defined"):
             writer.write(1, {"eval/train/again/success": 0.1})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     with pytest.raises(ValueError, match="episode/success"):
@@ -212,15 +212,15 @@ def test_inactive_writer_writes_nothing(tmp_path):
     with _open(tmp_path / "run", active=False) as writer:
         writer.write(1, {"loss/total": 1})
         writer.message("x")
-        with pytest.raises(ValueError, match="glossary"):
+        with pytest.raises(ValueError, match="is not defined"):
             writer.write(1, {"loss/totl": 1})
     assert not (tmp_path / "run").exists()
 
 
-def test_glossary_is_complete_and_becomes_a_table():
-    table = metric_definitions.glossary_markdown().splitlines()
-    assert len(table) == len(metric_definitions.GLOSSARY) + 2
+def test_definitions_are_complete_and_become_a_table():
+    table = metric_definitions.definitions_markdown().splitlines()
+    assert len(table) == len(metric_definitions.METRIC_DEFINITIONS) + 2
     assert all(line.count("|") == 5 for line in table)  # No cell holds a bar.
-    assert all(all(entry) for entry in metric_definitions.GLOSSARY.values())
-    chosen = metric_definitions.glossary_markdown(["lr", "eval/train/success"]).splitlines()
+    assert all(all(entry) for entry in metric_definitions.METRIC_DEFINITIONS.values())
+    chosen = metric_definitions.definitions_markdown(["lr", "eval/train/success"]).splitlines()
     assert [line.split("`")[1] for line in chosen[2:]] == ["lr", "eval/train/success"]

@@ -150,7 +150,7 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
     # Who evaluates a run asks for its learner's shapes before anything else.
     control_encoders.vision_encoder.cache_clear()
-    shapes = jax.tree.map(jnp.shape, problem.stored("ppo")["params"])
+    shapes = jax.tree.map(jnp.shape, problem.checkpoint_parts("ppo")["params"])
     assert shapes == jax.tree.map(jnp.shape, params)
     # Where to point is asked of its 3x3 patches.
     output = apply(params, obs)

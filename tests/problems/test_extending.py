@@ -97,7 +97,9 @@ def registered(monkeypatch):
     row = registry.Algorithm(Reinforce, "rollout", reinforce, ("loss/policy",))
     monkeypatch.setitem(registry.CONTROL, "reinforce", row)
     monkeypatch.setitem(
-        metric_definitions.GLOSSARY, "probe/calls", Metric("updates", "Update of the call", "-")
+        metric_definitions.METRIC_DEFINITIONS,
+        "probe/calls",
+        Metric("updates", "Update of the call", "-"),
     )
     mine = registry.TOKEN["ppo"]._replace(options=token_ppo.PPO)
     monkeypatch.setitem(registry.TOKEN, "my_ppo", mine)
@@ -181,5 +183,5 @@ def test_a_metric_that_nobody_has_defined_is_refused_before_compiling(tmp_path, 
 
     row = registry.CONTROL["ppo"]._replace(update=update)
     monkeypatch.setitem(registry.CONTROL, "ppo", row)
-    with pytest.raises(ValueError, match="'loss/unheard_of' is not in the glossary"):
+    with pytest.raises(ValueError, match="'loss/unheard_of' is not defined"):
         mmrl_jax.train(tiny.config("mlp_ppo", **tiny.FAST), tmp_path)

@@ -195,7 +195,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     labels = jax.tree.map(lambda x: x[0], jax.device_get(given[0]))
     asked, tokens, mask = labels.prompt, *(x[:, 0] for x in labels.completions[::2])
     chat, train_records = trained.problem.chat, trained.problem.records.train
-    numbers = train_records.batched(8).batch(0).records
+    numbers = train_records.with_batch_size(8).batch(0).records
     assert set(numbers[:6]) == set(range(6)) and len(tokens) == 8
     for row, number in enumerate(numbers):
         i = int(train_records.names[number].split(":")[1]) - 1  # Record i is line i + 1.
@@ -460,7 +460,7 @@ def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, t
     assert split.test.read(range(2)).prompts == ("which of 10 ?", "which of 11 ?")
     assert len(split.train) == 8 and len(split.validation) == 2
     assert problem.splits == {"validation": 2, "test": 2}
-    host_rewards.tell_rejected(split)
+    host_rewards.print_rejected(split)
     assert "Left out of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
 
 
@@ -512,7 +512,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
             "sft.trainable='lora': 'lora' matches no leaf",
         ),
         ({"dataset__directory": ""}, "'dataset.directory' is ''"),
-        ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl is not there"),
+        ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl does not exist"),
         ({"dataset__prompt_tokens": 8}, "dataset.prompt_tokens=8"),
         ({"model__checkpoint": None}, "model.checkpoint=None"),
         ({"rewards__functions": ()}, r"rewards.functions=\(\)"),

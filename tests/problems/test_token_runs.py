@@ -99,8 +99,8 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
         ),
         ({"task__kinds": ("counts",)}, "kinds has 'counts'"),
         ({"task__rows": 4}, "must be at least 24 with rows=4"),
-        ({"task__levels": ("hard", "harder")}, "levels has 'harder', which is none of"),
-        ({"task__levels": ()}, r"levels=\(\) must be some of"),
+        ({"task__levels": ("hard", "harder")}, "levels has 'harder', which is not one of"),
+        ({"task__levels": ()}, r"levels=\(\) must be a non-empty subset of"),
         ({"task__distractors": 9}, "rows=2 has 4 places"),
         (
             {"stages": ("sft", "ppo"), "last__num_completions": 4, "mesh__data": 8},

@@ -26,7 +26,7 @@ def _write_jsonl(path, rows):
 
 def test_captioned_enlarges_whole_pixels():
     # 32 -> 256 is a factor of 8: the white pixel becomes 8 x 8, sharp.
-    big = videos.captioned(_frames(), ["touch the red ball"] * 3)
+    big = videos.add_captions(_frames(), ["touch the red ball"] * 3)
     assert big.shape[2] == 256 and big.shape[1] > 256
     assert (big[:, :8, :8] == 255).all()
     assert (big[:, 8:256, :] == (200, 40, 10)).all()
@@ -34,13 +34,13 @@ def test_captioned_enlarges_whole_pixels():
     bar = big[0, 256:]
     assert (bar[0] == bar[0, 0]).all() and bar.max() > 200
     # 100 x 60 -> a factor of ceil(256 / 60) = 5; sizes even.
-    odd = videos.captioned(np.zeros((1, 100, 61, 3), np.uint8), ["x"])
+    odd = videos.add_captions(np.zeros((1, 100, 61, 3), np.uint8), ["x"])
     assert odd.shape[2] == 306 and odd.shape[1] >= 500 and odd.shape[1] % 2 == 0
 
 
 def test_captions_differ_and_long_ones_wrap():
     texts = ["touch the red ball", "touch the green box", "touch " * 30]
-    big = videos.captioned(_frames(), texts)
+    big = videos.add_captions(_frames(), texts)
     bars = big[:, 256:]
     assert not np.array_equal(bars[0], bars[1])
     # 30 words of "touch " do not fit in 256 pixels: the bar has many lines, the others one.
@@ -53,14 +53,14 @@ def test_tiled_puts_clips_row_by_row():
     # 3 clips of 4 x 6 in 2 columns, 8 pixels between: 4 + 8 + 4 = 16 high, 6 + 8 + 6 = 20 wide.
     clips = np.zeros((3, 2, 4, 6, 3), np.uint8)
     clips[0], clips[1], clips[2] = 10, 20, 30
-    grid = videos.tiled(clips, columns=2)
+    grid = videos.tile_clips(clips, columns=2)
     assert grid.shape == (2, 16, 20, 3)
     assert (grid[:, :4, :6] == 10).all()
     assert (grid[:, :4, 14:] == 20).all()
     assert (grid[:, 12:, :6] == 30).all()
     assert (grid[:, 12:, 14:] == 24).all() and (grid[:, 4:12] == 24).all()
     # One row where there are more columns than clips.
-    assert videos.tiled(clips, columns=9).shape == (2, 4, 34, 3)
+    assert videos.tile_clips(clips, columns=9).shape == (2, 4, 34, 3)
 
 
 def test_mp4_reads_back(tmp_path):
@@ -130,7 +130,7 @@ def test_learning_curves(tmp_path):
 def test_learning_curves_of_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     _write_jsonl(path, [])
-    with pytest.raises(ValueError, match="has no line"):
+    with pytest.raises(ValueError, match="has no rows"):
         report.learning_curves(path, tmp_path / "a.png")
     _write_jsonl(path, [{"step": 1, "lr": 0.1}])
     with pytest.raises(ValueError, match="none of the metrics"):
@@ -140,10 +140,10 @@ def test_learning_curves_of_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: videos.captioned(_frames()[0], ["a"]), r"uint8 \[T, H, W, 3\]"),
-        (lambda p: videos.captioned(_frames() / 255.0, ["a"] * 3), "float64"),
-        (lambda p: videos.captioned(_frames(), ["a"]), "1 captions for 3 frames"),
-        (lambda p: videos.captioned(_frames()[:0], []), "at least one frame"),
+        (lambda p: videos.add_captions(_frames()[0], ["a"]), r"uint8 \[T, H, W, 3\]"),
+        (lambda p: videos.add_captions(_frames() / 255.0, ["a"] * 3), "float64"),
+        (lambda p: videos.add_captions(_frames(), ["a"]), "1 captions for 3 frames"),
+        (lambda p: videos.add_captions(_frames()[:0], []), "at least one frame"),
         (lambda p: videos.episodes_video(p, _frames()[None], ["a"], 0, 1), "fps is 0"),
         (lambda p: videos.episodes_video(p, _frames()[None], [], 9, 1), "for 1 episodes"),
         (lambda p: videos.episodes_video(p, _frames()[None], ["a"], 9, 0), "columns is 0"),
@@ -170,7 +170,9 @@ def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
     assert (
         '.right::before { content: "\\2713' in page and '.wrong::before { content: "\\2717' in page
     )
-    assert "1 of 2 answers are right" in page and "mean reward of 2 answers is 0.25" in page
+    assert (
+        "1 of 2 completions are correct" in page and "mean reward of 2 completions is 0.25" in page
+    )
     assert "class='reward'>1.00<" in page and "class='reward'>-0.50<" in page
     encoded = page.split("base64,")[1].split("'")[0]
     np.testing.assert_array_equal(
@@ -187,6 +189,6 @@ def test_no_sample_is_marked_where_rewards_alone_say_how_good_it_is(tmp_path):
     ]
     report.sample_table(tmp_path / "page.html", samples, "title")
     page = (tmp_path / "page.html").read_text()
-    assert "text right" not in page and "text wrong" not in page and "answers are right" not in page
-    assert "mean reward of 2 answers is 0.75. 1 have none" in page
+    assert "text right" not in page and "text wrong" not in page and "are correct" not in page
+    assert "mean reward of 2 completions is 0.75. 1 have no reward" in page
     assert page.count("class='reward'>none<") == 1

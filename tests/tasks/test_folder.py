@@ -69,7 +69,7 @@ def parts_of(path, **changes):
     """The images of each part of a folder, as the colors of their files."""
     sizes = {"test": 3, "validation": 4} | changes.pop("sizes", {})
     records = open_folder(path, **(KEYS | changes))
-    return records.divided(sizes, seed=changes.get("split_seed", 0))
+    return records.split(sizes, seed=changes.get("split_seed", 0))
 
 
 def digests(records):
@@ -112,7 +112,7 @@ def test_the_first_part_depends_on_its_own_size_and_seed_alone(tmp_path):
     records = open_folder(tmp_path, **KEYS)
 
     def part(seed=0, **sizes):
-        return [records.divided(sizes, seed=seed)[name].names for name in sizes]
+        return [records.split(sizes, seed=seed)[name].names for name in sizes]
 
     ((few,), (more,)) = part(test=3), part(test=6)
     assert few == more[:3] and len(few) == 3
@@ -120,8 +120,8 @@ def test_the_first_part_depends_on_its_own_size_and_seed_alone(tmp_path):
     assert part(seed=1, test=6) != [more]
     # An image more takes its place in the order; of the others at most one changes sides.
     (tmp_path / "a/0.png").write_bytes(png(21))
-    fewer = digests(open_folder(tmp_path, **KEYS).divided({"test": 6}, seed=0)["test"])
-    before = digests(records.divided({"test": 6}, seed=0)["test"])
+    fewer = digests(open_folder(tmp_path, **KEYS).split({"test": 6}, seed=0)["test"])
+    before = digests(records.split({"test": 6}, seed=0)["test"])
     assert len(fewer & before) >= 5 - 1
     with pytest.raises(ValueError, match=r"\{'test': 20\} of 20 records of 20 images leave none"):
         part(test=20)
@@ -136,14 +136,14 @@ def bad_lines(path):
         json.dumps(line | {"file_name": "a/none.png"}): "No such file",
         json.dumps(line | {"file_name": "a/text.png"}): "cannot identify image file",
         json.dumps(line | {"file_name": "a/cut.png"}): "truncated",
-        json.dumps(line | {"answer": " "}): "answer=' ' is no text",
-        json.dumps(line | {"answer": True}): "answer=True is no text",
-        json.dumps(line | {"answer": float("nan")}): "answer=nan is no text",
+        json.dumps(line | {"answer": " "}): "answer=' ' is not a non-empty text",
+        json.dumps(line | {"answer": True}): "answer=True is not a non-empty text",
+        json.dumps(line | {"answer": float("nan")}): "answer=nan is not a non-empty text",
         json.dumps({"file_name": "a/0.png", "question": "p"}): (
-            "prompt=None is no text; write one. The record has only ['file_name', 'question']."
+            "prompt=None is not a non-empty text. The record has only ['file_name', 'question']."
         ),
         json.dumps(line | {"prompt": ["p"] * 1000}): (
-            f"prompt={repr(['p'] * 1000)[:80]}... is no text; write one."
+            f"prompt={repr(['p'] * 1000)[:80]}... is not a non-empty text."
         ),
         json.dumps(line | {"file_name": "../0.png"}): "lies outside the folder",
         '["a/0.png"]': "is not an object",
@@ -299,7 +299,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
 
 
 def test_folders_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"metadata.jsonl is not there"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl does not exist"):
         open_folder(tmp_path, **KEYS)
     (tmp_path / "metadata.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no records"):
@@ -370,7 +370,7 @@ def test_data_sets_of_tfds_are_read(tmp_path, steps):
     records = open_tfds(directory, fields=FIELDS, **keys)
     assert len(records) == 2
     (rejected,) = records.rejected
-    assert "answer='' is no text" in rejected.reason
+    assert "answer='' is not a non-empty text" in rejected.reason
     batch = records.batch(0)
     # TFDS shuffles what it writes: the question tells which record it is.
     assert sorted(batch.prompts) == ["which of 0 ?", "which of 1 ?"]

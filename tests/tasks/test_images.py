@@ -107,7 +107,9 @@ def test_a_transparent_value_of_16_bits_is_white_and_its_neighbors_are_not():
     ids=["bytes", "negative", "NaN", "of 8 bits or dark", "above 16 bits", "negative integers"],
 )
 def test_an_image_that_does_not_say_what_white_is_is_refused(values, reason):
-    with pytest.raises(ValueError, match=rf"{reason}, of which white is not known;.*16 bits"):
+    with pytest.raises(
+        ValueError, match=rf"{reason}, so that the white level is unknown;.*16 bits"
+    ):
         images.read_rgb(encoded(Image.fromarray(values), "TIFF"))
 
 
@@ -144,7 +146,7 @@ def test_what_is_done_to_images_is_said():
     ]
     odd, deep = images.summary(infos, (32, 32), resize="letterbox")
     assert odd.startswith("2 of 4 images differ") and "padded with black" in odd
-    assert deep.startswith("2 of 4 images are gray of more than 8 bits")
+    assert deep.startswith("2 of 4 images are grayscale with more than 8 bits")
     assert "1 of mode 'F', 1 of mode 'I;16'" in deep
     assert "distorted" in images.summary(infos, (32, 32), resize="stretch")[0]
     assert images.summary(infos[:2], (32, 32), resize="letterbox") == []

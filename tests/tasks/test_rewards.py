@@ -65,9 +65,9 @@ def test_a_call_that_fails_masks_its_sample_and_says_why(pool):
     assert {f.function for f in scored.failures} == {"awkward"}
     assert reasons == {
         (0, 1): f"KeyError: 'no such thing' ({user.__file__}:{line_of('no such thing')})",
-        (0, 2): "it returned None, which is no finite number",
-        (1, 0): "it returned nan, which is no finite number",
-        (1, 1): "it returned '1', which is no finite number",
+        (0, 2): "it returned None, which is not a finite number",
+        (1, 0): "it returned nan, which is not a finite number",
+        (1, 1): "it returned '1', which is not a finite number",
         (1, 2): "the process that ran it died",
     }
     # Whoever died has a successor.
@@ -80,9 +80,9 @@ def test_what_float32_cannot_hold_is_a_failure_and_no_infinity(pool):
     np.testing.assert_array_equal(scored.reward, [[4, np.nan, np.nan]])
     np.testing.assert_array_equal(scored.parts["awkward"], [[1.5, np.nan, np.nan]])
     large, huge = scored.failures
-    assert "1e+38, with which the reward can leave float32" in large.reason
+    assert "1e+38, with which the reward can exceed float32" in large.reason
     assert huge.reason == "OverflowError: int too large to convert to float"
-    with pytest.raises(RuntimeError, match=r"None of 1 samples.*can leave float32"):
+    with pytest.raises(RuntimeError, match=r"None of 1 samples.*can exceed float32"):
         ask(pool, [["large"]])
 
 
@@ -123,7 +123,7 @@ def test_every_kind_of_real_number_is_one():
         scored = ask(pool, [halves + ones + none])
     np.testing.assert_array_equal(scored.reward, [[0.5] * 6 + [1.0] * 4 + [np.nan] * 5])
     reasons = [failure.reason for failure in scored.failures]
-    assert all("which is no finite number" in reason for reason in reasons[:4])
+    assert all("which is not a finite number" in reason for reason in reasons[:4])
     assert reasons[4].startswith("ValueError: cannot convert signaling NaN")
 
 
@@ -212,7 +212,7 @@ def test_a_reply_to_another_call_masks_the_sample_and_ends_the_worker(processes)
     (first, *rest), reasons = starting(processes, ["x", "forge", "pool", "x"], "")
     assert first == before and np.isnan(rest[0]) and rest[1] == 0.5
     assert rest[2] == float(processes._workers.all[0].pid) != before
-    assert reasons == ["the process that ran it sent something that is no reply to this call"]
+    assert reasons == ["the process that ran it sent a message that is not the reply to the call"]
     assert starting(processes, ["pool", "x"], "")[0] == [0.5, rest[2]]
 
 
@@ -299,7 +299,7 @@ def unable(**_):
     ("changes", "message"),
     [
         ({"weights": {}}, r"weights=\{\} must name exactly the functions \['length'\]"),
-        ({"functions": {}, "weights": {}}, "there must be one"),
+        ({"functions": {}, "weights": {}}, "at least one"),
         ({"weights": {"length": float("nan")}}, r"weights\['length'\]=nan"),
         ({"weights": {"length": 1e39}}, r"weights\['length'\]=1e\+39"),
         ({"weights": {"length": 0.0}}, r"weights=\{'length': 0.0\} are all 0"),

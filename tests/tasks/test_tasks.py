@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax.evaluation.prompts import PromptEvaluation, describe_levels
+from mmrl_jax.evaluation.prompts import EvaluatedCompletions, describe_levels
 from mmrl_jax.tasks import shapes
 from mmrl_jax.tasks.prompts import ABSENT, Prompt, Score, WordTokenizer, tokenize
-from mmrl_jax.tasks.scenes import COLORS, SHAPES, Objects, draw
+from mmrl_jax.tasks.scenes import COLORS, SHAPES, Objects, render
 
 # Compiling is what these tests wait for.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -40,10 +40,10 @@ def patterns():
 
     def one(pair):
         color, shape = pair // len(SHAPES), pair % len(SHAPES)
-        there = jnp.arange(16) == 5
-        objects = Objects(jnp.full(16, shape), jnp.full(16, color), there)
-        return draw(jax.random.key(1), objects, rows=4, height=40, width=40, radius=0.3,
-                    spread=0.12)  # fmt: skip
+        occupied = jnp.arange(16) == 5
+        objects = Objects(jnp.full(16, shape), jnp.full(16, color), occupied)
+        return render(jax.random.key(1), objects, rows=4, height=40, width=40, radius=0.3,
+                  spread=0.12)  # fmt: skip
 
     return np.asarray(jax.vmap(one)(jnp.arange(shapes.PAIRS)))
 
@@ -117,7 +117,7 @@ def large(split, level):
 )
 def test_the_picture_decides_the_answer(split, level):
     made, prompts = task(height=96, width=96), large(split, level)
-    kinds = shapes.NAMING if split == "heldout_pair" else shapes.KINDS
+    kinds = shapes.PAIR_KINDS if split == "heldout_pair" else shapes.KINDS
     assert {shapes.KINDS[kind] for kind in prompts.kind} == set(kinds)
     for i in range(150):
         text, answer = words(made, prompts, i)
@@ -197,7 +197,7 @@ def test_levels_differ_in_the_picture_alone():
 def lists(kind, count):
     """What is drawn of one kind, and which of each list are there."""
     made = task((kind,))
-    draw_one = functools.partial(made._draw, level=made._level(0), kind=kind, split="train")
+    draw_one = functools.partial(made._sample_spec, level=made._level(0), kind=kind, split="train")
     draws = jit(jax.vmap(draw_one))(jax.random.split(jax.random.key(2), count))
     return draws, np.arange(16) < draws.number[:, None]
 
@@ -319,7 +319,7 @@ def test_accuracy_is_told_by_level():
     level = np.array([0, 2, 0, 2, 2])  # Of the second there is none.
     right = np.array([1, 0, 0, 1, 1], np.float32)
     score = Score(right, right, np.array([0, 1, 0, 0, 0], np.float32))
-    found = PromptEvaluation(Prompt(*(None,) * 6, level=level), None, None, score)
+    found = EvaluatedCompletions(Prompt(*(None,) * 6, level=level), None, None, score)
     described = describe_levels(found, ("easy", "medium", "hard"))
     assert described["easy/accuracy"] == 1 / 2 and described["easy/invalid_fraction"] == 0
     assert described["hard/accuracy"] == pytest.approx(2 / 3)
@@ -348,11 +348,11 @@ def test_prompts_have_their_image_tokens():
         ({"kinds": ()}, "kinds is empty"),
         ({"counts": (2, 1)}, r"counts=\(2, 1\)"),
         ({"counts": (0, 11)}, r"counts=\(0, 11\)"),
-        ({"distractors": 5}, "may want 16 objects, but rows=4 has 16 places"),
+        ({"distractors": 5}, "may need 16 objects, but rows=4 gives 16 cells"),
         ({"seen": (2, 2)}, r"seen=\(2, 2\) is a single count, but kinds has 'compare'"),
-        ({"levels": ("harder",)}, "levels has 'harder', which is none of"),
-        ({"levels": ()}, r"levels=\(\) must be some of"),
-        ({"levels": ("easy", "easy")}, "each once"),
+        ({"levels": ("harder",)}, "levels has 'harder', which is not one of"),
+        ({"levels": ()}, r"levels=\(\) must be a non-empty subset of"),
+        ({"levels": ("easy", "easy")}, "without duplicates"),
         ({"levels": ("medium", "hard"), "height": 28}, "levels has 'hard', .* at least 32"),
         ({"height": 20}, "levels has 'medium', .* at least 24"),
     ],
@@ -363,14 +363,14 @@ def test_what_cannot_be_is_refused(changes, message):
 
 
 def test_splits_and_pictures_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="split='test' is none of"):
+    with pytest.raises(ValueError, match="split='test' is not one of"):
         task(("count",)).sample(jax.random.key(0), 1, "test")
     with pytest.raises(ValueError, match=r"seen=\(0, 6\) leaves none"):
         task(("count",), seen=(0, 6)).sample(jax.random.key(0), 1, "heldout_count")
     with pytest.raises(ValueError, match=r"kinds=\('colour',\) has none of"):
         task(("colour",)).sample(jax.random.key(0), 1, "heldout_pair")
     with pytest.raises(ValueError, match=r"counts=\(0, 6\) and seen=\(1, 7\)"):
-        task(("count",)).restricted((1, 7))
+        task(("count",)).with_train_counts((1, 7))
     with pytest.raises(ValueError, match=r"kinds=\('exists',\) has no 'count'"):
         task(("exists",)).sample(jax.random.key(0), 1, "heldout_count")
     with pytest.raises(ValueError, match="height=40 and width=41 do not divide"):

@@ -363,7 +363,7 @@ def test_restore_parts_takes_some_and_leaves_the_rest(tmp_path):
     assert step == 1 and list(parts) == list(wanted)
     _assert_same_bits(parts["params/dense"], _carry(1).params["dense"])
     _assert_same_bits(parts["environment"], _carry(1).environment)
-    with pytest.raises(ValueError, match=r"there are \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"steps are \[1, 2\]"):
         checkpoint.restore_parts(tmp_path, wanted, which=7)
     with pytest.raises(ValueError, match="has a score"):
         checkpoint.restore_parts(tmp_path, wanted, which="best")
@@ -425,5 +425,5 @@ def test_bad_arguments(tmp_path):
         _open(tmp_path, keep=0)
     with pytest.raises(ValueError, match="save_interval is 0"):
         _open(tmp_path, save_interval=0)
-    with _open(tmp_path) as checkpointer, pytest.raises(ValueError, match="extra holds"):
+    with _open(tmp_path) as checkpointer, pytest.raises(ValueError, match="extra is not JSON"):
         checkpointer.save(1, {"n": jnp.zeros(1)}, extra={"f": object()}, metrics={})

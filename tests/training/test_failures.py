@@ -161,7 +161,7 @@ def test_reports_that_fail_do_not_end_a_run(tmp_path, monkeypatch, capsys):
     trained = mmrl_jax.train(config, tmp_path)
     assert trained.last.updates == 4 and not trained.interrupted
     text = capsys.readouterr().err
-    assert "Drawing learning_curves.png failed, and the run goes on without: OSError" in text
+    assert "Drawing learning_curves.png failed, and the run continues without it: OSError" in text
     # No evaluation was logged, and the summary has the rest.
     assert "summary.json has no final evaluation" in text
     assert set(json.loads((tmp_path / "summary.json").read_text())) == {

@@ -271,7 +271,7 @@ def test_the_owner_beats_until_another_took_over(tmp_path, monkeypatch):
     with lock.locked(tmp_path):
         while json.loads(path.read_text())["beats"] < 2:
             time.sleep(0.01)
-        with lock._alone(workdir_lib.as_path(path)):
+        with lock._exclusive(workdir_lib.as_path(path)):
             path.write_text(other())
         time.sleep(0.1)
         assert path.read_text() == other()
