@@ -119,7 +119,7 @@ class PatchTower(nn.Module):
         """Encodes images, from [B, P] patches to [B, P / merge^2] features.
 
         Raises:
-          ValueError: merge^2 does not divide P.
+          ValueError: P is not divisible by merge^2.
         """
         group = self.merge**2
         if images.segment.shape[1] % group:

@@ -242,7 +242,7 @@ def stop_tokens(tokenizer: Any, directory: str | pathlib.Path, *first: int) -> t
       *first: Token ids that come first in the result.
 
     Raises:
-      ValueError: generation_config.json cannot be read, or has values that are not ids.
+      ValueError: The file generation_config.json cannot be read, or has values that are not ids.
     """
     path, listed = pathlib.Path(directory) / "generation_config.json", []
     if path.is_file():

@@ -115,7 +115,7 @@ def counterparts(paths: Iterable[str], keys: Mapping[str, str]) -> dict[str, Sou
 
 
 def to_ours(path: str, tensor: Any) -> Any:
-    """Converts a tensor of the hub to a parameter: matrices [D_in, D_out], convolutions as such."""
+    """Converts a tensor of the hub to a parameter: transposes matrices, flattens convolutions."""
     if not _transposed(path):
         return tensor
     if tensor.ndim > 2:  # [D, C, h, w] -> [h * w * C, D]; with frames, [D, C, t, h, w]

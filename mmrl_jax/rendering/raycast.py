@@ -50,7 +50,7 @@ class _Rays(NamedTuple):
       square: |d|^2.
       inv_square: 1 / |d|^2.
       inv_length: 1 / |d|.
-      sun: d . SUN_DIRECTION.
+      sun: Scalar product d . SUN_DIRECTION.
       pixel: Height of a pixel at depth 1.
     """
 
@@ -69,13 +69,13 @@ class _Primitive(NamedTuple):
     Attributes:
       axes: For each local axis, its (right, up, backward) components, from which `_dot` computes
         `axis . d`.
-      origin: x, y and z of the camera in the local frame.
+      origin: Position (x, y, z) of the camera in the local frame.
       offset: (right, up, backward) components of the camera's position relative to the center.
       moment: (right, up, backward) components of that position x local z; its product with d is the
         distance of the ray from the axis, times the sine of the angle between them.
       distance2: Squared distance between the camera and the center.
       size: The three sizes, see `Scene`.
-      sun: x, y and z of the sun's direction in the local frame.
+      sun: Direction (x, y, z) of the sun in the local frame.
       sun_origin: The camera's position relative to the center . SUN_DIRECTION.
       checker: Edge of the squares; None if no plane of the scene has squares.
     """
