@@ -384,5 +384,5 @@ def test_words_are_read_back():
     ids = words.encode_prompt("how many balls ?", images=2)
     assert ids[:2] == [words.image] * 2 and words.decode(ids) == "how many balls ?"
     assert words.decode([*words.encode_completion("two"), words.pad]) == "two"
-    with pytest.raises(ValueError, match="Words ..blue.. of 'blue balls'"):
+    with pytest.raises(ValueError, match="words ..blue.. of 'blue balls'"):
         words.encode("blue balls")
