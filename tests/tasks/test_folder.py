@@ -145,7 +145,7 @@ def bad_lines(path):
         json.dumps(line | {"prompt": ["p"] * 1000}): (
             f"prompt={repr(['p'] * 1000)[:80]}... is not a non-empty text."
         ),
-        json.dumps(line | {"file_name": "../0.png"}): "lies outside the folder",
+        json.dumps(line | {"file_name": "../0.png"}): "is outside the folder",
         '["a/0.png"]': "is not an object",
         "{": "JSONDecodeError",
     }
