@@ -1,18 +1,18 @@
-"""Speed against peers: alternating runs on this machine, compile time apart, medians.
+"""Compares the speed with that of peers: medians of alternating runs, without compilation.
 
   python -m experiments.benchmark --suite=render [--runs=7]
 
 Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
 {name, ours, peer, ratio, unit, runs, hardware}. Suites:
 
-  ppo_vs_brax   PPO updates of flat observations, against Brax's own PPO
-  render        frames of the reach scene, against MuJoCo's software renderer
-  model         gradients of the policy network, against its matmuls alone and naive Flax
-  loop          where the time of one update of the main job goes
-  generate      greedy tokens of SmolLM2-135M, against transformers' generate in torch
-  logprobs      log-probs of tokens by tiles of the vocabulary, against the plain ones
-  grpo          GRPO updates of text-only models, against TRL's GRPOTrainer in torch
-  packing       gradients of answers that share rows, against rows of their own
+  ppo_vs_brax   PPO updates with flat observations, compared with Brax's PPO
+  render        frames of the reach scene, compared with MuJoCo's software renderer
+  model         gradients of the policy network, compared with its matmuls and with naive Flax
+  loop          the time of each part of an update of reach_ppo
+  generate      greedy tokens of SmolLM2-135M, compared with transformers' generate in torch
+  logprobs      token log-probs by tiles of the vocabulary, compared with a full softmax
+  grpo          GRPO updates of text-only models, compared with TRL's GRPOTrainer in torch
+  packing       gradients of packed completions, compared with padded completions
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,13 @@ SUITES = ("ppo_vs_brax", "render", "model", "loop", "generate", "logprobs", "grp
 
 
 def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
-    """Runs a suite; prints each row as it comes, and writes those there are after each."""
+    """Runs a suite, and prints and writes each row as soon as it is measured.
+
+    Args:
+      suite: Name of the suite, one of SUITES.
+      directory: Directory in which <suite>.json is written.
+      runs: Number of measurements of each side.
+    """
     module = importlib.import_module(f"experiments.benchmarks.{suite}")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{suite}.json"
@@ -42,12 +48,12 @@ def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
         print(f"{row.name:44} {row.ours:12,.4g} {peer:>12} {ratio:>7}  {row.unit}", flush=True)
         path.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
-    print(f"Medians of {runs} runs on {rows[0].hardware}. Written: {path}")
+    print(f"Medians of {runs} runs on {rows[0].hardware}. Wrote {path}")
     return rows
 
 
 def _rows(suite: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows of a suite, which imports the libraries of its peer when it measures the first."""
+    """Yields the rows of a suite, which imports the libraries of its peer for the first row."""
     try:
         yield from rows
     except ModuleNotFoundError as error:
@@ -65,8 +71,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", None, SUITES, "What to measure.", required=True)
-    flags.DEFINE_integer("runs", 7, "Measurements of each side.", lower_bound=1)
-    flags.DEFINE_string("directory", "runs/benchmarks", "Directory that gets <suite>.json.")
+    flags.DEFINE_enum("suite", None, SUITES, "Suite to run.", required=True)
+    flags.DEFINE_integer("runs", 7, "Number of measurements of each side.", lower_bound=1)
+    flags.DEFINE_string("directory", "runs/benchmarks", "Directory of <suite>.json.")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

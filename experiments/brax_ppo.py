@@ -1,4 +1,4 @@
-"""Brax's own PPO, the peer of ours, with the hyperparameters of our configs."""
+"""Brax's PPO with the hyperparameters of our configs, as a peer in studies and benchmarks."""
 
 from collections.abc import Callable
 import functools
@@ -24,15 +24,21 @@ GAIN = "gain"
 
 
 def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
-    """Brax's `train` for a config of `configs/mlp_ppo.py`, on one device; takes further arguments.
+    """Returns Brax's `train` for a config of `configs/mlp_ppo.py` on one device.
 
-    The hidden layers are those of our MLP by default. What stays different: Brax leaves truncated
-    steps out of the loss where we bootstrap them, estimates advantages anew at every step of the
-    optimizer, shuffles pieces of episodes and not single steps, squashes the standard deviation by
-    softplus and not exp, and has an epsilon of 1e-8 in Adam, not 1e-5.
+    Brax's default hidden layers are those of our MLP. Remaining differences: Brax excludes
+    truncated steps from the loss where we bootstrap their values, recomputes advantages at every
+    optimizer step, shuffles segments of episodes instead of single steps, computes the standard
+    deviation with softplus instead of exp, and uses an Adam epsilon of 1e-8 instead of 1e-5.
+
+    Args:
+      config: Config of the run.
+
+    Returns:
+      Brax's `train` with its arguments bound, which takes further keyword arguments.
 
     Raises:
-      ValueError: Brax has no such setting.
+      ValueError: If Brax's PPO does not support a setting of the config.
     """
     p, options = config.ppo, config.env.options.to_dict()
     for name, value, only in (
@@ -40,8 +46,8 @@ def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
         ("ppo.target_kl", p.target_kl, None),
     ):
         if value != only:
-            raise ValueError(f"{name}={value!r}, but Brax's PPO knows {only!r} alone.")
-    # Gone from jax, but all that Brax's trainer wants of it on one device is a new axis.
+            raise ValueError(f"{name}={value!r}, but Brax's PPO supports only {only!r}.")
+    # JAX has removed this function. On one device, Brax's trainer only needs it to add an axis.
     jax.device_put_replicated = lambda tree, devices: jax.tree.map(
         lambda x: jnp.stack([x] * len(devices)), tree
     )
@@ -73,13 +79,32 @@ def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
 def run_ours(
     config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
 ) -> dict[str, Any] | None:
-    """A run of a study, with the 'gain' in return over random actions; None if interrupted."""
+    """Runs our PPO for a study.
+
+    Args:
+      config: Config of the run.
+      seed: Seed of the run.
+      workdir: Working directory of the run.
+
+    Returns:
+      The result of `study.run_one` with the 'gain', the mean return minus that of random actions;
+      None if a signal interrupted the run.
+    """
     result = study.run_one(config, seed, workdir)
     return result and result | {GAIN: result["final/train/return"] - random_return(config)}
 
 
 def run_brax(config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
-    """The same of Brax's PPO, evaluated as ours is; it cannot be resumed within a run."""
+    """Runs Brax's PPO for a study, and evaluates it like ours. The run cannot be resumed.
+
+    Args:
+      config: Config of the run.
+      seed: Seed of the run.
+      workdir: Directory of the run.
+
+    Returns:
+      The mean return, the 'gain' over random actions, times and provenance.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     config.seed = seed
     steps = config.ppo.num_updates * config.ppo.num_envs * config.ppo.unroll_length
@@ -103,7 +128,7 @@ def run_brax(config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
 
 
 def random_return(config: ml_collections.ConfigDict) -> float:
-    """Mean return of uniformly random actions."""
+    """Returns the mean return of uniformly random actions."""
     size = control.make_env(config).action_size
 
     def policy(state: State, rng: jax.Array) -> ActorOutput:

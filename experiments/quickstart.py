@@ -1,18 +1,18 @@
-"""The main job on its embedded default: clone, fine-tune with PPO, compare, evaluate, film.
+"""Trains reach_ppo with behavior cloning and PPO, compares and evaluates the stages, and reports.
 
   python -m experiments.quickstart --workdir=runs/quickstart
 
-Writes to the workdir:
-  summary.json          every number that is printed, flat, before the pictures are drawn:
+The command writes to the workdir:
+  summary.json          all printed metrics:
                         <stage>/<split>/[shuffled_<modality>/]success with its 95 % interval _lo,
                         _hi, of expert, chance, warm_start, more_cloning and final (PPO); times
   success.png           success over time: warm start, PPO, and more cloning instead of PPO
-  episodes.mp4          episodes of the final policy, their instruction as caption
-  episode.png           one of them as a strip
+  episodes.mp4          episodes of the final policy, with their instructions as captions
+  episode.png           one episode as a strip of frames
   metrics.jsonl, tensorboard/, learning_curves.png, checkpoints/   of PPO
-  bc/, more_cloning/            the same of the warm start and of more cloning
+  bc/, more_cloning/    the same files of the warm start and of more cloning
 
-Ctrl-C or SIGTERM saves and stops; the same command goes on where it stopped.
+Ctrl-C or SIGTERM saves and stops; the same command resumes.
 """
 
 from collections.abc import Mapping
@@ -43,49 +43,50 @@ from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
 from mmrl_jax.training import checkpoint, loop
 
 FLAGS = flags.FLAGS
-SHUFFLED: tuple[Modality, ...] = ("pixels", "instruction")  # Of the final policy.
+# Modalities that are shuffled in the evaluation of the final policy.
+SHUFFLED: tuple[Modality, ...] = ("pixels", "instruction")
 SCRIPTED = ("expert/{split}", "chance/{split}/random_object", "chance/{split}/fixed_object")
 
 
 def scripted(problem: Control, which: jax.Array) -> PolicyFunction:
-    """The policy that SCRIPTED[which] names: the demonstrations' expert, or success by chance.
+    """Returns the policy function with the name SCRIPTED[which]: the expert, or chance.
 
-    Chance is a perfect controller that does not know which object is meant: it goes to one drawn
-    at random, or to the first that is on the table.
+    Chance is a perfect controller that does not know the target object. It moves to a random
+    object, or to the first one on the table.
 
     Args:
-      problem: of the run.
-      which: int32 [], may be traced.
+      problem: Problem of the run.
+      which: Index into SCRIPTED, int32 [], which may be traced.
     """
     expert = problem.expert("bc")
 
     def policy(state: State, rng: jax.Array) -> ActorOutput:
         active = state.info["objects"]["active"]
-        # One draw an episode: the environment's own key and episode number.
+        # The choice is constant over an episode: it depends on its key and episode number only.
         keys = jax.vmap(jax.random.fold_in)(state.info["key"], state.info["episode"] + 1)
-        drawn = active * jax.vmap(lambda k: jax.random.uniform(k, active.shape[1:]))(keys)
-        chosen = jnp.argmax(jnp.where(which == 1, drawn, active), axis=1)
-        places = state.info["objects"]["position"][jnp.arange(chosen.shape[0]), chosen, :2]
-        aimed = state.replace(info=state.info | {"privileged": {"target_place": places}})
-        blind = language_reach.expert_action(aimed, rng, gain=4.0, undershoot=0.0, noise=0.0)
-        decision = expert(state, rng)
-        action = jnp.where(which == 0, decision.action, blind)
-        return decision._replace(environment_action=action, action=action)
+        scores = active * jax.vmap(lambda k: jax.random.uniform(k, active.shape[1:]))(keys)
+        chosen = jnp.argmax(jnp.where(which == 1, scores, active), axis=1)
+        positions = state.info["objects"]["position"][jnp.arange(chosen.shape[0]), chosen, :2]
+        retargeted = state.replace(info=state.info | {"privileged": {"target_place": positions}})
+        chance = language_reach.expert_action(retargeted, rng, gain=4.0, undershoot=0.0, noise=0.0)
+        output = expert(state, rng)
+        action = jnp.where(which == 0, output.action, chance)
+        return output._replace(environment_action=action, action=action)
 
     return policy
 
 
 def record(summary: dict[str, float], prefix: str, episodes: Episodes) -> None:
-    """Adds mean and interval of episodes' success to the summary, and prints them."""
-    ends = ("success", "success_lo", "success_hi")
-    described = describe(episodes)
-    summary |= {f"{prefix}/{end}": described[end] for end in ends}
-    mean, low, high = (described[end] for end in ends)
+    """Adds the success rate of episodes and its interval to the summary, and prints them."""
+    names = ("success", "success_lo", "success_hi")
+    metrics = describe(episodes)
+    summary |= {f"{prefix}/{name}": metrics[name] for name in names}
+    mean, low, high = (metrics[name] for name in names)
     print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
 
 
 def evaluate_scripted(summary: dict[str, float], problem: Control) -> None:
-    """Success of the expert and of chance, on the training split."""
+    """Adds the success rates of the expert and of chance on the training split to the summary."""
     split = problem.config.env.split
     evaluator = Evaluator(
         lambda split: make_env(problem.config, split=split),
@@ -103,20 +104,26 @@ def evaluate_stages(
     problem: Control,
     learners: Mapping[str, LearnerState],
 ) -> None:
-    """Success of the stages' learners: warm_start and final on all splits, more_cloning on one.
+    """Adds the success rates of the trained policies to the summary.
 
-    On the training split the final one is evaluated with modalities hidden too.
+    'warm_start' and 'final' are evaluated on all splits, and 'more_cloning' on the training split.
+    On the training split, 'final' is also evaluated with each modality in SHUFFLED shuffled.
+
+    Args:
+      summary: Summary to which the success rates are added.
+      problem: Problem of the run.
+      learners: Learners by the names of their stages.
     """
     evaluator = problem.evaluator(
         _evaluation_key(problem), episodes=problem.config.run.eval_episodes
     )
     for split in problem.splits:
-        trained_on = split == problem.config.env.split
+        is_train = split == problem.config.env.split
         for stage, learner in learners.items():
-            if stage == "more_cloning" and not trained_on:
+            if stage == "more_cloning" and not is_train:
                 continue
-            shuffle = SHUFFLED if stage == "final" and trained_on else ()
-            for modality in (None, *shuffle):
+            shuffled = SHUFFLED if stage == "final" and is_train else ()
+            for modality in (None, *shuffled):
                 name = f"{stage}/{split}" + (f"/shuffled_{modality}" if modality else "")
                 record(summary, name, evaluator(learner.without_optimizer(), split, modality))
 
@@ -126,17 +133,21 @@ def _evaluation_key(problem: Control) -> jax.Array:
 
 
 def cloned_learner(problem: Control, workdir: epath.Path) -> LearnerState:
-    """The learner of the warm start as it ended, with its optimizer, from its last checkpoint."""
+    """Restores the learner of behavior cloning, with its optimizer, from its last checkpoint."""
     like = jax.eval_shape(problem.stage("bc").init).learner
     parts = {"learner": mesh_lib.placed_shapes(like, partition.shardings(like, problem.mesh))}
     return checkpoint.restore_parts(workdir, parts, which="latest")[0]["learner"]
 
 
 def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None:
-    """Runs everything in a directory that is claimed for it, see `runs.claim`.
+    """Trains, evaluates and reports.
+
+    Args:
+      problem: Problem of the run.
+      workdir: Working directory, which must be claimed for the problem, see `runs.claim`.
 
     Returns:
-      The summary; None if a signal interrupted it.
+      The summary; None if a signal interrupted the run.
     """
     config, started = problem.config, time.perf_counter()
     trained = runs.train_stages(problem, workdir)
@@ -144,13 +155,14 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
         return None
     warm, tuned = trained.results["bc"], trained.results["ppo"]
     cloned = cloned_learner(problem, workdir / "bc")
-    # As long as PPO took, on the same demonstrations; the bound on updates is never reached.
+    # The stage runs as long as PPO did, on the same demonstrations. It never reaches its number of
+    # updates.
     stage = problem.stage(
         "bc",
         start=cloned,
         name="more_cloning",
         num_updates=100 * config.bc.num_updates,
-        stream=problem_lib.COMPLETIONS,  # Other batches than those of the warm start.
+        stream=problem_lib.COMPLETIONS,  # The batches differ from those of the warm start.
     )
     more = loop.run(
         stage, workdir=workdir / "more_cloning", config=config, max_seconds=tuned.wall_s
@@ -184,10 +196,10 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
             workdir / "success.png",
             metric=f"eval/{config.env.split}/success",
         )
-        written = [
+        outputs = [
             workdir / "summary.json",
             curves,
-            # Other episodes than the evaluation's.
+            # These are not the episodes of the evaluation.
             *write_episodes(
                 problem,
                 tuned.carry.learner,
@@ -195,25 +207,25 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
                 workdir,
             ),
         ]
-        print("Written: " + ", ".join(str(path) for path in written))
+        print("Wrote " + ", ".join(str(path) for path in outputs))
     return summary
 
 
 def conclusion(summary: dict[str, float], workdir: str) -> str:
-    """What the run achieved, and where to look."""
+    """Returns a text with the results of the run and the paths of its reports."""
 
     def success(name: str) -> tuple[float, float, float]:
         key = f"{name}/train/success"
         return summary[key], summary[f"{key}_lo"], summary[f"{key}_hi"]
 
     final, warm, more = success("final"), success("warm_start"), success("more_cloning")
-    apart = statistics.disjoint(final, warm) and statistics.disjoint(final, more)
+    disjoint = statistics.disjoint(final, warm) and statistics.disjoint(final, more)
     return (
-        f"PPO took success on the training split from {warm[0]:.1%} (warm start) to {final[0]:.1%};"
-        f" as much time of more cloning gives {more[0]:.1%}. The intervals "
-        f"{'do not overlap' if apart else 'overlap'}. {summary['wall_s'] / 60:.1f} minutes.\n"
-        f"Look at {workdir}/episodes.mp4, {workdir}/success.png and {workdir}/learning_curves.png; "
-        f"or: tensorboard --logdir {workdir}"
+        f"PPO raised the success on the training split from {warm[0]:.1%} (warm start) to "
+        f"{final[0]:.1%}; more cloning for the same time gives {more[0]:.1%}. The intervals "
+        f"{'do not overlap' if disjoint else 'overlap'}. {summary['wall_s'] / 60:.1f} minutes.\n"
+        f"See {workdir}/episodes.mp4, {workdir}/success.png and {workdir}/learning_curves.png, or "
+        f"run: tensorboard --logdir {workdir}"
     )
 
 
@@ -233,7 +245,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_problem(seed: int) -> Control:
-    """The problem of the main job."""
+    """Makes the problem of `reach_ppo` with a seed."""
     config = reach_ppo.get_config()
     config.seed = seed
     problem = problems.make(config)
@@ -242,7 +254,7 @@ def make_problem(seed: int) -> Control:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/quickstart", "Directory that gets all outputs.")
-    flags.DEFINE_integer("seed", 0, "Seed of the whole run.")
+    flags.DEFINE_string("workdir", "runs/quickstart", "Directory of all outputs.")
+    flags.DEFINE_integer("seed", 0, "Seed of all random numbers of the run.")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

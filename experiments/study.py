@@ -1,21 +1,22 @@
-"""Evidence: variants of a config over several seeds, with confidence intervals.
+"""Runs a study: variants of a config over several seeds, compared with confidence intervals.
 
   python -m experiments.study --study=experiments/studies/reach.py [--variants=baseline,no_film]
   python -m experiments.study --study=experiments/studies/vs_brax.py:reacher
 
-A study is a config file that takes a variant's name, with VARIANTS, SEEDS and MAIN, the metric that
-the variants are compared by; RUNNERS may name what makes a variant's runs instead of `run_one`, as
-a peer's trainer does. What follows a colon goes to its `get_config` too, and into the name of its
-folder. Its runs go one after another, seed by seed, so that whatever has been
-done so far can be compared; on CPU, seeds side by side in one program are no faster, for XLA's
-batched matmuls are slow there. The same command goes on where it was stopped, days later too.
+A study is a config file whose `get_config` takes the name of a variant. It defines VARIANTS, SEEDS
+(the number of seeds) and MAIN, the metric by which variants are compared. RUNNERS may map variants
+to functions that replace `run_one`, for example the trainer of a peer. The text after a colon is
+passed to `get_config` too, and becomes part of the name of the directory. All variants run with one
+seed before the next seed starts, so that intermediate results can be compared. Seeds are not
+batched in one program, which would not be faster on CPU, because XLA's batched matmuls are slow
+there. The same command resumes an interrupted study.
 
-Writes to runs/studies/<study>, anew after every run:
+After every run, these files in runs/studies/<study> are updated:
   table.csv     variant, metric, iqm, lo, hi, seeds: interquartile means with 95 % intervals
-  table.md      the main metric, the ratio of a variant's to the first's, how likely the variant is
-                better, and what produced it
-  study.png     means with intervals, and the performance profiles
-  <variant>/<seed>/result.json    the metrics of a run, its commit, hardware and times
+  table.md      main metric, its ratio to that of the first variant, probability of improvement, and
+                provenance
+  study.png     means with intervals, and performance profiles
+  <variant>/<seed>/result.json    metrics, commit, hardware and times of a run
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,20 +40,23 @@ from mmrl_jax.training.provenance import commit, hardware
 
 FLAGS = flags.FLAGS
 RESULT = "result.json"
-# Of a result, what is no metric.
+# Keys of a result that are not metrics.
 PROVENANCE = ("commit", "hardware")
-# Of an evaluation, what goes into a result.
+# Metrics of an evaluation that become part of a result.
 REPORTED = ("success", "return", "accuracy", "shuffled_image/accuracy", "invalid_fraction")
 
-# Variant -> seed -> what its result.json holds.
+# Contents of result.json by variant and seed.
 Results = dict[str, dict[int, dict[str, Any]]]
 
 
 def load_study(spec: str) -> types.ModuleType:
-    """The module of a study, 'file' or 'file:argument'; its `get_config` takes a variant alone.
+    """Loads the module of a study.
+
+    Args:
+      spec: Path of the file, or 'path:argument', whose argument is bound to `get_config`.
 
     Raises:
-      ValueError: no such file, or it is no study.
+      ValueError: If the file does not exist or is not a study.
     """
     path, _, argument = spec.partition(":")
     module = config_lib.load_module(pathlib.Path(path))
@@ -67,7 +71,17 @@ def load_study(spec: str) -> types.ModuleType:
 def run(
     study: types.ModuleType, workdir: pathlib.Path, variants: Sequence[str], seeds: Sequence[int]
 ) -> bool:
-    """Does the runs that are missing, and writes the tables after each; False if interrupted."""
+    """Executes the missing runs of a study, and writes the tables after each.
+
+    Args:
+      study: Module of the study.
+      workdir: Directory of the study.
+      variants: Names of the variants to run.
+      seeds: Seeds to run.
+
+    Returns:
+      False if a signal interrupted a run.
+    """
     missing = [
         (seed, variant)
         for seed in seeds
@@ -76,20 +90,29 @@ def run(
     ]
     for seed, variant in missing:
         print(f"{variant}, seed {seed}", flush=True)
-        place = workdir / variant / str(seed)
+        directory = workdir / variant / str(seed)
         runner = getattr(study, "RUNNERS", {}).get(variant, run_one)
-        result = runner(study.get_config(variant), seed, place)
+        result = runner(study.get_config(variant), seed, directory)
         if result is None:
             return False
-        runs.write_json(place / RESULT, result)
+        runs.write_json(directory / RESULT, result)
         write_tables(load_results(workdir), study, workdir)
-    if not missing:  # The tables of another version of the study may lie there.
+    if not missing:  # Existing tables may be from another version of the study.
         write_tables(load_results(workdir), study, workdir)
     return True
 
 
 def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Trains and evaluates on every split; None if a signal came first."""
+    """Trains a policy and evaluates it on every split.
+
+    Args:
+      config: Config of the run.
+      seed: Seed of the run.
+      workdir: Working directory of the run.
+
+    Returns:
+      Metrics, times and provenance; None if a signal interrupted the run.
+    """
     config.seed = seed
     trained = runs.train(config, workdir)
     if trained.interrupted:
@@ -97,17 +120,17 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
     measure = trained.problem.measure()
     result: dict[str, Any] = {}
     for split in trained.problem.splits:
-        described = measure(trained.variables, split)
+        evaluated = measure(trained.variables, split)
         for name in REPORTED:
-            if name in described:
-                result[f"final/{split}/{name}"] = described[name]
+            if name in evaluated:
+                result[f"final/{split}/{name}"] = evaluated[name]
     times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
     return result | {"commit": commit(), "hardware": hardware()}
 
 
 def load_results(workdir: pathlib.Path) -> Results:
-    """All results there are."""
+    """Returns the results of all finished runs of a study."""
     results: Results = {}
     for path in sorted(workdir.glob(f"*/*/{RESULT}")):
         variant, seed = path.parent.parent.name, int(path.parent.name)
@@ -116,7 +139,16 @@ def load_results(workdir: pathlib.Path) -> Results:
 
 
 def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Path) -> None:
-    """Writes table.csv, table.md and study.png of the results."""
+    """Writes table.csv, table.md and study.png.
+
+    Args:
+      results: Results of all finished runs.
+      study: Module of the study.
+      workdir: Directory of the study.
+
+    Raises:
+      ValueError: If a run has no value of the main metric.
+    """
     variants = [variant for variant in study.VARIANTS if variant in results]
     rows = [
         (variant, metric, *interval(values), len(values))
@@ -127,16 +159,16 @@ def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Pat
         writer = csv.writer(file)
         writer.writerow(("variant", "metric", "iqm", "lo", "hi", "seeds"))
         writer.writerows(rows)
-    lacking = [
+    missing = [
         f"{variant}/{seed}"
         for variant in variants
         for seed, run in results[variant].items()
         if run.get(study.MAIN) is None
     ]
-    if lacking:
+    if missing:
         raise ValueError(
-            f"The runs {', '.join(lacking)} of {workdir} have no number for {study.MAIN}: see why "
-            f"in their output, mend it, and delete their {RESULT} so that they are run again."
+            f"The runs {', '.join(missing)} of {workdir} have no value of {study.MAIN}: find the "
+            f"reason in their output, fix it, and delete their {RESULT} so that they are run again."
         )
     main = {variant: metrics(results[variant])[study.MAIN] for variant in variants}
     command = " ".join(["python -m experiments.study", *sys.argv[1:]])
@@ -151,7 +183,10 @@ def write_tables(results: Results, study: types.ModuleType, workdir: pathlib.Pat
 
 
 def metrics(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Metric -> one value a seed; without metrics that a seed has no number for (null)."""
+    """Returns the values of each metric, one for each seed.
+
+    Metrics for which a seed has no value (null) are left out.
+    """
     first = next(iter(runs.values()))
     names = [
         name
@@ -162,7 +197,7 @@ def metrics(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def interval(values: Sequence[float]) -> statistics.Interval:
-    """IQM over the seeds with its 95 % interval."""
+    """Returns the IQM over the seeds with its 95 % interval."""
     scores = np.asarray(values)[:, None]
     return statistics.stratified_bootstrap_interval(
         scores, confidence=0.95, resamples=10_000, seed=0
@@ -172,17 +207,24 @@ def interval(values: Sequence[float]) -> statistics.Interval:
 def markdown(
     main: Mapping[str, Sequence[float]], results: Results, metric: str, *, command: str
 ) -> str:
-    """The table of the main metric, and what produced it."""
+    """Returns the table of the main metric in Markdown, with its provenance.
+
+    Args:
+      main: Values of the main metric, one for each seed, by variant.
+      results: Results of all finished runs.
+      metric: Name of the main metric.
+      command: Command that produced the results.
+    """
     first = next(iter(main))
     lines = [
         f"| variant | {metric}, IQM [95 %] | ratio to {first} | better than {first} | seeds | "
-        "minutes a run |",
+        "minutes per run |",
         "|---|---|---|---|---|---|",
     ]
     for variant, values in main.items():
-        against = ["-", "-"]
+        comparisons = ["-", "-"]
         if variant != first:
-            against = [
+            comparisons = [
                 "{:.2f} [{:.2f}, {:.2f}]".format(
                     *compare(values, main[first], confidence=0.95, resamples=10_000, seed=0)
                 )
@@ -191,14 +233,15 @@ def markdown(
         minutes = np.median([run["wall_s"] for run in results[variant].values()]) / 60
         lines.append(
             "| {} | {:.4g} [{:.4g}, {:.4g}] | {} | {} | {} | {:.1f} |".format(
-                variant, *interval(values), *against, len(values), minutes
+                variant, *interval(values), *comparisons, len(values), minutes
             )
         )
-    every = [run for runs in results.values() for run in runs.values()]
-    made = {name: ", ".join(sorted({run[name] for run in every})) for name in PROVENANCE}
-    hours = sum(run["wall_s"] for run in every) / 3600
+    all_runs = [run for runs in results.values() for run in runs.values()]
+    values_of = {name: ", ".join(sorted({run[name] for run in all_runs})) for name in PROVENANCE}
+    hours = sum(run["wall_s"] for run in all_runs) / 3600
     lines.append(
-        f"\n`{command}`; commit {made['commit']}; {made['hardware']}; {hours:.1f} hours of runs."
+        f"\n`{command}`; commit {values_of['commit']}; {values_of['hardware']}; {hours:.1f} hours "
+        "of runs."
     )
     return "\n".join(lines) + "\n"
 
@@ -224,12 +267,12 @@ def main(argv: list[str]) -> None:
         print("Interrupted; the same command resumes from the last checkpoint.")
         return
     print((workdir / "table.md").read_text(encoding="utf-8"))
-    print(f"Written: {workdir}/table.csv, table.md, study.png")
+    print(f"Wrote {workdir}/table.csv, table.md, study.png")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("study", None, "File of the study[:argument].", required=True)
+    flags.DEFINE_string("study", None, "Path of the study, or path:argument.", required=True)
     flags.DEFINE_list("variants", None, "Variants to run; by default all.")
-    flags.DEFINE_string("directory", "runs/studies", "Directory that gets a folder a study.")
+    flags.DEFINE_string("directory", "runs/studies", "Parent of the study's directory.")
     logging.set_verbosity(logging.WARNING)
     app.run(main)

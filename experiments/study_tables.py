@@ -1,4 +1,4 @@
-"""Tables of recorded studies, which `write_docs` puts into the documents."""
+"""Tables of recorded studies, which `write_docs` inserts into the documentation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
@@ -15,10 +15,10 @@ STUDIES = pathlib.Path(__file__).parent / "results" / "studies"
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The recorded runs of a study.
+    """Recorded runs of a study.
 
     Attributes:
-      results: Variant -> seed -> what its result.json holds.
+      results: Contents of result.json by variant and seed.
     """
 
     results: study_lib.Results
@@ -27,26 +27,29 @@ class Study:
         """Returns the IQM of a metric with its 95 % interval.
 
         Args:
-          variant: Of the study; None is returned where it has not been run.
-          *names: Of the metric: today's first, then those of rows of earlier versions.
+          variant: Name of the variant.
+          *names: Current name of the metric, then its names in rows of earlier versions.
+
+        Returns:
+          (IQM, low, high); None if the variant or the metric has no results.
         """
         metrics = study_lib.metrics(self.results[variant]) if variant in self.results else {}
         known = [name for name in names if name in metrics]
         return study_lib.interval(metrics[known[0]]) if known else None
 
-    def shown(self, variant: str, *names: str) -> str:
-        """Returns `interval` as a cell of a table."""
+    def cell(self, variant: str, *names: str) -> str:
+        """Returns `interval` as text for a cell of a table."""
         interval = self.interval(variant, *names)
         return "-" if interval is None else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
 
     def minutes(self, variant: str, *, statistic: str = "median") -> str:
-        """Returns the minutes of a run: the median over the seeds, or the interquartile mean."""
+        """Returns the duration of a run in minutes: the 'median' or the 'iqm' over the seeds."""
         seconds = [float(run["wall_s"]) for run in self.results[variant].values()]
-        chosen = study_lib.interval(seconds)[0] if statistic == "iqm" else np.median(seconds)
-        return f"{chosen / 60:.1f}"
+        value = study_lib.interval(seconds)[0] if statistic == "iqm" else np.median(seconds)
+        return f"{value / 60:.1f}"
 
     def variants(self, labels: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-        """Yields (variant, label) of what has been run: those with labels first, in their order."""
+        """Yields (variant, label) of variants with results, those with labels first."""
         for variant in (*labels, *sorted(set(self.results) - set(labels))):
             if variant in self.results:
                 yield variant, labels.get(variant, f"`{variant}`")
@@ -54,7 +57,7 @@ class Study:
 
 @functools.cache
 def load(name: str) -> Study:
-    """Returns a study in experiments/results/studies."""
+    """Returns the recorded study `name` in experiments/results/studies."""
     return Study(study_lib.load_results(STUDIES / name))
 
 
@@ -66,7 +69,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def quickstart() -> str:
-    """Success of the main job on every split."""
+    """Returns a table of the success rates of the quickstart on every split."""
     runs = load("quickstart")
     splits = (
         "train",
@@ -76,12 +79,12 @@ def quickstart() -> str:
         "heldout_camera",
     )
     rows = [
-        (f"`{split}`", *(runs.shown("reach_ppo", f"{stage}/{split}/success") for stage in stages))
+        (f"`{split}`", *(runs.cell("reach_ppo", f"{stage}/{split}/success") for stage in stages))
         for split in splits
         for stages in [("warm_start", "more_cloning", "final")]
     ]
     for modality in ("pixels", "instruction"):
-        success = runs.shown(
+        success = runs.cell(
             "reach_ppo",
             f"final/train/shuffled_{modality}/success",
             f"final/train/no_{modality}/success",
@@ -91,13 +94,13 @@ def quickstart() -> str:
 
 
 def count() -> str:
-    """Accuracy of the variants of study `count`."""
+    """Returns a table of the accuracies of the variants of the study `count`."""
     runs = load("count")
     labels = {
-        "sft": "`sft`: fine-tuned on labels of one to three, one in ten wrong",
+        "sft": "`sft`: fine-tuned on labels of one to three, one in ten random",
         "sft_longer": "`sft_longer`: the same for longer than RL takes",
-        "grpo": "`grpo`: then GRPO on rewards of zero to six",
-        "sft_full": "`sft_full`: as many labels of zero to six, all right",
+        "grpo": "`grpo`: then GRPO with counts of zero to six",
+        "sft_full": "`sft_full`: as many labels of zero to six, all correct",
         "grpo_swapped": "`grpo_swapped`: GRPO with the image of another prompt",
     }
     header = (
@@ -114,10 +117,10 @@ def count() -> str:
         (
             label,
             *(
-                runs.shown(variant, f"final/{split}/accuracy")
+                runs.cell(variant, f"final/{split}/accuracy")
                 for split in ("train", "heldout_pair", "heldout_template")
             ),
-            runs.shown(variant, *shuffled),
+            runs.cell(variant, *shuffled),
             str(len(runs.results[variant])),
             runs.minutes(variant, statistic="iqm"),
         )
@@ -127,7 +130,7 @@ def count() -> str:
 
 
 def grid_agent() -> str:
-    """Success of the variants of study `grid_agent`."""
+    """Returns a table of the success rates of the variants of the study `grid_agent`."""
     runs = load("grid_agent")
     labels = {
         "cloned": "`cloned`: before RL",
@@ -139,13 +142,13 @@ def grid_agent() -> str:
         "held-out pairs",
         "held-out layouts",
         "seeds",
-        "minutes a run",
+        "minutes per run",
     )
     rows = [
         (
             label,
             *(
-                runs.shown(variant, f"final/{split}/success")
+                runs.cell(variant, f"final/{split}/success")
                 for split in ("train", "heldout_pair", "heldout_layout")
             ),
             str(len(runs.results[variant])),
@@ -156,7 +159,7 @@ def grid_agent() -> str:
     return markdown(header, rows)
 
 
-# Parameters of the network, and the floating-point operations of a decision, in millions.
+# Number of parameters of the network, and millions of floating-point operations per action.
 REACH_COST = {
     "baseline": ("160k", "4.67"),
     "no_auxiliary": ("160k", "4.67"),
@@ -170,7 +173,7 @@ REACH_COST = {
 
 
 def reach() -> str:
-    """Success and cost of the variants of study `reach`."""
+    """Returns a table of success rates and cost of the variants of the study `reach`."""
     runs = load("reach")
     header = (
         "variant",
@@ -180,49 +183,49 @@ def reach() -> str:
         "seeds",
         "parameters",
         "MFLOP",
-        "minutes a run",
+        "minutes per run",
     )
     train, heldout = "final/train/success", "final/heldout_colour_shape/success"
     rows = []
     for variant, label in runs.variants({name: f"`{name}`" for name in REACH_COST}):
         seen, unseen = runs.interval(variant, train), runs.interval(variant, heldout)
-        # Of the numbers that the table shows.
+        # The gap is the difference of the rounded values in the table.
         known = seen is not None and unseen is not None
         gap = f"{round(seen[0], 3) - round(unseen[0], 3):.3f}" if known else "-"
         cost = REACH_COST.get(variant, ("-", "-"))
-        successes = runs.shown(variant, train), runs.shown(variant, heldout)
+        successes = runs.cell(variant, train), runs.cell(variant, heldout)
         seeds = str(len(runs.results[variant]))
         rows.append((label, *successes, gap, seeds, *cost, runs.minutes(variant)))
     return markdown(header, rows)
 
 
 def headline() -> str:
-    """What reinforcement learning adds to what it begins with, on three problems."""
+    """Returns a table of results before and after reinforcement learning on three problems."""
     main, counting, grid = load("quickstart"), load("count"), load("grid_agent")
     rows = [
         (
             "`language_reach`: success",
             "behavior cloning",
-            main.shown("reach_ppo", "warm_start/train/success"),
+            main.cell("reach_ppo", "warm_start/train/success"),
             "PPO",
-            main.shown("reach_ppo", "final/train/success"),
-            main.shown("reach_ppo", "final/heldout_colour_shape/success"),
+            main.cell("reach_ppo", "final/train/success"),
+            main.cell("reach_ppo", "final/heldout_colour_shape/success"),
         ),
         (
             "counting objects: accuracy",
             "SFT on some labels",
-            counting.shown("sft", "final/train/accuracy"),
+            counting.cell("sft", "final/train/accuracy"),
             "GRPO",
-            counting.shown("grpo", "final/train/accuracy"),
-            counting.shown("grpo", "final/heldout_pair/accuracy"),
+            counting.cell("grpo", "final/train/accuracy"),
+            counting.cell("grpo", "final/heldout_pair/accuracy"),
         ),
         (
             "`language_grid`, actions as text: success",
             "SFT on an expert",
-            grid.shown("cloned", "final/train/success"),
+            grid.cell("cloned", "final/train/success"),
             "PPO over tokens",
-            grid.shown("ppo", "final/train/success"),
-            grid.shown("ppo", "final/heldout_pair/success"),
+            grid.cell("ppo", "final/train/success"),
+            grid.cell("ppo", "final/heldout_pair/success"),
         ),
     ]
     return markdown(("problem", "start", "before", "RL", "after", "unseen pairs, after"), rows)

@@ -2,7 +2,7 @@
 
   python -m experiments.write_docs
 
-Writes, in the checkout that it lies in:
+The command writes in its own checkout:
   docs/metrics.md         every metric, from mmrl_jax/monitoring/metric_definitions.py
   docs/configuration.md   every key of a config, from the dataclasses that define them
   docs/results.md, README.md   the tables between `<!-- table: <name> -->` and `<!-- /table -->`,
@@ -29,29 +29,30 @@ from mmrl_jax.problems import control_models, token_models
 from mmrl_jax.problems.task import UserTaskOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What is written beside the README.
+# Documents that are written in addition to the README.
 WRITTEN = ("docs/metrics.md", "docs/configuration.md", "docs/results.md")
 NOTE = "<!-- Written by `python -m experiments.write_docs`; do not edit. -->\n\n"
 
 METRICS = """# Metrics
 
-Every metric that a run logs has a row here; a name that has none cannot be logged. A part in angle
-brackets, as in `eval/<split>/success`, stands for one part of a name. `metrics.jsonl` and
-TensorBoard use these names, and `learning_curves.png` draws the most important ones.
+Every metric that a run logs has a row here; other names cannot be logged. A part in angle brackets,
+as in `eval/<split>/success`, matches any single part of a name. `metrics.jsonl` and TensorBoard use
+these names, and `learning_curves.png` plots the most important ones.
 
 """
 
 RENAMED = """
 ## Renamed metrics
 
-Logs of earlier versions hold some metrics under other names. They are read under today's.
+Logs of earlier versions have some metrics under other names, which are converted when a log is
+read.
 
 """
 
 CONFIGURATION = """# Configuration
 
-A config is a Python file with a function `get_config()` that returns what differs from the
-defaults; `mmrl_jax.problems.complete` adds the rest. The command line changes single keys:
+A config is a Python file with a function `get_config()` that returns the values that differ from
+the defaults, completed by `mmrl_jax.problems.complete`. The command line overrides single keys:
 
 ```
 python -m experiments.train --config=reach_ppo --workdir=runs/reach --config.ppo.clip=0.1
@@ -59,29 +60,29 @@ python -m experiments.train --config=reach_ppo --help
 ```
 
 The second command prints the keys of one config with their values. An unknown key, a wrong type or
-an impossible value is an error that names the key, the value and the remedy. Which keys a config
-has depends on three of its keys: `problem`, `stages` and `model.kind`. A group of keys belongs to
-each stage and has its name. In the tables, `required` marks a key that has no default.
+an invalid value raises an error with the key, the value and the remedy. The keys of a config depend
+on three of its keys: `problem`, `stages` and `model.kind`. Each stage has a group of keys with its
+name. In the tables, `required` marks a key without a default.
 
 """
 
 
 def with_tables(text: str) -> str:
-    """Returns a document with its tables written anew.
+    """Returns a document with its tables updated.
 
     Raises:
-      ValueError: It names an unknown table, or does not end one.
+      ValueError: If the document has an unknown table, or a table without an end.
     """
     begins = len(re.findall(r"<!-- table: ", text))
     pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)"
 
-    def written(match: re.Match[str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in TABLES:
-            raise ValueError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
+            raise ValueError(f"There is no table {name!r}; valid names are {', '.join(TABLES)}.")
         return f"{begin}{TABLES[name]()}{end}"
 
-    text, count = re.subn(pattern, written, text, flags=re.DOTALL)
+    text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
     if count != begins:
         raise ValueError(f"{begins} tables begin, but {count} end by '<!-- /table -->'.")
     return text
@@ -101,11 +102,11 @@ def metrics() -> str:
 
 # -- Configuration ---------------------------------------------------------------------------------
 
-Rows = dict[str, tuple[str, str, str, str]]  # Key -> type, default, valid values, help.
+Rows = dict[str, tuple[str, str, str, str]]  # Type, default, valid values and help by key.
 
 
 def rows_of(group: Mapping[str, Any], prefix: str = "") -> Rows:
-    """Returns the keys of a group, as cells of a table."""
+    """Returns the keys of a group as cells of a table."""
     return {
         f"{prefix}{name}": _cells(option) for name, option in schema.flatten_group(group).items()
     }
@@ -115,12 +116,12 @@ def _cells(option: Option) -> tuple[str, str, str, str]:
     missing = option.default is dataclasses.MISSING
     default = "required" if missing else f"`{option.default!r}`"
     valid = "" if option.valid is None else option.valid.requirement
-    # The types and the values of a Literal annotation say the same.
+    # Choices of a Literal annotation are formatted as code, like the default.
     return schema.kind_name(option), default, valid.replace("'", "`"), option.help
 
 
 def table(rows: Rows) -> str:
-    """Returns keys as a table."""
+    """Returns a table of keys in Markdown."""
     header = ("key", "type", "default", "valid values", "meaning")
     cells = [
         tuple(cell.replace("|", r"\|") for cell in (f"`{key}`", *row)) for key, row in rows.items()
@@ -129,13 +130,13 @@ def table(rows: Rows) -> str:
 
 
 def shared(tables: Sequence[Rows]) -> Rows:
-    """Returns the rows that all of several tables have."""
+    """Returns the rows that all tables have."""
     first, *others = tables
     return {key: row for key, row in first.items() if all(t.get(key) == row for t in others)}
 
 
 def without(rows: Rows, *others: Rows) -> Rows:
-    """Returns the rows that none of the other tables has."""
+    """Returns the rows that are in none of the other tables."""
     return {key: row for key, row in rows.items() if all(t.get(key) != row for t in others)}
 
 
@@ -144,10 +145,10 @@ class Policies:
     """The problems of one kind of policy.
 
     Attributes:
-      title: Of the section.
+      title: Title of their section.
       problems: Names of the problems.
       algorithms: Names of the algorithms that may be stages.
-      models: Name of a kind of model -> its dataclass.
+      models: Dataclass of each kind of model by its name.
     """
 
     title: str
@@ -178,7 +179,7 @@ POLICIES = (
 
 
 def problem_rows(policies: Policies, problem: str) -> Rows:
-    """Returns the keys of a problem that belong neither to its model nor to a stage."""
+    """Returns the keys of a problem outside of the groups of its model and its stages."""
     for stage in policies.algorithms:
         if (options := policies.options(problem, stage)) is not None:
             return rows_of({key: x for key, x in options.items() if key not in ("model", stage)})
@@ -186,7 +187,7 @@ def problem_rows(policies: Policies, problem: str) -> Rows:
 
 
 def stage_rows(policies: Policies) -> dict[str, dict[str, Rows]]:
-    """Returns stage -> problem -> the keys of its group."""
+    """Returns the keys of the group of a stage, by stage and problem."""
     tables: dict[str, dict[str, Rows]] = {}
     for stage in policies.algorithms:
         for problem in policies.problems:
@@ -196,7 +197,7 @@ def stage_rows(policies: Policies) -> dict[str, dict[str, Rows]]:
 
 
 def default_kind(policies: Policies) -> str:
-    """Returns the kind of model of a config that names none."""
+    """Returns the default kind of model of the problems of a kind of policy."""
     for stage in policies.algorithms:
         if (options := policies.options(policies.problems[0], stage)) is not None:
             return options["model"]["kind"].default
@@ -204,7 +205,7 @@ def default_kind(policies: Policies) -> str:
 
 
 def summaries() -> str:
-    """Returns the public configs with the first sentence of each."""
+    """Returns a table of the public configs with the first line of their docstrings."""
     rows = []
     for path in sorted(loading.PUBLIC.glob("[a-z]*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -215,30 +216,33 @@ def summaries() -> str:
 
 def configuration() -> str:
     """Returns docs/configuration.md."""
-    own = {name: problem_rows(p, name) for p in POLICIES for name in p.problems}
-    of_all = shared(list(own.values()))
+    by_problem_name = {name: problem_rows(p, name) for p in POLICIES for name in p.problems}
+    common_keys = shared(list(by_problem_name.values()))
     stages = {p.title: stage_rows(p) for p in POLICIES}
-    every = [
-        rows for by_stage in stages.values() for each in by_stage.values() for rows in each.values()
+    groups = [
+        rows
+        for by_stage in stages.values()
+        for by_problem in by_stage.values()
+        for rows in by_problem.values()
     ]
-    of_stages = shared(every)
+    common_stage_keys = shared(groups)
     parts = [NOTE, CONFIGURATION, "## Public configs\n\n"]
-    parts += ["The docstring of each says its command, hardware, time and result.\n\n", summaries()]
-    parts += ["\n## Keys of every config\n\n", table(of_all)]
+    parts += ["The docstring of each has its command, hardware, time and result.\n\n", summaries()]
+    parts += ["\n## Keys of every config\n\n", table(common_keys)]
     parts += ["\n## Keys of every stage\n\nThe group of a stage has the name of its algorithm.\n\n"]
-    parts.append(table({f"<stage>.{key}": row for key, row in of_stages.items()}))
+    parts.append(table({f"<stage>.{key}": row for key, row in common_stage_keys.items()}))
     for policies in POLICIES:
         parts.append(f"\n## {policies.title}\n")
         for name in policies.problems:
-            rows = without(own[name], of_all)
+            rows = without(by_problem_name[name], common_keys)
             parts.append(f"\n### Problem `{name}`\n\n{table(rows)}")
             if name == "task":
-                mine = rows_of(options_of(UserTaskOptions), "task.")
-                parts.append(f"\nFor a task of your own, the group `task` has:\n\n{table(mine)}")
+                user_task = table(rows_of(options_of(UserTaskOptions), "task."))
+                parts.append(f"\nFor your own task, the group `task` has:\n\n{user_task}")
         for kind, options in policies.models.items():
             first = (options.__doc__ or "").partition("\n")[0]
             rows = rows_of(options_of(options), "model.")
-            del rows["model.kind"]  # The title says it.
+            del rows["model.kind"]  # The title has its value.
             title = f"`model.kind='{kind}'`" + (
                 ", the default" if kind == default_kind(policies) else ""
             )
@@ -246,19 +250,19 @@ def configuration() -> str:
         for stage, by_problem in stages[policies.title].items():
             common = shared(list(by_problem.values()))
             names = ", ".join(f"`{name}`" for name in by_problem)
-            parts.append(f"\n### Stage `{stage}`\n\nOf the problems: {names}.\n\n")
-            rows = without(common, of_stages)
+            parts.append(f"\n### Stage `{stage}`\n\nFor the problems: {names}.\n\n")
+            rows = without(common, common_stage_keys)
             parts.append(table({f"{stage}.{key}": row for key, row in rows.items()}))
             for problem, rows in by_problem.items():
-                more = without(rows, common)
-                if more:
+                specific = without(rows, common)
+                if specific:
                     parts.append(f"\nWith `problem='{problem}'` also:\n\n")
-                    parts.append(table({f"{stage}.{key}": row for key, row in more.items()}))
+                    parts.append(table({f"{stage}.{key}": row for key, row in specific.items()}))
     return "".join(parts)
 
 
 def documents(root: pathlib.Path = ROOT) -> dict[str, str]:
-    """Returns the documents that are written, by their paths in the checkout."""
+    """Returns the texts of the documents by their paths in the checkout."""
     texts = {
         name: (root / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md")
     }
@@ -271,7 +275,7 @@ def main(argv: list[str]) -> None:
     refuse_arguments(argv)
     for name, text in documents().items():
         (ROOT / name).write_text(text, encoding="utf-8")
-        print(f"Written: {name}")
+        print(f"Wrote {name}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Greedy tokens a second of SmolLM2-135M, against transformers' `generate` in torch.
+"""Greedy tokens per second of SmolLM2-135M, compared with transformers' `generate` in torch.
 
-The same weights, prompts and number of tokens, float32; the peer in whichever of its settings is
-fastest here. The tokens of both are compared.
+Both sides use the same weights, prompts and numbers of tokens in float32. The peer uses the fastest
+of its settings on this machine. The tokens of both are compared.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ PROMPTS = (
 )
 BATCHES = (1, 8, 32)
 LENGTH = 64
-# Settings of the peer: without one, its cache grows.
+# Settings of the peer.
 PEERS: dict[str, dict[str, Any]] = {
     "growing cache": {},
     "static cache": {"cache_implementation": "static", "disable_compile": True},
@@ -41,18 +41,18 @@ def rows(runs: int) -> Iterator[Row]:
 
     directory = bundled_weights.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    theirs.generation_config.eos_token_id = None  # Both make all LENGTH tokens.
+    torch_model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    torch_model.generation_config.eos_token_id = None  # Both sides generate LENGTH tokens.
     model, variables, _ = hub.load_language_model(directory)
     for batch in BATCHES:
         ids, mask = prompts(tokenizer, batch)
         ours = functools.partial(generate(model), variables, ids, mask, jax.random.key(0))
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        peer, name = fastest(theirs, inputs)
-        new = peer()[:, ids.shape[1] :].numpy()
-        same = np.mean(np.all(new == np.asarray(ours().tokens[:, 0]), axis=1))
+        peer, name = fastest(torch_model, inputs)
+        peer_tokens = peer()[:, ids.shape[1] :].numpy()
+        equal = np.mean(np.all(peer_tokens == np.asarray(ours().tokens[:, 0]), axis=1))
         yield compare(
-            f"batch {batch} / torch, {name}; {same:.0%} of answers equal",
+            f"batch {batch} / torch, {name}; {equal:.0%} of completions equal",
             rate(batch * LENGTH, ours),
             rate(batch * LENGTH, peer),
             unit="tokens/s",
@@ -61,20 +61,20 @@ def rows(runs: int) -> Iterator[Row]:
 
 
 def prompts(tokenizer: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [batch, S] and which are there, padded on the left."""
-    asked = itertools.islice(itertools.cycle(PROMPTS), batch)
+    """Returns token ids [batch, S], padded on the left, and their mask [batch, S]."""
+    cycled = itertools.islice(itertools.cycle(PROMPTS), batch)
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-        for prompt in asked
+        for prompt in cycled
     ]
-    batch_ = tokenizer(texts, return_tensors="np", padding=True, padding_side="left")
-    return batch_["input_ids"], batch_["attention_mask"].astype(bool)
+    inputs = tokenizer(texts, return_tensors="np", padding=True, padding_side="left")
+    return inputs["input_ids"], inputs["attention_mask"].astype(bool)
 
 
 def generate(model: Any) -> jax.stages.Wrapped:
-    """(variables, ids, present, rng) -> LENGTH greedy tokens each."""
+    """Returns a jitted function (variables, ids, mask, rng) -> LENGTH greedy tokens each."""
 
     @jax.jit
     def program(variables: Any, ids: jax.Array, mask: jax.Array, rng: jax.Array) -> gen.Completions:
@@ -94,23 +94,26 @@ def generate(model: Any) -> jax.stages.Wrapped:
 
 
 def fastest(model: Any, inputs: Any) -> tuple[Any, str]:
-    """The peer's call in its fastest setting that runs here, by one run after one to warm up."""
+    """Returns the peer's call in the fastest setting that runs on this machine, and its name.
+
+    Each setting is measured once, after a call to warm up.
+    """
     import torch
 
     def call(options: dict[str, Any]) -> Any:
         with torch.inference_mode():
             return model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, **options)
 
-    took: dict[str, float] = {}
+    durations: dict[str, float] = {}
     for name, options in PEERS.items():
         try:
             call(options)
-        except Exception as error:  # Whatever a compiler that is not there raises.
+        except Exception as error:  # The exception type depends on which compiler is missing.
             print(f"  torch, {name}: not run, {type(error).__name__}")
             continue
         start = time.perf_counter()
         call(options)
-        took[name] = time.perf_counter() - start
-        print(f"  torch, {name}: {took[name]:.2f} s")
-    best = min(took, key=lambda name: took[name])
+        durations[name] = time.perf_counter() - start
+        print(f"  torch, {name}: {durations[name]:.2f} s")
+    best = min(durations, key=lambda name: durations[name])
     return functools.partial(call, PEERS[best]), best

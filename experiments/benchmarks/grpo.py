@@ -1,10 +1,10 @@
-"""GRPO updates a second of text-only models, against TRL's `GRPOTrainer` in torch.
+"""GRPO updates per second of text-only models, compared with TRL's `GRPOTrainer` in torch.
 
-An update draws a group of answers to each question, scores them, and takes one AdamW step. Both
-sides have the same weights, questions, numbers of answers and of tokens, rewards, loss and
-optimizer, float32; the peer one batch for everything, its cache of keys and values (a static one
-is no faster here), and no recomputation. On the same answers, losses and gradients of both are
-compared.
+An update samples a group of completions for each prompt, scores them, and takes one AdamW step.
+Both sides use the same weights, prompts, numbers of completions and tokens, rewards, loss and
+optimizer in float32. The peer uses a single batch, its default cache of keys and values (a static
+cache is not faster), and no recomputation. Losses and gradients of both sides are compared on the
+same completions.
 """
 
 from collections.abc import Iterator
@@ -39,13 +39,13 @@ LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is learned.
+    """A model and the size of its updates.
 
     Attributes:
-      name: of the model.
-      directory: its weights, in the hub's format.
-      num_prompts: B, of an update.
-      length: T, tokens of every answer.
+      name: Name of the model.
+      directory: Directory of the model in the Hugging Face format.
+      num_prompts: Number of prompts B in an update.
+      length: Number of tokens T of each completion.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Job:
 
 def rows(runs: int) -> Iterator[Row]:
     """Measures one model after another."""
-    # Torch's threads else spin while they wait, for which it is many times slower where other
-    # work runs beside it. It reads this as it is imported.
+    # By default torch's threads spin while they wait, which makes it many times slower on a shared
+    # machine. Torch reads this variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as directory:
         for job in jobs(pathlib.Path(directory)):
@@ -65,7 +65,7 @@ def rows(runs: int) -> Iterator[Row]:
 
 
 def jobs(directory: pathlib.Path) -> tuple[Job, ...]:
-    """The models that are compared; weights that no package holds are written to a directory."""
+    """Returns the jobs. Models that are in no package are written to `directory`."""
     return (
         Job("Llama of 17M", small_llama(directory), num_prompts=4, length=32),
         Job("SmolLM2-135M", bundled_weights.smollm2(), num_prompts=1, length=64),
@@ -73,18 +73,18 @@ def jobs(directory: pathlib.Path) -> tuple[Job, ...]:
 
 
 def rows_of(job: Job, runs: int) -> Iterator[Row]:
-    """The whole update, its two stages, what it costs of the processors, and the memory."""
-    name = f"{job.name}, {job.num_prompts} x {GROUP} answers of {job.length} / TRL"
+    """Measures the update, its generation and learning, its processor time, and its memory."""
+    name = f"{job.name}, {job.num_prompts} x {GROUP} completions of {job.length} / TRL"
     ours, peer = timed_updates(job, runs)
     for stage in ours[0]:
-        rates = ([1 / took[stage] for took in side] for side in (ours, peer))
+        rates = ([1 / durations[stage] for durations in side] for side in (ours, peer))
         yield row(f"{name}: {stage}", *rates, unit="1/s")
-    memory = ([apart(side, job)] for side in (Ours, Peer))
+    memory = ([in_new_process(side, job)] for side in (Ours, Peer))
     yield row(f"{name}: peak memory", *memory, unit="MB")
 
 
 def timed_updates(job: Job, runs: int) -> list[list[dict[str, float]]]:
-    """Stage -> seconds, of each of our and of the peer's updates."""
+    """Returns the seconds of each part of an update by its name, for our and the peer's updates."""
     ours, peer = Ours(job), Peer(job)
     check(ours, peer)
 
@@ -105,7 +105,7 @@ def timed_updates(job: Job, runs: int) -> list[list[dict[str, float]]]:
 
 
 def small_llama(directory: pathlib.Path) -> pathlib.Path:
-    """Writes a Llama of 17M random parameters, with the tokenizer of SmolLM2."""
+    """Writes a Llama with 17M random parameters, with the tokenizer of SmolLM2."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -128,11 +128,11 @@ def small_llama(directory: pathlib.Path) -> pathlib.Path:
 
 
 class Ours:
-    """One learner of this library.
+    """GRPO of this library.
 
     Attributes:
-      state: its parameters and optimizer.
-      prompts: of B samples.
+      state: Parameters and optimizer state.
+      prompts: Batch of B prompts.
     """
 
     def __init__(self, job: Job):
@@ -144,7 +144,7 @@ class Ours:
         tokens, mask = map(jnp.asarray, prompts(tokenizer, job.num_prompts))
         unused = jnp.zeros(job.num_prompts, jnp.int32)
         self.prompts = Prompt(tokens, mask, None, *(unused,) * 4)
-        # No token has this id: every answer has all its tokens.
+        # No token has the stop id, so that every completion has its full length.
         policy = token_learner.TokenPolicy(
             model, max_new_tokens=job.length, stop=(model.vocabulary,), pad=tokenizer.pad_token_id
         )
@@ -171,34 +171,34 @@ class Ours:
         )
 
     def generate(self) -> ScoredCompletions:
-        """Draws answers and scores them."""
+        """Samples completions and scores them."""
         completions = self._generate(
             self.state.params, self._frozen, self.prompts, next(self._keys)
         )
         return self.experience(completions)
 
     def experience(self, completions: Completions) -> ScoredCompletions:
-        """Scores answers by how many of their tokens are even."""
+        """Scores completions by the fraction of their tokens that are even."""
         reward = jnp.mean(completions.tokens % 2 == 0, axis=-1, dtype=jnp.float32)
         return ScoredCompletions.single_turn(
             self.prompts, completions, reward, jnp.ones_like(reward)
         )
 
     def learn(self, experience: ScoredCompletions) -> dict[str, jax.Array]:
-        """Takes the step; returns its metrics."""
+        """Takes an optimizer step and returns its metrics."""
         self.state, metrics = self._update(self.state, self._frozen, experience, next(self._keys))
         return metrics
 
     def update(self) -> dict[str, jax.Array]:
-        """Both."""
+        """Generates completions and learns from them."""
         return self.learn(self.generate())
 
 
 class Peer:
-    """TRL's trainer, whose own methods are called one by one.
+    """TRL's trainer, whose methods are called one by one.
 
     Attributes:
-      trainer: it.
+      trainer: The trainer.
     """
 
     def __init__(self, job: Job):
@@ -206,7 +206,7 @@ class Peer:
         from transformers import AutoTokenizer
         from trl import GRPOConfig, GRPOTrainer
 
-        asked = [[{"role": "user", "content": text}] for text in PROMPTS[: job.num_prompts]]
+        messages = [[{"role": "user", "content": text}] for text in PROMPTS[: job.num_prompts]]
         config = GRPOConfig(
             output_dir=tempfile.gettempdir(),  # Nothing is saved.
             use_cpu=True,
@@ -231,22 +231,23 @@ class Peer:
             model=str(job.directory),
             reward_funcs=even,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": asked}),
+            train_dataset=Dataset.from_dict({"prompt": messages}),
             processing_class=AutoTokenizer.from_pretrained(job.directory),
         )
-        # The token of padding ends messages too; torch gives its embedding no gradient otherwise.
+        # The padding token also ends messages. With a padding index, torch would not compute the
+        # gradient of its embedding.
         self.trainer.model.get_input_embeddings().padding_idx = None
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.model.train()
-        self._asked = [{"prompt": prompt} for prompt in asked for _ in range(GROUP)]
+        self._prompts = [{"prompt": prompt} for prompt in messages for _ in range(GROUP)]
 
     def generate(self) -> dict[str, Any]:
-        """Draws answers and scores them."""
-        return self.trainer._generate_and_score_completions(self._asked)
+        """Samples completions and scores them."""
+        return self.trainer._generate_and_score_completions(self._prompts)
 
     def learn(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Takes the step; returns its loss and the norm of its gradient."""
+        """Takes an optimizer step and returns its loss and gradient norm."""
         trainer = self.trainer
         loss = trainer.compute_loss(trainer.model, batch)
         trainer.accelerator.backward(loss)
@@ -256,57 +257,58 @@ class Peer:
         return {"loss/policy": loss.item(), "grad/norm": float(norm)}
 
     def update(self) -> dict[str, float]:
-        """Both."""
+        """Generates completions and learns from them."""
         return self.learn(self.generate())
 
 
 def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Rewards of answers: how many of their tokens are even."""
+    """Returns the fraction of the tokens of each completion that are even, as rewards."""
     return [float(np.mean(np.asarray(ids) % 2 == 0)) for ids in completion_ids]
 
 
 def check(ours: Ours, peer: Peer) -> None:
-    """Takes one step of both on the peer's answers.
+    """Takes one optimizer step of both sides on the peer's completions, and compares them.
 
     Raises:
-      AssertionError: prompts, sizes, rewards, losses or gradients are not the same.
+      AssertionError: If prompts, sizes, rewards, losses or gradients differ.
     """
-    batch, own = peer.generate(), ours.generate()
-    drawn: Completions = jax.tree.map(lambda x: x[0], own.completions)  # Of the only turn.
-    shape = drawn.tokens.shape
-    assert bool(drawn.mask.all()) and bool(batch["completion_mask"].all())
-    assert batch["completion_ids"].shape == (shape[0] * shape[1], shape[2])
-    for theirs, mine in (
-        (batch["prompt_ids"], ours.prompts.tokens),
-        (batch["prompt_mask"], ours.prompts.mask),
+    peer_batch, our_batch = peer.generate(), ours.generate()
+    # The completions have a single turn.
+    sampled: Completions = jax.tree.map(lambda x: x[0], our_batch.completions)
+    shape = sampled.tokens.shape
+    assert bool(sampled.mask.all()) and bool(peer_batch["completion_mask"].all())
+    assert peer_batch["completion_ids"].shape == (shape[0] * shape[1], shape[2])
+    for peer_array, our_array in (
+        (peer_batch["prompt_ids"], ours.prompts.tokens),
+        (peer_batch["prompt_mask"], ours.prompts.mask),
     ):
-        np.testing.assert_array_equal(theirs, np.repeat(np.asarray(mine), GROUP, axis=0))
-    completions = drawn._replace(
-        tokens=jnp.asarray(batch["completion_ids"].numpy(), jnp.int32).reshape(shape)
+        np.testing.assert_array_equal(peer_array, np.repeat(np.asarray(our_array), GROUP, axis=0))
+    completions = sampled._replace(
+        tokens=jnp.asarray(peer_batch["completion_ids"].numpy(), jnp.int32).reshape(shape)
     )
-    # A single step is on the policy: its ratios are 1 and the advantages of a group add up to 0, so
-    # that its loss is 0 and its gradient is what can differ.
-    theirs = peer.learn(batch | {"old_per_token_logps": None})
-    mine = ours.learn(ours.experience(completions))
-    assert theirs["grad/norm"] > 0
-    for name, value in theirs.items():
-        np.testing.assert_allclose(float(mine[name]), value, rtol=2e-3, atol=1e-6, err_msg=name)
-    print("  of one step, ours / TRL:", {k: (float(mine[k]), v) for k, v in theirs.items()})
+    # A single step is on-policy: the ratios are 1 and the advantages of a group add up to 0, so
+    # that the loss is 0, and only the gradients can differ.
+    expected = peer.learn(peer_batch | {"old_per_token_logps": None})
+    actual = ours.learn(ours.experience(completions))
+    assert expected["grad/norm"] > 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(float(actual[name]), value, rtol=2e-3, atol=1e-6, err_msg=name)
+    print("  of one step, ours / TRL:", {k: (float(actual[k]), v) for k, v in expected.items()})
 
 
-def apart(side: type[Ours] | type[Peer], job: Job) -> float:
-    """The most memory, in MB, that a process of its own has in updates after the first."""
+def in_new_process(side: type[Ours] | type[Peer], job: Job) -> float:
+    """Returns the peak memory in MB of updates after the first, measured in a new process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peak, side, job).result()
+        return pool.submit(peak_memory, side, job).result()
 
 
-def peak(side: type[Ours] | type[Peer], job: Job) -> float:
-    """The most memory of this process, in MB, in updates after the first."""
+def peak_memory(side: type[Ours] | type[Peer], job: Job) -> float:
+    """Returns the peak memory in MB of this process in updates after the first."""
     learner = side(job)
     jax.block_until_ready(learner.update())
     process = pathlib.Path("/proc/self")
-    (process / "clear_refs").write_text("5", encoding="utf-8")  # Forgets the peak so far.
+    (process / "clear_refs").write_text("5", encoding="utf-8")  # Resets the peak.
     for _ in range(2):
         jax.block_until_ready(learner.update())
     status = (process / "status").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What every benchmark shares: alternating measurements, and rows of results."""
+"""Alternating measurements and rows of results, which all benchmarks use."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -12,22 +12,22 @@ from mmrl_jax.training.provenance import hardware
 
 T = TypeVar("T")
 
-# Measures once, after everything is compiled: a rate or a time.
+# Measures a rate or a time once, after everything is compiled.
 Measure = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a suite's table.
+    """One row of the table of a suite.
 
     Attributes:
-      name: what was measured.
-      ours: median of our runs.
-      peer: median of the peer's runs; None where there is none.
-      ratio: ours / peer.
-      unit: of ours and peer; the peer is named in `name`.
-      runs: measurements of each.
-      hardware: see `hardware`.
+      name: Name of the measurement and of the peer.
+      ours: Median of our measurements.
+      peer: Median of the peer's measurements; None without a peer.
+      ratio: ours / peer; None without a peer.
+      unit: Unit of ours and peer.
+      runs: Number of measurements of each side.
+      hardware: Description of the machine, see `provenance.hardware`.
     """
 
     name: str
@@ -40,14 +40,17 @@ class Row:
 
 
 def compare(name: str, ours: Measure, peer: Measure | None, *, unit: str, runs: int) -> Row:
-    """The row of `runs` measurements of ours and of the peer's, see `alternate`."""
+    """Returns the row of `runs` alternating measurements of ours and the peer, see `alternate`."""
     return row(name, *alternate([ours] if peer is None else [ours, peer], runs), unit=unit)
 
 
 def alternate(measures: Sequence[Callable[[], T]], runs: int) -> list[list[T]]:
-    """Alternates `runs` measurements of each; which goes first changes every other time.
+    """Alternates `runs` measurements of each function, in an order that is reversed every time.
 
-    All are run once before, so that nothing is compiled or cold while it is measured.
+    All functions are called once before, so that measurements exclude compilation and cold caches.
+
+    Returns:
+      The results of each function.
     """
     for measure in measures:
         measure()
@@ -60,20 +63,20 @@ def alternate(measures: Sequence[Callable[[], T]], runs: int) -> list[list[T]]:
 
 
 def row(name: str, ours: Sequence[float], peer: Sequence[float] | None = None, *, unit: str) -> Row:
-    """The row of measurements that were made, as many of the peer's as of ours."""
-    mine = float(np.median(ours))
-    theirs = None if peer is None else float(np.median(peer))
-    ratio = None if theirs is None else mine / theirs
-    return Row(name, mine, theirs, ratio, unit, len(ours), hardware())
+    """Returns the row of measurements, with as many of the peer as of ours."""
+    our_median = float(np.median(ours))
+    peer_median = None if peer is None else float(np.median(peer))
+    ratio = None if peer_median is None else our_median / peer_median
+    return Row(name, our_median, peer_median, ratio, unit, len(ours), hardware())
 
 
 def rate(amount: float, call: Callable[..., Any], *arguments: Any) -> Measure:
-    """A measure of `amount` a second, by the wall clock of one call until its results are there."""
+    """Returns a measurement of `amount` per second of wall time of a call, see `seconds`."""
     return lambda: amount / seconds(call, *arguments)
 
 
 def seconds(call: Callable[..., Any], *arguments: Any) -> float:
-    """Wall time of one call until its results are there."""
+    """Returns the wall time of a call until its results are computed."""
     start = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     return time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""Log-probs of tokens by tiles of the vocabulary, against the plain ones: time and memory.
+"""Time and memory of token log-probs by tiles of the vocabulary, compared with a full softmax.
 
-One gradient with respect to the features and the output layer; memory is what the compiled program
-needs beside its inputs and outputs.
+The gradient is with respect to the features and the output layer. The memory is that of the
+temporaries of the compiled program, without inputs and outputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,13 +46,13 @@ def rows(runs: int) -> Iterator[Row]:
 
 
 def plain(hidden: jax.Array, table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probs float32 [N] from the logits of the whole vocabulary."""
+    """Returns log-probs float32 [N] from the logits of the whole vocabulary."""
     log_probs = jax.nn.log_softmax(hidden @ table.T)
     return jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
 
 
 def gradient(log_probs: Callable[..., jax.Array], inputs: tuple[Any, ...]) -> jax.stages.Compiled:
-    """The compiled gradient of the mean log-prob."""
+    """Returns the compiled gradient of the mean log-prob."""
 
     def loss(hidden: jax.Array, table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.mean(log_probs(hidden, table, tokens))
@@ -61,5 +61,5 @@ def gradient(log_probs: Callable[..., jax.Array], inputs: tuple[Any, ...]) -> ja
 
 
 def megabytes(program: jax.stages.Compiled) -> float:
-    """Of temporaries."""
+    """Returns the size of the temporaries of a program in MB."""
     return program.memory_analysis().temp_size_in_bytes / 1e6

@@ -1,4 +1,4 @@
-"""Gradients of the policy network, against its matmuls alone and against a naive Flax network."""
+"""Gradients of the policy network, compared with its matmuls alone and with naive Flax."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.problems import control, control_models
 from mmrl_jax.types import Observation, Params
 
-# Width, layers, heads of the vision transformers (Dosovitskiy et al., 2021), and a batch.
-BATCH = 1024  # Of the quickstart's network.
+BATCH = 1024  # Batch size of the quickstart's network.
+# Width, layers, heads and batch size of vision transformers (Dosovitskiy et al., 2021).
 SIZES = {"ViT-S/16": (384, 12, 6, 8), "ViT-B/16": (768, 12, 12, 4)}
 
 
 def rows(runs: int) -> Iterator[Row]:
-    """Measures the quickstart's network, and ViT sizes on 224x224 pictures."""
+    """Measures the quickstart's network, and networks of ViT sizes with 224x224 images."""
     config = reach_ppo.get_config()
     env = control.make_env(config)
     network = control_models.make_network(config, env)
@@ -35,8 +35,8 @@ def rows(runs: int) -> Iterator[Row]:
     name = f"quickstart's network, batch {BATCH:,}"
     yield compare(f"{name} / its matmuls alone", ours, alone, unit="samples/s", runs=runs)
     naive = Naive(vocabulary=env.vocabulary.size, width=config.model.width)
-    theirs = jax.jit(naive.init)(jax.random.PRNGKey(0), observation)
-    peer = rate(BATCH, gradient(naive), theirs, observation)
+    naive_parameters = jax.jit(naive.init)(jax.random.PRNGKey(0), observation)
+    peer = rate(BATCH, gradient(naive), naive_parameters, observation)
     yield compare(f"{name} / naive Flax", ours, peer, unit="samples/s", runs=runs)
     for size, (width, layers, heads, batch) in SIZES.items():
         big = MultimodalPolicy(
@@ -59,10 +59,16 @@ def rows(runs: int) -> Iterator[Row]:
 
 
 def fill(shapes: Any, batch: int, vocabulary: int) -> Observation:
-    """A random batch of observations of these shapes [1, ...]."""
+    """Returns a random batch of observations.
+
+    Args:
+      shapes: Shapes and dtypes of one observation, [1, ...].
+      batch: Batch size.
+      vocabulary: Number of token ids.
+    """
     rng = np.random.default_rng(0)
 
-    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
+    def sample(x: jax.ShapeDtypeStruct) -> jax.Array:
         shape = (batch, *x.shape[1:])
         if x.dtype == bool:
             return jnp.ones(shape, bool)
@@ -71,11 +77,11 @@ def fill(shapes: Any, batch: int, vocabulary: int) -> Observation:
             return jnp.asarray(rng.integers(0, top, shape), x.dtype)
         return jnp.asarray(rng.normal(size=shape), x.dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(sample, shapes)
 
 
 def gradient(network: nn.Module) -> jax.stages.Wrapped:
-    """(parameters, observation) -> gradient of a loss that every output has a part in."""
+    """Returns a function (parameters, observation) -> gradient of a loss of all outputs."""
 
     def loss(parameters: Params, observation: Observation) -> jax.Array:
         floats = jax.tree.leaves(network.apply(parameters, observation))
@@ -85,21 +91,27 @@ def gradient(network: nn.Module) -> jax.stages.Wrapped:
 
 
 def matmuls(program: jax.stages.Wrapped, *arguments: Any, samples: int) -> Measure:
-    """Samples a second if a program consisted of its matmuls alone, each as fast as it can be."""
+    """Returns a measurement of the samples per second of the matmuls of a program alone.
+
+    Args:
+      program: Jitted function.
+      *arguments: Arguments of the function.
+      samples: Number of samples in a call.
+    """
     counts = Counter(dots(jax.make_jaxpr(program)(*arguments).jaxpr))
-    work = []
+    calls = []
     for (left, right, dimensions), count in counts.items():
         call = jax.jit(functools.partial(jax.lax.dot_general, dimension_numbers=dimensions))
-        work.append((call, jnp.ones(left), jnp.ones(right), count))
+        calls.append((call, jnp.ones(left), jnp.ones(right), count))
 
     def run() -> list[jax.Array]:
-        return [call(a, b) for call, a, b, count in work for _ in range(count)]
+        return [call(a, b) for call, a, b, count in calls for _ in range(count)]
 
     return rate(samples, run)
 
 
 def dots(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple]:
-    """Shapes and dimension numbers of all matmuls in a jaxpr and those inside it."""
+    """Yields shapes and dimension numbers of all matmuls in a jaxpr and its inner jaxprs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             left, right = (v.aval.shape for v in equation.invars)
@@ -113,7 +125,7 @@ def dots(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple]:
 
 
 class Naive(nn.Module):
-    """The quickstart's network as one would first write it with Flax's own layers."""
+    """A straightforward implementation of the quickstart's network with Flax's layers."""
 
     vocabulary: int
     width: int

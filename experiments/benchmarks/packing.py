@@ -1,7 +1,8 @@
-"""Gradients of the log-probs of answers that share rows, against answers in rows of their own.
+"""Gradients of the log-probs of packed completions, compared with padded completions.
 
-A decoder of 17M parameters, 12.6M of them in its tied output layer, float32. Both sides have the
-same parameters, prompts and answers; their gradients are compared before they are timed.
+The model is a decoder with 17M parameters, of which 12.6M are in its tied output layer, in float32.
+Both sides use the same parameters, prompts and completions. Their gradients are compared before
+they are timed.
 """
 
 from collections.abc import Iterator
@@ -33,24 +34,24 @@ MODEL = LanguageModel(
 
 
 def rows(runs: int) -> Iterator[Row]:
-    """Measures answers of any length, in rows enough and too few, and short ones beside a long."""
+    """Measures completions of any length, with enough and too few rows, and mostly short ones."""
     rng = np.random.default_rng(0)
     any_length = rng.integers(8, LENGTH + 1, (NUM_PROMPTS, GROUP))
     short = rng.integers(8, 25, (NUM_PROMPTS, GROUP))
     short[:, 0] = LENGTH
-    for name, lengths, lacking in (
-        ("answers of 8 to 64", any_length, 0),
+    for name, lengths, missing in (
+        ("completions of 8 to 64", any_length, 0),
         ("the same", any_length, 1),
         ("7 of 8 to 24 and 1 of 64", short, 0),
     ):
         mask = jnp.asarray(np.arange(LENGTH) < lengths[..., None])
-        count = int(packing.rows_used(mask)) - lacking
-        where = f"{count} of {GROUP} rows" + lacking * ", too few"
-        yield from rows_of(f"{name}, {where} / padded", mask, count, runs)
+        count = int(packing.rows_used(mask)) - missing
+        rows_text = f"{count} of {GROUP} rows" + missing * ", too few"
+        yield from rows_of(f"{name}, {rows_text} / padded", mask, count, runs)
 
 
 def rows_of(name: str, mask: jax.Array, count: int, runs: int) -> Iterator[Row]:
-    """Time, of the clock and of the processors, and memory."""
+    """Measures wall time, processor time and memory."""
     variables, ours, peer = programs(mask, count)
 
     def timed(program: jax.stages.Compiled) -> tuple[float, float]:
@@ -58,9 +59,9 @@ def rows_of(name: str, mask: jax.Array, count: int, runs: int) -> Iterator[Row]:
         jax.block_until_ready(program(variables, mask))
         return time.perf_counter() - start, time.process_time() - processors
 
-    took = alternate([functools.partial(timed, side) for side in (ours, peer)], runs)
-    for i, what in enumerate(("time", "processor time")):
-        yield row(f"{name}: {what}", *([x[i] for x in side] for side in took), unit="s")
+    durations = alternate([functools.partial(timed, side) for side in (ours, peer)], runs)
+    for i, clock in enumerate(("time", "processor time")):
+        yield row(f"{name}: {clock}", *([x[i] for x in side] for side in durations), unit="s")
     memory = ([side.memory_analysis().temp_size_in_bytes / 1e6] for side in (ours, peer))
     yield row(f"{name}: memory", *memory, unit="MB")
 
@@ -68,10 +69,14 @@ def rows_of(name: str, mask: jax.Array, count: int, runs: int) -> Iterator[Row]:
 def programs(
     mask: jax.Array, count: int
 ) -> tuple[Params, jax.stages.Compiled, jax.stages.Compiled]:
-    """Parameters, and the gradients with respect to them with answers packed and padded.
+    """Returns parameters, and the compiled gradients with packed and with padded completions.
+
+    Args:
+      mask: Mask of the completion tokens, bool [B, G, T].
+      count: Number of rows into which the completions of a prompt are packed.
 
     Raises:
-      AssertionError: the gradients are not the same.
+      AssertionError: If the gradients differ.
     """
     keys = jax.random.split(jax.random.key(0), 3)
     prompt = jax.random.randint(keys[0], (NUM_PROMPTS, PROMPT), 0, VOCABULARY)

@@ -1,7 +1,7 @@
-"""One PPO update of flat observations, against Brax's own PPO.
+"""PPO updates with flat observations, compared with Brax's PPO.
 
-The same environment, batch, unroll, epochs, minibatches and hidden layers. Both are counted in
-decisions a second; a step in which our environments only reset is none.
+Both sides use the same environment, batch size, unroll, epochs, minibatches and hidden layers, and
+are measured in environment steps per second. Steps that only reset an environment do not count.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ UPDATES = 5
 
 
 def rows(runs: int) -> Iterator[Row]:
-    """Measures environment after environment."""
+    """Measures one environment after another."""
     for name, backend in ENVIRONMENTS.items():
         config = mlp_ppo.get_config(name)
         config.env.options = {"episode_length": 1000} | ({"backend": backend} if backend else {})
@@ -36,7 +36,7 @@ def rows(runs: int) -> Iterator[Row]:
 
 
 def our_updates(config: ml_collections.ConfigDict) -> Measure:
-    """Env steps a second of UPDATES updates."""
+    """Returns a measurement of the environment steps per second of UPDATES updates."""
     stage = problems.make(config).stage("ppo")
     carry, shardings = loop.start(stage)
     dispatch = loop.make_dispatch(stage.update, UPDATES, shardings)
@@ -48,14 +48,17 @@ def our_updates(config: ml_collections.ConfigDict) -> Measure:
         return carry.updates
 
     def measure() -> float:
-        took = seconds(run)
-        return UPDATES * _batch(config) * float(metrics["rollout/valid_fraction"]) / took
+        duration = seconds(run)
+        return UPDATES * _batch(config) * float(metrics["rollout/valid_fraction"]) / duration
 
     return measure
 
 
 class BraxPPO:
-    """Env steps a second of UPDATES updates of Brax's trainer, which waits between two calls."""
+    """Measures the environment steps per second of UPDATES updates of Brax's trainer.
+
+    The trainer runs in a thread, which waits between two measurements.
+    """
 
     def __init__(self, config: ml_collections.ConfigDict):
         self._rates: queue.Queue[Any] = queue.Queue()
@@ -81,7 +84,7 @@ class BraxPPO:
 
     def _run(self, config: ml_collections.ConfigDict) -> None:
         self._go.acquire()
-        if self._stopped:  # Our side failed before the peer was asked for anything.
+        if self._stopped:  # Our side failed before the first measurement of the peer.
             return
         try:
             trainer(config)(
@@ -91,7 +94,7 @@ class BraxPPO:
             )
         except _Stop:
             pass
-        except BaseException as error:  # Raised again where it is waited for.
+        except BaseException as error:  # It is raised again in `__call__`.
             self._rates.put(error)
 
     def _progress(self, _: int, metrics: dict[str, Any]) -> None:
@@ -106,4 +109,4 @@ def _batch(config: ml_collections.ConfigDict) -> int:
 
 
 class _Stop(Exception):
-    """Ends Brax's trainer."""
+    """Raised in Brax's trainer to end it."""

@@ -1,7 +1,7 @@
-"""Frames a second of the reach scene, which has every kind of primitive.
+"""Frames per second of the reach scene, which has every kind of primitive.
 
-The peer is MuJoCo's software renderer (libOSMesa; Debian: libosmesa6) on as many shapes of the same
-kinds; without the library its columns stay empty.
+The peer is MuJoCo's software renderer (libOSMesa; Debian: libosmesa6) with as many shapes of the
+same kinds. Without the library, its columns are empty.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from mmrl_jax.envs.language_reach import LanguageReach
 from mmrl_jax.rendering import Scene, render
 
 BATCH = 512
-# An interpreter of its own: the GL backend is chosen when mujoco is first imported.
+# The script runs in a new interpreter, because mujoco chooses the GL backend when it is imported.
 MUJOCO = """
 import sys, time, mujoco
 pixels, frames = int(sys.argv[1]), 100
@@ -30,7 +30,7 @@ geoms = "".join(
 model = mujoco.MjModel.from_xml_string(
     f'<mujoco><worldbody><light pos="0 0 3"/><geom type="plane" size="2 2 1"/>{geoms}'
     '<camera name="eye" pos="0 -0.35 1.75" xyaxes="1 0 0 0 0.9 0.4"/></worldbody></mujoco>')
-model.vis.quality.offsamples = 0  # Ours does not smooth edges either.
+model.vis.quality.offsamples = 0  # No antialiasing, as in our renderer.
 data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
 renderer = mujoco.Renderer(model, pixels, pixels)
@@ -44,7 +44,7 @@ print(frames / (time.perf_counter() - start))
 
 
 def rows(runs: int) -> Iterator[Row]:
-    """Measures two sizes, and what one more primitive of each kind costs."""
+    """Measures two image sizes, and the cost of an additional primitive of each kind."""
     env = LanguageReach()
     keys = jax.random.split(jax.random.PRNGKey(0), BATCH)
     scene, camera = jax.jit(lambda k: env.scene(jax.vmap(env.reset)(k)))(keys)
@@ -57,29 +57,29 @@ def rows(runs: int) -> Iterator[Row]:
             runs=runs,
         )
     for kind in dict.fromkeys(scene.kind):
-        more = 4
-        longer = rate(BATCH, frames(64), repeated(scene, kind, more), camera)
-        row = compare("", longer, rate(BATCH, frames(64), scene, camera), unit="", runs=runs)
+        copies = 4
+        larger = rate(BATCH, frames(64), repeated(scene, kind, copies), camera)
+        row = compare("", larger, rate(BATCH, frames(64), scene, camera), unit="", runs=runs)
         assert row.peer is not None
-        added = 1e6 * (1 / row.ours - 1 / row.peer) / more
-        yield Row(f"one more {kind}, 64x64", added, None, None, "us/frame", runs, hardware())
+        cost = 1e6 * (1 / row.ours - 1 / row.peer) / copies
+        yield Row(f"one more {kind}, 64x64", cost, None, None, "us/frame", runs, hardware())
 
 
 def frames(size: int) -> jax.stages.Wrapped:
-    """The compiled renderer of square pictures."""
+    """Returns the jitted renderer of square images."""
     return jax.jit(functools.partial(render, height=size, width=size))
 
 
-def repeated(scene: Scene, kind: str, more: int) -> Scene:
-    """The scene with `more` copies of its first primitive of a kind, each a little further away."""
+def repeated(scene: Scene, kind: str, copies: int) -> Scene:
+    """Returns the scene with shifted copies of its first primitive of a kind."""
     first = scene.kind.index(kind)
 
     def extend(x: jax.Array, shift: float = 0.0) -> jax.Array:
-        copies = [x[:, first : first + 1] + shift * (i + 1) for i in range(more)]
-        return jnp.concatenate([x, *copies], axis=1)
+        added = [x[:, first : first + 1] + shift * (i + 1) for i in range(copies)]
+        return jnp.concatenate([x, *added], axis=1)
 
     return Scene(
-        kind=scene.kind + (kind,) * more,
+        kind=scene.kind + (kind,) * copies,
         position=extend(scene.position, 0.03),
         rotation=extend(scene.rotation),
         size=extend(scene.size),
@@ -88,14 +88,14 @@ def repeated(scene: Scene, kind: str, more: int) -> Scene:
 
 
 def mujoco(size: int) -> Measure | None:
-    """Frames a second of MuJoCo's software renderer, None without libOSMesa."""
+    """Returns a measurement of the frames per second of MuJoCo; None without libOSMesa."""
     try:
         ctypes.CDLL("libOSMesa.so.8")
     except OSError:
         return None
 
     def measure() -> float:
-        # Software GL raises at exit, after all is printed.
+        # The exit code is ignored, because software GL raises at exit, after the result is printed.
         result = subprocess.run(
             [sys.executable, "-c", MUJOCO, str(size)],
             env={**os.environ, "MUJOCO_GL": "osmesa"},

@@ -1,10 +1,10 @@
-"""The main job over five seeds, as `make quickstart` runs it.
+"""Study of the quickstart over five seeds, each as `make quickstart` runs it.
 
 Command:   python -m experiments.study --study=experiments/studies/quickstart.py
 Hardware:  two CPU cores.
-Time:      7 minutes a seed (AMD EPYC, beside other work)
-Result:    success 0.91 [0.66, 0.92] after PPO, 0.46 [0.39, 0.53] after as much time of more cloning
-           (IQM of 5 seeds)
+Time:      7 minutes per seed (AMD EPYC, on a shared machine)
+Result:    success 0.91 [0.66, 0.92] after PPO, 0.46 [0.39, 0.53] after more cloning for the same
+           time (IQM of 5 seeds)
 """
 
 import pathlib
@@ -26,14 +26,23 @@ VARIANTS: dict[str, dict] = {"reach_ppo": {}}
 def run(
     config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
 ) -> dict[str, Any] | None:
-    """A whole quickstart; None if a signal came first."""
-    del config  # The main job has one.
+    """Runs a quickstart for the study.
+
+    Args:
+      config: Not used, because the quickstart has its own config.
+      seed: Seed of the run.
+      workdir: Working directory of the run.
+
+    Returns:
+      The summary without intervals, and the provenance; None if a signal interrupted the run.
+    """
+    del config
     problem, directory = quickstart.make_problem(seed), workdir_lib.as_path(workdir)
     with runs.claim(problem, directory):
         summary = quickstart.quickstart(problem, directory)
     if summary is None:
         return None
-    # The intervals over the episodes of one run say nothing over seeds.
+    # Intervals over the episodes of one run are left out: a study has intervals over seeds.
     means = {name: x for name, x in summary.items() if not name.endswith(("_lo", "_hi"))}
     return means | {"commit": commit(), "hardware": hardware()}
 
@@ -42,5 +51,5 @@ RUNNERS = {"reach_ppo": run}
 
 
 def get_config(_: str = "reach_ppo") -> ml_collections.ConfigDict:
-    """The config of the main job."""
+    """Returns the config of `reach_ppo`."""
     return reach_ppo.get_config()

@@ -1,11 +1,11 @@
-"""What the parts of `reach_ppo` are worth: each left out or changed, at the size of a study.
+"""Ablation study of `reach_ppo`: each part is removed or changed, with fewer updates.
 
 Command:   python -m experiments.study --study=experiments/studies/reach.py
            python -m experiments.train --config=experiments/studies/reach.py:no_film --workdir=DIR
 Hardware:  two CPU cores.
-Time:      2 to 5 minutes a run (AMD EPYC, beside other work)
-Result:    success 0.85 of the baseline, 0.87 with MiniLM, 0.83 with cross-attention, 0.60 or less
-           of the others (IQM of 5 seeds)
+Time:      2 to 5 minutes per run (AMD EPYC, on a shared machine)
+Result:    success 0.85 for the baseline, 0.87 with MiniLM, 0.83 with cross-attention, at most 0.60
+           for the other variants (IQM of 5 seeds)
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from mmrl_jax.configs import reach_ppo
 SEEDS = 5
 MAIN = "final/train/success"
 
-# What a variant changes of the baseline.
+# Changes of each variant to the baseline.
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "no_auxiliary": {
@@ -35,10 +35,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(variant: str = "baseline") -> ml_collections.ConfigDict:
-    """The config of a variant; three quarters of the cloning and of the PPO of `reach_ppo`.
+    """Returns the config of a variant, with three quarters of the updates of `reach_ppo`.
 
     Raises:
-      KeyError: there is no such variant.
+      KeyError: If the variant is unknown.
     """
     size = {
         "bc": {"num_updates": 750, "eval_interval": 750, "checkpoint_interval": 750},

@@ -1,15 +1,15 @@
-r"""Converts a pretrained model from the hub's format to ours, and back.
+r"""Converts a pretrained model from the Hugging Face format to an Orbax checkpoint, and back.
 
   mmrl-convert-hf --to=checkpoint --source=SmolVLM --output=ours \
       [--adapter=lora] [--dtype=bfloat16]
   mmrl-convert-hf --to=hub --checkpoint=ours --source=SmolVLM --output=tuned \
       [--adapter=lora] [--dtype=bfloat16]
 
-The first reads a local directory of config.json and safetensors, and writes a checkpoint that
-`mmrl_jax.pretrained.orbax_format.load` loads, onto a mesh if one is given. The second writes a
-directory that transformers loads; what the checkpoint does not hold (names, tokenizer, tensors that
-our model has no use for) comes from the source, the directory that was converted. Adapters in
-PEFT's format are merged on the way.
+The first command reads a local directory with config.json and safetensors, and writes a checkpoint
+that `mmrl_jax.pretrained.orbax_format.load` loads, optionally onto a mesh. The second command
+writes a directory that transformers loads. Files and tensors that are not in the checkpoint, such
+as the tokenizer, are copied from --source, the directory that was converted. Both merge an adapter
+in the PEFT format if --adapter is given.
 """
 
 import pathlib
@@ -34,17 +34,18 @@ def to_checkpoint(
     adapter: pathlib.Path | None,
     dtype: jnp.dtype,
 ) -> None:
-    """Converts a directory in the hub's format to ours.
+    """Converts a directory in the Hugging Face format to an Orbax checkpoint.
 
     Args:
-      source: local.
-      output: absent or empty.
-      kind: one of `hub.KINDS`; None: the only one that the source's model is of.
-      adapter: directory in PEFT's format.
-      dtype: of the parameters.
+      source: Local directory in the Hugging Face format.
+      output: Directory to write, which must not exist or be empty.
+      kind: Kind of model, one of `hub.KINDS`; None to infer it from the source.
+      adapter: Directory of an adapter in the PEFT format to merge; None for no adapter.
+      dtype: Data type of the parameters.
 
     Raises:
-      ValueError: see `kind_in`, `hub.load`, `load_adapter` and `orbax_format.save`.
+      ValueError: If the source, the adapter or the output cannot be used, see `kind_in`,
+        `hub.load`, `load_adapter` and `orbax_format.save`.
     """
     weights.refuse_taken(output)
     pretrained = hub.load(
@@ -66,17 +67,18 @@ def to_hub(
     adapter: pathlib.Path | None,
     dtype: jnp.dtype | None,
 ) -> None:
-    """Converts what `to_checkpoint` wrote to a directory in the hub's format.
+    """Converts a checkpoint of `to_checkpoint` to a directory in the Hugging Face format.
 
     Args:
-      checkpoint: in our format.
-      source: the directory in the hub's format that it was made from.
-      output: absent or empty.
-      adapter: directory in PEFT's format.
-      dtype: of the parameters; None: the checkpoint's.
+      checkpoint: Directory of the Orbax checkpoint.
+      source: Directory in the Hugging Face format from which the checkpoint was made.
+      output: Directory to write, which must not exist or be empty.
+      adapter: Directory of an adapter in the PEFT format to merge; None for no adapter.
+      dtype: Data type of the parameters; None for that of the checkpoint.
 
     Raises:
-      ValueError: see `orbax_format.load`, `load_adapter` and `hub.export`.
+      ValueError: If the checkpoint, the adapter or the output cannot be used, see
+        `orbax_format.load`, `load_adapter` and `hub.export`.
     """
     weights.refuse_taken(output)
     pretrained = orbax_format.load(checkpoint, dtype=dtype)
@@ -84,10 +86,10 @@ def to_hub(
 
 
 def kind_in(source: pathlib.Path) -> str:
-    """The kind of the model in a directory.
+    """Returns the kind of the model in a directory, one of `hub.KINDS`.
 
     Raises:
-      ValueError: it is of none or of several of `hub.KINDS`.
+      ValueError: If the model is of no supported kind, or could be of several.
     """
     family = hub.read_config(source)["model_type"]
     kinds = [kind for kind, (_, families, _) in hub.KINDS.items() if family in families]
@@ -102,7 +104,7 @@ def kind_in(source: pathlib.Path) -> str:
 def with_adapter(
     pretrained: hub.Pretrained, adapter: pathlib.Path | None, source: pathlib.Path
 ) -> hub.Pretrained:
-    """The model with an adapter beside its parameters, if there is one."""
+    """Returns the model with the parameters of an adapter added, if there is one."""
     if adapter is None:
         return pretrained
     kind, params = hub.kind_of(pretrained.model), pretrained.params
@@ -112,26 +114,29 @@ def with_adapter(
 
 
 def convert() -> None:
-    """Does what the flags say.
+    """Runs the conversion that the flags describe.
 
     Raises:
-      ValueError: a flag is missing or has no meaning, or see `to_checkpoint` and `to_hub`.
+      ValueError: If a flag is missing or not applicable, or the conversion fails, see
+        `to_checkpoint` and `to_hub`.
     """
     source, output = pathlib.Path(FLAGS.source), pathlib.Path(FLAGS.output)
     adapter = pathlib.Path(FLAGS.adapter) if FLAGS.adapter else None
     if FLAGS.to == "checkpoint":
         if FLAGS.checkpoint:
-            raise ValueError(f"--checkpoint={FLAGS.checkpoint} is read with --to=hub only.")
+            raise ValueError(f"--checkpoint={FLAGS.checkpoint} applies to --to=hub only.")
         dtype = jnp.dtype(FLAGS.dtype or "float32")
         to_checkpoint(source, output, kind=FLAGS.kind, adapter=adapter, dtype=dtype)
     else:
         if not FLAGS.checkpoint:
             raise ValueError("--to=hub needs --checkpoint, a directory that --to=checkpoint wrote.")
         if FLAGS.kind:
-            raise ValueError(f"--kind={FLAGS.kind}: with --to=hub, the checkpoint says it itself.")
+            raise ValueError(
+                f"--kind={FLAGS.kind} does not apply to --to=hub: the checkpoint stores its kind."
+            )
         dtype = jnp.dtype(FLAGS.dtype) if FLAGS.dtype else None
         to_hub(pathlib.Path(FLAGS.checkpoint), source, output, adapter=adapter, dtype=dtype)
-    print(f"Written: {output}")
+    print(f"Wrote {output}")
 
 
 def main(argv: list[str]) -> None:
@@ -144,14 +149,24 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Parses the flags and runs the command."""
     flags.DEFINE_enum("to", None, ["checkpoint", "hub"], "Format to write.", required=True)
-    flags.DEFINE_string("source", None, "Directory in the hub's format.", required=True)
-    flags.DEFINE_string("output", None, "Directory to write, absent or empty.", required=True)
-    flags.DEFINE_string("checkpoint", None, "With --to=hub: directory in our format.")
+    flags.DEFINE_string("source", None, "Directory in the Hugging Face format.", required=True)
+    flags.DEFINE_string(
+        "output", None, "Directory to write, which must not exist or be empty.", required=True
+    )
+    flags.DEFINE_string("checkpoint", None, "With --to=hub: directory of the Orbax checkpoint.")
     flags.DEFINE_string("adapter", None, "Directory of a PEFT adapter to merge.")
     flags.DEFINE_enum(
-        "dtype", None, DTYPES, "Of the parameters; default: float32, to the hub the checkpoint's."
+        "dtype",
+        None,
+        DTYPES,
+        "Data type of the parameters; by default float32, or with --to=hub that of the checkpoint.",
     )
-    flags.DEFINE_enum("kind", None, list(hub.KINDS), "With --to=checkpoint: which half of CLIP.")
+    flags.DEFINE_enum(
+        "kind",
+        None,
+        list(hub.KINDS),
+        "With --to=checkpoint: kind of model, needed if the source has several, as CLIP does.",
+    )
     run_command(main)
 
 

@@ -1,25 +1,25 @@
-"""Evaluates a trained run on its splits, and with each modality shuffled in turn.
+"""Evaluates a trained run on its splits, also with each modality shuffled.
 
   mmrl-evaluate --workdir=runs/reach --split=train
   mmrl-evaluate --workdir=runs/reach --split=all --episodes=1024 --which=best
   mmrl-evaluate --workdir=runs/quickstart/bc
   mmrl-evaluate --workdir=runs/reach --video        # also episodes.mp4 and episode.png
 
-The workdir may be that of any stage, trained on any number of devices. Prints a table of success
-(return, where an environment has no success; accuracy on verifiable questions) with 95 % bootstrap
-intervals, and adds its numbers to the workdir's evaluation.json, beside those of earlier calls:
+The workdir may be that of any stage, trained on any number of devices. The command prints a table
+of success rates (returns for an environment without success, accuracies for a task) with 95 %
+bootstrap intervals, and adds these metrics to evaluation.json in the workdir:
 
   <split>/[shuffled_<modality>/]success, success_lo, success_hi, return, return_lo, ..., length
-  <split>/[shuffled_<modality>/]checkpoint, episodes       what the numbers are of
+  <split>/[shuffled_<modality>/]checkpoint, episodes       checkpoint and number of episodes
 
-A row 'shuffled_pixels' is of the policy that is given the pixels of another episode. Without
---episodes there are as many as in the run's own evaluations; of a dataset, all records of the
-split. For questions of several levels of difficulty there is also <split>/<level>/accuracy and so
-on, of those of the episodes that are of the level.
+In the row 'shuffled_pixels', the policy receives the pixels of another episode. Without --episodes,
+there are as many episodes as in the run's own evaluations; for a dataset, all records of the split.
+For a task with several difficulty levels, <split>/<level>/accuracy and its interval cover the
+prompts of one level.
 
-A run on a dataset has reward functions, which are imported and run: those of a module that is not
-of this package with --trust_modules alone. What the run depends on must be what it was trained
-with; --accept_changes=records evaluates it on other records.
+For a run on a dataset, the command imports and calls its reward functions; modules outside of this
+package need --trust_modules. All inputs of the run must be those of its training;
+--accept_changes=records evaluates it on other records.
 """
 
 from collections.abc import Collection
@@ -48,21 +48,26 @@ def evaluate(
     trust_modules: bool = False,
     accept: Collection[str] = (),
 ) -> dict[str, float]:
-    """Prints the table of one split, or of 'all', and returns what evaluation.json then holds.
+    """Evaluates a run, prints the table, and adds the metrics to evaluation.json.
 
     Args:
-      workdir: Directory of the run, or of one of its stages.
-      which: Checkpoint: 'latest', 'best' or an update.
-      split: One of the run's splits, or 'all'.
-      episodes: Episodes, or prompts, of a row; by default as many as in the run's own evaluations.
-      video: Also write episodes.mp4 and episode.png, of a problem with an environment.
-      trust_modules: See `runs.read_problem`.
-      accept: See `fingerprints.check`.
+      workdir: Working directory of the run, or of one of its stages.
+      which: Checkpoint to evaluate: 'latest', 'best' or a number of updates.
+      split: Name of a split of the run, or 'all' for all of them.
+      episodes: Number of episodes, or prompts, in each row; None for that of the run's own
+        evaluations.
+      video: Whether to also write episodes.mp4 and episode.png, for a problem with an environment.
+      trust_modules: Whether the modules that the config names may be imported, see
+        `runs.read_problem`.
+      accept: Names of inputs that may have changed since training, see `fingerprints.check`.
+
+    Returns:
+      The new contents of evaluation.json.
 
     Raises:
-      ValueError: See `runs.load`; the split is unknown; or a split of a dataset has fewer records
-        than `episodes`.
-      CheckpointDamaged: The checkpoint cannot be read.
+      ValueError: If the run cannot be loaded, see `runs.load`, the split is unknown, or a split of
+        a dataset has fewer records than `episodes`.
+      CheckpointDamaged: If the checkpoint cannot be read.
     """
     directory = workdir_lib.as_path(workdir)
     problem, stage = runs.read_problem(directory, trust_modules=trust_modules)
@@ -78,49 +83,50 @@ def evaluate(
     measure = problem.measure(episodes=episodes, ablations=True)
     for part in problem.splits if split == "all" else (split,):
         count = episodes or problem.splits[part]
-        print(f"{part}: {count} episodes a row")
+        print(f"{part}: {count} episodes per row")
         for name, row in rows(measure(loaded.variables, part)).items():
-            print(f"{part:24} {name or '-':20} {_shown(row)}", flush=True)
+            print(f"{part:24} {name or '-':20} {_format_row(row)}", flush=True)
             row |= {"checkpoint": loaded.step, "episodes": count}
             prefix = "/".join(word for word in (part, name) if word)
             table |= {f"{prefix}/{key}": value for key, value in row.items()}
         runs.write_json(path, table)
-    written = [path]
+    outputs = [path]
     if video:
         rng = jax.random.PRNGKey(problem.config.seed)
-        written += write_episodes(problem, loaded.variables, rng, directory)
-    print(f"Written: {', '.join(map(str, written))}")
+        outputs += write_episodes(problem, loaded.variables, rng, directory)
+    print(f"Wrote {', '.join(map(str, outputs))}")
     return table
 
 
 def rows(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Returns metrics row by row; those that are named '<row>/<metric>' have a row of their own."""
+    """Groups metrics named '<row>/<metric>' by row; the row of other metrics is ''."""
     table: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         row, _, metric = name.rpartition("/")
-        if row == "reward":  # Of a reward function, whose name may be anything.
+        if row == "reward":  # 'reward/<function>' is a metric and not a row.
             row, metric = "", name
         table.setdefault(row, {})[metric] = value
     return table
 
 
-def _shown(row: dict[str, float]) -> str:
-    shown = [
+def _format_row(row: dict[str, float]) -> str:
+    """Returns the metrics of a row as text, with their intervals."""
+    parts = [
         f"{name} {row[name]:8.3f} [{row[f'{name}_lo']:.3f}, {row[f'{name}_hi']:.3f}]"
         for name in ("success", "return", "accuracy")
         if f"{name}_lo" in row
     ]
-    shown += [
+    parts += [
         f"{name} {row[name]:.3f}" for name in ("invalid_fraction", "failed_fraction") if name in row
     ]
-    return "   ".join(shown)
+    return "   ".join(parts)
 
 
 def _read_table(path: epath.Path) -> dict[str, float]:
-    """The numbers of earlier calls; none where there are none.
+    """Returns the metrics of earlier evaluations; an empty dict if the file does not exist.
 
     Raises:
-      ValueError: the file is damaged.
+      ValueError: If the file is damaged.
     """
     if not path.exists():
         return {}
@@ -128,7 +134,7 @@ def _read_table(path: epath.Path) -> dict[str, float]:
         table = json.loads(path.read_bytes())
         if isinstance(table, dict):
             return table
-        reason = "it holds no JSON object"
+        reason = "it is not a JSON object"
     except (OSError, ValueError) as error:
         reason = workdir_lib.one_line(error)
     raise ValueError(f"{path} cannot be read ({reason}): move it away.")
@@ -151,20 +157,23 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    flags.DEFINE_string("workdir", None, "Directory of a stage.", required=True)
+    flags.DEFINE_string("workdir", None, "Working directory of a stage.", required=True)
     flags.DEFINE_string("split", "all", "Split to evaluate, or 'all'.")
     flags.DEFINE_integer(
         "episodes",
         None,
-        "Episodes of a row; of a dataset, the first so many records of a split. By default as many "
-        "as in the run's own evaluations; of a dataset, all records of a split.",
+        "Number of episodes in each row; for a dataset, the number of records from the front of a "
+        "split. The default is that of the run's own evaluations; for a dataset, all records.",
         lower_bound=2,
     )
-    flags.DEFINE_string("which", "latest", "Checkpoint to evaluate: 'latest', 'best' or an update.")
+    flags.DEFINE_string("which", "latest", "Checkpoint to evaluate: 'latest', 'best' or a step.")
     flags.DEFINE_bool("video", False, "Also write episodes.mp4 and episode.png.")
     flags.DEFINE_bool("trust_modules", False, "Import the modules that the run's config names.")
     flags.DEFINE_list(
-        "accept_changes", [], f"What may have changed: {', '.join(fingerprints.ACCEPTABLE)}."
+        "accept_changes",
+        [],
+        "Inputs that may have changed since training, any of "
+        f"{', '.join(fingerprints.ACCEPTABLE)}.",
     )
     run_command(main)
 

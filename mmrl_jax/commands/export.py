@@ -1,10 +1,11 @@
-r"""Writes the model of a run of a whole vision-language model in Hugging Face's formats.
+r"""Exports a fine-tuned vision-language model of a run to the formats of Hugging Face.
 
   mmrl-export --workdir=runs/vlm --output=tuned               # for transformers
   mmrl-export --workdir=runs/vlm --output=adapter --adapter   # for PEFT
 
-The first merges adapters, and copies tokenizer and processor from the directory that the run began
-with. The second writes the adapters alone. A value head is of no use there, and is left out.
+The first command merges adapters into the weights, and copies tokenizer and processor from the
+directory of the pretrained model. The second command writes the adapters only. A value head is not
+exported, because these formats have none.
 """
 
 from collections.abc import Collection
@@ -34,20 +35,22 @@ def export(
     trust_modules: bool = False,
     accept: Collection[str] = (),
 ) -> None:
-    """Writes the model of a stage.
+    """Exports the model of a stage.
 
     Args:
-      workdir: of the stage.
-      output: absent or empty.
-      which: checkpoint, 'latest', 'best' or a step.
-      adapter: write the adapters in PEFT's format, in float32, and not the merged model.
-      dtype: of the merged model's parameters.
-      trust_modules: see `runs.load`.
-      accept: see `runs.load`.
+      workdir: Working directory of the stage.
+      output: Directory to write, which must not exist or be empty.
+      which: Checkpoint to export: 'latest', 'best' or a step.
+      adapter: Whether to write the adapters in the PEFT format, in float32, instead of the merged
+        model.
+      dtype: Data type of the parameters of the merged model.
+      trust_modules: Whether the modules that the config names may be imported, see `runs.load`.
+      accept: Names of inputs that may have changed since training, see `runs.load`.
 
     Raises:
-      ValueError: the run is of no whole model, or the adapters are not all that it trained, or see
-        `runs.load`, `hub.export` and `save_adapter`.
+      ValueError: If the run is not of a complete pretrained model, it trained more than the
+        adapters with `adapter`, or it cannot be loaded or written, see `runs.load`, `hub.export`
+        and `save_adapter`.
     """
     weights.refuse_taken(output)
     directory = workdir_lib.as_path(workdir)
@@ -55,14 +58,14 @@ def export(
     config = problem.config
     if config.problem == "control":
         raise ValueError(
-            f"--workdir={directory} is of a control policy, whose heads have no format of the hub: "
-            "only runs that fine-tune a whole vision-language model can be exported (see the "
-            "config vlm_grpo)."
+            f"--workdir={directory} is of a control policy, for whose heads Hugging Face has no "
+            "format: only runs that fine-tune a complete vision-language model can be exported "
+            "(see the config vlm_grpo)."
         )
     if config.model.kind != "vlm":
         raise ValueError(
-            f"--workdir={directory} has model.kind={config.model.kind!r}, which is no whole "
-            "vision-language model: a vision encoder of ours has no format of the hub."
+            f"--workdir={directory} has model.kind={config.model.kind!r}, which is not a complete "
+            "pretrained vision-language model: Hugging Face has no format for its vision encoder."
         )
     loaded = runs.load(
         directory,
@@ -78,19 +81,19 @@ def export(
         trained = _trained(problem, stage) - {"value"}
         if trained != {"lora"}:
             raise ValueError(
-                f"--adapter: the run trained {sorted(trained)} of its variables, not 'lora' alone; "
-                "leave the flag out to write the whole model."
+                f"--adapter: the run trained {sorted(trained)}, not only 'lora'; omit the flag to "
+                "export the whole model."
             )
         base = str(source.resolve())
         save_adapter(output, variables["lora"], plan.keys, base=base, task_type="CAUSAL_LM")
     else:
         params = jax.tree.map(lambda x: x.astype(dtype), hub.merged(variables))
         hub.export(hub.Pretrained(plan.model, {"params": params}, plan.config), output, source)
-    print(f"Written: {output}, of checkpoint {loaded.step}")
+    print(f"Wrote {output} from checkpoint {loaded.step}")
 
 
 def _trained(problem: problems.Problem, stage: str) -> set[str]:
-    """The collections of variables of which a stage, or one before it, trained anything."""
+    """Returns the collections in which a stage, or an earlier one, has trained variables."""
     trained = [problem.checkpoint_parts(x)["params"] for x in problem.checkpoint_stages(stage)]
     return {name for params in trained for name, tree in params.items() if jax.tree.leaves(tree)}
 
@@ -112,13 +115,17 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    flags.DEFINE_string("workdir", None, "Directory of a stage.", required=True)
-    flags.DEFINE_string("output", None, "Directory to write, absent or empty.", required=True)
-    flags.DEFINE_string("which", "latest", "Checkpoint to write: 'latest', 'best' or a step.")
-    flags.DEFINE_bool("adapter", False, "Write the adapters alone, in PEFT's format.")
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the merged model's parameters.")
+    flags.DEFINE_string("workdir", None, "Working directory of a stage.", required=True)
+    flags.DEFINE_string(
+        "output", None, "Directory to write, which must not exist or be empty.", required=True
+    )
+    flags.DEFINE_string("which", "latest", "Checkpoint to export: 'latest', 'best' or a step.")
+    flags.DEFINE_bool("adapter", False, "Write only the adapters, in the PEFT format.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Data type of the merged parameters.")
     flags.DEFINE_bool("trust_modules", False, "Import the modules of the run's reward functions.")
-    flags.DEFINE_list("accept_changes", [], "What may have changed: chat_template.")
+    flags.DEFINE_list(
+        "accept_changes", [], "Inputs that may have changed since training: chat_template."
+    )
     run_command(main)
 
 

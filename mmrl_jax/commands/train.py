@@ -1,24 +1,24 @@
-r"""Trains a policy as a config says; the same command again resumes from the last checkpoint.
+r"""Trains a policy with a config; the same command resumes from the last checkpoint.
 
   mmrl-train --config=reach_ppo --workdir=runs/reach [--config.ppo.clip=0.1] [--config.seed=1]
   mmrl-train --config=reach_ppo --help      # the keys of this config, with their values
 
-A config is named by its name in the package (mmrl_jax/configs) or by the path of a file of yours.
-Writes to the workdir:
-  summary.json          final success (return, where an environment has no success) on the training
-                        split with its 95 % interval, from the last evaluation; for a dataset the
-                        return on its test split, which chooses no checkpoint; times; steps
-  metrics.jsonl         what was logged; learning_curves.png shows it, tensorboard/ has it too
-  checkpoints/          the newest ones and the best
-  config.json           the config; a workdir of another config is refused
-  run.json              fingerprints of what the run depends on beside it, see --accept_changes
-  lock.json             while a process runs there: which one
-  samples.html          of policies that complete prompts: images, prompts, completions, rewards
-  <stage>/              the same of the stages before the last
+A config is given by its name in the package (mmrl_jax/configs) or by the path of your own file.
+The command writes to the workdir:
+  summary.json          final success rate (return for an environment without success) on the
+                        training split with its 95 % interval, from the last evaluation; for a
+                        dataset the return on its test split; times; steps
+  metrics.jsonl         logged metrics, also as learning_curves.png and in tensorboard/
+  checkpoints/          the newest checkpoints and the best one
+  config.json           the config; a workdir of another config is rejected
+  run.json              fingerprints of the other inputs of the run, see --accept_changes
+  lock.json             the process that runs in the workdir, while it runs
+  samples.html          for token policies: images, prompts, completions and rewards
+  <stage>/              the same files of each stage before the last
 
-Ctrl-C or SIGTERM saves and stops. Training that diverged, or whose rewards or records fail each
-time they are tried, ends with an error and exit code 1. An evaluation or report that fails is a
-message.
+Ctrl-C or SIGTERM saves and stops. If training diverges, or rewards or records fail in every retry,
+the command ends with an error and exit code 1. If an evaluation or a report fails, it prints a
+message and continues.
 """
 
 import sys
@@ -44,17 +44,17 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     refuse_arguments(argv)
-    # A ValueError from training itself would be a fault of the code, and keeps its stack.
+    # A ValueError from training itself would be a bug, so that its traceback is kept.
     with clean_exit(ValueError):
         problem = problems.make(FLAGS.config)
         lock = runs.claim(problem, FLAGS.workdir, accept=FLAGS.accept_changes)
-    used = list(problem.mesh.devices.flat)
-    kinds = sorted({device.device_kind for device in used})
-    print(f"Devices: {len(used)} of {jax.device_count()} ({', '.join(kinds)}).", flush=True)
+    devices = list(problem.mesh.devices.flat)
+    kinds = sorted({device.device_kind for device in devices})
+    print(f"Devices: {len(devices)} of {jax.device_count()} ({', '.join(kinds)}).", flush=True)
     with lock, clean_exit(*FAILURES):
         trained = runs.train_stages(problem, FLAGS.workdir)
-    ended = "interrupted; the same command resumes it" if trained.interrupted else "done"
-    print(f"Training {ended}. Outputs: {FLAGS.workdir}")
+    status = "interrupted; the same command resumes it" if trained.interrupted else "done"
+    print(f"Training {status}. Outputs: {FLAGS.workdir}")
 
 
 def run() -> None:
@@ -70,12 +70,13 @@ def run() -> None:
                 print(schema.describe(problems.options(config), config))
                 return
             loading.validate_overrides(sys.argv, config, renamed=renamed.KEYS)
-    config_flags.DEFINE_config_file("config", None, "Name or file of the config.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
+    config_flags.DEFINE_config_file("config", None, "Name or path of the config.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of all outputs.")
     flags.DEFINE_list(
         "accept_changes",
         [],
-        f"What may have changed since a resumed run began: {', '.join(fingerprints.ACCEPTABLE)}.",
+        "Inputs that may have changed since a resumed run began, any of "
+        f"{', '.join(fingerprints.ACCEPTABLE)}.",
     )
     flags.mark_flags_as_required(["config", "workdir"])
     run_command(main)

@@ -1,4 +1,4 @@
-"""Configs: their keys, checks, files and JSON; nothing here knows what a key means."""
+"""Configs: their keys, checks, files and JSON, independent of the meaning of the keys."""
 
 from mmrl_jax.config.loading import (
     describe_failure,

@@ -1,12 +1,12 @@
-"""Hyperparameters as fields of dataclasses: type, default, valid values and help in one place.
+"""Hyperparameters as fields of dataclasses, which define type, default, valid values and help.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class PPO:
         discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
         target_kl: float | None = option(None, "Stops an update early above this KL.", POSITIVE)
 
-`schema.options_of(PPO)` reads them back. The keys of a config, their checks, their defaults, the
-output of `--help`, and the dataclass that the algorithm is given are all derived from these fields.
+`options_of(PPO)` returns these options. The keys of a config, their checks, their defaults, the
+output of `--help`, and the arguments of the algorithm are all derived from the fields.
 """
 
 from collections.abc import Callable, Collection
@@ -21,11 +21,11 @@ Kind = tuple[type, ...]
 
 
 class Valid(NamedTuple):
-    """The values that an option may take, beyond their type.
+    """A condition on the values of an option, in addition to their type.
 
     Attributes:
-      test: Predicate on a value that has the option's type and is not None.
-      requirement: What `test` demands, to complete the sentence "must be ...".
+      test: Returns whether a value is valid. The value has the type of the option and is not None.
+      requirement: Description of the valid values, which completes the sentence "must be ...".
     """
 
     test: Callable[[Any], bool]
@@ -36,12 +36,12 @@ class Option(NamedTuple):
     """One key of a config.
 
     Attributes:
-      kind: The types that a value may have. `float` also admits an int (never a bool), `tuple` also
-        admits a list, and `dict` admits any group of keys.
-      default: The value of a config that does not set the key; `dataclasses.MISSING` if every
+      kind: Types that a value may have. `float` also allows an int (but no bool), `tuple` also
+        allows a list, and `dict` allows any group of keys.
+      default: Value of the key in a config that does not set it; `dataclasses.MISSING` if every
         config must set it.
-      valid: The values that are allowed among those of the right type; None for all of them.
-      help: What the option does, in one sentence with its unit.
+      valid: Further condition on values; None if all values of these types are valid.
+      help: Description of the option in one sentence, with its unit.
     """
 
     kind: Kind
@@ -54,33 +54,33 @@ POSITIVE = Valid(lambda x: math.isfinite(x) and x > 0, "greater than 0")
 NON_NEGATIVE = Valid(lambda x: math.isfinite(x) and x >= 0, "at least 0")
 PATTERN = Valid(lambda x: _compiles(x), "a regular expression")
 NON_EMPTY = Valid(lambda x: len(x) > 0, "not empty")
-TEXTS = Valid(lambda x: all(isinstance(text, str) for text in x), "strings alone")
+TEXTS = Valid(lambda x: all(isinstance(text, str) for text in x), "a tuple of strings")
 
 
 def between(low: float, high: float) -> Valid:
-    """Returns the values in the closed interval [low, high]."""
+    """Returns the condition that a value is in the closed interval [low, high]."""
     return Valid(lambda x: low <= x <= high, f"in [{low}, {high}]")
 
 
 def at_least(low: int, reason: str = "") -> Valid:
-    """Returns the values that are no less than `low`, with the reason that an error gives."""
+    """Returns the condition that a value is at least `low`, with a reason for the error message."""
     return Valid(lambda x: x >= low, f"at least {low}{reason and f', {reason}'}")
 
 
 def one_of(choices: Collection[str | int]) -> Valid:
-    """Returns the named values."""
+    """Returns the condition that a value is one of `choices`."""
     return Valid(lambda x: x in choices, f"one of {', '.join(map(repr, choices))}")
 
 
 def option(default: Any, help: str, valid: Valid | None = None) -> Any:
-    """Returns a dataclass field that is a key of a config.
+    """Returns a dataclass field that becomes a key of a config.
 
     Args:
-      default: The value of a config that does not set the key; `dataclasses.MISSING` if every
+      default: Value of the key in a config that does not set it; `dataclasses.MISSING` if every
         config must set it.
-      help: What the option does, in one sentence with its unit.
-      valid: The values that are allowed among those of the annotated type; by default all of them.
-        The values of a `Literal` annotation need not be repeated here.
+      help: Description of the option in one sentence, with its unit.
+      valid: Further condition on values; None if all values of the annotated type are valid. The
+        choices of a `Literal` annotation are checked without it.
     """
     metadata = {"help": help, "valid": valid}
     if default is dataclasses.MISSING:
@@ -91,7 +91,7 @@ def option(default: Any, help: str, valid: Valid | None = None) -> Any:
 
 
 def group(kind: type) -> Any:
-    """Returns a dataclass field that is a group of keys, with the options of another dataclass."""
+    """Returns a dataclass field that becomes a group of keys, the options of another dataclass."""
     return dataclasses.field(default_factory=kind)
 
 
@@ -99,14 +99,17 @@ Group = typing.Mapping[str, "Option | Group"]
 
 
 def options_of(*kinds: type) -> dict[str, Option | Group]:
-    """Returns the options of dataclasses by their names; a field of a dataclass type is a group.
+    """Returns the options of dataclasses by their names.
 
     Args:
-      *kinds: Dataclasses whose fields were made by `option` and `group`. Fields of other origins
-        are not keys of a config, and are left out.
+      *kinds: Dataclasses with fields made by `option` and `group`. Other fields are not keys of a
+        config and are ignored.
+
+    Returns:
+      An option for each field, or a group for a field whose type is a dataclass.
 
     Raises:
-      TypeError: Two of the dataclasses have an option of the same name.
+      TypeError: If two of the dataclasses have an option of the same name.
     """
     options: dict[str, Option | Group] = {}
     for kind in kinds:
@@ -126,19 +129,19 @@ def options_of(*kinds: type) -> dict[str, Option | Group]:
     return options
 
 
-def build(kind: type, values: typing.Mapping[str, Any], **given: Any) -> Any:
+def build(kind: type, values: typing.Mapping[str, Any], **overrides: Any) -> Any:
     """Returns an instance of a dataclass with the values of a group of a config.
 
     Args:
       kind: Dataclass with fields made by `option` and `group`.
-      values: The group; keys that are no fields of the dataclass are not read.
-      **given: The fields that are not keys of a config.
+      values: Group of the config. Keys that are not fields of the dataclass are ignored.
+      **overrides: Values of fields that are not read from the group.
     """
     annotations = typing.get_type_hints(kind)
-    arguments = dict(given)
+    arguments = dict(overrides)
     for field in dataclasses.fields(kind):
         is_key = "help" in field.metadata or dataclasses.is_dataclass(annotations[field.name])
-        if field.name in given or not is_key:
+        if field.name in overrides or not is_key:
             continue
         annotation = annotations[field.name]
         value = values[field.name]

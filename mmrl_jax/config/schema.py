@@ -1,4 +1,4 @@
-"""The keys of a config: completed with defaults, checked all at once, described for `--help`."""
+"""Completes a config with defaults, checks its keys, and describes them for `--help`."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -13,12 +13,12 @@ from mmrl_jax.config.options import Group, Option
 
 ConfigDict = ml_collections.ConfigDict
 ConfigLike: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
-# What 32 bits hold: on the device a larger int would wrap, a larger float would be infinite.
+# Range of 32-bit numbers. On the device a larger int would wrap and a larger float be infinite.
 _LARGEST_INT, _LARGEST_FLOAT, _SMALLEST_FLOAT = 2**32 - 1, 3.4e38, 1.2e-38
 
 
 def flatten(config: ConfigLike) -> dict[str, Any]:
-    """Returns `{"ppo.clip": 0.2, ...}`; an empty group appears as `{"group": {}}`."""
+    """Returns the values by dotted names, `{"ppo.clip": 0.2, ...}`; an empty group is `{}`."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, node: ConfigLike) -> None:
@@ -34,7 +34,7 @@ def flatten(config: ConfigLike) -> dict[str, Any]:
 
 
 def flatten_group(group: Group, prefix: str = "") -> dict[str, Option]:
-    """Returns `{"ppo.clip": Option(...), ...}`."""
+    """Returns the options of a group by dotted names, `{"ppo.clip": Option(...), ...}`."""
     flat: dict[str, Option] = {}
     for key, entry in group.items():
         if isinstance(entry, Option):
@@ -45,20 +45,24 @@ def flatten_group(group: Group, prefix: str = "") -> dict[str, Option]:
 
 
 def complete(differences: ConfigLike, group: Group) -> ml_collections.ConfigDict:
-    """Returns a config with every key of a group: the given value, or else the default.
+    """Returns a config with all keys of a group.
 
-    Keys that the group does not have are kept as they are given, for `check` to report. An option
-    that has no default, and is not given, is None.
+    Keys that the group does not have are kept, so that `check` reports them. An option without a
+    default that is not set becomes None.
+
+    Args:
+      differences: Values that differ from the defaults.
+      group: Keys of the config.
     """
     config = ml_collections.ConfigDict()
     for key, entry in group.items():
-        given = differences.get(key, dataclasses.MISSING)
+        value = differences.get(key, dataclasses.MISSING)
         if isinstance(entry, Option):
-            config[key] = _typed(entry, given)
-        elif given is dataclasses.MISSING or is_group(given):
-            config[key] = complete({} if given is dataclasses.MISSING else given, entry)
+            config[key] = _typed(entry, value)
+        elif value is dataclasses.MISSING or is_group(value):
+            config[key] = complete({} if value is dataclasses.MISSING else value, entry)
         else:
-            config[key] = given
+            config[key] = value
     for key in differences:
         if key not in group:
             config[key] = differences[key]
@@ -66,7 +70,7 @@ def complete(differences: ConfigLike, group: Group) -> ml_collections.ConfigDict
 
 
 def merge(*configs: ConfigLike) -> dict[str, Any]:
-    """Returns nested dictionaries as one; a later one replaces single keys of earlier ones."""
+    """Merges nested dictionaries; a later one overrides single keys of earlier ones."""
     merged: dict[str, Any] = {}
     for config in configs:
         for key, value in config.items():
@@ -78,9 +82,9 @@ def merge(*configs: ConfigLike) -> dict[str, Any]:
     return merged
 
 
-def _typed(option: Option, given: Any) -> Any:
-    """A given value or the default; a placeholder of the option's type where that is None."""
-    value = option.default if given is dataclasses.MISSING else given
+def _typed(option: Option, value: Any) -> Any:
+    """Returns the value or else the default; for None a placeholder with the option's type."""
+    value = option.default if value is dataclasses.MISSING else value
     if value is dataclasses.MISSING or value is None:
         kinds = [kind for kind in option.kind if kind is not type(None)]
         return ml_collections.config_dict.placeholder(kinds[0] if len(kinds) == 1 else object)
@@ -88,16 +92,17 @@ def _typed(option: Option, given: Any) -> Any:
 
 
 def check(config: ConfigLike, group: Group, *, renamed: Mapping[str, str] | None = None) -> None:
-    """Checks a whole config against its keys, and reports all mistakes at once.
+    """Checks a complete config against its keys, and reports all errors at once.
 
     Args:
-      config: The config.
-      group: The keys that it must have.
-      renamed: For keys of earlier versions, what they are called now.
+      config: Config to check.
+      group: Keys that the config must have.
+      renamed: Description of the new key by the key of an earlier version.
 
     Raises:
-      ValueError: One line for each unknown key (with its new name, or with the nearest key), each
-        missing key, wrong type and impossible value, with the field, the value and the remedy.
+      ValueError: If the config is invalid. The message has one line for each unknown key (with its
+        new name or the nearest key), missing key, wrong type and invalid value, with the field, the
+        value and the remedy.
     """
     known, old = list(flatten_group(group)), renamed or {}
     errors: list[str] = []
@@ -114,8 +119,8 @@ def check(config: ConfigLike, group: Group, *, renamed: Mapping[str, str] | None
         for key, entry in table.items():
             name = f"{prefix}{key}"
             if key not in node:
-                what = entry.help if isinstance(entry, Option) else "a group of keys"
-                errors.append(f"Config key '{name}' is missing: add it to the config ({what}).")
+                help = entry.help if isinstance(entry, Option) else "a group of keys"
+                errors.append(f"Config key '{name}' is missing: add it to the config ({help}).")
             elif isinstance(entry, Option):
                 error = _error(name, node[key], entry)
                 if error:
@@ -134,28 +139,27 @@ def check(config: ConfigLike, group: Group, *, renamed: Mapping[str, str] | None
 
 
 def describe(group: Group, values: ConfigLike | None = None) -> str:
-    """Returns name, help, type, allowed values and value of each key, for `--help`.
+    """Returns name, help, type, valid values and value of each key as text for `--help`.
 
-    The help of every key starts in one column, and continues there in further lines of at most 100
-    characters.
+    The help of all keys is aligned in one column and wrapped at 100 characters.
 
     Args:
-      group: The keys.
-      values: A config whose values are shown; by default the defaults are.
+      group: Keys to describe.
+      values: Config whose values are shown; None to show the defaults.
     """
     options = flatten_group(group)
-    shown = {} if values is None else flatten(values)
+    flat_values = {} if values is None else flatten(values)
     column = 2 + max(map(len, options), default=0)
     lines = []
     for name, option in options.items():
-        demands = [kind_name(option)]
+        details = [kind_name(option)]
         if option.valid is not None:
-            demands.append(option.valid.requirement)
-        value = shown.get(name, option.default)
+            details.append(option.valid.requirement)
+        value = flat_values.get(name, option.default)
         if value is not dataclasses.MISSING:
-            demands.append(f"{'default' if values is None else 'value'}: {value!r}")
+            details.append(f"{'default' if values is None else 'value'}: {value!r}")
         lines += textwrap.wrap(
-            f"{name.ljust(column)}{option.help} ({'; '.join(demands)})",
+            f"{name.ljust(column)}{option.help} ({'; '.join(details)})",
             width=100,
             subsequent_indent=" " * column,
             break_on_hyphens=False,
@@ -164,19 +168,19 @@ def describe(group: Group, values: ConfigLike | None = None) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Returns the candidate nearest in spelling; None where there are no candidates.
+    """Returns the candidate with the most similar spelling; None if there are no candidates.
 
     Dotted names are compared as a whole and by their last part, so that `clip` finds `ppo.clip`.
     """
 
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+    def similarity(candidate: str) -> float:
+        full = difflib.SequenceMatcher(None, name, candidate).ratio()
         last = difflib.SequenceMatcher(
             None, name.rpartition(".")[2], candidate.rpartition(".")[2]
         ).ratio()
-        return max(whole, 0.95 * last)
+        return max(full, 0.95 * last)
 
-    return max(sorted(candidates), key=likeness, default=None)
+    return max(sorted(candidates), key=similarity, default=None)
 
 
 def unknown_key_message(
@@ -197,7 +201,7 @@ def is_group(value: Any) -> bool:
 
 
 def kind_name(option: Option) -> str:
-    """Returns the types of an option as a message names them, for example 'int or None'."""
+    """Returns the types of an option for messages, for example 'int or None'."""
     return " or ".join("None" if kind is type(None) else kind.__name__ for kind in option.kind)
 
 
@@ -216,7 +220,7 @@ def _has_kind(value: Any, kind: type) -> bool:
 
 
 def _fits(value: Any) -> bool:
-    """Whether a value is no number, or one that 32 bits hold; NaN is left to the option's test."""
+    """Returns False for a number outside of the 32-bit range; the option's test rejects NaN."""
     if isinstance(value, float):
         return math.isnan(value) or not value or _SMALLEST_FLOAT < abs(value) <= _LARGEST_FLOAT
     return not isinstance(value, int) or abs(value) <= _LARGEST_INT
@@ -232,13 +236,13 @@ def _error(name: str, value: Any, option: Option) -> str | None:
         )
     if not _fits(value):
         return (
-            f"Config key '{name}' is {value!r}, but must be a number that 32 bits can hold: "
+            f"Config key '{name}' is {value!r}, but must be in the range of 32-bit numbers: "
             f"{option.help}"
         )
     if value is not None and option.valid is not None and not option.valid.test(value):
-        orelse = ", or None" if type(None) in option.kind else ""
+        or_none = ", or None" if type(None) in option.kind else ""
         return (
-            f"Config key '{name}' is {value!r}, but must be {option.valid.requirement}{orelse}: "
+            f"Config key '{name}' is {value!r}, but must be {option.valid.requirement}{or_none}: "
             f"{option.help}"
         )
     return None

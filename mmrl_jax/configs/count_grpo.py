@@ -1,16 +1,16 @@
-"""A small vision-language model learns to count: from few labels, then from rewards alone.
+"""A small vision-language model learns to count: from a few labels, then from rewards alone.
 
-Supervised fine-tuning sees 32768 labelled pictures with one to three objects of a kind; one label
-in ten is wrong, any number from zero to six. The GRPO family asks for zero to six, and tells right
-from wrong. Without the wrong labels no other number would ever be tried: fine-tuning leaves it a
-chance of 1 in 10000.
+Supervised fine-tuning uses 32768 labeled images with one to three objects of a kind. One label in
+ten is a random number from zero to six instead. Reinforcement learning uses images with zero to six
+objects, and the reward is whether the count is correct. Without the random labels, other numbers
+would hardly be explored: fine-tuning leaves them a probability of 1 in 10000.
 
 Command:   python -m experiments.train --config=configs/count_grpo.py --workdir=runs/count
-           with --config.grpo.preset=dr_grpo, gspo, ... for the others of the family,
-           with --config=configs/count_grpo.py:dpo, or :ppo, for other learners
+           with --config.grpo.preset=dr_grpo, gspo, ... for other algorithms of the GRPO family,
+           with --config=configs/count_grpo.py:dpo or :ppo for other learners
 Hardware:  two CPU cores.
-Time:      1.2 minutes (AMD EPYC, beside other work)
-Result:    accuracy 0.75 [0.63, 0.83] over zero to six (IQM of 5 seeds), after 0.36 of fine-tuning
+Time:      1.2 minutes (AMD EPYC, on a shared machine)
+Result:    accuracy 0.75 [0.63, 0.83] over zero to six (IQM of 5 seeds), 0.36 after fine-tuning
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ import ml_collections
 
 from mmrl_jax import problems
 
-# What the stages of RL share: how prompts are sampled, and how steps are taken.
+# Keys that all RL stages share.
 SAMPLED: dict[str, Any] = {
     "num_updates": 1000,
     "updates_per_dispatch": 10,
@@ -33,7 +33,7 @@ SAMPLED: dict[str, Any] = {
     "num_minibatches": 4,
     "optimizer": {"learning_rate": 4e-4, "schedule": "linear"},
 }
-# A stage of each of them may follow supervised fine-tuning.
+# The RL stages, each of which may follow supervised fine-tuning.
 RL: dict[str, dict[str, Any]] = {
     "grpo": SAMPLED | {"entropy_coef": 0.02},
     "dpo": SAMPLED,
@@ -58,5 +58,5 @@ CONFIG: dict[str, Any] = {
 
 
 def get_config(algorithm: str = "grpo") -> ml_collections.ConfigDict:
-    """Returns the config of supervised fine-tuning, and then of 'grpo', 'dpo' or 'ppo'."""
+    """Returns the config of supervised fine-tuning followed by 'grpo', 'dpo' or 'ppo'."""
     return problems.complete(CONFIG, {"stages": ("sft", algorithm)})

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning of a small vision-language model that counts: the start of count_grpo.
+"""Supervised fine-tuning of a small vision-language model that counts: count_grpo's first stage.
 
 Command:   python -m experiments.train --config=configs/count_sft.py --workdir=runs/count_sft
            with --config.sft.counts='(0, 6)' for labels over the full range
 Hardware:  two CPU cores.
-Time:      0.8 minutes (AMD EPYC, beside other work)
-Result:    accuracy 0.36 [0.30, 0.39] over zero to six (IQM of 5 seeds); 3 / 7 is all that labels of
-           one to three can give
+Time:      0.8 minutes (AMD EPYC, on a shared machine)
+Result:    accuracy 0.36 [0.30, 0.39] over zero to six (IQM of 5 seeds); labels of one to three
+           allow at most 3 / 7
 """
 
 import ml_collections

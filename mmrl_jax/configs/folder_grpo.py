@@ -1,27 +1,29 @@
-r"""SmolLM2 learns from your own pictures, questions and reward functions.
+r"""SmolLM2 learns from your own images, prompts and reward functions.
 
-A folder holds the pictures and metadata.jsonl, a line of JSON with file_name, prompt and answer for
-each, and whatever else the reward functions want to know; see mmrl_jax/tasks/folder.py. A reward
-function takes keywords and returns a number, e.g. in my_rewards.py in the current directory:
+A folder contains the images and a metadata.jsonl, which has a line of JSON for each record with
+file_name, prompt, answer, and further columns for the reward functions; see
+mmrl_jax/tasks/folder.py. A reward function takes keyword arguments and returns a number, for
+example in my_rewards.py in the current directory:
 
     def length(*, prompt, completion, answer, **columns):
         return -len(completion) / 100
 
-At least 64 records choose the best checkpoint (dataset.validation_size) and as many others are
-reported (dataset.test_size, or all of a folder of your own, dataset.test_directory); all records of
-an image are on one side, and the same images are held out whatever the seed of the run.
+At least 64 records select the best checkpoint (dataset.validation_size), and as many others are for
+the reported evaluation (dataset.test_size, or all records of dataset.test_directory). All records
+of an image are in the same split, and the split does not depend on the seed of the run.
 
-It is called in processes of its own, between the program that answers and the one that learns. An
-answer whose reward fails, or takes too long, is left out and counted (completion/unscored), unless
-its function declares what a failed call counts as, see mmrl_jax/tasks/rewards.py.
+Reward functions are called in worker processes, between the program that generates and the one that
+learns. A completion whose reward fails or times out is masked out and counted
+(completion/unscored), unless the function declares the result of a failed call, see
+mmrl_jax/tasks/rewards.py.
 
 Command:   python -m experiments.train --config=configs/folder_grpo.py --workdir=runs/folder \
                --config.dataset.directory=DIR --config.rewards.functions="('my_rewards:length',)"
            with --config=configs/folder_grpo.py:sft,grpo to learn from the records' answers first,
            or :dpo, :ppo for other algorithms,
-           with --config.model.checkpoint=DIRECTORY for another decoder in the hub's format; for a
-           whole vision-language model see configs/vlm_grpo.py
-Hardware:  meant for one GPU
+           with --config.model.checkpoint=DIRECTORY for another decoder in the Hugging Face format;
+           for a complete pretrained vision-language model see configs/vlm_grpo.py
+Hardware:  intended for one GPU
 Time:      not run
 Result:    not run
 """
@@ -39,7 +41,7 @@ SAMPLED: dict[str, Any] = {
     "checkpoint_interval": 50,
     "prompts_per_update": 32,
     "num_completions": 8,
-    # Nothing has aligned the vision encoder with the language model: it learns too.
+    # The vision encoder is trained too, because it is not yet aligned with the language model.
     "trainable": r"params/vision/.*|lora/.*",
     "reference_ema_decay": 1.0,
     "num_epochs": 1,
@@ -50,7 +52,7 @@ SAMPLED: dict[str, Any] = {
 CONFIG: dict[str, Any] = {
     "problem": "dataset",
     "stages": ("grpo",),
-    "model": smollm2_vqa_grpo.SEES,
+    "model": smollm2_vqa_grpo.MODEL,
     "sft": {
         "num_updates": 5000,
         "batch_size": 64,
@@ -67,9 +69,10 @@ CONFIG: dict[str, Any] = {
 
 
 def get_config(stages: str = "grpo") -> ml_collections.ConfigDict:
-    """Returns the config of 'grpo', 'dpo', 'ppo', or of 'sft' on the records' answers.
+    """Returns the config of one or more stages.
 
     Args:
-      stages: One of them, or several separated by commas, e.g. 'sft,grpo'.
+      stages: Names of stages separated by commas, for example 'sft,grpo'. They are 'grpo', 'dpo',
+        'ppo', and 'sft' on the records' answers.
     """
     return problems.complete(CONFIG, {"stages": tuple(stages.split(","))})

@@ -1,10 +1,11 @@
-"""An agent writes its steps: a small vision-language model walks on a grid by instruction.
+"""A small vision-language model follows instructions on a grid, with actions written as text.
 
-It sees the grid and the instruction, and answers by a word: up, down, left, right or stay. First it
-clones 4096 episodes of an expert, then PPO with a value for every token goes on with rewards alone.
+It observes the grid and the instruction, and answers with a word: up, down, left, right or stay. It
+is fine-tuned on 4096 episodes of an expert, and then with PPO with a value for every token.
 
 Command:   python -m experiments.train --config=configs/grid_agent_ppo.py --workdir=runs/grid
-           with --config.env.name=language_reach for an arm, whose words are two joints' torques
+           with --config.env.name=language_reach for an arm, whose words are the torques of two
+           joints
 Hardware:  two CPU cores.
 Time:      not run
 Result:    not run
@@ -46,5 +47,5 @@ CONFIG: dict[str, Any] = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the config of the agent."""
+    """Returns the config of the text agent."""
     return problems.complete(CONFIG)

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/locomotion_ppo.py --workdir=runs/ant
 Hardware:  two CPU cores.
-Result:    twenty updates beat random actions (test_learning); full length: not run.
+Result:    better than random actions after twenty updates (test_learning); full length: not run.
 """
 
 import ml_collections
@@ -12,7 +12,7 @@ from mmrl_jax.configs import pixels_ppo
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the config of Brax's ant on spring physics, told in words where to run how fast."""
+    """Returns the config of Brax's ant on spring physics, with instructions of its velocity."""
     changes = {
         "env": {"name": "language_locomotion", "options": {"episode_length": 200}},
         "model": {"auxiliary": (("command", 2),)},

@@ -1,4 +1,4 @@
-"""PPO with a plain MLP on any Brax environment, by default inverted_pendulum.
+"""PPO with an MLP on any Brax environment, by default inverted_pendulum.
 
 Command:   python -m experiments.train --config=configs/mlp_ppo.py --workdir=runs/pendulum
            python -m experiments.train --config=configs/mlp_ppo.py:reacher --workdir=runs/reacher
@@ -32,8 +32,8 @@ CONFIG: dict[str, Any] = {
         "unroll_length": 10,
         "num_minibatches": 16,
         "num_epochs": 4,
-        # No clipping, as in Brax: values of 100 give gradients whose clip would leave nothing of
-        # the policy's.
+        # There is no clipping, as in Brax: values of about 100 have gradients so large that
+        # clipping their sum would almost remove the policy gradient.
         "optimizer": {"learning_rate": 1e-3, "schedule": "linear", "max_grad_norm": 1e9},
         "discount": 0.99,
         "entropy_coef": 1e-3,
@@ -43,5 +43,5 @@ CONFIG: dict[str, Any] = {
 
 
 def get_config(name: str = "inverted_pendulum") -> ml_collections.ConfigDict:
-    """Returns the config for Brax's environment `name`."""
+    """Returns the config for the Brax environment `name`."""
     return problems.complete(CONFIG, {"env": {"name": f"brax:{name}"}})

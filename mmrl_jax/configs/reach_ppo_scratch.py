@@ -1,4 +1,4 @@
-"""PPO on `language_reach` without a warm start: what the demonstrations are worth.
+"""PPO on `language_reach` without behavior cloning, to measure the effect of demonstrations.
 
 Command:   python -m experiments.train --config=configs/reach_ppo_scratch.py \
                --workdir=runs/reach_ppo_scratch
@@ -13,7 +13,7 @@ from mmrl_jax.configs import reach_ppo
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns `reach_ppo` from random parameters, for longer."""
+    """Returns the config of PPO from random parameters, with more updates than `reach_ppo`."""
     changes = {
         "stages": ("ppo",),
         "ppo": {"num_updates": 240, "initial_std": 0.5, "entropy_coef": 0.003},

@@ -1,13 +1,14 @@
-"""PPO fine-tunes a whole vision-language model on `language_reach`: adapters and heads alone.
+"""PPO fine-tunes adapters and heads of a pretrained vision-language model on `language_reach`.
 
-The model is read from a local directory in the hub's format, weights, config, processor and
-tokenizer: SmolVLM, Idefics3, PaliGemma, LLaVA or LLaVA-OneVision. Its parameters are frozen;
-adapters of rank 8 on the decoder's queries and values learn, with the joints' token, the readouts
-and the heads. The prompt is that of SmolVLM-Instruct; other models want `--config.model.prompt`.
+The model is read from a local directory in the Hugging Face format with weights, config, processor
+and tokenizer: SmolVLM, Idefics3, PaliGemma, LLaVA or LLaVA-OneVision. Its parameters are frozen.
+Adapters of rank 8 on the queries and values of the decoder are trained, with the proprioception
+token, the readouts and the heads. The prompt is that of SmolVLM-Instruct; other models need another
+`--config.model.prompt`.
 
 Command:   python -m experiments.train --config=configs/reach_vlm.py --workdir=runs/reach_vlm
                --config.model.checkpoint=DIRECTORY
-Hardware:  meant for one GPU; a tiny random model trains on two CPU cores (make test-slow).
+Hardware:  intended for one GPU; a tiny random model trains on two CPU cores (make test-slow).
 Time:      not run
 Result:    not run
 """
@@ -21,12 +22,12 @@ PROMPT = (
     "<|im_start|>User:{image}Where does the arm have to go? {instruction}<end_of_utterance>\n"
     "Assistant:"
 )
-# The adapters, and everything that is not the pretrained model.
+# The adapters, and all parameters outside of the pretrained model.
 TRAINABLE = r"lora/.*|params/(?!vlm/).*"
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the config of the main job with another model, and fewer samples at a time."""
+    """Returns the config of `reach_ppo` with another model and smaller batches."""
     model = {
         "kind": "vlm",
         "prompt": PROMPT,

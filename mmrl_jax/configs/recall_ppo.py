@@ -1,8 +1,8 @@
-"""PPO with a history of frames and discrete actions on `recall`, which needs a memory of four.
+"""PPO with a history of frames and discrete actions on `recall`, which needs four frames.
 
 Command:   python -m experiments.train --config=configs/recall_ppo.py --workdir=runs/recall
 Hardware:  two CPU cores.
-Result:    success above 0.95 with four frames, about 0.25 with one (test_learning).
+Result:    success above 0.95 with four frames, about 0.25 with one frame (test_learning).
 """
 
 from typing import Any
@@ -36,5 +36,5 @@ CONFIG: dict[str, Any] = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the config; with `--config.env.history=1` no policy does better than chance."""
+    """Returns the config; with `--config.env.history=1` no policy is better than chance."""
     return problems.complete(CONFIG)

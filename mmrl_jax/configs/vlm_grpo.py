@@ -1,21 +1,23 @@
-r"""A whole vision-language model learns from your own pictures, questions and reward functions.
+r"""A pretrained vision-language model learns from your own images, prompts and reward functions.
 
-The model is read from a local directory in the hub's format, weights, config, processor and
-tokenizer: SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma, Qwen2.5-VL or Qwen3-VL. Images are
-first brought to dataset.height x dataset.width, for a compiled program takes one size: with their
-aspect ratio kept, and black beside them (dataset.resize). From there on images, prompts and chat
-template are those of the model's own processor. Its parameters are frozen; adapters of rank 16 on
-all matrices of the decoder learn. For folder and reward functions see configs/folder_grpo.py.
+The model is read from a local directory in the Hugging Face format with weights, config, processor
+and tokenizer: SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma, Qwen2.5-VL or Qwen3-VL. Images
+are first resized to dataset.height x dataset.width, because a compiled program has one input size;
+dataset.resize says whether the aspect ratio is kept. They are then processed as by the model's own
+processor, and prompts use its chat template. The parameters of the model are frozen; adapters of
+rank 16 on all matrices of the decoder are trained. For the folder and the reward functions see
+configs/folder_grpo.py.
 
-A picture has 64 tokens for a SmolVLM that sees it as one tile, 576 for LLaVA 1.5 and 730 for
-LLaVA-OneVision: raise dataset.prompt_tokens where it is too small, which is said before training.
+An image has 64 tokens for a SmolVLM that sees it as one tile, 576 for LLaVA 1.5 and 730 for
+LLaVA-OneVision. If dataset.prompt_tokens is too small, an error before training says so; raise it.
 
 Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
                --config.model.checkpoint=DIRECTORY --config.dataset.directory=DIRECTORY \
                --config.rewards.functions="('my_rewards:length',)"
            then python -m experiments.export --workdir=runs/vlm --output=tuned for transformers, or
            with --adapter for PEFT
-Hardware:  meant for one GPU; tiny random models of each family train on two CPU cores (make test).
+Hardware:  intended for one GPU; tiny random models of each family train on two CPU cores (make
+           test).
 Time:      not run
 Result:    not run
 """
@@ -34,10 +36,10 @@ MODEL = {
 
 
 def get_config(stages: str = "grpo") -> ml_collections.ConfigDict:
-    """Returns the config of `folder_grpo` with a whole model, and larger images.
+    """Returns the config of `folder_grpo` with a pretrained model and larger images.
 
     Args:
-      stages: See `folder_grpo.get_config`.
+      stages: Names of stages separated by commas, see `folder_grpo.get_config`.
     """
     sampled = {"prompts_per_update": 16, "grad_accum_steps": 4, "trainable": r"lora/.*"}
     base = {name: group for name, group in folder_grpo.CONFIG.items() if name != "model"}

@@ -1,12 +1,13 @@
-"""The device mesh, and where environments, samples and copies lie on it.
+"""The device mesh and shardings: how batches and parameters are split over devices.
 
     axis      what is split over it
     data      samples and environments
-    fsdp      samples and environments, and each matrix of the parameters by its inputs
-    tensor    each matrix of the parameters by its outputs, or by its inputs where it ends a block
+    fsdp      samples and environments, and the input dimension of each matrix of the parameters
+    tensor    the output dimension of each matrix, or the input dimension at the end of a block
 
-Every device of an axis other than 'tensor' learns from other samples. `partition` says where
-parameters lie. Programs are plain `jit` over arrays placed here, and XLA inserts the collectives.
+Devices that differ in their position on 'data' or 'fsdp' learn from different samples. `partition`
+has the shardings of parameters. Programs are plain `jit` over arrays that are placed with these
+shardings, and XLA inserts the collectives.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -101,11 +102,11 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def batch_sharding(mesh: Mesh, axis_index: int) -> NamedSharding:
-    """Returns the sharding that splits one axis of an array of samples and no other.
+    """Returns the sharding that splits one dimension over samples and replicates the others.
 
     Args:
-      mesh: The devices.
-      axis_index: The axis of the samples, e.g. 1 for B in [T, B, ...].
+      mesh: Device mesh.
+      axis_index: Dimension that is split, for example 1 for B in [T, B, ...].
     """
     return NamedSharding(mesh, PartitionSpec(*[None] * axis_index, batch_axes(mesh)))
 
@@ -121,11 +122,11 @@ def put_batch(tree: Any, *, mesh: Mesh) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Puts arrays where shardings say; what is given as shapes stays shapes, with the shardings.
+    """Transfers arrays to devices with the given shardings; shapes only get the shardings.
 
     Args:
-      tree: Pytree of arrays, or of their shapes.
-      shardings: Pytree of shardings, of which `tree` may have branches below.
+      tree: Pytree of arrays or of `jax.ShapeDtypeStruct`.
+      shardings: Pytree of shardings, which may be a prefix of `tree`.
     """
 
     def each(sharding: NamedSharding, x: Any) -> Any:
@@ -137,11 +138,11 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def placed_shapes(tree: Any, shardings: Any) -> Any:
-    """Returns the shapes and dtypes of a tree of arrays with the shardings that they have.
+    """Returns the shapes and dtypes of a pytree of arrays with the given shardings.
 
     Args:
-      tree: Pytree of arrays, or of their shapes.
-      shardings: One sharding for all of them, or a pytree of shardings like `tree`.
+      tree: Pytree of arrays or of their shapes.
+      shardings: One sharding for all leaves, or a pytree of shardings with the structure of `tree`.
     """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)

@@ -20,8 +20,8 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 # The first matrix of attention or an MLP splits its outputs over 'tensor', and the second splits
 # its inputs, so that only the sum at the end crosses devices (Shoeybi et al., 2019, Megatron-LM).
-# The other dimension of each matrix is split over 'fsdp'. A of an adapter is split as the inputs
-# of its matrix, B as the outputs, and the rank never. Small arrays are replicated.
+# The other dimension of each matrix is split over 'fsdp'. An adapter's A is split like the inputs
+# of its matrix and its B like the outputs; the rank is never split. Small arrays are replicated.
 _OUT = r".*/(attention/out|mlp_out)"
 RULES: Rules = (
     (r"(.*/)?table", PartitionSpec(TENSOR, FSDP)),

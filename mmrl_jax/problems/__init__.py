@@ -90,6 +90,6 @@ def make(config: ml_collections.ConfigDict) -> Problem:
 def may_change(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """Returns the keys that a resumed run may change.
 
-    They say how long it continues, what it reports, and on how many devices it runs.
+    They set its number of updates, its reports, and the devices on which it runs.
     """
     return ("run", "mesh", *(f"{stage}.{key}" for stage in config.stages for key in MAY_CHANGE))

@@ -244,7 +244,7 @@ class Scorer:
             (completions.tokens, completions.mask, completions.finished)
         )
         texts = [
-            [self._chat.decode(row[kept]) for row, kept in zip(*group, strict=True)]
+            [self._chat.decode(row[row_mask]) for row, row_mask in zip(*group, strict=True)]
             for group in zip(tokens, mask, strict=True)
         ]
         rewards = self._pool(

@@ -50,18 +50,20 @@ class MeshOptions:
 
     data: int = option(
         0,
-        "Groups of devices that each hold all parameters and learn from their share of a batch; 0 "
-        "for as many as there are devices for.",
+        "Number of groups of devices, each of which holds all parameters and learns from its share "
+        "of a batch; 0 for as many as the other axes leave.",
         NON_NEGATIVE,
     )
     fsdp: int = option(
         1,
-        "Devices of a group that share its parameters and its samples: a matrix is gathered where "
-        "it is used.",
+        "Number of devices in a group over which its parameters and its samples are split; a "
+        "matrix is gathered when it is used.",
         POSITIVE,
     )
     tensor: int = option(
-        1, "Devices that share each matrix product, and have the same samples.", POSITIVE
+        1,
+        "Number of devices over which each matrix product is split, for the same samples.",
+        POSITIVE,
     )
 
 
@@ -99,7 +101,8 @@ class StageOptions:
     updates_per_dispatch: int = option(1, "Number of updates in one compiled call.", POSITIVE)
     eval_interval: int = option(
         50,
-        "Number of updates between two evaluations; the first one is before the first update.",
+        "Number of updates between two evaluations; a stage is also evaluated before its first "
+        "update.",
         POSITIVE,
     )
     checkpoint_interval: int = option(50, "Number of updates between two checkpoints.", POSITIVE)
@@ -247,11 +250,11 @@ def stage_names(config: Any, algorithms: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_divisible(sizes: Mapping[str, int], mesh: Mesh) -> None:
-    """Checks that sizes are divisible by the number of parts that the mesh splits a batch into.
+    """Checks that numbers of samples are divisible by the number of parts of a batch.
 
     Args:
-      sizes: Sizes by their names in the config.
-      mesh: Device mesh.
+      sizes: Numbers of samples by their names in the config.
+      mesh: Device mesh, which splits a batch into `mesh.batch_shards` parts.
 
     Raises:
       ValueError: If a size is not divisible.
@@ -271,9 +274,10 @@ def options_of_problem(*kinds: type, **groups: Group) -> dict[str, Any]:
 
 
 def shard_carry(carry: Carry, *, mesh: Mesh) -> Carry:
-    """Returns the shardings of a carry: environments are split as samples are, see `mesh`.
+    """Returns the shardings of a carry.
 
-    Parameters, the state of the optimizer and the reference are split by the rules of `partition`.
+    Environments are split like samples, see `distributed.mesh`. Parameters, optimizer state and
+    reference are split by the rules of `distributed.partition`.
     """
     replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
     # XLA always replicates arrays without elements.

@@ -219,7 +219,7 @@ class TokenProblem(abc.ABC):
             problem.check_divisible(each, self.mesh)
 
     def shapes(self) -> Params:
-        """Returns the shapes of the variables of the whole model."""
+        """Returns shapes and dtypes of the variables of the whole model."""
 
         def init(key: jax.Array) -> Params:
             m, value_head = self.config.model, self.needs_value_head
@@ -229,7 +229,7 @@ class TokenProblem(abc.ABC):
         return jax.eval_shape(init, jax.random.key(0))
 
     def _trained(self) -> str:
-        """The pattern of the paths of the variables that the stages train."""
+        """Returns a pattern of the paths of the variables that any stage trains."""
         return "|".join(f"({self.config[name].trainable})" for name in self.config.stages)
 
     def options(self, name: str) -> Any:
@@ -280,8 +280,8 @@ class TokenProblem(abc.ABC):
 
         Args:
           name: Name of the stage, one of config.stages.
-          start: Variables of the whole model from which the stage starts; they may be
-            given as shapes. None for the initial variables.
+          start: Variables of the whole model from which the stage starts, or their shapes; None for
+            the initial variables.
         """
         config, algorithm, options = self.config, registry.TOKEN[name], self.options(name)
         source = self.source(name)

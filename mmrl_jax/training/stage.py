@@ -70,8 +70,8 @@ class Start:
     A closure over the arrays would keep them in memory in addition to the carry for the whole run.
 
     Args:
-      arrays: Pytree of arrays, or None if the carry needs no initial arrays. They
-        may be given as shapes, with which a carry is only made under `jax.eval_shape`.
+      arrays: Pytree of arrays, or None if the carry needs no initial arrays. It may also have the
+        shapes of arrays, for a carry that is only made under `jax.eval_shape`.
     """
 
     def __init__(self, arrays: Any):
@@ -116,7 +116,7 @@ class Stage:
       env_steps_per_update: Number of environment steps in an update, including resets; 0 without
         environments.
       samples_per_update: Number of samples in an update, for the rate on the console.
-      evaluate: Learner -> metrics to log, before the first update too; or None.
+      evaluate: Learner -> metrics to log, also before the first update; or None.
       eval_interval: Number of updates between two evaluations.
       checkpoint_interval: Number of updates between two checkpoints.
       max_to_keep: Number of newest checkpoints that are kept in addition to the best.

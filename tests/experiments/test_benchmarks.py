@@ -86,7 +86,7 @@ def of_grpo(patch, tmp_path):
     small = tiny_llama(tmp_path / "model")
     job = grpo.Job("tiny", small, num_prompts=1, length=4)
     patch.setattr(grpo, "jobs", lambda directory: (job,))
-    patch.setattr(grpo, "apart", grpo.peak)  # No process of its own, which starts for long.
+    patch.setattr(grpo, "in_new_process", grpo.peak_memory)  # A new process starts slowly.
 
 
 def of_packing(patch, _):

@@ -138,7 +138,11 @@ def test_of_vision_language_models_that_act(key, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("task.kinds", (["count"],), "'task.kinds' is (['count'],), but must be strings alone"),
+        (
+            "task.kinds",
+            (["count"],),
+            "'task.kinds' is (['count'],), but must be a tuple of str",
+        ),
         ("task.levels", (["easy"],), "'task.levels' is (['easy'],)"),
         ("task.counts", ([0], 6), "task.counts=([0], 6)"),
         ("model.patch_margin", 500, "model.patch_margin=500 makes"),
