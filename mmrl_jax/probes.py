@@ -1,9 +1,9 @@
-"""Probes: what is measured now and then during training, on any problem.
+"""Probes: measurements at intervals during training, for any problem.
 
     run.probes = ("ablations", "my_module:my_probe")
 
-A probe is a function of a `Moment`, and returns metrics, or an empty dictionary where it writes
-files. A metric of your own needs a definition, which your module adds to
+A probe is a function that takes a `ProbeContext` and returns metrics, or an empty dictionary if it
+only writes files. Your module must define its own metrics in
 `monitoring.metric_definitions.METRIC_DEFINITIONS`.
 """
 
@@ -21,17 +21,17 @@ from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import report
 from mmrl_jax.training.stage import Stage, StageProbe
 
-SAMPLES = 8  # Completions of a page.
+SAMPLES = 8  # Number of completions on a page.
 
 
-class Moment(NamedTuple):
-    """What a probe is given.
+class ProbeContext(NamedTuple):
+    """Argument of a probe.
 
     Attributes:
-      problem: The problem that is trained on.
-      variables: What the policy acts with, see `problems.Problem.variables`.
-      update: Number of the update.
-      directory: Directory of the stage, for files.
+      problem: Problem of the run.
+      variables: Variables of the policy, see `problems.Problem.variables`.
+      update: Number of completed updates.
+      directory: Working directory of the stage, for files.
     """
 
     problem: Problem
@@ -40,26 +40,26 @@ class Moment(NamedTuple):
     directory: epath.Path
 
 
-Probe = Callable[[Moment], Mapping[str, float]]
+Probe = Callable[[ProbeContext], Mapping[str, float]]
 
 
-def ablations(moment: Moment) -> dict[str, float]:
-    """Evaluates the training split, or the validation split, with each modality shuffled."""
-    split = moment.problem.best_metric.split("/")[1]
-    metrics = moment.problem.measure(ablations=True)(moment.variables, split)
+def ablations(context: ProbeContext) -> dict[str, float]:
+    """Evaluates the training or validation split with each modality shuffled."""
+    split = context.problem.best_metric.split("/")[1]
+    metrics = context.problem.measure(ablations=True)(context.variables, split)
     return {f"eval/{split}/{name}": x for name, x in metrics.items() if "shuffled_" in name}
 
 
-def samples(moment: Moment) -> dict[str, float]:
-    """Writes the newest completions to samples.html, and all of them to samples.jsonl."""
-    rows, _ = moment.problem.samples(moment.variables, SAMPLES)
+def samples(context: ProbeContext) -> dict[str, float]:
+    """Writes sample completions to samples.html, and appends them to samples.jsonl."""
+    rows, _ = context.problem.samples(context.variables, SAMPLES)
     if rows:
-        title = f"{moment.directory.name}: samples after update {moment.update}"
-        report.sample_table(moment.directory / "samples.html", rows, title)
+        title = f"{context.directory.name}: samples after update {context.update}"
+        report.sample_table(context.directory / "samples.html", rows, title)
         lines = [
             json.dumps(
                 {
-                    "update": moment.update,
+                    "update": context.update,
                     "prompt": row.prompt,
                     "completion": row.completion,
                     "reward": row.reward,
@@ -67,7 +67,7 @@ def samples(moment: Moment) -> dict[str, float]:
             )
             for row in rows
         ]
-        path = moment.directory / "samples.jsonl"
+        path = context.directory / "samples.jsonl"
         before = path.read_text() if path.exists() else ""
         workdir_lib.write_text(path, before + "".join(f"{line}\n" for line in lines))
     return {}
@@ -80,14 +80,14 @@ def find(name: str) -> Probe:
     """Returns a probe by its name in PROBES, or by 'module:function'.
 
     Raises:
-      ValueError: There is no such probe.
+      ValueError: If the probe does not exist.
     """
     if ":" in name:
         return import_object(name, "run.probes")
     if name not in PROBES:
         raise ValueError(
-            f"run.probes has {name!r}, but there are {tuple(PROBES)}: did you mean "
-            f"{nearest(name, PROBES)!r}? One of yours is named 'module:function'."
+            f"run.probes has {name!r}, but valid names are {tuple(PROBES)}: did you mean "
+            f"{nearest(name, PROBES)!r}? Your own probe is written as 'module:function'."
         )
     return PROBES[name]
 
@@ -96,19 +96,19 @@ def attach(problem: Problem, stage: Stage, directory: epath.Path) -> Stage:
     """Returns a stage with the probes and loggers of its run.
 
     Args:
-      problem: The problem that is trained on.
-      stage: Without probes.
-      directory: Of the stage.
+      problem: Problem of the run.
+      stage: Stage without probes.
+      directory: Working directory of the stage.
 
     Raises:
-      ValueError: See `find`.
+      ValueError: If a probe does not exist.
     """
     run = problem.config.run
 
     def bound(probe: Probe) -> Callable[[Any, int], dict[str, float]]:
         def measure(learner: Any, update: int) -> dict[str, float]:
             variables = problem.variables(stage, learner)
-            return dict(probe(Moment(problem, variables, update, directory)))
+            return dict(probe(ProbeContext(problem, variables, update, directory)))
 
         return measure
 

@@ -1,4 +1,4 @@
-"""Runs: a config and a working directory in, a trained policy and its reports out.
+"""Training, loading and evaluation of runs, given a config and a working directory.
 
     config = mmrl_jax.get_config("reach_ppo")
     trained = mmrl_jax.train(config, "runs/reach")
@@ -34,7 +34,7 @@ from mmrl_jax.training import checkpoint, fingerprints, loop, provenance
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.loop import Result
 
-SAMPLES = 24  # Completions in samples.html.
+SAMPLES = 24  # Number of completions in samples.html.
 
 
 def get_config(
@@ -48,45 +48,45 @@ def get_config(
       changes: Nested dictionary of the keys that differ, e.g. {"ppo": {"num_updates": 20}}.
 
     Raises:
-      ValueError: There is no such config, or it cannot be executed.
+      ValueError: If the config does not exist or cannot be executed.
     """
     return problems.complete(load_config(spec), changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run leaves in memory.
+    """Result of a run.
 
     Attributes:
-      problem: The problem that was trained on.
-      results: How each stage that ran has ended, by its name, in order. Only the last one has its
-        carry: the others' are in their checkpoints.
-      variables: What the policy acts with after the last stage that ran, see
+      problem: Problem of the run.
+      results: Results of the stages that ran, by their names, in order. Only the last result has
+        its carry; the carries of earlier stages are in their checkpoints.
+      variables: Variables of the policy after the last stage that ran, see
         `problems.Problem.variables`.
-      tested: Metrics of the test split, by the names that they are logged with; empty where the
-        problem has no such split.
+      test_metrics: Metrics of the test split by their logged names; empty if the problem has no
+        test split.
     """
 
     problem: Problem
     results: dict[str, Result]
     variables: Any
-    tested: dict[str, float] = dataclasses.field(default_factory=dict)
+    test_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def interrupted(self) -> bool:
-        """Whether a SIGTERM or SIGINT came, so that nothing more should be started."""
+        """Whether a SIGTERM or SIGINT was received, so that nothing more should be started."""
         return any(result.interrupted for result in self.results.values())
 
     @property
     def last(self) -> Result:
-        """How the last stage that ran has ended."""
+        """Result of the last stage that ran."""
         return list(self.results.values())[-1]
 
 
 def stage_directory(
     config: ml_collections.ConfigDict, name: str, workdir: workdir_lib.PathLike
 ) -> epath.Path:
-    """Returns the directory of a stage: that of the run for the last one, <workdir>/<name> else."""
+    """Returns the directory of a stage: `workdir` for the last stage, else <workdir>/<name>."""
     directory = workdir_lib.as_path(workdir)
     return directory if name == config.stages[-1] else directory / name
 
@@ -97,20 +97,20 @@ def claim(
     """Claims a working directory for a run.
 
     Args:
-      problem: Of the run.
-      workdir: Directory of the run; made if absent.
-      accept: Changes of what the run depends on that are intended, see `fingerprints.check`.
+      problem: Problem of the run.
+      workdir: Working directory of the run, which is created if it does not exist.
+      accept: Names of inputs that may have changed since the run began, see `fingerprints.check`.
 
     Returns:
-      The lock of the directory, held until its context is left.
+      A context manager that holds the lock of the directory until its context is left.
 
     Raises:
-      ValueError: The directory belongs to another config, is in use by another process, or cannot
-        be written; or what the run depends on has changed.
+      ValueError: If the directory belongs to another config, is in use by another process, or
+        cannot be written, or an input of the run has changed.
     """
     config, directory = problem.config, workdir_lib.as_path(workdir)
     directories = {name: stage_directory(config, name, directory) for name in config.stages}
-    begun = [name for name, place in directories.items() if workdir_lib.saved_steps(place)]
+    begun = [name for name, path in directories.items() if workdir_lib.saved_steps(path)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
         workdir_lib.claim_workdir(
@@ -121,29 +121,29 @@ def claim(
             begun=bool(begun),
             complete=problems.complete,
         )
-        depends_on = problem.dependencies()
+        dependencies = problem.dependencies()
         if begun:
-            fingerprints.check(directory, depends_on, accept=accept)
-        for name, place in directories.items():
+            fingerprints.check(directory, dependencies, accept=accept)
+        for name, path in directories.items():
             fingerprints.write(
-                place, fingerprints.Run(name, depends_on), made_with=provenance.provenance()
+                path, fingerprints.Run(name, dependencies), made_with=provenance.provenance()
             )
         return stack.pop_all()
 
 
 def fixed_on_resume(config: ml_collections.ConfigDict, begun: Collection[str]) -> dict[str, str]:
-    """Returns the keys that a run must keep although others may change, and why.
+    """Returns the keys that a resumed run must not change, with the reasons.
 
     Args:
-      config: Of the run.
-      begun: The stages that have checkpoints.
+      config: Config of the run.
+      begun: Names of the stages that have checkpoints.
     """
     return {
         f"{name}.num_updates": (
             f"{name}.optimizer.schedule={config[name].optimizer.schedule!r} ends at "
             f"{name}.num_updates, so that another number would make the learning rate jump. Keep "
-            "it; a longer run starts in a fresh workdir, and with the schedule 'constant' a run "
-            "may be extended at any time"
+            "it, or start a longer run in a fresh workdir; with the schedule 'constant' a run can "
+            "be extended at any time"
         )
         for name in begun
         if config[name].optimizer.schedule != "constant" or config[name].optimizer.warmup
@@ -156,20 +156,20 @@ def train(
     *,
     accept: Collection[str] = (),
 ) -> Trained:
-    """Runs the stages of a config, each resumed from its newest checkpoint.
+    """Trains a policy in the stages of a config, each resumed from its newest checkpoint.
 
-    Writes to the working directory what the documentation lists; summary.json is written only by a
-    run that nothing interrupted.
+    docs/runs.md describes the files in the working directory. summary.json is written only if no
+    signal interrupted the run.
 
     Args:
-      config: Of the run, see `problems.complete`.
-      workdir: Directory of the run, local or gs://bucket/directory.
-      accept: See `claim`.
+      config: Config of the run, see `problems.complete`.
+      workdir: Working directory of the run, local or gs://bucket/directory.
+      accept: Names of inputs that may have changed since the run began, see `fingerprints.check`.
 
     Raises:
-      ValueError: The config cannot run, or see `claim`.
-      FloatingPointError: Training diverged.
-      HostFailed: Reward functions, or files, failed each time that an update asked for them.
+      ValueError: If the config is invalid, or the directory cannot be claimed, see `claim`.
+      FloatingPointError: If training diverges.
+      HostFailed: If reward functions or files fail in every retry of an update.
     """
     started = time.perf_counter()
     problem = problems.make(config)
@@ -180,30 +180,31 @@ def train(
 def train_stages(
     problem: Problem, workdir: workdir_lib.PathLike, *, started: float | None = None
 ) -> Trained:
-    """Runs the stages of a problem in a directory that is claimed for it, see `train`.
+    """Trains a policy in the stages of a problem, see `train`.
 
     Args:
-      problem: Of the run.
-      workdir: Directory of the run.
-      started: The time.perf_counter() of the start of the run, for its total time.
+      problem: Problem of the run.
+      workdir: Working directory of the run, which must be claimed, see `claim`.
+      started: time.perf_counter() at the start of the run, for its total time; None for now.
     """
     started = time.perf_counter() if started is None else started
     config, directory = problem.config, workdir_lib.as_path(workdir)
     results: dict[str, Result] = {}
     variables = None
     for name in config.stages:
-        place = stage_directory(config, name, directory)
-        stage = probes.attach(problem, problem.stage(name, start=variables), place)
-        variables = None  # The stage alone holds what it starts with, and releases it.
+        stage_workdir = stage_directory(config, name, directory)
+        stage = probes.attach(problem, problem.stage(name, start=variables), stage_workdir)
+        # Only the stage may refer to its initial variables, so that it can release them.
+        variables = None
         result = loop.run(
-            stage, workdir=place, config=config, may_change=problems.may_change(config)
+            stage, workdir=stage_workdir, config=config, may_change=problems.may_change(config)
         )
-        assert result.carry is not None  # A later stage alone takes it.
+        assert result.carry is not None
         variables = problem.variables(stage, result.carry.learner)
         steps = "env_steps" if result.counters.env_steps else "updates"
-        draw_curves(place, x=f"progress/{steps}")
+        draw_curves(stage_workdir, x=f"progress/{steps}")
         if name != config.stages[-1] and not result.interrupted:
-            # What this stage held on the devices goes before the next one takes its place.
+            # The memory of this stage is released before the next one allocates its own.
             result, stage = dataclasses.replace(result, carry=None), None
         results[name] = result
         if result.interrupted:
@@ -212,42 +213,50 @@ def train_stages(
     if trained.interrupted or jax.process_index() != 0:
         return trained
     with report.tolerate_errors("Writing samples.html"):
-        samples, tested = problem.samples(variables, SAMPLES)
-        trained = dataclasses.replace(trained, tested=tested)
+        samples, test_metrics = problem.samples(variables, SAMPLES)
+        trained = dataclasses.replace(trained, test_metrics=test_metrics)
         if samples:
             report.sample_table(directory / "samples.html", samples, f"{directory.name}: samples")
     with report.tolerate_errors("Writing summary.json"):
-        summary = final_evaluation(directory, trained.tested) | totals(results.values(), started)
-        write_json(directory / "summary.json", summary)
+        final = final_evaluation(directory, trained.test_metrics)
+        write_json(directory / "summary.json", final | totals(results.values(), started))
     return trained
 
 
 def draw_curves(workdir: epath.Path, *, x: str) -> None:
-    """Draws a stage's learning_curves.png; not of a stage stopped before it logged anything."""
+    """Writes the learning_curves.png of a stage, unless it was stopped before it logged a row.
+
+    Args:
+      workdir: Working directory of the stage.
+      x: Name of the metric on the horizontal axis.
+    """
     path = workdir / metrics.JSONL_NAME
     with report.tolerate_errors("Drawing learning_curves.png"):
         if jax.process_index() == 0 and metrics.read_jsonl(path):
             report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
-def final_evaluation(workdir: epath.Path, tested: Mapping[str, float]) -> dict[str, float]:
-    """Returns 'final/<split>/success', '_lo' and '_hi', of a test split or as last logged.
+def final_evaluation(workdir: epath.Path, test_metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns the final evaluation: that of a test split, or else the last logged one.
 
-    Where there is no success they are of 'return', or of 'accuracy' for verifiable questions; where
-    rewards can fail there is 'failed_fraction' too. Without an evaluation in the last row nothing
-    is returned, and a message says so: it failed, or metrics.jsonl was deleted.
+    If the last row of metrics has no evaluation, because it failed or metrics.jsonl was deleted, a
+    message is printed and the result is empty.
 
     Args:
-      workdir: Of the last stage.
-      tested: Metrics of a test split by their logged names; empty where there is none.
+      workdir: Working directory of the last stage.
+      test_metrics: Metrics of a test split by their logged names; empty if there is none.
+
+    Returns:
+      'final/<split>/success' and its bounds '_lo' and '_hi'. Without a success metric they are of
+      'accuracy' or 'return'. If rewards can fail, 'final/<split>/failed_fraction' is included.
     """
     rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    # An evaluation of earlier parameters says nothing about the final ones.
-    row = tested or (rows[-1] if rows and any(map(_is_evaluation, rows[-1])) else None)
+    # Evaluations in earlier rows are not of the final parameters.
+    row = test_metrics or (rows[-1] if rows and any(map(_is_evaluation, rows[-1])) else None)
     if row is None:
         print(
-            f"summary.json has no final evaluation, for the last row of "
-            f"{workdir / metrics.JSONL_NAME} has none: "
+            f"summary.json has no final evaluation, because the last row of "
+            f"{workdir / metrics.JSONL_NAME} has none. Run: "
             f"python -m experiments.evaluate --workdir={workdir}",
             file=sys.stderr,
             flush=True,
@@ -268,19 +277,19 @@ def _is_evaluation(name: str) -> bool:
 
 
 def totals(results: Collection[Result], started: float) -> dict[str, float]:
-    """Returns times and steps of a run of several stages.
+    """Returns the total times and steps of a run with several stages.
 
     Args:
-      results: Of the stages.
-      started: The time.perf_counter() when this process began the run.
+      results: Results of the stages.
+      started: time.perf_counter() when this process started the run.
 
     Returns:
-      wall_s: Seconds that this process took, and those that earlier processes took for the stages
-        up to the checkpoints from which this one resumed.
-      compile_s: Seconds of initializing and compiling the stages, of all processes.
-      env_steps: Decisions of the policy in environments during training; a step that only resets
-        is not one.
-      env_steps_per_s: env_steps over the time of the updates that took them; 0 without any.
+      wall_s: Time of this process in seconds, plus that of earlier processes up to the checkpoints
+        from which this process resumed.
+      compile_s: Time of initializing and compiling the stages in seconds, of all processes.
+      env_steps: Number of environment steps, without steps that only reset an environment.
+      env_steps_per_s: env_steps per second of the updates of stages with environments; 0 without
+        such stages.
     """
     stepping = [result for result in results if result.counters.env_steps]
     steps = sum(result.counters.env_steps for result in stepping)
@@ -293,7 +302,7 @@ def totals(results: Collection[Result], started: float) -> dict[str, float]:
 
 
 def write_json(path: epath.Path, values: Mapping[str, float]) -> None:
-    """Writes a flat dictionary in one atomic replacement; what is not finite becomes null."""
+    """Writes a flat dictionary as JSON atomically; values that are not finite become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
@@ -302,13 +311,13 @@ def write_json(path: epath.Path, values: Mapping[str, float]) -> None:
 
 
 class Loaded(NamedTuple):
-    """A trained policy, restored from its working directory.
+    """A trained policy that was restored from its working directory.
 
     Attributes:
-      problem: The problem that it was trained on: its environments, or its prompts.
-      variables: What the policy acts with, see `problems.Problem.variables`.
-      stage: The stage whose checkpoint was restored.
-      step: The update of the checkpoint.
+      problem: Problem of the run, with its environments or prompts.
+      variables: Variables of the policy, see `problems.Problem.variables`.
+      stage: Name of the stage whose checkpoint was restored.
+      step: Number of updates of the checkpoint.
     """
 
     problem: Problem
@@ -320,16 +329,16 @@ class Loaded(NamedTuple):
         """Returns the metrics of the policy on a split, with 95 % intervals.
 
         Args:
-          split: One of problem.splits.
-          episodes: Episodes, or prompts; by default as many as in the run's own evaluations.
+          split: Name of the split, one of problem.splits.
+          episodes: Number of episodes, or prompts; None for that of the run's own evaluations.
         """
         return self.problem.measure(episodes=episodes)(self.variables, split)
 
     def policy(self, *, deterministic: bool = True) -> PolicyFunction:
-        """Returns the policy of a problem with an environment, for `rollouts.unroll`.
+        """Returns the policy function for `rollouts.unroll`, of a problem with an environment.
 
         Args:
-          deterministic: Take the most likely action; else a sample.
+          deterministic: Whether actions are the most likely ones rather than sampled.
         """
         return self.problem.policy(self.variables, deterministic=deterministic)
 
@@ -340,23 +349,23 @@ def read_problem(
     trust_modules: bool = False,
     changes: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[Problem, str]:
-    """Makes the problem of a run that was trained before.
+    """Makes the problem of an existing run.
 
-    It is made on one device; or, where the run split its parameters and there are as many devices
-    here, on those that a copy of the parameters was split over.
+    The problem uses one device. If the run split its parameters over devices, and this machine has
+    enough of them, it uses the devices over which one copy of the parameters is split.
 
     Args:
-      workdir: Directory of the run, or of one of its stages.
-      trust_modules: Import the modules that the config names, although they are not of this
-        package.
-      changes: Nested dictionary of the keys of the config that differ from the run's.
+      workdir: Working directory of the run, or of one of its stages.
+      trust_modules: Whether modules that the config names may be imported if they are not part of
+        this package.
+      changes: Nested dictionary of config keys with other values than in the run.
 
     Returns:
-      The problem, and the stage that the directory is of.
+      The problem, and the name of the stage of the directory.
 
     Raises:
-      ValueError: There is no run, its config is not one of this version, or it names modules of
-        others and these are not trusted.
+      ValueError: If there is no run, its config is invalid in this version, or it names modules
+        that are not trusted.
     """
     directory = workdir_lib.as_path(workdir)
     config = workdir_lib.stored_config(directory)
@@ -378,10 +387,10 @@ def read_problem(
 
 
 def _modules(config: ml_collections.ConfigDict) -> list[str]:
-    """The modules that a config names and that are not of this package."""
-    named = {("rewards", "functions"), ("env", "name"), ("task", "name"), ("run", "probes")}
+    """Returns the modules that a config names and that are not part of this package."""
+    keys = {("rewards", "functions"), ("env", "name"), ("task", "name"), ("run", "probes")}
     modules = set(config.get("imports", ()))
-    for group, key in named:
+    for group, key in keys:
         section = config.get(group)
         value = section.get(key) if isinstance(section, ml_collections.ConfigDict) else None
         names = (value,) if isinstance(value, str) else value or ()
@@ -401,16 +410,18 @@ def load(
     """Restores a trained policy.
 
     Args:
-      workdir: Directory of the run, or of one of its stages, trained on any number of devices.
-      which: Checkpoint: 'latest', 'best' or an update.
-      trust_modules: See `read_problem`.
-      accept: Changes of what the policy depends on that are intended, see `fingerprints.check`.
-      changes: See `read_problem`.
+      workdir: Working directory of the run, or of one of its stages, which may have been trained on
+        any number of devices.
+      which: Checkpoint to restore: 'latest', 'best' or a number of updates.
+      trust_modules: Whether modules that the config names may be imported if they are not part of
+        this package.
+      accept: Names of inputs that may have changed since training, see `fingerprints.check`.
+      changes: Nested dictionary of config keys with other values than in the run.
 
     Raises:
-      ValueError: See `read_problem`; there is no such checkpoint; or what the policy depends on has
-        changed.
-      CheckpointDamaged: The checkpoint cannot be read.
+      ValueError: If the problem cannot be made, see `read_problem`, the checkpoint does not exist,
+        or an input of the policy has changed.
+      CheckpointDamaged: If the checkpoint cannot be read.
     """
     directory = workdir_lib.as_path(workdir)
     problem, stage = read_problem(directory, trust_modules=trust_modules, changes=changes)
@@ -423,17 +434,17 @@ def load(
 def restore(
     problem: Problem, stage: str, workdir: workdir_lib.PathLike, *, which: str = "latest"
 ) -> Loaded:
-    """Restores a trained policy of a problem that was made before, see `load`.
+    """Restores a trained policy, without comparing the inputs of its run, see `load`.
 
     Args:
-      problem: See `read_problem`; what it depends on is not compared with anything.
-      stage: The stage that the directory is of.
-      workdir: Directory of the stage.
-      which: Checkpoint: 'latest', 'best' or an update.
+      problem: Problem of the run, see `read_problem`.
+      stage: Name of the stage of the directory.
+      workdir: Working directory of the stage.
+      which: Checkpoint to restore: 'latest', 'best' or a number of updates.
 
     Raises:
-      ValueError: There is no such checkpoint.
-      CheckpointDamaged: The checkpoint cannot be read.
+      ValueError: If the checkpoint does not exist.
+      CheckpointDamaged: If the checkpoint cannot be read.
     """
     directory = workdir_lib.as_path(workdir)
     root = directory if stage == problem.config.stages[-1] else directory.parent
@@ -441,7 +452,7 @@ def restore(
     for name in problem.checkpoint_stages(stage):
         shapes = problem.checkpoint_parts(name)
         like = mesh_lib.placed_shapes(shapes, partition.shardings(shapes, problem.mesh))
-        # A stage begins where the one before ended, and nowhere before.
+        # A stage starts from the last checkpoint of the stage before it.
         chosen = which if name == stage else str(problem.config[name].num_updates)
         restored, step = checkpoint.restore_parts(
             directory if name == stage else stage_directory(problem.config, name, root),

@@ -1,4 +1,4 @@
-"""What the commands share: flags and help, clean errors, which errors end a run without a stack."""
+"""Flags, help and error handling of the commands."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -13,7 +13,7 @@ from mmrl_jax import envs
 from mmrl_jax.tasks import rewards
 from mmrl_jax.training import checkpoint, loop
 
-# What can end a run without a fault of the code: the message says all, a stack adds nothing.
+# Errors that end a run although the code is correct, and whose message needs no traceback.
 FAILURES = (
     FloatingPointError,
     checkpoint.CheckpointDamaged,
@@ -27,18 +27,17 @@ FAILURES = (
 
 @contextlib.contextmanager
 def clean_exit(*errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors into 'error: <message>' on standard error and exit code 1."""
+    """Turns the given errors into 'error: <message>' on standard error and exit code 1."""
     try:
         yield
     except errors as error:
         sys.exit(f"error: {error}")
 
 
-def keep_compiled_programs() -> None:
-    """Lets compiled programs outlive the process, unless the environment says where or that not.
+def enable_compilation_cache() -> None:
+    """Enables JAX's persistent compilation cache, so that a resumed run does not compile again.
 
-    A second start of a run takes them from there. They are kept in JAX_COMPILATION_CACHE_DIR, or in
-    ~/.cache/mmrl_jax.
+    The cache is in ~/.cache/mmrl_jax, unless JAX_COMPILATION_CACHE_DIR is set.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = pathlib.Path.home() / ".cache" / "mmrl_jax"
@@ -46,7 +45,7 @@ def keep_compiled_programs() -> None:
 
 
 def refuse_arguments(argv: list[str]) -> None:
-    """Ends the command with a message where there are arguments that are no flags."""
+    """Exits with a message if the command line has positional arguments."""
     if len(argv) > 1:
         sys.exit(f"error: Unknown arguments {argv[1:]}; flags begin with '--'.")
 
@@ -55,13 +54,13 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs a command.
 
     Args:
-      main: Called with what remains of the command line. `--help` shows the documentation and the
-        flags of its module: the script that is executed only calls it.
+      main: Function that is called with the remaining command line. `--help` shows the docstring
+        and the flags of its module rather than those of the executed script.
     """
     module = sys.modules[main.__module__]
     sys.modules["__main__"].__doc__ = module.__doc__
     for flag in flags.FLAGS.get_flags_for_module(module.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     logging.set_verbosity(logging.WARNING)
-    keep_compiled_programs()
+    enable_compilation_cache()
     app.run(main)

@@ -1,7 +1,7 @@
-"""Config files: found by name or path, executed, and changed by the command line.
+"""Loads config files by name or path, and checks the overrides of the command line.
 
 A config file is a Python file with a function `get_config()` that returns an
-`ml_collections.ConfigDict`. The command line changes single keys (`--config.ppo.clip=0.1`).
+`ml_collections.ConfigDict`. The command line overrides single keys (`--config.ppo.clip=0.1`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,16 +19,16 @@ import ml_collections
 
 from mmrl_jax.config.schema import ConfigLike, flatten, nearest, unknown_key_message
 
-# The public configs, which are shipped with the package and found by name.
+# Directory of the public configs, which are part of the package and are found by name.
 PUBLIC = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def resolve(spec: str) -> str:
-    """Returns the path of a config file, with what follows a colon.
+    """Returns the path of a config file, followed by ':argument' if `spec` has one.
 
     Args:
-      spec: 'path/to/file.py', or the name of a public config, e.g. 'reach_ppo' or 'studies/reach';
-        either may be followed by ':argument'.
+      spec: Path of the file, or name of a public config, e.g. 'reach_ppo'; either may be followed
+        by ':argument'.
     """
     path, colon, argument = spec.partition(":")
     public = PUBLIC / f"{path.removesuffix('.py')}.py"
@@ -38,11 +38,11 @@ def resolve(spec: str) -> str:
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """Loads a config file as `config_flags` does, by path or by name, see `resolve`.
+    """Loads a config by path or name, see `resolve`, as `config_flags` does.
 
     Raises:
-        ValueError: See `load_module`; or an argument is given to a `get_config` that takes none,
-            or is missing for one that needs it.
+        ValueError: If the file cannot be loaded, see `load_module`, or `get_config` needs an
+            argument that is missing or does not accept the given one.
     """
     path, _, argument = resolve(spec).partition(":")
     get_config = load_module(pathlib.Path(path)).get_config
@@ -58,16 +58,16 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 
 def load_module(path: pathlib.Path) -> types.ModuleType:
-    """Executes a config file.
+    """Executes a config file and returns its module.
 
     Raises:
-        ValueError: No such file (names the nearest one beside it), no `get_config` in it, or it
-            cannot be executed (names the line).
+        ValueError: If the file does not exist (the message gives the nearest name), cannot be
+            executed (the message gives the line), or has no `get_config`.
     """
     if not path.is_file():
-        beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        siblings = [str(x) for x in path.parent.glob("*.py")] if path.parent.is_dir() else []
         public = [other.stem for other in PUBLIC.glob("[a-z]*.py")]
-        guess = nearest(str(path), [*beside, *public])
+        guess = nearest(str(path), [*siblings, *public])
         hint = f" Did you mean '{guess}'?" if guess is not None else ""
         raise ValueError(f"No config file '{path}'.{hint}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -86,32 +86,33 @@ def load_module(path: pathlib.Path) -> types.ModuleType:
 
 
 def describe_failure(error: Exception) -> str:
-    """Returns the error of executing a user's module in one line, with the file and the line."""
+    """Describes an error in executing a user's module in one line, with file and line number."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    # The frames of the import system itself say nothing about the user's file.
+    # Frames of the import system are left out, because they are not in the user's file.
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__
     ]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{text}{place}"
+    location = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{text}{location}"
 
 
 def import_module(name: str, key: str) -> types.ModuleType:
-    """Imports a module of a user's, from the installed ones or the current directory.
+    """Imports a user's module that is installed or in the current directory.
 
     Args:
         name: Name of the module.
-        key: Key of the config that names it, for the message.
+        key: Config key that names it, for the error message.
 
     Raises:
-        ValueError: It cannot be imported.
+        ValueError: If the module cannot be imported.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, "")  # A console command has its own directory there.
+        # The path of a console command begins with the directory of its script instead.
+        sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
     except Exception as error:  # Importing executes the user's module.
@@ -122,16 +123,18 @@ def import_module(name: str, key: str) -> types.ModuleType:
 
 
 def import_object(spec: str, key: str) -> Any:
-    """Imports what 'module:name' names, see `import_module`.
+    """Imports an object of a user's module, see `import_module`.
+
+    Args:
+        spec: The object, as 'module:name'.
+        key: Config key that names it, for the error message.
 
     Raises:
-        ValueError: The module cannot be imported, or has no such name, or `spec` names none.
+        ValueError: If `spec` has no name, the module cannot be imported, or it has no such object.
     """
     module_name, _, name = spec.partition(":")
     if not name:
-        raise ValueError(
-            f"{key} has {spec!r}, which names no object of a module; write 'module:name'."
-        )
+        raise ValueError(f"{key} has {spec!r}, which does not name an object; write 'module:name'.")
     module = import_module(module_name, key)
     if not hasattr(module, name):
         guess = nearest(name, [other for other in vars(module) if not other.startswith("_")])
@@ -147,21 +150,21 @@ def validate_overrides(
     flag: str = "config",
     renamed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-    """Checks `--config.a.b=value` arguments; call it before absl parses its flags.
+    """Checks `--config.a.b=value` arguments; it must be called before absl parses the flags.
 
-    absl's own error for a misspelt key names neither the key's path nor its neighbours, and comes
-    with a stack of frames.
+    The error of absl for a misspelled key has neither the path of the key nor similar keys, and
+    comes with a traceback.
 
     Args:
-        argv: Command line, with or without the program's name.
-        reference: Config that has every valid key. None: the one that `--config=FILE` in `argv`
-            names; without such an argument nothing is checked.
+        argv: Command line, with or without the name of the program.
+        reference: Config that has every valid key; None for that of `--config=FILE` in `argv`,
+            without which nothing is checked.
         flag: Name of the config flag.
-        renamed: For keys of earlier versions, what they are called now.
+        renamed: Description of the new key by the key of an earlier version.
 
     Raises:
-        ValueError: One line for each unknown key with the nearest valid one, or for a group that
-            is given a value.
+        ValueError: If a key is unknown or is a group. The message has one line for each such key,
+            with the nearest valid key.
     """
     if "--" in argv:
         argv = argv[: list(argv).index("--")]
@@ -178,10 +181,10 @@ def validate_overrides(
         if key is None or key in known:
             continue
         if key in groups:
-            inside = sorted(name for name in known if name.startswith(f"{key}."))
+            fields = sorted(name for name in known if name.startswith(f"{key}."))
             errors.append(
                 f"Config key '{key}' is a group and takes no value. Set one of its fields: "
-                f"{', '.join(inside)}."
+                f"{', '.join(fields)}."
             )
         else:
             errors.append(unknown_key_message(key, known, renamed=renamed))
@@ -198,7 +201,7 @@ def _group_names(flat: Iterable[str]) -> set[str]:
 
 
 def _flag_value(argv: Sequence[str], flag: str) -> str | None:
-    """Returns the value of `--flag=value`, `-flag=value` or `--flag value`; the last one wins."""
+    """Returns the last value of `--flag=value`, `-flag=value` or `--flag value`."""
     value = None
     for i, argument in enumerate(argv):
         name, equals, text = argument.partition("=")
@@ -211,7 +214,7 @@ def _flag_value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _override_key(argument: str, flag: str) -> str | None:
-    """Returns `a.b` of `--config.a.b=1` or, for booleans, of `--noconfig.a.b`; else None."""
+    """Returns `a.b` for `--config.a.b=1`, or for the boolean `--noconfig.a.b`; else None."""
     name = argument.partition("=")[0]
     for start in (f"--{flag}.", f"-{flag}.", f"--no{flag}.", f"-no{flag}."):
         if name.startswith(start):
@@ -220,7 +223,7 @@ def _override_key(argument: str, flag: str) -> str | None:
 
 
 def resolve_flag(argv: Sequence[str], flag: str = "config") -> list[str]:
-    """Returns a command line in which the config flag has the path of a file, see `resolve`."""
+    """Replaces the name of a config in a command line by the path of its file, see `resolve`."""
     resolved, follows = [], False
     for argument in argv:
         name, equals, spec = argument.partition("=")
@@ -234,15 +237,15 @@ def resolve_flag(argv: Sequence[str], flag: str = "config") -> list[str]:
 
 
 def flag_config(argv: Sequence[str], flag: str = "config") -> ml_collections.ConfigDict | None:
-    """Returns the config that a command line names, without its overrides; None without one.
+    """Returns the config in a command line without its overrides; None if there is no config flag.
 
     Raises:
-        ValueError: See `load_config`.
+        ValueError: If the config cannot be loaded, see `load_config`.
     """
     spec = _flag_value(argv, flag)
     return None if spec is None else load_config(spec)
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Returns whether a command line asks for help."""
+    """Returns whether a command line has a help flag."""
     return any(argument in ("--help", "-help", "-h", "-?", "--helpfull") for argument in argv)

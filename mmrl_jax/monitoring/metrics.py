@@ -1,9 +1,9 @@
-"""Metrics: one writer for files, TensorBoard and console.
+"""The metric writer of files, TensorBoard, loggers and console.
 
-    workdir/metrics.jsonl     one JSON object a line: {"step": 12, "episode/success": 0.5, ...}
-    workdir/tensorboard/      the same as TensorBoard events
+    workdir/metrics.jsonl     one JSON object per line: {"step": 12, "episode/success": 0.5, ...}
+    workdir/tensorboard/      the same values as TensorBoard events
 
-A name that is not in the glossary is an error.
+A metric without a definition in `metric_definitions` raises an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ __all__ = ["JSONL_NAME", "TENSORBOARD_NAME", "MetricWriter", "read_jsonl"]
 
 
 class MetricWriter:
-    """Writes metrics of one run to JSONL, TensorBoard and the console.
+    """Writes the metrics of one run to JSONL, TensorBoard, loggers and the console.
 
-    The console gets a bar that is redrawn on a terminal, and elsewhere (a file, a CI log) a line
-    now and then.
+    On a terminal the console shows a progress bar that is redrawn; elsewhere (a file, a CI log) it
+    prints lines at intervals.
     """
 
     def __init__(
@@ -48,27 +48,29 @@ class MetricWriter:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Opens the files of a run, and cuts off what a resumed run will write again.
+        """Opens the files of a run, and removes the rows that a resumed run will write again.
 
         Args:
-            workdir: Directory of the run; made if absent.
-            total_steps: Step at which the run ends, for the bar and the time left; at least 1.
-            max_wall_s: Value of `time/wall_s` at which it ends if that comes first, or None.
-            resume_step: Step of the restored checkpoint: later lines are removed. None for a run
-                from the start: all earlier lines are removed.
-            console_names: Metrics to show on the console, in order.
-            console_interval_s: Least seconds between two lines where there is no terminal.
-            eval_interval: Steps between two evaluations, whose `time/eval_s` is part of the time
-                left, as is that of the one at the end; None where there are none.
-            label: Name of the stage, at the start of the console line.
-            active: False makes every method do nothing: the other hosts of a multi-host run.
-            tensorboard: Write TensorBoard's events too.
-            loggers: Where else the metrics go.
-            stream: Console; None for standard error.
-            clock: Seconds; only differences are used.
+            workdir: Directory of the run, which is created if it does not exist.
+            total_steps: Step at which the run ends, for the progress bar and the time left; at
+                least 1.
+            max_wall_s: Value of `time/wall_s` at which the run ends early; None for no limit.
+            resume_step: Step of the restored checkpoint, after which rows are removed; None for a
+                new run, which removes all rows.
+            console_names: Names of the metrics on the console, in order.
+            console_interval_s: Minimum time in seconds between two lines without a terminal.
+            eval_interval: Number of steps between two evaluations. The estimated time left includes
+                the `time/eval_s` of these and of the one at the end. None without evaluations.
+            label: Name of the stage at the start of the console line.
+            active: Whether this process writes; False for all but the first process of a
+                multi-host run, in which all methods do nothing.
+            tensorboard: Whether to write TensorBoard events too.
+            loggers: Further loggers that receive the metrics.
+            stream: Stream of the console; None for standard error.
+            clock: Function that returns the time in seconds, of which only differences are used.
 
         Raises:
-            ValueError: `total_steps` below 1, or a console name that is not in the glossary.
+            ValueError: If `total_steps` is below 1, or a name in `console_names` is not defined.
         """
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}, but must be at least 1.")
@@ -102,16 +104,17 @@ class MetricWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line, flushed, so that a killed run has all it logged.
+        """Writes one row and flushes it, so that a killed run has all rows that it logged.
 
         Args:
-            step: Step that the values belong to; at least the last one.
-            values: Name to scalar (Python, numpy or jax). A value that is not finite becomes
-                `null` in the file, which JSON requires; TensorBoard keeps it.
+            step: Step of the values, which must not be below the last one.
+            values: Scalars (Python, numpy or jax) by the names of the metrics. A value that is not
+                finite becomes `null` in the file, because JSON has no such numbers; TensorBoard
+                keeps it.
 
         Raises:
-            ValueError: A name that is not in the glossary, a value that is not a scalar, or a step
-                before the last one.
+            ValueError: If a metric is not defined, a value is not a scalar, or the step is below
+                the last one.
         """
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         for name in scalars:
@@ -121,7 +124,7 @@ class MetricWriter:
         if self._last_step is not None and step < self._last_step:
             raise ValueError(
                 f"step is {step}, but {self._last_step} was already written: write in order, and "
-                "give resume_step when a run goes on."
+                "give resume_step for a resumed run."
             )
         self._last_step = step
         self._files.append(step, scalars)
@@ -130,12 +133,12 @@ class MetricWriter:
         self._console.update(step, scalars)
 
     def message(self, text: str) -> None:
-        """Prints a line of its own on the console, above the bar."""
+        """Prints a message on a separate line of the console, above the progress bar."""
         if self._active:
             self._console.message(text)
 
     def flush(self) -> None:
-        """Sees to it that all that was logged lies in the workdir, before a checkpoint does."""
+        """Copies all rows to the workdir, if it is in a bucket, before a checkpoint is saved."""
         if self._active:
             self._files.flush()
 
@@ -148,7 +151,7 @@ class MetricWriter:
                 self._attempt(logger.close)
 
     def _attempt(self, call: Callable[[], object]) -> None:
-        """Calls a logger; one that fails, as without a network, is a message, once."""
+        """Calls a logger, and prints a message at the first failure, for example of the network."""
         try:
             call()
         except Exception as error:
@@ -158,12 +161,12 @@ class MetricWriter:
 
 
 class _Console:
-    """A bar with progress, rate, time left and a few metrics.
+    """A progress bar with rate, time left and a few metrics.
 
-    Progress and time left are of the limit, steps or time, that will be met first. The rate is of
-    `time/wall_s`, which leaves compilation and evaluations out. The time left is that of the
-    updates and of the evaluations to come, each of which is taken to last as long as the mean of
-    those before; the first one compiles, and counts only until there is another.
+    Progress and time left refer to the limit, of steps or time, that will be reached first. The
+    rate is per `time/wall_s`, which excludes compilation and evaluations. The time left includes
+    future evaluations, whose duration is estimated by the mean of previous ones. The first one
+    includes compilation and is ignored as soon as there is another.
     """
 
     _BAR = 20
@@ -236,7 +239,7 @@ class _Console:
     def _show(self, now: float) -> None:
         line = self._line()
         if self._tty:
-            # One column is left free: a full line would wrap, and the next \r not undo it.
+            # One column is left free, because a full line would wrap, which \r cannot undo.
             width = shutil.get_terminal_size().columns - 1
             self._stream.write(f"\r\x1b[K{line[:width]}")
         else:
@@ -272,10 +275,10 @@ class _Console:
         return " | ".join([*parts, *([", ".join(shown)] if shown else [])])
 
     def _evaluations_left_s(self, end: int) -> float:
-        """Seconds of the evaluations that are still to come in a run that ends at a step."""
+        """Returns the estimated time in seconds of the evaluations until the step `end`."""
         if self._eval_interval is None or not self._evaluations_s or end <= self._step:
             return 0.0
-        # The last one is at the end, wherever that is.
+        # The last evaluation is at the end, which need not be a multiple of the interval.
         count = -(-end // self._eval_interval) - self._step // self._eval_interval
         return count * float(np.mean(self._evaluations_s[1:] or self._evaluations_s))
 
@@ -290,7 +293,7 @@ def _scalar(name: str, value: Any) -> float:
 
 
 def _short(value: float) -> str:
-    """Returns about three digits: 0.0123, 4.5, 12,300."""
+    """Formats a number with about three digits: 0.0123, 4.5, 12,300."""
     if not math.isfinite(value):
         return str(value)
     if abs(value) >= 1000:
@@ -299,7 +302,7 @@ def _short(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Returns 0:09, 12:05 or 3:02:10."""
+    """Formats a duration as 0:09, 12:05 or 3:02:10."""
     minutes, rest = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

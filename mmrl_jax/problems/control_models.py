@@ -1,4 +1,4 @@
-"""Networks of control policies: the group `model` of a config, and their parameters."""
+"""Networks of control policies: the options of the group `model`, and their parameters."""
 
 from collections.abc import Iterator
 import contextlib
@@ -40,84 +40,94 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """The group `lora` of a model."""
+    """Options of the group `lora` of a model."""
 
     pattern: str | None = option(
         None,
-        "Regular expression of the whole paths of the layers that get low-rank adapters; None for "
-        "no adapters.",
+        "Regular expression that matches the full paths of the layers with low-rank adapters; None "
+        "for no adapters.",
         PATTERN,
     )
     rank: int = option(8, "Rank of the adapters.", POSITIVE)
-    alpha: float = option(16.0, "What an adapter adds is scaled by alpha / rank.", POSITIVE)
+    alpha: float = option(
+        16.0, "Scale of the adapters: their output is multiplied by alpha / rank.", POSITIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPOptions:
-    """A perceptron that reads proprioception alone."""
+    """A multilayer perceptron with proprioception as its only input."""
 
     kind: Literal["mlp"] = option("mlp", "Kind of model.")
     lora: LoraOptions = group(LoraOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _SeeingOptions:
+class _ImageModelOptions:
     auxiliary: tuple[tuple[str, int], ...] = option(
-        (), "Privileged targets that the model predicts beside acting: ((name, size), ...)."
+        (), "Privileged targets that the model predicts in addition, ((name, size), ...)."
     )
     pointing: str | None = option(
-        None, "Privileged position in the image that the model points at; None for no such target."
+        None, "Privileged position in the image that the model predicts; None for no such target."
     )
     lora: LoraOptions = group(LoraOptions)
-    dtype: Dtype = option("float32", "Dtype of the computation; parameters are float32.")
-    remat: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    dtype: Dtype = option("float32", "Data type of the computation; parameters are float32.")
+    remat: bool = option(
+        False, "Whether to recompute activations in the backward pass to save memory."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultimodalOptions(_SeeingOptions):
-    """Our own transformer over image patches, words and proprioception."""
+class MultimodalOptions(_ImageModelOptions):
+    """A transformer of this library over image patches, words and proprioception."""
 
     kind: Literal["multimodal"] = option("multimodal", "Kind of model.")
     width: int = option(64, "Width of the tokens.", POSITIVE)
-    layers: int = option(2, "Blocks of the fusion stack.", POSITIVE)
-    heads: int = option(1, "Attention heads; they divide the width.", POSITIVE)
-    mlp_ratio: int = option(2, "Hidden width of a block's MLP over the width.", POSITIVE)
+    layers: int = option(2, "Number of blocks of the fusion transformer.", POSITIVE)
+    heads: int = option(1, "Number of attention heads, which must divide the width.", POSITIVE)
+    mlp_ratio: int = option(2, "Ratio of the hidden width of an MLP to the width.", POSITIVE)
     patch: int = option(
-        8, "Edge of an image patch in pixels; it divides env.height and env.width.", POSITIVE
+        8,
+        "Side of an image patch in pixels, which must divide env.height and env.width.",
+        POSITIVE,
     )
-    patch_margin: int = option(0, "Pixels around a patch that its token also sees.", NON_NEGATIVE)
-    patch_hidden: int = option(128, "Hidden units of the perceptron of each patch.", POSITIVE)
+    patch_margin: int = option(
+        0, "Number of pixels around a patch that are also inputs of its token.", NON_NEGATIVE
+    )
+    patch_hidden: int = option(128, "Hidden width of the MLP that embeds a patch.", POSITIVE)
     vision_layers: int = option(
-        0, "Blocks over the patches alone, before the fusion.", NON_NEGATIVE
+        0, "Number of blocks over the patches before the fusion.", NON_NEGATIVE
     )
-    text_layers: int = option(0, "Blocks over the words alone, before the fusion.", NON_NEGATIVE)
-    film: bool = option(True, "Modulate the patches by the instruction before the fusion (FiLM).")
-    fusion: Fusion = option("joint", "How the modalities are fused, see MultimodalPolicy.")
+    text_layers: int = option(0, "Number of blocks over the words before the fusion.", NON_NEGATIVE)
+    film: bool = option(
+        True, "Whether the instruction modulates the patches before the fusion (FiLM)."
+    )
+    fusion: Fusion = option("joint", "Method of fusing the modalities, see MultimodalPolicy.")
     text_encoder: str | None = option(
         None,
         "Frozen encoder of the instructions: 'minilm', or a directory of BERT, CLIP or SigLIP; "
-        "None for one that is trained from scratch.",
+        "None for an encoder that is trained from scratch.",
     )
     vision_encoder: str | None = option(
         None,
-        "Pretrained encoder of the images, a directory of CLIP or SigLIP; None for patches that "
-        "are trained from scratch.",
+        "Directory of a pretrained image encoder, CLIP or SigLIP; None for an encoder that is "
+        "trained from scratch.",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VLMOptions(_SeeingOptions):
-    """A whole pretrained vision-language model with heads for actions and values."""
+class VLMOptions(_ImageModelOptions):
+    """A pretrained vision-language model with added heads for actions and values."""
 
     kind: Literal["vlm"] = option("vlm", "Kind of model.")
     checkpoint: str | None = option(
         None,
-        "Directory, in the format of the Hugging Face hub, of Idefics3, SmolVLM, PaliGemma, LLaVA "
-        "or LLaVA-OneVision.",
+        "Directory of Idefics3, SmolVLM, PaliGemma, LLaVA or LLaVA-OneVision in the Hugging Face "
+        "format.",
     )
     prompt: str = option(
         "{image}{instruction}",
-        "Prompt that the model reads.",
+        "Template of the prompt.",
         Valid(
             lambda x: x.count("{image}") == x.count("{instruction}") == 1,
             "a text with one '{image}' and one '{instruction}'",
@@ -130,15 +140,15 @@ MODELS: dict[str, type] = {
     "vlm": VLMOptions,
     "mlp": MLPOptions,
 }
-# Of each kind a config to begin with.
+# A public config for each kind of model, for error messages.
 CONFIGS = {"multimodal": "reach_ppo", "vlm": "reach_vlm", "mlp": "mlp_ppo"}
 
 
 def options(config: Any) -> Group:
-    """Returns the keys of 'model' that the config's kind of model reads.
+    """Returns the keys of the group `model` for the kind of model of a config.
 
     Raises:
-      ValueError: The kind is unknown, or the config has keys that only models of other kinds read.
+      ValueError: If the kind is unknown, or the config has keys of other kinds of models.
     """
     model = config.get("model", {})
     kind = model.get("kind", "multimodal") if is_group(model) else "multimodal"
@@ -149,19 +159,19 @@ def options(config: Any) -> Group:
         )
     known = options_of(MODELS[kind])
     others = {name: options_of(other) for name, other in MODELS.items() if name != kind}
-    unread = [
+    unused = [
         key
         for key in (model if is_group(model) else ())
         if key not in known and any(key in other for other in others.values())
     ]
-    if unread:
-        fitting = [name for name, other in others.items() if set(unread) <= set(other)]
+    if unused:
+        fitting = [name for name, other in others.items() if set(unused) <= set(other)]
         raise ValueError(
-            f"model.kind={kind!r} does not read "
-            + ", ".join(f"model.{key}={model[key]!r}" for key in unread)
-            + ": leave these keys out of the config"
+            f"model.kind={kind!r} does not use "
+            + ", ".join(f"model.{key}={model[key]!r}" for key in unused)
+            + ": remove these keys from the config"
             + (
-                f", or begin with the config {CONFIGS[fitting[0]]!r} of model.kind={fitting[0]!r}"
+                f", or start from the config {CONFIGS[fitting[0]]!r} of model.kind={fitting[0]!r}"
                 if fitting
                 else ""
             )
@@ -171,34 +181,34 @@ def options(config: Any) -> Group:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks the sizes of the model against each other and against the images.
+    """Checks that the sizes of the model fit each other and the images.
 
     Raises:
-      ValueError: Names the field, its value and the remedy.
+      ValueError: If a size is invalid; the message gives the field, its value and the remedy.
     """
     env, model = config.env, config.model
     if model.kind == "mlp":
         if env.height:
             raise ValueError(
-                f"env.height={env.height}, but model.kind='mlp' sees no pixels; set env.height and "
-                f"env.width to 0, or begin with the config {CONFIGS['multimodal']!r}."
+                f"env.height={env.height}, but model.kind='mlp' has no image input; set env.height "
+                f"and env.width to 0, or start from the config {CONFIGS['multimodal']!r}."
             )
         return
     if not env.height or not env.width:
         raise ValueError(
             f"env.height={env.height}, env.width={env.width}: model.kind={model.kind!r} needs "
-            f"pixels; give both a size, or begin with the config {CONFIGS['mlp']!r}."
+            f"images; set both above 0, or start from the config {CONFIGS['mlp']!r}."
         )
     if model.kind == "vlm":
         if model.checkpoint is None:
             raise ValueError(
                 "model.checkpoint=None, but model.kind='vlm' is read from a local directory in the "
-                "hub's format; name the directory."
+                "Hugging Face format; give the directory."
             )
         if env.history != 1:
             raise ValueError(
-                f"env.history={env.history}, but model.kind='vlm' sees one frame; set env.history "
-                f"to 1, or begin with the config {CONFIGS['multimodal']!r}."
+                f"env.history={env.history}, but model.kind='vlm' has one frame as input; set "
+                f"env.history to 1, or start from the config {CONFIGS['multimodal']!r}."
             )
         return
     check_patches(model, env.height, env.width, "env")
@@ -211,11 +221,17 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_patches(model: ml_collections.ConfigDict, height: int, width: int, where: str) -> None:
-    """Checks the patches of images of `where`.height and .width.
+    """Checks that the patches fit the images.
+
+    Args:
+      model: Group `model` of the config.
+      height: Height of the images in pixels.
+      width: Width of the images in pixels.
+      where: Name of the group of the config that has height and width.
 
     Raises:
-      ValueError: The patches do not divide the images, or their margins make more than 9 copies of
-        each pixel in memory.
+      ValueError: If the patches do not divide the images, or their margins make more than 9 copies
+        of each pixel in memory.
     """
     if height % model.patch or width % model.patch:
         raise ValueError(
@@ -231,18 +247,18 @@ def check_patches(model: ml_collections.ConfigDict, height: int, width: int, whe
 
 
 def zeros(env: Env) -> Observation:
-    """Returns a batch of one observation of a batched environment, all of it zero."""
+    """Returns a batch of one observation of a batched environment, in which all values are zero."""
     keys = jax.eval_shape(lambda: jax.random.PRNGKey(0)[None])
     observation = jax.eval_shape(env.reset, keys).obs
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
 
 
 def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
-    """Returns the policy network for an environment.
+    """Returns the policy network of a config for an environment.
 
     Raises:
-      ValueError: A directory is missing, or holds no supported model; or pointing is asked of a
-        model whose image features are no square grid.
+      ValueError: If a directory is missing or has no supported model, or the model has a pointing
+        target but its image features are not a square grid.
     """
     m = config.model
     if m.kind == "mlp":
@@ -253,12 +269,12 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     text_encoder = vision_encoder = None
     if m.text_encoder is not None:
         vocabulary = env.vocabulary
-        with _naming("text_encoder", m):
+        with _error_prefix("text_encoder", m):
             text_encoder = control_encoders.sentence_reader(
                 m.text_encoder, vocabulary.sentences, vocabulary.words
             )
     if m.vision_encoder is not None:
-        with _naming("vision_encoder", m):
+        with _error_prefix("vision_encoder", m):
             vision_encoder = control_encoders.vision_encoder(
                 m.vision_encoder, DTYPES[m.dtype], m.remat
             ).module
@@ -287,8 +303,8 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _naming(name: str, model: ml_collections.ConfigDict) -> Iterator[None]:
-    """Puts the key of 'model' that names a directory before a ValueError about its files."""
+def _error_prefix(name: str, model: ml_collections.ConfigDict) -> Iterator[None]:
+    """Adds a key of the group `model` and its value to the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -299,7 +315,7 @@ def _vlm_policy(
     config: ml_collections.ConfigDict, env: Env, auxiliary: tuple[tuple[str, int], ...]
 ) -> VLMPolicy:
     m, size = config.model, (config.env.height, config.env.width)
-    with _naming("checkpoint", m):
+    with _error_prefix("checkpoint", m):
         read = control_encoders.vision_language_model(
             m.checkpoint,
             m.prompt,
@@ -311,8 +327,8 @@ def _vlm_policy(
         )
     if m.pointing is not None and not read.grid:
         raise ValueError(
-            f"model.pointing={m.pointing!r}, but the features of {m.checkpoint} are no square grid "
-            f"over a whole frame of {size}; set it to None, or give square frames."
+            f"model.pointing={m.pointing!r}, but the features of {m.checkpoint} are not a square "
+            f"grid over a frame of {size}; set it to None, or use square frames."
         )
     return VLMPolicy(
         kind=env.action_kind,
@@ -326,7 +342,7 @@ def _vlm_policy(
 
 
 def pretrained_params(m: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Reads the pretrained parameters of a model, by the names of the modules that hold them."""
+    """Reads the pretrained parameters of a model, by the names of their modules."""
     if m.kind == "vlm":
         return {"vlm": control_encoders.vision_language_params(m.checkpoint)}
     if m.kind == "multimodal" and m.vision_encoder is not None:
@@ -338,37 +354,43 @@ def pretrained_params(m: ml_collections.ConfigDict) -> dict[str, Any]:
 def init_params(
     network: nn.Module, env: Env, m: ml_collections.ConfigDict, key: jax.Array
 ) -> Params:
-    """Returns a model's parameters as a run begins with them; pretrained ones are read.
+    """Returns the initial parameters of a model, with pretrained weights if it has any.
 
-    Parameters that are never trained are among them too: a checkpoint is complete, and needs no
-    directory to have stayed as it was.
+    Frozen parameters are included, so that a checkpoint is complete and does not depend on the
+    directory of the pretrained model.
 
     Args:
-      network: See `make_network`.
-      env: The batched environment.
-      m: The group `model` of the config.
-      key: Key of the parameters that are drawn.
+      network: Policy network, see `make_network`.
+      env: Batched environment.
+      m: Group `model` of the config.
+      key: PRNG key of the parameters that are initialized randomly.
 
     Raises:
-      ValueError: model.lora.pattern matches no layer.
+      ValueError: If model.lora.pattern matches no layer.
     """
-    with jax.ensure_compile_time_eval():  # Arrays, where only shapes are asked for too.
-        loaded, observation = pretrained_params(m), zeros(env)
+    # Arrays are computed eagerly, also if this function is traced for its shapes.
+    with jax.ensure_compile_time_eval():
+        pretrained, observation = pretrained_params(m), zeros(env)
 
     @jax.jit
-    def draw(key: jax.Array) -> dict[str, Any]:
-        # What is loaded is not returned, and so not drawn either.
-        drawn = network.init(key, observation)["params"]
-        return {name: x for name, x in drawn.items() if name not in loaded}
+    def init(key: jax.Array) -> dict[str, Any]:
+        # Pretrained parameters are not returned, so that XLA does not initialize them.
+        params = network.init(key, observation)["params"]
+        return {name: x for name, x in params.items() if name not in pretrained}
 
-    return with_adapters(draw(key) | loaded, m.lora, jax.random.fold_in(key, 1))
+    return with_adapters(init(key) | pretrained, m.lora, jax.random.fold_in(key, 1))
 
 
 def with_adapters(params: Any, lora_options: Any, key: jax.Array) -> Params:
-    """Returns the variables of a model with these parameters, and the adapters of model.lora.
+    """Returns the variables of a model: its parameters, and the adapters of model.lora.
+
+    Args:
+      params: Parameters of the model.
+      lora_options: Group `model.lora` of the config.
+      key: PRNG key of the adapters.
 
     Raises:
-      ValueError: The pattern matches no layer.
+      ValueError: If the pattern matches no layer.
     """
     if lora_options.pattern is None:
         return {"params": params}
@@ -380,10 +402,10 @@ def with_adapters(params: Any, lora_options: Any, key: jax.Array) -> Params:
 
 
 def shapes(network: nn.Module, env: Env, m: ml_collections.ConfigDict) -> Params:
-    """Returns the shapes of a model's parameters; reads and compiles no pretrained weights.
+    """Returns shapes and dtypes of the variables of a model without reading pretrained weights.
 
     Raises:
-      ValueError: model.lora.pattern matches no layer.
+      ValueError: If model.lora.pattern matches no layer.
     """
     observation = zeros(env)
 
@@ -394,21 +416,21 @@ def shapes(network: nn.Module, env: Env, m: ml_collections.ConfigDict) -> Params
 
 
 def is_trainable(path: tuple[Any, ...], trainable: str) -> bool:
-    """Returns whether a pattern matches the whole path of a leaf, e.g. 'params/vlm/table'."""
+    """Returns whether a pattern matches the full path of a leaf, e.g. 'params/vlm/table'."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return re.fullmatch(trainable, name) is not None
 
 
 def check_trainable(variables: Params, trainable: str, key: str) -> None:
-    """Checks that a pattern matches a leaf of these variables.
+    """Checks that a pattern matches at least one variable.
 
     Args:
       variables: Parameters and adapters, or their shapes.
-      trainable: The pattern.
-      key: The key of the config that holds the pattern, for the message.
+      trainable: Regular expression for full paths.
+      key: Config key of the pattern, for the error message.
 
     Raises:
-      ValueError: The pattern matches none.
+      ValueError: If the pattern matches no variable.
     """
     try:
         lora.split(variables, trainable)
@@ -420,9 +442,9 @@ def make_apply(network: nn.Module, mesh: Mesh, trainable: str = ".*") -> Apply:
     """Returns a policy network as a function of parameters and observations.
 
     Args:
-      network: See `make_network`.
-      mesh: The devices that the parameters lie on.
-      trainable: Regular expression of the whole paths of the parameters that are trained; no
+      network: Policy network, see `make_network`.
+      mesh: Device mesh of the parameters.
+      trainable: Regular expression that matches the full paths of the parameters to train. No
         gradient is computed for the others.
     """
 

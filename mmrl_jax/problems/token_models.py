@@ -1,4 +1,4 @@
-"""Models of token policies: the group `model` of a config, and their variables."""
+"""Models of token policies: the options of the group `model`, and their variables."""
 
 from collections.abc import Callable
 import dataclasses
@@ -40,80 +40,90 @@ from mmrl_jax.types import Params
 class _TokenModelOptions:
     lora: LoraOptions = group(LoraOptions)
     dtype: Dtype = option(
-        "float32", "Dtype of the computation; parameters that are trained are float32."
+        "float32", "Data type of the computation; trained parameters are float32."
     )
-    remat: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    remat: bool = option(
+        False, "Whether to recompute activations in the backward pass to save memory."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _PatchOptions(_TokenModelOptions):
     width: int = option(
-        64, "Width of the tokens; of a pretrained decoder, of the image patches alone.", POSITIVE
+        64,
+        "Width of the tokens; with a pretrained decoder, width of the vision encoder.",
+        POSITIVE,
     )
-    heads: int = option(4, "Attention heads; twice their number divides the width.", POSITIVE)
-    mlp_ratio: int = option(2, "Hidden width of a block's MLP over the width.", POSITIVE)
+    heads: int = option(
+        4, "Number of attention heads; the width must be divisible by twice this number.", POSITIVE
+    )
+    mlp_ratio: int = option(2, "Ratio of the hidden width of an MLP to the width.", POSITIVE)
     patch: int = option(
-        8, "Edge of an image patch in pixels; it divides the images' height and width.", POSITIVE
+        8,
+        "Side of an image patch in pixels, which must divide height and width of the images.",
+        POSITIVE,
     )
-    patch_margin: int = option(0, "Pixels around a patch that its token also sees.", NON_NEGATIVE)
-    patch_hidden: int = option(128, "Hidden units of the perceptron of each patch.", POSITIVE)
-    vision_layers: int = option(0, "Blocks over the patches alone.", NON_NEGATIVE)
+    patch_margin: int = option(
+        0, "Number of pixels around a patch that are also inputs of its token.", NON_NEGATIVE
+    )
+    patch_hidden: int = option(128, "Hidden width of the MLP that embeds a patch.", POSITIVE)
+    vision_layers: int = option(0, "Number of blocks of the vision encoder.", NON_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _PretrainedOptions(_TokenModelOptions):
     frozen_dtype: Literal["float32", "bfloat16", "int8"] = option(
         "float32",
-        "Dtype that pretrained parameters are stored in which no stage trains; 'int8' is for the "
-        "matrices of layers, and the other parameters are bfloat16 then.",
+        "Data type of the pretrained parameters that no stage trains; with 'int8' it is int8 for "
+        "the matrices of layers and bfloat16 for other parameters.",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScratchOptions(_PatchOptions):
-    """A small vision-language model that is trained from scratch, on the words of one task."""
+    """A small vision-language model that is trained from scratch on the words of one task."""
 
     kind: Literal["scratch"] = option("scratch", "Kind of model.")
-    layers: int = option(2, "Blocks of the language model.", POSITIVE)
+    layers: int = option(2, "Number of blocks of the language model.", POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderOptions(_PatchOptions, _PretrainedOptions):
-    """A pretrained decoder that sees by our own encoder of patches and a projector."""
+    """A pretrained decoder with a new vision encoder and a projector."""
 
     kind: Literal["decoder"] = option("decoder", "Kind of model.")
     checkpoint: str | None = option(
         "smollm2",
-        "'smollm2', or a directory, in the hub's format, of a decoder that was trained to chat; "
-        "the texts have its tokens and its chat template.",
+        "'smollm2', or a directory of a chat model in the Hugging Face format, whose tokenizer and "
+        "chat template are used.",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VLMOptions(_PretrainedOptions):
-    """A whole pretrained vision-language model."""
+    """A complete pretrained vision-language model."""
 
     kind: Literal["vlm"] = option("vlm", "Kind of model.")
     checkpoint: str | None = option(
         None,
-        "Directory, in the hub's format, of a vision-language model that was trained to chat; "
-        "images, texts and prompts are those of its processor.",
+        "Directory of a vision-language chat model in the Hugging Face format, whose processor and "
+        "chat template are used.",
     )
     image_splitting: bool = option(
-        False, "Let the model's processor split an image into tiles; else it sees one tile."
+        False, "Whether the model's processor splits an image into tiles; otherwise it is one tile."
     )
 
 
 MODELS: dict[str, type] = {"scratch": ScratchOptions, "decoder": DecoderOptions, "vlm": VLMOptions}
-# Of each kind a config to begin with.
+# A public config for each kind of model, for error messages.
 CONFIGS = {"scratch": "count_grpo", "decoder": "smollm2_vqa_grpo", "vlm": "vlm_grpo"}
 
 
 def options(config: Any) -> Group:
-    """Returns the keys of 'model' that the config's kind of model reads.
+    """Returns the keys of the group `model` for the kind of model of a config.
 
     Raises:
-      ValueError: The kind is unknown.
+      ValueError: If the kind is unknown.
     """
     model = config.get("model", {})
     kind = model.get("kind", "scratch") if is_group(model) else "scratch"
@@ -126,10 +136,16 @@ def options(config: Any) -> Group:
 
 
 def check_model(config: ml_collections.ConfigDict, height: int, width: int, where: str) -> None:
-    """Checks the model against images of `where`.height and .width.
+    """Checks that the model fits the images.
+
+    Args:
+      config: Config of the run.
+      height: Height of the images in pixels.
+      width: Width of the images in pixels.
+      where: Name of the group of the config that has height and width.
 
     Raises:
-      ValueError: Names the field, its value and the remedy.
+      ValueError: If the model is invalid; the message gives the field, its value and the remedy.
     """
     check_settings()
     m = config.model
@@ -137,13 +153,13 @@ def check_model(config: ml_collections.ConfigDict, height: int, width: int, wher
         if m.checkpoint is None:
             raise ValueError(
                 f"model.checkpoint=None, but model.kind={m.kind!r} is read from a directory in the "
-                "hub's format; name the directory."
+                "Hugging Face format; give the directory."
             )
         if is_vlm(m) != (m.kind == "vlm"):
             other = "decoder" if m.kind == "vlm" else "vlm"
             raise ValueError(
                 f"model.checkpoint={m.checkpoint!r} is of model.kind={other!r}, not {m.kind!r}: "
-                f"begin with the config {CONFIGS[other]!r}, or name another directory."
+                f"start from the config {CONFIGS[other]!r}, or give another directory."
             )
     if m.kind == "vlm":
         return
@@ -155,10 +171,10 @@ def check_model(config: ml_collections.ConfigDict, height: int, width: int, wher
 
 
 def is_vlm(m: ml_collections.ConfigDict) -> bool:
-    """Returns whether the directory of model.checkpoint holds a whole vision-language model.
+    """Returns whether the directory of model.checkpoint has a vision-language model.
 
     Raises:
-      ValueError: See `hub.read_config` and `chat.directory_of`.
+      ValueError: If the config of the model cannot be read.
     """
     try:
         kind = hub.read_config(chat.directory_of(m.checkpoint))["model_type"]
@@ -168,11 +184,11 @@ def is_vlm(m: ml_collections.ConfigDict) -> bool:
 
 
 class DecoderSpec(NamedTuple):
-    """A pretrained decoder and its texts.
+    """A pretrained decoder without its weights.
 
     Attributes:
-      language: The decoder.
-      chat: Its tokenizer.
+      language: Decoder.
+      chat: Tokenizer and chat template of the decoder.
     """
 
     language: LanguageModel
@@ -180,28 +196,29 @@ class DecoderSpec(NamedTuple):
 
 
 def read_spec(m: ml_collections.ConfigDict, size: tuple[int, int]) -> DecoderSpec | VLMSpec | None:
-    """Reads what a pretrained model is, without its weights; None for one from scratch.
+    """Reads a pretrained model without its weights; None for a model from scratch.
 
     Args:
-      m: The group `model` of the config.
-      size: Of the images, (height, width).
+      m: Group `model` of the config.
+      size: Height and width of the images in pixels.
 
     Raises:
-      ValueError: See `hub.read_blueprint`, `chat.read_chat` and `vision_chat.read_spec`.
+      ValueError: If the model cannot be read, see `hub.read_blueprint`, `chat.read_chat` and
+        `vision_chat.read_spec`.
     """
     if m.kind == "scratch":
         return None
-    given: dict[str, Any] = {"dtype": DTYPES[m.dtype], "remat": m.remat}
+    arguments: dict[str, Any] = {"dtype": DTYPES[m.dtype], "remat": m.remat}
     try:
         directory = chat.directory_of(m.checkpoint)
         if m.kind == "vlm":
             return vision_chat.read_spec(
-                directory.resolve(), size, splitting=m.image_splitting, **given
+                directory.resolve(), size, splitting=m.image_splitting, **arguments
             )
         language = cast(
-            LanguageModel, hub.read_blueprint("language_model", directory, **given).model
+            LanguageModel, hub.read_blueprint("language_model", directory, **arguments).model
         )
-        # No text has the id that is the vocabulary's size.
+        # The size of the vocabulary serves as image token, because no text has this id.
         return DecoderSpec(language, chat.read_chat(directory.resolve(), language.vocabulary))
     except ValueError as error:
         raise ValueError(f"model.checkpoint={m.checkpoint!r}: {error}") from error
@@ -211,25 +228,25 @@ def dependencies(m: ml_collections.ConfigDict, tokenizer: Tokenizer) -> dict[str
     """Returns the fingerprints of the pretrained model, see `fingerprints`.
 
     Args:
-      m: The group `model` of the config.
-      tokenizer: Of its texts.
+      m: Group `model` of the config.
+      tokenizer: Tokenizer of the model.
     """
     if m.kind == "scratch":
         return {}
-    texts = cast(chat.ChatTokenizer, tokenizer)
+    chat_tokenizer = cast(chat.ChatTokenizer, tokenizer)
     return {
         "base_weights": weights.fingerprint(chat.directory_of(m.checkpoint)),
-        "chat_template": fingerprints.digest(texts.rendered()),
+        "chat_template": fingerprints.digest(chat_tokenizer.rendered()),
     }
 
 
 class TokenModel(NamedTuple):
-    """A policy, and what it needs for its variables to be initialized.
+    """A token policy, and the inputs with which its variables are initialized.
 
     Attributes:
-      policy: The model.
-      texts: The prompts and completions of the task as tokens.
-      size: Of the images, (height, width).
+      policy: Policy.
+      texts: Prompts and answers of the task with their tokens.
+      size: Height and width of the images in pixels.
     """
 
     policy: TokenPolicy
@@ -243,16 +260,16 @@ def make_model(
     texts: Texts,
     size: tuple[int, int],
 ) -> TokenModel:
-    """Returns the policy that completes prompts about images of this size.
+    """Returns the policy that completes prompts with images of a given size.
 
     Args:
-      m: The group `model` of the config.
-      spec: See `read_spec`.
-      texts: Of the task, with `image_tokens` for an image.
-      size: Of the images.
+      m: Group `model` of the config.
+      spec: Pretrained model, see `read_spec`; None for a model from scratch.
+      texts: Texts of the task, with `image_tokens` tokens for an image.
+      size: Height and width of the images in pixels.
 
     Raises:
-      ValueError: See `vlm.check_counts`.
+      ValueError: If a prompt has a wrong number of image tokens, see `vlm.check_counts`.
     """
     tokenizer = texts.tokenizer
     ends = texts.max_answer_length, tokenizer.stops, tokenizer.pad
@@ -268,7 +285,13 @@ def make_model(
 def image_tokens(
     m: ml_collections.ConfigDict, spec: DecoderSpec | VLMSpec | None, size: tuple[int, int]
 ) -> int:
-    """Returns the number of image tokens of an image; for the arguments see `make_model`."""
+    """Returns the number of tokens of an image.
+
+    Args:
+      m: Group `model` of the config.
+      spec: Pretrained model, see `read_spec`; None for a model from scratch.
+      size: Height and width of the images in pixels.
+    """
     if isinstance(spec, VLMSpec):
         return spec.image_tokens
     return (size[0] // m.patch) * (size[1] // m.patch)
@@ -277,7 +300,7 @@ def image_tokens(
 def _with_patches(
     m: ml_collections.ConfigDict, spec: DecoderSpec | None, tokenizer: Tokenizer
 ) -> VisionLanguageModel:
-    """A decoder, pretrained or small, that sees by our own encoder of patches."""
+    """Returns a pretrained or a small decoder with a new vision encoder."""
     dtype = DTYPES[m.dtype]
     if spec is None:
         language, projector = _small_decoder(m, cast(WordTokenizer, tokenizer).size), None
@@ -298,7 +321,7 @@ def _with_patches(
 
 
 def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageModel:
-    """A language model to be trained from scratch."""
+    """Returns a small language model for training from scratch."""
     block = BlockSpec(
         heads=m.heads,
         hidden=m.mlp_ratio * m.width,
@@ -321,19 +344,19 @@ def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageMod
 def init_variables(
     m: ml_collections.ConfigDict, model: TokenModel, key: jax.Array, *, value_head: bool
 ) -> Params:
-    """Returns the model's variables, all of them newly initialized; float32.
+    """Returns randomly initialized variables of a model in float32.
 
     Args:
-      m: The group `model` of the config.
-      model: See `make_model`.
-      key: Key of the parameters.
-      value_head: Add a value head, as 'value'.
+      m: Group `model` of the config.
+      model: Model, see `make_model`.
+      key: PRNG key of the parameters.
+      value_head: Whether to add a value head as 'value'.
 
     Raises:
-      ValueError: model.lora.pattern matches no layer.
+      ValueError: If model.lora.pattern matches no layer.
     """
-    policy, nothing = model.policy, jnp.zeros(1, jnp.int32)
-    prompt = model.texts.make_prompts(jnp.zeros((1, *model.size, 3), jnp.uint8), *[nothing] * 4)
+    policy, index = model.policy, jnp.zeros(1, jnp.int32)
+    prompt = model.texts.make_prompts(jnp.zeros((1, *model.size, 3), jnp.uint8), *[index] * 4)
     params = policy.model.init(key, *policy.inputs(prompt))["params"]
     variables = with_adapters(params, m.lora, jax.random.fold_in(key, 1))
     if value_head:
@@ -343,12 +366,12 @@ def init_variables(
 
 
 def store_frozen(m: ml_collections.ConfigDict, variables: Params, trained: str) -> Params:
-    """Returns variables with the pretrained ones that no stage trains in model.frozen_dtype.
+    """Converts pretrained parameters that no stage trains to model.frozen_dtype.
 
     Args:
-      m: The group `model` of the config.
-      variables: Of the whole model.
-      trained: Regular expression of the whole paths of the variables that stages train.
+      m: Group `model` of the config.
+      variables: Variables of the whole model.
+      trained: Regular expression that matches the full paths of the variables that stages train.
     """
     dtype = _frozen_dtype(m, trained)
     params = jax.tree_util.tree_map_with_path(
@@ -365,12 +388,12 @@ def store_frozen(m: ml_collections.ConfigDict, variables: Params, trained: str) 
 
 
 def _frozen_dtype(m: ml_collections.ConfigDict, trained: str) -> Callable[[str], jnp.dtype]:
-    """Path of a parameter to the dtype that it is read in."""
+    """Returns a function from the path of a parameter to the data type in which it is read."""
 
     def dtype(name: str) -> jnp.dtype:
         pretrained = m.kind == "vlm" or (m.kind == "decoder" and name.startswith("language/"))
-        kept = m.get("frozen_dtype", "float32") == "float32" or not pretrained
-        return jnp.float32 if kept or re.fullmatch(trained, f"params/{name}") else jnp.bfloat16
+        full = m.get("frozen_dtype", "float32") == "float32" or not pretrained
+        return jnp.float32 if full or re.fullmatch(trained, f"params/{name}") else jnp.bfloat16
 
     return dtype
 
@@ -388,21 +411,21 @@ def read_variables(
     value_head: bool,
     trained: str,
 ) -> Params:
-    """Returns the model's variables as a run begins with them: pretrained ones are read.
+    """Returns the initial variables of a model, with pretrained weights if it has any.
 
-    No device ever holds more than its part of them.
+    At no time does a device hold more than its part of the variables.
 
     Args:
-      m: The group `model` of the config.
-      model: See `make_model`.
-      key: Key of the parameters that are initialized.
-      mesh: The devices that the variables are split over, see `partition`.
-      value_head: Add a value head, as 'value'.
-      trained: Regular expression of the whole paths of the variables that stages train.
+      m: Group `model` of the config.
+      model: Model, see `make_model`.
+      key: PRNG key of the parameters that are initialized randomly.
+      mesh: Device mesh over which the variables are split, see `partition`.
+      value_head: Whether to add a value head as 'value'.
+      trained: Regular expression that matches the full paths of the variables that stages train.
 
     Returns:
-      {'params': ...}, with adapters 'lora', with a value head 'value'; float32, or see
-      `store_frozen`.
+      Variables {'params': ...}, with 'lora' for adapters and 'value' for a value head. They are
+      float32, except for those of `store_frozen`.
     """
     loaded: dict[str, Any] = {}
     dtype = _frozen_dtype(m, trained)
@@ -420,7 +443,7 @@ def read_variables(
         loaded = {"language": read.params["params"]}
 
     def init(key: jax.Array) -> Params:
-        # What is loaded is not returned, and so not initialized either.
+        # Pretrained parameters are not returned, so that XLA does not initialize them.
         variables = init_variables(m, model, key, value_head=value_head)
         new = {name: x for name, x in variables["params"].items() if name not in loaded}
         return variables | {"params": new}
@@ -433,18 +456,18 @@ def read_variables(
 def partition_trainable(
     variables: Params, trainable: str, *, trains_value_head: bool, key: str
 ) -> tuple[Params, Any]:
-    """Returns the variables that a stage trains, and those that it does not.
+    """Splits variables into those that a stage trains and the frozen ones.
 
-    A value head is trained by the stages that use it, whatever the pattern says, and by no other.
+    A value head is trained exactly by the stages that use it, independent of the pattern.
 
     Args:
-      variables: Of the whole model.
-      trainable: Regular expression of the whole paths of what is trained.
-      trains_value_head: The stage uses the value head.
-      key: The key of the config that holds the pattern, for the message.
+      variables: Variables of the whole model.
+      trainable: Regular expression that matches the full paths of the variables to train.
+      trains_value_head: Whether the stage uses the value head.
+      key: Config key of the pattern, for the error message.
 
     Raises:
-      ValueError: The pattern matches nothing.
+      ValueError: If the pattern matches no variable.
     """
     pattern = trainable
     if "value" in variables:

@@ -1,4 +1,4 @@
-"""The loop of every stage: compile once, dispatch, log, evaluate, checkpoint, resume."""
+"""The training loop of a stage: it compiles, updates, logs, evaluates, saves and resumes."""
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
@@ -32,18 +32,20 @@ from mmrl_jax.workdir import PathLike, as_path, one_line
 
 
 class HostFailed(RuntimeError):
-    """The host's half of an update failed, and did so each time; what was learned is saved."""
+    """The host's part of an update failed in every retry; the updates before it are saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """What a stage counts on the host; it is stored with the checkpoints and goes on from there.
+    """Counters of a stage on the host, which are stored in its checkpoints.
+
+    All counters include the time and the steps of earlier processes before a resume.
 
     Attributes:
-      wall_s: time of the updates; initialization, compilation and evaluations are left out.
-      compile_s: time of initialization and compilation, of all processes.
-      total_s: all the time in `run`, of all processes.
-      env_steps: decisions taken in environments; a step that only resets is none.
+      wall_s: Time of the updates in seconds, without initialization, compilation and evaluations.
+      compile_s: Time of initialization and compilation in seconds.
+      total_s: Total time in `run` in seconds.
+      env_steps: Number of environment steps, without steps that only reset an environment.
     """
 
     wall_s: float = 0.0
@@ -54,15 +56,15 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a stage ended.
+    """Result of a stage.
 
     Attributes:
-      carry: the last one, or None once a later stage has taken over what it needs of it.
-      updates: updates done, those before a resume included.
-      counters: see there; those before a resume included.
-      earlier_s: the part of counters.total_s that was spent before this process resumed the stage.
-      interrupted: a SIGTERM or SIGINT came, even if only in the last update: nothing more should
-        be started. The checkpoint is saved.
+      carry: Last carry; None after a later stage has started, so that its memory is released.
+      updates: Number of completed updates, including those before a resume.
+      counters: Counters of the stage.
+      earlier_s: Part of counters.total_s in seconds that earlier processes have spent.
+      interrupted: Whether a SIGTERM or SIGINT was received, also during the last update, so that no
+        further stage should be started. The checkpoint is saved.
     """
 
     carry: Carry | None
@@ -73,17 +75,21 @@ class Result:
 
     @property
     def wall_s(self) -> float:
-        """Time of the updates."""
+        """Time of the updates in seconds."""
         return self.counters.wall_s
 
 
 def start(stage: Stage) -> tuple[Carry, Any]:
-    """A fresh carry on the stage's devices, and its shardings; the stage's start is released.
+    """Creates the initial carry of a stage on its devices, and releases its initial arrays.
 
-    Its arrays are of strong types, so that nothing recompiles.
+    No array of the carry is weakly typed, so that the update is compiled only once.
+
+    Returns:
+      The carry and its shardings.
 
     Raises:
-      InvalidEnvironment: see `envs.check_started`.
+      InvalidEnvironment: If the environments have invalid initial states, see
+        `envs.check_started`.
     """
     fresh = stage.init()
     if fresh.env_state is not None:
@@ -92,8 +98,8 @@ def start(stage: Stage) -> tuple[Carry, Any]:
     leaves, structure = jax.tree.flatten(fresh)
     del fresh
     stage.release()
-    # Two leaves of a fresh state may be one buffer, which cannot be donated twice, so that each is
-    # copied; one at a time, which needs no memory for a second carry.
+    # Each leaf is copied, because two leaves of an initial state may share a buffer, which cannot
+    # be donated twice. One leaf is copied at a time to avoid the memory of a second carry.
     for i, sharding in enumerate(jax.tree.leaves(shardings)):
         strong = jax.lax.convert_element_type(leaves[i], jnp.asarray(leaves[i]).dtype)
         leaves[i] = jnp.copy(jax.device_put(strong, sharding))
@@ -101,12 +107,16 @@ def start(stage: Stage) -> tuple[Carry, Any]:
 
 
 def restore(stage: Stage, checkpointer: Checkpointer) -> tuple[Carry, Any, dict[str, Any], int]:
-    """The carry of the newest checkpoint, its shardings, what was stored with it, and its step.
+    """Restores the carry of the newest checkpoint, which must exist.
 
-    There is a checkpoint. No fresh carry is made, and the stage's start is released before the
-    arrays are read.
+    No initial carry is created, and the initial arrays of the stage are released before the arrays
+    are read.
+
+    Returns:
+      The carry, its shardings, the values that were stored with it, and its step.
     """
-    # JAX keeps what it traced, and the arrays in it, for as long as the function lives: not `init`.
+    # A lambda is traced instead of `init`, because JAX caches the trace with its arrays while the
+    # traced function exists.
     like = jax.eval_shape(lambda: stage.init())
     shardings = stage.shardings(like)
     stage.release()
@@ -132,26 +142,31 @@ def run(
 ) -> Result:
     """Runs a stage to its end in `workdir`, from its newest checkpoint if there is one.
 
-    A fresh stage is evaluated before its first update, as step 0 of the metrics. The stage ends at
-    exactly `stage.num_updates`, or at the first dispatch after `max_seconds`, with an evaluation
-    and a checkpoint; one that had ended before is returned as it is. Each later evaluation that
-    gives the best metric is followed by a checkpoint, so that the best can be restored.
+    A new stage is evaluated before its first update, as step 0 of the metrics. The stage ends after
+    exactly `stage.num_updates` updates, or after the first dispatch beyond `max_seconds`, with an
+    evaluation and a checkpoint. If it has ended before, its result is returned unchanged. Each
+    evaluation with a value of the best metric is followed by a checkpoint, so that the best one can
+    be restored.
 
     Args:
-      stage: what to run.
-      workdir: gets checkpoints, metrics.jsonl and TensorBoard events.
-      config: of the run, stored with it; a workdir of another config is refused.
-      may_change: keys of the config, or groups of keys, that a resumed run may have changed.
-      max_seconds: ends the stage early once its updates have taken this long.
-      log_interval_s: least time between two console lines where there is no terminal.
+      stage: Stage to run.
+      workdir: Working directory for checkpoints, metrics.jsonl and TensorBoard events.
+      config: Config of the run, which is stored with it. A workdir of another config is rejected.
+      may_change: Config keys, or groups of keys, whose values may differ in a resumed run.
+      max_seconds: Time of the updates in seconds after which the stage ends early; None for no
+        limit.
+      log_interval_s: Minimum time in seconds between two console lines without a terminal.
 
     Raises:
-      ValueError: see `check_settings`, `Checkpointer` and `locked`.
-      InvalidEnvironment: see `start`; or all steps of a dispatch's environments are broken, see
-        `AutoReset`.
-      HostFailed: the host's half of an update failed each time; the update before is saved.
-      FloatingPointError: a parameter is not finite, or too many steps of a dispatch were skipped
-        because their loss or gradient is not; nothing of that dispatch is saved.
+      ValueError: If a setting of JAX is not supported, or the workdir cannot be used, see
+        `Checkpointer` and `locked`.
+      InvalidEnvironment: If the environments have invalid initial states, or no step of a dispatch
+        has a finite state, see `AutoReset`.
+      HostFailed: If the host's part of an update failed in every retry. The updates before it are
+        saved.
+      FloatingPointError: If a parameter is not finite, or too many optimizer steps of a dispatch
+        were skipped because their loss or gradient is not finite. No update of that dispatch is
+        saved.
     """
     check_settings()
     started = time.perf_counter()
@@ -205,11 +220,11 @@ def run(
 
 
 def _writer_fields(stage: Stage) -> dict[str, Any]:
-    """The arguments of a `MetricWriter` that a stage gives."""
+    """Returns the arguments of a `MetricWriter` that depend on the stage."""
     return {
         "total_steps": stage.num_updates,
         "console_names": stage.console,
-        # A dispatch that passes several of its intervals is evaluated once.
+        # There is at most one evaluation per dispatch.
         "eval_interval": stage.evaluate and max(stage.eval_interval, stage.updates_per_dispatch),
         "label": stage.name,
         "active": jax.process_index() == 0,
@@ -218,12 +233,12 @@ def _writer_fields(stage: Stage) -> dict[str, Any]:
 
 
 class _Progress:
-    """How far a stage has come, and what that took.
+    """Progress of a stage.
 
     Attributes:
-      done: updates.
-      counters: see there.
-      earlier_s: see `Result`.
+      done: Number of completed updates.
+      counters: Counters of the stage.
+      earlier_s: Time in seconds that earlier processes have spent.
     """
 
     def __init__(
@@ -238,12 +253,12 @@ class _Progress:
         self.done, self.counters, self.earlier_s = done, counters, counters.total_s
 
     def over(self) -> bool:
-        """Whether the stage ends here."""
+        """Returns whether the stage has reached its number of updates or its time limit."""
         late = self._max_seconds is not None and self.counters.wall_s >= self._max_seconds
         return late or self.done >= self._updates
 
     def add(self, **more: float) -> Counters:
-        """Adds to counters, and brings the total time up to now."""
+        """Adds to the counters, updates the total time, and returns the counters."""
         total = self.earlier_s + time.perf_counter() - self._started
         sums = {name: getattr(self.counters, name) + x for name, x in more.items()}
         self.counters = dataclasses.replace(self.counters, total_s=total, **sums)
@@ -251,11 +266,11 @@ class _Progress:
 
 
 class _Logging:
-    """What is logged, shown and saved of a stage's updates, from update `done` on.
+    """Evaluates, logs and saves a stage after its updates.
 
     Attributes:
-      writer: of metrics and messages.
-      path: of the rows.
+      writer: Writer of metrics and messages.
+      path: Path of metrics.jsonl.
     """
 
     def __init__(
@@ -276,23 +291,22 @@ class _Logging:
                 self._health_checks.update(row)
 
     def log_start(self, carry: Carry, progress: _Progress) -> None:
-        """Evaluates a fresh carry, if the stage has an evaluation, and writes the row of step 0.
+        """Evaluates the initial carry, if the stage has an evaluation, and writes row 0.
 
-        Nothing has been learned yet: alarms do not see this row, and no checkpoint is saved, so
-        that step 0 is never the best.
+        Health checks ignore this row, and no checkpoint is saved, so that step 0 is never the best.
         """
         if self._stage.evaluate is not None:
             values = _row({}, {}, progress.counters, 0) | self._evaluation(carry, 0)
             self.writer.write(0, values | self._failed())
 
     def log(self, values: dict[str, float], carry: Carry, progress: _Progress, before: int) -> None:
-        """Evaluates if it is due, writes a row and, if it is due, a checkpoint.
+        """Evaluates if due, writes a row of metrics, and saves a checkpoint if due.
 
         Args:
-          values: of the dispatch.
-          carry: after it.
-          progress: after it.
-          before: updates that were done before it.
+          values: Metrics of the dispatch.
+          carry: Carry after the dispatch.
+          progress: Progress after the dispatch.
+          before: Number of completed updates before the dispatch.
         """
         stage, last, done = self._stage, progress.over(), progress.done
         if stage.evaluate is not None and (
@@ -318,14 +332,14 @@ class _Logging:
     def save(
         self, carry: Carry, progress: _Progress, scores: Mapping[str, float], *, force: bool
     ) -> None:
-        """Saves the carry, if it is due or forced; the rows before it are stored first."""
+        """Saves the carry if a checkpoint is due or forced, after the metrics are flushed."""
         if force or self._checkpointer.due(progress.done):
             self.writer.flush()
         extra = dataclasses.asdict(progress.add())
         self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
 
     def _evaluation(self, carry: Carry, done: int) -> dict[str, float]:
-        """Metrics of an evaluation; only its time if it fails, for it must end no run."""
+        """Returns the metrics of an evaluation, or only its time if it fails."""
         evaluate, eval_start = self._stage.evaluate, time.perf_counter()
         assert evaluate is not None
         values = self._attempt("the evaluation", done, lambda: evaluate(carry.learner))
@@ -334,19 +348,19 @@ class _Logging:
         return values | {"time/eval_s": time.perf_counter() - eval_start}
 
     def _failed(self) -> dict[str, float]:
-        """The number of evaluations that failed; nothing where none did."""
+        """Returns the number of failed evaluations as a metric, if there are any."""
         return {"eval/failed": self._failed_evaluations} if self._failed_evaluations else {}
 
     def _attempt(
         self, what: str, done: int, measure: Callable[[], Mapping[str, float]]
     ) -> dict[str, float]:
-        """What a measurement gives; nothing, and a message, if it fails: it must end no run."""
+        """Returns the metrics of a measurement, or an empty dict and a message if it fails."""
         try:
             return dict(measure())
-        except Exception as error:
+        except Exception as error:  # A failed measurement must not end the run.
             self.writer.message(
                 f"{self._stage.name}: {what} at update {done} failed, and the run continues "
-                f"without: {one_line(error)}"
+                f"without it: {one_line(error)}"
             )
             return {}
 
@@ -359,13 +373,14 @@ def _train(
     logging: _Logging,
     stopping: Callable[[], bool],
 ) -> tuple[Carry, Exception | None]:
-    """Takes the updates of a stage until it is over, is to stop, or an update's host half fails.
+    """Runs the updates of a stage until it ends, a signal stops it, or the host's part fails.
 
     Returns:
-      The carry of progress.done updates, and the error of the host's half.
+      The carry after progress.done updates, and the error of the host's part, if any.
 
     Raises:
-      InvalidEnvironment, FloatingPointError: see `run`.
+      InvalidEnvironment: If no step of a dispatch has a finite state.
+      FloatingPointError: If the stage has diverged, see `run`.
     """
     programs: dict[int, Callable[[Carry, Any], DispatchResult]] = {}
     error: Exception | None = None
@@ -380,7 +395,7 @@ def _train(
             logging.writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
             if not (progress.done or stopping()):
                 logging.log_start(carry, progress)
-            continue  # A signal may have come meanwhile.
+            continue  # A signal may have been received in the meantime.
         update_start = time.perf_counter()
         with jax.transfer_guard("disallow"):
             carry, metrics, size, retries, error = programs[size](carry, stage.constants)
@@ -400,11 +415,11 @@ def _train(
             "time/samples_per_s": size * stage.samples_per_update / seconds,
         }
         values |= {"optimizer/retries": retries} if retries else {}
-        broken = valid == 0.0 and metrics["rollout/nonfinite_envs"] > 0
-        if broken or not finite:
+        all_nonfinite = valid == 0.0 and metrics["rollout/nonfinite_envs"] > 0
+        if all_nonfinite or not finite:
             logging.writer.write(progress.done, values)
-            if broken:
-                raise envs.InvalidEnvironment(_all_broken(before, progress.done))
+            if all_nonfinite:
+                raise envs.InvalidEnvironment(_all_nonfinite(before, progress.done))
             raise FloatingPointError(_diverged(stage.name, logging.path, before, progress.done))
         logging.log(values, carry, progress, before)
     return carry, error
@@ -413,8 +428,8 @@ def _train(
 def _compiler(
     stage: Stage, shardings: Any, stopping: Callable[[], bool], tell: Callable[[str], None]
 ) -> Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]]:
-    """(number of updates, a carry) -> the compiled dispatch of so many."""
-    host: list[HostUpdate] = []  # Its programs serve dispatches of every size.
+    """Returns a function (number of updates, carry) -> compiled dispatch of that many updates."""
+    host: list[HostUpdate] = []  # The compiled parts are the same for dispatches of every size.
 
     def compiled(size: int, carry: Carry) -> Callable[[Carry, Any], DispatchResult]:
         if stage.on_host is None:
@@ -438,7 +453,7 @@ def _compiler(
 
 
 def _check_metrics(metrics: Collection[str]) -> None:
-    """Refuses metrics that nobody has defined, before the update that logs them is compiled."""
+    """Raises ValueError for undefined metrics, before the update that logs them is compiled."""
     for name in metrics:
         if name not in ("finite", "counted"):
             metric_definitions.lookup(name)
@@ -447,10 +462,16 @@ def _check_metrics(metrics: Collection[str]) -> None:
 def _row(
     metrics: Mapping[str, Any], counted: Mapping[str, int], counters: Counters, done: int
 ) -> dict[str, float]:
-    """What is logged of a dispatch that ended at update `done`; for `counted` see `make_dispatch`.
+    """Returns the row of metrics of a dispatch that ended at update `done`.
 
-    Metrics of episodes are left out where none ended, those of optimizer steps are NaN where none
-    was taken.
+    Metrics of episodes are left out if no episode ended. Metrics of optimizer steps are NaN if no
+    step was taken.
+
+    Args:
+      metrics: Metrics of the dispatch.
+      counted: Number of updates over which each of these metrics is a mean, see `make_dispatch`.
+      counters: Counters of the stage.
+      done: Number of completed updates.
     """
     absent = {name for name, count in counted.items() if not count}
     values = {name: math.nan if name in absent else float(x) for name, x in metrics.items()}
@@ -467,24 +488,23 @@ def _row(
 def _diverged(name: str, path: PathLike, before: int, done: int) -> str:
     return (
         f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
-        f"the loss or gradient of half of the optimizer steps or more is not. Nothing of them is "
-        f"saved. The same command would come to the same point again: start in a fresh workdir "
-        f"with a lower learning rate, or look at optimizer/skipped_steps, loss/* and grad/norm in "
-        f"{path}."
+        f"the loss or gradient of at least half of the optimizer steps is not. These updates are "
+        f"not saved. The same command would diverge again: start in a fresh workdir with a lower "
+        f"learning rate, or see optimizer/skipped_steps, loss/* and grad/norm in {path}."
     )
 
 
 def _host_failed(name: str, done: int, error: Exception) -> str:
     return (
         f"Stage {name!r}: update {done + 1} failed {1 + len(RETRY_AFTER_S)} times: {error}\n"
-        f"{f'Update {done} is saved' if done else 'Nothing had been learned yet'}: mend what is "
-        "named above, then start the same command again."
+        f"{f'Update {done} is saved' if done else 'No update was completed yet'}: fix the error "
+        "above, then run the same command again."
     )
 
 
-def _all_broken(before: int, done: int) -> str:
+def _all_nonfinite(before: int, done: int) -> str:
     return (
-        f"No step of any environment in updates {before + 1} to {done} gave finite numbers alone, "
-        "so that there is nothing to learn from: state.obs, reward, done, metrics, "
+        f"Every step of every environment in updates {before + 1} to {done} had a number that is "
+        "not finite, so that there is nothing to learn from: state.obs, reward, done, metrics, "
         "info['truncation'] and info['privileged'] must stay finite under actions in [-1, 1]."
     )

@@ -277,7 +277,7 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(directory, tmp_pat
         r"not in the parameters: model.embed_tokens.weight",
         {"params": {k: x for k, x in params.items() if k != "table"}},
     )
-    refused(r"shape of our table: \(7, 48\)", {"params": params | {"table": params["table"][:7]}})
+    refused(r"shape of the parameter table: \(7, 48\)", {"params": params | {"table": params["table"][:7]}})
     _, other, qwen = saved("language_model", "qwen2", directory)
     refused(r"another model(.|\n)*model_type: llama here, qwen2 there", loaded.params, other)
     assert ours.kind_of(qwen.model) == "language_model"
@@ -362,7 +362,7 @@ def test_conversion_refuses_what_it_cannot_do(directory, tmp_path, monkeypatch):
         ({"to": "hub", **full}, "--to=hub needs --checkpoint"),
         ({"to": "hub", **full, "checkpoint": source}, "has no model.json"),
         ({"to": "hub", **full, "checkpoint": source, "kind": "text_tower"}, "--kind=text_tower"),
-        ({"to": "checkpoint", **full, "checkpoint": source}, "is read with --to=hub only"),
+        ({"to": "checkpoint", **full, "checkpoint": source}, "applies to --to=hub only"),
         ({"to": "checkpoint", **full, "source": tmp_path}, "has no config.json"),
         ({"to": "checkpoint", **full, "source": clip}, "a 'clip': choose --kind, one of"),
         ({"to": "checkpoint", **full, "adapter": source}, "has no adapter_config.json"),

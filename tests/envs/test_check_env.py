@@ -193,5 +193,5 @@ def test_what_is_no_number_later_is_masked(spoil):
 def test_a_run_in_which_every_step_is_broken_stops(tmp_path):
     broken = {"rollout/valid_fraction": jnp.float32(0), "rollout/nonfinite_envs": jnp.float32(8)}
     stage = toy(update=lambda n, w: broken)
-    with pytest.raises(envs.InvalidEnvironment, match="in updates 1 to 1 gave finite numbers"):
+    with pytest.raises(envs.InvalidEnvironment, match="in updates 1 to 1 had a number that is"):
         loop.run(stage, workdir=tmp_path, config={})

@@ -292,11 +292,11 @@ def test_what_acts_can_be_stored_and_restored_without_the_optimizer(trained):
     ("change", "message"),
     [
         (lambda c: c.model.update(checkpoint=None), "model.checkpoint=None, but model.kind='vlm'"),
-        (lambda c: c.env.update(history=2), "env.history=2, but model.kind='vlm' sees one frame"),
-        (lambda c: c.model.update(text_encoder="minilm"), "not read model.text_encoder='minilm'"),
+        (lambda c: c.env.update(history=2), "env.history=2, but model.kind='vlm' has one frame"),
+        (lambda c: c.model.update(text_encoder="minilm"), "not use model.text_encoder='minilm'"),
         (lambda c: c.env.update(height=0), "env.height=0, env.width=16: model.kind='vlm' needs"),
         (lambda c: c.model.update(prompt="{image}"), "'model.prompt' is '{image}', but must be a"),
-        (lambda c: c.model.update(kind="multimodal"), "model.kind='multimodal' does not read mo"),
+        (lambda c: c.model.update(kind="multimodal"), "model.kind='multimodal' does not use mod"),
         (lambda c: c.model.lora.update(rank=0), "'model.lora.rank' is 0, but must be greater"),
     ],
 )

@@ -86,9 +86,9 @@ class Bright:
         return self.texts.make_prompts(images, zeros, answer, zeros, zeros)
 
 
-def count_calls(moment):
-    (moment.directory / "probe.txt").write_text(f"{moment.update}")
-    return {"probe/calls": moment.update}
+def count_calls(context):
+    (context.directory / "probe.txt").write_text(f"{context.update}")
+    return {"probe/calls": context.update}
 
 
 @pytest.fixture(autouse=True)

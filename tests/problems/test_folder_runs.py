@@ -147,7 +147,8 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     assert not any(name.startswith("eval/test/") for row in logged for name in row)
     shown, tested = trained.problem.samples(trained.variables, 24)
     assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
-    assert trained.tested == tested and tested["eval/test/return"] == summary["final/test/return"]
+    assert trained.test_metrics == tested
+    assert tested["eval/test/return"] == summary["final/test/return"]
     test = trained.problem.records.test
     assert {sample.prompt for sample in shown} == set(test.read(range(2)).prompts)
 

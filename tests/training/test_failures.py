@@ -107,7 +107,7 @@ def test_what_fails_each_time_stops_with_all_that_was_learned(tmp_path):
 
 
 def test_at_the_first_update_there_is_nothing_to_save(tmp_path):
-    with pytest.raises(loop.HostFailed, match="Nothing had been learned yet"):
+    with pytest.raises(loop.HostFailed, match="No update was completed yet"):
         run(hosted(never(1, OSError("gone")))[0], tmp_path)
     assert checkpoint.saved_steps(tmp_path) == [] and rows(tmp_path) == []
 
@@ -147,7 +147,7 @@ def test_an_evaluation_that_fails_does_not_end_a_run(tmp_path, capsys):
     assert "eval/train/return" not in logged[4]
     assert stored(tmp_path, "best") == (8.0, 8)
     text = capsys.readouterr().err
-    assert "toy: the evaluation at update 2 failed, and the run continues without: Runt" in text
+    assert "toy: the evaluation at update 2 failed, and the run continues without it: R" in text
 
 
 def test_reports_that_fail_do_not_end_a_run(tmp_path, monkeypatch, capsys):
