@@ -277,7 +277,10 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(directory, tmp_pat
         r"not in the parameters: model.embed_tokens.weight",
         {"params": {k: x for k, x in params.items() if k != "table"}},
     )
-    refused(r"shape of the parameter table: \(7, 48\)", {"params": params | {"table": params["table"][:7]}})
+    refused(
+        r"shape of the parameter table: \(7, 48\)",
+        {"params": params | {"table": params["table"][:7]}},
+    )
     _, other, qwen = saved("language_model", "qwen2", directory)
     refused(r"another model(.|\n)*model_type: llama here, qwen2 there", loaded.params, other)
     assert ours.kind_of(qwen.model) == "language_model"
