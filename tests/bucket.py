@@ -1,4 +1,4 @@
-"""A bucket that is a local directory: gs:// for epath, and for the arrays that Orbax writes."""
+"""A local directory that acts as a gs:// bucket for epath and for the arrays that Orbax writes."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 
 class _Backend(backend._OsPathBackend):
-    """The operations of a disk on the paths of a bucket, whose objects are written whole."""
+    """Maps file operations on the paths of a bucket to a local directory."""
 
     def __init__(self, root):
         self.root = str(root)
@@ -62,7 +62,7 @@ class _Backend(backend._OsPathBackend):
 
 
 def install(monkeypatch, root):
-    """Makes gs://name the directory `root`/name, for as long as the patch lives."""
+    """Maps gs://name to the directory `root`/name while the patch is active."""
     fake = _Backend(root)
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)

@@ -1,4 +1,4 @@
-"""Settings of every test: a CPU that looks like eight devices, and a cache of compiled programs."""
+"""Settings of all tests: eight simulated CPU devices, and a cache of compiled programs."""
 
 from collections.abc import Iterator
 import os
@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 @pytest.fixture(autouse=True, scope="session")
 def image_indices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is known of the images of tests' folders is not kept in the user's home."""
+    """Keeps the cache of image properties out of the user's home directory."""
     from mmrl_jax.tasks import image_index
 
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives slow tests, unless they name their own, a longer limit than pyproject.toml's."""
+    """Gives slow tests without a timeout a longer one than that of pyproject.toml."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))

@@ -28,7 +28,7 @@ RL = {"last__num_updates": 3, "last__eval_interval": 2}
 
 
 def vlm(directory: pathlib.Path) -> ml_collections.ConfigDict:
-    """Of a control policy that is a whole vision-language model."""
+    """Returns the config of a control policy with a pretrained vision-language model."""
     changes = {
         "stages": ("ppo",),
         "model": {
@@ -48,7 +48,7 @@ def vlm(directory: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def dataset(directory: pathlib.Path) -> ml_collections.ConfigDict:
-    """Of prompts from files, with rewards from a module."""
+    """Returns the config of prompts from files, with rewards from a module."""
     changes = {
         "dataset": {
             "directory": str(folder(directory / "folder", count=10)), "height": 16, "width": 16,
@@ -72,7 +72,7 @@ def dataset(directory: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def configs(directory: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
-    """A tiny config of each kind of run, with the files that it needs below `directory`."""
+    """Returns a tiny config of each kind of run, whose files are written to `directory`."""
     steady = {"ppo__optimizer__schedule": "constant"}
     return {
         "control_bc_ppo": tiny.config("reach_ppo", **steady, **RL),
@@ -90,19 +90,19 @@ def configs(directory: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
 
 
 def digest(tree: Any) -> str:
-    """Of the values of a tree's leaves, in whichever order."""
+    """Returns a digest of the values of the leaves of a tree, independent of their order."""
     leaves = (np.asarray(x) for x in jax.tree.leaves(jax.device_get(tree)))
     each = (hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()) for x in leaves)
     return hashlib.sha256("".join(sorted(x.hexdigest() for x in each)).encode()).hexdigest()[:16]
 
 
 def learned(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
-    """The digest of the parameters of the last stage of a run."""
+    """Returns the digest of the parameters of the last stage of a run."""
     return digest(mmrl_jax.train(config, workdir).last.carry.learner.params)
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
-    """The digests of a run, and of the same that is stopped after 2 updates and resumed."""
+    """Returns the digests of a run, and of the same run stopped after 2 updates and resumed."""
     whole, last = learned(config, workdir / "whole"), config.stages[-1]
     learned(problems.complete(config, {last: {"num_updates": 2}}), workdir / "parts")
     return {"whole": whole, "resumed": learned(config, workdir / "parts")}

@@ -1,4 +1,4 @@
-"""Tiny models in the hub's format, written with transformers and torch."""
+"""Tiny models in the Hugging Face format, written with transformers and torch."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def save(model: torch.nn.Module, directory: pathlib.Path, seed: int = 0) -> torch.nn.Module:
-    """Redraws and saves the model; returns it, ready to be run."""
+    """Randomizes and saves the model; returns it in evaluation mode."""
     redraw(model, seed)
     model.save_pretrained(directory, safe_serialization=True)
     return model.eval()

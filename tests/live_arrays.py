@@ -1,4 +1,4 @@
-"""The arrays that a run holds, beside its carry and the data of its stage."""
+"""Measures the arrays that a run holds in addition to its carry and its constants."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -13,7 +13,7 @@ from mmrl_jax.training.checkpoint import Checkpointer
 
 
 def array_bytes(arrays: Iterable[jax.Array]) -> int:
-    """Bytes of arrays on all devices; those that share a buffer count once."""
+    """Returns the bytes of arrays on all devices, counting shared buffers once."""
     shards = (shard.data for x in arrays if x.size for shard in x.addressable_shards)
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
 

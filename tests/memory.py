@@ -1,4 +1,4 @@
-"""The host memory that a piece of code takes, measured in a process of its own (Linux)."""
+"""Measures the host memory of a piece of code in a separate process (Linux)."""
 
 from collections.abc import Iterator
 import contextlib
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def anonymous() -> int:
-    """Bytes of this process's memory that are no file's: the pages of a mapped one do not count."""
+    """Returns the bytes of anonymous memory of this process, without pages of mapped files."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -24,7 +24,7 @@ def anonymous() -> int:
 
 @contextlib.contextmanager
 def peak() -> Iterator[list[int]]:
-    """A list that gets, at the end, the most bytes that were held above those at the beginning."""
+    """Yields a list to which the peak memory above that at the start is appended at the end."""
     # What was freed before, but not given back, would hide what is taken.
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -46,7 +46,7 @@ def peak() -> Iterator[list[int]]:
 
 
 def start(code: str, *arguments: object, devices: int) -> subprocess.Popen:
-    """Code in a fresh process of so many simulated devices."""
+    """Starts a process with the given code and number of simulated devices."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -58,12 +58,12 @@ def start(code: str, *arguments: object, devices: int) -> subprocess.Popen:
 
 
 def numbers(child: subprocess.Popen) -> list[float]:
-    """What it printed, when it has ended well."""
+    """Returns the numbers that a process printed, after it has succeeded."""
     out, errors = child.communicate()
     assert child.returncode == 0, errors
     return [float(x) for x in out.split()]
 
 
 def in_child(code: str, *arguments: object, devices: int) -> list[float]:
-    """The numbers that code prints in a fresh process of so many simulated devices."""
+    """Runs code in a process with simulated devices, and returns the numbers that it prints."""
     return numbers(start(code, *arguments, devices=devices))

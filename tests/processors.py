@@ -1,4 +1,4 @@
-"""transformers' processors of images and prompts, and tiny models to go with them."""
+"""transformers' processors of images and prompts, and tiny models for them."""
 
 import pathlib
 from typing import Any
@@ -33,7 +33,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %
 
 
 def tokenizer():
-    """Of bytes, whose two line ends in a row are one token, and which puts <s> first."""
+    """Returns a byte tokenizer that merges two line breaks and prepends <s>."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate([*letters, "ĊĊ"])}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ċ", "Ċ")]))
@@ -106,7 +106,7 @@ def llava(**images):
 
 
 class WithoutVideos(transformers.LlavaOnevisionProcessor):
-    """Whose processor needs a package."""
+    """A replacement of the video processor, which needs a package."""
 
     @classmethod
     def get_attributes(cls):
@@ -150,7 +150,7 @@ FAMILIES = {
 
 
 def qwen(config, processor, **vision):
-    """A processor with no part for videos, which needs torchvision."""
+    """Returns a processor without a video processor, which would need torchvision."""
     words = tokenizer()
     sections = [1, 2, 1]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
@@ -226,7 +226,7 @@ def save_model(family: str, directory: pathlib.Path) -> str:
 
 
 def save_chat(family: str, directory: pathlib.Path) -> tuple[Any, Any]:
-    """The same of a model that chats; returns transformers' processor and model."""
+    """Writes a random chat model; returns transformers' processor and model."""
     processor, config = CHATS[family]()
     template = TEMPLATES.get(family)
     processor.chat_template = processor.tokenizer.chat_template = template

@@ -1,4 +1,4 @@
-"""Reward functions as a user has them in a module; other processes import it without jax."""
+"""Reward functions in a module, which worker processes import without jax."""
 
 import concurrent.futures
 import decimal
@@ -32,7 +32,7 @@ def platform(*, prompt, completion, answer):
 
 
 def awkward(*, prompt, completion, answer, **columns):
-    """Does what its completion says."""
+    """Behaves as its completion says."""
     if completion == "raise":
         raise KeyError("no such thing")
     if completion == "sleep":
@@ -50,7 +50,7 @@ def awkward(*, prompt, completion, answer, **columns):
 
 
 def half(*, completion, **columns):
-    """One half, as a number of the kind that its completion says; and what is no number."""
+    """Returns one half as the type that its completion says, or a value that is not a number."""
     if completion == "jax":
         import jax.numpy as jnp
 
@@ -74,7 +74,7 @@ def half(*, completion, **columns):
 
 
 def process(*, completion, note="", **columns):
-    """Starts processes and does what else its completion says; returns the pid of its worker."""
+    """Starts processes and behaves as its completion says; returns the pid of its worker."""
     if completion == "pool":
         with concurrent.futures.ProcessPoolExecutor(1) as pool:
             return pool.submit(math.fabs, -0.5).result()
@@ -98,7 +98,7 @@ def process(*, completion, note="", **columns):
 
 @on_failure(-0.25)
 def declared(*, completion, **columns):
-    """The number that the completion is; it raises for what is none."""
+    """Returns the number that the completion is, and raises if it is not a number."""
     return float(completion)
 
 

@@ -40,7 +40,7 @@ _SMALL = {"width": 16, "layers": 1, "heads": 2, "patch_hidden": 16, "vision_laye
 
 
 def nested(overrides: dict[str, object], stages: tuple[str, ...]) -> dict[str, Any]:
-    """group__field=value as nested dictionaries; the group 'last' is that of the last stage."""
+    """Returns group__field=value as nested dictionaries; 'last' is the group of the last stage."""
     changes: dict[str, Any] = {}
     for key, value in overrides.items():
         *groups, field = key.split("__")
@@ -68,7 +68,7 @@ def _changed(
 
 
 def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.ConfigDict:
-    """configs/<name>.py, shrunk; overrides are given as group__field=value."""
+    """Returns configs/<name>.py at a tiny size, with overrides as group__field=value."""
     base = mmrl_jax.get_config(name)
     changes: dict[str, Any] = {
         "run": {"eval_episodes": 4},
@@ -86,7 +86,7 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
 
 
 def agent_config(name: str = "grid_agent_ppo", **overrides: object) -> ml_collections.ConfigDict:
-    """The same of agents that write."""
+    """Returns the tiny config of a text agent, with overrides as group__field=value."""
     changes = {
         "run": {"eval_episodes": 4},
         "model": _SMALL,
@@ -104,7 +104,7 @@ def agent_config(name: str = "grid_agent_ppo", **overrides: object) -> ml_collec
 
 
 def token_config(name: str = "count_grpo", **overrides: object) -> ml_collections.ConfigDict:
-    """The same of token policies."""
+    """Returns the tiny config of a token policy, with overrides as group__field=value."""
     base = mmrl_jax.get_config(name)
     changes = {
         "run": {"eval_episodes": 4},

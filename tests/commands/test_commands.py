@@ -1,4 +1,4 @@
-"""The README's command lines as they are written there, each in its own process, at a tiny size."""
+"""Tests that the README's command lines run, each in a process, at a tiny size."""
 
 import json
 import pathlib
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.timeout(900)  # Where nothing is cached, they compile f
 
 
 def command(script: str) -> list[str]:
-    """The arguments of the README's first command line of a script, in a block of its own."""
+    """Returns the arguments of the README's first command line of a script."""
     (first, *_) = re.findall(rf"^python -m experiments\.{script} (.*)$", README, re.MULTILINE)
     return shlex.split(first)
 
 
 def run(script: str, *arguments: str, cwd: pathlib.Path = ROOT) -> str:
-    """What a command prints; it must end well and leave no stack trace."""
+    """Returns the output of a command, which must succeed and print no traceback."""
     call = [sys.executable, "-m", f"experiments.{script}", *arguments]
     done = subprocess.run(call, capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -33,7 +33,7 @@ def run(script: str, *arguments: str, cwd: pathlib.Path = ROOT) -> str:
 
 
 def shrunk(arguments: list[str], workdir: pathlib.Path) -> list[str]:
-    """Arguments of `train` with another workdir, and overrides that make the config tiny."""
+    """Returns arguments of `train` with another workdir and overrides for a tiny config."""
     (path,) = (x.removeprefix("--config=") for x in arguments if x.startswith("--config="))
     # One stage and one update: each further program compiles for longer than it runs.
     own, small = config_lib.load_config(path), tiny.config(pathlib.Path(path).stem)
@@ -49,7 +49,7 @@ def shrunk(arguments: list[str], workdir: pathlib.Path) -> list[str]:
 
 
 def at(arguments: list[str], workdir: pathlib.Path) -> list[str]:
-    """The arguments with another workdir."""
+    """Returns the arguments with another workdir."""
     return [f"--workdir={workdir}" if x.startswith("--workdir=") else x for x in arguments]
 
 
@@ -63,7 +63,7 @@ def test_train_and_evaluate(tmp_path):
 
 
 def config_splits() -> tuple[str, ...]:
-    """The splits of the README's environment."""
+    """Returns the splits of the README's environment."""
     from mmrl_jax import envs
 
     return envs.splits("language_reach")

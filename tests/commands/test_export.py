@@ -1,4 +1,4 @@
-"""Models go back to the hub's format as they came, and transformers loads what was trained."""
+"""Tests that models are exported without changes, and that transformers loads trained models."""
 
 import collections
 import functools
@@ -52,7 +52,7 @@ def directory(tmp_path_factory):
 
 @functools.cache
 def saved(kind, name, directory):
-    """The torch model, where it was saved, and ours."""
+    """Returns the torch model, the directory in which it was saved, and our model."""
     if kind == "language_model":
         theirs, loaded = decoders.pair(name, directory)
     elif name in qwen_vl.NAMES:
@@ -66,7 +66,7 @@ def saved(kind, name, directory):
 
 
 def trained(loaded, seed=0):
-    """Other numbers in every leaf, which differ from each other."""
+    """Returns parameters with other values in every leaf."""
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda x: jnp.asarray(np.asarray(x) + rng.normal(0, 0.1, x.shape), x.dtype), loaded.params
@@ -82,7 +82,7 @@ def assert_same(a, b):
 
 
 def tensors(path):
-    """Of all files of a directory."""
+    """Returns the tensors of all files of a directory."""
     return {k: x for file in sorted(path.glob("*.safetensors")) for k, x in load_file(file).items()}
 
 
@@ -183,7 +183,7 @@ def test_files_have_at_most_the_bytes_asked_for(directory, tmp_path):
 
 
 def copied(source, target, **changed):
-    """A source with other tensors; None takes one out."""
+    """Returns a copy of a source with other tensors; None removes a tensor."""
     target.mkdir()
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     found = tensors(source) | {key.replace("__", "."): x for key, x in changed.items()}
@@ -389,7 +389,7 @@ def test_help():
 
 @pytest.mark.slow
 def test_the_host_holds_about_one_file(tmp_path):
-    """About 240 MB of parameters: what the host holds beside them grows with the files."""
+    """There are about 240 MB of parameters; further host memory is limited to about a file."""
     config = transformers.LlamaConfig(
         vocab_size=8000,
         hidden_size=1024,

@@ -1,4 +1,4 @@
-"""A run that is killed, at whatever moment and however often, ends as the one that never was."""
+"""Tests that a run that is killed at any time ends with the same result as an undisturbed run."""
 
 import random
 import subprocess
@@ -27,7 +27,7 @@ def config_of(name, updates):
 
 
 def killed(name, updates, workdir, wait):
-    """Starts the run and kills it; returns the checkpoint that was the newest then, or None."""
+    """Starts the run and kills it; returns its newest checkpoint at that time, or None."""
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, name, str(updates), str(workdir)],
         stdout=subprocess.DEVNULL,

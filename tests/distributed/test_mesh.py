@@ -58,7 +58,7 @@ def test_each_device_holds_its_part(axis):
 
 
 class Drift(Env):
-    """A point that starts anywhere and goes where it is told; episodes of three steps."""
+    """A point with a random start that moves by its action; episodes have three steps."""
 
     observation_size, action_size, backend = 1, 1, "none"
 
@@ -123,7 +123,7 @@ def gradient_recorder():
 
 
 def record(state, model):
-    """A batch of random observations that the state's policy acted on."""
+    """Returns a batch of random observations with actions of the state's policy."""
     rng = np.random.default_rng(0)
 
     def observation(*shape):

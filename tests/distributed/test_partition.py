@@ -162,7 +162,7 @@ def test_a_mesh_of_several_axes():
 
 
 class Counted:
-    """A slice of safetensors that remembers how much of each tensor was read, and in what parts."""
+    """A slice of safetensors that records the parts that are read of each tensor."""
 
     read: dict[str, list[int]] = collections.defaultdict(list)
 
@@ -183,7 +183,7 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Bytes of each read, by the hub's name."""
+    """Returns the bytes of each read by the name of the tensor."""
     Counted.read.clear()
     open_file = safetensors_files.open_file
 
@@ -324,7 +324,7 @@ def test_what_lies_on_a_mesh_is_exported_and_kept_in_our_format(llama, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_read_a_half_each(llama):
-    """Two processes, a device each."""
+    """There are two processes with one device each."""
     child = """
 import sys, jax
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""What comes from a user's environment is checked by name, made float32, or masked."""
+"""Tests of the checks, conversions and masks of a user's environment."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.training.test_loop import toy
 
 
 class Whole(Counter):
-    """Keeps the whole contract, instruction and metric among it."""
+    """An environment that satisfies the whole contract, with an instruction and a metric."""
 
     episode_length = 4
     vocabulary = None

@@ -27,7 +27,7 @@ def shapes(tree):
 
 
 class Stub(Env):
-    """Ends itself after three steps; 'state' of its observation is the step."""
+    """An environment that ends after three steps; 'state' of its observation is the step."""
 
     action_size = 1
     observation_size = 1
@@ -108,7 +108,7 @@ def test_a_playground_environment_is_wrapped():
 
 @pytest.fixture(scope="module")
 def pendulum():
-    """The environment, its first state, and the states of a constant push until both poles fell."""
+    """Returns the environment, its initial state, and the states of a constant push."""
     env = envs.create(
         "brax:inverted_pendulum", split="train", height=16, width=16, history=2, episode_length=100
     )
@@ -120,7 +120,7 @@ def pendulum():
 
 
 def check_interface(env, state, after, *, proprio, pixels):
-    """A batched state and the next one fulfil what env promises."""
+    """Checks a batched state and the next one against the interface of the environment."""
     # A scan's carry must not change.
     assert shapes(after) == shapes(state)
     batch = state.done.shape
@@ -333,7 +333,7 @@ def test_links_of_every_backend_carry_the_geoms(backend):
 
 
 def recall_episodes(history, choose, n=512):
-    """Success of n episodes of `recall` under choose(pixels [n, ...]) -> int32 [n]."""
+    """Returns the success of n episodes of `recall` with choose(pixels [n, ...]) -> int32 [n]."""
     env = envs.create("recall", split="train", height=8, width=8, history=history)
     state = jax.jit(env.reset)(keys(n))
     step = jax.jit(env.step)

@@ -1,4 +1,4 @@
-"""The grid: splits, moves, ends, what is seen, the expert, and actions as text."""
+"""Tests of the grid: splits, moves, ends, observations, the expert, and actions as text."""
 
 import jax
 import jax.numpy as jnp

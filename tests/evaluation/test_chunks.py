@@ -1,4 +1,4 @@
-"""Evaluation in chunks: every sample counts once, whatever their number and the devices."""
+"""Tests that every sample counts once for any chunk size and number of devices."""
 
 import jax
 import jax.numpy as jnp

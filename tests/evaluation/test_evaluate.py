@@ -69,7 +69,7 @@ def test_every_environment_counts_for_its_first_episode():
 
 def test_an_environment_that_breaks_has_no_success():
     class Fragile(Staircase):
-        """Environment 3, which would end in success at step 4, breaks in step 3."""
+        """Environment 3, which would succeed at step 4, has a non-finite state at step 3."""
 
         def step(self, state: State, action: jax.Array) -> State:
             state = super().step(state, action)
@@ -172,7 +172,7 @@ def test_hide_refuses_what_it_cannot_hide():
 
 
 class Guess(Staircase):
-    """One step; success where the policy says what is in the pixels, which the split decides."""
+    """Episodes of one step, with success if the action is the number in the pixels."""
 
     episode_length = 1
 
@@ -221,7 +221,7 @@ def test_an_evaluator_of_one_episode_hides_nothing():
 
 
 class Drawn(Guess):
-    """One step, whose reward is what the policy does; a number in the pixels, by the key alone."""
+    """Episodes of one step, whose reward is the action; the key determines the pixels."""
 
     def reset(self, rng: jax.Array) -> State:
         return super().reset(rng).replace(obs={"pixels": jax.vmap(jax.random.uniform)(rng)})
@@ -231,7 +231,7 @@ class Drawn(Guess):
 
 
 def copy(_):
-    """A policy that does what it sees, with more work for every environment than all else takes."""
+    """A policy that copies the pixels to its action, with many operations per environment."""
 
     def policy(state: State, rng: jax.Array) -> ActorOutput:
         seen = jnp.broadcast_to(state.obs["pixels"][:, None], (state.done.shape[0], 64))

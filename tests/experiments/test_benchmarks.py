@@ -1,4 +1,4 @@
-"""experiments.benchmark: every suite runs and writes its rows, at a tiny size and at its own."""
+"""Tests that every benchmark suite runs and writes its rows, at a tiny and at its full size."""
 
 import json
 import pathlib
@@ -30,7 +30,7 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 def tiny_llama(directory: pathlib.Path) -> pathlib.Path:
-    """A random Llama of one layer with SmolLM2's tokenizer, in the format of the hub."""
+    """Writes a random Llama of one layer with SmolLM2's tokenizer in the Hugging Face format."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

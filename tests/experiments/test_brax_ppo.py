@@ -1,4 +1,4 @@
-"""The comparison with Brax's own PPO: the same evaluation and the same hyperparameters."""
+"""Tests of the comparison with Brax's PPO: same evaluation and same hyperparameters."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The documentation fits the code: what is generated is current, and what is named is there."""
+"""Tests that the documentation agrees with the code and that its references exist."""
 
 import os
 import pathlib
@@ -39,7 +39,7 @@ def test_the_readme_is_short():
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of the titles of a document, as GitHub makes them."""
+    """Returns the anchors of the titles of a document, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -59,7 +59,7 @@ def test_every_relative_link_exists(name):
 
 
 def commands(text: str) -> list[list[str]]:
-    """The command lines of the blocks of a document, split into words, without the program."""
+    """Returns the command lines in a document, split into words, without the program."""
     found = []
     for block in re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()

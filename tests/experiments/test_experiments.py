@@ -1,4 +1,4 @@
-"""The scripts of experiments/, end to end at a tiny size."""
+"""End-to-end tests of the scripts in experiments/ at a tiny size."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(900)  # Where nothing is cached, the first comp
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(workdir, summary, how often an evaluation was traced) of one quickstart."""
+    """Runs a quickstart; returns (workdir, summary, number of traces of an evaluation)."""
     workdir = tmp_path_factory.mktemp("quickstart")
     traced = []
     evaluation = evaluation_lib.evaluate

@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last."""
+"""Tests that all cells of every notebook run."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ import pytest
 NOTEBOOKS = sorted(pathlib.Path("notebooks").glob("*.ipynb"))
 SLOW = ("02_pretrained",)
 # What is put in the place of a notebook's cell of parameters, so that it runs in seconds.
-SHORTER = {"03_rewards": "PICTURES, SFT_UPDATES, RL_UPDATES = 320, 2, 2"}
+SHORTER = {"03_rewards": "NUM_IMAGES, SFT_UPDATES, RL_UPDATES = 320, 2, 2"}
 
 
 def test_there_are_notebooks():

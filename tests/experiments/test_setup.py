@@ -49,7 +49,7 @@ PACKAGES = {
 
 
 class Checkout:
-    """A copy of the tool files in `root`, and the only folder of PATH, `bin`."""
+    """A copy of the tool files in `root`, and `bin`, the only directory of PATH."""
 
     def __init__(self, root: pathlib.Path):
         self.root = root / "checkout"
@@ -85,7 +85,7 @@ class Checkout:
         )
 
     def installs(self) -> list[str]:
-        """What the fakes did since the last call."""
+        """Returns the calls of the fake programs since the last call."""
         log = self.root / "installs.log"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
@@ -319,7 +319,7 @@ def test_test_all_skips_a_python_that_is_absent(checkout):
 
 
 def argument_of_setup(name: str) -> ast.expr:
-    """An argument of the call in setup.py."""
+    """Returns an argument of the call in setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     (value,) = (
         node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == name
@@ -328,7 +328,7 @@ def argument_of_setup(name: str) -> ast.expr:
 
 
 def declared() -> dict[str, list[str]]:
-    """Names of distributions in setup.py, by extra; those of install_requires under ''."""
+    """Returns the distributions in setup.py by extra; those of install_requires under ''."""
     keywords = {
         node.arg: node.value
         for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
@@ -340,7 +340,7 @@ def declared() -> dict[str, list[str]]:
 
 
 def pins(lock: str) -> set[str]:
-    """The pins of a lock, as lines: name, version and marker."""
+    """Returns the pins of a lock as lines with name, version and marker."""
     lines = (ROOT / lock).read_text().splitlines()
     return {line for line in lines if line and not line.lstrip().startswith("#")}
 
@@ -389,7 +389,7 @@ def test_what_setup_names_is_in_the_lock_that_installs_it():
 
 
 def test_what_the_package_imports_is_required_by_it():
-    """Neither a dependency's dependency nor an extra, except where an error names the extra."""
+    """Imports must not be indirect dependencies, or extras unless an error names the extra."""
     # How a distribution's module is called, where it is not the distribution's name.
     modules = {
         "absl-py": "absl",
@@ -426,7 +426,7 @@ def test_tests_see_eight_devices_and_a_compilation_cache():
 
 @pytest.mark.slow
 def test_a_fresh_checkout_installs_with_pip_alone(tmp_path):
-    """The real thing: downloads the lock, needs the network and 1.2 GB."""
+    """This test downloads all packages of the lock; it needs the network and 1.2 GB."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("Makefile", "setup.py", "pyproject.toml", *LOCKS, "README.md"):

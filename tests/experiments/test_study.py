@@ -1,4 +1,4 @@
-"""experiments.study and the benchmarks' harness, on work made up here; the numbers by hand."""
+"""Tests of experiments.study and of the benchmarks' harness, with values derived by hand."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ STUDIES = {
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """A study of two variants and three seeds, whose runs cost nothing, and the runs it made."""
+    """Returns a study of two variants and three seeds with trivial runs, and its list of runs."""
     ran = []
     scores = {"plain": (0.1, 0.2, 0.6), "better": (0.5, 0.7, 0.9)}
 

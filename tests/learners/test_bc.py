@@ -23,7 +23,7 @@ OPTIONS = bc.BC(value_coef=0.5, auxiliary_coef=0.3, pointing_coef=0.7)
 
 
 def apply(params, observation):
-    """Linear heads on proprioception; discrete where there is no log_std."""
+    """Applies linear heads to proprioception; actions are discrete without a log_std."""
     x = observation["proprio"]
     mean = x @ params["policy"]
     if "log_std" in params:
@@ -35,7 +35,7 @@ def apply(params, observation):
 
 
 def problem(kind):
-    """Zero parameters, and demonstrations that linear heads can imitate exactly."""
+    """Returns zero parameters, and demonstrations that linear heads can imitate exactly."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(SAMPLES, PROPRIO))
     score = x @ [1.0, -1.0, 0.5]
@@ -77,7 +77,7 @@ def compiled(optimizer):
 
 
 def drawn(update):
-    """Half of the samples; a different half in the next update."""
+    """Selects half of the samples, and the other half in the next update."""
     return (jnp.arange(SAMPLES // 2) + update * SAMPLES // 2) % SAMPLES
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules as a config names them, against optax's own."""
+"""Tests of optimizers and schedules of a config against those of optax."""
 
 import jax
 import jax.numpy as jnp

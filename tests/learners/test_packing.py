@@ -1,4 +1,4 @@
-"""Answers that share rows: where they go, and the same numbers as in rows of their own."""
+"""Tests of packed completions: their layout, and equal results to padded completions."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def test_first_fit_by_hand():
 
 @functools.cache
 def scored(pack_rows):
-    """(presence) -> scores of a windowed model, and the gradient of some weighting of them."""
+    """Returns log-probs of a model with windowed attention, and gradients of a weighted sum."""
     weight = jax.random.normal(jax.random.key(2), (2, 3, 4, LENGTH))
 
     def loss(variables, mask):
@@ -124,7 +124,7 @@ def test_values_and_pictures():
 
 
 def test_no_answer_reads_another_one():
-    """By the gradient to the embeddings of tokens, of which each answer has its own."""
+    """The check uses gradients of the token embeddings, of which each completion has its own."""
     prompt = jnp.arange(1, 4)[None]
     tokens = 4 + jnp.arange(15).reshape(1, 3, 5)
     mask = completion_mask([[5, 3, 2]], 5)

@@ -39,7 +39,7 @@ PLAIN = ppo.PPO(
 
 
 def apply(params, observation):
-    """Linear heads on proprioception; discrete where there is no log_std."""
+    """Applies linear heads to proprioception; actions are discrete without a log_std."""
     x = observation["proprio"]
     mean = x @ params["policy"]
     if "log_std" in params:
@@ -74,7 +74,7 @@ def learner_state(optimizer, params):
 
 
 def record(state, seed=1, network=apply):
-    """A batch that `state`'s policy acted, with an end of either kind and its reset step."""
+    """Returns a batch of `state`'s policy with both kinds of ends and their reset steps."""
     rng = np.random.default_rng(seed)
     proprio = jnp.asarray(rng.normal(size=(STEPS + 1, BATCH, PROPRIO)), jnp.float32)
     flat = {"proprio": proprio[:STEPS].reshape(-1, PROPRIO)}
@@ -134,7 +134,7 @@ def difference(a, b):
 
 
 def expected_parts(params, normalizer, batch, last, h, kind):
-    """PPO's loss written out again: own GAE loop, own normalization, own densities."""
+    """Computes PPO's loss with an independent implementation of GAE and densities."""
     deviation = jnp.sqrt(normalizer.m2 / normalizer.count)
 
     def see(proprio):

@@ -61,7 +61,7 @@ OPTIMIZER = optax.sgd(0.1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Centered(grpo.GRPO):
-    """GRPO of centered advantages with any loss, of which presets have few."""
+    """GRPO with centered advantages and any loss, for combinations without a preset."""
 
     token_loss: TokenLoss = TokenLoss(clip=None)
 
@@ -94,7 +94,7 @@ def learner(trained=".*", reference=False):
 
 @functools.cache
 def experience():
-    """Three completions of each of four prompts, in one turn, with random rewards."""
+    """Returns three completions for each of four prompts, in one turn, with random rewards."""
     state, frozen = learner()
     completions = jit(functools.partial(POLICY.generate, num_completions=3, sampling=Sampling()))(
         state.params, frozen, prompt_batch(), jax.random.key(2)
@@ -280,7 +280,7 @@ class TablePolicy:
 
 
 def table_update(dtype, options, valid):
-    """An update of a `TablePolicy` by plain gradient steps, on what a float32 sampler drew."""
+    """Updates a `TablePolicy` with SGD on completions of a float32 sampler."""
     table = jax.random.normal(jax.random.key(0), (4, 3, 5))
     length = jnp.array([[5, 2, 1], [3, 3, 4], [1, 5, 2], [4, 4, 1]])
     mask = jnp.arange(5) < length[..., None]
@@ -445,7 +445,7 @@ def test_supervised_fine_tuning_is_cross_entropy():
 
 
 def preferences(weight=(1.0, 1.0, 0.0, 1.0)):
-    """Two completions, of which the first is preferred where the weight is 1, and neither else."""
+    """Returns pairs of completions, whose first is preferred if the weight is 1."""
     completions = jax.tree.map(lambda x: x[0, :, :2], experience().completions)
     reward = jnp.asarray(weight)[:, None] * jnp.array([1.0, 0.0])
     return ScoredCompletions.single_turn(prompt_batch(), completions, reward, jnp.ones((4, 2)))
@@ -502,7 +502,7 @@ def test_best_and_worst_answers_are_preferred():
 
 @functools.cache
 def turns():
-    """Two turns of two episodes, whose answers are the first ones of `experience`."""
+    """Returns two turns of two episodes, with the first completions of `experience`."""
     zeros = jnp.zeros((2, 2))
     completions = jax.tree.map(
         lambda x: x[0, :, 0].reshape(2, 2, *x.shape[3:]), experience().completions
@@ -612,7 +612,7 @@ def test_token_ppo_learns_from_a_group_what_it_learns_from_its_answers_apart():
 
 
 class Recorded(token_learner.TokenPolicy):
-    """Notes the questions and answers of every pass that is traced."""
+    """Records the prompts and completions of every traced pass."""
 
     def log_probs_and_values(self, params, frozen, prompts, tokens, mask, **kwargs):
         passes.append((len(prompts.images), *tokens.shape[:2]))

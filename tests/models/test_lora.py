@@ -1,4 +1,4 @@
-"""Adapters: zero, merged, trained, in PEFT's format; int8; splits."""
+"""Tests of adapters (initialization, merging, training, PEFT format), int8 and splits."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def loaded(directory):
 
 
 def random_lora(params, groups=GROUPS):
-    """Neither half is zero."""
+    """Returns adapters in which neither matrix is zero."""
     fresh = lora_lib.init(jax.random.key(0), params, groups)
     leaves, structure = jax.tree.flatten(fresh)
     rng = np.random.default_rng(1)

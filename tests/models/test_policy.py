@@ -58,7 +58,7 @@ def observe(seed=0, frames=None, height=EDGE, width=EDGE):
 
 
 def filled(shapes, seed=0):
-    """Random parameters without compiling an initializer; the heads' are not near 0 either."""
+    """Returns random parameters, also for the heads, without compiling an initializer."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -70,7 +70,7 @@ def filled(shapes, seed=0):
 
 @functools.cache
 def initialized(frames=None, **changes):
-    """The compiled network, and parameters."""
+    """Returns the compiled network and its parameters."""
     model = network(**changes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), observe(frames=frames))
     return jit(model.apply), filled(shapes)
@@ -78,7 +78,7 @@ def initialized(frames=None, **changes):
 
 @functools.cache
 def compiled_gradient(**changes):
-    """The compiled gradient of the sum of all action means and values."""
+    """Returns the compiled gradient of the sum of all action means and values."""
 
     def total(params, observation):
         output = network(**changes).apply(params, observation)

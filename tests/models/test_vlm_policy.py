@@ -1,4 +1,4 @@
-"""A whole vision-language model as a control policy."""
+"""Tests of a pretrained vision-language model as a control policy."""
 
 import dataclasses
 import functools
@@ -66,7 +66,7 @@ def small(directory, *, trainable=".*", **changes):
 
 
 def parts(config):
-    """An environment, parameters, and their policy and what it observes, compiled."""
+    """Returns an environment, parameters, the compiled policy and an observation."""
     problem = problems.make(config)
     env, network = problem.env, problem.network
     params = control_models.init_params(network, env, config.model, jax.random.key(0))
@@ -158,7 +158,7 @@ def test_a_readout_is_read_by_nobody_else_and_reads_everything(directories):
 
 
 def policy_of(directory):
-    """A network that reads a model's own tokens, its parameters redrawn, and what it observes."""
+    """Returns a network with the model's tokens, random parameters, and an observation."""
     said, known, size = ("touch the ball",), ("touch", "the", "ball"), (32, 32)
     read = control_encoders.vision_language_model(
         directory, "{image}{instruction}", said, known, size, jnp.float32, remat=False
@@ -234,7 +234,7 @@ def test_an_unknown_instruction_is_nan_and_none_at_all_is_not(directories):
 
 @pytest.fixture(scope="module")
 def trained(directories, tmp_path_factory):
-    """A stage of two updates with a frozen base and adapters, run whole, and its workdir."""
+    """Runs a stage of two updates with a frozen base and adapters; returns it and its workdir."""
     config = small(directories("smolvlm"), trainable=NOT_VLM, lora=ADAPTED)
     stage = problems.make(config).stage("ppo")
     stage = dataclasses.replace(stage, evaluate=None, best_metric=None)
@@ -309,7 +309,7 @@ def test_configs_that_cannot_be_are_refused(change, message, directories):
 
 
 def changed(directory, target, name, change):
-    """A copy of a directory with one of its JSON files changed."""
+    """Returns a copy of a directory with one of its JSON files changed."""
     target.mkdir()
     for path in pathlib.Path(directory).iterdir():
         (target / path.name).symlink_to(path)

@@ -1,4 +1,4 @@
-"""Loggers beside the files of a run: the real packages, offline, where they are installed."""
+"""Tests of loggers, with the real packages in offline mode if they are installed."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from mmrl_jax.monitoring.metrics import MetricWriter, read_jsonl
 
 
 class Recorded(types.ModuleType):
-    """A package with the interface of wandb, and of trackio, that keeps its calls."""
+    """A package with the interface of wandb and trackio that records its calls."""
 
     def __init__(self, name, failing=False):
         super().__init__(name)

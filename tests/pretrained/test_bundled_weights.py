@@ -1,4 +1,4 @@
-"""Real pretrained weights: the same as in transformers, answers and embeddings too."""
+"""Tests that pretrained weights, completions and embeddings are those of transformers."""
 
 import sys
 

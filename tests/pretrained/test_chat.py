@@ -1,4 +1,4 @@
-"""Chat templates, and ids and texts that no model can read: on the host alone."""
+"""Tests of chat templates, and of token ids and texts that no model can read."""
 
 import datetime
 import json
@@ -21,7 +21,7 @@ ROWS = 400
 
 
 def read(path, template, *, rows=ROWS, added=()):
-    """A chat with this template, and a tokenizer with more tokens."""
+    """Returns a chat tokenizer with a given template and additional tokens."""
     words = processors.tokenizer()
     words.add_tokens(list(added))
     words.chat_template = template
@@ -162,7 +162,7 @@ def test_every_text_of_a_task_is_checked_where_it_becomes_a_table(tmp_path):
 
 
 def records(path, lines):
-    """A folder of eight images, and lines of its table."""
+    """Writes a folder of eight images, and returns the lines of its table."""
     path.mkdir()
     for i in range(len(lines)):
         Image.new("RGB", (8, 8), (30 * i, 255 - 30 * i, 7)).save(path / f"{i}.png")
@@ -201,7 +201,7 @@ def test_a_record_with_what_cannot_be_read_is_set_aside(line, learned, reason, t
 
 
 def test_marks_of_images_are_no_tokens_of_a_text(tmp_path):
-    """An image's features take the place of its tokens, which some models have no rows for."""
+    """Image features replace image tokens, for which some models have no embeddings."""
     words = processors.tokenizer()
     words.chat_template = processors.TEMPLATES["qwen"]
     token = words.convert_tokens_to_ids(qwen_processing.IMAGE)

@@ -1,4 +1,4 @@
-"""Pretrained encoders inside the control policy."""
+"""Tests of pretrained encoders in the control policy."""
 
 import json
 
@@ -53,7 +53,7 @@ def small(*, trainable=".*", **changes):
 
 
 def initial(config):
-    """The problem of a config, its parameters at the start, and its network as a function."""
+    """Returns the problem of a config, its initial parameters, and its network as a function."""
     problem = problems.make(config)
     network, model = problem.network, config.model
     params = control_models.init_params(network, problem.env, model, jax.random.key(0))

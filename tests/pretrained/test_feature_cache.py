@@ -1,4 +1,4 @@
-"""The cache of vision features: what is read, what is computed, what is refused."""
+"""Tests of the cache of vision features: reading, computing and rejecting entries."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def images(count=4, seed=0):
 
 
 class Encoder:
-    """Means and a bfloat16 row of each image; remembers what it was given."""
+    """Computes the mean and a bfloat16 row of each image, and records its inputs."""
 
     def __init__(self):
         self.batches = []

@@ -1,4 +1,4 @@
-"""Files in our own format that cannot be read."""
+"""Tests of unreadable files in the Orbax format."""
 
 import jax
 import jax.numpy as jnp

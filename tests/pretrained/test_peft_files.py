@@ -1,4 +1,4 @@
-"""Adapters of layers that are never read, and files of adapters that cannot be read."""
+"""Tests of adapters of unused layers, and of unreadable adapter files."""
 
 import json
 
@@ -21,7 +21,7 @@ UNREAD = "model.vision_tower.encoder.layers.2.self_attn"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A LLaVA that reads its tower's first two layers of three, and an adapter as PEFT makes it."""
+    """Writes a LLaVA that uses two of its tower's three layers, and an adapter of PEFT."""
     path = tmp_path_factory.mktemp("llava")
     model = transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(**vlms.FAMILIES["llava"][1])
@@ -41,7 +41,7 @@ def plan(directory):
 
 
 def rewritten(directory, target, change):
-    """A copy of the adapter with other tensors."""
+    """Returns a copy of the adapter with other tensors."""
     tensors = load_file(directory / "adapter" / "adapter_model.safetensors")
     target.mkdir()
     config = (directory / "adapter" / "adapter_config.json").read_text()
@@ -71,7 +71,7 @@ def test_adapters_of_layers_that_are_never_read_are_left_out_with_a_message(
 
 
 def ones(tensors):
-    """Every adapter adds something."""
+    """Returns adapters none of which adds zero."""
     return {name: np.ones_like(x) for name, x in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Every key of a config is followed, idle, or refused unless it has transformers' default."""
+"""Tests that every key of a config is used, unused, or rejected unless it is the default."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ VALUES = {
 
 
 def overruled(name):
-    """Keys of a half for which the whole vision-language model has something else."""
+    """Returns keys of a part of a model that the vision-language model overrides."""
     if name not in (*vlms.FAMILIES, *qwen_vl.NAMES):
         return ()
     # transformers' LLaVA takes it from the decoder, where it was once saved.
@@ -70,7 +70,7 @@ def config_of(name):
 
 
 def halves(config, prefix=()):
-    """A config, and those within it, with the path to each."""
+    """Yields a config and its inner configs with their paths."""
     yield prefix, config
     for name in ("text_config", "vision_config"):
         if dataclasses.is_dataclass(getattr(config, name, None)):
@@ -78,7 +78,7 @@ def halves(config, prefix=()):
 
 
 def other(name, x):
-    """Another value of a key."""
+    """Returns another value for a key."""
     if name in VALUES:
         value = VALUES[name]
         return value(x) if callable(value) else value
@@ -93,14 +93,14 @@ def other(name, x):
 
 
 def changed(config, path, name, value):
-    """The config as a dict with another value of a key."""
+    """Returns the config as a dict with another value for a key."""
     whole = config.to_dict()
     functools.reduce(lambda x, k: x[k], path, whole)[name] = value
     return whole
 
 
 def plans(config, directory):
-    """What is built of a config, for all kinds of model that it is of."""
+    """Returns what is built from a config, for all kinds of models that it fits."""
     (directory / "config.json").write_text(json.dumps(config))
     read = ours.read_config(directory)
     return [
@@ -136,7 +136,7 @@ def test_every_key_is_followed_or_idle_or_refused(name, tmp_path):
 
 
 def logits(config):
-    """Torch's, of a model that is drawn anew."""
+    """Returns the logits of a randomly initialized torch model."""
     config._attn_implementation = "eager"
     if config.model_type in ours.DECODERS:
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""Decoders against torch: every family, redrawn, layer by layer."""
+"""Compares decoders of every family, with random parameters, with torch layer by layer."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ FAMILIES = {
 
 @functools.cache
 def pair(family, directory):
-    """The torch model, and ours, loaded from what it saved."""
+    """Returns the torch model, and our model loaded from its files."""
     name, changes = FAMILIES[family]
     suffix = "TextConfig" if name == "Gemma3" else "Config"
     config = getattr(transformers, f"{name}{suffix}")(**TINY | changes)
@@ -65,7 +65,7 @@ def directory(tmp_path_factory):
 
 
 def prompts():
-    """Ragged, padded on the left, and on the right."""
+    """Returns prompts of different lengths, padded on the left and on the right."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 101, (4, 11))
     present = np.ones((4, 11), bool)
@@ -74,7 +74,7 @@ def prompts():
 
 
 def largest_error(theirs, model, params):
-    """Over the layers and the logits."""
+    """Returns the largest error over all layers and the logits."""
     tokens, present = prompts()
     positions = np.maximum(np.cumsum(present, axis=1) - 1, 0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and BERT against torch, redrawn, layer by layer."""
+"""Compares CLIP, SigLIP and BERT, with random parameters, with torch layer by layer."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def pictures():
 
 
 def sentences():
-    """Ragged, padded on the right; each ends with the highest id."""
+    """Returns sentences padded on the right, each of which ends with the highest id."""
     rng = np.random.default_rng(1)
     tokens, present = rng.integers(1, 58, (4, 8)), np.ones((4, 8), bool)
     for row, length in enumerate((8, 5, 3, 7)):
@@ -78,7 +78,7 @@ def run(model, params, *inputs):
 
 
 def errors(ours, theirs, pooled, present=None):
-    """Of every layer, of the tokens and of the pooled features."""
+    """Returns the errors of all layers, of the tokens and of the pooled features."""
     encoded, layers = ours
     everywhere = np.ones(encoded.tokens.shape[:2], bool) if present is None else present
     found = [

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL against torch: images of several sizes, redrawn, layer by layer."""
+"""Compares Qwen2.5-VL and Qwen3-VL with torch layer by layer, for several image sizes."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ NAMES = {
 
 @functools.cache
 def pair(name, directory):
-    """The torch model, and ours, loaded from what it saved."""
+    """Returns the torch model, and our model loaded from its files."""
     config = tiny_config(name)
     config._attn_implementation = "eager"
     # With seed 0 torch's own logits of Qwen2.5-VL are 1e-5 from those in float64.
@@ -91,7 +91,7 @@ def directory(tmp_path_factory):
 
 @functools.cache
 def images():
-    """Patches for torch [N, 3, FRAMES, PATCH, PATCH] and for us; the frames are not the same."""
+    """Returns patches for torch [N, 3, FRAMES, PATCH, PATCH] and for us, with distinct frames."""
     rng = np.random.default_rng(0)
     shape = (len(SIZES), PATCHES)
     patches = np.zeros((*shape, 3, FRAMES, PATCH, PATCH), np.float32)
@@ -109,7 +109,7 @@ def images():
 
 
 def prompts():
-    """Ragged, padded on the left, and on the right."""
+    """Returns prompts of different lengths, padded on the left and on the right."""
     rng = np.random.default_rng(1)
     tokens, present = np.zeros((4, 26), np.int64), np.zeros((4, 26), bool)
     for b, sizes in enumerate(SIZES):
@@ -134,7 +134,7 @@ def torch_inputs():
 
 @functools.cache
 def torch_run(name, directory):
-    """Hidden states of the tower [N, D], its features [N / 4, D], those of the decoder, logits."""
+    """Returns tower states [N, D], features [N / 4, D], decoder states and logits."""
     theirs, _ = pair(name, directory)
     inputs, pixels = torch_inputs(), torch.tensor(images()[0].reshape(-1, 3 * FRAMES * PATCH**2))
     grids = inputs["image_grid_thw"]
@@ -160,7 +160,7 @@ def torch_run(name, directory):
 
 
 def errors(name, directory, model, params, packed=None):
-    """Of every block of the tower, the features, every block of the decoder, and the logits."""
+    """Returns the errors of all tower blocks, features, all decoder blocks, and logits."""
     towers, features, layers, logits = torch_run(name, directory)
     tokens, present = prompts()
     packed = packed or images()[1]
@@ -271,7 +271,7 @@ def test_a_mutation_is_noticed(name, mutate, directory):
 
 
 def exchanged(params, one, other):
-    """The parameters with the arrays at two paths exchanged."""
+    """Returns the parameters with the arrays at two paths exchanged."""
     leaves = {
         tuple(key.key for key in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)
     }
@@ -348,7 +348,7 @@ SHAPES = [[(20, 33), (50, 41)], [], [(5, 61)]]  # To be made smaller, larger, or
 
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory):
-    """A directory, and transformers' processors of images and of text that are saved there."""
+    """Returns a directory, and transformers' image processor and tokenizer saved in it."""
     path = tmp_path_factory.mktemp("processor")
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -369,7 +369,7 @@ def noise(height, width):
 
 
 def photograph(height, width):
-    """Smooth, with a little noise."""
+    """Returns a smooth image with a little noise."""
     y, x, color = np.mgrid[:height, :width, :3]
     image = 128 + 70 * np.sin(0.3 * y + color) * np.cos(0.4 * x - color)
     return np.uint8(image + noise(height, width) / 16)

@@ -1,4 +1,4 @@
-"""Vision-language models against torch: every family, redrawn, layer by layer."""
+"""Compares vision-language models of every family with torch layer by layer."""
 
 import dataclasses
 import functools
@@ -134,7 +134,7 @@ ANYRES = [
 
 @functools.cache
 def pair(family, directory):
-    """The torch model, and ours, loaded from what it saved."""
+    """Returns the torch model, and our model loaded from its files."""
     name, changes = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**changes)
     model = getattr(transformers, f"{name}ForConditionalGeneration")
@@ -149,7 +149,7 @@ def directory(tmp_path_factory):
 
 
 def pictures(family, anyres=ANYRES[1]):
-    """Tiles, of which Idefics3's are filled in part; what is not filled is 0."""
+    """Returns tiles; those of Idefics3 are partly padded with 0."""
     if family == "llava_onevision":
         return anyres_pictures(*anyres)
     rng = np.random.default_rng(0)
@@ -166,7 +166,7 @@ def pictures(family, anyres=ANYRES[1]):
 
 
 def anyres_pictures(size, grid):
-    """One image for each sample, with a grid, or several without."""
+    """Returns one image with a grid for each sample, or several images without."""
     rng, counts = np.random.default_rng(0), np.array([2, 2, 3] if grid == (0, 0) else [1, 1, 1])
     shape = (SAMPLES, counts.max(), grid[0] * grid[1] + 1, 32, 32, 3)
     present = np.arange(counts.max()) < counts[:, None]
@@ -174,7 +174,7 @@ def anyres_pictures(size, grid):
 
 
 def prompts(model, images):
-    """Ragged, padded on the left, and on the right; images, words between them, words after."""
+    """Returns prompts with images and words, padded on the left and on the right."""
     if isinstance(images, AnyresTiles):
         count, present = model.vision.features_per_image(images.size, images.grid), images.present
     else:
@@ -199,7 +199,7 @@ def prompts(model, images):
 
 
 def expected(family, theirs, images, tokens, present, prompt):
-    """Torch's outputs."""
+    """Returns the outputs of torch."""
     pixels, there = images.pixels, images.present
     inputs = {
         "input_ids": torch.tensor(tokens),
@@ -225,7 +225,7 @@ def expected(family, theirs, images, tokens, present, prompt):
 
 
 def largest_error(family, theirs, model, params, anyres=ANYRES[1]):
-    """Over the layers of the decoder, the features and the logits."""
+    """Returns the largest error over decoder layers, features and logits."""
     images = pictures(family, anyres)
     tokens, present, prompt = prompts(model, images)
 
@@ -419,7 +419,7 @@ def test_counts_that_disagree_raise_on_the_host_and_are_nan_inside_jit(directory
 
 
 def rewrite(source, target, rename):
-    """Copies a model whose tensors get other names; None drops one."""
+    """Copies a model with other names of its tensors; None removes a tensor."""
     from safetensors.torch import load_file, save_file
 
     target.mkdir()

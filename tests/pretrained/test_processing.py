@@ -1,4 +1,4 @@
-"""Images and prompts against transformers' own processors."""
+"""Compares images and prompts with transformers' processors."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ PROMPTS = {"llava_onevision": LONE, "llava_onevision_several": SEVERAL}
 
 @functools.cache
 def pair(family, directory):
-    """transformers' processor, and ours, loaded from what it saved."""
+    """Returns transformers' processor, and ours loaded from its files."""
     theirs, config = FAMILIES[family]()
     theirs.save_pretrained(directory / family)
     config.save_pretrained(directory / family)
@@ -58,7 +58,7 @@ def directory(tmp_path_factory):
 
 
 def batch(size, family=None):
-    """Images, smooth with edges and some noise, which of them there are, and prompts."""
+    """Returns images with edges and noise, their mask, and prompts."""
     present, texts = PROMPTS.get(family, MIXED)
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (*present.shape, 5, 5, 3), dtype=np.uint8)
@@ -71,7 +71,7 @@ def batch(size, family=None):
 
 
 def rectangles(size, family):
-    """As `batch`, of few levels, so that none is so near a half that it is rounded another way."""
+    """Like `batch`, with few levels, so that no value is rounded differently."""
     images, present, texts = batch(size, family)
     rng = np.random.default_rng(10)
     for i, j in np.ndindex(present.shape):
@@ -103,12 +103,12 @@ def test_prompts_are_transformers_s(family, size, side, directory):
 
 
 def levels(processor, pixels):
-    """Of 0 to 255."""
+    """Returns values in levels of 0 to 255."""
     return (pixels * processor.image["image_std"] + processor.image["image_mean"]) * 255
 
 
 def differences(family, size, directory):
-    """In levels, of every value of every tile."""
+    """Returns the differences of all values of all tiles in levels."""
     theirs, processor = pair(family, directory)
     images, present, texts = batch(size, family)
     out = expected(theirs, images, present, texts, "left")
@@ -176,7 +176,7 @@ def test_a_model_reads_what_a_processor_makes_inside_jit(family, directory):
 
 @pytest.fixture(scope="module")
 def onevision(directory):
-    """The torch model, and ours, loaded from what it saved."""
+    """Returns the torch model, and our model loaded from its files."""
     path = processors.save_model("llava_onevision", directory / "onevision")
     kind = transformers.LlavaOnevisionForConditionalGeneration
     theirs = kind.from_pretrained(path, attn_implementation="eager").eval()

@@ -1,4 +1,4 @@
-"""Which of a processor's files wins, and what a key left out means, against transformers itself."""
+"""Compares the precedence of processor files, and their defaults, with transformers."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def picture(size):
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A directory with a tokenizer alone, which has no chat template."""
+    """Returns a directory with a tokenizer without chat template."""
     path = tmp_path_factory.mktemp("words")
     processors.tokenizer().save_pretrained(path)
     return path
@@ -44,7 +44,7 @@ def write(path, name, content):
 
 @pytest.fixture
 def qwen(words, tmp_path):
-    """A directory of Qwen-VL's, and its preprocessor_config.json."""
+    """Returns a directory of a Qwen-VL, and its preprocessor_config.json."""
     copied(words, tmp_path)
     made = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=LIMITS)
     made.save_pretrained(tmp_path)
@@ -136,7 +136,7 @@ def test_pixels_of_llava_follow_the_config(changes, llava, tmp_path):
 
 
 def assert_levels(found, want, contrast):
-    """Asserts that images are the same, but for a level of 0 to 255 that few may differ by."""
+    """Asserts that images are equal, except for few values that differ by one level of 255."""
     assert found.shape == want.shape
     level = np.ptp(want) / contrast
     assert np.ptp(want) > 0 and np.abs(found - want).max() < 1.5 * level

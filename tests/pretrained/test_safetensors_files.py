@@ -1,4 +1,4 @@
-"""Which files of a directory are read, against transformers, and files that cannot be read."""
+"""Tests which files of a directory are read, as in transformers, and unreadable files."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Whether the output layer is tied, by the config and by the tensors, against transformers."""
+"""Tests whether the output layer is tied, by config and tensors, as in transformers."""
 
 import json
 
@@ -28,7 +28,7 @@ TIES = {
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory):
-    """A Llama with an output layer of its own."""
+    """Returns a Llama with a separate output layer."""
     directory = tmp_path_factory.mktemp("untied")
     config = transformers.LlamaConfig(**decoders.TINY, tie_word_embeddings=False)
     hub.save(transformers.LlamaForCausalLM(config), directory)
@@ -36,7 +36,7 @@ def untied(tmp_path_factory):
 
 
 def lay(untied, directory, tied, choose):
-    """A directory with some of the two tensors, whose config says whether they are tied."""
+    """Writes a directory with given tensors, and a config that says whether they are tied."""
     directory.mkdir()
     config = json.loads((untied / "config.json").read_text()) | {"tie_word_embeddings": tied}
     (directory / "config.json").write_text(json.dumps(config))
@@ -47,7 +47,7 @@ def lay(untied, directory, tied, choose):
 
 
 def embeddings(loaded):
-    """Ours: of the tokens, and those that logits are made with."""
+    """Returns our token embeddings, and those of the output layer."""
     params = loaded.params["params"]
     assert ("head" in params) == (not loaded.model.tied)
     return params["table"], params["table"] if loaded.model.tied else params["head"].T

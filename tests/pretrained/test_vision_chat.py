@@ -1,4 +1,4 @@
-"""Whole pretrained vision-language models as token policies, against transformers and torch."""
+"""Compares pretrained vision-language models as token policies with transformers and torch."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ FAMILIES = sorted(processors.CHATS.keys() - {"idefics3_whole"})
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """family -> its directory, and transformers' processor and model."""
+    """Returns a function family -> directory, transformers' processor and model."""
 
     @functools.cache
     def save(family):
@@ -61,7 +61,7 @@ def picture(seed=0):
 
 
 def their_inputs(processor, image):
-    """What transformers makes of the question and an image."""
+    """Returns transformers' inputs for a prompt and an image."""
     shown = {"type": "image", "image": Image.fromarray(image)}
     if processor.tokenizer.chat_template is None:
         text = f"<image>{ASKED}"
@@ -213,7 +213,7 @@ def by_path(tree):
 
 
 def small(name, directory, stages=("grpo",), **changes):
-    """A public config around a whole model, at a size that trains in seconds."""
+    """Returns a public config with a pretrained model, at a size that trains in seconds."""
     every = {
         "num_updates": 2,
         "updates_per_dispatch": 1,
@@ -325,7 +325,7 @@ def test_adapters_that_have_the_names_of_tensors_are_read_too(make, tmp_path):
 
 
 def compare(params, frozen, config, processor, theirs):
-    """Asserts that a tuned model's answers have the probability that a model of torch gives."""
+    """Asserts that completions of a tuned model have the probabilities of a torch model."""
     sight, inputs = read(config.model.checkpoint), their_inputs(processor, picture())
     prompt = sight.chat.encode_prompt(ASKED, images=sight.image_tokens)
     assert prompt == inputs["input_ids"][0].tolist()

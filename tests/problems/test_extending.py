@@ -1,4 +1,4 @@
-"""A user's own algorithm, environment, task and probe train without an edit of the package."""
+"""Tests that a user's algorithm, environment, task and probe need no edit of the package."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ HERE = __name__  # What a config names the things of this file by: 'module:name'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reinforce:
-    """The options of REINFORCE with a constant baseline."""
+    """Options of REINFORCE with a constant baseline."""
 
     baseline: float = option(0.5, "Reward of an average step.", POSITIVE)
 
@@ -69,7 +69,7 @@ class Line(BraxEnv):
 
 
 class Bright:
-    """Asks whether an image is bright."""
+    """A task of prompts that ask whether an image is bright."""
 
     splits = ("train", "heldout")
 
@@ -93,7 +93,7 @@ def count_calls(context):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    """What a module of a user's does when it is imported, undone after a test."""
+    """Registers what a user's module registers when it is imported, and undoes it after a test."""
     row = registry.Algorithm(Reinforce, "rollout", reinforce, ("loss/policy",))
     monkeypatch.setitem(registry.CONTROL, "reinforce", row)
     monkeypatch.setitem(

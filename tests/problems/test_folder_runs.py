@@ -1,4 +1,4 @@
-"""RL on questions from a folder by a user's reward functions: runs, resuming, what fails."""
+"""Tests of RL with prompts from a folder and reward functions: runs, resuming, failures."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ LENGTH, HALF, NEVER = (
 
 @pytest.fixture(scope="module")
 def make_config(tmp_path_factory):
-    """The public config at a size that trains in seconds, with changes as group__field=value."""
+    """Returns the public config at a tiny size, with changes as group__field=value."""
     model = processors.save_decoder(tmp_path_factory.mktemp("llama"))
     images = folder(tmp_path_factory.mktemp("pictures"), count=10)
 
@@ -86,7 +86,7 @@ def make_config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(make_config, tmp_path_factory):
-    """A run, and its folder."""
+    """Returns a run and its directory."""
     workdir = tmp_path_factory.mktemp("run")
     return runs.train(make_config(), workdir), workdir
 
@@ -96,7 +96,7 @@ def open_split(config):
 
 
 def rows(workdir):
-    """Of the updates; step 0 is an evaluation alone."""
+    """Returns the rows of the updates, without that of the initial evaluation."""
     return [row for row in metrics.read_jsonl(workdir / metrics.JSONL_NAME) if row["step"]]
 
 
@@ -109,7 +109,7 @@ def differ(a, b):
 
 
 def largest_change(a, b):
-    """Of the tokens' table."""
+    """Returns the largest change of the token embeddings."""
     a, b = (np.asarray(x["params"]["language"]["table"]) for x in (a, b))
     return np.abs(a - b).max()
 

@@ -1,4 +1,4 @@
-"""Learning itself, on small tasks: minutes each, so all of them are slow."""
+"""Tests that policies learn small tasks. They take minutes each and are all slow."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ EPISODES = 128
 
 
 def trained_episodes(config, workdir) -> Episodes:
-    """Trains as the config says, and evaluates the mode of the policy."""
+    """Trains with a config, and evaluates the deterministic policy."""
     trained = train(config, workdir)
     evaluator = trained.problem.evaluator(jax.random.PRNGKey(1), episodes=EPISODES)
     return evaluator(trained.variables, "train")

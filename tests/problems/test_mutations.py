@@ -1,4 +1,4 @@
-"""Plausible mistakes in configs: each is refused by name before anything is built."""
+"""Tests that plausible mistakes in configs are rejected by name before anything is built."""
 
 import math
 
@@ -17,7 +17,7 @@ NAN, INF = math.nan, math.inf
 
 
 def mutated(config, key, value):
-    """The config with another value, of any type, at a key 'group.field'."""
+    """Returns the config with another value of any type at a key 'group.field'."""
     plain = config.to_dict()
     *groups, field = key.split(".")
     node = plain

@@ -1,4 +1,4 @@
-"""Problems are made once: what they read, and the order of their stages."""
+"""Tests that problems are made once, of what they read, and of the order of their stages."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from tests import processors, tiny
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The directories whose weights are read, one entry a read."""
+    """Returns the directories whose weights are read, with one entry for each read."""
     directories, load = [], hub.load_language_model
 
     def counting(directory, *arguments, **options):

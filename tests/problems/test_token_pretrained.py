@@ -1,4 +1,4 @@
-"""Token policies around a pretrained decoder: what is trained, what is frozen, their texts."""
+"""Tests of token policies with a pretrained decoder: trained and frozen parameters, texts."""
 
 import re
 
@@ -35,7 +35,7 @@ def make_config(directory, **changes):
 
 
 def prefers_even_tokens(self, prompts, tokens, mask, *, penalty):
-    """A score that an answer without meaning can get too: a random decoder is never right."""
+    """A reward that random completions can get, because a random decoder is never correct."""
     reward = (tokens[..., 0] % 2 == 0).astype(jnp.float32)
     return Score(reward, reward, 1 - reward)
 
@@ -49,14 +49,14 @@ def even_tokens_are_rewarded():
 
 @pytest.fixture(scope="module")
 def run(directory, tmp_path_factory):
-    """A run of both stages, and its folder."""
+    """Returns a run of both stages and its directory."""
     workdir = tmp_path_factory.mktemp("run")
     return mmrl_jax.train(make_config(directory), workdir), workdir
 
 
 @pytest.fixture(scope="module")
 def aligned(run):
-    """The variables after fine-tuning, from its checkpoint: a run keeps no copy beside RL's."""
+    """Returns the variables after fine-tuning from its checkpoint."""
     loaded = mmrl_jax.load(run[1] / "sft")
     assert (loaded.stage, loaded.step) == ("sft", 4)
     return loaded.variables

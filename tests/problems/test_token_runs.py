@@ -1,4 +1,4 @@
-"""Runs of token policies: configs, resuming, what is refused, and what is logged."""
+"""Tests of runs of token policies: configs, resuming, rejected values, and metrics."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The renderer against geometry worked out by hand and against sphere tracing."""
+"""Compares the renderer with geometry derived by hand and with sphere tracing."""
 
 import functools
 
@@ -18,7 +18,7 @@ ALONG_X = (2**-0.5, 0.0, 2**-0.5, 0.0)  # turns the local z to the world's x
 
 
 def scene_of(*primitives, checker=None):
-    """A scene of (kind, position, rotation, size, color) tuples."""
+    """Returns a scene of (kind, position, rotation, size, color) tuples."""
     kind, *arrays = zip(*primitives, strict=True)
     position, rotation, size, color = (jnp.asarray(a, jnp.float32) for a in arrays)
     return Scene(
@@ -37,7 +37,7 @@ def front_camera(fovy=90.0):
 
 
 def slopes(size):
-    """Right and up component of the rays of `front_camera()` at depth 1, each [size, size]."""
+    """Returns right and up components of the rays of `front_camera()` at depth 1, [size, size]."""
     along = (np.arange(size) + 0.5) * 2 / size - 1
     return np.broadcast_to(along, (size, size)), np.broadcast_to(-along[:, None], (size, size))
 
@@ -49,7 +49,7 @@ def look(scene, camera=None, size=101):
 
 
 def random_scene(kinds, batch, seed, spread=0.7):
-    """Primitives around the origin, and cameras 3 m away that look at it."""
+    """Returns primitives around the origin, and cameras 3 m away that look at it."""
     rng = np.random.default_rng(seed)
     shape = (*batch, len(kinds))
     rotation = rng.normal(size=(*shape, 4))
@@ -154,7 +154,7 @@ def test_plane_with_extents_ends_there():
 
 
 def signed_distance(kind, point, size):
-    """Distance from local points [N, 3] to the surface, negative inside (Quilez)."""
+    """Returns the distance from local points [N, 3] to the surface, negative inside (Quilez)."""
     if kind == "sphere":
         return np.linalg.norm(point, axis=-1) - size[0]
     if kind == "capsule":
@@ -172,7 +172,7 @@ def signed_distance(kind, point, size):
 
 
 def quaternion_matrix(q):
-    """Columns are the images of the axes under v -> q v q*."""
+    """Returns the matrix whose columns are the images of the axes under v -> q v q*."""
     w, v = q[0], q[1:]
     return np.stack(
         [e + 2 * w * np.cross(v, e) + 2 * np.cross(v, np.cross(v, e)) for e in np.eye(3)], axis=1

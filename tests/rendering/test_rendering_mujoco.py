@@ -126,7 +126,7 @@ _SHAPES = """
 
 
 def compare(mjcf, randomize, folder, seed):
-    """Both renderers' results, as dicts of arrays `[FRAMES, SIZE, SIZE, ...]`, and the kinds."""
+    """Returns the results of both renderers, `[FRAMES, SIZE, SIZE, ...]`, and the kinds."""
     out = folder / "mujoco.npz"
     arguments = [str(a) for a in (mjcf, FRAMES, seed, SIZE, FOVY, randomize, out)]
     result = subprocess.run(
@@ -193,7 +193,7 @@ def intersection_over_union(ours, theirs):
 
 
 def check(ours, theirs, kind):
-    """Silhouettes, which geom is in front, and depth; returns figures to print."""
+    """Checks silhouettes, the order of geoms, and depth; returns text with the errors."""
     is_plane = np.asarray([k == "plane" for k in kind] + [False])  # the last: index -1
     masks = [
         [(frames["index"] >= 0) & ~is_plane[frames["index"]] for frames in (ours, theirs)],

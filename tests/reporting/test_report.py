@@ -13,7 +13,7 @@ from mmrl_jax.reporting import report, videos
 
 
 def _frames(steps=3, size=32):
-    """Frames of one flat color each, with one white pixel in the corner at the top left."""
+    """Returns frames of one flat color each, with a white pixel in the top left corner."""
     frames = np.zeros((steps, size, size, 3), np.uint8)
     frames[:] = (200, 40, 10)
     frames[:, 0, 0] = 255

@@ -1,4 +1,4 @@
-"""Tests of mmrl_jax.rl.advantages: values by hand, a slow loop over episodes, and Brax's GAE."""
+"""Tests of mmrl_jax.rl.advantages by hand, by a loop over episodes, and with Brax's GAE."""
 
 from brax.training.agents.ppo.losses import compute_gae
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def estimate(reward, value, last_value, terminated, truncated, discount=DISCOUNT
 
 
 def slow_column(reward, value, last_value, terminated, truncated, valid):
-    """One environment's advantages, episode by episode, each a double sum; NaN where invalid."""
+    """Returns the advantages of one environment as double sums per episode; NaN where invalid."""
     values = np.append(value, last_value)
     result = np.full(len(reward), np.nan)
     start = 0

@@ -1,4 +1,4 @@
-"""Advantages of groups: by hand, by brute force, and TRL's formulas."""
+"""Tests of group advantages by hand, by brute force, and with TRL's formulas."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_the_whole_batch_has_one_scale():
 
 @pytest.mark.parametrize("missing", [False, True])
 def test_equal_trl(missing):
-    """Its lines in `_generate_and_score_completions` of the trainers of GRPO and RLOO."""
+    """The formulas are those of `_generate_and_score_completions` of the GRPO and RLOO trainers."""
     rng = np.random.default_rng(0)
     reward = rng.normal(size=(5, 4)).astype(np.float32)
     scored = np.ones((5, 4), np.float32)

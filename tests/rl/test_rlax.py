@@ -1,4 +1,4 @@
-"""The numbers of rlax and of distrax, its distributions, on random inputs."""
+"""Compares with rlax and distrax on random inputs."""
 
 import distrax
 import jax
@@ -16,7 +16,7 @@ DISCOUNT = 0.93
 
 @pytest.fixture(scope="module")
 def ends():
-    """Steps 7, every column ending once, in either way, or never: float32, without `valid`."""
+    """Returns ends of 7 steps: every column ends once, in either way, or never."""
     arrays = an_end_at_every_position(steps=7)[:-1]
     names = ("reward", "value", "last_value", "terminated", "truncated")
     return {name: jnp.asarray(x, jnp.float32) for name, x in zip(names, arrays, strict=True)}

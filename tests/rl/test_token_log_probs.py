@@ -1,4 +1,4 @@
-"""Log-probs by tiles of the vocabulary against the plain ones."""
+"""Compares log-probs by tiles of the vocabulary with a full softmax."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Losses over tokens: by hand, TRL's own code, and what must not matter."""
+"""Tests of losses over tokens by hand, with TRL's code, and of their invariances."""
 
 import collections
 import dataclasses
@@ -53,7 +53,7 @@ def value_and_gradient(arrays, options):
 
 
 def trl(arrays, options, loss_type):
-    """Loss and gradient of TRL's own `_compute_loss`, around given log-probs."""
+    """Returns loss and gradient of TRL's `_compute_loss` for given log-probs."""
     tensors = {name: torch.tensor(np.asarray(x)) for name, x in arrays.items()}
     log_prob = tensors["log_prob"].requires_grad_()
     mask = tensors["mask"]

@@ -1,4 +1,4 @@
-"""Completions as reward functions read them: where they end, and what in them is no text."""
+"""Tests of completions as text: their ends, and tokens that are not text."""
 
 import pytest
 import tokenizers
@@ -12,7 +12,7 @@ END, TURN, START, IMAGE, TWO, RED = range(6)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Of words, the first four of them special."""
+    """Returns a word tokenizer whose first four tokens are special."""
     inner = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({x: i for i, x in enumerate(WORDS)}, unk_token="</s>")
     )

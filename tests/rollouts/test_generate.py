@@ -1,4 +1,4 @@
-"""Generation: the cache against full passes, groups, ragged prompts, sampling, stopping."""
+"""Tests of generation: cache, groups, prompts of different lengths, sampling, stopping."""
 
 import functools
 import time
@@ -69,12 +69,12 @@ def run(
 
 @jax.jit
 def full_logits(row, count):
-    """Of one sequence [16], of which `count` tokens are there, by a full pass."""
+    """Returns the logits of a sequence [16] with `count` tokens, by a full pass."""
     return MODEL.apply(variables(), row[None], (jnp.arange(16) < count)[None])[0]
 
 
 def next_logits(tokens):
-    """float32 [len(tokens), V]: the logits behind every token."""
+    """Returns the logits after every token, float32 [len(tokens), V]."""
     row = np.pad(tokens, (0, 16 - len(tokens)))
     return np.asarray(full_logits(jnp.asarray(row), len(tokens)))[: len(tokens)]
 

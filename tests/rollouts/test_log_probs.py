@@ -21,7 +21,7 @@ def shared(model, variables, prompt, prompt_mask, tokens, mask, pack_rows=None):
 
 
 def unshared(model, variables, prompt, present, tokens, there):
-    """Every answer behind a prompt of its own, padding between them."""
+    """Computes every completion after its own copy of the prompt, with padding in between."""
     group, length = tokens.shape[1:]
     row = jnp.concatenate([jnp.repeat(prompt, group, 0), tokens.reshape(-1, length)], axis=1)
     mask = jnp.concatenate([jnp.repeat(present, group, 0), there.reshape(-1, length)], axis=1)

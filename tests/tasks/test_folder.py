@@ -1,4 +1,4 @@
-"""Image, prompt and answer from files: what is read, what is set aside, which batch is which."""
+"""Tests of records from files: reading, rejection, and the batch of an update."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def png(i, size=(6, 4)):
 
 
 def folder(path, count=6, extra=()):
-    """A folder of `count` good records, and the lines `extra` behind them."""
+    """Writes a folder of `count` valid records, followed by the lines `extra`."""
     (path / "a").mkdir(parents=True)
     lines = []
     for i in range(count):
@@ -66,7 +66,7 @@ def test_batches_depend_on_the_update_alone(tmp_path):
 
 
 def parts_of(path, **changes):
-    """The images of each part of a folder, as the colors of their files."""
+    """Returns the images of each part of a folder as the colors of their files."""
     sizes = {"test": 3, "validation": 4} | changes.pop("sizes", {})
     records = open_folder(path, **(KEYS | changes))
     return records.split(sizes, seed=changes.get("split_seed", 0))
@@ -128,7 +128,7 @@ def test_the_first_part_depends_on_its_own_size_and_seed_alone(tmp_path):
 
 
 def bad_lines(path):
-    """Lines that cannot be used -> a part of the reason."""
+    """Returns invalid lines with a part of the reason for each."""
     (path / "a/text.png").write_text("no image")
     (path / "a/cut.png").write_bytes(png(1, size=(64, 64))[:-60])
     line = {"file_name": "a/0.png", "prompt": "p", "answer": "x"}
@@ -226,7 +226,7 @@ def test_gray_of_more_than_8_bits_is_a_ramp_and_not_white(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The number of images that were decoded, as the length of a list."""
+    """Returns a list whose length is the number of decoded images."""
     calls = []
 
     def spy(data, read_rgb=images_lib.read_rgb):
@@ -309,7 +309,7 @@ def test_folders_that_cannot_be_are_refused(tmp_path):
 
 
 def write_tfds(path, steps):
-    """Two good records and one without an answer; with `steps`, in an episode of 1 and one of 2."""
+    """Writes two valid records and one without answer; with `steps`, in two episodes."""
     import tensorflow_datasets as tfds
 
     step = {

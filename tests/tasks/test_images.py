@@ -1,4 +1,4 @@
-"""Images of every mode as models are given them, against transformers and PIL."""
+"""Compares the conversion of images of every mode with transformers and PIL."""
 
 import io
 
@@ -66,7 +66,7 @@ def test_pixels_are_those_of_transformers(name):
 
 
 def big_endian(values):
-    """A TIFF whose 16-bit pixels have their high byte first."""
+    """Returns a TIFF whose 16-bit pixels are big-endian."""
     image = Image.frombytes("I;16B", SIZE, values.astype(">u2").tobytes())
     return encoded(image, "TIFF")
 

@@ -1,4 +1,4 @@
-"""Rewards by Python functions: keywords, weights, and every way in which a call can fail."""
+"""Tests of rewards from Python functions: keywords, weights, and failures of calls."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from tests import reward_functions as user
 
 @pytest.fixture(scope="module")
 def pool():
-    """Two functions; the weights are powers of two, so that sums are exact."""
+    """Returns a pool of two functions, whose weights are powers of two for exact sums."""
     functions = {"awkward": user.awkward, "length": user.length}
     with RewardWorkerPool(
         functions, {"awkward": 2.0, "length": 0.25}, workers=2, timeout_s=20.0
@@ -49,7 +49,7 @@ def test_every_function_is_given_its_samples_keywords():
 
 
 def line_of(text):
-    """Number of the first line of the user's module that has this text."""
+    """Returns the number of the first line of the user's module that has this text."""
     lines = pathlib.Path(user.__file__).read_text(encoding="utf-8").splitlines()
     return next(i for i, line in enumerate(lines, start=1) if text in line)
 
@@ -163,7 +163,7 @@ def test_a_function_declares_what_its_failure_counts_as():
 
 @pytest.fixture(scope="module")
 def processes():
-    """A function that starts processes; one worker, so that its calls follow each other."""
+    """Returns a pool of one worker with a function that starts processes."""
     functions = {"process": user.process}
     with RewardWorkerPool(functions, {"process": 1.0}, workers=1, timeout_s=60.0) as made:
         yield made
@@ -175,7 +175,7 @@ def starting(pool, completions, note):
 
 
 def await_end(pid):
-    """Waits until a process has ended; a zombie has, whoever should ask after it."""
+    """Waits until a process has ended; a zombie counts as ended."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:

@@ -36,7 +36,7 @@ def words(made, prompts, i):
 
 @functools.cache
 def patterns():
-    """[pairs, 10, 10, 3]: an object of each kind as it fills a cell, without noise."""
+    """Returns an image of an object of each kind in a cell, without noise, [pairs, 10, 10, 3]."""
 
     def one(pair):
         color, shape = pair // len(SHAPES), pair % len(SHAPES)
@@ -82,7 +82,7 @@ def seen(picture):
 
 
 def answer_of(text, found):
-    """The answer to a question about objects, from its words."""
+    """Returns the answer to a question about objects, computed from its words."""
     things = [(c, s) for c in COLORS for s in SHAPES]
     asked = sorted((text.index(f"{c} {s}"), (c, s)) for c, s in things if f"{c} {s}" in text)
     asked = [thing for _, thing in asked]
@@ -195,7 +195,7 @@ def test_levels_differ_in_the_picture_alone():
 
 
 def lists(kind, count):
-    """What is drawn of one kind, and which of each list are there."""
+    """Returns sampled questions of one kind, and the mask of the objects in the image."""
     made = task((kind,))
     draw_one = functools.partial(made._sample_spec, level=made._level(0), kind=kind, split="train")
     draws = jit(jax.vmap(draw_one))(jax.random.split(jax.random.key(2), count))
@@ -269,7 +269,7 @@ def test_a_question_depends_on_its_number_alone():
 
 
 class Fixed(WordTokenizer):
-    """A tokenizer that knows these answers alone, and asks by one token."""
+    """A tokenizer with given answers, and prompts of one token."""
 
     def __init__(self, answers):
         self.answers = answers

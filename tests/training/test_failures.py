@@ -1,4 +1,4 @@
-"""What fails beside learning: rewards and records of an update, evaluations, reports."""
+"""Tests of failures of rewards, records, evaluations and reports."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run depends on beside its config: changes are named where it is used again."""
+"""Tests that changed inputs of a run are reported when the run is used again."""
 
 import dataclasses
 import shutil
@@ -22,7 +22,7 @@ SOURCE = "def letters(*, completion, **columns):\n    return float(len(completio
 
 
 def claim(config, workdir, **accepted):
-    """Claims a directory for a run, and leaves it."""
+    """Claims a directory for a run and releases its lock."""
     with runs.claim(problems.make(config), workdir, **accepted):
         pass
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def run(model, tmp_path, monkeypatch):
-    """The config and the workdir of a run that has a checkpoint, of files that may be changed."""
+    """Returns the config and the workdir of a run with a checkpoint."""
     images = folder(tmp_path / "images", count=8)
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "my_rewards.py").write_text(SOURCE)

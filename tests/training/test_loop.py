@@ -1,4 +1,4 @@
-"""The compiled loop as a whole: resume, recompilation, transfers, meshes, other platforms."""
+"""Tests of the training loop: resuming, recompilation, transfers, meshes, other platforms."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def run(stage: loop.Stage, workdir, **arguments) -> loop.Result:
 
 
 def stored(workdir, which) -> tuple[float, int]:
-    """The parameter in a checkpoint of a toy stage, and its step."""
+    """Returns the parameter in a checkpoint of a toy stage, and its step."""
     like = {"learner/params": {"w": jnp.zeros(2)}}
     parts, step = checkpoint.restore_parts(workdir, like, which=which)
     return float(parts["learner/params"]["w"][0]), step
@@ -84,7 +84,7 @@ def rows(workdir) -> list[dict]:
 
 
 def claim(config, workdir) -> None:
-    """Claims a directory for a run, and leaves it."""
+    """Claims a directory for a run and releases its lock."""
     with runs.claim(problems.make(config), workdir):
         pass
 
@@ -95,7 +95,7 @@ def kill() -> dict:
 
 
 def killing_evaluation():
-    """An evaluation that kills the run in its second call, the first after an update."""
+    """Returns an evaluation that kills the run in its second call, the first after an update."""
     calls = []
 
     def evaluate(learner) -> dict:
@@ -263,7 +263,7 @@ def test_alarms_do_not_see_what_nothing_was_learned_before(tmp_path):
 
 
 def skipping(*numbers):
-    """Metrics of updates of one optimizer step each, skipped in those of these numbers."""
+    """Returns metrics of updates with one optimizer step each, skipped in the given updates."""
 
     def update(n, w):
         skipped = jnp.isin(n, jnp.array(numbers)).astype(jnp.float32)

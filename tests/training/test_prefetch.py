@@ -1,4 +1,4 @@
-"""Batches that are read ahead: which, when, and what becomes of errors and threads."""
+"""Tests of prefetching: order of batches, errors and threads."""
 
 import collections
 import threading
@@ -9,7 +9,7 @@ from mmrl_jax.training.prefetch import Prefetch
 
 
 class Reader:
-    """Reads update u as 10 u; notes what was read, and can fail at one update."""
+    """Reads 10 u for update u, records the reads, and can fail at one update."""
 
     def __init__(self, fails=None):
         self.numbers, self.fails = [], fails

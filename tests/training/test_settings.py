@@ -1,4 +1,4 @@
-"""Settings of JAX that people use: supported, or refused in one line."""
+"""Tests that common settings of JAX are supported or rejected."""
 
 import os
 import subprocess

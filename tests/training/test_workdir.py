@@ -1,4 +1,4 @@
-"""Working directories: in a bucket, with damaged files, and of two processes at once."""
+"""Tests of working directories in a bucket, with damaged files, and with two processes."""
 
 import json
 import os
@@ -206,7 +206,7 @@ with lock.locked(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def owned(tmp_path_factory):
-    """A workdir that a living process has locked, and the process."""
+    """Returns a workdir that a living process has locked, and the process."""
     workdir = tmp_path_factory.mktemp("owned")
     child = subprocess.Popen(
         [sys.executable, "-c", _OWNER, str(workdir)], stdout=subprocess.PIPE, text=True
