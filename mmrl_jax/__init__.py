@@ -14,7 +14,7 @@ __all__ = ["get_config", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # Whoever needs a loss alone does not import environments, models and trainers.
+    # The import is lazy, so that using a loss does not import environments, models and trainers.
     if name in __all__:
         from mmrl_jax import runs
 

@@ -185,7 +185,8 @@ def train_stages(
     Args:
       problem: Problem of the run.
       workdir: Working directory of the run, which must be claimed, see `claim`.
-      started: time.perf_counter() at the start of the run, for its total time; None for now.
+      started: Value of time.perf_counter() at the start of the run, for its total time; None for
+        the current time.
     """
     started = time.perf_counter() if started is None else started
     config, directory = problem.config, workdir_lib.as_path(workdir)
@@ -281,15 +282,15 @@ def totals(results: Collection[Result], started: float) -> dict[str, float]:
 
     Args:
       results: Results of the stages.
-      started: time.perf_counter() when this process started the run.
+      started: Value of time.perf_counter() when this process started the run.
 
     Returns:
       wall_s: Time of this process in seconds, plus that of earlier processes up to the checkpoints
         from which this process resumed.
       compile_s: Time of initializing and compiling the stages in seconds, of all processes.
       env_steps: Number of environment steps, without steps that only reset an environment.
-      env_steps_per_s: env_steps per second of the updates of stages with environments; 0 without
-        such stages.
+      env_steps_per_s: Environment steps per second of the updates of stages with environments; 0
+        without such stages.
     """
     stepping = [result for result in results if result.counters.env_steps]
     steps = sum(result.counters.env_steps for result in stepping)

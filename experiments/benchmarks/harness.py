@@ -24,7 +24,7 @@ class Row:
       name: Name of the measurement and of the peer.
       ours: Median of our measurements.
       peer: Median of the peer's measurements; None without a peer.
-      ratio: ours / peer; None without a peer.
+      ratio: Ratio ours / peer; None without a peer.
       unit: Unit of ours and peer.
       runs: Number of measurements of each side.
       hardware: Description of the machine, see `provenance.hardware`.

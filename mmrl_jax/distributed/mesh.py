@@ -23,7 +23,7 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
 
 
-# The devices that meshes are made of; None for those of this process.
+# Devices of which meshes are made; None for the devices of this process.
 _devices: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVar(
     "devices", default=None
 )
@@ -31,10 +31,11 @@ _devices: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def described_devices(devices: Iterable[Any]) -> Iterator[None]:
-    """Makes meshes of devices that are described and not present, to compile for them.
+    """Makes meshes of devices that are not present, in order to compile programs for them.
 
     Args:
-      devices: For example `jax.experimental.topologies.get_topology_desc(...).devices`.
+      devices: Descriptions of devices, for example
+        `jax.experimental.topologies.get_topology_desc(...).devices`.
     """
     token = _devices.set(tuple(devices))
     try:
@@ -44,7 +45,7 @@ def described_devices(devices: Iterable[Any]) -> Iterator[None]:
 
 
 def available_devices() -> tuple[Any, ...]:
-    """Returns the devices that meshes can be made of, see `described_devices`."""
+    """Returns the devices of which meshes can be made, see `described_devices`."""
     described = _devices.get()
     return tuple(jax.devices()) if described is None else described
 
@@ -92,12 +93,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Returns the axes of the mesh that samples are split over: all but 'tensor'."""
+    """Returns the axes of the mesh over which samples are split: all except 'tensor'."""
     return tuple(axis for axis in mesh.axis_names if axis != TENSOR)
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Returns the number of parts that a batch is split into."""
+    """Returns the number of parts into which a batch is split."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
@@ -115,7 +116,7 @@ def put_batch(tree: Any, *, mesh: Mesh) -> Any:
     """Transfers a host batch [N, ...] to the devices, split along axis 0.
 
     Args:
-      tree: Pytree of arrays with a leading axis N, which is a multiple of the size of 'data'.
+      tree: Pytree of arrays with a leading axis N, which is a multiple of `batch_shards`.
       mesh: Device mesh.
     """
     return jax.device_put(tree, batch_sharding(mesh, 0))
@@ -165,10 +166,10 @@ def constrain_batch(tree: Any, *, mesh: Mesh) -> Any:
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
-    """Returns the context in which a model is traced whose arrays lie on a mesh.
+    """Returns the context in which a model with arrays on a mesh is traced.
 
     Args:
-      mesh: The devices; None where the model is traced for one device.
+      mesh: Device mesh; None for a model on one device.
     """
     if mesh is None:
         return contextlib.nullcontext()
@@ -176,10 +177,10 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
 
 
 def split_samples(x: jax.Array) -> jax.Array:
-    """Inside a model: splits activations [B, ...] by their samples alone, see `on_mesh`.
+    """Constrains activations [B, ...] inside a model to be split over samples only, see `on_mesh`.
 
-    Left to itself XLA derives layouts of activations from those of the matrices that they meet, and
-    between two such layouts it may gather whole activations.
+    Without this constraint, XLA derives the shardings of activations from those of the matrices,
+    and may gather complete activations to convert between two such shardings.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -81,15 +81,15 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def gathered(kernel: jax.Array, path: Sequence[str]) -> jax.Array:
-    """Inside a model: gathers what the axis 'fsdp' splits of a matrix, for one use of it.
+    """Gathers a matrix over the axis 'fsdp' before its use inside a model.
 
-    It is what makes the axis a split of storage alone (Rajbhandari et al., 2020, ZeRO, stage 3):
-    left to itself XLA may split the product instead, over devices that have different samples, and
-    its CPU compiler computed wrong gradients of such a product (jax 0.10.2, all three axes).
+    The axis therefore splits the storage of parameters only (Rajbhandari et al., 2020, ZeRO, stage
+    3). Without this constraint, XLA may instead split the product over devices with different
+    samples, for which its CPU compiler computed wrong gradients (jax 0.10.2, with all three axes).
 
     Args:
-      kernel: A matrix of the parameters, whole for the program; see `mesh.on_mesh`.
-      path: Of the layer that the matrix is the kernel of.
+      kernel: Matrix of the parameters, in a model that is traced in `mesh.on_mesh`.
+      path: Path of the layer whose kernel the matrix is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(FSDP, 1) == 1:
