@@ -86,7 +86,7 @@ class StageOptions:
     updates_per_dispatch: int = option(1, "Updates in one compiled call.", POSITIVE)
     eval_interval: int = option(
         50,
-        "Updates between two evaluations; a stage is evaluated before its first one too.",
+        "Updates between two evaluations; there is one before the first update too.",
         POSITIVE,
     )
     checkpoint_interval: int = option(50, "Updates between two checkpoints.", POSITIVE)
