@@ -59,35 +59,45 @@ class MLPOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _SeeingOptions:
-    auxiliary: tuple[tuple[str, int], ...] = option(
-        (), "Privileged targets that the model predicts beside acting: ((name, size), ...)."
-    )
-    pointing: str | None = option(
-        None, "Privileged position in the image that the model points at; None for no such target."
-    )
+class ModelOptions:
+    """What the group `model` has for every transformer, of control and of token policies."""
+
     lora: LoraOptions = group(LoraOptions)
     dtype: Dtype = option("float32", "Dtype of the computation; parameters are float32.")
     remat: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultimodalOptions(_SeeingOptions):
-    """Our own transformer over image patches, words and proprioception."""
+class PatchOptions(ModelOptions):
+    """What it has for every model that sees by our own encoder of patches."""
 
-    kind: Literal["multimodal"] = option("multimodal", "Kind of model.")
     width: int = option(64, "Width of the tokens.", POSITIVE)
-    layers: int = option(2, "Blocks of the fusion stack.", POSITIVE)
     heads: int = option(1, "Attention heads; they divide the width.", POSITIVE)
     mlp_ratio: int = option(2, "Hidden width of a block's MLP over the width.", POSITIVE)
     patch: int = option(
-        8, "Edge of an image patch in pixels; it divides env.height and env.width.", POSITIVE
+        8, "Edge of an image patch in pixels; it divides the images' height and width.", POSITIVE
     )
     patch_margin: int = option(0, "Pixels around a patch that its token also sees.", NON_NEGATIVE)
     patch_hidden: int = option(128, "Hidden units of the perceptron of each patch.", POSITIVE)
-    vision_layers: int = option(
-        0, "Blocks over the patches alone, before the fusion.", NON_NEGATIVE
+    vision_layers: int = option(0, "Blocks over the patches alone.", NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SeeingOptions(ModelOptions):
+    auxiliary: tuple[tuple[str, int], ...] = option(
+        (), "Privileged targets that the model predicts beside acting: ((name, size), ...)."
     )
+    pointing: str | None = option(
+        None, "Privileged position in the image that the model points at; None for no such target."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultimodalOptions(PatchOptions, _SeeingOptions):
+    """Our own transformer over image patches, words and proprioception."""
+
+    kind: Literal["multimodal"] = option("multimodal", "Kind of model.")
+    layers: int = option(2, "Blocks of the fusion stack.", POSITIVE)
     text_layers: int = option(0, "Blocks over the words alone, before the fusion.", NON_NEGATIVE)
     film: bool = option(True, "Modulate the patches by the instruction before the fusion (FiLM).")
     fusion: Fusion = option("joint", "How the modalities are fused, see MultimodalPolicy.")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, group, option, options_of
+from mmrl_jax.config.options import POSITIVE, Group, option, options_of
 from mmrl_jax.config.schema import is_group
 from mmrl_jax.learners import token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy
@@ -21,8 +21,8 @@ from mmrl_jax.pretrained import chat, hub, vision_chat, weights
 from mmrl_jax.pretrained.vision_chat import VLMSpec
 from mmrl_jax.problems.control_models import (
     DTYPES,
-    Dtype,
-    LoraOptions,
+    ModelOptions,
+    PatchOptions,
     check_patches,
     with_adapters,
 )
@@ -33,29 +33,12 @@ from mmrl_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _TokenModelOptions:
-    lora: LoraOptions = group(LoraOptions)
-    dtype: Dtype = option("float32", "Dtype of the computation; parameters are float32.")
-    remat: bool = option(False, "Recompute activations in the backward pass to save memory.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _PatchOptions(_TokenModelOptions):
-    width: int = option(
-        64, "Width of the tokens; of a pretrained decoder, of the image patches alone.", POSITIVE
-    )
+class _TokenPatchOptions(PatchOptions):
     heads: int = option(4, "Attention heads; twice their number divides the width.", POSITIVE)
-    mlp_ratio: int = option(2, "Hidden width of a block's MLP over the width.", POSITIVE)
-    patch: int = option(
-        8, "Edge of an image patch in pixels; it divides the images' height and width.", POSITIVE
-    )
-    patch_margin: int = option(0, "Pixels around a patch that its token also sees.", NON_NEGATIVE)
-    patch_hidden: int = option(128, "Hidden units of the perceptron of each patch.", POSITIVE)
-    vision_layers: int = option(0, "Blocks over the patches alone.", NON_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScratchOptions(_PatchOptions):
+class ScratchOptions(_TokenPatchOptions):
     """A small vision-language model that is trained from scratch, on the words of one task."""
 
     kind: Literal["scratch"] = option("scratch", "Kind of model.")
@@ -63,10 +46,11 @@ class ScratchOptions(_PatchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderOptions(_PatchOptions):
+class DecoderOptions(_TokenPatchOptions):
     """A pretrained decoder that sees by our own encoder of patches and a projector."""
 
     kind: Literal["decoder"] = option("decoder", "Kind of model.")
+    width: int = option(64, "Width of the image patches, before the projector.", POSITIVE)
     checkpoint: str | None = option(
         "smollm2",
         "'smollm2', or a directory, in the hub's format, of a decoder that was trained to chat; "
@@ -75,7 +59,7 @@ class DecoderOptions(_PatchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VLMOptions(_TokenModelOptions):
+class VLMOptions(ModelOptions):
     """A whole pretrained vision-language model."""
 
     kind: Literal["vlm"] = option("vlm", "Kind of model.")
