@@ -63,41 +63,53 @@ class MLPOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _ImageModelOptions:
-    auxiliary: tuple[tuple[str, int], ...] = option(
-        (), "Privileged targets that the model predicts in addition, ((name, size), ...)."
-    )
-    pointing: str | None = option(
-        None, "Privileged position in the image that the model predicts; None for no such target."
-    )
+class ModelOptions:
+    """Options of every transformer, of control and of token policies."""
+
     lora: LoraOptions = group(LoraOptions)
-    dtype: Dtype = option("float32", "Data type of the computation; parameters are float32.")
+    dtype: Dtype = option(
+        "float32", "Data type of the computation; trained parameters are float32."
+    )
     remat: bool = option(
         False, "Whether to recompute activations in the backward pass to save memory."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultimodalOptions(_ImageModelOptions):
-    """A transformer of this library over image patches, words and proprioception."""
+class PatchOptions(ModelOptions):
+    """Options of every model with the patch encoder of this library."""
 
-    kind: Literal["multimodal"] = option("multimodal", "Kind of model.")
     width: int = option(64, "Width of the tokens.", POSITIVE)
-    layers: int = option(2, "Number of blocks of the fusion transformer.", POSITIVE)
     heads: int = option(1, "Number of attention heads, which must divide the width.", POSITIVE)
     mlp_ratio: int = option(2, "Ratio of the hidden width of an MLP to the width.", POSITIVE)
     patch: int = option(
         8,
-        "Side of an image patch in pixels, which must divide env.height and env.width.",
+        "Side of an image patch in pixels, which must divide height and width of the images.",
         POSITIVE,
     )
     patch_margin: int = option(
         0, "Number of pixels around a patch that are also inputs of its token.", NON_NEGATIVE
     )
     patch_hidden: int = option(128, "Hidden width of the MLP that embeds a patch.", POSITIVE)
-    vision_layers: int = option(
-        0, "Number of blocks over the patches before the fusion.", NON_NEGATIVE
+    vision_layers: int = option(0, "Number of blocks over the patches alone.", NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ImageModelOptions(ModelOptions):
+    auxiliary: tuple[tuple[str, int], ...] = option(
+        (), "Privileged targets that the model predicts in addition, ((name, size), ...)."
     )
+    pointing: str | None = option(
+        None, "Privileged position in the image that the model predicts; None for no such target."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultimodalOptions(PatchOptions, _ImageModelOptions):
+    """A transformer of this library over image patches, words and proprioception."""
+
+    kind: Literal["multimodal"] = option("multimodal", "Kind of model.")
+    layers: int = option(2, "Number of blocks of the fusion transformer.", POSITIVE)
     text_layers: int = option(0, "Number of blocks over the words before the fusion.", NON_NEGATIVE)
     film: bool = option(
         True, "Whether the instruction modulates the patches before the fusion (FiLM)."

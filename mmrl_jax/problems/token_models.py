@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, group, option, options_of
+from mmrl_jax.config.options import POSITIVE, Group, option, options_of
 from mmrl_jax.config.schema import is_group
 from mmrl_jax.distributed import partition
 from mmrl_jax.learners import token_learner
@@ -25,8 +25,8 @@ from mmrl_jax.pretrained import chat, hub, vision_chat, weights
 from mmrl_jax.pretrained.vision_chat import VLMSpec
 from mmrl_jax.problems.control_models import (
     DTYPES,
-    Dtype,
-    LoraOptions,
+    ModelOptions,
+    PatchOptions,
     check_patches,
     with_adapters,
 )
@@ -37,41 +37,14 @@ from mmrl_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _TokenModelOptions:
-    lora: LoraOptions = group(LoraOptions)
-    dtype: Dtype = option(
-        "float32", "Data type of the computation; trained parameters are float32."
-    )
-    remat: bool = option(
-        False, "Whether to recompute activations in the backward pass to save memory."
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _PatchOptions(_TokenModelOptions):
-    width: int = option(
-        64,
-        "Width of the tokens; with a pretrained decoder, width of the vision encoder.",
-        POSITIVE,
-    )
+class _TokenPatchOptions(PatchOptions):
     heads: int = option(
         4, "Number of attention heads; the width must be divisible by twice this number.", POSITIVE
     )
-    mlp_ratio: int = option(2, "Ratio of the hidden width of an MLP to the width.", POSITIVE)
-    patch: int = option(
-        8,
-        "Side of an image patch in pixels, which must divide height and width of the images.",
-        POSITIVE,
-    )
-    patch_margin: int = option(
-        0, "Number of pixels around a patch that are also inputs of its token.", NON_NEGATIVE
-    )
-    patch_hidden: int = option(128, "Hidden width of the MLP that embeds a patch.", POSITIVE)
-    vision_layers: int = option(0, "Number of blocks of the vision encoder.", NON_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _PretrainedOptions(_TokenModelOptions):
+class _PretrainedOptions(ModelOptions):
     frozen_dtype: Literal["float32", "bfloat16", "int8"] = option(
         "float32",
         "Data type of the pretrained parameters that no stage trains; with 'int8' it is int8 for "
@@ -80,7 +53,7 @@ class _PretrainedOptions(_TokenModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScratchOptions(_PatchOptions):
+class ScratchOptions(_TokenPatchOptions):
     """A small vision-language model that is trained from scratch on the words of one task."""
 
     kind: Literal["scratch"] = option("scratch", "Kind of model.")
@@ -88,10 +61,11 @@ class ScratchOptions(_PatchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderOptions(_PatchOptions, _PretrainedOptions):
+class DecoderOptions(_TokenPatchOptions, _PretrainedOptions):
     """A pretrained decoder with a new vision encoder and a projector."""
 
     kind: Literal["decoder"] = option("decoder", "Kind of model.")
+    width: int = option(64, "Width of the vision encoder, before the projector.", POSITIVE)
     checkpoint: str | None = option(
         "smollm2",
         "'smollm2', or a directory of a chat model in the Hugging Face format, whose tokenizer and "

@@ -6,8 +6,10 @@ import pytest
 
 import mmrl_jax
 from mmrl_jax import problems, runs
+from mmrl_jax.config import schema
+from mmrl_jax.config.options import options_of
 from mmrl_jax.pretrained import hub
-from mmrl_jax.problems import demonstrations
+from mmrl_jax.problems import control_models, demonstrations, token_models
 from tests import processors, tiny
 
 
@@ -98,6 +100,18 @@ def test_keys_that_a_config_lacks_have_their_defaults_and_unused_groups_are_left
     # One that is stored by an earlier version lacks a key.
     del config.ppo["clip"]
     assert problems.complete(config).ppo.clip == 0.2
+
+
+def test_an_option_of_control_and_of_token_policies_is_one_option():
+    control, token = (
+        schema.flatten_group(options_of(module.MODELS[kind]))
+        for module, kind in ((control_models, "multimodal"), (token_models, "scratch"))
+    )
+    same = set(control) & set(token) - {"kind", "layers", "heads"}
+    assert same >= {"width", "mlp_ratio", "patch", "vision_layers", "lora.rank", "dtype", "remat"}
+    for name in same:
+        assert control[name]._replace(valid=None) == token[name]._replace(valid=None)
+    assert (control["heads"].default, token["heads"].default) == (1, 4)
 
 
 @pytest.mark.parametrize(
