@@ -21,6 +21,7 @@ time they are tried, ends with an error and exit code 1. An evaluation or report
 message.
 """
 
+import functools
 import sys
 
 from absl import flags
@@ -69,7 +70,12 @@ def run() -> None:
                 print("The keys of this config, each set by --config.<key>=<value>:\n")
                 print(schema.describe(problems.options(config), config))
                 return
-            loading.validate_overrides(sys.argv, config, renamed=renamed.KEYS)
+            loading.validate_overrides(
+                sys.argv,
+                config,
+                renamed=renamed.KEYS,
+                elsewhere=functools.partial(problems.elsewhere, config),
+            )
     config_flags.DEFINE_config_file("config", None, "Name or file of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory that gets all outputs.")
     flags.DEFINE_list(

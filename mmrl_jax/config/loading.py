@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from mmrl_jax.config.schema import ConfigLike, flatten, nearest, unknown_key_message
+from mmrl_jax.config.schema import ConfigLike, Elsewhere, flatten, nearest, unknown_key_message
 
 # The public configs, which are shipped with the package and found by name.
 PUBLIC = pathlib.Path(__file__).parents[1] / "configs"
@@ -146,6 +146,7 @@ def validate_overrides(
     *,
     flag: str = "config",
     renamed: Mapping[str, str] = types.MappingProxyType({}),
+    elsewhere: Elsewhere = lambda key: None,
 ) -> None:
     """Checks `--config.a.b=value` arguments; call it before absl parses its flags.
 
@@ -158,10 +159,11 @@ def validate_overrides(
             names; without such an argument nothing is checked.
         flag: Name of the config flag.
         renamed: For keys of earlier versions, what they are called now.
+        elsewhere: See `schema.unknown_key_message`.
 
     Raises:
-        ValueError: One line for each unknown key with the nearest valid one, or for a group that
-            is given a value.
+        ValueError: One line for each unknown key, see `schema.unknown_key_message`, or for a group
+            that is given a value.
     """
     if "--" in argv:
         argv = argv[: list(argv).index("--")]
@@ -184,7 +186,7 @@ def validate_overrides(
                 f"{', '.join(inside)}."
             )
         else:
-            errors.append(unknown_key_message(key, known, renamed=renamed))
+            errors.append(unknown_key_message(key, known, renamed=renamed, elsewhere=elsewhere))
     if errors:
         raise ValueError("\n".join(errors))
 

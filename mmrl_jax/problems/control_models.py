@@ -1,6 +1,6 @@
 """Networks of control policies: the group `model` of a config, and their parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import re
@@ -143,20 +143,31 @@ CONFIGS = {"multimodal": "reach_ppo", "vlm": "reach_vlm", "mlp": "mlp_ppo"}
 
 
 def options(config: Any) -> Group:
+    """Returns the keys of 'model' that the config's kind of model reads, see `options_of_kind`."""
+    return options_of_kind(config, MODELS, CONFIGS)
+
+
+def options_of_kind(config: Any, models: Mapping[str, type], configs: Mapping[str, str]) -> Group:
     """Returns the keys of 'model' that the config's kind of model reads.
+
+    Args:
+      config: Of the run; may lack keys.
+      models: The kinds of models, the default one first, and the dataclasses of their options.
+      configs: Of each kind a config to begin with.
 
     Raises:
       ValueError: The kind is unknown, or the config has keys that only models of other kinds read.
     """
     model = config.get("model", {})
-    kind = model.get("kind", "multimodal") if is_group(model) else "multimodal"
-    if kind not in MODELS:
+    default = next(iter(models))
+    kind = model.get("kind", default) if is_group(model) else default
+    if kind not in models:
         raise ValueError(
             f"Config key 'model.kind' is {kind!r}, but must be one of "
-            f"{', '.join(map(repr, MODELS))}."
+            f"{', '.join(map(repr, models))}."
         )
-    known = options_of(MODELS[kind])
-    others = {name: options_of(other) for name, other in MODELS.items() if name != kind}
+    known = options_of(models[kind])
+    others = {name: options_of(other) for name, other in models.items() if name != kind}
     unread = [
         key
         for key in (model if is_group(model) else ())
@@ -169,11 +180,11 @@ def options(config: Any) -> Group:
             + ", ".join(f"model.{key}={model[key]!r}" for key in unread)
             + ": leave these keys out of the config"
             + (
-                f", or begin with the config {CONFIGS[fitting[0]]!r} of model.kind={fitting[0]!r}"
+                f", or begin with the config {configs[fitting[0]]!r} of model.kind={fitting[0]!r}"
                 if fitting
                 else ""
             )
-            + f"; the config {CONFIGS[kind]!r} has the keys of model.kind={kind!r}."
+            + f"; the config {configs[kind]!r} has the keys of model.kind={kind!r}."
         )
     return known
 
