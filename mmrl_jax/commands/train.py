@@ -21,6 +21,7 @@ the command ends with an error and exit code 1. If an evaluation or a report fai
 message and continues.
 """
 
+import functools
 import sys
 
 from absl import flags
@@ -69,7 +70,12 @@ def run() -> None:
                 print("The keys of this config, each set by --config.<key>=<value>:\n")
                 print(schema.describe(problems.options(config), config))
                 return
-            loading.validate_overrides(sys.argv, config, renamed=renamed.KEYS)
+            loading.validate_overrides(
+                sys.argv,
+                config,
+                renamed=renamed.KEYS,
+                elsewhere=functools.partial(problems.elsewhere, config),
+            )
     config_flags.DEFINE_config_file("config", None, "Name or path of the config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of all outputs.")
     flags.DEFINE_list(

@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from mmrl_jax.config.schema import ConfigLike, flatten, nearest, unknown_key_message
+from mmrl_jax.config.schema import ConfigLike, Elsewhere, flatten, nearest, unknown_key_message
 
 # Directory of the public configs, which are part of the package and are found by name.
 PUBLIC = pathlib.Path(__file__).parents[1] / "configs"
@@ -149,6 +149,7 @@ def validate_overrides(
     *,
     flag: str = "config",
     renamed: Mapping[str, str] = types.MappingProxyType({}),
+    elsewhere: Elsewhere = lambda key: None,
 ) -> None:
     """Checks `--config.a.b=value` arguments; it must be called before absl parses the flags.
 
@@ -161,6 +162,7 @@ def validate_overrides(
             without which nothing is checked.
         flag: Name of the config flag.
         renamed: Description of the new key by the key of an earlier version.
+        elsewhere: See `schema.unknown_key_message`.
 
     Raises:
         ValueError: If a key is unknown or is a group. The message has one line for each such key,
@@ -187,7 +189,7 @@ def validate_overrides(
                 f"{', '.join(fields)}."
             )
         else:
-            errors.append(unknown_key_message(key, known, renamed=renamed))
+            errors.append(unknown_key_message(key, known, renamed=renamed, elsewhere=elsewhere))
     if errors:
         raise ValueError("\n".join(errors))
 

@@ -1,6 +1,6 @@
 """Completes a config with defaults, checks its keys, and describes them for `--help`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import difflib
 import math
@@ -13,6 +13,8 @@ from mmrl_jax.config.options import Group, Option
 
 ConfigDict = ml_collections.ConfigDict
 ConfigLike: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
+# A key that a config lacks -> the configs that have it, to complete a sentence; or None.
+Elsewhere: TypeAlias = Callable[[str], str | None]
 # Range of 32-bit numbers. On the device a larger int would wrap and a larger float be infinite.
 _LARGEST_INT, _LARGEST_FLOAT, _SMALLEST_FLOAT = 2**32 - 1, 3.4e38, 1.2e-38
 
@@ -91,17 +93,24 @@ def _typed(option: Option, value: Any) -> Any:
     return ml_collections.ConfigDict(value) if isinstance(value, dict) else value
 
 
-def check(config: ConfigLike, group: Group, *, renamed: Mapping[str, str] | None = None) -> None:
+def check(
+    config: ConfigLike,
+    group: Group,
+    *,
+    renamed: Mapping[str, str] | None = None,
+    elsewhere: Elsewhere = lambda key: None,
+) -> None:
     """Checks a complete config against its keys, and reports all errors at once.
 
     Args:
       config: Config to check.
       group: Keys that the config must have.
       renamed: Description of the new key by the key of an earlier version.
+      elsewhere: See `unknown_key_message`.
 
     Raises:
-      ValueError: If the config is invalid. The message has one line for each unknown key (with its
-        new name or the nearest key), missing key, wrong type and invalid value, with the field, the
+      ValueError: If the config is invalid. The message has one line for each unknown key (see
+        `unknown_key_message`), missing key, wrong type and invalid value, with the field, the
         value and the remedy.
     """
     known, old = list(flatten_group(group)), renamed or {}
@@ -110,7 +119,7 @@ def check(config: ConfigLike, group: Group, *, renamed: Mapping[str, str] | None
     def unknown(name: str, value: Any) -> None:
         names = [f"{name}.{key}" for key in flatten(value)] if is_group(value) else []
         for each in [name] if name in old or not any(n in old for n in names) else names:
-            errors.append(unknown_key_message(each, known, renamed=old))
+            errors.append(unknown_key_message(each, known, renamed=old, elsewhere=elsewhere))
 
     def visit(prefix: str, node: ConfigLike, table: Group) -> None:
         for key in node:
@@ -184,11 +193,26 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def unknown_key_message(
-    key: str, known: Iterable[str], *, renamed: Mapping[str, str] | None = None
+    key: str,
+    known: Iterable[str],
+    *,
+    renamed: Mapping[str, str] | None = None,
+    elsewhere: Elsewhere = lambda key: None,
 ) -> str:
-    """Returns the message for an unknown key, with its new name or the nearest known one."""
+    """Returns the message for an unknown key.
+
+    Args:
+      key: The key.
+      known: The keys that the config may have.
+      renamed: For keys of earlier versions, what they are called now.
+      elsewhere: Returns which other configs have the key, to complete a sentence that begins with
+        it; None where no other has it, and the nearest known key is named.
+    """
     if renamed and key in renamed:
         return f"Config key '{key}' of an earlier version is now {renamed[key]}."
+    place = elsewhere(key)
+    if place is not None:
+        return f"Unknown config key '{key}', which {place}."
     guess = nearest(key, known)
     hint = f" Did you mean '{guess}'?" if guess is not None else ""
     return f"Unknown config key '{key}'.{hint}"

@@ -1,6 +1,7 @@
 """Problems by name: a policy, the sources of its experience, and its evaluation."""
 
 from collections.abc import Mapping
+import functools
 import types
 from typing import Any
 
@@ -11,10 +12,18 @@ from mmrl_jax.config.loading import import_module
 from mmrl_jax.config.options import Group, build
 from mmrl_jax.learners import optimizers, registry
 from mmrl_jax.learners.optimizers import OptimizerOptions
-from mmrl_jax.problems import control, dataset, renamed, task, text_agent
+from mmrl_jax.problems import (
+    control,
+    control_models,
+    dataset,
+    renamed,
+    task,
+    text_agent,
+    token_models,
+)
 from mmrl_jax.problems.problem import MAY_CHANGE, Problem
 
-__all__ = ["KINDS", "Problem", "complete", "make", "may_change", "options"]
+__all__ = ["KINDS", "Problem", "complete", "elsewhere", "make", "may_change", "options"]
 
 # Module with `options`, and class, of each kind of problem. Users may add a row for their own kind.
 KINDS: dict[str, tuple[types.ModuleType, type]] = {
@@ -67,6 +76,55 @@ def complete(*differences: Mapping[str, Any]) -> ml_collections.ConfigDict:
     return schema.complete({name: x for name, x in given.items() if name not in unused}, keys)
 
 
+def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -> str | None:
+    """Returns which other configs have a key that this one does not have, for a message.
+
+    Args:
+      config: A whole config.
+      key: The key, or the name of a group, with dots.
+
+    Returns:
+      The end of a sentence that begins with the key; None where no config has it.
+    """
+
+    def has(problem: str, kind: str) -> bool:
+        names = _all_keys(problem, kind)
+        return any(name == key or name.startswith(f"{key}.") for name in names)
+
+    problem, kind = config["problem"], config["model"]["kind"]
+    kinds = (*control_models.MODELS, *token_models.MODELS)
+    if has(problem, kind):
+        stage, stages = key.partition(".")[0], tuple(config["stages"])
+        if stage in stages or stage not in {*registry.CONTROL, *registry.TOKEN}:
+            return None
+        return f"is a key of the stage {stage!r}; this config has stages={stages}"
+    models = [name for name in dict.fromkeys(kinds) if has(problem, name)]
+    if models:
+        return (
+            f"is a key of {', '.join(map(repr, models))} models; this config has "
+            f"model.kind={kind!r}"
+        )
+    others = [name for name in KINDS if any(has(name, other) for other in kinds)]
+    if others:
+        return (
+            f"is a key of {', '.join(map(repr, others))} problems; this config has "
+            f"problem={problem!r}"
+        )
+    return None
+
+
+def _all_keys(problem: str, kind: str) -> set[str]:
+    """The keys that configs of a kind of problem with a kind of model have, whatever the stages."""
+    names: set[str] = set()
+    for stage in {*registry.CONTROL, *registry.TOKEN}:
+        config = {"problem": problem, "stages": (stage,), "model": {"kind": kind}}
+        try:
+            names |= schema.flatten_group(options(config)).keys()
+        except ValueError:  # The problem has no such stage, or no such model.
+            continue
+    return names
+
+
 def make(config: ml_collections.ConfigDict) -> Problem:
     """Makes the problem of a config. No code outside of the problem reads the config afterwards.
 
@@ -80,7 +138,12 @@ def make(config: ml_collections.ConfigDict) -> Problem:
     """
     config = complete(config)
     config.lock()
-    schema.check(config, options(config), renamed=renamed.KEYS)
+    schema.check(
+        config,
+        options(config),
+        renamed=renamed.KEYS,
+        elsewhere=functools.partial(elsewhere, config),
+    )
     for name in config.stages:
         group = build(OptimizerOptions, config[name].optimizer)
         optimizers.check(group, f"{name}.optimizer")

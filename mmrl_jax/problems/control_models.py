@@ -1,6 +1,6 @@
 """Networks of control policies: the options of the group `model`, and their parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import re
@@ -157,20 +157,31 @@ CONFIGS = {"multimodal": "reach_ppo", "vlm": "reach_vlm", "mlp": "mlp_ppo"}
 
 
 def options(config: Any) -> Group:
+    """Returns the keys of the group `model` for the kind of model, see `options_of_kind`."""
+    return options_of_kind(config, MODELS, CONFIGS)
+
+
+def options_of_kind(config: Any, models: Mapping[str, type], configs: Mapping[str, str]) -> Group:
     """Returns the keys of the group `model` for the kind of model of a config.
+
+    Args:
+      config: Config of the run, which may lack keys.
+      models: Dataclass of the options of each kind of model; the first kind is the default.
+      configs: Public config of each kind of model, for the message.
 
     Raises:
       ValueError: If the kind is unknown, or the config has keys of other kinds of models.
     """
     model = config.get("model", {})
-    kind = model.get("kind", "multimodal") if is_group(model) else "multimodal"
-    if kind not in MODELS:
+    default = next(iter(models))
+    kind = model.get("kind", default) if is_group(model) else default
+    if kind not in models:
         raise ValueError(
             f"Config key 'model.kind' is {kind!r}, but must be one of "
-            f"{', '.join(map(repr, MODELS))}."
+            f"{', '.join(map(repr, models))}."
         )
-    known = options_of(MODELS[kind])
-    others = {name: options_of(other) for name, other in MODELS.items() if name != kind}
+    known = options_of(models[kind])
+    others = {name: options_of(other) for name, other in models.items() if name != kind}
     unused = [
         key
         for key in (model if is_group(model) else ())
@@ -183,11 +194,11 @@ def options(config: Any) -> Group:
             + ", ".join(f"model.{key}={model[key]!r}" for key in unused)
             + ": remove these keys from the config"
             + (
-                f", or start from the config {CONFIGS[fitting[0]]!r} of model.kind={fitting[0]!r}"
+                f", or start from the config {configs[fitting[0]]!r} of model.kind={fitting[0]!r}"
                 if fitting
                 else ""
             )
-            + f"; the config {CONFIGS[kind]!r} has the keys of model.kind={kind!r}."
+            + f"; the config {configs[kind]!r} has the keys of model.kind={kind!r}."
         )
     return known
 

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import POSITIVE, Group, option, options_of
-from mmrl_jax.config.schema import is_group
+from mmrl_jax.config.options import POSITIVE, Group, option
 from mmrl_jax.distributed import partition
 from mmrl_jax.learners import token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy
@@ -28,6 +27,7 @@ from mmrl_jax.problems.control_models import (
     ModelOptions,
     PatchOptions,
     check_patches,
+    options_of_kind,
     with_adapters,
 )
 from mmrl_jax.tasks.prompts import Texts, Tokenizer, WordTokenizer
@@ -94,19 +94,8 @@ CONFIGS = {"scratch": "count_grpo", "decoder": "smollm2_vqa_grpo", "vlm": "vlm_g
 
 
 def options(config: Any) -> Group:
-    """Returns the keys of the group `model` for the kind of model of a config.
-
-    Raises:
-      ValueError: If the kind is unknown.
-    """
-    model = config.get("model", {})
-    kind = model.get("kind", "scratch") if is_group(model) else "scratch"
-    if kind not in MODELS:
-        raise ValueError(
-            f"Config key 'model.kind' is {kind!r}, but must be one of "
-            f"{', '.join(map(repr, MODELS))}."
-        )
-    return options_of(MODELS[kind])
+    """Returns the keys of 'model' that the config's kind of model reads, see `options_of_kind`."""
+    return options_of_kind(config, MODELS, CONFIGS)
 
 
 def check_model(config: ml_collections.ConfigDict, height: int, width: int, where: str) -> None:

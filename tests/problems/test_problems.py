@@ -1,11 +1,14 @@
 """Tests that problems are made once, of what they read, and of the order of their stages."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 
 import mmrl_jax
 from mmrl_jax import problems, runs
+from mmrl_jax.commands import train
 from mmrl_jax.config import schema
 from mmrl_jax.config.options import options_of
 from mmrl_jax.pretrained import hub
@@ -100,6 +103,48 @@ def test_keys_that_a_config_lacks_have_their_defaults_and_unused_groups_are_left
     # One that is stored by an earlier version lacks a key.
     del config.ppo["clip"]
     assert problems.complete(config).ppo.clip == 0.2
+
+
+_REACH = {"problem": "control", "stages": ("ppo",), "env": {"name": "recall"}}
+_COUNT = {"problem": "task", "stages": ("sft",)}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            _COUNT | {"model": {"kind": "decoder", "image_splitting": True}},
+            "model.kind='decoder' does not read model.image_splitting=True.*of model.kind='vlm'",
+        ),
+        (
+            _COUNT | {"model": {"fusion": "joint"}},
+            "'model.fusion', which is a key of 'control' problems; .* has problem='task'",
+        ),
+        (
+            _REACH | {"dataset": {"directory": "images"}},
+            "'dataset', which is a key of 'dataset' problems; .* has problem='control'",
+        ),
+        (_REACH | {"envs": {"name": "recall"}}, "'envs'. Did you mean 'ppo.num_envs'"),
+    ],
+)
+def test_a_key_of_another_kind_is_answered_with_the_kind(config, message):
+    with pytest.raises(ValueError, match=message):
+        problems.make(problems.complete(config))
+
+
+@pytest.mark.parametrize(
+    ("spec", "key", "message"),
+    [
+        ("reach_vlm", "model.patch", "a key of 'multimodal' models; .* has model.kind='vlm'"),
+        ("vlm_grpo", "model.heads", "a key of 'scratch', 'decoder' models; .*kind='vlm'"),
+        ("reach_bc", "ppo.clip", r"a key of the stage 'ppo'; .* has stages=\('bc',\)"),
+        ("reach_bc", "sft.batch_size", "a key of 'text_agent', 'task', 'dataset' problems"),
+    ],
+)
+def test_the_command_line_is_answered_so_too(spec, key, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", f"--config={spec}", f"--config.{key}=1"])
+    with pytest.raises(SystemExit, match=f"Unknown config key '{key}', which is {message}"):
+        train.run()
 
 
 def test_an_option_of_control_and_of_token_policies_is_one_option():
