@@ -50,7 +50,7 @@ def test_demonstrations_are_recorded_once(monkeypatch, capsys):
     )
     problem = problems.make(tiny.config())
     stages = [problem.stage("bc"), problem.stage("bc", name="more_cloning")]
-    assert len(recorded) == 1 and capsys.readouterr().out.count("demonstrated episodes") == 1
+    assert len(recorded) == 1 and capsys.readouterr().out.count("episodes of an expert") == 1
     jax.tree.map(np.testing.assert_array_equal, *(stage.constants for stage in stages))
 
 
@@ -104,8 +104,8 @@ def test_keys_that_a_config_lacks_have_their_defaults_and_unused_groups_are_left
     ("config", "message"),
     [
         ({"algorithm": "ppo"}, "'problem' is None, but must be one of 'control'.*changelog"),
-        ({"problem": "control", "stages": ("sft",)}, "'stages' is .'sft',., but must name"),
-        ({"problem": "task", "stages": ("sft", "sft")}, "each once"),
+        ({"problem": "control", "stages": ("sft",)}, "'stages' is .'sft',., but must be"),
+        ({"problem": "task", "stages": ("sft", "sft")}, "without duplicates"),
         (
             {"problem": "control", "stages": ("ppo",), "ppo": {"minibatches": 4}},
             "'ppo.minibatches' of an earlier version is now 'ppo.num_minibatches'",
