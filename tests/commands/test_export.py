@@ -282,7 +282,11 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(directory, tmp_pat
         {"params": params | {"table": params["table"][:7]}},
     )
     _, other, qwen = saved("language_model", "qwen2", directory)
-    refused(r"another model(.|\n)*model_type: llama here, qwen2 there", loaded.params, other)
+    refused(
+        r"a different model(.|\n)*model_type: llama in the model, qwen2 in the s",
+        loaded.params,
+        other,
+    )
     assert ours.kind_of(qwen.model) == "language_model"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -212,7 +212,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     after, fresh = trained.variables, trained.problem.initial_variables()
     assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh) > 0.05
     page = (tmp_path / "samples.html").read_text()
-    assert page.count("<img") == 2 and "mean reward of 2 answers" in page
+    assert page.count("<img") == 2 and "mean reward of 2 completions" in page
     for place in (tmp_path, tmp_path / "sft"):
         variables = runs.load(place, trust_modules=True).variables
         found = evaluate(place, which="latest", split="all", episodes=None, trust_modules=True)
@@ -318,11 +318,11 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
     with pytest.raises(ValueError, match="has a score"):
         runs.load(tmp_path, which="best", trust_modules=True)
     # One line for one reason, with who and why; once more when held-out samples are written.
-    told = capfd.readouterr().err.splitlines()
-    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in told) == 3
-    line, *_ = lines = [x for x in told if x.startswith("No reward")]
+    printed = capfd.readouterr().err.splitlines()
+    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in printed) == 3
+    line, *_ = lines = [x for x in printed if x.startswith("The reward of a completion")]
     assert len(lines) <= 2
-    assert "answer to metadata.jsonl:" in line and "KeyError: 'no such level'" in line
+    assert "completion of metadata.jsonl:" in line and "KeyError: 'no such level'" in line
     assert HALF in line
 
 
@@ -435,7 +435,7 @@ def test_what_a_resumed_run_may_change_leaves_its_batches_as_they_were(make_conf
     batch = open_split(config).train.batch(5)
     may_change = problems.may_change(config)
     workdir_lib.claim_workdir(tmp_path, config, may_change=may_change)
-    for name in ("run.max_to_keep", *(name for name in may_change if name != "run")):
+    for name in ("run.max_to_keep", *(name for name in may_change if name not in ("run", "mesh"))):
         group, key = name.split(".")
         changed = make_config(**{f"{group}__{key}": config[group][key] + 3})
         workdir_lib.claim_workdir(tmp_path, changed, may_change=may_change)
@@ -462,7 +462,7 @@ def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, t
     assert len(split.train) == 8 and len(split.validation) == 2
     assert problem.splits == {"validation": 2, "test": 2}
     host_rewards.print_rejected(split)
-    assert "Left out of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
+    assert "Rejected record of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
 
 
 def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not():
@@ -517,7 +517,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ({"dataset__prompt_tokens": 8}, "dataset.prompt_tokens=8"),
         ({"model__checkpoint": None}, "model.checkpoint=None"),
         ({"rewards__functions": ()}, r"rewards.functions=\(\)"),
-        ({"rewards__functions": (LENGTH, LENGTH)}, "each once"),
+        ({"rewards__functions": (LENGTH, LENGTH)}, "without duplicates"),
         ({"rewards__functions": ("tests.reward_functions",)}, "'tests.reward_functions', which"),
         ({"rewards__functions": ("no_such_module:f",)}, "'no_such_module', which cannot be imp"),
         ({"rewards__functions": (f"{LENGTH}s",)}, "has no 'lengths'"),
@@ -531,8 +531,11 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
             {"dataset__test_size": 8},
             r"dataset.validation_size=2, dataset.test_size=8: .* of 10 records of 10 images leave",
         ),
-        ({"dataset__test_size": 0}, "dataset.test_size=0, dataset.test_directory=None: what"),
-        ({"dataset__test_directory": "x"}, "dataset.test_size=2, dataset.test_directory='x': what"),
+        ({"dataset__test_size": 0}, "dataset.test_size=0, dataset.test_directory=None: the test"),
+        (
+            {"dataset__test_directory": "x"},
+            "dataset.test_size=2, dataset.test_directory='x': the t",
+        ),
         ({"dataset__resize": "crop"}, "'dataset.resize' is 'crop'"),
         ({"rewards__max_failed": 1.0}, "'rewards.max_failed' is 1.0"),
     ],

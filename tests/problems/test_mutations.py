@@ -240,7 +240,5 @@ def test_overrides_of_keys_that_a_run_would_not_read():
 def test_the_export_of_a_control_policy_says_what_can_be_exported(tmp_path):
     config = tiny.config("mlp_ppo", **tiny.FAST)
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
-    with pytest.raises(
-        ValueError, match="is of a control policy.*only runs that fine-tune a complete"
-    ):
+    with pytest.raises(ValueError, match="is of a control policy.*only runs that fine-tune a comp"):
         export.export(tmp_path, tmp_path / "out", which="latest", adapter=False, dtype="float32")

@@ -55,7 +55,7 @@ def test_demonstrations_are_recorded_once(monkeypatch, capsys):
     )
     problem = problems.make(tiny.config())
     stages = [problem.stage("bc"), problem.stage("bc", name="more_cloning")]
-    assert len(recorded) == 1 and capsys.readouterr().out.count("demonstrated episodes") == 1
+    assert len(recorded) == 1 and capsys.readouterr().out.count("episodes of an expert") == 1
     jax.tree.map(np.testing.assert_array_equal, *(stage.constants for stage in stages))
 
 
@@ -114,7 +114,7 @@ _COUNT = {"problem": "task", "stages": ("sft",)}
     [
         (
             _COUNT | {"model": {"kind": "decoder", "image_splitting": True}},
-            "model.kind='decoder' does not read model.image_splitting=True.*of model.kind='vlm'",
+            "model.kind='decoder' does not use model.image_splitting=True.*of model.kind='vlm'",
         ),
         (
             _COUNT | {"model": {"fusion": "joint"}},
@@ -163,8 +163,8 @@ def test_an_option_of_control_and_of_token_policies_is_one_option():
     ("config", "message"),
     [
         ({"algorithm": "ppo"}, "'problem' is None, but must be one of 'control'.*changelog"),
-        ({"problem": "control", "stages": ("sft",)}, "'stages' is .'sft',., but must name"),
-        ({"problem": "task", "stages": ("sft", "sft")}, "each once"),
+        ({"problem": "control", "stages": ("sft",)}, "'stages' is .'sft',., but must be"),
+        ({"problem": "task", "stages": ("sft", "sft")}, "without duplicates"),
         (
             {"problem": "control", "stages": ("ppo",), "ppo": {"minibatches": 4}},
             "'ppo.minibatches' of an earlier version is now 'ppo.num_minibatches'",

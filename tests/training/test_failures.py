@@ -81,11 +81,11 @@ def test_an_outage_changes_nothing(error, tmp_path, capsys):
     stage, calls = hosted(fail, num_updates=6, updates_per_dispatch=3)
     result = run(stage, tmp_path / "outage")
     np.testing.assert_array_equal(weights(result), weights(whole))
-    # The same update is tried again: none is passed over.
+    # The same update is retried, and none is skipped.
     assert calls == [1, 2, 2, 2, 3, 4, 5, 6]
     first, second = rows(tmp_path / "outage")
     assert first["optimizer/retries"] == 2 and "optimizer/retries" not in second
-    assert capsys.readouterr().err.count(f"tried again: {type(error).__name__}: {error}") == 2
+    assert capsys.readouterr().err.count(f"is retried: {type(error).__name__}: {error}") == 2
 
 
 def test_what_fails_each_time_stops_with_all_that_was_learned(tmp_path):

@@ -514,7 +514,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         ({"model__kind": "mlp"}, "model.kind='mlp' does not use model.auxiliary="),
         ({"model__auxiliary": (("place", 2),)}, "names 'place' of shape"),
         ({"model__auxiliary": (("target_place", 1),)}, r"'target_place' of shape \(1,\)"),
-        ({"model__auxiliary": ("target_place",)}, "must hold"),
+        ({"model__auxiliary": ("target_place",)}, "must have pairs"),
         ({"model__pointing": "goal"}, "names 'goal'"),
         ({"mesh__data": 8, "bc__batch_size": 12}, "bc.batch_size = 12"),
         ({"mesh__data": 8, "ppo__num_minibatches": 8}, "the minibatch .* = 4"),
