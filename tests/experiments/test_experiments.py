@@ -143,7 +143,7 @@ def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monke
     assert both.items() > first.items() and both[f"{other}/checkpoint"] == 4
     for changes, message in (
         ({"split": "tran"}, "--split='tran' is unknown"),
-        ({"which": "3"}, r"No checkpoint 3 in .* there are"),
+        ({"which": "3"}, r"No checkpoint 3 in .* available steps are"),
         ({"which": "newest"}, "which is 'newest'"),
         ({"workdir": str(tmp_path)}, "holds no run"),
     ):

@@ -226,7 +226,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         tested = trained.problem.records.test.read(range(2))
         assert tuple(sample.prompt for sample in shown) == tested.prompts
         assert tuple(sample.answer for sample in shown) == tested.answers
-    with pytest.raises(ValueError, match="3 episodes, but split 'validation' has 2 records"):
+    with pytest.raises(ValueError, match="3 episodes, but split 'validation' has only 2 records"):
         evaluate(place, which="latest", split="all", episodes=3, trust_modules=True)
 
 
