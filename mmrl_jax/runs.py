@@ -379,6 +379,7 @@ def read_problem(
             "here. If you trust the module that this name finds on this machine, add "
             "--trust_modules."
         )
+    config = problems.complete(config)  # An earlier version may have had no mesh.
     axes = config.mesh.fsdp, config.mesh.tensor
     fsdp, tensor = axes if math.prod(axes) <= jax.device_count() else (1, 1)
     mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
