@@ -1,4 +1,4 @@
-"""Study of the quickstart over five seeds, each as `make quickstart` runs it.
+"""Study of the quickstart over ten seeds, each as `make quickstart` runs it.
 
 Command:   python -m experiments.study --study=experiments/studies/quickstart.py
 Hardware:  two CPU cores.
@@ -18,7 +18,7 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.configs import reach_ppo
 from mmrl_jax.training.provenance import commit, hardware
 
-SEEDS = 5
+SEEDS = 10
 MAIN = "final/train/success"
 VARIANTS: dict[str, dict] = {"reach_ppo": {}}
 

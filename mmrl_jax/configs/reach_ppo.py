@@ -38,8 +38,8 @@ CONFIG: dict[str, Any] = {
         "checkpoint_interval": 500,
     },
     "ppo": {
-        "num_updates": 120,
-        "eval_interval": 30,
+        "num_updates": 132,
+        "eval_interval": 33,
         "checkpoint_interval": 10,
         "num_envs": 512,
         "unroll_length": 17,
