@@ -16,7 +16,7 @@ from mmrl_jax.distributed import partition
 from mmrl_jax.learners import registry, token_learner
 from mmrl_jax.learners.learner import epoch_indices
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
-from mmrl_jax.models import lora
+from mmrl_jax.models import lora, stacked
 from mmrl_jax.problems import problem, sources, token_models
 from mmrl_jax.problems.problem import StageOptions, stream
 from mmrl_jax.problems.sources import Collected, Constants, Source
@@ -184,6 +184,7 @@ class TokenProblem(abc.ABC):
         self.needs_value_head = any("value_head" in self._needs(name) for name in config.stages)
         for name in config.stages:
             self._check_stage(name)
+        token_models.check_frozen(config, self.shapes())
 
     def _check_stage(self, name: str) -> None:
         """Raises ValueError for a stage without trainable variables, or a missing reference."""
@@ -224,13 +225,14 @@ class TokenProblem(abc.ABC):
         def init(key: jax.Array) -> Params:
             m, value_head = self.config.model, self.needs_value_head
             variables = token_models.init_variables(m, self.model, key, value_head=value_head)
-            return token_models.store_frozen(m, variables, self._trained())
+            variables = token_models.store_frozen(m, variables, self._trained())
+            return stacked.stack(variables, self.model.policy.model)
 
         return jax.eval_shape(init, jax.random.key(0))
 
-    def _trained(self) -> str:
-        """Returns a pattern of the paths of the variables that any stage trains."""
-        return "|".join(f"({self.config[name].trainable})" for name in self.config.stages)
+    def _trained(self) -> tuple[str, ...]:
+        """Returns patterns of the paths of the variables that the stages train."""
+        return tuple(self.config[name].trainable for name in self.config.stages)
 
     def options(self, name: str) -> Any:
         """Returns the options of a stage's algorithm."""
