@@ -388,6 +388,25 @@ def check_frozen(config: ml_collections.ConfigDict, shapes: Params) -> None:
         )
 
 
+def check_heads(model: VisionLanguageModel | LanguageModel, mesh: Mesh) -> None:
+    """Checks that the attention heads of the language model can be split over the mesh.
+
+    Args:
+      model: Model of the policy.
+      mesh: Device mesh.
+
+    Raises:
+      ValueError: If mesh.tensor does not divide the number of heads.
+    """
+    language = model if isinstance(model, LanguageModel) else model.language
+    heads, tensor = language.block.heads, mesh.shape[partition.TENSOR]
+    if heads % tensor:
+        raise ValueError(
+            f"mesh.tensor={tensor} does not divide the {heads} attention heads of the language "
+            "model; choose a divisor, and split the parameters further with mesh.fsdp."
+        )
+
+
 def _frozen_dtype(
     m: ml_collections.ConfigDict, trained: Sequence[str]
 ) -> Callable[[str], jnp.dtype]:

@@ -85,7 +85,7 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
       length: Maximum number of tokens of a completion.
 
     Returns:
-      Sizes that must be divisible by the number of devices, by their names.
+      Sizes that must be divisible by mesh.data * mesh.fsdp, by their names.
 
     Raises:
       ValueError: If a number is invalid; the message gives the field, its value and the remedy.
@@ -185,6 +185,7 @@ class TokenProblem(abc.ABC):
         for name in config.stages:
             self._check_stage(name)
         token_models.check_frozen(config, self.shapes())
+        token_models.check_heads(self.model.policy.model, self.mesh)
 
     def _check_stage(self, name: str) -> None:
         """Raises ValueError for a stage without trainable variables, or a missing reference."""
@@ -203,7 +204,7 @@ class TokenProblem(abc.ABC):
             )
 
     def check_sizes(self, *sizes: Mapping[str, int]) -> None:
-        """Checks that the batch sizes of the stages are divisible by the number of devices.
+        """Checks that the batch sizes of the stages are divisible by mesh.data * mesh.fsdp.
 
         Args:
           *sizes: Further sizes to check, by their names.
