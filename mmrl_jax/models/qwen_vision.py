@@ -98,8 +98,8 @@ class PatchTower(nn.Module):
       patch_bias: Whether the patch embedding has a bias.
       dtype: Compute dtype.
       remat: Whether to recompute each block's activations in the backward pass.
-      scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`; it is
-        not supported with `deepstack`.
+      scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`; must
+        be False if there are `deepstack` blocks.
     """
 
     width: int

@@ -33,7 +33,8 @@ def with_scan(model: nn.Module, scan: bool) -> nn.Module:
         name: with_scan(part, scan) for name, part in _submodules(model) if _stacks(part)
     }
     if hasattr(model, "scan"):
-        changes["scan"] = scan
+        # A tower that uses the tokens between its blocks stays unrolled.
+        changes["scan"] = scan and not getattr(model, "deepstack", ())
     return model.clone(**changes) if changes else model
 
 
