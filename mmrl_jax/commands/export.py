@@ -21,6 +21,7 @@ from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.models import stacked
 from mmrl_jax.pretrained import chat, hub, weights
 from mmrl_jax.pretrained.peft_format import save_adapter
+from mmrl_jax.problems.token_problem import TokenProblem
 
 FLAGS = flags.FLAGS
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,6 +78,7 @@ def export(
         changes={"model": {"frozen_dtype": "float32"}},
     )
     source = chat.directory_of(config.model.checkpoint)
+    assert isinstance(problem, TokenProblem)
     variables = stacked.unstack(loaded.variables, problem.model.policy.model)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:

@@ -92,7 +92,7 @@ def _stacks(model: nn.Module) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def _converted(
-    variables: dict[str, Any], model: nn.Module, convert: Callable[[dict[str, Any], int], Any]
+    variables: dict[str, Any], model: nn.Module, convert: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     for path, owner in _stacks(model):
         if owner.scan:
