@@ -380,8 +380,11 @@ def read_problem(
             "--trust_modules."
         )
     config = problems.complete(config)  # An earlier version may have had no mesh.
-    axes = config.mesh.fsdp, config.mesh.tensor
-    fsdp, tensor = axes if math.prod(axes) <= jax.device_count() else (1, 1)
+    available = jax.device_count()
+    tensor = config.mesh.tensor if config.mesh.tensor <= available else 1
+    # The parameters are split over as many of the run's devices as there are.
+    counts = range(1, available // tensor + 1)
+    fsdp = max(count for count in counts if config.mesh.fsdp % count == 0)
     mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
     config = problems.complete(config, {"mesh": mesh}, changes)
     run = fingerprints.read(directory)

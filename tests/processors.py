@@ -49,9 +49,9 @@ def tokenizer():
     )
 
 
-def save_decoder(directory: pathlib.Path) -> pathlib.Path:
+def save_decoder(directory: pathlib.Path, **changes) -> pathlib.Path:
     """Writes a random Llama with a tokenizer that has a chat template; returns the directory."""
-    config = transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**TEXT | changes, tie_word_embeddings=True)
     hub.save(transformers.LlamaForCausalLM(config), directory)
     words = tokenizer()
     words.chat_template = TEMPLATE

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from mmrl_jax import problems, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
+from mmrl_jax.models import stacked
 from mmrl_jax.pretrained import chat, hub, weights
 from mmrl_jax.pretrained.peft_format import save_adapter
+from mmrl_jax.problems.token_problem import TokenProblem
 
 FLAGS = flags.FLAGS
 DTYPES = ("float32", "bfloat16", "float16")
@@ -75,7 +77,9 @@ def export(
         # The adapters are added to the parameters as they were read, not as they were rounded.
         changes={"model": {"frozen_dtype": "float32"}},
     )
-    variables, source = loaded.variables, chat.directory_of(config.model.checkpoint)
+    source = chat.directory_of(config.model.checkpoint)
+    assert isinstance(problem, TokenProblem)
+    variables = stacked.unstack(loaded.variables, problem.model.policy.model)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:
         trained = _trained(problem, stage) - {"value"}

@@ -188,3 +188,17 @@ def split_samples(x: jax.Array) -> jax.Array:
     if x.shape[0] % batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(mesh)))
+
+
+def split_heads(x: jax.Array) -> jax.Array:
+    """Constrains keys or values [..., B, K, S, H] to be split over samples and over heads.
+
+    A dimension is not split if the number of devices does not divide it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    samples = None if x.shape[-4] % batch_shards(mesh) else batch_axes(mesh)
+    heads = None if x.shape[-3] % mesh.shape.get(TENSOR, 1) else TENSOR
+    layers = [None] * (x.ndim - 4)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*layers, samples, heads))

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
-from mmrl_jax.distributed.mesh import TENSOR, on_mesh
+from mmrl_jax.distributed import partition
+from mmrl_jax.distributed.mesh import FSDP, TENSOR, on_mesh
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners.learner import (
     Shard,
@@ -301,6 +302,8 @@ class TokenPolicy:
       mesh: Mesh of the devices that the variables are sharded over; None for one device.
       pack_rows: Number of rows that the completions of a prompt are packed into for learning, see
         `completion_log_probs`; None for no packing.
+      gathers: Whether to gather all variables over 'fsdp' once before sampling; otherwise each
+        matrix is gathered where it is used.
     """
 
     model: VisionLanguageModel | LanguageModel
@@ -312,6 +315,7 @@ class TokenPolicy:
     tile: int = 4096
     mesh: Mesh | None = None
     pack_rows: int | None = None
+    gathers: bool = False
 
     def inputs(self, prompts: Prompt) -> tuple[Any, ...]:
         """Returns the inputs of the model for B prompts."""
@@ -333,6 +337,9 @@ class TokenPolicy:
     ) -> gen.Completions:
         """Samples G completions of each of B prompts."""
         variables = join(params, frozen)
+        if self.gathers and self.mesh is not None:
+            shardings = partition.shardings(variables, self.mesh, without=(FSDP,))
+            variables = jax.lax.with_sharding_constraint(variables, shardings)
         language, language_variables = gen.language(self.model, variables)
         with on_mesh(self.mesh):
             return gen.generate(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.distributed.mesh import split_samples
+from mmrl_jax.distributed.partition import gathered, in_loop, look_up
 from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
 
 
@@ -130,6 +130,7 @@ class LanguageModel(nn.Module):
       softcap: Bound of the logits, softcap * tanh(logits / softcap); None for unbounded logits.
       dtype: Compute dtype.
       remat: Whether to recompute each block's activations in the backward pass.
+      scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`.
     """
 
     vocabulary: int
@@ -144,6 +145,7 @@ class LanguageModel(nn.Module):
     softcap: float | None = None
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    scan: bool = False
 
     def setup(self) -> None:
         normal = nn.initializers.normal(0.02)
@@ -151,7 +153,7 @@ class LanguageModel(nn.Module):
         if not self.tied:
             self.head = self.param("head", normal, (self.width, self.vocabulary))
         self.stack = Transformer(
-            self.layers, self.block, self.dtype, self.remat, pattern=self.pattern
+            self.layers, self.block, self.dtype, self.remat, pattern=self.pattern, scan=self.scan
         )
 
     def __call__(
@@ -175,9 +177,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings [B, S, D] of token ids [B, S]."""
-        table = self.table.astype(self.dtype)
-        x = table[tokens] * jnp.asarray(self.embedding_scale, self.dtype)
-        return split_samples(x)
+        rows = look_up(self.table, tokens).astype(self.dtype)
+        return rows * jnp.asarray(self.embedding_scale, self.dtype)
 
     def hidden_states(
         self,
@@ -213,8 +214,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps features [..., D] to logits, float32 [..., V]."""
-        head = self.table.T if self.tied else self.head
         rows = hidden.reshape(-1, self.width).astype(self.dtype)
+        name = "table" if self.tied else "head"
+        head, rows = in_loop(getattr(self, name), rows)
+        head = gathered(head, (*self.path, name))
+        head = head.T if self.tied else head
         logits = jnp.matmul(rows, head.astype(self.dtype), preferred_element_type=jnp.float32)
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)

@@ -21,6 +21,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.distributed import partition
+from mmrl_jax.models.stacked import layer_paths
+
 NEAREST = 5  # Number of paths that an error message lists.
 
 
@@ -65,6 +68,11 @@ class Adapter(struct.PyTreeNode):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def gathered(self, path: Sequence[str]) -> "Adapter":
+        """Returns the adapter at a path with its matrices gathered, see `partition.gathered`."""
+        a, b = (partition.gathered(getattr(self, name), (*path, name)) for name in ("a", "b"))
+        return self.replace(a=a, b=b)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Maps [N, D] to [N, features] in the dtype of `x`, with dropout if there is a key."""
@@ -190,21 +198,22 @@ def split(tree: Any, trainable: str) -> tuple[Any, Any]:
     Args:
       tree: Any pytree.
       trainable: Regular expression that must match the full path of a trainable leaf, e.g.
-        'params/stack/block_3/mlp_in/kernel'.
+        'params/stack/block_3/mlp_in/kernel'; blocks that are scanned have the paths of unrolled
+        ones, see `models.stacked`.
 
     Returns:
       The trainable and the frozen part, of the same structure as `tree` except for the Nones.
 
     Raises:
-      ValueError: The pattern matches no leaf.
+      ValueError: The pattern matches no leaf, or only some layers of blocks that are scanned.
     """
     paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        layer_paths(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    chosen = [re.fullmatch(trainable, path) is not None for path in paths]
+    chosen = [_is_trainable(trainable, names) for names in paths]
     if not any(chosen):
-        raise ValueError(f"{trainable!r} matches no leaf; {_nearest(trainable, paths)}")
+        raise ValueError(f"{trainable!r} matches no leaf; {_nearest(trainable, sum(paths, []))}")
     leaves, structure = jax.tree.flatten(tree)
     parts = (
         [
@@ -215,6 +224,23 @@ def split(tree: Any, trainable: str) -> tuple[Any, Any]:
     )
     trained, frozen = (jax.tree.unflatten(structure, part) for part in parts)
     return trained, frozen
+
+
+def _is_trainable(pattern: str, paths: Sequence[str]) -> bool:
+    """Returns whether a pattern matches a leaf, given its path in each layer that it covers.
+
+    The scales of int8 kernels are not trainable, because they belong to frozen kernels.
+    """
+    if paths[0].endswith("/kernel_scale"):
+        return False
+    matches = [re.fullmatch(pattern, path) is not None for path in paths]
+    if any(matches) and not all(matches):
+        raise ValueError(
+            f"{pattern!r} matches {paths[matches.index(True)]!r} and not "
+            f"{paths[matches.index(False)]!r}, but model.scan_layers=True trains all layers of a "
+            "stack or none; change one of them."
+        )
+    return matches[0]
 
 
 def join(trainable: Any, frozen: Any) -> Any:

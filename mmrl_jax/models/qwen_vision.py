@@ -98,6 +98,8 @@ class PatchTower(nn.Module):
       patch_bias: Whether the patch embedding has a bias.
       dtype: Compute dtype.
       remat: Whether to recompute each block's activations in the backward pass.
+      scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`; must
+        be False if there are `deepstack` blocks.
     """
 
     width: int
@@ -113,6 +115,7 @@ class PatchTower(nn.Module):
     patch_bias: bool
     dtype: jnp.dtype
     remat: bool
+    scan: bool = False
 
     @nn.compact
     def __call__(self, images: PatchImages) -> VisionFeatures:
@@ -143,6 +146,7 @@ class PatchTower(nn.Module):
             self.remat,
             pattern=pattern if self.window else None,
             final_norm=False,
+            scan=self.scan,
             name="stack",
         )
         merger = functools.partial(Merger, self.features, group, self.block, self.dtype)

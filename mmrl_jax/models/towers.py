@@ -90,6 +90,7 @@ class VisionTower(nn.Module):
       projection: Width E of the pooled features; None for no projection.
       dtype: Compute dtype.
       remat: Whether to recompute each block's activations in the backward pass.
+      scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`.
     """
 
     width: int
@@ -105,6 +106,7 @@ class VisionTower(nn.Module):
     projection: int | None = None
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array, present: jax.Array | None = None) -> Encoded:
@@ -141,7 +143,13 @@ class VisionTower(nn.Module):
         if self.pre_norm:
             x = Norm(block.norm, block.epsilon, name="pre_norm")(x)
         stack = Transformer(
-            self.layers, block, self.dtype, self.remat, final_norm=False, name="stack"
+            self.layers,
+            block,
+            self.dtype,
+            self.remat,
+            final_norm=False,
+            scan=self.scan,
+            name="stack",
         )
         x = stack(x, Context(mask))
         norm, pooled = Norm(block.norm, block.epsilon, name="norm"), None

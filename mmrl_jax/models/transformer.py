@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.distributed.mesh import split_samples
-from mmrl_jax.distributed.partition import gathered
+from mmrl_jax.distributed.partition import gathered, in_loop
 
 NEGATIVE = -1e30  # It is finite, so that a row whose keys are all masked has finite gradients.
 
@@ -84,9 +84,9 @@ class Dense(nn.Module):
     """A dense layer on the last axis, computed as one two-dimensional matmul.
 
     XLA's CPU backend runs [B, S, D] @ [D, F] at half the speed of [B*S, D] @ [D, F], so the layer
-    flattens the leading axes first. Parameters are float32, and the product is computed in `dtype`.
-    The kernel may be int8 with a 'kernel_scale', and an adapter may be added, see `models.lora`;
-    its dropout is active if there is a random stream 'dropout'.
+    flattens the leading axes first. The kernel is initialized in float32 and may be stored in
+    bfloat16, or in int8 with a 'kernel_scale'; the product is computed in `dtype`. An adapter may
+    be added, see `models.lora`; its dropout is active if there is a random stream 'dropout'.
 
     Attributes:
       features: Width of the output.
@@ -105,12 +105,14 @@ class Dense(nn.Module):
         """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = rows @ gathered(kernel.astype(self.dtype), self.path)
+        kernel, rows = in_loop(kernel, rows)
+        y = rows @ gathered(kernel, (*self.path, "kernel")).astype(self.dtype)
         if self.has_variable("params", "kernel_scale"):
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
         if self.has_variable("lora", "adapter"):
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
-            y = y + self.get_variable("lora", "adapter")(rows, key)
+            adapter = self.get_variable("lora", "adapter")
+            y = y + adapter.gathered((*self.path, "adapter"))(rows, key)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
@@ -370,10 +372,12 @@ class Transformer(nn.Module):
     Attributes:
       layers: Number of blocks.
       block: Specification of the blocks.
-      dtype: Compute dtype; parameters, norms and softmax statistics are float32.
+      dtype: Compute dtype; norms and softmax statistics are float32.
       remat: Whether to recompute each block's activations in the backward pass.
       pattern: Index of the context of each layer, among several contexts; None for the first.
       final_norm: Whether to normalize the output of the last block.
+      scan: Whether the blocks run in a loop over their parameters, which must then be stacked, see
+        `models.stacked`. The program contains one block, and compiles faster.
     """
 
     layers: int
@@ -382,6 +386,7 @@ class Transformer(nn.Module):
     remat: bool = False
     pattern: tuple[int, ...] | None = None
     final_norm: bool = True
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -410,12 +415,37 @@ class Transformer(nn.Module):
 
         Returns:
           Tokens [B, S, D] or [B, readouts, D]; float32 after a final norm, otherwise of `dtype`.
+
+        Raises:
+          ValueError: The blocks are scanned, and only some tokens or blocks are asked for.
         """
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         if isinstance(contexts, Context):
             contexts = (contexts,)
-        length = x.shape[1]
         x = split_samples(x.astype(self.dtype))
+        if self.scan:
+            if readouts is not None or span not in (None, range(self.layers)):
+                raise ValueError(f"scan=True, but readouts={readouts} and span={span} are given.")
+            x = self._scanned(x, contexts, added)
+        else:
+            x = self._unrolled(x, contexts, readouts, only_readouts, added, span)
+        if readouts is not None:
+            x = x[:, x.shape[1] - readouts :]
+        if self.final_norm and (span is None or self.layers - 1 in span):
+            x = Norm(self.block.norm, self.block.epsilon, name="norm")(x.astype(jnp.float32))
+        return x
+
+    def _unrolled(
+        self,
+        x: jax.Array,
+        contexts: Sequence[Context],
+        readouts: int | None,
+        only_readouts: bool,
+        added: Sequence[jax.Array],
+        span: range | None,
+    ) -> jax.Array:
+        """Runs the blocks one after another, see `__call__`."""
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        length = x.shape[1]
         for i in range(self.layers) if span is None else span:
             last = i == self.layers - 1
             queries = length if readouts is None or not (last or only_readouts) else readouts
@@ -425,8 +455,36 @@ class Transformer(nn.Module):
             x = split_samples(x)
             if i < len(added):
                 x = x + added[i].astype(x.dtype)
-        if readouts is not None:
-            x = x[:, x.shape[1] - readouts :]
-        if self.final_norm and (span is None or self.layers - 1 in span):
-            x = Norm(self.block.norm, self.block.epsilon, name="norm")(x.astype(jnp.float32))
         return x
+
+    def _scanned(
+        self, x: jax.Array, contexts: Sequence[Context], added: Sequence[jax.Array]
+    ) -> jax.Array:
+        """Runs the blocks in a loop, see `__call__`."""
+        # Inside a loop, XLA does not merge the recomputation with the forward pass.
+        remat = functools.partial(nn.remat, static_argnums=(3,), prevent_cse=False)
+        block = (remat(Block) if self.remat else Block)(self.block, self.dtype, name="blocks")
+        extra = jnp.stack([y.astype(x.dtype) for y in added]) if added else None
+        branches = [
+            lambda block, x, context=context: block(x, context, x.shape[1]) for context in contexts
+        ]
+
+        def step(
+            block: nn.Module, x: jax.Array, layer: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, None]:
+            i, kind = layer
+            x = branches[0](block, x) if not self.pattern else nn.switch(kind, branches, block, x)
+            x = split_samples(x)
+            if extra is not None:
+                own = jax.lax.dynamic_index_in_dim(extra, jnp.minimum(i, len(extra) - 1), 0, False)
+                x = x + jnp.where(i < len(extra), own, 0)
+            return x, None
+
+        scan = nn.scan(
+            step,
+            variable_axes={name: 0 for name in ("params", "lora", "prefix", "cache", "hidden")},
+            split_rngs={"params": True, "dropout": True},
+            length=self.layers,
+        )
+        kinds = jnp.asarray(self.pattern or (0,) * self.layers, jnp.int32)
+        return scan(block, x, (jnp.arange(self.layers), kinds))[0]

@@ -63,7 +63,7 @@ class RolloutOptions:
 
     num_envs: int = option(
         256,
-        "Number of environments that step in parallel; a multiple of the number of devices.",
+        "Number of environments that step in parallel; a multiple of mesh.data * mesh.fsdp.",
         POSITIVE,
     )
     unroll_length: int = option(16, "Number of steps of each environment in an update.", POSITIVE)

@@ -215,7 +215,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
     """Returns the device mesh of a run.
 
     Raises:
-      ValueError: If the config needs more devices than there are, or unsupported axes.
+      ValueError: If the config needs more devices than there are.
     """
     m, available = config.mesh, len(mesh_lib.available_devices())
     data = m.data or available // (m.fsdp * m.tensor)
@@ -263,8 +263,8 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mesh) -> None:
     for name, size in sizes.items():
         if size % parts:
             raise ValueError(
-                f"mesh.data * mesh.fsdp = {parts} devices do not divide {name} = {size}; change "
-                "it, or set mesh.data."
+                f"mesh.data * mesh.fsdp = {parts} does not divide {name} = {size}; change one of "
+                "them."
             )
 
 

@@ -86,7 +86,7 @@ def _check_env(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
-    """Returns the sizes of a stage that must be divisible by the devices, by their names.
+    """Returns the sizes of a stage that must be divisible by mesh.data * mesh.fsdp, by their names.
 
     Raises:
       ValueError: If the turns of an update do not divide into minibatches.

@@ -1,6 +1,6 @@
 """Models of token policies: the options of the group `model`, and their variables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import re
 from typing import Any, Literal, NamedTuple, cast
@@ -15,7 +15,7 @@ from mmrl_jax.config.options import POSITIVE, Group, option
 from mmrl_jax.distributed import partition
 from mmrl_jax.learners import token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy
-from mmrl_jax.models import lora
+from mmrl_jax.models import lora, stacked
 from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
@@ -49,6 +49,16 @@ class _PretrainedOptions(ModelOptions):
         "float32",
         "Data type of the pretrained parameters that no stage trains; with 'int8' it is int8 for "
         "the matrices of layers and bfloat16 for other parameters.",
+    )
+    scan_layers: bool = option(
+        False,
+        "Whether the layers of each stack run in a loop, so that a deep model compiles in the time "
+        "of a shallow one.",
+    )
+    gather_for_sampling: bool = option(
+        False,
+        "Whether devices gather the parameters that mesh.fsdp splits once before they sample "
+        "completions; otherwise they gather each matrix for each token, which needs less memory.",
     )
 
 
@@ -240,6 +250,12 @@ def make_model(
         policy = TokenPolicy(spec.model, *ends, spec.preprocess_images, spec.positions)
     else:
         policy = TokenPolicy(_with_patches(m, spec, tokenizer), *ends)
+    if spec is not None:
+        policy = dataclasses.replace(
+            policy,
+            model=cast(VisionLanguageModel, stacked.with_scan(policy.model, m.scan_layers)),
+            gathers=m.gather_for_sampling,
+        )
     mask = np.ones((len(texts.prompts), image_tokens(m, spec, size)), bool)
     check_counts(texts.prompt_tokens == tokenizer.image, mask)
     return TokenModel(policy, texts, size)
@@ -307,7 +323,7 @@ def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageMod
 def init_variables(
     m: ml_collections.ConfigDict, model: TokenModel, key: jax.Array, *, value_head: bool
 ) -> Params:
-    """Returns randomly initialized variables of a model in float32.
+    """Returns randomly initialized variables of a model in float32, with unrolled blocks.
 
     Args:
       m: Group `model` of the config.
@@ -320,7 +336,8 @@ def init_variables(
     """
     policy, index = model.policy, jnp.zeros(1, jnp.int32)
     prompt = model.texts.make_prompts(jnp.zeros((1, *model.size, 3), jnp.uint8), *[index] * 4)
-    params = policy.model.init(key, *policy.inputs(prompt))["params"]
+    unrolled = stacked.with_scan(policy.model, False)
+    params = unrolled.init(key, *policy.inputs(prompt))["params"]
     variables = with_adapters(params, m.lora, jax.random.fold_in(key, 1))
     if value_head:
         width = policy.model.language.width
@@ -328,13 +345,14 @@ def init_variables(
     return variables
 
 
-def store_frozen(m: ml_collections.ConfigDict, variables: Params, trained: str) -> Params:
+def store_frozen(m: ml_collections.ConfigDict, variables: Params, trained: Sequence[str]) -> Params:
     """Converts pretrained parameters that no stage trains to model.frozen_dtype.
 
     Args:
       m: Group `model` of the config.
       variables: Variables of the whole model.
-      trained: Regular expression that matches the full paths of the variables that stages train.
+      trained: Regular expressions, any of which matches the full path of a variable that a stage
+        trains.
     """
     dtype = _frozen_dtype(m, trained)
     params = jax.tree_util.tree_map_with_path(
@@ -350,13 +368,55 @@ def store_frozen(m: ml_collections.ConfigDict, variables: Params, trained: str) 
     return variables | {"params": params}
 
 
-def _frozen_dtype(m: ml_collections.ConfigDict, trained: str) -> Callable[[str], jnp.dtype]:
+def check_frozen(config: ml_collections.ConfigDict, shapes: Params) -> None:
+    """Checks that model.frozen_dtype applies to any parameter.
+
+    Args:
+      config: Config of the run.
+      shapes: Shapes of the variables of the whole model.
+
+    Raises:
+      ValueError: If the stages train all pretrained parameters.
+    """
+    dtype = config.model.get("frozen_dtype", "float32")
+    if dtype != "float32" and all(x.dtype == jnp.float32 for x in jax.tree.leaves(shapes)):
+        patterns = {name: config[name].trainable for name in config.stages}
+        raise ValueError(
+            f"model.frozen_dtype={dtype!r}, but the stages train all pretrained parameters: "
+            f"trainable={patterns}. Give a pattern that matches fewer, for example 'lora/.*', or "
+            "set model.frozen_dtype='float32'."
+        )
+
+
+def check_heads(model: VisionLanguageModel | LanguageModel, mesh: Mesh) -> None:
+    """Checks that the attention heads of the language model can be split over the mesh.
+
+    Args:
+      model: Model of the policy.
+      mesh: Device mesh.
+
+    Raises:
+      ValueError: If mesh.tensor does not divide the number of heads.
+    """
+    language = model if isinstance(model, LanguageModel) else model.language
+    heads, tensor = language.block.heads, mesh.shape[partition.TENSOR]
+    if heads % tensor:
+        raise ValueError(
+            f"mesh.tensor={tensor} does not divide the {heads} attention heads of the language "
+            "model; choose a divisor, and split the parameters further with mesh.fsdp."
+        )
+
+
+def _frozen_dtype(
+    m: ml_collections.ConfigDict, trained: Sequence[str]
+) -> Callable[[str], jnp.dtype]:
     """Returns a function from the path of a parameter to the data type in which it is read."""
 
     def dtype(name: str) -> jnp.dtype:
         pretrained = m.kind == "vlm" or (m.kind == "decoder" and name.startswith("language/"))
         full = m.get("frozen_dtype", "float32") == "float32" or not pretrained
-        return jnp.float32 if full or re.fullmatch(trained, f"params/{name}") else jnp.bfloat16
+        is_trained = any(re.fullmatch(pattern, f"params/{name}") for pattern in trained)
+        return jnp.float32 if full or is_trained else jnp.bfloat16
 
     return dtype
 
@@ -372,7 +432,7 @@ def read_variables(
     mesh: Mesh,
     *,
     value_head: bool,
-    trained: str,
+    trained: Sequence[str],
 ) -> Params:
     """Returns the initial variables of a model, with pretrained weights if it has any.
 
@@ -384,7 +444,8 @@ def read_variables(
       key: PRNG key of the parameters that are initialized randomly.
       mesh: Device mesh over which the variables are split, see `partition`.
       value_head: Whether to add a value head as 'value'.
-      trained: Regular expression that matches the full paths of the variables that stages train.
+      trained: Regular expressions, any of which matches the full path of a variable that a stage
+        trains.
 
     Returns:
       Variables {'params': ...}, with 'lora' for adapters and 'value' for a value head. They are
@@ -413,7 +474,8 @@ def read_variables(
 
     shardings = partition.shardings(jax.eval_shape(init, key), mesh)
     variables = jax.jit(init, out_shardings=shardings)(key)
-    return store_frozen(m, variables | {"params": variables["params"] | loaded}, trained)
+    variables = variables | {"params": variables["params"] | loaded}
+    return stacked.stack(store_frozen(m, variables, trained), model.policy.model)
 
 
 def partition_trainable(

@@ -16,7 +16,7 @@ from mmrl_jax.distributed import partition
 from mmrl_jax.learners import registry, token_learner
 from mmrl_jax.learners.learner import epoch_indices
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
-from mmrl_jax.models import lora
+from mmrl_jax.models import lora, stacked
 from mmrl_jax.problems import problem, sources, token_models
 from mmrl_jax.problems.problem import StageOptions, stream
 from mmrl_jax.problems.sources import Collected, Constants, Source
@@ -85,7 +85,7 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
       length: Maximum number of tokens of a completion.
 
     Returns:
-      Sizes that must be divisible by the number of devices, by their names.
+      Sizes that must be divisible by mesh.data * mesh.fsdp, by their names.
 
     Raises:
       ValueError: If a number is invalid; the message gives the field, its value and the remedy.
@@ -184,6 +184,8 @@ class TokenProblem(abc.ABC):
         self.needs_value_head = any("value_head" in self._needs(name) for name in config.stages)
         for name in config.stages:
             self._check_stage(name)
+        token_models.check_frozen(config, self.shapes())
+        token_models.check_heads(self.model.policy.model, self.mesh)
 
     def _check_stage(self, name: str) -> None:
         """Raises ValueError for a stage without trainable variables, or a missing reference."""
@@ -202,7 +204,7 @@ class TokenProblem(abc.ABC):
             )
 
     def check_sizes(self, *sizes: Mapping[str, int]) -> None:
-        """Checks that the batch sizes of the stages are divisible by the number of devices.
+        """Checks that the batch sizes of the stages are divisible by mesh.data * mesh.fsdp.
 
         Args:
           *sizes: Further sizes to check, by their names.
@@ -224,13 +226,14 @@ class TokenProblem(abc.ABC):
         def init(key: jax.Array) -> Params:
             m, value_head = self.config.model, self.needs_value_head
             variables = token_models.init_variables(m, self.model, key, value_head=value_head)
-            return token_models.store_frozen(m, variables, self._trained())
+            variables = token_models.store_frozen(m, variables, self._trained())
+            return stacked.stack(variables, self.model.policy.model)
 
         return jax.eval_shape(init, jax.random.key(0))
 
-    def _trained(self) -> str:
-        """Returns a pattern of the paths of the variables that any stage trains."""
-        return "|".join(f"({self.config[name].trainable})" for name in self.config.stages)
+    def _trained(self) -> tuple[str, ...]:
+        """Returns patterns of the paths of the variables that the stages train."""
+        return tuple(self.config[name].trainable for name in self.config.stages)
 
     def options(self, name: str) -> Any:
         """Returns the options of a stage's algorithm."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.distributed.mesh import split_heads
 from mmrl_jax.models.language import CachePosition, LanguageModel, causal_mask, next_position
 from mmrl_jax.models.vlm import VisionLanguageModel
 
@@ -203,9 +204,12 @@ class Prefill(NamedTuple):
     def cache(self, slots: int) -> Any:
         """Returns an empty cache for the keys and values of completions of `slots` tokens."""
         samples = len(self.prompt_mask)
-        return jax.tree.map(
-            lambda x: jnp.zeros((samples, x.shape[1], slots, x.shape[3]), x.dtype), self.prefix
-        )
+
+        def empty(x: jax.Array) -> jax.Array:
+            *layers, _, heads, _, size = x.shape  # There are layers if the blocks are scanned.
+            return split_heads(jnp.zeros((*layers, samples, heads, slots, size), x.dtype))
+
+        return jax.tree.map(empty, self.prefix)
 
 
 def prefill(

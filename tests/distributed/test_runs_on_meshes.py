@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 import mmrl_jax
-from mmrl_jax import problems
+from mmrl_jax import problems, runs
 from tests import tiny
 
 SPLIT, OTHER = {"data": 1, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "tensor": 1}
 
 
-def test_a_run_resumes_on_another_mesh_and_is_loaded(tmp_path):
+def test_a_run_resumes_on_another_mesh_and_is_loaded(tmp_path, monkeypatch):
     config = tiny.token_config(
         last__optimizer={"name": "sgd", "learning_rate": 0.02, "schedule": "constant"}
     )
@@ -25,6 +25,10 @@ def test_a_run_resumes_on_another_mesh_and_is_loaded(tmp_path):
     assert dict(loaded.problem.mesh.shape) == SPLIT
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, trained.variables)
     assert 0 <= loaded.evaluate("train", episodes=4)["accuracy"] <= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 3)
+        problem, _ = runs.read_problem(tmp_path / "parts")
+    assert dict(problem.mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 2}
 
     resumed = mmrl_jax.train(problems.complete(config, {"mesh": OTHER}), tmp_path / "parts")
     assert resumed.last.updates == 4

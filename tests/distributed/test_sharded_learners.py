@@ -1,6 +1,8 @@
 """Tests that every learner learns on every mesh what it learns on one device."""
 
 import functools
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from mmrl_jax import problems
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.problems import sources
 from mmrl_jax.training import loop
-from tests import tiny
+from tests import processors, tiny
 
 UPDATES = 10
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -30,7 +32,31 @@ CONFIGS = {
     "grpo_lora": lambda: tiny.token_config(stages=("grpo",), **SAMPLED, **LORA),
     "token_ppo": lambda: tiny.token_config(stages=("ppo",), **SAMPLED),
     "dpo": lambda: tiny.token_config(stages=("dpo",), **SAMPLED),
+    "pretrained": lambda: tiny.token_config(
+        "smollm2_vqa_grpo",
+        stages=("grpo",),
+        model__checkpoint=str(decoder()),
+        model__frozen_dtype="int8",
+        model__scan_layers=True,
+        model__remat=True,
+        last__grad_accum_steps=2,
+        last__pack_rows=1,
+        last__num_completions=4,
+        model__gather_for_sampling=True,
+        **SAMPLED
+        | LORA
+        # At first the gradient of A is zero and that of B is small.
+        | {"last__optimizer": OPTIMIZER | {"learning_rate": 0.2}},
+    ),
 }
+
+
+@functools.cache
+def decoder():
+    """Returns the directory of a random Llama of three layers."""
+    return processors.save_decoder(
+        pathlib.Path(tempfile.mkdtemp(prefix="llama")), num_hidden_layers=3
+    )
 
 
 class Learner:
@@ -83,7 +109,8 @@ def close(expected, found, *, rtol, atol):
     jax.tree_util.tree_map_with_path(compare, expected, jax.device_get(found))
 
 
-FAST = [("grpo", (2, 2, 2))]  # The mesh that computed wrong gradients before `partition.gathered`.
+# XLA computed wrong gradients on this mesh before `partition.gathered`.
+FAST = [("grpo", (2, 2, 2)), ("pretrained", (2, 2, 2))]
 
 
 @pytest.mark.parametrize(
@@ -107,5 +134,6 @@ def test_a_mesh_collects_and_learns_what_one_device_does(name, shape, on_one_dev
         np.testing.assert_array_equal(*tokens)
     close(collected.batch, found.batch, rtol=1e-3, atol=1e-5)
     carry, measured = several.updated(collected)
-    close(learner, carry.learner, rtol=1e-4, atol=2e-6)
+    rate = several.problem.config[several.stage.name].optimizer.learning_rate
+    close(learner, carry.learner, rtol=1e-4, atol=1e-4 * rate)
     close(metrics, measured, rtol=1e-3, atol=1e-5)

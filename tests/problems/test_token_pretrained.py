@@ -149,6 +149,11 @@ def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
             {"model__checkpoint": "nowhere"},
             "model.checkpoint='nowhere': nowhere has no config.json",
         ),
+        (
+            {"model__frozen_dtype": "int8", "sft__trainable": ".*"},
+            "model.frozen_dtype='int8', but the stages train all pretrained parameters",
+        ),
+        ({"mesh__tensor": 3}, "mesh.tensor=3 does not divide the 2 attention heads"),
     ],
 )
 def test_what_cannot_run_is_refused(changes, message, directory):
