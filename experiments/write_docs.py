@@ -55,13 +55,14 @@ A config is a Python file with a function `get_config()` that returns the values
 the defaults, completed by `mmrl_jax.problems.complete`. The command line overrides single keys:
 
 ```
-python -m experiments.train --config=reach_ppo --workdir=runs/reach --config.ppo.clip=0.1
+python -m experiments.train --config=reach_ppo --workdir=runs/reach_clip --config.ppo.clip=0.1
 python -m experiments.train --config=reach_ppo --help
 ```
 
-The second command prints the keys of one config with their values. An unknown key, a wrong type or
-an invalid value raises an error with the key, the value and the remedy. The keys of a config depend
-on three of its keys: `problem`, `stages` and `model.kind`. Each stage has a group of keys with its
+A workdir belongs to one config: a run with another value of `ppo.clip` needs another workdir. The
+second command prints the keys of one config with their values. An unknown key, a wrong type or an
+invalid value raises an error with the key, the value and the remedy. The keys of a config depend on
+three of its keys: `problem`, `stages` and `model.kind`. Each stage has a group of keys with its
 name. In the tables, `required` marks a key without a default.
 
 """

@@ -7,8 +7,9 @@ Command:   python -m experiments.train --config=configs/grid_agent_ppo.py --work
            with --config.env.name=language_reach for an arm, whose words are the torques of two
            joints
 Hardware:  two CPU cores.
-Time:      not run
-Result:    not run
+Time:      with half of the PPO updates, 2.8 minutes (study grid_agent); full length: not run
+Result:    with half of the PPO updates, success 0.73 after fine-tuning and 0.84 after PPO (IQM of 5
+           seeds); full length: not run
 """
 
 from typing import Any

