@@ -19,7 +19,7 @@ from typing import Any
 from absl import app
 
 from experiments.study_tables import TABLES, markdown
-from mmrl_jax import problems
+from mmrl_jax import envs, problems
 from mmrl_jax.commands.common import refuse_arguments
 from mmrl_jax.config import loading, schema
 from mmrl_jax.config.options import Option, options_of
@@ -64,6 +64,15 @@ second command prints the keys of one config with their values. An unknown key, 
 invalid value raises an error with the key, the value and the remedy. The keys of a config depend on
 three of its keys: `problem`, `stages` and `model.kind`. Each stage has a group of keys with its
 name. In the tables, `required` marks a key without a default.
+
+"""
+
+
+ENVIRONMENTS = """
+The class of an environment in [mmrl_jax/envs/](../mmrl_jax/envs) describes its options. `--help`
+with a config prints those of its environment. An option that the config does not set is set on the
+command line by the whole group, for example `--config.env.options="{'rows': 6}"`. All environments
+`brax:<name>` have the options of `brax:reacher`, with an instruction of their own.
 
 """
 
@@ -205,6 +214,16 @@ def default_kind(policies: Policies) -> str:
     raise ValueError(f"The problem {policies.problems[0]!r} has no stage.")
 
 
+def environments() -> str:
+    """Returns a table of the environments with the defaults of their options."""
+    named = {name: envs.default_options(name) for name in (*envs.NAMES, "brax:reacher")}
+    rows = [
+        (f"`{name}`", ", ".join(f"`{key}={x!r}`" for key, x in defaults.items()) or "none")
+        for name, defaults in named.items()
+    ]
+    return markdown(("`env.name`", "`env.options` with their defaults"), rows)
+
+
 def summaries() -> str:
     """Returns a table of the public configs with the first line of their docstrings."""
     rows = []
@@ -237,6 +256,8 @@ def configuration() -> str:
         for name in policies.problems:
             rows = without(by_problem_name[name], common_keys)
             parts.append(f"\n### Problem `{name}`\n\n{table(rows)}")
+            if name == "control":
+                parts.append(ENVIRONMENTS + environments())
             if name == "task":
                 user_task = table(rows_of(options_of(UserTaskOptions), "task."))
                 parts.append(f"\nFor your own task, the group `task` has:\n\n{user_task}")

@@ -68,7 +68,7 @@ def run() -> None:
             if loading.wants_help(sys.argv):
                 print(__doc__)
                 print("The keys of this config, each set by --config.<key>=<value>:\n")
-                print(schema.describe(problems.options(config), config))
+                print(schema.describe(problems.options(config), config, problems.remarks(config)))
                 return
             loading.validate_overrides(
                 sys.argv,

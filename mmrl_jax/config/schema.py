@@ -147,28 +147,35 @@ def check(
         raise ValueError("\n".join(errors))
 
 
-def describe(group: Group, values: ConfigLike | None = None) -> str:
+def describe(group: Group, values: ConfigLike, remarks: Mapping[str, str]) -> str:
     """Returns name, help, type, valid values and value of each key as text for `--help`.
 
     The help of all keys is aligned in one column and wrapped at 100 characters.
 
     Args:
       group: Keys to describe.
-      values: Config whose values are shown; None to show the defaults.
+      values: Config whose values are shown.
+      remarks: Sentences that are added to the help of some keys, by the name of the key.
     """
     options = flatten_group(group)
-    flat_values = {} if values is None else flatten(values)
+    flat_values = flatten(values)
     column = 2 + max(map(len, options), default=0)
     lines = []
     for name, option in options.items():
         details = [kind_name(option)]
         if option.valid is not None:
             details.append(option.valid.requirement)
-        value = flat_values.get(name, option.default)
-        if value is not dataclasses.MISSING:
-            details.append(f"{'default' if values is None else 'value'}: {value!r}")
+        if dict in option.kind:  # Its keys are not options, but have values of their own.
+            start = f"{name}."
+            value = {
+                k.removeprefix(start): x for k, x in flat_values.items() if k.startswith(start)
+            }
+        else:
+            value = flat_values[name]
+        details.append(f"value: {value!r}")
+        text = " ".join(filter(None, (option.help, remarks.get(name))))
         lines += textwrap.wrap(
-            f"{name.ljust(column)}{option.help} ({'; '.join(details)})",
+            f"{name.ljust(column)}{text} ({'; '.join(details)})",
             width=100,
             subsequent_indent=" " * column,
             break_on_hyphens=False,

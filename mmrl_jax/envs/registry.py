@@ -24,6 +24,7 @@ _CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {
 NAMES = tuple(_CORES)  # 'brax:<name>' and 'playground:<name>' are valid names too.
 PREFIXES = ("brax", "playground")  # Any other 'module:Class' names a class of the user.
 _WRAPPED = ("train",)  # External environments have no held-out splits.
+REQUIRED = inspect.Parameter.empty  # In place of the default of an option that must be given.
 
 
 def create(name: str, *, split: str, height: int, width: int, history: int, **options: Any) -> Env:
@@ -72,7 +73,7 @@ def splits(name: str) -> tuple[str, ...]:
     if kind == "playground" and wrapped:
         return _WRAPPED
     if wrapped and kind not in PREFIXES:
-        return tuple(getattr(_user_class(name), "SPLITS", _WRAPPED))
+        return tuple(getattr(_constructor(name), "SPLITS", _WRAPPED))
     known = (*NAMES, *(f"brax:{n}" for n in environment_names()))
     if name in known:
         return _WRAPPED
@@ -86,37 +87,54 @@ def unwrapped(env: Env) -> Env:
     return env
 
 
-def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> Env:
+def default_options(name: str, *, pixels: bool = True) -> dict[str, Any]:
+    """Returns the options of an environment with their default values.
+
+    Args:
+      name: Name of the environment, see `create`.
+      pixels: Whether the environment has images.
+
+    Returns:
+      The default by the name of the option; `REQUIRED` for an option without a default.
+
+    Raises:
+      ValueError: There is no such environment.
+    """
+    splits(name)  # Raises for an unknown name.
     kind, _, wrapped = name.partition(":")
-    if not wrapped:
-        make, known = _CORES[name]
-        _check_options(name, make, options, fixed=("split",))
-        return make(**options, **({"split": split} if len(known) > 1 else {}))
-    if kind not in PREFIXES:
-        make, known = _user_class(name), splits(name)
-        _check_options(name, make, options, fixed=("split",))
-        return make(**options, **({"split": split} if len(known) > 1 else {}))
-    # The name determines the environment, and Playground's environments determine their physics.
-    fixed = ("env", "backend") if kind == "playground" else ("env",)
-    _check_options(name, FromBrax, options, fixed=fixed)
-    instruction = from_brax.INSTRUCTIONS.get(wrapped, "do the task") if pixels else None
-    env = from_brax.playground(wrapped) if kind == "playground" else wrapped
-    return FromBrax(env, **({"instruction": instruction} | options))
+    if wrapped and kind in PREFIXES:
+        instruction = from_brax.INSTRUCTIONS.get(wrapped, "do the task") if pixels else None
+        # The name determines the environment, and Playground's environments their physics.
+        fixed = {"env", "backend"} if kind == "playground" else {"env"}
+        return _parameters(FromBrax, fixed) | {"instruction": instruction}
+    return _parameters(_constructor(name), {"split"})
 
 
-def _user_class(name: str) -> Callable[..., Env]:
-    """Returns the class or function of an environment with a name 'module:Class'."""
+def _core(name: str, split: str, *, pixels: bool, options: dict[str, Any]) -> Env:
+    known = default_options(name, pixels=pixels)
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"{option!r} is no option of {name!r}.{_nearest(option, tuple(known))}"
+            )
+    kind, _, wrapped = name.partition(":")
+    if wrapped and kind in PREFIXES:
+        env = from_brax.playground(wrapped) if kind == "playground" else wrapped
+        return FromBrax(env, **({"instruction": known["instruction"]} | options))
+    return _constructor(name)(**options, **({"split": split} if len(splits(name)) > 1 else {}))
+
+
+def _constructor(name: str) -> Callable[..., Env]:
+    """Returns the class or function of an environment in `NAMES`, or with a name 'module:Class'."""
+    if name in _CORES:
+        return _CORES[name][0]
     return cast(Callable[..., Env], import_object(name, "env.name"))
 
 
-def _check_options(
-    name: str, make: Callable[..., Env], options: dict[str, Any], *, fixed: tuple[str, ...]
-) -> None:
-    """Raises ValueError for an option that `make` does not have, or that the name determines."""
-    known = tuple(k for k in inspect.signature(make).parameters if k not in fixed)
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{option!r} is no option of {name!r}.{_nearest(option, known)}")
+def _parameters(make: Callable[..., Env], fixed: set[str]) -> dict[str, Any]:
+    """Returns the parameters of a function with their defaults, without those in `fixed`."""
+    parameters = inspect.signature(make).parameters.values()
+    return {x.name: x.default for x in parameters if x.name not in fixed}
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:

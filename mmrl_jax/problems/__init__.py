@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from mmrl_jax import envs
 from mmrl_jax.config import schema
 from mmrl_jax.config.loading import import_module
 from mmrl_jax.config.options import Group, build
@@ -23,7 +24,7 @@ from mmrl_jax.problems import (
 )
 from mmrl_jax.problems.problem import MAY_CHANGE, Problem
 
-__all__ = ["KINDS", "Problem", "complete", "elsewhere", "make", "may_change", "options"]
+__all__ = ["KINDS", "Problem", "complete", "elsewhere", "make", "may_change", "options", "remarks"]
 
 # Module with `options`, and class, of each kind of problem. Users may add a row for their own kind.
 KINDS: dict[str, tuple[types.ModuleType, type]] = {
@@ -74,6 +75,21 @@ def complete(*differences: Mapping[str, Any]) -> ml_collections.ConfigDict:
     keys = options(given)
     unused = {*registry.CONTROL, *registry.TOKEN} - set(keys)
     return schema.complete({name: x for name, x in given.items() if name not in unused}, keys)
+
+
+def remarks(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns sentences for the help of keys whose valid values depend on other keys of a config.
+
+    Returns:
+      A sentence for 'env.options', if the problem has an environment: the options of the config's
+      environment, with their defaults.
+    """
+    name = config.get("env", {}).get("name")
+    if name is None:
+        return {}
+    defaults = envs.default_options(name, pixels=config.env.height > 0)
+    texts = (k if x is envs.REQUIRED else f"{k}={x!r}" for k, x in defaults.items())
+    return {"env.options": f"Those of {name!r} and their defaults: {', '.join(texts) or 'none'}."}
 
 
 def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -> str | None:

@@ -203,14 +203,14 @@ def test_missing_keys_and_all_mistakes_at_once():
 
 def test_describe_schema_lines_up():
     long = OPTIONS | {"z": Option((float,), dataclasses.MISSING, POSITIVE, "many words " * 15)}
-    lines = schema.describe(long).split("\n")
+    values = schema.complete({"env": {"arguments": {"a": 1}}}, long)
+    lines = schema.describe(long, values, {"env.arguments": "It has a."}).split("\n")
     # Nine fields of a line each. The longest name, model.warm_start, has 16 letters, so meanings
     # start in column 18. That of z with its type, 188 letters, needs three lines of 82.
     assert len(lines) == 9 + 3 and max(map(len, lines)) <= 100
-    assert (
-        "ppo.clip          Clip range of the ratio. (float; in (0.0, 1.0); default: 0.2)" in lines
-    )
-    assert "env.arguments     Passed to the environment. (dict; default: {})" in lines
+    assert "ppo.clip          Clip range of the ratio. (float; in (0.0, 1.0); value: 0.2)" in lines
+    text = "env.arguments     Passed to the environment. It has a. (dict; value: {'a': 1})"
+    assert text in lines
     assert all(line[:18].strip() in ("", "z") and line[18] != " " for line in lines[9:])
 
 

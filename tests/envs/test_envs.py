@@ -78,6 +78,23 @@ def test_impossible_arguments_are_refused(change, message):
         envs.create("brax:fast", **({"split": "train"} | FLAT | change))
 
 
+def goal_env(goal, split="train", noise=0.5):
+    """An environment of the user with a required option."""
+
+
+def test_default_options_are_those_of_the_constructor():
+    assert envs.default_options("recall") == {}
+    assert envs.default_options("language_grid") == {"rows": 4, "episode_length": 10}
+    fast = envs.default_options("brax:fast")
+    assert fast["instruction"] == "go fast" and fast["backend"] == "spring" and "env" not in fast
+    assert envs.default_options("brax:fast", pixels=False)["instruction"] is None
+    assert "backend" not in envs.default_options("playground:CartpoleBalance")
+    mine = envs.default_options(f"{__name__}:goal_env")
+    assert mine == {"goal": envs.REQUIRED, "noise": 0.5}
+    with pytest.raises(ValueError, match="'language_grid'"):
+        envs.default_options("language_gird")
+
+
 def test_every_name_has_train_as_its_first_split():
     for name in (*envs.NAMES, "brax:ant", "playground:CartpoleBalance"):
         assert envs.splits(name)[0] == "train"

@@ -215,3 +215,10 @@ def test_help_with_a_config_lists_its_keys(name):
     keys = set(config_lib.flatten(runs.get_config(name)))
     options = {key for key in keys if key.startswith("env.options.")}
     assert listed >= keys - options | ({"env.options"} if options else set())
+    if name == "reach_ppo":  # The config sets both options.
+        text = " ".join(done.stdout.split())
+        assert (
+            "Those of 'language_reach' and their defaults: reward='dense', episode_length=24."
+            in text
+        )
+        assert "(dict; value: {'episode_length': 16, 'reward': 'dense'})" in text
