@@ -12,7 +12,8 @@ bootstrap intervals, and adds these metrics to evaluation.json in the workdir:
   <split>/[shuffled_<modality>/]success, success_lo, success_hi, return, return_lo, ..., length
   <split>/[shuffled_<modality>/]checkpoint, episodes       checkpoint and number of episodes
 
-In the row 'shuffled_pixels', the policy receives the pixels of another episode. Without --episodes,
+In the row 'shuffled_pixels', the policy receives the pixels of another episode, and in the row
+'shuffled_image' the image of another prompt or record. Without --episodes,
 there are as many episodes as in the run's own evaluations; for a dataset, all records of the split.
 For a task with several difficulty levels, <split>/<level>/accuracy and its interval cover the
 prompts of one level.

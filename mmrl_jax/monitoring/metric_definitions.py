@@ -240,10 +240,12 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "far below the success; if equal to it, the modality is not used",
     ),
     "eval/<split>/shuffled_<modality>/return": Metric(
-        "reward", "Return with one modality taken from another episode", "below the return"
+        "reward",
+        "Return with one modality taken from another episode or record",
+        "below the return; if equal to it, the modality is not used",
     ),
     "eval/<split>/shuffled_<modality>/<measure>": Metric(
-        "-", "Bound of an interval, or length, of the same evaluation", "-"
+        "-", "Bound of an interval, length, or failed fraction of the same evaluation", "-"
     ),
     "eval/<split>/invalid_fraction": Metric(
         "fraction", "Evaluated completions that are not a valid answer of the task", "0"

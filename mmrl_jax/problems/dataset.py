@@ -6,7 +6,7 @@ The steps in brackets are the two compiled programs of an update; the others run
 supervised stage, the answers of the records are the labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import pathlib
 from typing import Any
@@ -16,10 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import (
-    Group,
-    options_of,
-)
+from mmrl_jax.config.options import Group, options_of
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.evaluation.prompts import Sample
@@ -65,6 +62,23 @@ def options(config: Any) -> Group:
     # Evaluations always use all validation records.
     keys["run"] = {name: x for name, x in keys["run"].items() if name != "eval_episodes"}
     return keys
+
+
+def other_images(images: Sequence[str]) -> np.ndarray:
+    """Returns for each of B records the index of another record, for its image, int64 [B].
+
+    Every index is returned once. The two records have different images, unless more than half of
+    all records have the same image.
+
+    Args:
+      images: Digests of the images of the B records.
+    """
+    _, numbers, counts = np.unique(images, return_inverse=True, return_counts=True)
+    # Records with the same image are adjacent in this order, which is rotated by the longest run.
+    order = np.argsort(numbers, kind="stable")
+    others = np.empty_like(order)
+    others[order] = np.roll(order, -counts.max())
+    return others
 
 
 class Dataset(TokenProblem):
@@ -322,16 +336,16 @@ class Dataset(TokenProblem):
 
     # -- Evaluation --------------------------------------------------------------------------------
 
-    def greedy(
-        self, episodes: int | None = None
-    ) -> Callable[[Params, str], tuple[Batch, ScoredTexts]]:
+    def greedy(self, episodes: int | None = None) -> Callable[..., tuple[Batch, ScoredTexts]]:
         """Returns a function that completes the records of a split greedily.
 
         Args:
           episodes: Number of records from the front of a split; None for all records.
 
         Returns:
-          Function (variables, split) -> (records, their completions with rewards, with G = 1).
+          Function (variables, split, shuffle_images=False) -> (records, their completions with
+          rewards, with G = 1). With `shuffle_images` the policy is given the image of another
+          record, see `other_images`.
         """
 
         @functools.cache  # Evaluations are repeated, and reading the images from files is slow.
@@ -357,10 +371,16 @@ class Dataset(TokenProblem):
                 sampling=Sampling(temperature=0.0),
             )
 
-        def greedy(variables: Params, split: str) -> tuple[Batch, ScoredTexts]:
+        def greedy(
+            variables: Params, split: str, shuffle_images: bool = False
+        ) -> tuple[Batch, ScoredTexts]:
             batch, part = read(split), getattr(self.records, split)
+            shown = batch
+            if shuffle_images:
+                others = other_images([part.images[i].digest for i in batch.records])
+                shown = batch._replace(images=batch.images[others])
             completions = in_chunks(
-                lambda indices: complete(variables, self.prompts(batch.take(indices))),
+                lambda indices: complete(variables, self.prompts(shown.take(indices))),
                 np.arange(len(batch.records)),
                 max_size=self.eval_batch_size(),
                 devices=mesh_lib.batch_shards(self.mesh),
@@ -374,13 +394,20 @@ class Dataset(TokenProblem):
     ) -> Callable[[Params, str], dict[str, float]]:
         """Returns the reported evaluation, see `problem.Problem` and `evaluation.rewards.describe`.
 
-        The returned function raises ValueError if a split has fewer records than `episodes`.
+        With `ablations`, 'shuffled_image/<metric>' has the return, its interval and the failed
+        fraction with the image of another record; the reward functions are called once more. The
+        returned function raises ValueError if a split has fewer records than `episodes`.
         """
-        greedy = self.greedy(episodes)
+        greedy, max_failed = self.greedy(episodes), self.config.rewards.max_failed
 
         def measure(variables: Params, split: str) -> dict[str, float]:
-            _, (_, rewards) = greedy(variables, split)
-            return describe(rewards, split, max_failed=self.config.rewards.max_failed)
+            metrics = describe(greedy(variables, split)[1].rewards, split, max_failed=max_failed)
+            if ablations:
+                rewards = greedy(variables, split, shuffle_images=True)[1].rewards
+                shuffled = describe(rewards, f"{split}, shuffled images", max_failed=max_failed)
+                names = [name for name in shuffled if not name.startswith("reward/")]
+                metrics |= {f"shuffled_image/{name}": shuffled[name] for name in names}
+            return metrics
 
         return measure
 

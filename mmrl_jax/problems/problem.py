@@ -201,8 +201,7 @@ class Problem(Protocol):
         Args:
           episodes: Number of episodes, or prompts, in an evaluation; None for those of `splits`.
           ablations: Whether to measure also with each modality shuffled, as
-            'shuffled_<modality>/<metric>'. Tasks always measure it for images, and datasets never,
-            because their reward functions would be called twice.
+            'shuffled_<modality>/<metric>'. Tasks always measure it, for images.
         """
 
 

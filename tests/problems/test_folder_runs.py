@@ -153,6 +153,39 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
     assert {sample.prompt for sample in shown} == set(test.read(range(2)).prompts)
 
 
+def test_shuffled_images_are_those_of_other_records():
+    # Sorted by image: a 0 2 3, b 1 5, c 4; each takes the image of the third one after it.
+    others = dataset_lib.other_images(list("abaacb"))
+    np.testing.assert_array_equal(others, [1, 0, 5, 4, 3, 2])
+    np.testing.assert_array_equal(dataset_lib.other_images(list("aab")), [2, 0, 1])
+    np.testing.assert_array_equal(np.sort(dataset_lib.other_images(list("aaaa"))), range(4))
+
+
+def test_the_ablation_gives_the_policy_alone_other_images(run, monkeypatch):
+    trained, _ = run
+    shown, scored, prompts, scorer = [], [], dataset_lib.Dataset.prompts, Scorer.__call__
+    monkeypatch.setattr(
+        dataset_lib.Dataset, "prompts", lambda self, x: shown.append(x) or prompts(self, x)
+    )
+    monkeypatch.setattr(
+        Scorer,
+        "__call__",
+        lambda self, records, x, *args, **kwargs: (
+            scored.append(x) or scorer(self, records, x, *args, **kwargs)
+        ),
+    )
+    measured = trained.problem.measure(ablations=True)(trained.variables, "test")
+    (own, others), (first, second) = shown, scored
+    assert own.prompts == others.prompts == first.prompts == second.prompts
+    np.testing.assert_array_equal(own.images[::-1], others.images)
+    np.testing.assert_array_equal(second.images, own.images)
+    assert differ(own.images, others.images)
+    names = {f"shuffled_image/{x}" for x in ("return", "return_lo", "return_hi", "failed_fraction")}
+    assert {name for name in measured if "shuffled" in name} == names
+    plain = trained.problem.measure()(trained.variables, "test")
+    assert plain == {name: x for name, x in measured.items() if name not in names}
+
+
 def test_a_stopped_run_goes_on_to_bitwise_the_same(run, make_config, tmp_path):
     whole, workdir = run
     half = runs.train(make_config(last__num_updates=2), tmp_path)
@@ -220,6 +253,9 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
         assert found["test/return"] == np.mean([sample.reward for sample in shown])
         assert found["test/episodes"] == found["validation/episodes"] == 2
         assert found["test/failed_fraction"] == found["validation/failed_fraction"] == 0
+        assert (
+            found["test/shuffled_image/episodes"] == 2 and found["test/shuffled_image/return"] >= 0
+        )
         assert [2 * sample.reward for sample in shown] == [
             len(sample.completion) for sample in shown
         ]
