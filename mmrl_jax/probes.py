@@ -17,6 +17,7 @@ from etils import epath
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config.loading import import_object
 from mmrl_jax.config.schema import nearest
+from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import report
 from mmrl_jax.training.stage import Stage, StageProbe
@@ -46,8 +47,8 @@ Probe = Callable[[ProbeContext], Mapping[str, float]]
 def ablations(context: ProbeContext) -> dict[str, float]:
     """Evaluates the training or validation split with each modality shuffled."""
     split = context.problem.best_metric.split("/")[1]
-    metrics = context.problem.measure(ablations=True)(context.variables, split)
-    return {f"eval/{split}/{name}": x for name, x in metrics.items() if "shuffled_" in name}
+    measured = context.problem.measure(ablations=True)(context.variables, split)
+    return {f"eval/{split}/{name}": x for name, x in measured.items() if "shuffled_" in name}
 
 
 def samples(context: ProbeContext) -> dict[str, float]:
@@ -67,7 +68,7 @@ def samples(context: ProbeContext) -> dict[str, float]:
             )
             for row in rows
         ]
-        path = context.directory / "samples.jsonl"
+        path = context.directory / metrics.SAMPLES_NAME
         before = path.read_text() if path.exists() else ""
         workdir_lib.write_text(path, before + "".join(f"{line}\n" for line in lines))
     return {}

@@ -23,6 +23,7 @@ from mmrl_jax.monitoring import metric_definitions
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+SAMPLES_NAME = "samples.jsonl"  # Written by the probe 'samples', a row with 'update' per line.
 COPY_INTERVAL_S = 30.0  # Minimum time between two copies to a bucket.
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class MetricFiles:
             if self._bucket and (workdir / JSONL_NAME).exists():
                 (self._local / JSONL_NAME).write_bytes((workdir / JSONL_NAME).read_bytes())
             self._truncate(resume_step)
+        with self._tolerating(SAMPLES_NAME):
+            _truncate_samples(workdir / SAMPLES_NAME, resume_step)
         self._board: Any = None
         with self._tolerating(TENSORBOARD_NAME):
             events = workdir / TENSORBOARD_NAME
@@ -178,6 +181,16 @@ class MetricFiles:
                        "rows are written to a new file.")  # fmt: skip
         remaining = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
         workdir_lib.write_text(path, "".join(json.dumps(row) + "\n" for row in remaining))
+
+
+def _truncate_samples(path: epath.Path, resume_step: int | None) -> None:
+    """Removes the sample completions after `resume_step`, or all of them if it is None."""
+    if not path.exists():
+        return
+    last = -1 if resume_step is None else resume_step
+    lines = path.read_text().splitlines(keepends=True)
+    remaining = [line for line in lines if json.loads(line)["update"] <= last]
+    workdir_lib.write_text(path, "".join(remaining))
 
 
 def _open_board(directory: pathlib.Path, first: int) -> Any:

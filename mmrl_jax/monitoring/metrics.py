@@ -19,9 +19,15 @@ import numpy as np
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.monitoring import metric_definitions
 from mmrl_jax.monitoring.loggers import Logger
-from mmrl_jax.monitoring.metric_files import JSONL_NAME, TENSORBOARD_NAME, MetricFiles, read_jsonl
+from mmrl_jax.monitoring.metric_files import (
+    JSONL_NAME,
+    SAMPLES_NAME,
+    TENSORBOARD_NAME,
+    MetricFiles,
+    read_jsonl,
+)
 
-__all__ = ["JSONL_NAME", "TENSORBOARD_NAME", "MetricWriter", "read_jsonl"]
+__all__ = ["JSONL_NAME", "SAMPLES_NAME", "TENSORBOARD_NAME", "MetricWriter", "read_jsonl"]
 
 
 class MetricWriter:

@@ -85,6 +85,14 @@ def test_resume_leaves_no_duplicate_steps(tmp_path, cut_off):
     assert [row["loss/total"] for row in rows] == [1, 2, 30, 40, 50]
 
 
+@pytest.mark.parametrize(("resume_step", "left"), [(20, [10, 20]), (25, [10, 20]), (None, [])])
+def test_samples_of_updates_that_are_done_again_are_removed(tmp_path, resume_step, left):
+    path = tmp_path / metrics.SAMPLES_NAME
+    path.write_text("".join(f'{{"update": {n}, "reward": NaN}}\n' for n in (10, 20, 30, 40)))
+    _open(tmp_path, resume_step=resume_step).close()
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == left
+
+
 def test_fresh_start_forgets_the_lines_of_a_run_without_checkpoint(tmp_path):
     with _open(tmp_path) as writer:
         writer.write(0, {"loss/total": 1})

@@ -1,6 +1,7 @@
 """Tests of runs of token policies: configs, resuming, rejected values, and metrics."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 
 from experiments import study
 import mmrl_jax
-from mmrl_jax import problems
+from mmrl_jax import probes, problems
 from mmrl_jax.commands.evaluate import evaluate
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import control, task, text_agent
+from mmrl_jax.workdir import saved_steps
 from tests import live_arrays, tiny
 
 
@@ -67,6 +69,23 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same(tmp_path):
     assert max(share for _, share in shares) <= 1.1, shares
     assert parts.last.updates == 4
     bitwise_equal(whole.last.carry, parts.last.carry)
+
+
+def test_samples_of_updates_that_are_done_again_are_written_once(tmp_path):
+    config = tiny.token_config(
+        stages=("grpo",),
+        run__probes=("samples",),
+        run__probe_interval=1,
+        last__checkpoint_interval=1,
+    )
+    mmrl_jax.train(config, tmp_path)
+    path, newest = tmp_path / metrics.SAMPLES_NAME, saved_steps(tmp_path)[-1]
+    before = path.read_text()
+    shutil.rmtree(tmp_path / "checkpoints" / str(newest))
+    assert mmrl_jax.train(config, tmp_path).last.updates == newest == 4
+    updates = [json.loads(line)["update"] for line in before.splitlines()]
+    assert updates == [n for n in (1, 2, 3, 4) for _ in range(probes.SAMPLES)]
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize(
