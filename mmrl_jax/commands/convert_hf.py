@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.distributed import partition
-from mmrl_jax.pretrained import hub, orbax_format, weights
+from mmrl_jax.pretrained import blueprints, hub, orbax_format, weights
 from mmrl_jax.pretrained.peft_format import load_adapter
 
 FLAGS = flags.FLAGS
@@ -39,7 +39,7 @@ def to_checkpoint(
     Args:
       source: Local directory in the Hugging Face format.
       output: Directory to write, which must not exist or be empty.
-      kind: Kind of model, one of `hub.KINDS`; None to infer it from the source.
+      kind: Kind of model, one of `blueprints.KINDS`; None to infer it from the source.
       adapter: Directory of an adapter in the PEFT format to merge; None for no adapter.
       dtype: Data type of the parameters.
 
@@ -86,15 +86,15 @@ def to_hub(
 
 
 def kind_in(source: pathlib.Path) -> str:
-    """Returns the kind of the model in a directory, one of `hub.KINDS`.
+    """Returns the kind of the model in a directory, one of `blueprints.KINDS`.
 
     Raises:
       ValueError: If the model is of no supported kind, or could be of several.
     """
     family = hub.read_config(source)["model_type"]
-    kinds = [kind for kind, (_, families, _) in hub.KINDS.items() if family in families]
+    kinds = [kind for kind, (_, families, _) in blueprints.KINDS.items() if family in families]
     if not kinds:
-        known = sorted({name for _, families, _ in hub.KINDS.values() for name in families})
+        known = sorted({name for _, families, _ in blueprints.KINDS.values() for name in families})
         raise ValueError(f"--source={source} is a {family!r}, which is not one of {known}.")
     if len(kinds) > 1:
         raise ValueError(f"--source={source} is a {family!r}: choose --kind, one of {kinds}.")
@@ -107,7 +107,7 @@ def with_adapter(
     """Returns the model with the parameters of an adapter added, if there is one."""
     if adapter is None:
         return pretrained
-    kind, params = hub.kind_of(pretrained.model), pretrained.params
+    kind, params = blueprints.kind_of(pretrained.model), pretrained.params
     plan = hub.read_blueprint(kind, source, dtype=jnp.float32, remat=False)
     lora = load_adapter(adapter, params["params"], plan.keys, ignored=plan.ignored)
     return pretrained._replace(params={**params, "lora": lora})
@@ -164,7 +164,7 @@ def run() -> None:
     flags.DEFINE_enum(
         "kind",
         None,
-        list(hub.KINDS),
+        list(blueprints.KINDS),
         "With --to=checkpoint: kind of model, needed if the source has several, as CLIP does.",
     )
     run_command(main)

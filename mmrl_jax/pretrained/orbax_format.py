@@ -1,7 +1,7 @@
 """Pretrained models in the format of this library: parameters in Orbax format with the hub's files.
 
     directory/config.json, tokenizer.json, ...   the hub's, copied
-    directory/model.json                         the kind (of `hub.KINDS`) and the dtype
+    directory/model.json                         the kind (of `blueprints.KINDS`) and the dtype
     directory/params/                            Orbax: names and layouts of the Linen module
 
 Loading needs no renaming or transposition, adapters are already merged, and every process reads
@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mmrl_jax.distributed import partition
-from mmrl_jax.pretrained import hub, weights
+from mmrl_jax.pretrained import blueprints, hub, weights
 
 RECORD, PARAMS = "model.json", "params"
 AGAIN = "Convert the model again with experiments.convert_hf --to=checkpoint."
@@ -41,7 +41,7 @@ def save(
     """
     path, params = pathlib.Path(source), hub.merged(pretrained.params)
     record = {
-        "kind": hub.kind_of(pretrained.model),
+        "kind": blueprints.kind_of(pretrained.model),
         "dtype": str(jax.tree.leaves(params)[0].dtype),
     }
     with weights.whole_directory(pathlib.Path(directory)) as folder:
@@ -87,7 +87,7 @@ def load(
     record = _read_record(path / RECORD)
     param_dtype = jnp.dtype(record["dtype"]) if dtype is None else dtype
     config = hub.read_config(path)
-    plan = hub.blueprint(record["kind"], config, (), dtype=param_dtype, remat=remat)
+    plan = blueprints.make(record["kind"], config, (), dtype=param_dtype, remat=remat)
     like = plan.shapes(param_dtype)
     if mesh is None:
         arguments = jax.tree.map(
@@ -127,8 +127,8 @@ def _read_record(path: pathlib.Path) -> dict[str, str]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["kind"] not in hub.KINDS:
-            raise ValueError(f"kind={record['kind']!r} must be one of {list(hub.KINDS)}")
+        if record["kind"] not in blueprints.KINDS:
+            raise ValueError(f"kind={record['kind']!r} must be one of {list(blueprints.KINDS)}")
         jnp.dtype(record["dtype"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {AGAIN}") from error

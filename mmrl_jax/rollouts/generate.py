@@ -270,6 +270,23 @@ class _State(NamedTuple):
     out: _Written
 
 
+def _empty_state(prefilled: Prefill, max_new_tokens: int, pad: int) -> _State:
+    """Returns the state before the first token; for arguments see `generate`."""
+    samples = len(prefilled.prompt_mask)
+    out = _Written(
+        tokens=jnp.full((samples, max_new_tokens), pad, jnp.int32),
+        log_probs=jnp.zeros((samples, max_new_tokens), jnp.float32),
+        mask=jnp.zeros((samples, max_new_tokens), bool),
+    )
+    return _State(
+        step=jnp.zeros((), jnp.int32),
+        token=jnp.zeros(samples, jnp.int32),
+        running=jnp.ones(samples, bool),
+        cache=prefilled.cache(max_new_tokens),
+        out=out,
+    )
+
+
 def generate(
     model: LanguageModel,
     variables: Variables,
@@ -338,18 +355,7 @@ def generate(
         logits = apply(variables, hidden[:, 0], method="logits")
         return write_token(state._replace(cache=changed["cache"]), logits)
 
-    out = _Written(
-        tokens=jnp.full((samples, max_new_tokens), pad, jnp.int32),
-        log_probs=jnp.zeros((samples, max_new_tokens), jnp.float32),
-        mask=jnp.zeros((samples, max_new_tokens), bool),
-    )
-    state = _State(
-        step=jnp.zeros((), jnp.int32),
-        token=jnp.zeros(samples, jnp.int32),
-        running=jnp.ones(samples, bool),
-        cache=prefilled.cache(max_new_tokens),
-        out=out,
-    )
+    state = _empty_state(prefilled, max_new_tokens, pad)
     state = jax.lax.while_loop(
         lambda s: (s.step < max_new_tokens) & jnp.any(s.running),
         decode_step,

@@ -1,9 +1,7 @@
 """The training loop of a stage: it compiles, updates, logs, evaluates, saves and resumes."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 import dataclasses
-import functools
-import math
 import time
 from typing import Any
 
@@ -13,11 +11,9 @@ import jax.numpy as jnp
 from mmrl_jax import envs
 from mmrl_jax.config import ConfigLike
 from mmrl_jax.monitoring import loggers, metric_definitions
-from mmrl_jax.monitoring.health_checks import HealthChecks
-from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
+from mmrl_jax.monitoring.metrics import MetricWriter
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.dispatch import (
-    OPTIMIZER_METRICS,
     RETRY_AFTER_S,
     DispatchResult,
     is_transient,
@@ -26,32 +22,15 @@ from mmrl_jax.training.dispatch import (
 )
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.preemption import PreemptionGuard
+from mmrl_jax.training.progress import Counters, Progress
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, HostUpdate, Stage
-from mmrl_jax.workdir import PathLike, as_path, one_line
+from mmrl_jax.training.stage_log import StageLog, metrics_row
+from mmrl_jax.workdir import PathLike
 
 
 class HostFailed(RuntimeError):
     """The host's part of an update failed in every retry; the updates before it are saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Counters:
-    """Counters of a stage on the host, which are stored in its checkpoints.
-
-    All counters include the time and the steps of earlier processes before a resume.
-
-    Attributes:
-      wall_s: Time of the updates in seconds, without initialization, compilation and evaluations.
-      compile_s: Time of initialization and compilation in seconds.
-      total_s: Total time in `run` in seconds.
-      env_steps: Number of environment steps, without steps that only reset an environment.
-    """
-
-    wall_s: float = 0.0
-    compile_s: float = 0.0
-    total_s: float = 0.0
-    env_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,34 +161,26 @@ def run(
         ) as checkpointer,
         PreemptionGuard() as terminated,
     ):
-        init_s, done, counters = 0.0, 0, Counters()
-        resumed = bool(saved_steps(workdir))
-        if resumed:
-            carry, shardings, extra, done = restore(stage, checkpointer)
-            counters = Counters(**extra)
-        else:
-            init_start = time.perf_counter()
-            carry, shardings = start(stage)
-            init_s = time.perf_counter() - init_start
-        progress = _Progress(stage.num_updates, max_seconds, started, done, counters)
+        carry, shardings, counters, done, init_s = _begin(stage, workdir, checkpointer)
+        progress = Progress(stage.num_updates, max_seconds, started, done or 0, counters)
         if progress.over():
-            return Result(carry, done, counters, progress.earlier_s, terminated())
+            return Result(carry, progress.done, counters, progress.earlier_s, terminated())
         progress.add(compile_s=init_s)
         with MetricWriter(
             workdir,
             max_wall_s=max_seconds,
-            resume_step=done if resumed else None,
+            resume_step=done,
             console_interval_s=log_interval_s,
             loggers=loggers.make(stage.loggers, workdir, label=stage.name, config=config),
             **_writer_fields(stage),
         ) as writer:
-            if resumed:
+            if done is not None:
                 writer.message(f"{stage.name}: resumed after update {done} of {stage.num_updates}")
             compiled = _compiler(stage, shardings, terminated, writer.message)
-            logging = _Logging(stage, workdir, writer, checkpointer, done)
-            carry, error = _train(carry, stage, compiled, progress, logging, terminated)
+            log = StageLog(stage, workdir, writer, checkpointer, progress.done)
+            carry, error = _train(carry, stage, compiled, progress, log, terminated)
             if progress.done:
-                logging.save(carry, progress, {}, force=True)
+                log.save(carry, progress, {}, force=True)
         checkpointer.wait()
         if error is not None and not terminated():
             if not is_transient(error):
@@ -217,6 +188,23 @@ def run(
             raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
         counters = progress.add()
         return Result(carry, progress.done, counters, progress.earlier_s, terminated())
+
+
+def _begin(
+    stage: Stage, workdir: PathLike, checkpointer: Checkpointer
+) -> tuple[Carry, Any, Counters, int | None, float]:
+    """Restores the newest checkpoint of a stage, or creates its initial carry if there is none.
+
+    Returns:
+      The carry, its shardings, the counters of the stage, the number of completed updates (None if
+      there is no checkpoint), and the time of the initialization in seconds.
+    """
+    if saved_steps(workdir):
+        carry, shardings, extra, done = restore(stage, checkpointer)
+        return carry, shardings, Counters(**extra), done, 0.0
+    init_start = time.perf_counter()
+    carry, shardings = start(stage)
+    return carry, shardings, Counters(), None, time.perf_counter() - init_start
 
 
 def _writer_fields(stage: Stage) -> dict[str, Any]:
@@ -232,145 +220,12 @@ def _writer_fields(stage: Stage) -> dict[str, Any]:
     }
 
 
-class _Progress:
-    """Progress of a stage.
-
-    Attributes:
-      done: Number of completed updates.
-      counters: Counters of the stage.
-      earlier_s: Time in seconds that earlier processes have spent.
-    """
-
-    def __init__(
-        self,
-        updates: int,
-        max_seconds: float | None,
-        started: float,
-        done: int,
-        counters: Counters,
-    ):
-        self._updates, self._max_seconds, self._started = updates, max_seconds, started
-        self.done, self.counters, self.earlier_s = done, counters, counters.total_s
-
-    def over(self) -> bool:
-        """Returns whether the stage has reached its number of updates or its time limit."""
-        late = self._max_seconds is not None and self.counters.wall_s >= self._max_seconds
-        return late or self.done >= self._updates
-
-    def add(self, **more: float) -> Counters:
-        """Adds to the counters, updates the total time, and returns the counters."""
-        total = self.earlier_s + time.perf_counter() - self._started
-        sums = {name: getattr(self.counters, name) + x for name, x in more.items()}
-        self.counters = dataclasses.replace(self.counters, total_s=total, **sums)
-        return self.counters
-
-
-class _Logging:
-    """Evaluates, logs and saves a stage after its updates.
-
-    Attributes:
-      writer: Writer of metrics and messages.
-      path: Path of metrics.jsonl.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        workdir: PathLike,
-        writer: MetricWriter,
-        checkpointer: Checkpointer,
-        done: int,
-    ):
-        self._stage, self._checkpointer = stage, checkpointer
-        self._failed_evaluations = 0
-        self.writer = writer
-        self.path = as_path(workdir) / JSONL_NAME
-        self._health_checks = HealthChecks()
-        for row in read_jsonl(self.path):  # A resumed run raises the alarms of the whole run.
-            if 0 < row["step"] <= done:
-                self._health_checks.update(row)
-
-    def log_start(self, carry: Carry, progress: _Progress) -> None:
-        """Evaluates the initial carry, if the stage has an evaluation, and writes row 0.
-
-        Health checks ignore this row, and no checkpoint is saved, so that step 0 is never the best.
-        """
-        if self._stage.evaluate is not None:
-            values = _row({}, {}, progress.counters, 0) | self._evaluation(carry, 0)
-            self.writer.write(0, values | self._failed())
-
-    def log(self, values: dict[str, float], carry: Carry, progress: _Progress, before: int) -> None:
-        """Evaluates if due, writes a row of metrics, and saves a checkpoint if due.
-
-        Args:
-          values: Metrics of the dispatch.
-          carry: Carry after the dispatch.
-          progress: Progress after the dispatch.
-          before: Number of completed updates before the dispatch.
-        """
-        stage, last, done = self._stage, progress.over(), progress.done
-        if stage.evaluate is not None and (
-            last or done // stage.eval_interval > before // stage.eval_interval
-        ):
-            values |= self._evaluation(carry, done)
-        for probe in stage.probes:
-            if last or done // probe.interval > before // probe.interval:
-                values |= self._attempt(
-                    f"the probe {probe.name!r}",
-                    done,
-                    functools.partial(probe.measure, carry.learner, done),
-                )
-        values |= self._failed()
-        for text in self._health_checks.update(values).values():
-            self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
-        values |= {f"alarm/{name}": 1.0 for name in self._health_checks.raised}
-        self.writer.write(done, values)
-        best = stage.best_metric
-        scores = {best: values[best]} if best is not None and best in values else {}
-        self.save(carry, progress, scores, force=last or bool(scores))
-
-    def save(
-        self, carry: Carry, progress: _Progress, scores: Mapping[str, float], *, force: bool
-    ) -> None:
-        """Saves the carry if a checkpoint is due or forced, after the metrics are flushed."""
-        if force or self._checkpointer.due(progress.done):
-            self.writer.flush()
-        extra = dataclasses.asdict(progress.add())
-        self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
-
-    def _evaluation(self, carry: Carry, done: int) -> dict[str, float]:
-        """Returns the metrics of an evaluation, or only its time if it fails."""
-        evaluate, eval_start = self._stage.evaluate, time.perf_counter()
-        assert evaluate is not None
-        values = self._attempt("the evaluation", done, lambda: evaluate(carry.learner))
-        if not values:
-            self._failed_evaluations += 1
-        return values | {"time/eval_s": time.perf_counter() - eval_start}
-
-    def _failed(self) -> dict[str, float]:
-        """Returns the number of failed evaluations as a metric, if there are any."""
-        return {"eval/failed": self._failed_evaluations} if self._failed_evaluations else {}
-
-    def _attempt(
-        self, what: str, done: int, measure: Callable[[], Mapping[str, float]]
-    ) -> dict[str, float]:
-        """Returns the metrics of a measurement, or an empty dict and a message if it fails."""
-        try:
-            return dict(measure())
-        except Exception as error:  # A failed measurement must not end the run.
-            self.writer.message(
-                f"{self._stage.name}: {what} at update {done} failed, and the run continues "
-                f"without it: {one_line(error)}"
-            )
-            return {}
-
-
 def _train(
     carry: Carry,
     stage: Stage,
     compiled: Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]],
-    progress: _Progress,
-    logging: _Logging,
+    progress: Progress,
+    log: StageLog,
     stopping: Callable[[], bool],
 ) -> tuple[Carry, Exception | None]:
     """Runs the updates of a stage until it ends, a signal stops it, or the host's part fails.
@@ -387,14 +242,14 @@ def _train(
     while error is None and not (progress.over() or stopping()):
         size = min(stage.updates_per_dispatch, stage.num_updates - progress.done)
         if size not in programs:
-            logging.writer.message(f"{stage.name}: compiling ...")
+            log.writer.message(f"{stage.name}: compiling ...")
             compile_start = time.perf_counter()
             programs[size] = compiled(size, carry)
             compile_s = time.perf_counter() - compile_start
             progress.add(compile_s=compile_s)
-            logging.writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
+            log.writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
             if not (progress.done or stopping()):
-                logging.log_start(carry, progress)
+                log.log_start(carry, progress)
             continue  # A signal may have been received in the meantime.
         update_start = time.perf_counter()
         with jax.transfer_guard("disallow"):
@@ -410,18 +265,18 @@ def _train(
         valid = float(metrics.get("rollout/valid_fraction", 1.0))
         steps = size * stage.env_steps_per_update * valid
         progress.add(wall_s=seconds, env_steps=round(steps) if finite else 0)
-        values = _row(metrics, counted, progress.counters, progress.done) | {
+        values = metrics_row(metrics, counted, progress.counters, progress.done) | {
             "time/update_s": seconds / size,
             "time/samples_per_s": size * stage.samples_per_update / seconds,
         }
         values |= {"optimizer/retries": retries} if retries else {}
         all_nonfinite = valid == 0.0 and metrics["rollout/nonfinite_envs"] > 0
         if all_nonfinite or not finite:
-            logging.writer.write(progress.done, values)
+            log.writer.write(progress.done, values)
             if all_nonfinite:
                 raise envs.InvalidEnvironment(_all_nonfinite(before, progress.done))
-            raise FloatingPointError(_diverged(stage.name, logging.path, before, progress.done))
-        logging.log(values, carry, progress, before)
+            raise FloatingPointError(_diverged(stage.name, log.path, before, progress.done))
+        log.log(values, carry, progress, before)
     return carry, error
 
 
@@ -457,32 +312,6 @@ def _check_metrics(metrics: Collection[str]) -> None:
     for name in metrics:
         if name not in ("finite", "counted"):
             metric_definitions.lookup(name)
-
-
-def _row(
-    metrics: Mapping[str, Any], counted: Mapping[str, int], counters: Counters, done: int
-) -> dict[str, float]:
-    """Returns the row of metrics of a dispatch that ended at update `done`.
-
-    Metrics of episodes are left out if no episode ended. Metrics of optimizer steps are NaN if no
-    step was taken.
-
-    Args:
-      metrics: Metrics of the dispatch.
-      counted: Number of updates over which each of these metrics is a mean, see `make_dispatch`.
-      counters: Counters of the stage.
-      done: Number of completed updates.
-    """
-    absent = {name for name, count in counted.items() if not count}
-    values = {name: math.nan if name in absent else float(x) for name, x in metrics.items()}
-    return {
-        n: x for n, x in values.items() if n not in absent or n.startswith(OPTIMIZER_METRICS)
-    } | {
-        "time/compile_s": counters.compile_s,
-        "time/wall_s": counters.wall_s,
-        "progress/updates": done,
-        "progress/env_steps": counters.env_steps,
-    }
 
 
 def _diverged(name: str, path: PathLike, before: int, done: int) -> str:

@@ -20,8 +20,8 @@ import transformers
 
 from mmrl_jax.commands import convert_hf
 from mmrl_jax.models import lora as lora_lib
+from mmrl_jax.pretrained import blueprints, orbax_format, safetensors_files, weights
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import orbax_format, safetensors_files, weights
 from mmrl_jax.pretrained.families import decoders as decoder_families
 from mmrl_jax.pretrained.peft_format import save_adapter
 from tests import memory
@@ -287,7 +287,7 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_left(directory, tmp_pat
         loaded.params,
         other,
     )
-    assert ours.kind_of(qwen.model) == "language_model"
+    assert blueprints.kind_of(qwen.model) == "language_model"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="not an empty directory"):

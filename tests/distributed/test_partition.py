@@ -16,8 +16,8 @@ import transformers
 
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.distributed import partition
+from mmrl_jax.pretrained import blueprints, orbax_format, safetensors_files, weights
 from mmrl_jax.pretrained import hub as ours
-from mmrl_jax.pretrained import orbax_format, safetensors_files, weights
 from tests import hub, memory
 
 TINY = {
@@ -221,7 +221,7 @@ def test_a_mesh_holds_what_one_device_would_and_each_part_is_read_once(
     model, whole, _ = load(path)
     counted.clear()
     placed, whole = load(path, mesh=mesh).params["params"], whole["params"]
-    plan = ours.read_blueprint(ours.kind_of(model), path, dtype=jnp.float32, remat=False)
+    plan = ours.read_blueprint(blueprints.kind_of(model), path, dtype=jnp.float32, remat=False)
     expected, split = collections.defaultdict(list), 0
     for (keys, a), b, s in zip(
         jax.tree_util.tree_leaves_with_path(whole),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from mmrl_jax.pretrained import blueprints
 from mmrl_jax.pretrained import hub as ours
 from mmrl_jax.pretrained.families import config_keys
 from tests import hub
@@ -105,9 +106,9 @@ def plans(config, directory):
     read = ours.read_config(directory)
     return [
         repr((plan.model, plan.inputs, sorted(plan.keys), plan.ignored, plan.tied))
-        for kind, (_, families, _) in ours.KINDS.items()
+        for kind, (_, families, _) in blueprints.KINDS.items()
         if read["model_type"] in families
-        for plan in [ours.blueprint(kind, read, (), dtype=jnp.float32, remat=False)]
+        for plan in [blueprints.make(kind, read, (), dtype=jnp.float32, remat=False)]
     ]
 
 
@@ -138,7 +139,7 @@ def test_every_key_is_followed_or_idle_or_refused(name, tmp_path):
 def logits(config):
     """Returns the logits of a randomly initialized torch model."""
     config._attn_implementation = "eager"
-    if config.model_type in ours.DECODERS:
+    if config.model_type in blueprints.DECODERS:
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     else:
         model = transformers.AutoModel.from_config(config, attn_implementation="eager")
