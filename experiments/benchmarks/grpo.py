@@ -34,6 +34,9 @@ from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks.prompts import Prompt
 
 GROUP = 8
+LLAMA_17M = {
+    "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
+}  # fmt: skip
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
 
 
@@ -67,7 +70,7 @@ def rows(runs: int) -> Iterator[Row]:
 def jobs(directory: pathlib.Path) -> tuple[Job, ...]:
     """Returns the jobs. Models that are in no package are written to `directory`."""
     return (
-        Job("Llama of 17M", small_llama(directory), num_prompts=4, length=32),
+        Job("Llama of 17M", random_llama(directory, **LLAMA_17M), num_prompts=4, length=32),
         Job("SmolLM2-135M", bundled_weights.smollm2(), num_prompts=1, length=64),
     )
 
@@ -104,8 +107,13 @@ def timed_updates(job: Job, runs: int) -> list[list[dict[str, float]]]:
     return alternate([functools.partial(timed, side) for side in (ours, peer)], runs)
 
 
-def small_llama(directory: pathlib.Path) -> pathlib.Path:
-    """Writes a Llama with 17M random parameters, with the tokenizer of SmolLM2."""
+def random_llama(directory: pathlib.Path, **sizes: int) -> pathlib.Path:
+    """Writes a Llama with random parameters and the tokenizer of SmolLM2.
+
+    Args:
+      directory: Directory to write, which is returned.
+      **sizes: Sizes of the model, see `transformers.LlamaConfig`.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -113,14 +121,11 @@ def small_llama(directory: pathlib.Path) -> pathlib.Path:
     tokenizer = AutoTokenizer.from_pretrained(bundled_weights.smollm2())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=8,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

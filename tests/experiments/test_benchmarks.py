@@ -1,7 +1,6 @@
 """Tests that every benchmark suite runs and writes its rows, at a tiny and at its full size."""
 
 import json
-import pathlib
 import sys
 
 import pytest
@@ -22,35 +21,15 @@ from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.pretrained import bundled_weights
 from tests import tiny
 
+TINY_LLAMA = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
 
 def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModuleNotFoundError, match=r"--suite=generate needs torch.*'\.\[parity\]'"):
         benchmark.benchmark("generate", tmp_path, runs=1)
-
-
-def tiny_llama(directory: pathlib.Path) -> pathlib.Path:
-    """Writes a random Llama of one layer with SmolLM2's tokenizer in the Hugging Face format."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(bundled_weights.smollm2())
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def of_render(patch, _):
@@ -69,7 +48,7 @@ def of_loop(patch, _):
 
 
 def of_generate(patch, tmp_path):
-    small = tiny_llama(tmp_path / "model")
+    small = grpo.random_llama(tmp_path / "model", **TINY_LLAMA)
     patch.setattr(bundled_weights, "smollm2", lambda: small)
     patch.setattr(generate, "BATCHES", (2,))
     patch.setattr(generate, "LENGTH", 2)
@@ -83,7 +62,7 @@ def of_logprobs(patch, _):
 
 
 def of_grpo(patch, tmp_path):
-    small = tiny_llama(tmp_path / "model")
+    small = grpo.random_llama(tmp_path / "model", **TINY_LLAMA)
     job = grpo.Job("tiny", small, num_prompts=1, length=4)
     patch.setattr(grpo, "jobs", lambda directory: (job,))
     patch.setattr(grpo, "in_new_process", grpo.peak_memory)  # A new process starts slowly.

@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from mmrl_jax.learners import bc, learner
-from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import normalization
-from mmrl_jax.rl.distributions import Categorical, TanhNormal
 from mmrl_jax.types import Transition
+from tests.linear_policy import apply
 
 # Compiled quickly: nothing here runs for long.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -20,18 +19,6 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 SAMPLES, PROPRIO = 64, 3
 
 OPTIONS = bc.BC(value_coef=0.5, auxiliary_coef=0.3, pointing_coef=0.7)
-
-
-def apply(params, observation):
-    """Applies linear heads to proprioception; actions are discrete without a log_std."""
-    x = observation["proprio"]
-    mean = x @ params["policy"]
-    if "log_std" in params:
-        distribution = TanhNormal(mean, jnp.broadcast_to(params["log_std"], mean.shape))
-    else:
-        distribution = Categorical(mean)
-    auxiliary = {"place": x @ params["place"], "target": (x @ params["target"]).reshape(-1, 1, 2)}
-    return PolicyOutput(distribution, x @ params["value"], auxiliary)
 
 
 def problem(kind):

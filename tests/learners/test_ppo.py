@@ -10,11 +10,10 @@ import optax
 import pytest
 
 from mmrl_jax.learners import learner, ppo
-from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.rl import normalization
-from mmrl_jax.rl.distributions import Categorical, TanhNormal
 from mmrl_jax.types import Transition
+from tests.linear_policy import apply
 
 # Compiled quickly: nothing here runs for long.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -36,21 +35,6 @@ PLAIN = ppo.PPO(
     target_kl=None,
     recompute=False,
 )
-
-
-def apply(params, observation):
-    """Applies linear heads to proprioception; actions are discrete without a log_std."""
-    x = observation["proprio"]
-    mean = x @ params["policy"]
-    if "log_std" in params:
-        distribution = TanhNormal(mean, jnp.broadcast_to(params["log_std"], mean.shape))
-    else:
-        distribution = Categorical(mean)
-    auxiliary = {
-        "place": x @ params["place"],
-        "target": (x @ params["target"]).reshape(-1, 2, 2),
-    }
-    return PolicyOutput(distribution, x @ params["value"], auxiliary)
 
 
 def initial_params(kind="continuous", seed=0):
