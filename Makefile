@@ -10,6 +10,8 @@ PYTHON312 ?= python3.12
 WORKERS ?= 2
 # E.g. PYTEST_FLAGS="-k ppo -x".
 PYTEST_FLAGS ?=
+# Size of the quickstart: full or small.
+PRESET ?= full
 
 # Compiled programs outlive the process: a second start takes them from here.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -34,8 +36,8 @@ setup-dev: ## the same, with linters, pytest, what notebooks need, and TFDS
 setup-parity: ## setup-dev, with torch, peft, trl and pretrained weights, for the tests
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh parity
 
-quickstart: setup ## clone demonstrations, fine-tune with PPO, evaluate; see runs/quickstart
-	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
+quickstart: setup ## clone demonstrations, fine-tune with PPO, evaluate (PRESET=small: faster)
+	$(BIN)/python -m experiments.quickstart --preset=$(PRESET)
 
 test: setup-parity ## the tests that take seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)

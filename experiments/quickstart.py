@@ -1,8 +1,10 @@
 """Trains reach_ppo with behavior cloning and PPO, compares and evaluates the stages, and reports.
 
-  python -m experiments.quickstart --workdir=runs/quickstart
+  python -m experiments.quickstart
+  python -m experiments.quickstart --preset=small     # in less than half of the time
 
-The command writes to the workdir:
+The command first says how long it takes on this machine. It writes to the workdir, by default
+runs/quickstart, or runs/quickstart_small with the small preset:
   summary.json          all printed metrics:
                         <stage>/<split>/[shuffled_<modality>/]success with its 95 % interval _lo,
                         _hi, of expert, chance, warm_start, more_cloning and final (PPO); times
@@ -18,15 +20,22 @@ Ctrl-C or SIGTERM saves and stops; the same command resumes.
 from collections.abc import Mapping
 import functools
 import time
+from typing import Any
 
 from absl import app, flags, logging
 from etils import epath
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from mmrl_jax import problems, runs
 from mmrl_jax import workdir as workdir_lib
-from mmrl_jax.commands.common import FAILURES, clean_exit, refuse_arguments
+from mmrl_jax.commands.common import (
+    FAILURES,
+    clean_exit,
+    enable_compilation_cache,
+    refuse_arguments,
+)
 from mmrl_jax.configs import reach_ppo
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import partition
@@ -46,6 +55,23 @@ FLAGS = flags.FLAGS
 # Modalities that are shuffled in the evaluation of the final policy.
 SHUFFLED: tuple[Modality, ...] = ("pixels", "instruction")
 SCRIPTED = ("expert/{split}", "chance/{split}/random_object", "chance/{split}/fixed_object")
+# Changes of each preset to reach_ppo.
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "small": {
+        "bc": {
+            "num_updates": 500, "episodes": 6144, "eval_interval": 250, "checkpoint_interval": 250,
+        },
+        "ppo": {"num_updates": 33, "eval_interval": 11},
+    },
+}  # fmt: skip
+# Fraction of a PPO update that is learning, see the benchmark `loop`; cloning is learning alone.
+LEARNING = 0.7
+# Demonstrations, compilation, evaluations and videos take as long as this many PPO updates: 81 s
+# where an update takes 0.9 s (two cores of an AMD EPYC).
+OTHER_UPDATES = 90
+WORKDIRS = {"full": "runs/quickstart", "small": "runs/quickstart_small"}
+LONG_MINUTES = 15  # Above it, the small preset is named.
 
 
 def scripted(problem: Control, which: jax.Array) -> PolicyFunction:
@@ -211,6 +237,58 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
     return summary
 
 
+def ppo_update_seconds(problem: Control) -> float:
+    """Times one PPO update of a new policy.
+
+    The run compiles the same program again, which is then in JAX's compilation cache.
+    """
+    stage = problem.stage("ppo")
+    carry, shardings = loop.start(stage)
+    updates = problem.config.ppo.updates_per_dispatch
+    dispatch = loop.make_dispatch(stage.update, updates, shardings)
+    program = dispatch.lower(carry, stage.constants).compile()
+    for _ in range(2):  # The first call also allocates memory.
+        started = time.perf_counter()
+        carry, _ = program(carry, stage.constants)
+        jax.block_until_ready(carry)
+    return (time.perf_counter() - started) / updates
+
+
+def estimated_minutes(config: ml_collections.ConfigDict, update_s: float) -> float:
+    """Returns about how many minutes a quickstart takes.
+
+    Args:
+      config: Config of the run.
+      update_s: Time of a PPO update in seconds.
+    """
+    p, bc = config.ppo, config.bc
+    samples = p.num_envs * p.unroll_length * p.num_epochs
+    cloning = LEARNING * bc.num_updates * bc.batch_size / samples
+    # More cloning takes as long as PPO.
+    return update_s * (cloning + 2 * p.num_updates + OTHER_UPDATES) / 60
+
+
+def forecast(preset: str, update_s: float) -> str:
+    """Returns a text that says how long a quickstart takes on this machine.
+
+    Args:
+      preset: Name of the preset.
+      update_s: Time of a PPO update in seconds.
+    """
+    minutes = estimated_minutes(make_config(preset), update_s)
+    text = (
+        f"A PPO update takes {update_s:.1f} s on this machine, and the whole quickstart about "
+        f"{max(minutes, 1):.0f} minutes."
+    )
+    if preset != "small" and minutes > LONG_MINUTES:
+        small = estimated_minutes(make_config("small"), update_s)
+        text += (
+            f" The same comparison in about {small:.0f} minutes: make quickstart PRESET=small, or "
+            "--preset=small."
+        )
+    return text
+
+
 def conclusion(summary: dict[str, float], workdir: str) -> str:
     """Returns a text with the results of the run and the paths of its reports."""
 
@@ -232,29 +310,39 @@ def conclusion(summary: dict[str, float], workdir: str) -> str:
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     refuse_arguments(argv)
+    directory = FLAGS.workdir or WORKDIRS[FLAGS.preset]
     with clean_exit(ValueError):
-        workdir = workdir_lib.as_path(FLAGS.workdir)
-        problem = make_problem(FLAGS.seed)
+        workdir = workdir_lib.as_path(directory)
+        problem = make_problem(FLAGS.seed, FLAGS.preset)
         lock = runs.claim(problem, workdir)
     with lock, clean_exit(*FAILURES):
+        if not workdir_lib.saved_steps(workdir / "bc"):  # A resumed run shows the time left.
+            print(forecast(FLAGS.preset, ppo_update_seconds(problem)), flush=True)
         summary = quickstart(problem, workdir)
     if summary is None:
         print("Interrupted; the same command resumes from the last checkpoint.")
         return
-    print(conclusion(summary, FLAGS.workdir))
+    print(conclusion(summary, directory))
 
 
-def make_problem(seed: int) -> Control:
-    """Makes the problem of `reach_ppo` with a seed."""
-    config = reach_ppo.get_config()
-    config.seed = seed
-    problem = problems.make(config)
+def make_config(preset: str = "full", seed: int = 0) -> ml_collections.ConfigDict:
+    """Returns the config of a preset, a key of PRESETS, with a seed."""
+    return problems.complete(reach_ppo.CONFIG, PRESETS[preset], {"seed": seed})
+
+
+def make_problem(seed: int, preset: str = "full") -> Control:
+    """Makes the problem of a preset, a key of PRESETS, with a seed."""
+    problem = problems.make(make_config(preset, seed))
     assert isinstance(problem, Control)
     return problem
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/quickstart", "Directory of all outputs.")
+    flags.DEFINE_string(
+        "workdir", None, f"Directory of all outputs; by default {' or '.join(WORKDIRS.values())}."
+    )
+    flags.DEFINE_enum("preset", "full", list(PRESETS), "Size of the run.")
     flags.DEFINE_integer("seed", 0, "Seed of all random numbers of the run.")
     logging.set_verbosity(logging.WARNING)
+    enable_compilation_cache()
     app.run(main)

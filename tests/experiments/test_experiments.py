@@ -8,6 +8,8 @@ import subprocess
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import quickstart
@@ -114,6 +116,39 @@ def test_quickstart_again_trains_nothing(finished, tmp_path, monkeypatch):
         loop, "run", lambda *a, **k: dataclasses.replace(run(*a, **k), interrupted=True)
     )
     assert quickstart.quickstart(problem, workdir) is None and len(written) == 1
+
+
+def test_the_quickstart_says_how_long_it_takes():
+    # In PPO updates: cloning takes 0.7 * 1000 * 512 / (512 * 17) = 41.2, PPO and more cloning 132
+    # each, and all else 90, in all 395.2. The small preset takes 20.6 + 2 * 33 + 90 = 176.6.
+    assert quickstart.estimated_minutes(quickstart.make_config(), 60.0) == pytest.approx(
+        395.18, abs=0.01
+    )
+    fast, slow = (quickstart.forecast("full", seconds) for seconds in (0.9, 4.0))
+    assert "about 6 minutes." in fast and "small" not in fast
+    assert (
+        "about 26 minutes." in slow and "in about 12 minutes: make quickstart PRESET=small" in slow
+    )
+    assert "about 12 minutes." in quickstart.forecast("small", 4.0)
+    assert "PRESET" not in quickstart.forecast("small", 9.0)
+
+
+def test_the_time_of_an_update_is_measured_on_a_policy_of_its_own():
+    problem = problems.make(tiny.config())
+    before = jax.device_get(problem.stage("ppo").init())
+    assert quickstart.ppo_update_seconds(problem) > 0
+    after = jax.device_get(problem.stage("ppo").init())
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_run_of_one_preset_is_not_resumed_with_another(tmp_path):
+    small, full = (quickstart.make_problem(0, preset) for preset in ("small", "full"))
+    with runs.claim(small, tmp_path):
+        (tmp_path / "bc/checkpoints/250").mkdir(parents=True)
+    with pytest.raises(ValueError, match="bc.episodes: 6144 there, 12288 now"):
+        runs.claim(full, tmp_path)
+    with runs.claim(small, tmp_path):
+        pass
 
 
 def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monkeypatch, capsys):
