@@ -48,7 +48,7 @@ from mmrl_jax.models import lora, stacked
 from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.tiles import Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
-from mmrl_jax.pretrained import hub
+from mmrl_jax.pretrained import blueprints, hub
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.runs import write_json
 from mmrl_jax.tasks.prompts import Prompt
@@ -112,7 +112,7 @@ def read_model(name: str) -> VisionLanguageModel:
     with tempfile.TemporaryDirectory() as directory:
         shutil.copyfile(CONFIGS / f"{name}.json", pathlib.Path(directory) / "config.json")
         config = hub.read_config(directory)
-    plan = hub.blueprint("vision_language_model", config, (), dtype=jnp.bfloat16, remat=True)
+    plan = blueprints.make("vision_language_model", config, (), dtype=jnp.bfloat16, remat=True)
     model = stacked.with_scan(plan.model, True)
     assert isinstance(model, VisionLanguageModel)
     return model
