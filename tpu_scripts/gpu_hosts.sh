@@ -83,7 +83,8 @@ on_hosts() {
     if [ "$1" = all ]; then
         for_hosts on_host "${!hosts[@]}"
     else
-        [ -n "${hosts[$1]:-}" ] || die "--worker is '$1', and must be all or less than ${#hosts[@]}."
+        [[ $1 =~ ^[0-9]+$ ]] && [ "$1" -lt "${#hosts[@]}" ] ||
+            die "--worker is '$1', and must be all or less than ${#hosts[@]}."
         on_host "$1"
     fi
 }

@@ -56,9 +56,8 @@ read_image() {
 }
 
 image() {
-    local archive
     read_image
-    archive="${TMPDIR:-/tmp}/mmrl_jax-$commit.tar.gz"
+    make_archive
     if is_true "$opt_dry_run"; then
         printf '%s < %s\n' "$(quote docker build --file=tpu_scripts/Dockerfile "--tag=$image" -)" "$(quote "$archive")"
     else
