@@ -52,7 +52,8 @@ setup() {
     tar -tzf "$archive" >.archive
     rm "$archive"
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-    python=$(uv python find 3.12 2>/dev/null) || {
+    # TPU VMs come with Python 3.10.
+    python=$(uv python find 3.12 2>/dev/null || uv python find 3.11 2>/dev/null) || {
         uv python install 3.12
         python=$(uv python find 3.12)
     }
