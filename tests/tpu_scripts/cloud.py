@@ -11,7 +11,18 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAKES = pathlib.Path(__file__).with_name("fakes.py")
 TIMEOUT_S = 120
-PROGRAMS = ("gcloud", "ssh", "scp", "uv", "xpk", "docker", "kubectl", "srun", "scontrol", "systemctl")
+PROGRAMS = (
+    "gcloud",
+    "ssh",
+    "scp",
+    "uv",
+    "xpk",
+    "docker",
+    "kubectl",
+    "srun",
+    "scontrol",
+    "systemctl",
+)
 
 # Stands for `make setup`: its python runs the shell text in $FAKE_TRAIN as the command of a run.
 BOOTSTRAP = """#!/bin/sh
@@ -146,7 +157,9 @@ class Cloud:
             verb = words[3]
             if verb == "ssh":
                 text = next(word for word in words if word.startswith("--command="))
-                verb = next((v for v in ("setup", "launch", "stop", "logs") if f" {v} " in text), "")
+                verb = next(
+                    (v for v in ("setup", "launch", "stop", "logs") if f" {v} " in text), ""
+                )
             if verb and verb != "describe":
                 verbs.append(verb)
         return verbs

@@ -58,7 +58,9 @@ def describe(arguments: list[str]) -> int:
         return 1
     states = cloud["states"]
     if not states:
-        print("ERROR: (gcloud) NOT_FOUND: Resource 'queuedResources/x' was not found", file=sys.stderr)
+        print(
+            "ERROR: (gcloud) NOT_FOUND: Resource 'queuedResources/x' was not found", file=sys.stderr
+        )
         return 1
     if "failedData" in flag(arguments, "format"):
         print(cloud["failure"])

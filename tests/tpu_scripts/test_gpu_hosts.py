@@ -56,7 +56,9 @@ def test_setup_and_launch_twice_do_it_once(hosts):
 
 
 def test_resume_launches_again_after_a_failure(hosts):
-    train = '[ -f "$FAKE_CLOUD/saved-$FAKE_HOST" ] && exit 0; touch "$FAKE_CLOUD/saved-$FAKE_HOST"; exit 1'
+    train = (
+        'saved="$FAKE_CLOUD/saved-$FAKE_HOST"; [ -f "$saved" ] && exit 0; touch "$saved"; exit 1'
+    )
     result = hosts.gpu("resume", *TRAIN, FAKE_TRAIN=train)
     assert result.returncode == 0, result.stderr
     assert "Attempt 1 of 3" in result.stdout and "succeeded" in result.stdout

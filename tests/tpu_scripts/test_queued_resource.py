@@ -118,7 +118,9 @@ def test_delete_is_forced_and_waits(cloud):
 def test_flags_override_the_env_file(cloud):
     env_file = cloud.directory / "my.env"
     env_file.write_text('# mine\n\nproject=p\nzone="us-east1-d"\nname=t\naccelerator_type=v6e-4\n')
-    result = cloud.run("tpu.sh", "create", f"--env_file={env_file}", "--zone=us-west4-a", "--dry_run")
+    result = cloud.run(
+        "tpu.sh", "create", f"--env_file={env_file}", "--zone=us-west4-a", "--dry_run"
+    )
     assert result.returncode == 0, result.stderr
     assert "--zone=us-west4-a" in result.stdout and "us-east1-d" not in result.stdout
     assert "--accelerator-type=v6e-4 --runtime-version=v2-alpha-tpuv6e" in result.stdout

@@ -231,7 +231,7 @@ def test_a_worker_that_does_not_answer_is_an_error(tpu):
 
 
 def test_a_run_on_some_workers_alone_is_not_joined(tpu):
-    tpu.tpu("launch", *TRAIN, FAKE_TRAIN='case $FAKE_HOST in *0) exec sleep 600;; *) exit 1;; esac')
+    tpu.tpu("launch", *TRAIN, FAKE_TRAIN="case $FAKE_HOST in *0) exec sleep 600;; *) exit 1;; esac")
     result = tpu.tpu("launch", *TRAIN)
     assert result.returncode == 1
     assert "only some hosts are running" in result.stderr

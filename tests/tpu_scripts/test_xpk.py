@@ -18,7 +18,9 @@ def xpk(cloud):
 
 def test_image_is_built_from_the_commit(xpk):
     (xpk.checkout / "requirements.lock").write_text("not committed\n")
-    xpk.add_program("docker", 'echo "docker $*"; case $1 in build) tar -xzO requirements.lock ;; esac')
+    xpk.add_program(
+        "docker", 'echo "docker $*"; case $1 in build) tar -xzO requirements.lock ;; esac'
+    )
     result = xpk.xpk("image")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -53,7 +55,9 @@ def test_launch_submits_a_workload_that_restarts_after_an_interruption(xpk):
     assert result.returncode == 0, result.stderr
     call = xpk.calls("xpk")[-1]
     assert call[:2] == ["workload", "create"]
-    assert {"--workload=w", "--max-restarts=10", "--termination-grace-period-seconds=120"} < set(call)
+    assert {"--workload=w", "--max-restarts=10", "--termination-grace-period-seconds=120"} < set(
+        call
+    )
     command = next(word for word in call if word.startswith("--command="))
     # worker.sh turns the exit code of an interrupted run, 0, into 143.
     assert command == (
@@ -91,7 +95,9 @@ def test_stop_and_delete_are_of_the_workload_and_of_the_cluster(xpk):
     ]
 
 
-@pytest.mark.parametrize("command", ["image", "create", "launch", "logs", "status", "stop", "delete"])
+@pytest.mark.parametrize(
+    "command", ["image", "create", "launch", "logs", "status", "stop", "delete"]
+)
 def test_a_dry_run_calls_nothing(xpk, command):
     result = xpk.xpk(command, "--dry_run", *(TRAIN if command == "launch" else ()))
     assert result.returncode == 0, result.stderr
