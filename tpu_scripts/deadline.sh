@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Startup script of the workers of a TPU: worker 0 deletes the TPU at its deadline.
 #
-# tpu.sh passes it as metadata, beside the values that it reads. It runs as root at each start of a VM.
+# tpu.sh passes it as metadata, with the values that it reads. It runs as root at each start of a VM.
 # The service account of the VM needs the permission to delete the queued resource (roles/tpu.admin).
 set -euo pipefail
 

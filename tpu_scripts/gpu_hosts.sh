@@ -8,7 +8,7 @@
 #   gpu_hosts.sh stop                   has the command save a checkpoint and end
 #   gpu_hosts.sh resume -- COMMAND...   setup, and launch again after a failure until it has succeeded
 #
-# The hosts stand in a file, one USER@HOST a line. They need the NVIDIA driver, bash, curl and flock, and
+# A file lists the hosts, one USER@HOST a line. They need the NVIDIA driver, bash, curl and flock, and
 # ssh has to log in without a question. With several hosts, --workdir lies on gs:// or on a file system
 # that all of them see. --dry_run prints what would be executed.
 #
@@ -72,7 +72,7 @@ for_hosts() {
     return "$failed"
 }
 
-# The three functions that lib/hosts.sh builds on.
+# The functions that lib/hosts.sh builds on.
 
 on_host() {
     run ssh -n -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=30 "${hosts[$1]}" "$host_command"
@@ -112,6 +112,10 @@ launch_on_hosts() {
     digest=$1
     coordinator=${opt_coordinator_address:-${hosts[0]##*@}}:$opt_coordinator_port
     for_hosts launch_on_host "${!hosts[@]}"
+}
+
+after_setup() {
+    :
 }
 
 give_up() {

@@ -59,7 +59,7 @@ source "$here/lib/queued_resource.sh"
 
 PLATFORM=tpu
 
-# The three functions that lib/hosts.sh builds on.
+# The functions that lib/hosts.sh builds on.
 
 tpu_vm() {
     local verb=$1
@@ -81,7 +81,16 @@ launch_on_hosts() {
     on_hosts all "$WORKER launch $1 $(quote "${full_command[@]}")"
 }
 
+# The timer is no part of the API: its absence would be noticed on the bill alone.
+after_setup() {
+    if [ "$opt_provisioning" = flex-start ]; then return; fi
+    on_hosts 0 "systemctl is-active --quiet mmrl-deadline.timer" ||
+        say "Warning: worker 0 has no timer that deletes $opt_name after $opt_max_run_duration;" \
+            "delete it yourself ('sudo journalctl -u google-startup-scripts' on worker 0 has the reason)."
+}
+
 check_options() {
+    local seconds
     require project zone name accelerator_type
     read_accelerator accelerator_type "$opt_accelerator_type"
     [ "$default_runtime" != - ] ||
@@ -90,7 +99,9 @@ check_options() {
         spot | on-demand | reserved | flex-start) ;;
         *) die "--provisioning is '$opt_provisioning', and must be spot, on-demand, reserved or flex-start." ;;
     esac
-    [ "$(seconds_of max_run_duration)" -le $((7 * 86400)) ] ||
+    seconds=$(seconds_of valid_until_duration)
+    seconds=$(seconds_of max_run_duration)
+    [ "$seconds" -le $((7 * 86400)) ] ||
         die "--max_run_duration is '$opt_max_run_duration', and may be at most 7d."
 }
 
@@ -108,19 +119,11 @@ create() {
         case $queued_state in
             FAILED) die "the request for $opt_name has failed: $(failure_reason)" \
                 "Remove it with 'tpu.sh delete' before you create it again." ;;
-            *) die "$opt_name is $queued_state, not there to be used." \
+            *) die "$opt_name is $queued_state and cannot be used." \
                 "Remove it with 'tpu.sh delete', or let 'tpu.sh resume' replace it." ;;
         esac
     fi
-    say "$opt_name is there until you delete it, at most for $opt_max_run_duration: $(cost_per_hour)."
-}
-
-# The timer is no part of the API: its absence would be noticed on the bill alone.
-check_deadline() {
-    if [ "$opt_provisioning" = flex-start ]; then return; fi
-    on_hosts 0 "systemctl is-active --quiet mmrl-deadline.timer" ||
-        say "Warning: worker 0 has no timer that deletes $opt_name after $opt_max_run_duration;" \
-            "delete it yourself ('sudo journalctl -u google-startup-scripts' on worker 0 has the reason)."
+    say "$opt_name is ready, until you delete it or for $opt_max_run_duration: $(cost_per_hour)."
 }
 
 status() {
@@ -249,10 +252,6 @@ esac
 parse_options "$@"
 require project zone name
 case $verb in
-    setup)
-        setup
-        check_deadline
-        ;;
     launch | resume)
         require_run_command "$verb"
         check_workdir "the TPU"

@@ -45,7 +45,7 @@ setup() {
     [ "$(state)" != running ] || fail "a command is running; stop it before the setup."
     rm -f "$stamp"
     cd "$root"
-    # Files of the commit before go, and nothing else: a run may have written beside them.
+    # Only files of the previous commit are removed: a run may have written into the directory too.
     touch .archive
     grep -v '/$' .archive | tr '\n' '\0' | xargs -0 rm -f -- || true
     tar -xzf "$archive"

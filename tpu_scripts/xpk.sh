@@ -82,7 +82,7 @@ create() {
         *) die "--provisioning is '$opt_provisioning', and must be spot, on-demand, reserved or flex-start." ;;
     esac
     if is_true "$opt_dry_run"; then printf '# '; fi
-    printf '%s\n' "$opt_tpu_type ($opt_provisioning): $(cost_per_hour), beside the nodes without TPUs."
+    printf '%s\n' "$opt_tpu_type ($opt_provisioning): $(cost_per_hour), without the nodes that have no TPU."
     confirm "Create the cluster '$opt_cluster' in $opt_zone?"
     xpk_cluster cluster create "--tpu-type=$opt_tpu_type" --num-slices=1 "$capacity"
 }

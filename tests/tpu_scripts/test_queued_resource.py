@@ -147,6 +147,7 @@ def test_the_example_env_file_serves_as_it_is(cloud):
         (["--provisioning=cheap"], "must be spot, on-demand, reserved or flex-start"),
         (["--max_run_duration=8d"], "at most 7d"),
         (["--max_run_duration=1 day"], "a number with a unit"),
+        (["--valid_until_duration=6"], "--valid_until_duration is '6'"),
         (["--zonne=z"], "there is no option 'zonne'"),
         (["--dry-run"], "there is no option 'dry-run'"),
         (["--yes=perhaps"], "must be true or false"),
@@ -162,6 +163,7 @@ def test_bad_options_are_errors_that_name_them(cloud, flags, message):
     result = cloud.run("tpu.sh", "create", *flags)
     assert result.returncode == 1
     assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert cloud.calls() == []
 
 

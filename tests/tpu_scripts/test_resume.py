@@ -155,11 +155,11 @@ def test_a_dry_run_prints_what_a_preemption_brings_about(cloud):
     assert result.returncode == 0, result.stderr
     assert cloud.calls() == []
     lines = [line for line in result.stdout.splitlines() if not line.startswith("#")]
-    verbs = ["describe", "delete", "create", "describe", "archive", "scp", "ssh", "ssh"]
+    verbs = ["describe", "delete", "create", "describe", "archive", "scp", "ssh", "ssh", "ssh"]
     assert len(lines) == len(verbs)
     for line, verb in zip(lines, verbs, strict=True):
         assert f" {verb} " in line
-    assert "worker.sh setup tpu" in lines[-2] and "worker.sh launch" in lines[-1]
+    assert "worker.sh setup tpu" in lines[-3] and "worker.sh launch" in lines[-1]
 
 
 def test_resume_needs_a_command(cloud):

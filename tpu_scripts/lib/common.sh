@@ -45,12 +45,15 @@ run() {
 
 # Prints the comment at the head of the script, and its options with their defaults.
 usage() {
+    local line value
+    # shellcheck disable=SC2154  # here is the directory of the script
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
     printf 'Options, as flags or as lines of the env file (there without the dashes):\n'
-    # The first expression takes the quotes off a default.
-    # shellcheck disable=SC2016  # the text $here is meant
-    sed -n -e 's/^\(opt_[a-z_]*=\)"\([^"]*\)"/\1\2/' \
-        -e 's/^\(opt_.*\)\$here/\1tpu_scripts/' -e 's/^opt_\([a-z_]*\)=\(.*\)  # \(.*\)/  --\1=\2\n        \3/p' "$0"
+    while IFS= read -r line; do
+        [[ $line =~ ^opt_([a-z_]+)=(.*)\ \ #\ (.*)$ ]] || continue
+        value=${BASH_REMATCH[2]#\"\"}
+        printf '  --%s=%s\n        %s\n' "${BASH_REMATCH[1]}" "${value/#\$here/tpu_scripts}" "${BASH_REMATCH[3]}"
+    done <"$0"
 }
 
 # set_option NAME VALUE SOURCE. SOURCE is named in the error.

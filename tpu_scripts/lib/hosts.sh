@@ -3,6 +3,7 @@
 #   on_hosts WHICH COMMAND       runs a shell command on a host, by its number, or on `all`
 #   copy_to_hosts FILE           copies a file into the home directory of each host
 #   launch_on_hosts DIGEST       starts run_command on all hosts, by `worker.sh launch`
+#   after_setup                  is called when all hosts are set up
 # and PLATFORM, tpu or gpu. On a host the code lies in ~/mmrl_jax and the record of a run in ~/mmrl_run.
 
 WORKER="bash mmrl_jax/tpu_scripts/worker.sh"
@@ -17,7 +18,7 @@ read_report() {
     is_true "$opt_dry_run" || report=$(grep '^mmrl_host ' <<<"$output")
 }
 
-# Succeeds if all hosts of the report are set up, with whatever commit.
+# Succeeds if all hosts of the report are set up, with any commit.
 are_set_up() {
     is_true "$opt_dry_run" || awk '$3 == "none" { missing = 1 } END { exit missing }' <<<"$report"
 }
@@ -57,7 +58,8 @@ setup_hosts() {
     make_archive || return
     file=${archive##*/}
     copy_to_hosts "$archive" || return
-    on_hosts all "mkdir -p mmrl_jax && tar -xzf $file -C mmrl_jax tpu_scripts && $WORKER setup $PLATFORM $PLATFORM-$commit $file"
+    on_hosts all "mkdir -p mmrl_jax && tar -xzf $file -C mmrl_jax tpu_scripts && $WORKER setup $PLATFORM $PLATFORM-$commit $file" &&
+        after_setup
 }
 
 # The command `setup`.

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What a host needs beside requirements.lock.
+# The packages that a host needs in addition to requirements.lock.
 
 # install_accelerator_packages PYTHON PLATFORM. PLATFORM is tpu or gpu. Runs in the checkout. With the
 # lock in the same command its versions hold: JAX's own, and libtpu or CUDA in the versions that
