@@ -13,6 +13,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   logprobs      token log-probs by tiles of the vocabulary, compared with a full softmax
   grpo          GRPO updates of text-only models, compared with TRL's GRPOTrainer in torch
   packing       gradients of packed completions, compared with padded completions
+  compaction    sampling that leaves out completions that have ended, compared with sampling all
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,17 @@ from absl import app, flags, logging
 from experiments.benchmarks.harness import Row
 
 FLAGS = flags.FLAGS
-SUITES = ("ppo_vs_brax", "render", "model", "loop", "generate", "logprobs", "grpo", "packing")
+SUITES = (
+    "ppo_vs_brax",
+    "render",
+    "model",
+    "loop",
+    "generate",
+    "logprobs",
+    "grpo",
+    "packing",
+    "compaction",
+)
 
 
 def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:

@@ -334,8 +334,9 @@ class TokenPolicy:
         *,
         num_completions: int,
         sampling: gen.Sampling,
+        compactions: int = 0,
     ) -> gen.Completions:
-        """Samples G completions of each of B prompts."""
+        """Samples G completions of each of B prompts, see `generate.generate`."""
         variables = join(params, frozen)
         if self.gathers and self.mesh is not None:
             shardings = partition.shardings(variables, self.mesh, without=(FSDP,))
@@ -352,6 +353,7 @@ class TokenPolicy:
                 sampling=sampling,
                 stop=self.stop,
                 pad=self.pad,
+                compactions=compactions,
             )
 
     def log_probs(

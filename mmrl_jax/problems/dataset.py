@@ -332,6 +332,7 @@ class Dataset(TokenProblem):
             jax.random.split(jax.random.fold_in(rng, updates))[0],
             num_completions=self.config[name].num_completions,
             sampling=Sampling(temperature=getattr(self.options(name), "temperature", 1.0)),
+            compactions=self.config[name].compactions,
         )
 
     # -- Evaluation --------------------------------------------------------------------------------

@@ -273,6 +273,7 @@ class TaskProblem(TokenProblem):
                 sample_key,
                 num_completions=r.num_completions,
                 sampling=Sampling(temperature=temperature),
+                compactions=r.compactions,
             )
             score = texts.score(
                 prompts, completions.tokens, completions.mask, penalty=r.format_penalty

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mmrl_jax.config.options import POSITIVE, Group, build, option, options_of
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, build, option, options_of
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import partition
 from mmrl_jax.learners import registry, token_learner
@@ -45,6 +45,12 @@ class CompletionOptions:
         "are packed for learning; completions that do not fit take a second pass. None for one row "
         "per completion.",
         POSITIVE,
+    )
+    compactions: int = option(
+        0,
+        "Number of times that sampling halves the number of completions of each prompt that it "
+        "computes, when at most half of them have not ended; this saves time if lengths are uneven.",
+        NON_NEGATIVE,
     )
     overlong_buffer: int | None = option(
         None,
@@ -109,6 +115,12 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
             f"{name}.pass_at_k={g.pass_at_k} is above {name}.num_completions={g.num_completions}."
         )
     completions = 2 if compares == "pairs" else g.num_completions
+    if g.num_completions % 2**g.compactions:
+        raise ValueError(
+            f"{name}.compactions={g.compactions} halves the completions of a prompt as many times, "
+            f"but {name}.num_completions={g.num_completions} is not divisible by "
+            f"{2**g.compactions}; lower it."
+        )
     if g.pack_rows is not None and g.pack_rows >= completions:
         raise ValueError(
             f"{name}.pack_rows={g.pack_rows}, but the stage {name!r} learns from {completions} "

@@ -255,7 +255,7 @@ def prefill(
 
 
 class _Written(NamedTuple):
-    """Outputs so far, [B * G, T] each, with the fields of `Completions`."""
+    """Outputs so far, [N, T] each, with the fields of `Completions`."""
 
     tokens: jax.Array
     log_probs: jax.Array
@@ -263,9 +263,12 @@ class _Written(NamedTuple):
 
 
 class _State(NamedTuple):
+    """State of the N completions that are computed, the same number g of each prompt: N = B * g."""
+
     step: jax.Array  # int32 [], number of tokens written.
-    token: jax.Array  # int32 [B * G], the last token, which the model has not read yet.
-    running: jax.Array  # bool [B * G], False after a stop token.
+    sample: jax.Array  # int32 [N], index of a completion among all B * G.
+    token: jax.Array  # int32 [N], the last token, which the model has not read yet.
+    running: jax.Array  # bool [N], False after a stop token.
     cache: Any
     out: _Written
 
@@ -280,11 +283,50 @@ def _empty_state(prefilled: Prefill, max_new_tokens: int, pad: int) -> _State:
     )
     return _State(
         step=jnp.zeros((), jnp.int32),
+        sample=jnp.arange(samples),
         token=jnp.zeros(samples, jnp.int32),
         running=jnp.ones(samples, bool),
         cache=prefilled.cache(max_new_tokens),
         out=out,
     )
+
+
+def _goes_on(state: _State, *, batch: int, most: int) -> jax.Array:
+    """Returns whether a prompt has more than `most` running completions without T tokens yet."""
+    running = jnp.sum(state.running.reshape(batch, -1), axis=1)
+    return (state.step < state.out.mask.shape[1]) & jnp.any(running > most)
+
+
+def _put(whole: tuple[_Written, jax.Array], state: _State) -> tuple[_Written, jax.Array]:
+    """Writes the outputs of completions, and whether they run, into those of all completions."""
+    return jax.tree.map(
+        lambda all_, x: all_.at[state.sample].set(x), whole, (state.out, state.running)
+    )
+
+
+def _compact(state: _State, prefilled: Prefill, batch: int) -> tuple[_State, Prefill]:
+    """Keeps half of the completions of each of B prompts, among them all that have not ended.
+
+    At most half of the completions of a prompt must be running.
+    """
+    running = state.running.reshape(batch, -1)
+    kept = jnp.argsort(~running, axis=1, stable=True)[:, : running.shape[1] // 2]
+
+    def rows(x: jax.Array, axis: int = 0) -> jax.Array:
+        # A row stays with its prompt, so that none moves to another device.
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        x = x.reshape(*before, batch, -1, *after)
+        index = kept.reshape(*[1] * axis, *kept.shape, *[1] * len(after))
+        x = jnp.take_along_axis(x, index, axis=axis + 1)
+        return x.reshape(*before, -1, *after)
+
+    # A cache is [N, K, T, H], after an axis of layers if the blocks are scanned.
+    cache = jax.tree.map(lambda x: rows(x, x.ndim - 4), state.cache)
+    others = jax.tree.map(rows, state._replace(step=(), cache=()))
+    prefilled = prefilled._replace(
+        prompt_mask=rows(prefilled.prompt_mask), key_positions=rows(prefilled.key_positions)
+    )
+    return others._replace(step=state.step, cache=cache), prefilled
 
 
 def generate(
@@ -298,6 +340,7 @@ def generate(
     sampling: Sampling,
     stop: tuple[int, ...] = (),
     pad: int = 0,
+    compactions: int = 0,
 ) -> Completions:
     """Generates completions, until all have ended or have T tokens.
 
@@ -314,52 +357,87 @@ def generate(
       sampling: How tokens are sampled.
       stop: Token ids any of which ends a completion.
       pad: Token id of padding after the end of a completion.
+      compactions: How many times the number of completions that are computed is halved: as soon as
+        at most half of those of every prompt have not ended, the others are left out. The result is
+        the same, and the program has one loop more for each.
+
+    Raises:
+      ValueError: 2 ** compactions does not divide the number of completions.
     """
+    if num_completions % 2**compactions:
+        raise ValueError(
+            f"num_completions={num_completions} is not divisible by 2**compactions="
+            f"{2**compactions}."
+        )
     batch = len(prompt.mask)
-    samples = batch * num_completions
     apply: Callable[..., Any] = model.apply
     prefilled = prefill(
         model, variables, prompt, num_completions=num_completions, max_new_tokens=max_new_tokens
     )
-    logits = jnp.repeat(
-        apply(variables, prefilled.features, method="logits"), num_completions, axis=0
+    logits = apply(variables, prefilled.features, method="logits")
+    write = functools.partial(_write_token, rng=rng, sampling=sampling, stop=stop, pad=pad)
+    state = write(
+        _empty_state(prefilled, max_new_tokens, pad), jnp.repeat(logits, num_completions, axis=0)
     )
-
-    def write_token(state: _State, logits: jax.Array) -> _State:
-        """Samples the next tokens and writes them into the outputs."""
-        # Keys are derived from the index of a sample, so that samples do not depend on the mesh.
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(rng, state.step), jnp.arange(samples)
+    sizes = [num_completions >> i for i in range(compactions + 1)]
+    whole = state.out, state.running
+    for most in (*sizes[1:], 0):
+        decode = functools.partial(_decode_step, model, variables, prefilled, write)
+        state = jax.lax.while_loop(
+            functools.partial(_goes_on, batch=batch, most=most), decode, state
         )
-        token, log_prob = jax.vmap(functools.partial(sample_token, sampling=sampling))(logits, keys)
-        running = state.running
-        token = jnp.where(running, token, pad)
-        new = _Written(token, jnp.where(running, log_prob, 0.0), running)
-        out = jax.tree.map(lambda all_, x: all_.at[:, state.step].set(x), state.out, new)
-        ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(running))
-        return _State(state.step + 1, token, running & ~ends, state.cache, out)
+        # Completions that are kept are written again after the next loop.
+        whole = _put(whole, state) if compactions else (state.out, state.running)
+        if most:
+            state, prefilled = _compact(state, prefilled, batch)
+    out, running = whole
+    shape = batch, num_completions
+    tokens, log_probs, mask = (x.reshape(*shape, max_new_tokens) for x in out)
+    return Completions(tokens, log_probs, mask, ~running.reshape(shape))
 
-    def decode_step(state: _State) -> _State:
-        """Runs the model on the last tokens and samples the next ones."""
-        slot = state.step - 1
-        own = jnp.broadcast_to(jnp.arange(max_new_tokens) <= slot, (samples, max_new_tokens))
-        hidden, changed = apply(
-            {**variables, "prefix": prefilled.prefix, "cache": state.cache},
-            apply(variables, state.token[:, None], method="embed"),
-            jnp.concatenate([prefilled.prompt_mask, own], axis=1)[:, None],
-            prefilled.query_positions(slot, 1),
-            cache_position=CachePosition(slot, prefilled.key_positions),
-            method="hidden_states",
-            mutable=["cache"],
-        )
-        logits = apply(variables, hidden[:, 0], method="logits")
-        return write_token(state._replace(cache=changed["cache"]), logits)
 
-    state = _empty_state(prefilled, max_new_tokens, pad)
-    state = jax.lax.while_loop(
-        lambda s: (s.step < max_new_tokens) & jnp.any(s.running),
-        decode_step,
-        write_token(state, logits),
+def _write_token(
+    state: _State,
+    logits: jax.Array,
+    *,
+    rng: jax.Array,
+    sampling: Sampling,
+    stop: tuple[int, ...],
+    pad: int,
+) -> _State:
+    """Samples the next tokens and writes them into the outputs."""
+    # Keys are derived from the index of a sample, so that samples do not depend on the mesh.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(rng, state.step), state.sample
     )
-    tokens, log_probs, mask = (x.reshape(batch, num_completions, max_new_tokens) for x in state.out)
-    return Completions(tokens, log_probs, mask, ~state.running.reshape(batch, num_completions))
+    token, log_prob = jax.vmap(functools.partial(sample_token, sampling=sampling))(logits, keys)
+    running = state.running
+    token = jnp.where(running, token, pad)
+    new = _Written(token, jnp.where(running, log_prob, 0.0), running)
+    out = jax.tree.map(lambda all_, x: all_.at[:, state.step].set(x), state.out, new)
+    ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(running))
+    return state._replace(step=state.step + 1, token=token, running=running & ~ends, out=out)
+
+
+def _decode_step(
+    model: LanguageModel,
+    variables: Variables,
+    prefilled: Prefill,
+    write: Callable[[_State, jax.Array], _State],
+    state: _State,
+) -> _State:
+    """Runs the model on the last tokens and samples the next ones."""
+    apply: Callable[..., Any] = model.apply
+    slot, written = state.step - 1, state.out.mask.shape
+    own = jnp.broadcast_to(jnp.arange(written[1]) <= slot, written)
+    hidden, changed = apply(
+        {**variables, "prefix": prefilled.prefix, "cache": state.cache},
+        apply(variables, state.token[:, None], method="embed"),
+        jnp.concatenate([prefilled.prompt_mask, own], axis=1)[:, None],
+        prefilled.query_positions(slot, 1),
+        cache_position=CachePosition(slot, prefilled.key_positions),
+        method="hidden_states",
+        mutable=["cache"],
+    )
+    logits = apply(variables, hidden[:, 0], method="logits")
+    return write(state._replace(cache=changed["cache"]), logits)

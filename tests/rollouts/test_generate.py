@@ -45,23 +45,21 @@ def prompts(left=True):
     return jnp.asarray(np.where(mask, tokens, 0)), jnp.asarray(mask)
 
 
-def run(
-    sampling=GREEDY, *, num_completions=1, max_new_tokens=9, stop=(), left=True, seed=0, model=MODEL
-):
+def run(sampling=GREEDY, *, num_completions=1, max_new_tokens=9, left=True, seed=0, **options):
     tokens, mask = prompts(left)
 
     @jax.jit
     def program(variables, tokens, mask, rng):
-        prompt = gen.text_prompt(model, variables, tokens, mask)
+        prompt = gen.text_prompt(MODEL, variables, tokens, mask)
         return gen.generate(
-            model,
+            MODEL,
             variables,
             prompt,
             rng,
             num_completions=num_completions,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop=stop,
+            **options,
         )
 
     return program(variables(), tokens, mask, jax.random.key(seed))
@@ -153,6 +151,23 @@ def test_a_stop_token_ends_its_answer_alone():
     last = np.take_along_axis(tokens, lengths[..., None] - 1, axis=-1)[..., 0]
     np.testing.assert_array_equal(stopped.finished, last == stop)
     assert stopped.finished.any() and not stopped.finished.all() and not free.finished.any()
+
+
+@pytest.mark.parametrize("stop", [(), tuple(range(2, 12))], ids=["none ends", "most end early"])
+def test_leaving_out_what_has_ended_changes_nothing(stop):
+    """Of eight completions, four and then two are computed once the others have ended."""
+    options = {"num_completions": 8, "max_new_tokens": 12, "stop": stop}
+    expected, found = (run(Sampling(), **options, compactions=n) for n in (0, 2))
+    lengths = np.sum(expected.mask, axis=-1)
+    assert np.all(lengths == 12) if not stop else len(np.unique(lengths)) > 3
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(expected, name), getattr(found, name), name)
+    np.testing.assert_allclose(expected.log_probs, found.log_probs, atol=2e-5)
+
+
+def test_the_number_of_completions_must_halve():
+    with pytest.raises(ValueError, match=r"=6 is not divisible by 2\*\*compactions=4"):
+        run(num_completions=6, compactions=2)
 
 
 def test_each_of_several_stop_tokens_ends_an_answer():
