@@ -26,8 +26,8 @@ _implementation: contextvars.ContextVar[Implementation] = contextvars.ContextVar
 
 
 @contextlib.contextmanager
-def implementation(name: Implementation) -> Iterator[None]:
-    """Context in which models are traced with or without kernels.
+def attention_by(name: Implementation) -> Iterator[None]:
+    """Context in which models are traced with or without attention kernels.
 
     Args:
       name: 'auto' for a kernel where there is one, 'xla' for no kernel.
@@ -47,6 +47,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    initializing: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention by the platform's kernel, or by XLA where there is none.
 
@@ -59,6 +60,8 @@ def attend(
       mask: Attention mask.
       scale: Factor of the attention logits; None for 1 / sqrt(H).
       softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
+      initializing: Whether a module is being initialized, which no kernel does: the devices that
+        parameters are initialized on are not known in the model.
 
     Returns:
       Attention output [B, Q, N, H], in the dtype of `value`.
@@ -69,7 +72,7 @@ def attend(
         allowed = mask.allowed(*lengths)
         return attention(query, key, value, allowed, scale=scale, softcap=softcap)
 
-    kernels = _kernels(query, key, mask, scale, softcap)
+    kernels = _kernels(query, key, mask, scale, softcap, initializing)
     if not kernels:
         return by_xla(query, key, value, mask)
     # The gradient keeps what any of the branches keeps: with checkpoint, no attention logits.
@@ -86,6 +89,7 @@ def attend_cached(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    initializing: bool = False,
 ) -> jax.Array:
     """`attend` over a prefix that G neighboring samples share and over each sample's own keys.
 
@@ -99,6 +103,8 @@ def attend_cached(
         last Q keys.
       scale: Factor of the attention logits; None for 1 / sqrt(H).
       softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
+      initializing: Whether a module is being initialized, which no kernel does: the devices that
+        parameters are initialized on are not known in the model.
 
     Returns:
       Attention output [B * G, Q, N, H], in the dtype of the values.
@@ -119,7 +125,7 @@ def attend_cached(
         return key, value
 
     key, _ = jax.eval_shape(joined, prefix, own)
-    kernels = _kernels(query, key, mask, scale, softcap)
+    kernels = _kernels(query, key, mask, scale, softcap, initializing)
     if not kernels:
         return by_xla(query, prefix, own, mask)
 
@@ -142,8 +148,9 @@ def _kernels(
     mask: Mask,
     scale: float | None,
     softcap: float | None,
+    initializing: bool,
 ) -> dict[str, flash.Kernel]:
-    if _implementation.get() == "xla":
+    if initializing or _implementation.get() == "xla":
         return {}
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     return flash.kernels(*shapes, mask, scale=scale or query.shape[-1] ** -0.5, softcap=softcap)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -206,7 +206,8 @@ class Attention(nn.Module):
             cos, sin = context.rotary
             query = rotate(query, (cos[:, first:], sin[:, first:]))
             key = rotate(key, context.rotary)
-        options = {"scale": s.scale, "softcap": s.softcap}
+        options: dict[str, Any] = {"scale": s.scale, "softcap": s.softcap}
+        options["initializing"] = self.is_initializing()
         if context.slot is None:
             if self.is_mutable_collection("prefix") and not self.is_initializing():
                 self._store("prefix", jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
