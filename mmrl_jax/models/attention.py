@@ -5,7 +5,7 @@ computed by a kernel on TPU and on NVIDIA GPUs, see `flash`. Everything else, an
 is computed here by XLA, with float32 attention logits [B, N, Q, S].
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 from typing import Literal
@@ -129,7 +129,7 @@ def attend_cached(
     if not kernels:
         return by_xla(query, prefix, own, mask)
 
-    def over_joined(kernel: flash.Kernel):
+    def over_joined(kernel: flash.Kernel) -> Callable[..., jax.Array]:
         return lambda query, prefix, own, mask: kernel(query, *joined(prefix, own), mask)
 
     return jax.lax.platform_dependent(
@@ -152,8 +152,9 @@ def _kernels(
 ) -> dict[str, flash.Kernel]:
     if initializing or _implementation.get() == "xla":
         return {}
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
-    return flash.kernels(*shapes, mask, scale=scale or query.shape[-1] ** -0.5, softcap=softcap)
+    queries, keys = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
+    scale = scale or query.shape[-1] ** -0.5
+    return flash.kernels(queries, keys, mask, scale=scale, softcap=softcap)
 
 
 def attention(

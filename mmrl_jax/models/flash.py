@@ -83,7 +83,7 @@ def splash(
     # Pallas is imported where it is used: it takes most of a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    options = {"scale": scale, "softcap": softcap, "interpret": interpret}
+    run = functools.partial(splash, scale=scale, softcap=softcap, interpret=interpret)
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     if mask.prefix is not None:
@@ -91,8 +91,8 @@ def splash(
         # and that of the tokens after it is causal.
         readable = mask.prefix if mask.valid is None else mask.prefix & mask.valid
         both_ways = Mask(segments=readable.astype(jnp.int32))
-        inside = splash(query, key, value, both_ways, **options)
-        outside = splash(query, key, value, mask.replace(prefix=None), **options)
+        inside = run(query, key, value, both_ways)
+        outside = run(query, key, value, mask.replace(prefix=None))
         return jnp.where(mask.prefix[:, keys - queries :, None, None], inside, outside)
     padded = tuple(-(-length // LANES) * LANES for length in (queries, keys))
     ids = None
@@ -113,8 +113,9 @@ def splash(
         """Maps [B, S, N, H] to [B, N, length, H]."""
         return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
 
+    window = None if mask.window is None or mask.window >= keys else mask.window
     kernel = _splash_kernel(
-        (queries, keys), padded, heads, mask.causal, mask.window, mask.readouts, softcap, interpret
+        (queries, keys), padded, heads, mask.causal, window, mask.readouts, softcap, interpret
     )
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # The kernel has no scale.
     inputs = tiled(query, padded[0]), tiled(key, padded[1]), tiled(value, padded[1])

@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 
-@struct.dataclass
-class Mask:
+class Mask(struct.PyTreeNode):
     """Which keys each query may attend to: those that all of the given conditions allow.
 
     The queries are the last Q of the S tokens to which the keys belong. Without a condition every
@@ -19,15 +18,15 @@ class Mask:
         attend only within their segment. None for a single segment.
       prefix: Tokens that attend to each other in both directions, whatever the other conditions but
         `valid`, bool [B, S]. They precede all other valid tokens. None for no such tokens.
-      query_positions: Positions of the queries, which `window` is counted in, int32 [B, Q].
-      key_positions: Positions of the keys, which `window` is counted in, int32 [B, S].
+      positions: Positions of the queries, int32 [B, Q], and of the keys, int32 [B, S], over which
+        there is a window. None without a window.
       explicit: Any other condition, bool and broadcastable to [B, Q, S], or to [B, S, S] with one
         row for each token. None for no such condition.
       causal: Whether a token attends only to itself and to earlier tokens.
-      window: Number of positions, its own included, back to which a token attends. None for no
-        limit.
-      counted: Whether positions are those that count the valid tokens, which is what kernels can
-        apply a window to.
+      window: Number of positions, its own included, back to which a token attends, see `within`.
+        None for no limit.
+      counted: Whether positions count the valid tokens and padding is not between them, so that a
+        kernel can count a window in tokens.
       readouts: Number of last tokens that attend to themselves and to the tokens before all of
         them, but not to each other.
     """
@@ -35,8 +34,7 @@ class Mask:
     valid: jax.Array | None = None
     segments: jax.Array | None = None
     prefix: jax.Array | None = None
-    query_positions: jax.Array | None = None
-    key_positions: jax.Array | None = None
+    positions: tuple[jax.Array, jax.Array] | None = None
     explicit: jax.Array | None = None
     causal: bool = struct.field(pytree_node=False, default=False)
     window: int | None = struct.field(pytree_node=False, default=None)
@@ -47,7 +45,7 @@ class Mask:
         """Returns the mask narrowed to a window over positions int32 [B, Q] and [B, S]."""
         if window is None:
             return self
-        return self.replace(window=window, query_positions=queries, key_positions=keys)
+        return self.replace(window=window, positions=(queries, keys))
 
     def allowed(self, queries: int, keys: int) -> jax.Array:
         """Returns whether query q may attend to key s, bool, broadcastable to [B, Q, S].
@@ -76,9 +74,9 @@ class Mask:
             readable = self.prefix if self.valid is None else self.prefix & self.valid
             ahead = self.prefix[:, keys - queries :, None] & readable[:, None, :]
             mask = mask | ahead
-        if self.window is not None:
-            rows = self.query_positions[:, -queries:]
-            near = rows[:, :, None] - self.key_positions[:, None, :] < self.window
+        if self.window is not None and self.positions is not None:
+            rows, columns = self.positions
+            near = rows[:, -queries:, None] - columns[:, None, :] < self.window
             mask = mask & (near if ahead is None else near | ahead)
         return mask
 
