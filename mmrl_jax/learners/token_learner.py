@@ -23,6 +23,7 @@ from mmrl_jax.learners.learner import (
     mean_over_steps,
     minibatch_order,
 )
+from mmrl_jax.models.attention import Implementation, attention_by
 from mmrl_jax.models.heads import ValueHead
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
@@ -304,6 +305,7 @@ class TokenPolicy:
         `completion_log_probs`; None for no packing.
       gathers: Whether to gather all variables over 'fsdp' once before sampling; otherwise each
         matrix is gathered where it is used.
+      attention: Who computes attention, see `attention_by`.
     """
 
     model: VisionLanguageModel | LanguageModel
@@ -316,6 +318,7 @@ class TokenPolicy:
     mesh: Mesh | None = None
     pack_rows: int | None = None
     gathers: bool = False
+    attention: Implementation = "auto"
 
     def inputs(self, prompts: Prompt) -> tuple[Any, ...]:
         """Returns the inputs of the model for B prompts."""
@@ -342,7 +345,7 @@ class TokenPolicy:
             shardings = partition.shardings(variables, self.mesh, without=(FSDP,))
             variables = jax.lax.with_sharding_constraint(variables, shardings)
         language, language_variables = gen.language(self.model, variables)
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh), attention_by(self.attention):
             return gen.generate(
                 language,
                 language_variables,
@@ -412,7 +415,7 @@ class TokenPolicy:
         per_token: Callable[[jax.Array, jax.Array], Output],
     ) -> Output:
         language, language_variables = gen.language(self.model, variables)
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh), attention_by(self.attention):
             embedded = self._embed(variables, prompts)
             return completion_log_probs(
                 language,

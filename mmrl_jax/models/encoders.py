@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer
 
 
@@ -131,7 +132,7 @@ class VisionEncoder(nn.Module):
         if self.layers:
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             stack = Transformer(self.layers, block, self.dtype, self.remat, name="stack")
-            x = stack(x, Context(jnp.ones((1, 1, 1), bool)))
+            x = stack(x, Context(Mask()))
         return x
 
 
@@ -169,7 +170,7 @@ class TextEncoder(nn.Module):
         if self.layers:
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             stack = Transformer(self.layers, block, self.dtype, self.remat, name="stack")
-            x = stack(x, Context(mask[:, None, :]))
+            x = stack(x, Context(Mask(valid=mask)))
         return x
 
 

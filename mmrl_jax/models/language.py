@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.distributed.partition import gathered, in_loop, look_up
+from mmrl_jax.models.masks import Mask, causal_mask
 from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
 
 
@@ -79,12 +80,6 @@ class Rope:
             positions = positions[..., None]
         angle = positions.astype(jnp.float32) * self.frequencies()
         return jnp.cos(angle), jnp.sin(angle)
-
-
-def causal_mask(present: jax.Array) -> jax.Array:
-    """Returns the causal mask, bool [B, S, S], over tokens that are not padding, bool [B, S]."""
-    order = jnp.arange(present.shape[1])
-    return (order[None, :] <= order[:, None])[None] & present[:, None, :]
 
 
 class CachePosition(NamedTuple):
@@ -170,9 +165,10 @@ class LanguageModel(nn.Module):
           positions: Token positions, int32 [B, S]; by default, the tokens that are not padding are
             numbered from 0.
         """
+        mask = causal_mask(present, counted=positions is None)
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
-        hidden = self.hidden_states(self.embed(tokens), causal_mask(present), positions)
+        hidden = self.hidden_states(self.embed(tokens), mask, positions)
         return self.logits(hidden)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -183,32 +179,26 @@ class LanguageModel(nn.Module):
     def hidden_states(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         positions: jax.Array,
         added: Sequence[jax.Array] = (),
-        ahead: jax.Array | None = None,
         cache_position: CachePosition | None = None,
     ) -> jax.Array:
         """Maps embeddings [B, S, D] to features after the final norm, float32 [B, S, D].
 
         Args:
           x: Input embeddings of tokens or images, float [B, S, D].
-          mask: Attention mask, bool [B, S, S], True where query q may read key s; windows narrow it
-            further. With `cache_position` it is [B, S, P + T], over a prefix of P tokens and the T
-            slots of the cache.
+          mask: Attention mask over the S tokens; windows narrow it further. With `cache_position`
+            it is over a prefix of P tokens and the T slots of the cache.
           positions: Token positions, int32 [B, S], or [B, A, S] for A axes, see `Rope.angles`.
           added: Features to add after the first blocks, float [B, S, D] each, see `Transformer`.
-          ahead: Part of the mask that windows do not narrow, bool [B, S, S]; None for no such part.
           cache_position: Position of `x` in the cache after a prefix that an earlier pass stored,
             see `Attention`; None without a cache.
         """
         slot, keys = (None, positions) if cache_position is None else cache_position
         contexts = []
         for rope, window in zip(self.ropes, self.windows, strict=True):
-            narrowed = mask
-            if window is not None:
-                near = positions[:, :, None] - keys[:, None, :] < window
-                narrowed = mask & (near if ahead is None else near | ahead)
+            narrowed = mask.within(window, positions, keys)
             contexts.append(Context(narrowed, rope.angles(positions), slot))
         return self.stack(x, contexts, added=added)
 

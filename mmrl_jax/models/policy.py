@@ -16,6 +16,7 @@ from mmrl_jax.models.encoders import (
     VisionProjection,
 )
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer, layer_norm
 from mmrl_jax.types import Observation
 
@@ -213,7 +214,7 @@ class MultimodalPolicy(nn.Module):
             block = BlockSpec(self.heads, self.mlp_ratio * self.width)
             x = Transformer(self.layers, block, self.dtype, self.remat, name="fusion")(
                 x,
-                Context(attention_mask(word_mask, layout)),
+                Context(Mask(explicit=attention_mask(word_mask, layout))),
                 readouts=READOUTS,
                 only_readouts=self.fusion == "cross",
             )

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.models.language import Rope
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.transformer import ACTIVATIONS, BlockSpec, Context, Dense, Norm, Transformer
 from mmrl_jax.models.vlm import VisionFeatures
 
@@ -129,15 +130,14 @@ class PatchTower(nn.Module):
             raise ValueError(
                 f"{images.segment.shape[1]} patches are not divisible by merge^2={group}; pad them."
             )
-        same_image = images.segment[:, :, None] == images.segment[:, None, :]
         embed = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")
         x = embed(images.patches)
         if self.side is not None:
             normal = nn.initializers.normal(0.02)
             table = self.param("positions", normal, (self.side**2, self.width))
-            weights = self._position_weights(images, same_image, self.side)
+            weights = self._position_weights(images, self.side)
             x = x + (weights @ table).astype(x.dtype)
-        contexts = self._contexts(images, same_image)
+        contexts = self._contexts(images)
         pattern = tuple(int(i not in self.full_layers) for i in range(self.layers))
         stack = Transformer(
             self.layers,
@@ -157,21 +157,21 @@ class PatchTower(nn.Module):
         x = merger(name="merger")(stack(x, contexts, span=range(next_block, self.layers)))
         return VisionFeatures(x, images.segment[:, ::group] >= 0, tuple(deep))
 
-    def _contexts(self, images: PatchImages, same_image: jax.Array) -> tuple[Context, ...]:
+    def _contexts(self, images: PatchImages) -> tuple[Context, ...]:
         """Returns the contexts of layers that read the whole image and of layers with windows."""
         by_axis = [self.rope.angles(x) for x in (images.rows, images.columns)]
         cos, sin = (jnp.concatenate(x, axis=-1) for x in zip(*by_axis, strict=True))
-        masks = [same_image]
+        segments = [images.segment]
         if self.window:
-            same_window = same_image
+            same_window, count = images.segment, -(-images.segment.shape[1] // self.window)
             for x in (images.rows, images.columns):
-                index = x // self.window
-                same_window = same_window & (index[:, :, None] == index[:, None, :])
-            masks.append(same_window)
-        return tuple(Context(mask, (cos, sin)) for mask in masks)
+                same_window = same_window * count + x // self.window
+            segments.append(same_window)
+        return tuple(Context(Mask(segments=x), (cos, sin)) for x in segments)
 
-    def _position_weights(self, images: PatchImages, same_image: jax.Array, side: int) -> jax.Array:
+    def _position_weights(self, images: PatchImages, side: int) -> jax.Array:
         """Returns each patch's weights over the table of positions, float32 [B, P, side * side]."""
+        same_image = images.segment[:, :, None] == images.segment[:, None, :]
         rows, columns = (
             hat(x, jnp.max(jnp.where(same_image, x[:, None, :], 0), axis=2) + 1, side)
             for x in (images.rows, images.columns)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.models.language import causal_mask
+from mmrl_jax.models.masks import Mask, causal_mask
 from mmrl_jax.models.transformer import (
     ACTIVATIONS,
     Attention,
@@ -135,10 +135,10 @@ class VisionTower(nn.Module):
             token = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
             x = jnp.concatenate([token, x], axis=1)
         positions = self.param("positions", normal, x.shape[1:]).astype(self.dtype)
-        mask = jnp.ones((1, 1, 1), bool)
+        mask = Mask()
         if present is not None:
             positions = positions[stretched_positions(present, round(self.patches**0.5))]
-            mask = present.reshape(present.shape[0], 1, -1)
+            mask = Mask(valid=present.reshape(present.shape[0], -1))
         x = x + positions
         if self.pre_norm:
             x = Norm(block.norm, block.epsilon, name="pre_norm")(x)
@@ -199,7 +199,8 @@ class AttentionPool(nn.Module):
         s, width, length = self.block, x.shape[-1], x.shape[1]
         probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, width))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, width))
-        mask = jnp.arange(length + 1)[None, None] < length  # The query does not read itself.
+        # The query does not read itself.
+        mask = Mask(valid=jnp.arange(length + 1)[None] < length)
         y = jnp.concatenate([x.astype(self.dtype), probe], axis=1)
         y = Attention(s, self.dtype, name="attention")(y, Context(mask), 1)[:, 0]
         z = Norm(s.norm, s.epsilon, name="norm")(y)
@@ -264,7 +265,7 @@ class TextTower(nn.Module):
             x = x + segment_table[0].astype(self.dtype)
         if self.pre_norm:
             x = Norm(block.norm, block.epsilon, name="pre_norm")(x)
-        mask = causal_mask(present) if self.causal else present[:, None, :]
+        mask = causal_mask(present) if self.causal else Mask(valid=present)
         stack = Transformer(
             self.layers, block, self.dtype, self.remat, final_norm=False, name="stack"
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from mmrl_jax.distributed.mesh import split_samples
 from mmrl_jax.distributed.partition import gathered, in_loop
-
-NEGATIVE = -1e30  # It is finite, so that a row whose keys are all masked has finite gradients.
+from mmrl_jax.models.attention import attend, attend_cached
+from mmrl_jax.models.masks import Mask
 
 NormKind = Literal["plain", "layer", "rms", "rms_offset"]
 Placement = Literal["pre", "post", "both"]
@@ -68,14 +68,15 @@ class Context(NamedTuple):
     """Inputs of a block other than its tokens.
 
     Attributes:
-      mask: Attention mask, bool [B, S, S] or broadcastable, True where token q may read token s.
+      mask: Attention mask over the S tokens, or over the keys of the prefix and the cache if there
+        is a slot.
       rotary: Cosine and sine of the rotation angles of queries and keys, float32
         [B, S, head_size / 2] each or broadcastable, see `rotate`; None for no rotation.
       slot: Cache slot at which the tokens are written, int32 [], see `Attention`; None for no
         cache.
     """
 
-    mask: jax.Array
+    mask: Mask
     rotary: tuple[jax.Array, jax.Array] | None = None
     slot: jax.Array | None = None
 
@@ -117,98 +118,6 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
-
-
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention with a float32 softmax (Vaswani et al., 2017).
-
-    Args:
-      query: Queries of N heads of size H, float [B, Q, N, H].
-      key: Keys, float [B, S, K, H]; K must divide N, and N / K neighboring heads share a key head.
-      value: Values, float [B, S, K, H].
-      mask: Attention mask, bool and broadcastable to [B, Q, S], True where query q may read key s.
-      scale: Factor of the attention logits; None for 1 / sqrt(H).
-      softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
-
-    Returns:
-      Attention output [B, Q, N, H], in the dtype of `value`. A query whose keys are all masked gets
-      the mean value.
-    """
-    batch, queries, heads, size = query.shape
-    groups, length = key.shape[2], key.shape[1]
-    # Heads come before tokens, so that XLA's CPU backend runs plain batched matmuls, whose forward
-    # and backward passes take half the time of an einsum over [B, S, N, H].
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    query = query.reshape(batch, groups, -1, size)
-    scores = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, queries, length) * (scale or size**-0.5)
-    weights = _softmax(scores, mask, softcap).astype(value.dtype)
-    mixed = jnp.matmul(weights.reshape(batch, groups, -1, length), value)
-    return jnp.swapaxes(mixed.reshape(batch, heads, queries, size), 1, 2)
-
-
-def cached_attention(
-    query: jax.Array,
-    prefix: tuple[jax.Array, jax.Array],
-    own: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """`attention` over a prefix that G neighboring samples share and over each sample's own keys.
-
-    Args:
-      query: Queries of N heads of size H, float [B * G, Q, N, H].
-      prefix: Keys and values of the shared prefix, float [B, K, S, H] each.
-      own: Keys and values of each sample, float [B * G, K, T, H] each.
-      mask: Attention mask, bool and broadcastable to [B * G, Q, S + T].
-      scale: Factor of the attention logits; None for 1 / sqrt(H).
-      softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
-
-    Returns:
-      Attention output [B * G, Q, N, H], in the dtype of the values.
-    """
-    samples, queries, heads, size = query.shape
-    batch, groups, length, _ = prefix[0].shape
-    rows = (heads // groups) * queries  # Number of queries that read the same keys.
-    query = jnp.swapaxes(query, 1, 2).reshape(samples, groups, rows, size)
-
-    def fold(x: jax.Array) -> jax.Array:
-        """Concatenates the rows of the samples of a group."""
-        x = jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
-        return x.reshape(batch, groups, -1, x.shape[-1])
-
-    def unfold(x: jax.Array) -> jax.Array:
-        """Undoes `fold`."""
-        x = jnp.swapaxes(x.reshape(batch, groups, -1, rows, x.shape[-1]), 1, 2)
-        return x.reshape(samples, groups, rows, x.shape[-1])
-
-    def scores(q: jax.Array, keys: jax.Array) -> jax.Array:
-        return jnp.matmul(q, jnp.swapaxes(keys, 2, 3), preferred_element_type=jnp.float32)
-
-    both = [unfold(scores(fold(query), prefix[0])), scores(query, own[0])]
-    score = jnp.concatenate(both, axis=-1).reshape(samples, heads, queries, -1)
-    weights = _softmax(score * (scale or size**-0.5), mask, softcap).astype(own[1].dtype)
-    weights = weights.reshape(samples, groups, rows, -1)
-    mixed = unfold(jnp.matmul(fold(weights[..., :length]), prefix[1]))
-    mixed = mixed + jnp.matmul(weights[..., length:], own[1])
-    return jnp.swapaxes(mixed.reshape(samples, heads, queries, size), 1, 2)
-
-
-def _softmax(scores: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
-    """Returns attention weights of scaled scores, float32 [B, N, Q, S]."""
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    return jax.nn.softmax(jnp.where(mask[:, None], scores, NEGATIVE), axis=-1)
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -275,7 +184,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, queries: int) -> jax.Array:
-        """Maps x [B, S, D] to [B, queries, D], with the last rows of the context's mask."""
+        """Maps x [B, S, D] to [B, queries, D], the outputs of the last tokens."""
         s, width, first = self.spec, x.shape[-1], x.shape[1] - queries
         groups = s.kv_heads or s.heads
         if s.head_size is None and width % s.heads:
@@ -297,12 +206,12 @@ class Attention(nn.Module):
             cos, sin = context.rotary
             query = rotate(query, (cos[:, first:], sin[:, first:]))
             key = rotate(key, context.rotary)
-        mask = context.mask[:, first:] if context.mask.shape[1] > 1 else context.mask
-        options = {"scale": s.scale, "softcap": s.softcap}
+        options: dict[str, Any] = {"scale": s.scale, "softcap": s.softcap}
+        options["initializing"] = self.is_initializing()
         if context.slot is None:
             if self.is_mutable_collection("prefix") and not self.is_initializing():
                 self._store("prefix", jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
-            mixed = attention(query, key, value, mask, **options)
+            mixed = attend(query, key, value, context.mask, **options)
         else:
             write = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=2
@@ -310,7 +219,7 @@ class Attention(nn.Module):
             keys, values = self._load("cache")
             own = write(keys, jnp.swapaxes(key, 1, 2)), write(values, jnp.swapaxes(value, 1, 2))
             self._store("cache", *own)
-            mixed = cached_attention(query, self._load("prefix"), own, mask, **options)
+            mixed = attend_cached(query, self._load("prefix"), own, context.mask, **options)
         mixed = mixed.reshape(*mixed.shape[:2], s.heads * size)
         return Dense(width, self.dtype, use_bias="out" in s.biases, name="out")(mixed)
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
-from mmrl_jax.models.language import LanguageModel, causal_mask
+from mmrl_jax.models.language import LanguageModel
+from mmrl_jax.models.masks import Mask, causal_mask
 
 
 class VisionFeatures(NamedTuple):
@@ -116,6 +117,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
           ValueError: The rotary embedding has several axes, and `positions` is None.
         """
+        mask = self.mask(tokens, present, prompt, counted=positions is None)
         if positions is None:
             if any(rope.sections for rope in self.language.ropes):
                 raise ValueError(
@@ -124,8 +126,7 @@ class VisionLanguageModel(nn.Module):
                 )
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
         x, added = self.embed(tokens, self.encode(images))
-        mask, ahead = self.mask(tokens, present, prompt), self.ahead(tokens, present, prompt)
-        hidden = self.language.hidden_states(x, mask, positions, added, ahead)
+        hidden = self.language.hidden_states(x, mask, positions, added)
         return self.language.logits(hidden)
 
     def encode(self, images: Any) -> VisionFeatures:
@@ -146,23 +147,30 @@ class VisionLanguageModel(nn.Module):
         )
         return x, added
 
+    @nn.nowrap
     def mask(
-        self, tokens: jax.Array, present: jax.Array, prompt: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns the attention mask, bool [B, S, S]."""
-        mask, ahead = causal_mask(present), self.ahead(tokens, present, prompt)
-        return mask if ahead is None else mask | ahead
+        self,
+        tokens: jax.Array,
+        present: jax.Array,
+        prompt: jax.Array | None = None,
+        *,
+        counted: bool = False,
+    ) -> Mask:
+        """Returns the attention mask.
 
-    def ahead(
-        self, tokens: jax.Array, present: jax.Array, prompt: jax.Array | None = None
-    ) -> jax.Array | None:
-        """Returns the bidirectional part of the mask, bool [B, S, S], or None if there is none."""
+        Args:
+          tokens: Token ids, int32 [B, S].
+          present: Which tokens are not padding, bool [B, S].
+          prompt: Which tokens attend in both directions if `sees_ahead`, see `__call__`.
+          counted: Whether positions count the tokens that are not padding.
+        """
+        mask = causal_mask(present, counted=counted)
         if not self.sees_ahead:
-            return None
+            return mask
         if prompt is None:
             is_image = tokens == self.image_token
             prompt = jnp.cumsum(is_image[:, ::-1], axis=1)[:, ::-1] > 0
-        return prompt[:, :, None] & (prompt & present)[:, None, :]
+        return mask.replace(prefix=prompt)
 
 
 class PatchVision(nn.Module):

@@ -75,11 +75,10 @@ class VLMPolicy(nn.Module):
         padding = ((0, 0), (0, 1 + READOUTS))
         tokens, prompt = jnp.pad(tokens, padding), jnp.pad(present, padding)
         present = jnp.pad(present, padding, constant_values=True)
-        mask = self.vlm.mask(tokens, present, prompt).at[:, -1, -2].set(False)
+        mask = self.vlm.mask(tokens, present, prompt).replace(readouts=READOUTS)
         positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0).at[:, -1].add(-1)
         added = tuple(jnp.pad(deep, (*padding, (0, 0))) for deep in added)
-        ahead = self.vlm.ahead(tokens, present, prompt)
-        hidden = language.hidden_states(x, mask, positions, added, ahead)[:, -READOUTS:]
+        hidden = language.hidden_states(x, mask, positions, added)[:, -READOUTS:]
         # A pretrained final norm has an arbitrary scale; the heads are initialized for unit scale.
         policy, value = jnp.moveaxis(layer_norm(hidden.astype(jnp.float32)), 1, 0)
 

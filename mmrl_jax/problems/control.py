@@ -331,7 +331,7 @@ class Control:
         optimizer = sources.make_optimizer(
             config, name, algorithm_options, None if trainable == ".*" else is_trained
         )
-        apply = control_models.make_apply(self.network, self.mesh, trainable)
+        apply = self._apply(trainable)
         if algorithm.experience == "demonstrations":
             data = self.demonstrations(name)
             source = demonstrations.source(data, batch_size=config[name].batch_size)
@@ -413,8 +413,12 @@ class Control:
 
     def policy(self, learner: LearnerState, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function of a learner for `rollouts.unroll`."""
-        apply = control_models.make_apply(self.network, self.mesh)
-        return policy_function(apply, learner, deterministic=deterministic)
+        return policy_function(self._apply(), learner, deterministic=deterministic)
+
+    def _apply(self, trainable: str = ".*") -> learner_lib.Apply:
+        # An MLP has no option `attention`.
+        attention = self.config.model.get("attention", "auto")
+        return control_models.make_apply(self.network, self.mesh, trainable, attention)
 
     def evaluator(self, rng: jax.Array, *, episodes: int) -> Evaluator:
         """Returns an evaluator of the deterministic policy of a learner.

@@ -27,6 +27,7 @@ from mmrl_jax.distributed.mesh import on_mesh
 from mmrl_jax.envs.brax_api import Env
 from mmrl_jax.learners.learner import Apply
 from mmrl_jax.models import lora
+from mmrl_jax.models.attention import Implementation, attention_by
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import Fusion, MultimodalPolicy
@@ -72,6 +73,11 @@ class ModelOptions:
     )
     remat: bool = option(
         False, "Whether to recompute activations in the backward pass to save memory."
+    )
+    attention: Implementation = option(
+        "auto",
+        "Who computes attention: 'auto' for a flash attention kernel on TPU and NVIDIA GPU where "
+        "dtype is 'bfloat16' and the kernel supports it, 'xla' for no kernel.",
     )
 
 
@@ -461,7 +467,12 @@ def check_trainable(variables: Params, trainable: str, key: str) -> None:
         raise ValueError(f"{key}={trainable!r}: {error}") from error
 
 
-def make_apply(network: nn.Module, mesh: Mesh, trainable: str = ".*") -> Apply:
+def make_apply(
+    network: nn.Module,
+    mesh: Mesh,
+    trainable: str = ".*",
+    attention: Implementation = "auto",
+) -> Apply:
     """Returns a policy network as a function of parameters and observations.
 
     Args:
@@ -469,6 +480,7 @@ def make_apply(network: nn.Module, mesh: Mesh, trainable: str = ".*") -> Apply:
       mesh: Device mesh of the parameters.
       trainable: Regular expression that matches the full paths of the parameters to train. No
         gradient is computed for the others.
+      attention: Who computes attention, see `attention_by`.
     """
 
     def apply(params: Params, observation: Observation) -> PolicyOutput:
@@ -477,7 +489,7 @@ def make_apply(network: nn.Module, mesh: Mesh, trainable: str = ".*") -> Apply:
                 lambda path, x: x if is_trainable(path, trainable) else jax.lax.stop_gradient(x),
                 params,
             )
-        with on_mesh(mesh):
+        with on_mesh(mesh), attention_by(attention):
             return cast(PolicyOutput, network.apply(params, observation))
 
     return apply

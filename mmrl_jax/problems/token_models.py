@@ -258,7 +258,7 @@ def make_model(
         )
     mask = np.ones((len(texts.prompts), image_tokens(m, spec, size)), bool)
     check_counts(texts.prompt_tokens == tokenizer.image, mask)
-    return TokenModel(policy, texts, size)
+    return TokenModel(dataclasses.replace(policy, attention=m.attention), texts, size)
 
 
 def image_tokens(

@@ -49,7 +49,8 @@ class CompletionOptions:
     compactions: int = option(
         0,
         "Number of times that sampling halves the number of completions of each prompt that it "
-        "computes, when at most half of them have not ended; this saves time if lengths are uneven.",
+        "computes, when at most half of them have not ended; this saves time where lengths are "
+        "uneven.",
         NON_NEGATIVE,
     )
     overlong_buffer: int | None = option(

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.distributed.mesh import split_heads
-from mmrl_jax.models.language import CachePosition, LanguageModel, causal_mask, next_position
+from mmrl_jax.models.language import CachePosition, LanguageModel, next_position
+from mmrl_jax.models.masks import Mask, causal_mask
 from mmrl_jax.models.vlm import VisionLanguageModel
 
 Variables = Mapping[str, Any]
@@ -58,19 +59,16 @@ class EmbeddedPrompt(NamedTuple):
       x: Embeddings, with image features at the image tokens, float [B, S, D].
       mask: False for padding, on either side, bool [B, S].
       positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes.
-      attention_mask: True where the query in row i attends to the key in column j, bool [B, S, S].
+      attention_mask: Attention mask of the prompts.
       added: Features that are added to the first layers' outputs, float [B, S, D] each, see
         `VisionFeatures.deep`.
-      ahead: True for pairs of tokens that attend to each other whatever the attention windows, bool
-        [B, S, S], see `VisionLanguageModel.ahead`; None without such pairs.
     """
 
     x: jax.Array
     mask: jax.Array
     positions: jax.Array
-    attention_mask: jax.Array
+    attention_mask: Mask
     added: tuple[jax.Array, ...] = ()
-    ahead: jax.Array | None = None
 
 
 class Completions(NamedTuple):
@@ -98,7 +96,7 @@ def text_prompt(
     apply: Callable[..., Any] = model.apply
     x = apply(variables, tokens, method="embed")
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return EmbeddedPrompt(x, mask, positions, causal_mask(mask))
+    return EmbeddedPrompt(x, mask, positions, causal_mask(mask, counted=True))
 
 
 def image_prompt(
@@ -120,12 +118,12 @@ def image_prompt(
       positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes; by default the
         tokens that are not padding are counted.
     """
+    attention_mask = model.mask(tokens, mask, counted=positions is None)
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
     x, added = apply(tokens, apply(images, method="encode"), method="embed")
-    attention_mask, ahead = (apply(tokens, mask, method=name) for name in ("mask", "ahead"))
-    return EmbeddedPrompt(x, mask, positions, attention_mask, added, ahead)
+    return EmbeddedPrompt(x, mask, positions, attention_mask, added)
 
 
 def language(
@@ -236,7 +234,6 @@ def prefill(
         prompt.attention_mask,
         prompt.positions,
         prompt.added,
-        prompt.ahead,
         method="hidden_states",
         mutable=["prefix"],
     )
@@ -433,7 +430,7 @@ def _decode_step(
     hidden, changed = apply(
         {**variables, "prefix": prefilled.prefix, "cache": state.cache},
         apply(variables, state.token[:, None], method="embed"),
-        jnp.concatenate([prefilled.prompt_mask, own], axis=1)[:, None],
+        Mask(valid=jnp.concatenate([prefilled.prompt_mask, own], axis=1)),
         prefilled.query_positions(slot, 1),
         cache_position=CachePosition(slot, prefilled.key_positions),
         method="hidden_states",

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.models.language import CachePosition, LanguageModel
+from mmrl_jax.models.masks import causal_mask
 from mmrl_jax.rl.token_log_probs import TokenLogProbs, token_log_probs
 from mmrl_jax.rollouts import packing
 from mmrl_jax.rollouts.generate import EmbeddedPrompt, Prefill, Variables, prefill
@@ -53,11 +54,12 @@ def completion_log_probs(
     """
     prefilled = prefill(model, variables, prompt, num_completions=1, max_new_tokens=1)
 
-    def outputs(rows: packing.Rows) -> Output:
-        return per_token(_features(model, variables, prefilled, rows), rows.tokens)
+    def outputs(rows: packing.Rows, packed: bool = True) -> Output:
+        features = _features(model, variables, prefilled, rows, packed=packed)
+        return per_token(features, rows.tokens)
 
     if pack_rows is None or pack_rows >= tokens.shape[1]:
-        return outputs(packing.padded(tokens, mask))
+        return outputs(packing.padded(tokens, mask), packed=False)
     rows, slots = packing.pack(tokens, mask)
     first = jax.tree.map(lambda x: x[:, :pack_rows], rows)
     rest = jax.tree.map(lambda x: x[:, pack_rows:], rows)
@@ -74,7 +76,12 @@ def completion_log_probs(
 
 
 def _features(
-    model: LanguageModel, variables: Variables, prefilled: Prefill, rows: packing.Rows
+    model: LanguageModel,
+    variables: Variables,
+    prefilled: Prefill,
+    rows: packing.Rows,
+    *,
+    packed: bool,
 ) -> jax.Array:
     """Returns the features of the token before each token of rows [B, R, T], float32 [B, R, T, D].
 
@@ -91,15 +98,18 @@ def _features(
         jnp.repeat(x, count, axis=0) for x in (prefilled.prompt_mask, prefilled.key_positions)
     )
     positions = jnp.concatenate([positions[:, :-1], positions[:, -1:] + offset], axis=1)
-    packed = prefilled._replace(prompt_mask=prompt_mask, key_positions=positions)
-    order = jnp.arange(slots)
-    reads_row = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (order <= order[:, None])
-    reads_prompt = jnp.broadcast_to(prompt_mask[:, None], (samples, slots, prompt_mask.shape[1]))
+    repeated = prefilled._replace(prompt_mask=prompt_mask, key_positions=positions)
+    readable = jnp.concatenate([prompt_mask, jnp.ones((samples, slots), bool)], axis=1)
+    mask = causal_mask(readable)
+    if packed:  # A completion reads the prompt and itself.
+        reads_row = segment_ids[:, :, None] == segment_ids[:, None, :]
+        prompt = ((0, 0), (0, 0), (prompt_mask.shape[1], 0))
+        mask = mask.replace(explicit=jnp.pad(reads_row, prompt, constant_values=True))
     rest, _ = apply(
-        {**variables, "prefix": prefilled.prefix, "cache": packed.cache(slots)},
+        {**variables, "prefix": prefilled.prefix, "cache": repeated.cache(slots)},
         apply(variables, tokens, method="embed"),
-        jnp.concatenate([reads_prompt, reads_row], axis=2),
-        packed.query_positions(jnp.zeros((), jnp.int32), slots),
+        mask,
+        repeated.query_positions(jnp.zeros((), jnp.int32), slots),
         cache_position=CachePosition(jnp.zeros((), jnp.int32), positions),
         method="hidden_states",
         mutable=["cache"],

@@ -9,6 +9,7 @@ import pytest
 
 from mmrl_jax.models import policy as policies
 from mmrl_jax.models.encoders import patchify, sincos_2d
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import MODALITIES, MultimodalPolicy, token_layout
 from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
@@ -155,7 +156,8 @@ def test_attention_mask_by_hand():
 def test_gradients_flow_along_the_attention_mask_and_nowhere_else():
     layout = token_layout(words=3, frames=3, patches=2)
     length = len(layout.modality)
-    context = Context(policies.attention_mask(jnp.array([[True, True, False]]), layout))
+    mask = policies.attention_mask(jnp.array([[True, True, False]]), layout)
+    context = Context(Mask(explicit=mask))
     model = Transformer(layers=3, block=BlockSpec(heads=2, hidden=16))
     x = jax.random.normal(jax.random.key(0), (1, length, 8))
     params = filled(jax.eval_shape(model.init, jax.random.key(1), x, context))

@@ -7,6 +7,7 @@ import pytest
 
 from mmrl_jax.models import lora, stacked
 from mmrl_jax.models.language import LanguageModel, Rope
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts import log_probs as lp
@@ -123,7 +124,5 @@ def test_some_blocks_or_tokens_cannot_be_asked_of_a_loop():
     stack = Transformer(3, UNROLLED.block, scan=True)
     with pytest.raises(ValueError, match=r"scan=True.*readouts=1"):
         jax.eval_shape(
-            lambda: stack.init(
-                jax.random.key(0), jnp.zeros((1, 2, 24)), Context(jnp.ones((1, 2, 2), bool)), 1
-            )
+            lambda: stack.init(jax.random.key(0), jnp.zeros((1, 2, 24)), Context(Mask()), 1)
         )

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmrl_jax.models.attention import attention
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.transformer import (
     Block,
     BlockSpec,
     Context,
     Dense,
     Transformer,
-    attention,
     layer_norm,
 )
 
@@ -32,12 +33,16 @@ def some_mask():
     return jnp.asarray(mask | np.eye(LENGTH, dtype=bool))
 
 
+def context(mask):
+    return Context(Mask(explicit=mask))
+
+
 def stack(heads=2, **changes):
     return Transformer(**{"layers": 2, "block": BlockSpec(heads, 2 * WIDTH)} | changes)
 
 
 def initialized(model, mask):
-    return jit(model.init)(jax.random.key(0), tokens(), Context(mask))
+    return jit(model.init)(jax.random.key(0), tokens(), context(mask))
 
 
 def test_dense_is_a_product_over_the_last_axis():
@@ -77,8 +82,8 @@ def test_readouts_are_the_last_tokens_of_the_whole_stack(readouts, layers):
     model = stack(layers=layers)
     params = initialized(model, some_mask())
     run = jit(model.apply, static_argnames="readouts")
-    whole = run(params, tokens(), Context(some_mask()))
-    last = run(params, tokens(), Context(some_mask()), readouts=readouts)
+    whole = run(params, tokens(), context(some_mask()))
+    last = run(params, tokens(), context(some_mask()), readouts=readouts)
     assert last.shape == (BATCH, readouts, WIDTH)
     np.testing.assert_allclose(last, whole[:, -readouts:], rtol=1e-5, atol=1e-6)
 
@@ -87,14 +92,14 @@ def test_spans_one_after_the_other_are_the_whole_stack():
     mask = some_mask()
     model = stack(layers=3)
     params = initialized(model, mask)
-    whole = jit(model.apply)(params, tokens(), Context(mask))
+    whole = jit(model.apply)(params, tokens(), context(mask))
     run = jit(model.apply, static_argnames="span")
-    first = run(params, tokens(), Context(mask), span=range(1))
-    both = run(params, first, Context(mask), span=range(1, 3))
+    first = run(params, tokens(), context(mask), span=range(1))
+    both = run(params, first, context(mask), span=range(1, 3))
     np.testing.assert_allclose(both, whole, rtol=1e-5, atol=1e-6)
     # No norm comes between: one block alone without a final norm is the same.
     alone = jit(stack(layers=3, final_norm=False).apply, static_argnames="span")
-    np.testing.assert_array_equal(first, alone(params, tokens(), Context(mask), span=range(1)))
+    np.testing.assert_array_equal(first, alone(params, tokens(), context(mask), span=range(1)))
 
 
 def test_only_readouts_change_in_cross_attention():
@@ -103,11 +108,11 @@ def test_only_readouts_change_in_cross_attention():
     x = tokens()
     for i in range(2):
         block = Block(stack().block)
-        y = block.apply({"params": params["params"][f"block_{i}"]}, x, Context(mask), 2)
+        y = block.apply({"params": params["params"][f"block_{i}"]}, x, context(mask), 2)
         x = jnp.concatenate([x[:, :-2], y], axis=1)
-    ours = stack().apply(params, tokens(), Context(mask), readouts=2, only_readouts=True)
+    ours = stack().apply(params, tokens(), context(mask), readouts=2, only_readouts=True)
     np.testing.assert_allclose(ours, layer_norm(x[:, -2:]), rtol=1e-5, atol=1e-5)
-    joint = stack().apply(params, tokens(), Context(mask), readouts=2)
+    joint = stack().apply(params, tokens(), context(mask), readouts=2)
     assert np.abs(ours - joint).max() > 0.01
 
 
@@ -120,7 +125,7 @@ def test_remat_changes_no_gradient(readouts):
 
         def loss(params):
             return jnp.sum(
-                model.apply(params, tokens(), Context(some_mask()), readouts=readouts) @ weight
+                model.apply(params, tokens(), context(some_mask()), readouts=readouts) @ weight
             )
 
         return jit(jax.grad(loss))(params)
@@ -136,14 +141,14 @@ def test_bfloat16_keeps_float32_parameters_and_is_near_float32():
     model = stack(dtype=jnp.bfloat16)
     params = initialized(model, some_mask())
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    half = jit(model.apply)(params, tokens(), Context(some_mask()))
-    full = jit(stack().apply)(params, tokens(), Context(some_mask()))
+    half = jit(model.apply)(params, tokens(), context(some_mask()))
+    full = jit(stack().apply)(params, tokens(), context(some_mask()))
     assert half.dtype == jnp.float32
     # bfloat16 keeps 8 bits: 0.004 relative; outputs of the last norm are of size 1.
     np.testing.assert_allclose(half, full, atol=0.06)
     assert np.abs(half - full).max() > 1e-6  # It did compute in bfloat16.
     total = jax.grad(
-        lambda params: model.apply(params, tokens(), Context(some_mask()))[..., 0].sum()
+        lambda params: model.apply(params, tokens(), context(some_mask()))[..., 0].sum()
     )
     gradients = jax.eval_shape(total, params)
     assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
@@ -155,7 +160,7 @@ def test_a_token_depends_on_what_its_mask_allows_and_on_nothing_else():
     model = stack()
     params = initialized(model, mask)
     weight = jax.random.normal(jax.random.key(1), (WIDTH,))
-    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, Context(mask))[0] @ weight))(
+    jacobian = jit(jax.jacrev(lambda x: model.apply(params, x, context(mask))[0] @ weight))(
         tokens()
     )[:, 0]
     np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 0, mask[0])
@@ -167,7 +172,7 @@ def test_rows_that_may_read_nothing_are_finite():
     params = initialized(model, mask)
 
     def loss(params, x):
-        return jnp.sum(model.apply(params, x, Context(mask)) ** 3)
+        return jnp.sum(model.apply(params, x, context(mask)) ** 3)
 
     value, gradients = jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, tokens())
     assert np.isfinite(value)

@@ -13,6 +13,7 @@ import transformers
 
 from mmrl_jax.models import vlm
 from mmrl_jax.models.language import LanguageModel
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.models.tiles import AnyresTiles, Tiles
 from mmrl_jax.models.towers import cut_patches, stretched_positions
 from mmrl_jax.models.transformer import Context
@@ -350,16 +351,21 @@ def unstretched(present, edge):
     return jnp.broadcast_to(jnp.arange(edge**2), (present.shape[0], edge**2))
 
 
+def explicit(mask, length):
+    """The same mask before windows, whose prompt they narrow too."""
+    return Mask(explicit=mask.allowed(length, length))
+
+
 # What stands in for a function of mmrl_jax.models.
 REPLACEMENTS = [
     ("smolvlm", "order of the pixel shuffle", "tiles.cut_patches", columns_first),
     ("smolvlm", "positions in part-filled tiles", "towers.stretched_positions", unstretched),
-    ("smolvlm", "mask of part-filled tiles", "towers.Context", lambda mask: Context(mask | True)),
+    ("smolvlm", "mask of part-filled tiles", "towers.Context", lambda mask: Context(Mask())),
     (
         "paligemma2",
         "the prompt sees through windows",
         "vlm.LanguageModel.hidden_states",
-        lambda self, *args: DECODE(self, *args[:4]),
+        lambda self, x, mask, *args: DECODE(self, x, explicit(mask, x.shape[1]), *args),
     ),
     (
         "llava_onevision",
