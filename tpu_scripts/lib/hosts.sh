@@ -146,7 +146,7 @@ try_again() {
 # Launches a command again that has ended without success: relaunch COUNTER. What is left of it is
 # stopped first. What fails here shows in the next report.
 relaunch() {
-    try_again "$1" max_relaunches "The command has failed or was interrupted"
+    try_again "$1" max_relaunches "The command has failed or was interrupted ('${0##*/} logs' has the reason)"
     stop || true
     launch_on_hosts "$(command_digest)" || true
 }
