@@ -123,7 +123,7 @@ give_up() {
 }
 
 resume() {
-    relaunches=0 unreachable=0
+    relaunches=0 unreachable=0 watched=false
     read_commit
     if is_true "$opt_dry_run"; then
         setup_hosts
@@ -135,6 +135,7 @@ resume() {
         if [ "$progress" != unreachable ]; then unreachable=0; fi
         case $progress in
             finished) say "The command has succeeded." && return ;;
+            stopped) say "The command was stopped." && return ;;
             failed) relaunch relaunches ;;
             unreachable) try_again unreachable max_relaunches "A host does not answer" ;;
         esac

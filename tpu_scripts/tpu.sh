@@ -68,6 +68,12 @@ tpu_vm() {
     run gcloud compute tpus tpu-vm "$verb" "$@" "--project=$opt_project" "--zone=$opt_zone" --quiet
 }
 
+# What is not known is not deleted.
+node_state() {
+    gcloud compute tpus tpu-vm describe "$opt_name" "--project=$opt_project" "--zone=$opt_zone" \
+        '--format=value(state)' || echo READY
+}
+
 on_hosts() {
     tpu_vm ssh "$opt_name" "--worker=$1" "--command=$2"
 }
@@ -183,11 +189,16 @@ advance_on_tpu() {
             end_of_resume "The command has succeeded."
             exit
             ;;
+        stopped)
+            end_of_resume "The command was stopped."
+            exit
+            ;;
         failed) relaunch relaunches ;;
         unreachable)
-            # Mostly a preemption that the state does not show yet.
             unreachable=$((unreachable + 1))
-            if [ "$unreachable" -ge 5 ]; then
+            # Mostly a preemption that the queued resource does not show yet. Of a TPU that is READY only
+            # the way to it may be broken, and its run is not ended for that.
+            if [ "$unreachable" -ge 5 ] && [ "$(node_state)" != READY ]; then
                 remove_for_retry "The workers of $opt_name do not answer"
             fi
             ;;
@@ -198,7 +209,7 @@ advance_on_tpu() {
 # interrupted and started again. A state that cannot be read (a laptop that sleeps) is read again.
 resume() {
     local last=""
-    may_request=true retries=0 relaunches=0 unreachable=0
+    may_request=true retries=0 relaunches=0 unreachable=0 watched=false
     read_commit
     confirm_cost $((opt_max_retries + 1))
     while :; do

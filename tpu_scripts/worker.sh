@@ -4,11 +4,12 @@
 #   worker.sh setup PLATFORM KEY ARCHIVE  installs ~/ARCHIVE, a commit, over the one of before; KEY names it
 #   worker.sh launch DIGEST COMMAND...    starts a command that outlives the ssh connection
 #   worker.sh status                 prints: mmrl_host NAME KEY STATE DIGEST
-#   worker.sh stop SECONDS           SIGTERM, on which a run saves a checkpoint; after SECONDS SIGKILL
+#   worker.sh stop SECONDS MARK      SIGTERM, on which a run saves a checkpoint; after SECONDS SIGKILL.
+#                                    With the MARK true, the command counts as stopped by the user
 #   worker.sh logs LINES FOLLOW      prints the log, and follows it until the command ends
 #   worker.sh foreground COMMAND...  runs a command; exit code 143 if SIGTERM has interrupted it
 #
-# ~/mmrl_run records the one command of a host: digest, pid, log.txt, and outcome once it has ended.
+# ~/mmrl_run records the one command of a host: digest, pid, log.txt, stop, and outcome once it has ended.
 # A process holds a lock on ~/mmrl_run/lock while it runs. A lock cannot outlive its process, as a pid
 # file does when the host restarts.
 set -euo pipefail
@@ -22,20 +23,29 @@ fail() {
     exit 1
 }
 
-# Prints none, running, succeeded, interrupted or failed.
+# Prints none, running, succeeded, failed, stopped (by the user) or interrupted (by another SIGTERM, as
+# when the host shuts down).
 state() {
     if [ ! -f "$record/digest" ]; then
         echo none
     elif [ -f "$record/outcome" ]; then
-        case $(cat "$record/outcome") in
-            0) echo succeeded ;;
-            interrupted) echo interrupted ;;
-            *) echo failed ;;
-        esac
+        ended "$(cat "$record/outcome")"
     elif flock --shared --nonblock "$record/lock" true; then
-        echo failed # The process was killed, or the host has restarted.
+        ended unknown # The process was killed, or the host has restarted.
     else
         echo running
+    fi
+}
+
+ended() {
+    if [ "$1" = 0 ]; then
+        echo succeeded
+    elif [ -f "$record/stop" ]; then
+        echo stopped
+    elif [ "$1" = interrupted ]; then
+        echo interrupted
+    else
+        echo failed
     fi
 }
 
@@ -70,7 +80,7 @@ launch() {
     mkdir -p "$record"
     : >>"$record/lock"
     [ "$(state)" != running ] || fail "a command is running already."
-    rm -f "$record/outcome" "$record/pid"
+    rm -f "$record/outcome" "$record/pid" "$record/stop"
     echo "$digest" >"$record/digest"
     printf '== %s %s: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(hostname)" "$*" >>"$record/log.txt"
     setsid nohup bash "$0" detached "$@" </dev/null >>"$record/log.txt" 2>&1 &
@@ -124,6 +134,7 @@ stop() {
         return
     fi
     pid=$(cat "$record/pid")
+    if [ "$2" = true ]; then touch "$record/stop"; fi
     kill -TERM "$pid"
     while [ "$(state)" = running ]; do
         if [ "$SECONDS" -ge "$deadline" ]; then

@@ -73,7 +73,8 @@ class Cloud:
         for program in PROGRAMS:
             self.add_program(program, f'exec {python} {program} "$@"')
         self.add_program("hostname", 'echo "${FAKE_HOST:-local}"')
-        self.write(states=[], requests=[], workers=2, failure="", down=[], workloads=[])
+        self.write(states=[], requests=[], workers=2, failure="", node="READY", unreachable=0)
+        self.write(down=[], workloads=[])
         shutil.copytree(ROOT / "tpu_scripts", self.checkout / "tpu_scripts")
         (self.checkout / "tpu_scripts" / "tpu.env").unlink(missing_ok=True)
         (self.checkout / "tools").mkdir()
@@ -101,8 +102,9 @@ class Cloud:
           **values: `states`, the states that the queued resource still goes through, empty where
             there is none; `requests`, such a list for each request that will be granted; `workers`,
             their number; `failure`, the reason of a FAILED request; `error`, what every describe
-            fails with; `unreachable`, set where ssh fails; `down`, the hosts for which it fails;
-            `workloads`, the names that xpk lists.
+            fails with; `node`, the state of the TPU itself; `unreachable`, how many of the next
+            calls of ssh fail; `down`, the hosts for which it fails; `workloads`, the names that
+            xpk lists.
         """
         path = self.directory / "cloud.json"
         state = json.loads(path.read_text()) if path.exists() else {}

@@ -116,10 +116,14 @@ def gcloud(arguments: list[str]) -> int:
             "delete": lambda: delete(words),
         }[verb]()
     if words[:4] == ["compute", "tpus", "tpu-vm", "ssh"]:
-        if "unreachable" in read():
+        cloud = read()
+        if cloud["unreachable"]:
+            write({**cloud, "unreachable": cloud["unreachable"] - 1})
             return 255
         codes = [on_host(name, flag(words, "command")) for name in workers(words)]
         return next(filter(None, codes), 0)
+    if words[:4] == ["compute", "tpus", "tpu-vm", "describe"]:
+        print(read()["node"])
     if words[:4] == ["compute", "tpus", "tpu-vm", "scp"]:
         for name in workers(words):
             home = CLOUD / "hosts" / name

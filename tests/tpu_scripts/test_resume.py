@@ -1,5 +1,7 @@
 """The loop that carries a command through preemptions, against a fake queued resource."""
 
+import time
+
 TRAIN = ("--", "python", "-m", "experiments.train", "--config=x", "--workdir=gs://b/x")
 GRANTED = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 # Runs until it is killed the first time, and ends with success from then on.
@@ -39,7 +41,7 @@ def test_resume_takes_over_a_tpu_that_is_suspended(cloud):
 def test_resume_joins_a_run_that_is_going_on(cloud):
     cloud.write(states=["ACTIVE"])
     cloud.tpu("setup")
-    cloud.tpu("launch", *TRAIN, FAKE_TRAIN="sleep 1; exit 0")
+    cloud.tpu("launch", *TRAIN, FAKE_TRAIN="sleep 3; exit 0")
     cloud.clear_calls()
     result = cloud.tpu("resume", *TRAIN)
     assert result.returncode == 0, result.stderr
@@ -103,11 +105,40 @@ def test_the_end_of_flex_start_is_no_preemption(cloud):
 
 
 def test_workers_that_never_answer_cost_a_retry(cloud):
-    cloud.write(requests=[GRANTED] * 3, unreachable=True)
+    cloud.write(requests=[GRANTED] * 3, unreachable=1000, node="PREEMPTED")
     result = cloud.tpu("resume", "--max_retries=1", *TRAIN)
     assert result.returncode == 1
     assert cloud.verbs() == ["create", "delete", "create"]
     assert "do not answer" in result.stderr
+
+
+def test_a_tpu_that_is_ready_is_not_deleted_when_ssh_fails(cloud):
+    cloud.write(requests=[GRANTED, GRANTED], unreachable=8)
+    result = cloud.tpu("resume", *TRAIN)
+    assert result.returncode == 0, result.stderr
+    assert cloud.verbs()[-3:] == ["scp", "setup", "launch"]
+    assert "delete" not in cloud.verbs()
+
+
+def test_stop_ends_resume_and_resume_continues_what_was_stopped(cloud):
+    cloud.write(states=["ACTIVE"])
+    cloud.tpu("setup")
+    flags = ["--project=p", "--zone=z", "--name=t", "--accelerator_type=v5litepod-8", "--yes"]
+    arguments = ["resume", *flags, "--poll_seconds=0.1", *TRAIN]
+    with cloud.start("tpu.sh", *arguments, FAKE_TRAIN="exec sleep 600") as resume:
+        while not (cloud.home("t1v-n-0-w-1") / "mmrl_run" / "pid").exists():
+            time.sleep(0.05)
+        # Each look makes two calls; of three looks, one is at the running command.
+        seen = len(cloud.calls())
+        while len(cloud.calls()) < seen + 6:
+            time.sleep(0.05)
+        cloud.tpu("stop")
+        stdout, stderr = resume.communicate(timeout=60)
+    assert resume.returncode == 0, stderr
+    assert "The command was stopped." in stdout
+    result = cloud.tpu("resume", *TRAIN)
+    assert result.returncode == 0, result.stderr
+    assert "succeeded" in result.stdout
 
 
 def test_an_unreadable_state_is_read_again(cloud):
@@ -155,10 +186,10 @@ def test_a_dry_run_prints_what_a_preemption_brings_about(cloud):
     assert result.returncode == 0, result.stderr
     assert cloud.calls() == []
     lines = [line for line in result.stdout.splitlines() if not line.startswith("#")]
-    verbs = ["describe", "delete", "create", "describe", "archive", "scp", "ssh", "ssh", "ssh"]
+    verbs = ["describe", "delete", "create", "describe", "mkdir", "archive", "scp", *["ssh"] * 3]
     assert len(lines) == len(verbs)
     for line, verb in zip(lines, verbs, strict=True):
-        assert f" {verb} " in line
+        assert verb in line.split()
     assert "worker.sh setup tpu" in lines[-3] and "worker.sh launch" in lines[-1]
 
 

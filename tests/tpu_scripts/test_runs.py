@@ -20,12 +20,13 @@ def tpu(cloud):
     return cloud
 
 
-def wait_for(outcome, cloud):
-    """Waits until the record of every worker says how the command has ended."""
-    files = [cloud.home(name) / "mmrl_run" / "outcome" for name in (W0, W1)]
+def wait_for(outcome, cloud, *names):
+    """Waits until the record of each worker says how the command has ended."""
+    names = names or (W0, W1)
+    files = [cloud.home(name) / "mmrl_run" / "outcome" for name in names]
     for _ in range(600):
         outcomes = [file.read_text().strip() for file in files if file.exists()]
-        if len(outcomes) == len(files):
+        if len(outcomes) == len(files) and all(outcomes):
             assert outcomes == [outcome] * len(files)
             return
         time.sleep(0.05)
@@ -168,7 +169,7 @@ def test_stop_interrupts_the_command_which_is_no_success(tpu):
     result = tpu.tpu("stop")
     assert result.returncode == 0, result.stderr
     wait_for("interrupted", tpu)
-    assert states(tpu) == ["interrupted", "interrupted"]
+    assert states(tpu) == ["stopped", "stopped"]
     assert "saved" in tpu.log(W0) and "saved" in tpu.log(W1)
     assert "nothing is running" in tpu.tpu("stop").stdout
 
@@ -179,7 +180,7 @@ def test_stop_kills_what_does_not_end(tpu):
     result = tpu.tpu("stop", "--grace_seconds=0")
     assert "killing it" in result.stdout
     for _ in range(100):
-        if states(tpu) == ["failed", "failed"]:
+        if states(tpu) == ["stopped", "stopped"]:
             return
     raise AssertionError("still running")
 
@@ -222,7 +223,7 @@ def test_logs_of_nothing_are_an_error(tpu):
 
 
 def test_a_worker_that_does_not_answer_is_an_error(tpu):
-    tpu.write(unreachable=True)
+    tpu.write(unreachable=1000)
     for command in (["status"], ["setup"], ["launch", *TRAIN]):
         result = tpu.tpu(*command)
         assert result.returncode == 1
@@ -230,8 +231,17 @@ def test_a_worker_that_does_not_answer_is_an_error(tpu):
     assert tpu.verbs().count("launch") == 0
 
 
+def test_workers_that_end_apart_are_one_run(tpu):
+    train = "case $FAKE_HOST in *0) exit 0 ;; *) exec sleep 600 ;; esac"
+    tpu.tpu("launch", *TRAIN, FAKE_TRAIN=train)
+    wait_for("0", tpu, W0)
+    assert states(tpu) == ["succeeded", "running"]
+    assert "running already" in tpu.tpu("launch", *TRAIN).stdout
+
+
 def test_a_run_on_some_workers_alone_is_not_joined(tpu):
     tpu.tpu("launch", *TRAIN, FAKE_TRAIN="case $FAKE_HOST in *0) exec sleep 600;; *) exit 1;; esac")
+    wait_for("1", tpu, W1)
     result = tpu.tpu("launch", *TRAIN)
     assert result.returncode == 1
     assert "only some hosts are running" in result.stderr

@@ -13,6 +13,7 @@ read_commit() {
 
 # Writes the commit to a file, and sets archive to its path.
 make_archive() {
-    archive="${TMPDIR:-/tmp}/mmrl_jax-$commit.tar.gz"
+    archive=$checkout/.cache/mmrl_jax-$commit.tar.gz
+    run mkdir -p "$checkout/.cache"
     run git -C "$checkout" archive --format=tar.gz "--output=$archive" "$commit"
 }

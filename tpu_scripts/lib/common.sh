@@ -3,7 +3,7 @@
 #
 # A script declares an option as a line `opt_NAME=DEFAULT  # help`, sources this file, and calls
 # parse_options. The option is then set by --NAME=VALUE, or by NAME=VALUE in the env file; flags win.
-# Only features of bash 3.2 are used, which macOS has: no empty array is expanded under `set -u`.
+# Written for bash 3.2, which macOS has (no empty array is expanded under `set -u`); tested with bash 5.2.
 
 # Dry runs print commands here, also from functions whose standard output is captured.
 exec 3>&1

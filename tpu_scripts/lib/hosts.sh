@@ -35,8 +35,9 @@ command_digest() {
 }
 
 # Prints the state of the run with a digest on all hosts of the report: none, running, succeeded,
-# interrupted, failed; partly_running where some hosts run it and others do not; other where
-# another command is running.
+# stopped, interrupted, failed; partly_running where some hosts run it and it has failed or is missing on
+# others; other where another command is running. The hosts of one run end some seconds apart: until
+# the last of them has ended, it is running.
 run_state() {
     awk -v digest="$1" '
         $4 == "running" && $5 != digest { other = 1 }
@@ -46,7 +47,9 @@ run_state() {
             if (other) print "other"
             else if (count == 0) print "none"
             else if (count == 1) print last
-            else if ("running" in states) print "partly_running"
+            else if ("running" in states)
+                print ("failed" in states || "none" in states) ? "partly_running" : "running"
+            else if ("stopped" in states) print "stopped"
             else print "failed"
         }' <<<"$report"
 }
@@ -99,7 +102,7 @@ launch() {
 }
 
 stop() {
-    on_hosts all "$WORKER stop $opt_grace_seconds"
+    on_hosts all "$WORKER stop $opt_grace_seconds true"
 }
 
 logs() {
@@ -111,7 +114,8 @@ print_report() {
 }
 
 # Takes the run one step towards its end, by the state of the hosts. Sets progress to finished,
-# waiting (look again later), failed (it has to be launched again) or unreachable.
+# waiting (look again later), failed (it has to be launched again), stopped (by the user, after it was
+# seen running) or unreachable. watched is set once the run has been seen running.
 advance_run() {
     local digest
     digest=$(command_digest)
@@ -126,8 +130,12 @@ advance_run() {
     fi
     case $(run_state "$digest") in
         none) launch_on_hosts "$digest" || progress=unreachable ;;
-        running) ;;
+        running) watched=true ;;
         succeeded) progress=finished ;;
+        stopped)
+            # Before it was seen running, resume is the wish to continue what was stopped.
+            if is_true "$watched"; then progress=stopped; else progress=failed; fi
+            ;;
         other) die "another command is running; '${0##*/} stop' saves a checkpoint and stops it." ;;
         *) progress=failed ;;
     esac
@@ -146,7 +154,7 @@ try_again() {
 # Launches a command again that has ended without success: relaunch COUNTER. What is left of it is
 # stopped first. What fails here shows in the next report.
 relaunch() {
-    try_again "$1" max_relaunches "The command has failed or was interrupted"
-    stop || true
+    try_again "$1" max_relaunches "The command has failed or was interrupted ('${0##*/} logs' has the reason)"
+    on_hosts all "$WORKER stop $opt_grace_seconds false" || true
     launch_on_hosts "$(command_digest)" || true
 }
