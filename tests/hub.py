@@ -76,7 +76,9 @@ def generation_error(model, variables, tokens, present, images, positions=None) 
             whole = jnp.concatenate([tokens, generated.tokens[:, g]], axis=1)
             there = jnp.concatenate([present, jnp.ones_like(generated.mask[:, g])], axis=1)
             place = None if positions is None else positions(np.asarray(whole), np.asarray(there))
-            logits = jax.jit(model.apply)(variables, whole, there, images, place)
+            # All of the prompt, and not only its images, may be read in both directions.
+            prompt = (jnp.arange(whole.shape[1]) < tokens.shape[1]) & there
+            logits = jax.jit(model.apply)(variables, whole, there, images, place, prompt)
             last = tokens.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)
             before = jnp.concatenate(
                 [

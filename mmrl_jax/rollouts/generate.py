@@ -118,7 +118,7 @@ def image_prompt(
       positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes; by default the
         tokens that are not padding are counted.
     """
-    attention_mask = model.mask(tokens, mask, counted=positions is None)
+    attention_mask = model.mask(tokens, mask, mask, counted=positions is None)
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
