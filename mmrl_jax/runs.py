@@ -10,6 +10,7 @@ A run can be stopped at any time; the same call resumes it from its newest check
 from collections.abc import Collection, Mapping
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -138,7 +139,8 @@ def fixed_on_resume(config: ml_collections.ConfigDict, begun: Collection[str]) -
       config: Config of the run.
       begun: Names of the stages that have checkpoints.
     """
-    return {
+    stages = list(config.stages)
+    scheduled = {
         f"{name}.num_updates": (
             f"{name}.optimizer.schedule={config[name].optimizer.schedule!r} ends at "
             f"{name}.num_updates, so that another number would make the learning rate jump. Keep "
@@ -148,6 +150,15 @@ def fixed_on_resume(config: ml_collections.ConfigDict, begun: Collection[str]) -
         for name in begun
         if config[name].optimizer.schedule != "constant" or config[name].optimizer.warmup
     }
+    followed = {
+        f"{name}.num_updates": (
+            f"the stage {after!r} has begun from the last update of {name!r}. Keep it, or start a "
+            "longer run in a fresh workdir"
+        )
+        for name, after in itertools.pairwise(stages)
+        if after in begun
+    }
+    return scheduled | followed
 
 
 def train(

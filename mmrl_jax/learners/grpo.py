@@ -173,9 +173,12 @@ def _part_loss(
         reference_log_prob=_flat(part.reference),
         rollout_log_prob=_flat(part.completions.log_probs),
     )
-    entropy = jnp.sum(jnp.where(mask > 0, _flat(current.entropy), 0.0))
-    loss = (sums.loss - options.entropy_coef * entropy) / normalizer.loss_denominator
-    metrics = sums.metrics | {"policy/entropy": entropy}
+    entropy = jnp.sum(jnp.where(mask > 0, _flat(current.entropy), 0.0), axis=1)
+    bonus = entropy
+    if options.loss.reduction == "sequence":  # As the loss: the mean over the tokens of each.
+        bonus = entropy / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
+    loss = (sums.loss - options.entropy_coef * jnp.sum(bonus)) / normalizer.loss_denominator
+    metrics = sums.metrics | {"policy/entropy": jnp.sum(entropy)}
     return loss, {name: x / normalizer.tokens for name, x in metrics.items()} | {
         "loss/policy": loss
     }

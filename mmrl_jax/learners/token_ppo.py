@@ -108,8 +108,6 @@ def update(
       ValueError: The batch has a `next_prompt`, but G is not 1.
     """
     h, loss_options = options, options.loss
-    if h.mask_truncated_completions:
-        batch = batch._replace(valid=batch.valid * batch.completions.finished)
     valid = batch.valid
     read = functools.partial(_outputs, policy=policy, frozen=frozen, temperature=h.temperature)
     samples = _samples(state, batch, read, h)
@@ -233,7 +231,9 @@ def _samples(
         lambda_=h.gae_lambda,
     )
     advantage, target = (x.reshape(value.shape) for x in estimates)
-    mask = (completions.mask & (valid > 0)[..., None]).astype(jnp.float32)
+    # The reward of a truncated completion still counts for the turns before it.
+    learned = (valid > 0) & (completions.finished | (not h.mask_truncated_completions))
+    mask = (completions.mask & learned[..., None]).astype(jnp.float32)
     return _Sample(
         prompt=prompt,
         completions=completions,

@@ -277,7 +277,11 @@ class Control:
         if name not in self._demonstrations:
             g, rng = self.config[name], stream(self.config, problem.DATA)
             self._demonstrations[name], success = demonstrations.record(
-                self.env, self.expert(name), rng, episodes=g.episodes, discount=g.discount
+                self.env,
+                self.expert(name),
+                rng,
+                episodes=g.episodes,
+                discount=g.get("discount", 1.0),
             )
             print(
                 f"Recorded {g.episodes} episodes of an expert that succeeds in {success:.0%} of "

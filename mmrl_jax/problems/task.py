@@ -170,6 +170,18 @@ def _make(
     return task, token_models.make_model(config.model, spec, task.texts, size)
 
 
+def _answers_of_others(rng: jax.Array, prompts: Prompt) -> jax.Array:
+    """Returns for each prompt the answer of another, random prompt of its kind, int32 [B]."""
+    index = jnp.arange(len(prompts.kind))
+    order = jnp.lexsort((jax.random.uniform(rng, index.shape), prompts.kind))
+    kind = prompts.kind[order]
+    # In this order, each prompt takes the next of its kind, and the last one the first.
+    first = jnp.searchsorted(kind, kind)
+    next_index = jnp.where(kind == jnp.roll(kind, -1), jnp.roll(index, -1), first)
+    next_index = next_index.at[-1].set(first[-1])
+    return jnp.zeros_like(prompts.answer).at[order].set(prompts.answer[order][next_index])
+
+
 def _label_task(config: ml_collections.ConfigDict, name: str, task: Task) -> Task:
     """Returns the task from which the labeled prompts of a stage are sampled.
 
@@ -245,11 +257,9 @@ class TaskProblem(TokenProblem):
         def label(rng: jax.Array) -> ScoredCompletions:
             prompts = label_task.sample(rng, s.examples, "train")
             other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
-            other = self.task.sample(other_key, s.examples, "train")
-            wrong = jax.random.bernoulli(noise_key, s.label_noise, (s.examples,)) & (
-                other.kind == prompts.kind
-            )
-            labels = label_task.texts.labels(jnp.where(wrong, other.answer, prompts.answer))
+            wrong = jax.random.bernoulli(noise_key, s.label_noise, (s.examples,))
+            other = _answers_of_others(other_key, prompts)
+            labels = label_task.texts.labels(jnp.where(wrong, other, prompts.answer))
             return ScoredCompletions.labeled(prompts, *labels)
 
         return label(stream(self.config, problem.DATA))

@@ -34,6 +34,9 @@ from mmrl_jax.rollouts.unroll import (
 from mmrl_jax.training.stage import Carry
 from mmrl_jax.types import Params
 
+# Number of episodes of a user's environment whose instructions are checked beforehand.
+SAMPLED_RESETS = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemonstratedTurnOptions(LabelOptions):
@@ -85,6 +88,32 @@ def _check_env(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_experience(config: ml_collections.ConfigDict, env: Env, interface: TextActions) -> None:
+    """Checks what the stages of a run ask of a user's environment.
+
+    Raises:
+      ValueError: If there is no expert to learn from, or the environment gives an instruction that
+        is not among its sentences.
+    """
+    name = config.env.name
+    labeled = [stage for stage in config.stages if registry.TOKEN[stage].experience == "labels"]
+    if labeled and not hasattr(env, "expert"):
+        raise ValueError(
+            f"stages={tuple(config.stages)}, but env.name={name!r} has no 'expert' whose turns "
+            f"{labeled[0]!r} could learn; remove the stage, or give the environment an expert."
+        )
+    if ":" not in name:
+        return
+    state = jax.jit(env.reset)(jax.random.split(stream(config, problem.EVALUATION), SAMPLED_RESETS))
+    tokens = np.asarray(state.obs["instruction"]["tokens"])
+    known = np.any(np.all(tokens[:, None] == interface.sentences, axis=-1), axis=-1)
+    if not known.all():
+        raise ValueError(
+            f"env.name={name!r} resets to an instruction that is not among its "
+            f"vocabulary.sentences, with the tokens {tokens[~known][0].tolist()}; add the sentence."
+        )
+
+
 def _check_turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]:
     """Returns the sizes of a stage that must be divisible by mesh.data * mesh.fsdp, by their names.
 
@@ -96,9 +125,9 @@ def _check_turns(config: ml_collections.ConfigDict, name: str) -> dict[str, int]
     parts = g.get("num_minibatches", 1) * g.get("grad_accum_steps", 1)
     if turns % parts:
         raise ValueError(
-            f"{name}.num_minibatches={g.num_minibatches} * {name}.grad_accum_steps="
-            f"{g.grad_accum_steps} does not divide {name}.num_envs * {name}.unroll_length = "
-            f"{turns}."
+            f"{name}.num_minibatches={g.get('num_minibatches', 1)} * {name}.grad_accum_steps="
+            f"{g.get('grad_accum_steps', 1)} does not divide {name}.num_envs * "
+            f"{name}.unroll_length = {turns}."
         )
     return {
         f"{name}.num_envs": g.num_envs,
@@ -139,6 +168,7 @@ class TextAgent(TokenProblem):
         _check_env(config)
         token_models.check_model(config, config.env.height, config.env.width, "env")
         self.env, self.interface, model = _make(config)
+        _check_experience(config, self.env, self.interface)
         super().__init__(config, model, f"eval/{config.env.split}/return")
         self.check_sizes(
             *(

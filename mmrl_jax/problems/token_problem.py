@@ -101,8 +101,8 @@ def check_groups(config: ml_collections.ConfigDict, name: str, length: int) -> d
     parts = g.get("num_minibatches", 1) * g.get("grad_accum_steps", 1)
     if g.prompts_per_update % parts:
         raise ValueError(
-            f"{name}.num_minibatches={g.num_minibatches} * {name}.grad_accum_steps="
-            f"{g.grad_accum_steps} does not divide {name}.prompts_per_update="
+            f"{name}.num_minibatches={g.get('num_minibatches', 1)} * {name}.grad_accum_steps="
+            f"{g.get('grad_accum_steps', 1)} does not divide {name}.prompts_per_update="
             f"{g.prompts_per_update}."
         )
     compares = registry.TOKEN[name].compares

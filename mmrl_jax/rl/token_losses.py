@@ -198,8 +198,10 @@ def token_loss_sums(
             loss = loss * jnp.minimum(jnp.exp(gap), o.importance_weight_cap)
     metrics |= {
         "policy/approx_kl": losses.approximate_kl(log_ratio),
-        "policy/clip_ratio_low": ((ratio < 1 - o.low) & (advantage < 0)).astype(jnp.float32),
-        "policy/clip_ratio_high": ((ratio > 1 + o.high) & (advantage > 0)).astype(jnp.float32),
+        "policy/clip_ratio_low": _share((ratio < 1 - o.low) & (advantage < 0), o.clip == "ppo"),
+        "policy/clip_ratio_high": _share(
+            (ratio > 1 + o.high) & (advantage > 0), o.clip is not None
+        ),
     }
     if o.kl_coef and reference_log_prob is not None:
         kl = kl_estimate(jnp.where(is_token, reference_log_prob - log_prob, 0.0), o.kl)
@@ -215,6 +217,11 @@ def token_loss_sums(
         metrics={name: total(jax.lax.stop_gradient(x)) for name, x in metrics.items()},
         tokens=jnp.sum(mask),
     )
+
+
+def _share(clipped: jax.Array, is_used: bool) -> jax.Array:
+    """Returns 1 for tokens at a bound, or 0 for all if the surrogate does not use the bound."""
+    return (clipped & is_used).astype(jnp.float32)
 
 
 def _surrogate(

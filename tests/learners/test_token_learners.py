@@ -279,7 +279,15 @@ class TablePolicy:
         return TokenLogProbs(log_prob.astype(jnp.float32), jnp.zeros(tokens.shape))
 
 
-def table_update(dtype, options, valid):
+class EntropyTable(TablePolicy):
+    """Parameters [B, G, T] are the entropies of the tokens, on which no log-prob depends."""
+
+    def log_probs(self, params, frozen, prompts, tokens, mask, *, temperature):
+        rows = params[prompts.answer]
+        return TokenLogProbs(0.0 * rows, rows)
+
+
+def table_update(dtype, options, valid, kind=TablePolicy):
     """Updates a `TablePolicy` with SGD on completions of a float32 sampler."""
     table = jax.random.normal(jax.random.key(0), (4, 3, 5))
     length = jnp.array([[5, 2, 1], [3, 3, 4], [1, 5, 2], [4, 4, 1]])
@@ -290,7 +298,7 @@ def table_update(dtype, options, valid):
     state = token_learner.init(table, optimizer=optax.sgd(1.0), with_reference=False)
     step = functools.partial(
         grpo.update,
-        policy=TablePolicy(dtype),
+        policy=kind(dtype),
         optimizer=optax.sgd(1.0),
         options=options,
     )
@@ -330,6 +338,17 @@ def test_a_completion_without_a_reward_is_in_no_divisor(
     loss_denominator = 8 / num_minibatches * (length[..., None] if reduction == "sequence" else 5)
     expected = -advantage[..., None] * jax.nn.sigmoid(before) / loss_denominator
     expected = jnp.where(jnp.arange(5) < length[..., None], expected, 0.0)
+    np.testing.assert_allclose(after - before, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_the_entropy_bonus_is_reduced_as_the_loss(reduction):
+    # One step of SGD moves the entropy of a token by 0.1 over the divisor of the loss: the number
+    # of completions and of the tokens of each, or the number of all tokens.
+    h = Centered(token_loss=TokenLoss(clip=None, reduction=reduction), entropy_coef=0.1)
+    before, after, _, length, _ = table_update(jnp.float32, h, jnp.ones((4, 3)), EntropyTable)
+    divisor = 12 * length[..., None] if reduction == "sequence" else jnp.sum(length)
+    expected = jnp.where(jnp.arange(5) < length[..., None], 0.1 / divisor, 0.0)
     np.testing.assert_allclose(after - before, expected, atol=1e-6)
 
 

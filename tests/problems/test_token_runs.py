@@ -251,3 +251,20 @@ def test_images_are_shuffled_when_asked_for():
     shown, shuffled = np.concatenate(seen[:2]), np.concatenate(seen[2:])
     np.testing.assert_array_equal(shuffled, np.roll(shown, 1, axis=0))
     assert np.abs(shown.astype(int) - shuffled).max() > 0
+
+
+def test_wrong_labels_are_those_of_other_prompts_of_the_kind():
+    kinds = ("count", "colour", "shape")
+    config = tiny.token_config(task__kinds=kinds, sft__examples=400, sft__label_noise=1.0)
+    noisy = problems.make(config)
+    clean = problems.make(problems.complete(config, {"sft": {"label_noise": 0.0}}))
+    labels = [jax.device_get(p.source("sft").data) for p in (noisy, clean)]
+    kind = labels[0].prompt.kind[0]
+    assert set(kind) == {0, 1, 2}
+    tokens = [x.completions.tokens[0, :, 0] for x in labels]
+    for number in range(3):
+        # The same answers, but in another order.
+        one, other = (sorted(map(tuple, x[kind == number])) for x in tokens)
+        assert one == other
+        same = np.all(tokens[0][kind == number] == tokens[1][kind == number], axis=-1)
+        assert same.mean() < 0.6

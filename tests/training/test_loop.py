@@ -394,7 +394,10 @@ def test_a_learning_rate_that_falls_to_the_end_of_a_run_keeps_its_end(tmp_path):
         constant.ppo.num_updates = updates
         claim(constant, tmp_path / "constant")
     tokens = tiny.token_config(last__optimizer__schedule="linear")
-    assert list(runs.fixed_on_resume(tokens, ["grpo"])) == ["grpo.num_updates"]
+    assert list(runs.fixed_on_resume(tokens, ["sft", "grpo"])) == [
+        "grpo.num_updates",
+        "sft.num_updates",  # The variables that it trains are part of those of GRPO.
+    ]
     assert not runs.fixed_on_resume(tokens, ["sft"])
 
 
