@@ -33,7 +33,14 @@ import numpy as np
 
 from mmrl_jax import config as config_lib
 from mmrl_jax import problems, runs
-from mmrl_jax.commands.common import FAILURES, clean_exit, refuse_arguments
+from mmrl_jax.commands.common import (
+    FAILURES,
+    clean_exit,
+    connected,
+    define_process_flags,
+    refuse_arguments,
+)
+from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.reporting import report
 from mmrl_jax.training.provenance import commit, hardware
@@ -82,12 +89,14 @@ def run(
     Returns:
       False if a signal interrupted a run.
     """
+    every = [(seed, variant) for seed in seeds for variant in variants]
     missing = [
         (seed, variant)
-        for seed in seeds
-        for variant in variants
+        for seed, variant in every
         if not (workdir / variant / str(seed) / RESULT).is_file()
     ]
+    # A network file system may show the other processes an older state.
+    missing = [every[i] for i in multihost.from_primary([every.index(x) for x in missing])]
     for seed, variant in missing:
         print(f"{variant}, seed {seed}", flush=True)
         directory = workdir / variant / str(seed)
@@ -95,9 +104,11 @@ def run(
         result = runner(study.get_config(variant), seed, directory)
         if result is None:
             return False
-        runs.write_json(directory / RESULT, result)
-        write_tables(load_results(workdir), study, workdir)
-    if not missing:  # Existing tables may be from another version of the study.
+        if multihost.is_primary():
+            runs.write_json(directory / RESULT, result)
+            write_tables(load_results(workdir), study, workdir)
+    # Existing tables may be from another version of the study.
+    if not missing and multihost.is_primary():
         write_tables(load_results(workdir), study, workdir)
     return True
 
@@ -111,7 +122,8 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
       workdir: Working directory of the run.
 
     Returns:
-      Metrics, times and provenance; None if a signal interrupted the run.
+      Metrics, times and provenance, the times in process 0 only; None if a signal interrupted the
+      run.
     """
     config.seed = seed
     trained = runs.train(config, workdir)
@@ -124,8 +136,9 @@ def run_one(config: Any, seed: int, workdir: pathlib.Path) -> dict[str, Any] | N
         for name in REPORTED:
             if name in evaluated:
                 result[f"final/{split}/{name}"] = evaluated[name]
-    times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
+    if multihost.is_primary():
+        times = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        result |= {name: times[name] for name in ("wall_s", "compile_s", "env_steps")}
     return result | {"commit": commit(), "hardware": hardware()}
 
 
@@ -252,7 +265,7 @@ def main(argv: list[str]) -> None:
     file, _, argument = FLAGS.study.partition(":")
     name = "_".join(filter(None, (pathlib.Path(file).stem, argument)))
     workdir = pathlib.Path(FLAGS.directory) / name
-    with clean_exit(ValueError):
+    with clean_exit(ValueError, multihost.OtherProcessFailed):
         study = load_study(FLAGS.study)
         variants = FLAGS.variants or list(study.VARIANTS)
         for variant in variants:
@@ -260,9 +273,11 @@ def main(argv: list[str]) -> None:
                 raise ValueError(
                     f"--variants has {variant!r}, but {FLAGS.study} has {list(study.VARIANTS)}."
                 )
-            problems.make(study.get_config(variant))
+            multihost.on_all(lambda variant=variant: problems.make(study.get_config(variant)))
     with clean_exit(ValueError, *FAILURES):
         finished = run(study, workdir, variants, range(study.SEEDS))
+    if not multihost.is_primary():
+        return
     if not finished:
         print("Interrupted; the same command resumes from the last checkpoint.")
         return
@@ -274,5 +289,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("study", None, "Path of the study, or path:argument.", required=True)
     flags.DEFINE_list("variants", None, "Variants to run; by default all.")
     flags.DEFINE_string("directory", "runs/studies", "Parent of the study's directory.")
+    define_process_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    app.run(connected(main))

@@ -3,7 +3,8 @@
     run.probes = ("ablations", "my_module:my_probe")
 
 A probe is a function that takes a `ProbeContext` and returns metrics, or an empty dictionary if it
-only writes files. Your module must define its own metrics in
+only writes files. In a run of several processes all of them call it, because they compute together;
+files are written where `multihost.is_primary()`. Your module must define its own metrics in
 `monitoring.metric_definitions.METRIC_DEFINITIONS`.
 """
 
@@ -17,6 +18,7 @@ from etils import epath
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config.loading import import_object
 from mmrl_jax.config.schema import nearest
+from mmrl_jax.distributed import multihost
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import report
@@ -54,7 +56,7 @@ def ablations(context: ProbeContext) -> dict[str, float]:
 def samples(context: ProbeContext) -> dict[str, float]:
     """Writes sample completions to samples.html, and appends them to samples.jsonl."""
     rows, _ = context.problem.samples(context.variables, SAMPLES)
-    if rows:
+    if rows and multihost.is_primary():
         title = f"{context.directory.name}: samples after update {context.update}"
         report.sample_table(context.directory / "samples.html", rows, title)
         lines = [

@@ -24,9 +24,9 @@ import ml_collections
 
 from mmrl_jax import envs, probes, problems
 from mmrl_jax import workdir as workdir_lib
-from mmrl_jax.config import load_config
+from mmrl_jax.config import load_config, to_json
 from mmrl_jax.distributed import mesh as mesh_lib
-from mmrl_jax.distributed import partition
+from mmrl_jax.distributed import multihost, partition
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import report
@@ -112,8 +112,9 @@ def claim(
     config, directory = problem.config, workdir_lib.as_path(workdir)
     directories = {name: stage_directory(config, name, directory) for name in config.stages}
     begun = [name for name, path in directories.items() if workdir_lib.saved_steps(path)]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(directory))
+    made_with = provenance.provenance()
+
+    def check() -> dict[str, str]:
         workdir_lib.claim_workdir(
             directory,
             config,
@@ -125,10 +126,20 @@ def claim(
         dependencies = problem.dependencies()
         if begun:
             fingerprints.check(directory, dependencies, accept=accept)
+        return dependencies
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(directory))
+        dependencies = multihost.on_all(check)
+        multihost.check_same(
+            {
+                "config": to_json(config),
+                "inputs": json.dumps(dependencies, sort_keys=True),
+                "version of the code": f"{made_with['commit'].strip('+')} {made_with['versions']}",
+            }
+        )
         for name, path in directories.items():
-            fingerprints.write(
-                path, fingerprints.Run(name, dependencies), made_with=provenance.provenance()
-            )
+            fingerprints.write(path, fingerprints.Run(name, dependencies), made_with=made_with)
         return stack.pop_all()
 
 
@@ -183,7 +194,7 @@ def train(
       HostFailed: If reward functions or files fail in every retry of an update.
     """
     started = time.perf_counter()
-    problem = problems.make(config)
+    problem = multihost.on_all(lambda: problems.make(config))
     with claim(problem, workdir, accept=accept):
         return train_stages(problem, workdir, started=started)
 
@@ -222,16 +233,17 @@ def train_stages(
         if result.interrupted:
             break
     trained = Trained(problem, results, variables)
-    if trained.interrupted or jax.process_index() != 0:
+    if trained.interrupted:
         return trained
     with report.tolerate_errors("Writing samples.html"):
         samples, test_metrics = problem.samples(variables, SAMPLES)
         trained = dataclasses.replace(trained, test_metrics=test_metrics)
-        if samples:
+        if samples and multihost.is_primary():
             report.sample_table(directory / "samples.html", samples, f"{directory.name}: samples")
-    with report.tolerate_errors("Writing summary.json"):
-        final = final_evaluation(directory, trained.test_metrics)
-        write_json(directory / "summary.json", final | totals(results.values(), started))
+    if multihost.is_primary():
+        with report.tolerate_errors("Writing summary.json"):
+            final = final_evaluation(directory, trained.test_metrics)
+            write_json(directory / "summary.json", final | totals(results.values(), started))
     return trained
 
 
@@ -244,7 +256,7 @@ def draw_curves(workdir: epath.Path, *, x: str) -> None:
     """
     path = workdir / metrics.JSONL_NAME
     with report.tolerate_errors("Drawing learning_curves.png"):
-        if jax.process_index() == 0 and metrics.read_jsonl(path):
+        if multihost.is_primary() and metrics.read_jsonl(path):
             report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
@@ -364,7 +376,8 @@ def read_problem(
     """Makes the problem of an existing run.
 
     The problem uses one device. If the run split its parameters over devices, and this machine has
-    enough of them, it uses the devices over which one copy of the parameters is split.
+    enough of them, it uses the devices over which one copy of the parameters is split. In a run of
+    several processes it uses all devices.
 
     Args:
       workdir: Working directory of the run, or of one of its stages.
@@ -396,7 +409,7 @@ def read_problem(
     # The parameters are split over as many of the run's devices as there are.
     counts = range(1, available // tensor + 1)
     fsdp = max(count for count in counts if config.mesh.fsdp % count == 0)
-    mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
+    mesh = {"data": 1 if jax.process_count() == 1 else 0, "fsdp": fsdp, "tensor": tensor}
     config = problems.complete(config, {"mesh": mesh}, changes)
     run = fingerprints.read(directory)
     return problems.make(config), config.stages[-1] if run is None else run.stage

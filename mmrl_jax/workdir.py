@@ -15,9 +15,9 @@ import types
 import uuid
 
 from etils import epath
-import jax
 
 from mmrl_jax import config as config_lib
+from mmrl_jax.distributed import multihost
 
 CHECKPOINTS = "checkpoints"
 CONFIG_NAME = "config.json"
@@ -106,7 +106,7 @@ def claim_workdir(
                 + "\n".join(lines)
                 + "\nGive a fresh workdir, or the config of that run."
             )
-    if jax.process_index() == 0:
+    if multihost.is_primary():
         try:
             write_text(workdir / CONFIG_NAME, config_lib.to_json(config))
         except OSError as error:

@@ -7,7 +7,7 @@ import ml_collections
 
 import mmrl_jax
 from mmrl_jax import problems
-from mmrl_jax.configs import count_grpo
+from mmrl_jax.configs import count_grpo, folder_grpo
 
 FILES = sorted(
     path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__"
@@ -124,3 +124,60 @@ def token_config(name: str = "count_grpo", **overrides: object) -> ml_collection
         stages = tuple(overrides.get("stages", base.stages))
         base = problems.complete(count_grpo.CONFIG, {"stages": stages})
     return _changed(base, changes, overrides)
+
+
+def folder_config(
+    model: pathlib.Path,
+    images: pathlib.Path,
+    stages: tuple[str, ...] = ("grpo",),
+    **overrides: object,
+) -> ml_collections.ConfigDict:
+    """Returns the tiny config of a folder of images, with overrides as group__field=value.
+
+    Args:
+      model: Directory of a decoder, see `processors.save_decoder`.
+      images: Directory of the records.
+      stages: Names of the stages.
+      **overrides: Keys that differ.
+    """
+    every = {"num_updates": 4, "eval_interval": 2, "checkpoint_interval": 1}
+    sampled = every | {
+        "prompts_per_update": 4,
+        "num_completions": 4,
+        "num_minibatches": 1,
+        "grad_accum_steps": 1,
+        "optimizer": {"schedule": "constant", "learning_rate": 1e-2},
+    }
+    small = {
+        "mesh": {"data": 1},
+        "dataset": {
+            "directory": str(images),
+            "height": 16,
+            "width": 16,
+            "resize": "stretch",
+            "prompt_tokens": 64,
+            "completion_tokens": 4,
+            "validation_size": 2,
+            "test_size": 2,
+        },
+        "rewards": {
+            "functions": ("tests.reward_functions:length",),
+            "weights": (0.5,),
+            "workers": 1,
+            "timeout_s": 60.0,
+        },
+        "model": {
+            "checkpoint": str(model),
+            "width": 16,
+            "heads": 2,
+            "patch_hidden": 16,
+            "vision_layers": 0,
+            "dtype": "float32",
+            "remat": False,
+        },
+        "sft": every,
+        **dict.fromkeys(("grpo", "dpo", "ppo"), sampled),
+    }
+    return problems.complete(
+        folder_grpo.CONFIG, small, {"stages": stages}, nested(overrides, stages)
+    )

@@ -10,6 +10,7 @@ from absl import app, flags, logging
 import jax
 
 from mmrl_jax import envs
+from mmrl_jax.distributed import multihost, rendezvous
 from mmrl_jax.tasks import rewards
 from mmrl_jax.training import checkpoint, loop
 
@@ -21,6 +22,7 @@ FAILURES = (
     checkpoint.CheckpointWriteError,
     envs.InvalidEnvironment,
     loop.HostFailed,
+    multihost.OtherProcessFailed,
     rewards.NoRewards,
 )
 
@@ -44,23 +46,72 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
+def define_process_flags() -> None:
+    """Defines the flags of a command that may run in several processes, see `connected`."""
+    flags.DEFINE_bool(
+        "distributed", False, "Find the other processes of a TPU pod or a Slurm job automatically."
+    )
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, with a free port, for processes that are started by hand.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes, started by hand.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0 on.")
+    flags.DEFINE_integer(
+        "initialization_timeout",
+        300,
+        "Time in seconds within which all processes must start.",
+        lower_bound=1,
+    )
+
+
+def connected(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Returns a command that first connects the processes of its run, and ends them together.
+
+    Args:
+      main: Command that may run in several processes, with the flags of `define_process_flags`. No
+        device may be used before it is called.
+    """
+
+    def run(argv: list[str]) -> None:
+        with clean_exit(ValueError, rendezvous.ProcessesMissing):
+            multihost.initialize(
+                distributed=flags.FLAGS.distributed,
+                coordinator_address=flags.FLAGS.coordinator_address,
+                num_processes=flags.FLAGS.num_processes,
+                process_id=flags.FLAGS.process_id,
+                timeout_s=flags.FLAGS.initialization_timeout,
+            )
+        with multihost.ending_together():
+            main(argv)
+
+    return run
+
+
 def refuse_arguments(argv: list[str]) -> None:
     """Exits with a message if the command line has positional arguments."""
     if len(argv) > 1:
         sys.exit(f"error: Unknown arguments {argv[1:]}; flags begin with '--'.")
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], *, processes: bool = False) -> None:
     """Parses the flags and runs a command.
 
     Args:
       main: Function that is called with the remaining command line. `--help` shows the docstring
         and the flags of its module rather than those of the executed script.
+      processes: Whether the command may run in several processes, see `connected`.
     """
     module = sys.modules[main.__module__]
     sys.modules["__main__"].__doc__ = module.__doc__
-    for flag in flags.FLAGS.get_flags_for_module(module.__name__):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    modules = [module.__name__]
+    if processes:
+        define_process_flags()
+        modules.append(__name__)
+    for name in modules:
+        for flag in flags.FLAGS.get_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
-    app.run(main)
+    app.run(connected(main) if processes else main)

@@ -20,7 +20,8 @@ prompts of one level.
 
 For a run on a dataset, the command imports and calls its reward functions; modules outside of this
 package need --trust_modules. All inputs of the run must be those of its training;
---accept_changes=records evaluates it on other records.
+--accept_changes=records evaluates it on other records. With --distributed, or with
+--coordinator_address, --num_processes and --process_id, several hosts evaluate together.
 """
 
 from collections.abc import Collection
@@ -33,6 +34,7 @@ import jax
 from mmrl_jax import runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
+from mmrl_jax.distributed import multihost
 from mmrl_jax.reporting.episodes import write_episodes
 from mmrl_jax.training import fingerprints
 
@@ -78,25 +80,31 @@ def evaluate(
         raise ValueError(
             f"--split={split!r} is unknown; choose one of {tuple(problem.splits)} or 'all'."
         )
-    print(f"{directory}: checkpoint {loaded.step}; mean [95 % interval]")
+    tell = print if multihost.is_primary() else _silent
+    tell(f"{directory}: checkpoint {loaded.step}; mean [95 % interval]")
     path = directory / "evaluation.json"
     table = _read_table(path)
     measure = problem.measure(episodes=episodes, ablations=True)
     for part in problem.splits if split == "all" else (split,):
         count = episodes or problem.splits[part]
-        print(f"{part}: {count} episodes per row")
+        tell(f"{part}: {count} episodes per row")
         for name, row in rows(measure(loaded.variables, part)).items():
-            print(f"{part:24} {name or '-':20} {_format_row(row)}", flush=True)
+            tell(f"{part:24} {name or '-':20} {_format_row(row)}", flush=True)
             row |= {"checkpoint": loaded.step, "episodes": count}
             prefix = "/".join(word for word in (part, name) if word)
             table |= {f"{prefix}/{key}": value for key, value in row.items()}
-        runs.write_json(path, table)
+        if multihost.is_primary():
+            runs.write_json(path, table)
     outputs = [path]
     if video:
         rng = jax.random.PRNGKey(problem.config.seed)
         outputs += write_episodes(problem, loaded.variables, rng, directory)
-    print(f"Wrote {', '.join(map(str, outputs))}")
+    tell(f"Wrote {', '.join(map(str, outputs))}")
     return table
+
+
+def _silent(*unused: object, **options: object) -> None:
+    """Prints nothing, as every process but the first."""
 
 
 def rows(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -144,7 +152,7 @@ def _read_table(path: epath.Path) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     refuse_arguments(argv)
-    with clean_exit(ValueError):
+    with clean_exit(ValueError, multihost.OtherProcessFailed):
         evaluate(
             FLAGS.workdir,
             which=FLAGS.which,
@@ -176,7 +184,7 @@ def run() -> None:
         "Inputs that may have changed since training, any of "
         f"{', '.join(fingerprints.ACCEPTABLE)}.",
     )
-    run_command(main)
+    run_command(main, processes=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ The command writes to the workdir:
 Ctrl-C or SIGTERM saves and stops. If training diverges, or rewards or records fail in every retry,
 the command ends with an error and exit code 1. If an evaluation or a report fails, it prints a
 message and continues.
+
+With --distributed in each process of a TPU pod or a Slurm job, or with --coordinator_address,
+--num_processes and --process_id, the run uses the devices of several hosts, see docs/runs.md.
 """
 
 import functools
@@ -36,6 +39,7 @@ from mmrl_jax.commands.common import (
     run_command,
 )
 from mmrl_jax.config import loading, schema
+from mmrl_jax.distributed import multihost
 from mmrl_jax.problems import renamed
 from mmrl_jax.training import fingerprints
 
@@ -46,16 +50,22 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     refuse_arguments(argv)
     # A ValueError from training itself would be a bug, so that its traceback is kept.
-    with clean_exit(ValueError):
-        problem = problems.make(FLAGS.config)
+    with clean_exit(ValueError, multihost.OtherProcessFailed):
+        problem = multihost.on_all(lambda: problems.make(FLAGS.config))
         lock = runs.claim(problem, FLAGS.workdir, accept=FLAGS.accept_changes)
-    devices = list(problem.mesh.devices.flat)
-    kinds = sorted({device.device_kind for device in devices})
-    print(f"Devices: {len(devices)} of {jax.device_count()} ({', '.join(kinds)}).", flush=True)
+    if multihost.is_primary():
+        devices = list(problem.mesh.devices.flat)
+        kinds = sorted({device.device_kind for device in devices})
+        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        print(
+            f"Devices: {len(devices)} of {jax.device_count()} ({', '.join(kinds)}{processes}).",
+            flush=True,
+        )
     with lock, clean_exit(*FAILURES):
         trained = runs.train_stages(problem, FLAGS.workdir)
     status = "interrupted; the same command resumes it" if trained.interrupted else "done"
-    print(f"Training {status}. Outputs: {FLAGS.workdir}")
+    if multihost.is_primary():
+        print(f"Training {status}. Outputs: {FLAGS.workdir}")
 
 
 def run() -> None:
@@ -85,7 +95,7 @@ def run() -> None:
         f"{', '.join(fingerprints.ACCEPTABLE)}.",
     )
     flags.mark_flags_as_required(["config", "workdir"])
-    run_command(main)
+    run_command(main, processes=True)
 
 
 if __name__ == "__main__":

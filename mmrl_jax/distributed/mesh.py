@@ -10,14 +10,16 @@ has the shardings of parameters. Programs are plain `jit` over arrays that are p
 shardings, and XLA inserts the collectives.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import contextvars
 import math
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
@@ -116,26 +118,78 @@ def put_batch(tree: Any, *, mesh: Mesh) -> Any:
     """Transfers a host batch [N, ...] to the devices, split along axis 0.
 
     Args:
-      tree: Pytree of arrays with a leading axis N, which is a multiple of `batch_shards`.
+      tree: Pytree of arrays with a leading axis N, which is a multiple of `batch_shards`; the same
+        in all processes. `rows.BatchRows.put` transfers a batch of which each process has a part.
       mesh: Device mesh.
     """
-    return jax.device_put(tree, batch_sharding(mesh, 0))
+    return put(tree, batch_sharding(mesh, 0))
+
+
+def env_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of the states of environments [N, ...], which are split like samples.
+
+    Args:
+      tree: Pytree of arrays with a leading axis N.
+      mesh: Device mesh.
+    """
+    # XLA always replicates arrays without elements.
+    return jax.tree.map(lambda x: batch_sharding(mesh, 0) if x.size else replicated(mesh), tree)
 
 
 def put(tree: Any, shardings: Any) -> Any:
     """Transfers arrays to devices with the given shardings; shapes only get the shardings.
 
     Args:
-      tree: Pytree of arrays or of `jax.ShapeDtypeStruct`.
+      tree: Pytree of arrays or of `jax.ShapeDtypeStruct`. In a run of several processes, an array
+        is either global, or each process has all of it and transfers what its devices hold.
       shardings: Pytree of shardings, which may be a prefix of `tree`.
     """
 
     def each(sharding: NamedSharding, x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.device_put(x, sharding)
+        is_global = isinstance(x, jax.Array) and not x.is_fully_addressable
+        if is_global or sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        # For such an array, device_put would first compare it between all processes.
+        array = np.asarray(jax.device_get(x))
+        return from_parts(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(lambda s, part: jax.tree.map(lambda x: each(s, x), part), shardings, tree)
+
+
+def from_parts(
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    part: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """Transfers the parts of a global array that devices of this process hold.
+
+    Args:
+      shape: Shape of the whole array.
+      sharding: Sharding of the array.
+      part: Returns the part of the array with the given index.
+    """
+    with jax.transfer_guard("allow"):  # JAX counts this transfer as an implicit one.
+        return jax.make_array_from_callback(shape, sharding, part)
+
+
+def get(tree: Any) -> Any:
+    """Transfers whole arrays to the host of every process, which must all call this function.
+
+    Args:
+      tree: Pytree of arrays with any shardings.
+
+    Returns:
+      Pytree of numpy arrays.
+    """
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def placed_shapes(tree: Any, shardings: Any) -> Any:

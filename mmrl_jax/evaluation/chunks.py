@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmrl_jax.distributed import mesh as mesh_lib
+
 
 def chunk_size(count: int, max_size: int, *, devices: int) -> int:
     """Returns the size of equal chunks of `count` samples, of which the last may need padding.
@@ -41,5 +43,5 @@ def in_chunks(function: Callable[[Any], Any], batch: Any, *, max_size: int, devi
     for first in range(0, count, size):
         indices = np.arange(first, first + size) % count
         chunk = jax.tree.map(lambda x, indices=indices: x[indices], batch)
-        results.append(jax.device_get(function(chunk)))
+        results.append(mesh_lib.get(function(chunk)))
     return jax.tree.map(lambda *x: np.concatenate(x)[:count], *results)

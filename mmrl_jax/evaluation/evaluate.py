@@ -138,11 +138,12 @@ class Evaluator:
         batches = []
         for first in range(0, self._episodes, self._size):
             state = self._starts[split](self._start_key, first=first)
+            state = mesh_lib.put(state, mesh_lib.env_shardings(state, self._mesh))
             count = min(self._size, self._episodes - first)
             if shuffled is not None:
                 _check_shuffleable(state, shuffled, count)
             episodes = self._run(state, variables, self._policy_key, index, jnp.int32(count))
-            batches.append(jax.device_get(episodes))
+            batches.append(mesh_lib.get(episodes))
         return jax.tree.map(lambda *x: np.concatenate(x)[: self._episodes], *batches)
 
     def _evaluate(

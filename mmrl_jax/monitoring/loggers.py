@@ -9,11 +9,10 @@ import importlib
 import math
 from typing import Any, Protocol
 
-import jax
-
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config import ConfigLike
 from mmrl_jax.config.schema import flatten
+from mmrl_jax.distributed import multihost
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "mmrl_jax"
@@ -71,7 +70,7 @@ def make(
     """
     loggers: list[Logger] = []
     for name in names:
-        if name == "tensorboard" or jax.process_index() != 0:
+        if name == "tensorboard" or not multihost.is_primary():
             continue
         try:
             module = importlib.import_module(name)

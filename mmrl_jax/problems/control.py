@@ -371,7 +371,7 @@ class Control:
 
         learn = sources.make_learn(update, optimizer)
         fields = sources.stage_fields(config, name, algorithm, source, self.best_metric)
-        constants = jax.device_put(Constants((), source.data), mesh_lib.replicated(self.mesh))
+        constants = mesh_lib.put(Constants((), source.data), mesh_lib.replicated(self.mesh))
         return Stage(
             **fields | {name: x for name, x in changes.items() if name != "stream"},
             init=init,

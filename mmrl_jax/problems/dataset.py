@@ -18,6 +18,8 @@ import numpy as np
 
 from mmrl_jax.config.options import Group, options_of
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import multihost
+from mmrl_jax.distributed.rows import BatchRows, strided_shares
 from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.evaluation.rewards import describe
@@ -27,7 +29,6 @@ from mmrl_jax.models import lora
 from mmrl_jax.pretrained.chat import ChatTokenizer
 from mmrl_jax.problems import dataset_options, problem, token_models, token_problem
 from mmrl_jax.problems.host_rewards import (
-    ScoredTexts,
     Scorer,
     Split,
     open_split,
@@ -39,10 +40,11 @@ from mmrl_jax.problems.host_rewards import (
 from mmrl_jax.problems.sources import Collected, Constants, Learn, Source, update_keys
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
-from mmrl_jax.tasks.folder import METADATA, Batch
+from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.prompts import Prompt, Texts
-from mmrl_jax.tasks.rewards import RewardWorkerPool
+from mmrl_jax.tasks.rewards import Rewards, RewardWorkerPool
 from mmrl_jax.training import fingerprints
+from mmrl_jax.training.dispatch import TRANSIENT
 from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.stage import Carry, HostUpdate
 from mmrl_jax.types import Metrics, Params
@@ -187,7 +189,7 @@ class Dataset(TokenProblem):
     # -- Experience --------------------------------------------------------------------------------
 
     def prompts(self, batch: Batch) -> Prompt:
-        """Returns the B prompts of a batch, split over the devices."""
+        """Returns the prompts of a batch as host arrays."""
         tokens, mask = tokenize_prompts(
             self.chat,
             batch.prompts,
@@ -195,8 +197,7 @@ class Dataset(TokenProblem):
             images=self._image_tokens,
         )
         unused = np.zeros(len(tokens), np.int32)  # The indices into a task's texts are unused.
-        arrays = tokens, mask, batch.images, *(unused,) * 4
-        return Prompt(*mesh_lib.put_batch(arrays, mesh=self.mesh))
+        return Prompt(tokens, mask, batch.images, *(unused,) * 4)
 
     def source(self, name: str) -> Source:
         """Returns the source of the experience of a stage, see `TokenProblem`.
@@ -205,27 +206,28 @@ class Dataset(TokenProblem):
           NoRewards: If no answer of the records of the first batch has a reward.
           RuntimeError: If a worker for reward functions does not start.
         """
-        if name == self.config.stages[0]:
+        if name == self.config.stages[0] and multihost.is_primary():
             d = self.config.dataset
             print_rejected(self.records)
             print_image_summary(self.records, (d.height, d.width), resize=d.resize)
         labels = name in self._labels
         size = self.config[name].batch_size if labels else self.config[name].prompts_per_update
         train = self.records.train.with_batch_size(size)
-        self.scorer.check_functions(train)
+        rows = BatchRows(self.mesh, size)
+        multihost.on_all(lambda: self.scorer.check_functions(train, rows.held))
         if labels:
-            return self._label_source(name, train)
-        return self._completion_source(name, train)
+            return self._label_source(name, train, rows)
+        return self._completion_source(name, train, rows)
 
-    def _label_source(self, name: str, train: Any) -> Source:
+    def _label_source(self, name: str, train: Records, rows: BatchRows) -> Source:
         """Returns a source of the records' answers, which are read one batch ahead."""
         s, length = self.config[name], self.config.dataset.completion_tokens
 
         def read(update: int) -> ScoredCompletions:
-            batch = train.batch(update)
-            rows = tokenize_completions(self.chat, batch.answers, length=length)
-            rows = mesh_lib.put_batch(rows, mesh=self.mesh)
-            return ScoredCompletions.labeled(self.prompts(batch), *rows)
+            batch = train.batch(update, rows.held)
+            labels = tokenize_completions(self.chat, batch.answers, length=length)
+            prompts, labels = rows.put((self.prompts(batch), labels))
+            return ScoredCompletions.labeled(prompts, *labels)
 
         def on_host(learn: Learn) -> Callable[[Carry, Any], HostUpdate]:
             def step(
@@ -237,11 +239,12 @@ class Dataset(TokenProblem):
                 replicated = mesh_lib.replicated(self.mesh)
                 shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
                 jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-                lowered = jitted.lower(carry, constants, read(0))
+                lowered = jitted.lower(carry, constants, multihost.on_all(lambda: read(0)))
                 program, batches = lowered.compile(), Prefetch(read, updates=s.num_updates)
 
                 def collect(carry: Carry, _: Any) -> ScoredCompletions:
-                    return batches(int(jax.device_get(carry.updates)))
+                    update = int(jax.device_get(carry.updates))
+                    return multihost.on_all(lambda: batches(update), transient=TRANSIENT)
 
                 shapes = mesh_lib.placed_shapes(lowered.out_info[1], replicated)
                 return HostUpdate(collect, program, shapes)
@@ -250,24 +253,35 @@ class Dataset(TokenProblem):
 
         return Source(stream=problem.FIXED_SET, samples_per_update=s.batch_size, on_host=on_host)
 
-    def _completion_source(self, name: str, train: Any) -> Source:
+    def _completion_source(self, name: str, train: Records, rows: BatchRows) -> Source:
         """Returns a source of sampled completions with rewards on the host."""
         r = self.config[name]
         return Source(
             stream=problem.COMPLETIONS,
             samples_per_update=r.prompts_per_update * r.num_completions,
-            on_host=lambda learn: functools.partial(self._compile, name, train, learn),
+            on_host=lambda learn: functools.partial(self._compile, name, train, rows, learn),
             console=("completion/reward", "completion/unscored"),
         )
 
     def _compile(
-        self, name: str, train: Any, learn: Learn, carry: Carry, constants: Constants
+        self,
+        name: str,
+        train: Records,
+        rows: BatchRows,
+        learn: Learn,
+        carry: Carry,
+        constants: Constants,
     ) -> HostUpdate:
-        """Compiles the two programs of an update, between which the rewards are computed."""
+        """Compiles the two programs of an update, between which the rewards are computed.
+
+        Each process reads and transfers the records whose prompts its devices complete, and calls
+        the reward functions for its share of the completions.
+        """
         r, replicated = self.config[name], mesh_lib.replicated(self.mesh)
         replicated_shapes = functools.partial(mesh_lib.placed_shapes, shardings=replicated)
         shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
-        generate = jax.jit(functools.partial(self._generate, name), out_shardings=replicated)
+        split = mesh_lib.batch_sharding(self.mesh, 0)
+        generate = jax.jit(functools.partial(self._generate, name), out_shardings=split)
 
         @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
         def step(
@@ -282,29 +296,32 @@ class Dataset(TokenProblem):
             return carry, metrics | grpo.describe(batch)
 
         def read(update: int) -> tuple[Batch, Prompt]:
-            batch = train.batch(update)
-            return batch, self.prompts(batch)
+            batch = train.batch(update, rows.held)
+            return batch, rows.put(self.prompts(batch))
 
-        _, prompts = read(0)
+        _, prompts = multihost.on_all(lambda: read(0))
         lowered_generate = generate.lower(
             carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
         )
         reward = replicated_shapes(np.empty((r.prompts_per_update, r.num_completions), np.float32))
-        scored = prompts, replicated_shapes(lowered_generate.out_info), reward, reward
+        completions = mesh_lib.placed_shapes(lowered_generate.out_info, split)
+        scored = prompts, completions, reward, reward
         lowered_step = step.lower(carry, constants, scored, replicated_shapes(np.float32(0)))
         compiled_generate, compiled_step = lowered_generate.compile(), lowered_step.compile()
         batches = Prefetch(read, updates=r.num_updates)
 
         def collect(carry: Carry, constants: Constants) -> tuple[tuple, jax.Array]:
-            batch, prompts = batches(int(jax.device_get(carry.updates)))
+            update = int(jax.device_get(carry.updates))
+            batch, prompts = multihost.on_all(lambda: batches(update), transient=TRANSIENT)
             completions = compiled_generate(
                 carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
             )
-            _, rewards = self.scorer(train, batch, completions)
+            own, texts = batch.take(rows.share), rows.get(completions)
+            _, rewards, failed = self.scorer(train, own, texts, shares=rows.shares)
             # Missing rewards are set to 0, because NaN times a mask of 0 is NaN.
             reward = np.where(rewards.valid, rewards.reward, 0)
-            arrays = reward, rewards.valid.astype(np.float32), np.float32(rewards.failed)
-            reward, valid, failed = jax.device_put(arrays, replicated)
+            arrays = reward, rewards.valid.astype(np.float32), np.float32(failed)
+            reward, valid, failed = mesh_lib.put(arrays, replicated)
             return (prompts, completions, reward, valid), failed
 
         return HostUpdate(
@@ -337,16 +354,18 @@ class Dataset(TokenProblem):
 
     # -- Evaluation --------------------------------------------------------------------------------
 
-    def greedy(self, episodes: int | None = None) -> Callable[..., tuple[Batch, ScoredTexts]]:
+    def greedy(
+        self, episodes: int | None = None
+    ) -> Callable[..., tuple[Batch, Completions, Rewards]]:
         """Returns a function that completes the records of a split greedily.
 
         Args:
           episodes: Number of records from the front of a split; None for all records.
 
         Returns:
-          Function (variables, split, shuffle_images=False) -> (records, their completions with
-          rewards, with G = 1). With `shuffle_images` the policy is given the image of another
-          record, see `other_images`.
+          Function (variables, split, shuffle_images=False) -> (records, their completions, rewards
+          of these), with G = 1; all processes have all of them. With `shuffle_images` the policy is
+          given the image of another record, see `other_images`.
         """
 
         @functools.cache  # Evaluations are repeated, and reading the images from files is slow.
@@ -374,19 +393,33 @@ class Dataset(TokenProblem):
 
         def greedy(
             variables: Params, split: str, shuffle_images: bool = False
-        ) -> tuple[Batch, ScoredTexts]:
-            batch, part = read(split), getattr(self.records, split)
+        ) -> tuple[Batch, Completions, Rewards]:
+            batch, part = multihost.on_all(lambda: read(split)), getattr(self.records, split)
             shown = batch
             if shuffle_images:
                 others = other_images([part.images[i].digest for i in batch.records])
                 shown = batch._replace(images=batch.images[others])
+
+            def complete_chunk(indices: np.ndarray) -> Completions:
+                prompts = self.prompts(shown.take(indices))
+                return complete(variables, mesh_lib.put_batch(prompts, mesh=self.mesh))
+
             completions = in_chunks(
-                lambda indices: complete(variables, self.prompts(shown.take(indices))),
+                complete_chunk,
                 np.arange(len(batch.records)),
                 max_size=self.eval_batch_size(),
                 devices=mesh_lib.batch_shards(self.mesh),
             )
-            return batch, self.scorer(part, batch, completions, allow_none=True)
+            shares = strided_shares(len(batch.records))
+            share = shares[jax.process_index()]
+            _, rewards, _ = self.scorer(
+                part,
+                batch.take(share),
+                jax.tree.map(lambda x: x[share], completions),
+                shares=shares,
+                allow_none=True,
+            )
+            return batch, completions, rewards
 
         return greedy
 
@@ -402,9 +435,9 @@ class Dataset(TokenProblem):
         greedy, max_failed = self.greedy(episodes), self.config.rewards.max_failed
 
         def measure(variables: Params, split: str) -> dict[str, float]:
-            metrics = describe(greedy(variables, split)[1].rewards, split, max_failed=max_failed)
+            metrics = describe(greedy(variables, split)[2], split, max_failed=max_failed)
             if ablations:
-                rewards = greedy(variables, split, shuffle_images=True)[1].rewards
+                rewards = greedy(variables, split, shuffle_images=True)[2]
                 shuffled = describe(rewards, f"{split}, shuffled images", max_failed=max_failed)
                 names = [name for name in shuffled if not name.startswith("reward/")]
                 metrics |= {f"shuffled_image/{name}": shuffled[name] for name in names}
@@ -418,7 +451,8 @@ class Dataset(TokenProblem):
 
     def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
         """Returns completions of the first test records, and the metrics of all test records."""
-        batch, (completions, rewards) = self.greedy()(variables, TEST)
+        batch, completions, rewards = self.greedy()(variables, TEST)
+        first = jax.tree.map(lambda x: x[:count], completions)
         metrics = describe(rewards, TEST, max_failed=self.config.rewards.max_failed)
         samples = [
             Sample(
@@ -429,6 +463,6 @@ class Dataset(TokenProblem):
                 float(rewards.reward[i, 0]),
                 correct=None,  # Only the reward functions know what is correct.
             )
-            for i, (text,) in enumerate(completions[:count])
+            for i, (text,) in enumerate(self.scorer.decode(first))
         ]
         return samples, {f"eval/{TEST}/{name}": value for name, value in metrics.items()}

@@ -6,7 +6,6 @@ import math
 import pathlib
 from typing import Literal
 
-import jax
 import ml_collections
 
 from mmrl_jax.config.loading import import_object
@@ -117,12 +116,6 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: If the config is invalid; the message gives the field, its value and the remedy.
     """
     d = config.dataset
-    # Each process would score all completions, and a failure in one would block the others.
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"dataset.directory={d.directory!r} on {jax.process_count()} processes: runs with "
-            "reward functions support one process only, which may have several devices."
-        )
     if config.model.kind == "scratch":
         raise ValueError(
             "model.kind='scratch', but a decoder from scratch cannot read the free text of a "

@@ -7,15 +7,17 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from mmrl_jax.distributed import multihost
+from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.rewards import RESERVED, Failure, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.rewards import RESERVED, Failure, NoRewards, Rewards, RewardWorkerPool
+from mmrl_jax.training.dispatch import TRANSIENT
 
 # Maximum number of kinds of failures that a process prints. reward/failed counts all failures.
 MAX_PRINTED = 10
@@ -204,12 +206,14 @@ class ScoredTexts(NamedTuple):
     """Texts and rewards of G completions for each of B prompts.
 
     Attributes:
-      completions: Texts of the completions, B lists of G texts.
-      rewards: Rewards of the completions.
+      completions: Texts of the completions that this process has scored, lists of G texts.
+      rewards: Rewards of all completions; its `failures` are those of this process.
+      failed: Fraction of the calls of reward functions that failed, in [0, 1].
     """
 
     completions: list[list[str]]
     rewards: Rewards
+    failed: float
 
 
 class Scorer:
@@ -227,44 +231,83 @@ class Scorer:
         self._printed: set[tuple[str, str]] = set()
 
     def __call__(
-        self, records: Records, batch: Batch, completions: Completions, *, allow_none: bool = False
+        self,
+        records: Records,
+        batch: Batch,
+        completions: Completions,
+        *,
+        shares: list[np.ndarray] | None = None,
+        allow_none: bool = False,
     ) -> ScoredTexts:
         """Decodes and scores completions [B, G, T] of the prompts of a batch.
 
+        In a run of several processes each scores its share, and gets the rewards of all.
+
         Args:
           records: Records that the batch is from, for the names in messages.
-          batch: Batch of B records.
-          completions: Completions, with leaves [B, G, ...].
+          batch: Records in the share of this process.
+          completions: Completions of these records, as host arrays [n, G, ...].
+          shares: For each process the indices in [0, B) of the records in its share; None if this
+            process has all of them.
           allow_none: Whether no error is raised if no completion has a reward.
 
         Raises:
           NoRewards: If no completion has a reward and `allow_none` is False.
         """
-        tokens, mask, finished = jax.device_get(
-            (completions.tokens, completions.mask, completions.finished)
-        )
-        texts = [
-            [self._chat.decode(row[row_mask]) for row, row_mask in zip(*group, strict=True)]
-            for group in zip(tokens, mask, strict=True)
-        ]
-        rewards = self._pool(
-            batch.prompts,
-            texts,
-            batch.answers,
-            batch.columns,
-            finished,
-            allow_none=allow_none,
-        )
-        self._print_failures(rewards, records, batch)
-        return ScoredTexts(texts, rewards)
+        shares = shares or [np.arange(len(batch.prompts))]
+        alone = len(shares) == 1
+        texts = self.decode(completions)
 
-    def check_functions(self, records: Records) -> None:
+        def score() -> Rewards:
+            if not texts:
+                shape = completions.finished.shape
+                nothing = np.zeros(shape, np.float32)
+                parts = dict.fromkeys(self._pool.names, nothing)
+                return Rewards(nothing, np.zeros(shape, bool), parts, ())
+            return self._pool(
+                batch.prompts,
+                texts,
+                batch.answers,
+                batch.columns,
+                completions.finished,
+                allow_none=allow_none or not alone,
+            )
+
+        rewards = multihost.on_all(score, transient=TRANSIENT)
+        self._print_failures(rewards, records, batch)
+        if alone:
+            return ScoredTexts(texts, rewards, rewards.failed)
+        failures = np.zeros(rewards.reward.shape, np.int32)
+        for failure in rewards.failures:
+            failures[failure.prompt, failure.completion] += 1
+        whole = rewards.reward, rewards.valid, rewards.parts, failures
+        reward, valid, parts, failures = join_shares(whole, shares)
+        if not valid.any() and not allow_none:
+            raise NoRewards(
+                f"None of {reward.size} samples has a reward: {failures.sum()} calls failed. Each "
+                "process prints the failures of its own calls."
+            )
+        scored = Rewards(reward, valid, parts, rewards.failures)
+        return ScoredTexts(texts, scored, float(failures.mean() / len(parts)))
+
+    def decode(self, completions: Completions) -> list[list[str]]:
+        """Returns the texts of completions, host arrays [n, G, ...], as n lists of G texts."""
+        return [
+            [self._chat.decode(row[row_mask]) for row, row_mask in zip(*group, strict=True)]
+            for group in zip(completions.tokens, completions.mask, strict=True)
+        ]
+
+    def check_functions(self, records: Records, rows: Sequence[int] | None = None) -> None:
         """Scores the answers of the first batch, so that broken functions fail before compilation.
 
+        Args:
+          records: Records of a stage.
+          rows: Indices in the batch of the records to score; None for all of them.
+
         Raises:
-          NoRewards: If no answer of the first batch has a reward.
+          NoRewards: If no answer of these records has a reward.
         """
-        batch = records.batch(0)
+        batch = records.batch(0, rows)
         rewards = self._pool(
             batch.prompts, [[text] for text in batch.answers], batch.answers, batch.columns
         )

@@ -224,6 +224,13 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
             "devices. Lower a number; mesh.data=0 uses all devices that the other axes leave."
         )
     sizes = {mesh_lib.DATA: data, mesh_lib.FSDP: m.fsdp, mesh_lib.TENSOR: m.tensor}
+    if jax.process_count() > 1 and math.prod(sizes.values()) != available:
+        raise ValueError(
+            f"mesh.data={m.data}, mesh.fsdp={m.fsdp}, mesh.tensor={m.tensor} leaves some of the "
+            f"{available} devices of {jax.process_count()} processes without work, but each "
+            "process must take part; set mesh.data=0, and the others so that they divide "
+            f"{available}."
+        )
     return mesh_lib.make_mesh(math.prod(sizes.values()), sizes)
 
 
@@ -279,10 +286,6 @@ def shard_carry(carry: Carry, *, mesh: Mesh) -> Carry:
     reference are split by the rules of `distributed.partition`.
     """
     replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
-    # XLA always replicates arrays without elements.
-    by_env = jax.tree.map(
-        lambda x: mesh_lib.batch_sharding(mesh, 0) if x.size else mesh_lib.replicated(mesh),
-        carry.env_state,
-    )
+    by_env = mesh_lib.env_shardings(carry.env_state, mesh)
     learner = partition.shardings(carry.learner, mesh)
     return replicated.replace(env_state=by_env, learner=learner)

@@ -6,6 +6,8 @@ from etils import epath
 import jax
 import numpy as np
 
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation import evaluate
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import videos
@@ -31,7 +33,7 @@ def write_episodes(
       size: Height and width of the frames in pixels.
 
     Returns:
-      Paths of the two files.
+      Paths of the two files, which process 0 writes; empty in other processes.
 
     Raises:
       ValueError: If the problem has no environment, or its environment has no scene to render.
@@ -48,7 +50,9 @@ def write_episodes(
         policy = problem.policy(variables)
         return evaluate.record_video(env, policy, rng, episodes=episodes, height=size, width=size)
 
-    first, frames = jax.device_get(run(variables, rng))
+    first, frames = mesh_lib.get(run(variables, rng))
+    if not multihost.is_primary():
+        return []
     captions = [env.caption(jax.tree.map(lambda x, i=i: x[i], first)) for i in range(episodes)]
     clips = np.swapaxes(frames, 0, 1)
     video = videos.episodes_video(

@@ -18,6 +18,7 @@ from etils import epath
 import numpy as np
 
 from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.reporting.videos import file_path, save_file
@@ -75,6 +76,8 @@ def tolerate_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if multihost.is_lost(error):
+            raise
         print(
             f"{what} failed, and the run continues without it: {workdir_lib.one_line(error)}",
             file=sys.stderr,

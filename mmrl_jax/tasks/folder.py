@@ -207,17 +207,22 @@ class Records:
         part._order = functools.lru_cache(maxsize=2)(part._shuffle)
         return part
 
-    def batch(self, update: int) -> Batch:
-        """Returns the batch of an update, counted from 0.
+    def batch(self, update: int, rows: Sequence[int] | None = None) -> Batch:
+        """Returns the batch of an update, or some of its samples.
 
         Epochs follow each other without a gap, so that a batch may contain records of two epochs.
+
+        Args:
+          update: Number of the update, counted from 0.
+          rows: Indices in the batch of the samples to read; None for all of them.
 
         Raises:
           ValueError: If `update` is negative, or a record has changed since it was checked.
         """
         if update < 0:
             raise ValueError(f"update={update} must be at least 0.")
-        positions = range(update * self._batch_size, (update + 1) * self._batch_size)
+        first = update * self._batch_size
+        positions = [first + int(i) for i in (range(self._batch_size) if rows is None else rows)]
         return self.read([int(self._order(p // len(self))[p % len(self)]) for p in positions])
 
     def read(self, numbers: Sequence[int]) -> Batch:

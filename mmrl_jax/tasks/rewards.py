@@ -210,6 +210,11 @@ class RewardWorkerPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the reward functions."""
+        return tuple(self._weights)
+
     def close(self) -> None:
         """Stops all worker processes."""
         self._finalize()

@@ -22,12 +22,12 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
 from mmrl_jax import config as config_lib
 from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.distributed import multihost
 from mmrl_jax.training import integrity
 from mmrl_jax.training.integrity import CheckpointMismatch
 from mmrl_jax.workdir import CHECKPOINTS, saved_steps
@@ -92,8 +92,10 @@ class Checkpointer:
         self._save_interval = save_interval
         workdir_lib.claim_workdir(self._workdir, config, may_change=may_change)
         workdir_lib.make_directory(self._directory)
+        # A network file system may show the other processes an older list.
+        steps = multihost.from_primary(saved_steps(self._workdir))
         self._scores: dict[int, float | None] = {
-            step: _score_on_disk(self._directory, step) for step in saved_steps(self._workdir)
+            step: _score_on_disk(self._directory, step) for step in steps
         }
         self._policy = _KeepNewestAndBest(keep, self._scores)
         self._manager = self._open()
@@ -103,8 +105,9 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or not multihost.is_lost(error):  # Orbax would wait for the lost process.
+            self.close()
 
     def due(self, step: int) -> bool:
         """Returns whether a multiple of `save_interval` was passed since the last save."""
@@ -233,7 +236,7 @@ class Checkpointer:
             CheckpointDamaged: If there are checkpoints, but none can be read.
         """
         self.wait()
-        steps = saved_steps(self._workdir)
+        steps = multihost.from_primary(saved_steps(self._workdir))
         damaged: list[tuple[int, Exception]] = []
         for step in reversed(steps):
             restored, error = _try_load(self._directory, step, {"": target_like})
@@ -275,12 +278,11 @@ class Checkpointer:
                 used,
                 target,
             )
-            if jax.process_index() == 0:
+            if multihost.is_primary():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (self._directory / str(step)).rename(target)
             self._scores.pop(step, None)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints moved")
+        multihost.any_process(False)  # All processes wait until process 0 has moved them.
         # The manager lists the steps only once, when it is created.
         self._manager.close()
         self._manager = self._open()
@@ -322,7 +324,7 @@ def restore_parts(
         CheckpointDamaged: If no such checkpoint can be read.
     """
     directory = workdir_lib.as_path(workdir) / CHECKPOINTS
-    steps = saved_steps(workdir)
+    steps = multihost.from_primary(saved_steps(workdir))
     if not steps:
         raise ValueError(f"No checkpoint in {directory}: give the workdir of a run that saved one.")
     if which == "latest":
@@ -414,10 +416,8 @@ def _try_load(
         if "RESOURCE_EXHAUSTED" in str(caught):
             raise
         error = caught
-    if jax.process_count() > 1:
-        succeeded = multihost_utils.process_allgather(np.array(error is None))
-        if not np.all(succeeded) and error is None:
-            restored, error = None, ValueError("another process could not read it")
+    if multihost.any_process(error is not None) and error is None:
+        restored, error = None, ValueError("another process could not read it")
     return restored, error
 
 

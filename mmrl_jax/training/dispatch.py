@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmrl_jax.distributed import multihost
 from mmrl_jax.rl import losses
 from mmrl_jax.training.stage import Carry, HostUpdate, Update
 from mmrl_jax.types import Metrics
@@ -16,6 +17,8 @@ from mmrl_jax.workdir import one_line
 OPTIMIZER_METRICS = ("loss/", "grad/", "policy/", "dpo/")
 # Maximum fraction of a dispatch's optimizer steps that may be skipped because they are not finite.
 MAX_SKIPPED = 0.5
+# Exceptions that may be a temporary outage, for example of a reward server or a file system.
+TRANSIENT = (ValueError, RuntimeError, OSError)
 # Seconds before each retry of the host's part of an update. They cover the restart of a server. In
 # a longer outage the run ends, and the same command resumes it from the last checkpoint.
 RETRY_AFTER_S = (1.0, 5.0, 25.0)
@@ -72,6 +75,7 @@ def make_host_dispatch(
     carry: Carry,
     *,
     stopping: Callable[[], bool] = lambda: False,
+    sleep: Callable[[float], None] = time.sleep,
     tell: Callable[[str], None] = print,
 ) -> Callable[[Carry, Any], DispatchResult]:
     """Returns a function that runs several updates of a stage whose update needs the host.
@@ -85,6 +89,7 @@ def make_host_dispatch(
       updates: Number of updates in one call.
       carry: Carry whose shapes and shardings are those of all later carries.
       stopping: Returns whether the run is stopping, in which case nothing is retried.
+      sleep: Function that waits for a number of seconds before a retry.
       tell: Function that prints a message.
 
     Returns:
@@ -107,12 +112,14 @@ def make_host_dispatch(
                     batch = host.collect(carry, constants)
                     break
                 except Exception as caught:
-                    if not delays or stopping() or not is_transient(caught):
+                    if multihost.is_lost(caught):
+                        raise
+                    if not delays or not is_transient(caught) or stopping():
                         error = caught
                         break
                     retries += 1
                     tell(f"An update failed, and is retried: {one_line(caught)}")
-                    _wait(delays.pop(0), stopping)
+                    sleep(delays.pop(0))
             if error is None:
                 carry, metrics = host.step(carry, constants, batch)
                 rows.append(metrics)
@@ -129,14 +136,10 @@ def make_host_dispatch(
 
 def is_transient(error: Exception) -> bool:
     """Returns whether an error may be a temporary outage rather than one of code or device."""
-    external = isinstance(error, (ValueError, RuntimeError, OSError))
-    return external and not isinstance(error, jax.errors.JaxRuntimeError)
-
-
-def _wait(seconds: float, stopping: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not stopping():
-        time.sleep(min(0.2, seconds))
+    if isinstance(error, multihost.OtherProcessFailed):
+        return error.transient
+    device = isinstance(error, jax.errors.JaxRuntimeError) or multihost.is_lost(error)
+    return isinstance(error, TRANSIENT) and not device
 
 
 def _summary(variables: Any, metrics: Metrics) -> Metrics:

@@ -11,9 +11,8 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-import jax
-
 from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.distributed import multihost
 
 NAME = "run.json"
 # Description of the input of each fingerprint, for error messages.
@@ -72,7 +71,7 @@ def write(
       made_with: Provenance of the run, see `provenance.provenance`, which is stored for people to
         read.
     """
-    if jax.process_index() == 0:
+    if multihost.is_primary():
         path = workdir_lib.as_path(workdir) / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         workdir_lib.write_text(

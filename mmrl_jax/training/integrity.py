@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmrl_jax.distributed import mesh as mesh_lib
+
 PyTree = Any
 
 _MAX_LISTED = 20
@@ -51,6 +53,12 @@ def _key_kind(leaf: Any) -> str:
 
 def _crc(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _is_visible(array: Any) -> bool:
+    """Returns whether this process holds all of an array."""
+    on_host = isinstance(array, np.ndarray)
+    return on_host or array.is_fully_addressable or array.is_fully_replicated
 
 
 def json_crc(body: Mapping[str, Any]) -> int:
@@ -99,9 +107,8 @@ def snapshot(carry: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
                 leaf = jnp.copy(leaf)
         entry["shape"] = list(leaf.shape)
         entry["dtype"] = str(leaf.dtype)
-        addressable = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
-        # No process sees all of an array that spans several hosts, so that it has no checksum.
-        entry["crc32"] = _crc(jax.device_get(leaf)) if addressable else None
+        # No process sees all of an array that is split over several, so that it has no checksum.
+        entry["crc32"] = _crc(jax.device_get(leaf)) if _is_visible(leaf) else None
         layout[path] = entry
         # Orbax does not write empty arrays, which are restored from the layout alone.
         if leaf.size:
@@ -137,8 +144,8 @@ def finish_leaf(path: str, array: Any, target: Any, entry: Mapping[str, Any]) ->
         array = np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
         sharding = target_sharding(target)
         if sharding is not None:
-            array = jax.device_put(array, sharding)
-    if entry["crc32"] is not None and (isinstance(array, np.ndarray) or array.is_fully_addressable):
+            array = mesh_lib.put(array, sharding)
+    if entry["crc32"] is not None and _is_visible(array):
         if _crc(jax.device_get(array)) != entry["crc32"]:
             raise ValueError(f"the checksum of '{path}' is wrong")
     if isinstance(target, np.ndarray):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -22,9 +23,10 @@ import time
 from typing import Any
 
 from etils import epath
-import jax
+import numpy as np
 
 from mmrl_jax import workdir as workdir_lib
+from mmrl_jax.distributed import multihost
 
 NAME = "lock.json"
 BEAT_S = 15.0  # Interval of the heartbeat.
@@ -32,7 +34,10 @@ BEAT_S = 15.0  # Interval of the heartbeat.
 # restarts under another host name, and should not wait for long.
 SILENCE_S = 60.0
 
-_held: set[str] = set()  # Workdirs that this process has locked.
+# Time for which a process looks for the lock file that process 0 wrote to a shared directory.
+VISIBLE_S = 30.0
+
+_held: set[str] = set()  # Workdirs that the run of this process has locked.
 
 Owner = dict[str, Any]
 
@@ -41,34 +46,69 @@ Owner = dict[str, Any]
 def locked(workdir: workdir_lib.PathLike) -> Iterator[None]:
     """Context manager that locks a workdir against other processes.
 
-    It is reentrant within a process. In a multi-host run, the first process holds the lock for all
-    processes.
+    It is reentrant within a process. In a run of several processes, all must use it, and process 0
+    holds the lock for all of them.
 
     Raises:
-        ValueError: If another process has locked the workdir, or it cannot be written.
+        ValueError: In all processes, if another run has locked the workdir, a process cannot write
+            to it, or does not share it with process 0.
     """
     directory = workdir_lib.as_path(workdir)
     path, name = directory / NAME, os.fspath(directory)
-    if jax.process_index() != 0 or name in _held:
+    if name in _held:
         yield
         return
-    workdir_lib.make_directory(directory)
-    owner = _this_process()
-    _acquire(path, owner)
+    primary, owner = multihost.is_primary(), _this_process()
+    multihost.on_all(lambda: _enter(path, owner) if primary else None)
+    digest = multihost.gather(_digest(owner))[0]
+    multihost.on_all(lambda: None if primary else _check_shared(path, digest))
     _held.add(name)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True)
-    beating.start()
+    if primary:
+        beating.start()
     try:
         yield
     finally:
-        ended.set()
-        beating.join()
         _held.discard(name)
-        # Errors are ignored, because a remaining lock is taken over by the next process.
-        with contextlib.suppress(Exception), _exclusive(path):
-            if _same(_read(path), owner):
-                path.unlink()
+        if primary:
+            ended.set()
+            beating.join()
+            # Errors are ignored, because a remaining lock is taken over by the next process.
+            with contextlib.suppress(Exception), _exclusive(path):
+                if _same(_read(path), owner):
+                    path.unlink()
+
+
+def _enter(path: epath.Path, owner: Owner) -> None:
+    """Creates the workdir and acquires its lock."""
+    workdir_lib.make_directory(path.parent)
+    _acquire(path, owner)
+
+
+def _digest(owner: Owner | None) -> np.ndarray:
+    """Returns a digest of an owner, without its heartbeat, as uint8 [16]."""
+    text = json.dumps({**(owner or {}), "beats": 0}, sort_keys=True)
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint8)
+
+
+def _check_shared(path: epath.Path, digest: np.ndarray) -> None:
+    """Checks as another process than process 0 that this one sees the lock file of process 0.
+
+    Raises:
+        ValueError: If the workdir is not shared with process 0, or cannot be written.
+    """
+    deadline = time.monotonic() + VISIBLE_S
+    while not np.array_equal(_digest(_read(path)), digest):
+        # Network file systems show new files with a delay.
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"Workdir {path.parent}: process 0 has written {NAME} there, but a process on "
+                f"{socket.gethostname()} does not see it. Give a directory that all hosts share: "
+                "gs://bucket/directory, or one on a network file system."
+            )
+        time.sleep(0.5)
+    workdir_lib.make_directory(path.parent)
 
 
 def _acquire(path: epath.Path, owner: Owner) -> None:

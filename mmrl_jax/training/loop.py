@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from mmrl_jax import envs
 from mmrl_jax.config import ConfigLike
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import multihost
 from mmrl_jax.monitoring import loggers, metric_definitions
 from mmrl_jax.monitoring.metrics import MetricWriter
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
@@ -81,7 +83,7 @@ def start(stage: Stage) -> tuple[Carry, Any]:
     # be donated twice. One leaf is copied at a time to avoid the memory of a second carry.
     for i, sharding in enumerate(jax.tree.leaves(shardings)):
         strong = jax.lax.convert_element_type(leaves[i], jnp.asarray(leaves[i]).dtype)
-        leaves[i] = jnp.copy(jax.device_put(strong, sharding))
+        leaves[i] = jnp.copy(mesh_lib.put(strong, sharding))
     return jax.tree.unflatten(structure, leaves), shardings
 
 
@@ -182,12 +184,13 @@ def run(
             if progress.done:
                 log.save(carry, progress, {}, force=True)
         checkpointer.wait()
-        if error is not None and not terminated():
+        interrupted = terminated()
+        if error is not None and not interrupted:
             if not is_transient(error):
                 raise error
             raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
         counters = progress.add()
-        return Result(carry, progress.done, counters, progress.earlier_s, terminated())
+        return Result(carry, progress.done, counters, progress.earlier_s, interrupted)
 
 
 def _begin(
@@ -199,7 +202,7 @@ def _begin(
       The carry, its shardings, the counters of the stage, the number of completed updates (None if
       there is no checkpoint), and the time of the initialization in seconds.
     """
-    if saved_steps(workdir):
+    if multihost.from_primary(saved_steps(workdir)):
         carry, shardings, extra, done = restore(stage, checkpointer)
         return carry, shardings, Counters(**extra), done, 0.0
     init_start = time.perf_counter()
@@ -215,7 +218,7 @@ def _writer_fields(stage: Stage) -> dict[str, Any]:
         # There is at most one evaluation per dispatch.
         "eval_interval": stage.evaluate and max(stage.eval_interval, stage.updates_per_dispatch),
         "label": stage.name,
-        "active": jax.process_index() == 0,
+        "active": multihost.is_primary(),
         "tensorboard": "tensorboard" in stage.loggers,
     }
 
@@ -281,7 +284,7 @@ def _train(
 
 
 def _compiler(
-    stage: Stage, shardings: Any, stopping: Callable[[], bool], tell: Callable[[str], None]
+    stage: Stage, shardings: Any, terminated: PreemptionGuard, tell: Callable[[str], None]
 ) -> Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]]:
     """Returns a function (number of updates, carry) -> compiled dispatch of that many updates."""
     host: list[HostUpdate] = []  # The compiled parts are the same for dispatches of every size.
@@ -302,7 +305,9 @@ def _compiler(
         if not host:
             host.append(stage.on_host(carry, stage.constants))
             _check_metrics(host[0].metrics)
-        return make_host_dispatch(host[0], size, carry, stopping=stopping, tell=tell)
+        return make_host_dispatch(
+            host[0], size, carry, stopping=terminated, sleep=terminated.sleep, tell=tell
+        )
 
     return compiled
 

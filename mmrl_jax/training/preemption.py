@@ -2,14 +2,18 @@
 
 import os
 import signal
+import time
 from typing import Any
+
+from mmrl_jax.distributed import multihost
 
 
 class PreemptionGuard:
     """Context manager that records SIGTERM and SIGINT, so that the loop can save before it stops.
 
-    Calling the guard returns whether a signal was received. A later SIGINT raises
-    KeyboardInterrupt, so that pressing Ctrl-C again stops the run immediately.
+    Calling the guard returns whether a process of the run has received a signal; all processes must
+    call it, so that they save the same update. A later SIGINT raises KeyboardInterrupt, so that
+    pressing Ctrl-C again stops the run immediately.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,7 +33,13 @@ class PreemptionGuard:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self._received
+        return multihost.any_process(self._received)
+
+    def sleep(self, seconds: float) -> None:
+        """Waits, but not any longer after this process has received a signal."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._received:
+            time.sleep(min(0.2, seconds))
 
     def _handle(self, number: int, _: object) -> None:
         if self._received and number == signal.SIGINT:

@@ -3,6 +3,8 @@
 import dataclasses
 import time
 
+from mmrl_jax.distributed import multihost
+
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
@@ -52,7 +54,9 @@ class Progress:
 
     def over(self) -> bool:
         """Returns whether the stage has reached its number of updates or its time limit."""
-        late = self._max_seconds is not None and self.counters.wall_s >= self._max_seconds
+        if self._max_seconds is None:
+            return self.done >= self._updates
+        late = multihost.any_process(self.counters.wall_s >= self._max_seconds)
         return late or self.done >= self._updates
 
     def add(self, **more: float) -> Counters:

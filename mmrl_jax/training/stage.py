@@ -39,7 +39,8 @@ class HostUpdate(NamedTuple):
 
     Attributes:
       collect: (carry, constants) -> batch. It may fail, for example while a reward server is down,
-        and is then retried: it must depend on its arguments alone and donate nothing.
+        and is then retried: it must depend on its arguments alone and donate nothing. With several
+        processes it must fail in all of them or in none, see `multihost.on_all`.
       step: (carry, constants, batch) -> (carry, metrics), see `Stage.update`. It may donate the
         carry.
       metrics: Shapes, dtypes and shardings of the metrics by their names.

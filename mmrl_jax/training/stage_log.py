@@ -7,6 +7,7 @@ import math
 import time
 from typing import Any
 
+from mmrl_jax.distributed import multihost
 from mmrl_jax.monitoring.health_checks import HealthChecks
 from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.checkpoint import Checkpointer
@@ -44,7 +45,8 @@ class StageLog:
         self.writer = writer
         self.path = as_path(workdir) / JSONL_NAME
         self._health_checks = HealthChecks()
-        for row in read_jsonl(self.path):  # A resumed run raises the alarms of the whole run.
+        # A resumed run raises the alarms of the whole run.
+        for row in read_jsonl(self.path) if multihost.is_primary() else ():
             if 0 < row["step"] <= done:
                 self._health_checks.update(row)
 
@@ -116,6 +118,8 @@ class StageLog:
         try:
             return dict(measure())
         except Exception as error:  # A failed measurement must not end the run.
+            if multihost.is_lost(error):
+                raise
             self.writer.message(
                 f"{self._stage.name}: {what} at update {done} failed, and the run continues "
                 f"without it: {one_line(error)}"

@@ -12,7 +12,6 @@ from mmrl_jax import problems, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands import common
 from mmrl_jax.commands.evaluate import evaluate
-from mmrl_jax.configs import folder_grpo
 from mmrl_jax.evaluation.rewards import describe
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy
 from mmrl_jax.monitoring import metrics
@@ -39,47 +38,7 @@ def make_config(tmp_path_factory):
     images = folder(tmp_path_factory.mktemp("pictures"), count=10)
 
     def make(stages=("grpo",), **changes):
-        every = {"num_updates": 4, "eval_interval": 2, "checkpoint_interval": 1}
-        sampled = every | {
-            "prompts_per_update": 4,
-            "num_completions": 4,
-            "num_minibatches": 1,
-            "grad_accum_steps": 1,
-            "optimizer": {"schedule": "constant", "learning_rate": 1e-2},
-        }
-        small = {
-            "mesh": {"data": 1},
-            "dataset": {
-                "directory": str(images),
-                "height": 16,
-                "width": 16,
-                "resize": "stretch",
-                "prompt_tokens": 64,
-                "completion_tokens": 4,
-                "validation_size": 2,
-                "test_size": 2,
-            },
-            "rewards": {
-                "functions": (LENGTH,),
-                "weights": (0.5,),
-                "workers": 1,
-                "timeout_s": 60.0,
-            },
-            "model": {
-                "checkpoint": str(model),
-                "width": 16,
-                "heads": 2,
-                "patch_hidden": 16,
-                "vision_layers": 0,
-                "dtype": "float32",
-                "remat": False,
-            },
-            "sft": every,
-            **dict.fromkeys(("grpo", "dpo", "ppo"), sampled),
-        }
-        return problems.complete(
-            folder_grpo.CONFIG, small, {"stages": stages}, tiny.nested(changes, stages)
-        )
+        return tiny.folder_config(model, images, stages, **changes)
 
     return make
 

@@ -1,0 +1,535 @@
+"""Tests of runs of several processes on this machine, which are started by the real command."""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import mmrl_jax
+from mmrl_jax import config as config_lib
+from mmrl_jax import problems, runs
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import multihost, rendezvous
+from mmrl_jax.distributed.rows import BatchRows, join_shares, strided_shares
+from mmrl_jax.monitoring import metrics
+from mmrl_jax.training import checkpoint, dispatch
+from tests import processors, tiny
+from tests.tasks.test_folder import folder
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+import pathlib
+from mmrl_jax.config import from_json
+
+def get_config():
+    return from_json(pathlib.Path({path!r}).read_text())
+"""
+LOST = "Terminating process because the JAX distributed service|has lost the connection to another"
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return server.getsockname()[1]
+
+
+class Processes:
+    """The processes of one command, which write their output to files.
+
+    Args:
+      script: Name of the command.
+      arguments: Flags of each process.
+      directory: Directory of the output.
+      ids: Numbers of the processes that start; None for all.
+      devices: Number of simulated devices of all processes.
+    """
+
+    def __init__(self, script, arguments, directory, *, ids=None, devices=4):
+        directory.mkdir(parents=True, exist_ok=True)
+        port, self._outputs, self._children = free_port(), [], []
+        count = len(arguments)
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} "
+            "--xla_backend_optimization_level=0",
+            "PYTHONPATH": str(ROOT),
+        }
+        for i in range(count) if ids is None else ids:
+            command = [
+                sys.executable, "-m", f"experiments.{script}", *arguments[i],
+                f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}",
+                f"--process_id={i}",
+            ]  # fmt: skip
+            self._outputs.append(directory / f"output_{i}.txt")
+            with self._outputs[-1].open("w") as file:
+                child = subprocess.Popen(command, stdout=file, stderr=file, env=environment,
+                                         cwd=ROOT)  # fmt: skip
+            self._children.append(child)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        for child in self._children:
+            child.kill()
+            child.wait()
+
+    def end(self, timeout=None):
+        """Returns exit codes and outputs, as soon as all processes have ended."""
+        for child in self._children:
+            child.wait(timeout)
+        return [child.returncode for child in self._children], self.outputs()
+
+    def outputs(self):
+        return [path.read_text() for path in self._outputs]
+
+    def wait_until(self, condition):
+        while not condition():
+            assert all(child.poll() is None for child in self._children), self.outputs()
+            time.sleep(0.02)
+
+    def signal(self, i, number):
+        self._children[i].send_signal(number)
+
+
+def train(config, workdir, directory, *, count=2, flags=(), **options):
+    """Starts the processes of a run; its config and workdir may be lists with one for each."""
+    directory.mkdir(parents=True, exist_ok=True)
+    configs = config if isinstance(config, list) else [config] * count
+    workdirs = workdir if isinstance(workdir, list) else [workdir] * count
+    arguments = []
+    for i in range(count):
+        path = directory / f"config_{i}.py"
+        path.with_suffix(".json").write_text(config_lib.to_json(configs[i]))
+        path.write_text(CONFIG.format(path=str(path.with_suffix(".json"))))
+        arguments.append([f"--config={path}", f"--workdir={workdirs[i]}", *flags])
+    return Processes("train", arguments, directory, **options)
+
+
+def train_in_processes(config, workdir, directory, **options):
+    """Trains in several processes, which must succeed; returns their output."""
+    with train(config, workdir, directory, **options) as processes:
+        codes, outputs = processes.end()
+    assert codes == [0] * len(codes), outputs
+    assert not any("Traceback" in x for x in outputs), outputs
+    return outputs
+
+
+def control_config(**changes):
+    """Returns a tiny config on all devices; plain SGD, which does not amplify rounding."""
+    sgd = {"name": "sgd", "learning_rate": 0.02, "schedule": "constant"}
+    small = tiny.FAST | {"last__num_updates": 2, "last__optimizer": sgd}
+    config = tiny.config("mlp_ppo", **small | changes)
+    return problems.complete(config, {"mesh": {"data": 0}})
+
+
+def stored(config, workdir, *, step=None):
+    """Returns the variables in the newest checkpoint of a run, on one device of this process."""
+    problem = problems.make(problems.complete(config, {"mesh": dict(data=1, fsdp=1, tensor=1)}))
+    return runs.restore(problem, config.stages[-1], workdir, which=str(step or "latest"))
+
+
+def assert_close(a, b):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+        *jax.device_get((a, b)),
+    )
+
+
+def rows(workdir):
+    return metrics.read_jsonl(workdir / metrics.JSONL_NAME)
+
+
+def timeless(row):
+    return {name: x for name, x in row.items() if not name.startswith("time/")}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_learn_what_one_does(count, tmp_path):
+    config = control_config()
+    one, two = tmp_path / "one", tmp_path / "several"
+    outputs = train_in_processes(config, two, tmp_path / "outputs", count=count)
+    trained = mmrl_jax.train(problems.complete(config, {"mesh": {"data": 4}}), one)
+    loaded = stored(config, two)
+    assert loaded.step == 2
+    assert_close(loaded.variables.params, trained.variables.params)
+    # The first process alone wrote the files, and all of them.
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert [row["step"] for row in rows(two)] == [0, 1, 2]
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert timeless(a) == pytest.approx(timeless(b), rel=1e-3, abs=1e-5)
+    assert f"Devices: 4 of 4 (cpu, {count} processes)" in outputs[0]
+    assert ["Training done" in x for x in outputs] == [True] + [False] * (count - 1)
+
+
+def meet_in_threads(calls, *, timeout_s=1.0):
+    """Returns what `meet` raises for each (number of processes, number of this process)."""
+    address, results = f"127.0.0.1:{free_port()}", [None] * len(calls)
+
+    def meet(i):
+        try:
+            rendezvous.meet(address, *calls[i], timeout_s=timeout_s)
+        except rendezvous.ProcessesMissing as error:
+            results[i] = str(error)
+
+    threads = [threading.Thread(target=meet, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_processes_meet_or_all_know_who_is_missing():
+    assert meet_in_threads([(3, 1), (3, 0), (3, 2)], timeout_s=60) == [None] * 3
+    for text in meet_in_threads([(4, 0), (4, 2)]):
+        assert re.search("2 of 4 processes .* within 1 s. Missing: process 1, 3. Check", text)
+    (text,) = meet_in_threads([(2, 1)])
+    assert re.search("Process 0 did not answer process 1 at .*127.0.0.1:.* within 1 s", text)
+    for text in meet_in_threads([(3, 0), (3, 1), (3, 1)], timeout_s=60):
+        assert "Two processes were started with --process_id=1" in text
+    for text in meet_in_threads([(3, 0), (2, 1)], timeout_s=60):
+        assert "--num_processes=2, but process 0 with --num_processes=3" in text
+
+
+def test_the_meeting_ignores_other_programs():
+    port, results = free_port(), []
+    thread = threading.Thread(
+        target=lambda: results.append(rendezvous.meet(f"127.0.0.1:{port}", 2, 0, timeout_s=60))
+    )
+    thread.start()
+    for junk in (b"GET / HTTP/1.1\r\n\r\n\n", b'{"process_id": 1}\n', b""):
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(junk)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+    rendezvous.meet(f"127.0.0.1:{port}", 2, 1, timeout_s=60)
+    thread.join()
+    assert results == [None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_processes": 2}, "--coordinator_address and --process_id must be given too"),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
+            "--process_id=2 must be at least 0 and below --num_processes=2",
+        ),
+        (
+            {"coordinator_address": "a", "num_processes": 2, "process_id": 1},
+            "--coordinator_address='a' must have the form HOST:PORT",
+        ),
+        ({"distributed": True, "process_id": 1}, "automatically: omit --process_id, or give all"),
+        ({"distributed": True}, "neither a TPU pod nor a Slurm job"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_wrong_flags_are_errors_that_name_them(flags, message):
+    with pytest.raises(ValueError, match=message):
+        multihost.initialize(**flags)
+
+
+def test_one_process_needs_no_connection():
+    multihost.initialize()
+    multihost.initialize(coordinator_address="nowhere:1", num_processes=1, process_id=0)
+    assert multihost.is_primary() and not jax.distributed.is_initialized()
+
+
+def test_a_slurm_job_is_found(monkeypatch):
+    slurm = {"JOB_ID": 7, "STEP_NODELIST": "node[3-4]", "NTASKS": 2, "PROCID": 1, "LOCALID": 0}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    met, connected = [], []
+    monkeypatch.setattr(rendezvous, "meet", lambda *x, **options: met.append(x))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *x, **y: connected.append((x, y)))
+    multihost.initialize(distributed=True)
+    assert met == [("node3:61447", 2, 1)] and connected[0][0] == met[0]
+    assert connected[0][1]["local_device_ids"] == [0]
+    assert connected[0][1]["heartbeat_timeout_seconds"] == multihost.HEARTBEAT_S
+
+
+@pytest.fixture
+def as_process_1_of_3(monkeypatch):
+    """Makes this process believe that it is process 1 of 3; returns what the others send."""
+    others = []
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+    def gather(array):
+        zero, two = others.pop(0)
+        return np.stack([np.asarray(x) for x in (zero, array, two)])
+
+    monkeypatch.setattr(multihost, "gather", gather)
+    return others
+
+
+def test_what_fails_in_one_process_fails_in_all(as_process_1_of_3, capsys):
+    others, passing, fatal = as_process_1_of_3, 1, 2
+
+    def fail():
+        raise OSError("gone")
+
+    others += [(0, 0)]
+    assert multihost.on_all(lambda: "read") == "read"
+    for states, transient in (((0, passing), True), ((passing, fatal), False)):
+        others += [states]
+        with pytest.raises(multihost.OtherProcessFailed, match="Process 0, 2|Process 2") as caught:
+            multihost.on_all(lambda: "read", transient=(OSError,))
+        assert caught.value.transient == dispatch.is_transient(caught.value) == transient
+    # The own error is raised, unless another process cannot try again.
+    for states, expected in (((0, 0), OSError), ((fatal, 0), multihost.OtherProcessFailed)):
+        others += [states]
+        with pytest.raises(expected) as caught:
+            multihost.on_all(fail, transient=(OSError,))
+        assert dispatch.is_transient(caught.value) == (expected is OSError)
+    assert "Process 1: gone" in capsys.readouterr().err
+    others += [(False, True), (False, False)]
+    assert [multihost.any_process(False) for _ in range(2)] == [True, False]
+
+
+def test_only_errors_of_jax_are_a_lost_connection(as_process_1_of_3):
+    gloo = "UNKNOWN: Gloo AllGather failed: [...] Connection closed by peer [127.0.0.1]:940"
+    assert multihost.is_lost(ValueError(gloo)) and not dispatch.is_transient(ValueError(gloo))
+    judge = ConnectionError("HTTPConnectionPool: the connection to the judge was refused")
+    assert not multihost.is_lost(judge) and dispatch.is_transient(judge)
+
+
+def test_lists_and_texts_are_compared_with_process_0(as_process_1_of_3):
+    others = as_process_1_of_3
+    others += [(3, 1), ([3, 4, 5, 6], [1, 4, 0, 0])]
+    assert multihost.from_primary([4, 5]) == [4, 5, 6]
+    one, two = (
+        np.array([list(hashlib.blake2b(x, digest_size=8).digest()) for x in texts], np.uint8)
+        for texts in ((b"a", b"b"), (b"a", b"other"))
+    )
+    others += [(one, one), (one, two)]
+    multihost.check_same({"config": "a", "inputs": "b"})
+    with pytest.raises(ValueError, match="Process 2 has another inputs than process 0"):
+        multihost.check_same({"config": "a", "inputs": "b"})
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def test_rows_are_shared_among_the_processes_that_hold_them(as_process_1_of_3, monkeypatch):
+    def placed(*devices):
+        """Places 4 rows on devices, given as pairs of a process and a slice of the rows."""
+        index = {Device(p): (rows,) for p, rows in devices}
+        sharding = types.SimpleNamespace(devices_indices_map=lambda shape: index)
+        monkeypatch.setattr(mesh_lib, "batch_sharding", lambda mesh, axis: sharding)
+        return BatchRows(None, 4)
+
+    rows = placed((0, slice(0, 1)), (1, slice(1, 2)), (2, slice(2, 3)), (1, slice(3, None)))
+    assert rows.held.tolist() == [1, 3] and [x.tolist() for x in rows.shares] == [[0], [1, 3], [2]]
+    assert rows.share.tolist() == [0, 1]
+    everything = slice(None)
+    rows = placed((0, everything), (1, everything), (2, everything))
+    assert rows.held.tolist() == [0, 1, 2, 3]
+    assert [x.tolist() for x in rows.shares] == [[0, 3], [1], [2]] and rows.share.tolist() == [1]
+    as_process_1_of_3.append((np.array([10.0, 13.0]), np.array([12.0, 0.0])))
+    np.testing.assert_array_equal(join_shares(np.array([11.0]), rows.shares), [10, 11, 12, 13])
+    assert [x.tolist() for x in strided_shares(4)] == [[0, 3], [1], [2]]
+
+
+@pytest.mark.slow
+def test_a_process_that_never_starts_is_named(tmp_path):
+    flags = ("--initialization_timeout=3",)
+    with train(
+        control_config(), tmp_path / "run", tmp_path, count=3, ids=(0, 2), flags=flags
+    ) as processes:
+        codes, outputs = processes.end()
+    assert codes == [1, 1]
+    for text in outputs:
+        (line,) = text.strip().splitlines()
+        assert line.startswith("error: 2 of 3 processes have started within 3 s. Missing: proc")
+        assert "Missing: process 1." in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def make_folder_config(tmp_path_factory):
+    """Returns a config of prompts from a folder with reward functions, and its images."""
+    model = processors.save_decoder(tmp_path_factory.mktemp("llama"))
+    images = folder(tmp_path_factory.mktemp("pictures"), count=12)
+    sgd = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant"}
+
+    def make(images=images, **changes):
+        settled = {"last__num_updates": 2, "last__optimizer": sgd, "last__trainable": ".*"}
+        return tiny.folder_config(model, images, **settled | changes)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes",
+    [(4, 1, 1), (1, 4, 1), (1, 2, 2), (1, 1, 2)],
+    ids=lambda axes: "x".join(map(str, axes)),
+)
+def test_host_rewards_in_two_processes(axes, make_folder_config, tmp_path):
+    # On the last mesh, both processes hold all rows.
+    mesh = dict(zip(("data", "fsdp", "tensor"), axes, strict=True))
+    config = problems.complete(make_folder_config(), {"mesh": mesh})
+    train_in_processes(config, tmp_path / "two", tmp_path / "outputs", devices=math.prod(axes))
+    trained = mmrl_jax.train(config, tmp_path / "one")
+    loaded = stored(config, tmp_path / "two")
+    assert loaded.step == 2
+    assert_close(loaded.variables, trained.variables)
+    before = jax.tree.leaves(loaded.problem.initial_variables())
+    after = jax.tree.leaves(loaded.variables)
+    assert any(np.max(np.abs(x - y)) > 1e-3 for x, y in zip(before, after, strict=True))
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert a.get("completion/reward") == b.get("completion/reward")
+        assert timeless(a) == pytest.approx(timeless(b), rel=1e-3, abs=1e-5)
+    pages = [(tmp_path / name / "samples.html").read_text() for name in ("one", "two")]
+    assert pages[0].replace("one", "two") == pages[1]
+    summaries = [json.loads((tmp_path / x / "summary.json").read_text()) for x in ("one", "two")]
+    assert [x["final/test/return"] for x in summaries] == [summaries[0]["final/test/return"]] * 2
+
+
+@pytest.mark.slow
+def test_labels_in_two_processes(make_folder_config, tmp_path):
+    config = make_folder_config(
+        stages=("sft",), last__batch_size=4, last__updates_per_dispatch=1, mesh__data=4
+    )
+    train_in_processes(config, tmp_path / "two", tmp_path / "outputs")
+    trained = mmrl_jax.train(config, tmp_path / "one")
+    assert_close(stored(config, tmp_path / "two").variables, trained.variables)
+
+
+STAGES = {
+    "reach_ppo": tiny.config,  # Cloning of recorded demonstrations, and PPO from pixels.
+    "count_grpo": tiny.token_config,  # Fine-tuning on labels, and GRPO.
+    "grid_agent_ppo": tiny.agent_config,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_all_stages_and_an_evaluation_in_two_processes(name, tmp_path):
+    sgd = {"name": "sgd", "learning_rate": 0.02, "schedule": "constant"}
+    first = mmrl_jax.get_config(name).stages[0]
+    changes = {"last__num_updates": 2, "last__optimizer": sgd, f"{first}__optimizer": sgd}
+    changes |= {"last__num_minibatches": 1}
+    config = problems.complete(STAGES[name](name, **changes), {"mesh": {"data": 4}})
+    train_in_processes(config, tmp_path / "two", tmp_path / "outputs")
+    trained = mmrl_jax.train(config, tmp_path / "one")
+    assert list(trained.results) == list(config.stages)
+    for a, b in zip(rows(tmp_path / "one" / first), rows(tmp_path / "two" / first), strict=True):
+        assert timeless(a) == pytest.approx(timeless(b), rel=1e-3, abs=1e-4)
+    loaded = stored(config, tmp_path / "two")
+    assert_close(
+        *(getattr(x, "params", x) for x in (loaded.variables, trained.variables)),
+    )
+    arguments = [f"--workdir={tmp_path / 'two'}", "--split=train", "--episodes=6"]
+    with Processes("evaluate", [arguments] * 2, tmp_path / "evaluations") as processes:
+        codes, outputs = processes.end()
+    assert codes == [0, 0] and "Wrote" in outputs[0] and "Wrote" not in outputs[1], outputs
+    table = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    measured = loaded.evaluate("train", episodes=6)
+    for metric, value in measured.items():
+        assert table[f"train/{metric}"] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_after_a_kill_the_others_stop_and_the_same_command_resumes(victim, tmp_path):
+    config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
+    workdir = tmp_path / "run"
+    with train(config, workdir, tmp_path / "killed") as processes:
+        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+        processes.signal(victim, signal.SIGKILL)
+        codes, outputs = processes.end(timeout=60)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
+    assert re.search(LOST, outputs[1 - victim])
+    done = checkpoint.saved_steps(workdir)[-1]
+    config = control_config(last__num_updates=done + 2, last__eval_interval=100_000)
+    outputs = train_in_processes(config, workdir, tmp_path / "resumed")
+    assert f"resumed after update {done} of {done + 2}" in outputs[0]
+    train_in_processes(config, tmp_path / "whole", tmp_path / "undisturbed")
+    parts, whole = (stored(config, x) for x in (workdir, tmp_path / "whole"))
+    assert parts.step == whole.step == done + 2
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((parts.variables, whole.variables)))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
+    config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
+    workdir = tmp_path / "run"
+    with train(config, workdir, tmp_path / "outputs") as processes:
+        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+        processes.signal(1, signal.SIGTERM)
+        codes, outputs = processes.end()
+    assert codes == [0, 0], outputs
+    assert "Training interrupted; the same command resumes it" in outputs[0]
+    done = checkpoint.saved_steps(workdir)[-1]
+    assert rows(workdir)[-1]["step"] == done
+    # One process with another number of devices resumes what two have saved.
+    config = control_config(last__num_updates=done + 2, last__eval_interval=100_000)
+    trained = mmrl_jax.train(problems.complete(config, {"mesh": {"data": 1}}), workdir)
+    assert trained.last.updates == done + 2
+    whole = mmrl_jax.train(problems.complete(config, {"mesh": {"data": 1}}), tmp_path / "whole")
+    assert_close(trained.variables.params, whole.variables.params)
+
+
+@pytest.mark.slow
+def test_a_record_that_one_process_cannot_read_stops_all_with_what_was_learned(
+    make_folder_config, tmp_path
+):
+    images = folder(tmp_path / "pictures", count=12)
+    changes = {"images": images, "last__eval_interval": 100_000, "mesh__data": 4}
+    config = make_folder_config(last__num_updates=100_000, **changes)
+    workdir = tmp_path / "run"
+    with train(config, workdir, tmp_path / "outputs") as processes:
+        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+        # A batch of 4 of 8 records: it soon comes to this one, in one of the processes.
+        record = runs.problems.make(config).records.train.names[0]
+        image = images / f"a/{int(record.split(':')[1]) - 1}.png"
+        content = image.read_bytes()
+        image.unlink()
+        codes, outputs = processes.end()
+    assert codes == [1, 1], outputs
+    assert "An update failed, and is retried" in outputs[0]
+    assert sum("could be read when the data was opened" in x for x in outputs) >= 1
+    done = checkpoint.saved_steps(workdir)[-1]
+    for text in outputs:
+        assert f"error: Stage 'grpo': update {done + 1} failed 4 times" in text
+    image.write_bytes(content)
+    config = make_folder_config(last__num_updates=done + 1, **changes)
+    train_in_processes(config, workdir, tmp_path / "resumed")
+    assert checkpoint.saved_steps(workdir)[-1] == done + 1
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_config_or_workdir_are_refused(tmp_path):
+    config = control_config()
+    configs = [config, control_config(last__discount=0.5)]
+    with train(configs, tmp_path / "run", tmp_path / "configs") as processes:
+        codes, outputs = processes.end()
+    assert codes == [1, 1], outputs
+    for text in outputs:
+        assert "error: Process 1 has another config than process 0" in text
+    workdirs = [tmp_path / "first", tmp_path / "second"]
+    with train(config, workdirs, tmp_path / "workdirs") as processes:
+        codes, outputs = processes.end()
+    assert codes == [1, 1], outputs
+    assert "does not see it. Give a directory that all hosts share" in outputs[1]
+    assert "Process 1 failed here; the reason is in its own output" in outputs[0]
