@@ -279,6 +279,8 @@ class Control:
             self._demonstrations[name], success = demonstrations.record(
                 self.env, self.expert(name), rng, episodes=g.episodes, discount=g.discount
             )
+            if mesh_lib.only_described():
+                return self._demonstrations[name]
             print(
                 f"Recorded {g.episodes} episodes of an expert that succeeds in {success:.0%} of "
                 "them.",
@@ -337,6 +339,8 @@ class Control:
             source = demonstrations.source(data, batch_size=config[name].batch_size)
         else:
             source = self._rollout(name, apply)
+        if start is None and mesh_lib.only_described():
+            start = self.from_checkpoint({name: self.checkpoint_parts(name)})
         initial = Start(start)
 
         def init() -> Carry:
@@ -367,7 +371,7 @@ class Control:
 
         learn = sources.make_learn(update, optimizer)
         fields = sources.stage_fields(config, name, algorithm, source, self.best_metric)
-        constants = jax.device_put(Constants((), source.data), mesh_lib.replicated(self.mesh))
+        constants = mesh_lib.put(Constants((), source.data), mesh_lib.replicated(self.mesh))
         return Stage(
             **fields | {name: x for name, x in changes.items() if name != "stream"},
             init=init,
