@@ -16,6 +16,9 @@ The command writes to the workdir:
   samples.html          for token policies: images, prompts, completions and rewards
   <stage>/              the same files of each stage before the last
 
+Before a stage is compiled, the memory that it needs is printed, see docs/planning.md. A run that
+cannot fit its devices is refused, with the nearest change that makes it fit.
+
 Ctrl-C or SIGTERM saves and stops. If training diverges, or rewards or records fail in every retry,
 the command ends with an error and exit code 1. If an evaluation or a report fails, it prints a
 message and continues.
@@ -36,6 +39,7 @@ from mmrl_jax.commands.common import (
     run_command,
 )
 from mmrl_jax.config import loading, schema
+from mmrl_jax.planning import start
 from mmrl_jax.problems import renamed
 from mmrl_jax.training import fingerprints
 
@@ -52,10 +56,17 @@ def main(argv: list[str]) -> None:
     devices = list(problem.mesh.devices.flat)
     kinds = sorted({device.device_kind for device in devices})
     print(f"Devices: {len(devices)} of {jax.device_count()} ({', '.join(kinds)}).", flush=True)
-    with lock, clean_exit(*FAILURES):
-        trained = runs.train_stages(problem, FLAGS.workdir)
+    with lock, clean_exit(*FAILURES, start.DoesNotFit):
+        start.check(problem, _tell)
+        inspected = functools.partial(start.inspected, problem=problem, tell=_tell)
+        trained = runs.train_stages(problem, FLAGS.workdir, inspected=inspected)
     status = "interrupted; the same command resumes it" if trained.interrupted else "done"
     print(f"Training {status}. Outputs: {FLAGS.workdir}")
+
+
+def _tell(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def run() -> None:

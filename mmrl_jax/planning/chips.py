@@ -144,7 +144,7 @@ def found(devices: int) -> Topology:
     if device.platform == "cpu":
         # Simulated devices share the memory of the host.
         chip = dataclasses.replace(cpu(), memory=host_memory() / devices)
-        return Topology("cpu", chip, devices)
+        return Topology("this host", chip, devices)
     kind = device.device_kind.lower()
     names = [name for name in CHIPS if name.split("-")[0] in kind.replace(" ", "")]
     aliases = {"tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5": "v5p", "tpu v6 lite": "v6e"}

@@ -27,6 +27,8 @@ _CALLS = {
 }
 LOOPS = ("scan", "while", "cond")
 STEP_SLICE = "step_slice"  # The part of a stacked array that a step of a loop reads.
+# Name of the scope of what a backward pass repeats to save memory.
+RECOMPUTED = "rematted_computation"
 # Integer arithmetic by which the number of steps of a loop is found.
 _ARITHMETIC: Mapping[str, Callable[..., int]] = {
     "add": lambda a, b: a + b,
@@ -256,11 +258,11 @@ class _Flattener:
             return self._equal[key]
         self._equal[key] = outs
         original = (name, tuple(id(self._originals.get(x, x)) for x in ins), text)
+        op.is_repeated = RECOMPUTED in scope
         first = self._first.get(original)
         if first is None:
             self._first[original] = op
         else:
-            op.is_repeated = True
             self._originals.update(zip(outs, first.outs, strict=True))
             if not self._keep:
                 first.repetitions += 1

@@ -155,6 +155,7 @@ class Analyzer:
         constant = self._invariant(program, owned) if inside else set()
         usage, live, hoisted = Usage(), {x: self.nbytes(x) for x in owned}, 0.0
         current = start = sum(live.values())
+        largest: tuple[dict[Value, float], list[tuple[float, str]]] = ({}, [])
         usage.peak = current
         for i, kernel in enumerate(kernels):
             inner = self._kernel(kernel, stored)
@@ -176,12 +177,13 @@ class Analyzer:
                 part.peak = max(part.peak, total - start)
             if total > usage.peak:
                 usage.peak = total
-                usage.arrays = inner.arrays + [(size, _describe(x)) for x, size in live.items()]
+                largest = dict(live), inner.arrays
             for x in (*dying.get(i, ()), *(x for x in kernel.outs if last.get(x, -1) < i)):
                 if x in live:
                     current -= live.pop(x)
         usage.peak += hoisted - start
-        usage.arrays = sorted(usage.arrays, key=lambda pair: -pair[0])[:LISTED]
+        found = [*largest[1], *((size, _describe(x)) for x, size in largest[0].items())]
+        usage.arrays = sorted(found, key=lambda pair: -pair[0])[:LISTED]
         return usage
 
     def _reused(
@@ -309,4 +311,4 @@ def _describe(x: Value) -> str:
     """Returns the shape of an array and where it is computed, for a list."""
     op = x.op
     where = "an argument" if op is None else f"{op.name} in {op.scope or 'the program'}"
-    return f"{x.aval.str_short(short_dtypes=True)} {where}"
+    return f"{x.aval.dtype}{list(x.shape)}, {where}"
