@@ -7,7 +7,7 @@
 A run can be stopped at any time; the same call resumes it from its newest checkpoint.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 import contextlib
 import dataclasses
 import itertools
@@ -34,6 +34,7 @@ from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training import checkpoint, fingerprints, loop, provenance
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.loop import Result
+from mmrl_jax.training.stage import Stage
 
 SAMPLES = 24  # Number of completions in samples.html.
 
@@ -200,7 +201,11 @@ def train(
 
 
 def train_stages(
-    problem: Problem, workdir: workdir_lib.PathLike, *, started: float | None = None
+    problem: Problem,
+    workdir: workdir_lib.PathLike,
+    *,
+    started: float | None = None,
+    inspected: Callable[[Stage], Stage] = lambda stage: stage,
 ) -> Trained:
     """Trains a policy in the stages of a problem, see `train`.
 
@@ -209,6 +214,8 @@ def train_stages(
       workdir: Working directory of the run, which must be claimed, see `claim`.
       started: Value of time.perf_counter() at the start of the run, for its total time; None for
         the current time.
+      inspected: Function that returns a stage that also inspects its traced program, see
+        `Stage.inspect`.
     """
     started = time.perf_counter() if started is None else started
     config, directory = problem.config, workdir_lib.as_path(workdir)
@@ -217,6 +224,7 @@ def train_stages(
     for name in config.stages:
         stage_workdir = stage_directory(config, name, directory)
         stage = probes.attach(problem, problem.stage(name, start=variables), stage_workdir)
+        stage = inspected(stage)
         # Only the stage may refer to its initial variables, so that it can release them.
         variables = None
         result = loop.run(

@@ -16,6 +16,9 @@ The command writes to the workdir:
   samples.html          for token policies: images, prompts, completions and rewards
   <stage>/              the same files of each stage before the last
 
+Before a stage is compiled, the memory that it needs is printed, see docs/planning.md. A run that
+cannot fit its devices is refused, with the nearest change that makes it fit.
+
 Ctrl-C or SIGTERM saves and stops. If training diverges, or rewards or records fail in every retry,
 the command ends with an error and exit code 1. If an evaluation or a report fails, it prints a
 message and continues.
@@ -40,6 +43,7 @@ from mmrl_jax.commands.common import (
 )
 from mmrl_jax.config import loading, schema
 from mmrl_jax.distributed import multihost
+from mmrl_jax.planning import start
 from mmrl_jax.problems import renamed
 from mmrl_jax.training import fingerprints
 
@@ -53,19 +57,22 @@ def main(argv: list[str]) -> None:
     with clean_exit(ValueError, multihost.OtherProcessFailed):
         problem = multihost.on_all(lambda: problems.make(FLAGS.config))
         lock = runs.claim(problem, FLAGS.workdir, accept=FLAGS.accept_changes)
-    if multihost.is_primary():
-        devices = list(problem.mesh.devices.flat)
-        kinds = sorted({device.device_kind for device in devices})
-        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        print(
-            f"Devices: {len(devices)} of {jax.device_count()} ({', '.join(kinds)}{processes}).",
-            flush=True,
-        )
-    with lock, clean_exit(*FAILURES):
-        trained = runs.train_stages(problem, FLAGS.workdir)
+    devices = list(problem.mesh.devices.flat)
+    kinds = sorted({device.device_kind for device in devices})
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    _tell(f"Devices: {len(devices)} of {jax.device_count()} ({', '.join(kinds)}{processes}).")
+    with lock, clean_exit(*FAILURES, start.DoesNotFit):
+        start.check(problem, _tell)
+        inspected = functools.partial(start.inspected, problem=problem, tell=_tell)
+        trained = runs.train_stages(problem, FLAGS.workdir, inspected=inspected)
     status = "interrupted; the same command resumes it" if trained.interrupted else "done"
+    _tell(f"Training {status}. Outputs: {FLAGS.workdir}")
+
+
+def _tell(text: str) -> None:
+    """Prints a line, in the first process alone."""
     if multihost.is_primary():
-        print(f"Training {status}. Outputs: {FLAGS.workdir}")
+        print(text, flush=True)
 
 
 def run() -> None:

@@ -35,6 +35,9 @@ _devices: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVa
 def described_devices(devices: Iterable[Any]) -> Iterator[None]:
     """Makes meshes of devices that are not present, in order to compile programs for them.
 
+    Within the context, what would be computed, read or put on devices has shapes only, see
+    `computed`.
+
     Args:
       devices: Descriptions of devices, for example
         `jax.experimental.topologies.get_topology_desc(...).devices`.
@@ -44,6 +47,26 @@ def described_devices(devices: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         _devices.reset(token)
+
+
+def only_described() -> bool:
+    """Returns whether devices are described and cannot hold arrays, see `described_devices`."""
+    return _devices.get() is not None
+
+
+def computed(function: Callable[..., Any], *arguments: Any, out_shardings: Any = None) -> Any:
+    """Returns what a function of arrays returns, computed by a compiled program.
+
+    If devices are only described, it returns the shapes and dtypes, and nothing is compiled.
+
+    Args:
+      function: Pure function.
+      *arguments: Its arguments.
+      out_shardings: Shardings of the results, as for `jax.jit`; None to leave them to XLA.
+    """
+    if only_described():
+        return jax.eval_shape(function, *arguments)
+    return jax.jit(function, out_shardings=out_shardings)(*arguments)
 
 
 def available_devices() -> tuple[Any, ...]:

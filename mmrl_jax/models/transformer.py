@@ -354,6 +354,10 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Runs the blocks one after another, see `__call__`."""
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        if self.layers > 1 and not self.is_initializing():
+            # All blocks of equal shape are traced once. Initialization is left out, because the
+            # random numbers of parameters depend on the calls in which they are made.
+            block = nn.jit(block, static_argnums=(3,))
         length = x.shape[1]
         for i in range(self.layers) if span is None else span:
             last = i == self.layers - 1

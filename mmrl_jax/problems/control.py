@@ -283,6 +283,8 @@ class Control:
                 episodes=g.episodes,
                 discount=g.get("discount", 1.0),
             )
+            if mesh_lib.only_described():
+                return self._demonstrations[name]
             print(
                 f"Recorded {g.episodes} episodes of an expert that succeeds in {success:.0%} of "
                 "them.",
@@ -341,6 +343,8 @@ class Control:
             source = demonstrations.source(data, batch_size=config[name].batch_size)
         else:
             source = self._rollout(name, apply)
+        if start is None and mesh_lib.only_described():
+            start = self.from_checkpoint({name: self.checkpoint_parts(name)})
         initial = Start(start)
 
         def init() -> Carry:

@@ -27,7 +27,13 @@ from mmrl_jax.learners import grpo, registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained.chat import ChatTokenizer
-from mmrl_jax.problems import dataset_options, problem, token_models, token_problem
+from mmrl_jax.problems import (
+    dataset_options,
+    dataset_shapes,
+    problem,
+    token_models,
+    token_problem,
+)
 from mmrl_jax.problems.host_rewards import (
     Scorer,
     Split,
@@ -121,8 +127,10 @@ class Dataset(TokenProblem):
                 if name not in self._labels
             )
         )
-        self.records = self._open()
-        self.splits = {split: len(getattr(self.records, split)) for split in SPLITS}
+        self.splits = {VALIDATION: d.validation_size, TEST: d.test_size}
+        if not mesh_lib.only_described():
+            self.records = self._open()
+            self.splits = {split: len(getattr(self.records, split)) for split in SPLITS}
         r = config.rewards
         self._functions = functions
         self._pool = functools.partial(
@@ -206,6 +214,8 @@ class Dataset(TokenProblem):
           NoRewards: If no answer of the records of the first batch has a reward.
           RuntimeError: If a worker for reward functions does not start.
         """
+        if mesh_lib.only_described():
+            return dataset_shapes.source(self, name)
         if name == self.config.stages[0] and multihost.is_primary():
             d = self.config.dataset
             print_rejected(self.records)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, group, option
+from mmrl_jax.distributed.mesh import computed, only_described
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.learners import bc
@@ -77,10 +78,10 @@ def record(
       discount: Discount factor per step of the returns, which are the targets of the value.
 
     Returns:
-      The samples as numpy arrays, and the fraction of episodes with success.
+      The samples as numpy arrays, and the fraction of episodes with success. If devices are only
+      described, these are the shapes of the samples, and 0.
     """
 
-    @jax.jit
     def run(rng: jax.Array) -> tuple[bc.Demonstrations, jax.Array]:
         reset_key, rng = jax.random.split(rng)
         state = env.reset(jax.random.split(reset_key, episodes))
@@ -89,8 +90,11 @@ def record(
         success = losses.masked_mean(batch.metrics["success"], ended)
         return bc.demonstrations(batch, batch.action, last.obs, discount=discount), success
 
+    data, success = computed(run, rng)
+    if only_described():
+        return data, 0.0
     # The samples are kept on the host, and are on the devices only while their stage runs.
-    data, success = jax.device_get(run(rng))
+    data, success = jax.device_get((data, success))
     return data, float(success)
 
 

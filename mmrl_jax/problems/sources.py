@@ -24,6 +24,10 @@ from mmrl_jax.training.stage import Carry, HostUpdate
 from mmrl_jax.types import Metrics
 
 
+# Names of the two parts of an update, which a profile and `planning` show.
+ROLLOUT, LEARNING = "rollout", "learning"
+
+
 class Collected(NamedTuple):
     """Experience that a source has collected for an update.
 
@@ -160,8 +164,10 @@ def make_update(source: Source, learn: Learn) -> Callable[[Carry, Constants], tu
     collect = source.collect
 
     def update(carry: Carry, constants: Constants) -> tuple[Carry, Metrics]:
-        collected = collect(carry, constants)
-        carry, metrics = learn(carry, constants, collected)
+        with jax.named_scope(ROLLOUT):
+            collected = collect(carry, constants)
+        with jax.named_scope(LEARNING):
+            carry, metrics = learn(carry, constants, collected)
         return carry, metrics | collected.metrics
 
     return update

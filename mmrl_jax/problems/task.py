@@ -253,7 +253,6 @@ class TaskProblem(TokenProblem):
         """Samples the labeled prompts of a stage, which depend on the seed alone."""
         s, label_task = self.config[name], _label_task(self.config, name, self.task)
 
-        @jax.jit
         def label(rng: jax.Array) -> ScoredCompletions:
             prompts = label_task.sample(rng, s.examples, "train")
             other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
@@ -262,7 +261,7 @@ class TaskProblem(TokenProblem):
             labels = label_task.texts.labels(jnp.where(wrong, other, prompts.answer))
             return ScoredCompletions.labeled(prompts, *labels)
 
-        return label(stream(self.config, problem.DATA))
+        return mesh_lib.computed(label, stream(self.config, problem.DATA))
 
     def _completion_source(self, name: str) -> Source:
         """Returns a source of sampled completions with the rewards of the task."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmrl_jax import envs
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, option, options_of
+from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
 from mmrl_jax.evaluation.prompts import Sample
@@ -195,7 +196,6 @@ class TextAgent(TokenProblem):
             action, _ = interface.decode_actions(*completion)
             return deterministic_output(action)._replace(action=completion)
 
-        @jax.jit
         def record(rng: jax.Array) -> tuple[Any, jax.Array]:
             reset_key, rng = jax.random.split(rng)
             state = env.reset(jax.random.split(reset_key, episodes))
@@ -203,7 +203,13 @@ class TextAgent(TokenProblem):
             turns = (jax.vmap(interface.make_prompts)(batch.observation), *batch.action)
             return turns, batch.valid
 
-        turns, valid = record(stream(self.config, problem.DATA))
+        turns, valid = mesh_lib.computed(record, stream(self.config, problem.DATA))
+        if mesh_lib.only_described():  # How many turns are valid is not known: at most all.
+            flat = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype),
+                turns,
+            )
+            return jax.eval_shape(ScoredCompletions.labeled, *flat)
         mask = np.asarray(valid) > 0
         return ScoredCompletions.labeled(*jax.tree.map(lambda x: x[mask], turns))
 

@@ -281,7 +281,12 @@ class TokenProblem(abc.ABC):
         )
 
     def initial_variables(self) -> Params:
-        """Returns the initial variables of the first stage; pretrained weights are read."""
+        """Returns the initial variables of the first stage; pretrained weights are read.
+
+        If devices are only described, nothing is read, and the variables have shapes only.
+        """
+        if mesh_lib.only_described():
+            return self.shapes()
         return token_models.read_variables(
             self.config.model,
             self.model,

@@ -293,7 +293,9 @@ def _compiler(
         if stage.on_host is None:
             assert stage.update is not None
             dispatch = make_dispatch(stage.update, size, shardings)
-            lowered = dispatch.lower(carry, stage.constants)
+            program_traced = dispatch.trace(carry, stage.constants)
+            stage.inspect(program_traced.jaxpr, carry)
+            lowered = program_traced.lower()
             _check_metrics(lowered.out_info[1])
             program = lowered.compile()
 

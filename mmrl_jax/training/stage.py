@@ -128,6 +128,8 @@ class Stage:
         stage with `update`.
       probes: Further measurements. A probe that fails causes a message and does not end the run.
       loggers: Names of further loggers, see `monitoring.loggers`.
+      inspect: Called with the traced program of the first dispatch and the carry, before it is
+        compiled. It may raise an error that ends the run.
       release: Releases the initial arrays of `init`, see `Start`. It is called after a carry was
         created or restored.
     """
@@ -150,4 +152,5 @@ class Stage:
     on_host: Callable[[Carry, Any], HostUpdate] | None = None
     probes: tuple[StageProbe, ...] = ()
     loggers: tuple[str, ...] = ("tensorboard",)
+    inspect: Callable[[Any, Carry], None] = lambda program, carry: None
     release: Callable[[], object] = lambda: None
