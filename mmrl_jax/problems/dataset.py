@@ -25,7 +25,13 @@ from mmrl_jax.learners import grpo, registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained.chat import ChatTokenizer
-from mmrl_jax.problems import dataset_options, problem, token_models, token_problem
+from mmrl_jax.problems import (
+    dataset_options,
+    problem,
+    token_models,
+    token_options,
+    token_problem,
+)
 from mmrl_jax.problems.host_rewards import (
     ScoredTexts,
     Scorer,
@@ -56,7 +62,7 @@ def options(config: Any) -> Group:
     keys = problem.options_of_problem(
         dataset=options_of(dataset_options.DatasetOptions),
         rewards=options_of(dataset_options.RewardOptions),
-        model=token_models.options(config),
+        model=token_options.options(config),
         **token_problem.stage_options(config, kinds),
     )
     # Evaluations always use all validation records.
