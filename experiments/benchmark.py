@@ -1,5 +1,7 @@
 """Compares the speed with that of peers: medians of alternating runs, without compilation.
 
+One suite compares accuracies instead.
+
   python -m experiments.benchmark --suite=render [--runs=7]
 
 Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
@@ -13,6 +15,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   logprobs      token log-probs by tiles of the vocabulary, compared with a full softmax
   grpo          GRPO updates of text-only models, compared with TRL's GRPOTrainer in torch
   packing       gradients of packed completions, compared with padded completions
+  dinov2_probe  accuracy of linear probes of DINOv2-small, compared with random weights
 """
 
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from experiments.benchmarks.harness import Row
 
 FLAGS = flags.FLAGS
 SUITES = ("ppo_vs_brax", "render", "model", "loop", "generate", "logprobs", "grpo", "packing")
+SUITES += ("dinov2_probe",)
 
 
 def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
