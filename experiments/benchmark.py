@@ -1,5 +1,7 @@
 """Compares the speed with that of peers: medians of alternating runs, without compilation.
 
+One suite compares accuracies instead.
+
   python -m experiments.benchmark --suite=render [--runs=7]
 
 Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
@@ -14,6 +16,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   grpo          GRPO updates of text-only models, compared with TRL's GRPOTrainer in torch
   packing       gradients of packed completions, compared with padded completions
   compaction    sampling that leaves out completions that have ended, compared with sampling all
+  dinov2_probe  accuracy of linear probes of DINOv2-small, compared with random weights
 """
 
 from collections.abc import Iterator
@@ -37,6 +40,7 @@ SUITES = (
     "grpo",
     "packing",
     "compaction",
+    "dinov2_probe",
 )
 
 

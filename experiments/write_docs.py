@@ -25,7 +25,7 @@ from mmrl_jax.config import loading, schema
 from mmrl_jax.config.options import Option, options_of
 from mmrl_jax.learners import registry
 from mmrl_jax.monitoring import metric_definitions
-from mmrl_jax.problems import control_models, token_models
+from mmrl_jax.problems import control_models, token_options
 from mmrl_jax.problems.task import UserTaskOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -183,7 +183,7 @@ POLICIES = (
         "Token policies",
         tuple(name for name in problems.KINDS if name != "control"),
         tuple(registry.TOKEN),
-        token_models.MODELS,
+        token_options.MODELS,
     ),
 )
 

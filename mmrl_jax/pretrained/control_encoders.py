@@ -1,7 +1,4 @@
-"""Pretrained models as control policies or as parts of them.
-
-The models are sentence encoders, vision towers, and complete vision-language models.
-"""
+"""Pretrained sentence encoders and vision-language models in control policies."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -9,13 +6,12 @@ import math
 import pathlib
 from typing import Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
-from mmrl_jax.models.towers import ResizingVisionTower, TextTower, VisionTower
+from mmrl_jax.models.towers import TextTower
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import bundled_weights, chat, hub, processing, processor_files
 from mmrl_jax.pretrained.families import vlm
@@ -97,43 +93,6 @@ def read(encoder: str, sentences: tuple[str, ...]) -> tuple[np.ndarray, np.ndarr
     present = batch["attention_mask"].astype(bool)
     apply: Callable = jax.jit(model.apply)
     return np.asarray(apply(variables, batch["input_ids"], present).tokens), present
-
-
-class Encoder(NamedTuple):
-    """A module with its pretrained parameters.
-
-    Attributes:
-      module: Linen module.
-      params: Parameters of the module, for {'params': params}.
-    """
-
-    module: nn.Module
-    params: Any
-
-
-@functools.lru_cache(maxsize=2)
-def vision_encoder(directory: str, dtype: jnp.dtype, remat: bool) -> Encoder:
-    """Returns a vision tower for `MultimodalPolicy.vision_encoder` from a local directory.
-
-    Args:
-      directory: Local directory in the hub's format, see `hub.load_vision_tower`.
-      dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
-
-    Raises:
-      ValueError: The tower or its image processor cannot be read, see `hub.load_vision_tower` and
-        `processor_files.read_image_processor`.
-    """
-    loaded = hub.load_vision_tower(directory, remat=remat)
-    image = processor_files.read_image_processor(directory, loaded.config["model_type"])
-    # The policy trains float32 parameters in any compute dtype.
-    tower = cast(VisionTower, loaded.model).clone(dtype=dtype, pool=None, projection=None)
-    params = loaded.params["params"]
-    tower_params = {name: x for name, x in params.items() if name not in ("head", "projection")}
-    if not tower.norm_tokens:
-        tower_params.pop("norm")
-    module = ResizingVisionTower(tower, *processor_files.mean_and_std(image))
-    return Encoder(module, {"tower": tower_params})
 
 
 class ControlModel(NamedTuple):

@@ -121,7 +121,7 @@ def load_vision_tower(
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> Pretrained:
-    """Loads the vision tower of CLIP or SigLIP, from a directory with or without the text tower.
+    """Loads DINOv2, or the vision tower of CLIP or SigLIP with or without the text tower.
 
     For arguments and errors see `load_language_model`.
     """

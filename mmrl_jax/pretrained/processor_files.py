@@ -71,12 +71,18 @@ _QWEN_VL = Family(
     (("longest_edge", "shortest_edge"),),
     "Qwen2_5_VLProcessor",
 )
-# A separate tower gets what a control policy sees, resized by `ResizingVisionTower` of
-# `models.towers`.
+# A separate tower gets whole images, resized by `ResizingVisionTower` of `models.towers`.
 _TOWER = Family(
     ("CLIPImageProcessor", "SiglipImageProcessor"),
     PIXELS,
     idle=("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+)
+# The size, or that of the crop, is the size to which they are resized.
+_DINO = Family(
+    ("BitImageProcessor",),
+    (*PIXELS, "size", "do_center_crop", "crop_size"),
+    _WHOLE,
+    idle=("do_resize", "resample"),
 )
 FAMILIES = {
     "idefics3": _SPLIT,
@@ -115,6 +121,8 @@ FAMILIES = {
     "qwen3_vl": _QWEN_VL._replace(processor="Qwen3VLProcessor"),
     "clip_vision_model": _TOWER,
     "siglip_vision_model": _TOWER._replace(image_processors=_TOWER.image_processors[::-1]),
+    "dinov2": _DINO,
+    "dinov2_with_registers": _DINO,
 }
 
 

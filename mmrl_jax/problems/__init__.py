@@ -20,7 +20,7 @@ from mmrl_jax.problems import (
     renamed,
     task,
     text_agent,
-    token_models,
+    token_options,
 )
 from mmrl_jax.problems.problem import MAY_CHANGE, Problem
 
@@ -108,7 +108,7 @@ def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -
         return any(name == key or name.startswith(f"{key}.") for name in names)
 
     problem, kind = config["problem"], config["model"]["kind"]
-    kinds = (*control_models.MODELS, *token_models.MODELS)
+    kinds = (*control_models.MODELS, *token_options.MODELS)
     if has(problem, kind):
         stage, stages = key.partition(".")[0], tuple(config["stages"])
         if stage in stages or stage not in {*registry.CONTROL, *registry.TOKEN}:

@@ -32,7 +32,7 @@ from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.mlp import MLPPolicy
 from mmrl_jax.models.policy import Fusion, MultimodalPolicy
 from mmrl_jax.models.vlm_policy import VLMPolicy
-from mmrl_jax.pretrained import control_encoders
+from mmrl_jax.pretrained import control_encoders, vision_encoders
 from mmrl_jax.types import Observation, Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -101,6 +101,23 @@ class PatchOptions(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionEncoderOptions(PatchOptions):
+    """Options of every model with an image encoder that may be pretrained."""
+
+    vision_encoder: str | None = option(
+        None,
+        "Pretrained image encoder: 'dinov2', or a directory of DINOv2, CLIP or SigLIP; None for an "
+        "encoder of patches that is trained from scratch.",
+    )
+    vision_size: int | None = option(
+        None,
+        "Side in pixels of the squares to which images are resized for DINOv2, a multiple of its "
+        "patch; None for the side that its image processor has.",
+        POSITIVE,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _ImageModelOptions(ModelOptions):
     auxiliary: tuple[tuple[str, int], ...] = option(
         (), "Privileged targets that the model predicts in addition, ((name, size), ...)."
@@ -111,7 +128,7 @@ class _ImageModelOptions(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultimodalOptions(PatchOptions, _ImageModelOptions):
+class MultimodalOptions(VisionEncoderOptions, _ImageModelOptions):
     """A transformer of this library over image patches, words and proprioception."""
 
     kind: Literal["multimodal"] = option("multimodal", "Kind of model.")
@@ -125,11 +142,6 @@ class MultimodalOptions(PatchOptions, _ImageModelOptions):
         None,
         "Frozen encoder of the instructions: 'minilm', or a directory of BERT, CLIP or SigLIP; "
         "None for an encoder that is trained from scratch.",
-    )
-    vision_encoder: str | None = option(
-        None,
-        "Directory of a pretrained image encoder, CLIP or SigLIP; None for an encoder that is "
-        "trained from scratch.",
     )
 
 
@@ -240,7 +252,8 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"env.history to 1, or start from the config {CONFIGS['multimodal']!r}."
             )
         return
-    check_patches(model, env.height, env.width, "env")
+    if model.vision_encoder is None:
+        check_patches(model, env.height, env.width, "env")
     if model.width % model.heads:
         raise ValueError(
             f"model.width={model.width} is not divisible by model.heads={model.heads}."
@@ -298,15 +311,15 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     text_encoder = vision_encoder = None
     if m.text_encoder is not None:
         vocabulary = env.vocabulary
-        with _error_prefix("text_encoder", m):
+        with error_prefix("text_encoder", m):
             text_encoder = control_encoders.sentence_reader(
                 m.text_encoder, vocabulary.sentences, vocabulary.words
             )
     if m.vision_encoder is not None:
-        with _error_prefix("vision_encoder", m):
-            vision_encoder = control_encoders.vision_encoder(
-                m.vision_encoder, DTYPES[m.dtype], m.remat
-            ).module
+        with error_prefix("vision_encoder", m):
+            vision_encoder = vision_encoders.read_encoder(
+                m.vision_encoder, m.vision_size, dtype=DTYPES[m.dtype], remat=m.remat
+            )
     return MultimodalPolicy(
         kind=env.action_kind,
         actions=env.action_size,
@@ -332,7 +345,7 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _error_prefix(name: str, model: ml_collections.ConfigDict) -> Iterator[None]:
+def error_prefix(name: str, model: ml_collections.ConfigDict) -> Iterator[None]:
     """Adds a key of the group `model` and its value to the message of a ValueError."""
     try:
         yield
@@ -344,7 +357,7 @@ def _vlm_policy(
     config: ml_collections.ConfigDict, env: Env, auxiliary: tuple[tuple[str, int], ...]
 ) -> VLMPolicy:
     m, size = config.model, (config.env.height, config.env.width)
-    with _error_prefix("checkpoint", m):
+    with error_prefix("checkpoint", m):
         read = control_encoders.vision_language_model(
             m.checkpoint,
             m.prompt,
@@ -375,8 +388,7 @@ def pretrained_params(m: ml_collections.ConfigDict) -> dict[str, Any]:
     if m.kind == "vlm":
         return {"vlm": control_encoders.vision_language_params(m.checkpoint)}
     if m.kind == "multimodal" and m.vision_encoder is not None:
-        encoder = control_encoders.vision_encoder(m.vision_encoder, DTYPES[m.dtype], m.remat)
-        return {"vision_encoder": encoder.params}
+        return {"vision_encoder": vision_encoders.read_params(m.vision_encoder)}
     return {}
 
 

@@ -32,6 +32,7 @@ from mmrl_jax.problems import (
     dataset_shapes,
     problem,
     token_models,
+    token_options,
     token_problem,
 )
 from mmrl_jax.problems.host_rewards import (
@@ -64,7 +65,7 @@ def options(config: Any) -> Group:
     keys = problem.options_of_problem(
         dataset=options_of(dataset_options.DatasetOptions),
         rewards=options_of(dataset_options.RewardOptions),
-        model=token_models.options(config),
+        model=token_options.options(config),
         **token_problem.stage_options(config, kinds),
     )
     # Evaluations always use all validation records.

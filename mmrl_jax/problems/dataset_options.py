@@ -18,7 +18,7 @@ from mmrl_jax.config.options import (
     between,
     option,
 )
-from mmrl_jax.problems import token_models
+from mmrl_jax.problems import token_options
 from mmrl_jax.tasks.rewards import RewardFunction
 
 
@@ -121,7 +121,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             "model.kind='scratch', but a decoder from scratch cannot read the free text of a "
             "dataset: choose 'decoder', e.g. of 'smollm2', or 'vlm'."
         )
-    token_models.check_model(config, d.height, d.width, "dataset")
+    token_options.check_model(config, d.height, d.width, "dataset")
     if (d.test_directory is None) == (d.test_size == 0):
         raise ValueError(
             f"dataset.test_size={d.test_size}, dataset.test_directory={d.test_directory!r}: the "

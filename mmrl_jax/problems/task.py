@@ -32,7 +32,7 @@ from mmrl_jax.evaluation.prompts import (
 from mmrl_jax.learners import grpo, registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
 from mmrl_jax.models import lora
-from mmrl_jax.problems import problem, token_models, token_problem
+from mmrl_jax.problems import problem, token_models, token_options, token_problem
 from mmrl_jax.problems.problem import stream
 from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
@@ -125,7 +125,7 @@ def options(config: Any) -> Group:
     kinds = {"labels": (labels,), "completions": (SampledTaskOptions,)}
     return problem.options_of_problem(
         task=options_of(UserTaskOptions if _is_user_task(config) else TaskOptions),
-        model=token_models.options(config),
+        model=token_options.options(config),
         **token_problem.stage_options(config, kinds),
     )
 
@@ -226,7 +226,7 @@ class TaskProblem(TokenProblem):
             _check_counts("task.counts", config.task.counts)
             for name in labeled:
                 _check_counts(f"{name}.counts", config[name].counts)
-        token_models.check_model(config, config.task.height, config.task.width, "task")
+        token_options.check_model(config, config.task.height, config.task.width, "task")
         self.task, model = _make(config)
         super().__init__(config, model, "eval/train/accuracy")
         self.check_sizes(

@@ -18,7 +18,7 @@ from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners import registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState, agent_policy
 from mmrl_jax.models import lora
-from mmrl_jax.problems import control, problem, token_models, token_problem
+from mmrl_jax.problems import control, problem, token_models, token_options, token_problem
 from mmrl_jax.problems.control import EnvOptions, RolloutOptions
 from mmrl_jax.problems.problem import stream
 from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
@@ -64,7 +64,7 @@ def options(config: Any) -> Group:
     kinds = {"labels": (DemonstratedTurnOptions,), "completions": (AgentRolloutOptions,)}
     return problem.options_of_problem(
         env=options_of(EnvOptions),
-        model=token_models.options(config),
+        model=token_options.options(config),
         **token_problem.stage_options(config, kinds, comparing=False),
     )
 
@@ -167,7 +167,7 @@ class TextAgent(TokenProblem):
 
     def __init__(self, config: ml_collections.ConfigDict):
         _check_env(config)
-        token_models.check_model(config, config.env.height, config.env.width, "env")
+        token_options.check_model(config, config.env.height, config.env.width, "env")
         self.env, self.interface, model = _make(config)
         _check_experience(config, self.env, self.interface)
         super().__init__(config, model, f"eval/{config.env.split}/return")

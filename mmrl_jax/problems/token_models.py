@@ -1,9 +1,9 @@
-"""Models of token policies: the options of the group `model`, and their variables."""
+"""Models of token policies and their variables."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import re
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,149 +11,21 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import POSITIVE, Group, option
 from mmrl_jax.distributed import partition
 from mmrl_jax.learners import token_learner
 from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.models import lora, stacked
 from mmrl_jax.models.encoders import VisionEncoder, VisionProjection
 from mmrl_jax.models.language import LanguageModel, Rope
+from mmrl_jax.models.towers import ResizingVisionTower
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
-from mmrl_jax.pretrained import chat, hub, vision_chat, weights
+from mmrl_jax.pretrained import chat, hub, vision_chat, vision_encoders, weights
 from mmrl_jax.pretrained.vision_chat import VLMSpec
-from mmrl_jax.problems.control_models import (
-    DTYPES,
-    ModelOptions,
-    PatchOptions,
-    check_patches,
-    options_of_kind,
-    with_adapters,
-)
+from mmrl_jax.problems.control_models import DTYPES, error_prefix, with_adapters
 from mmrl_jax.tasks.prompts import Texts, Tokenizer, WordTokenizer
 from mmrl_jax.training import fingerprints
-from mmrl_jax.training.settings import check_settings
 from mmrl_jax.types import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TokenPatchOptions(PatchOptions):
-    heads: int = option(
-        4, "Number of attention heads; the width must be divisible by twice this number.", POSITIVE
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _PretrainedOptions(ModelOptions):
-    frozen_dtype: Literal["float32", "bfloat16", "int8"] = option(
-        "float32",
-        "Data type of the pretrained parameters that no stage trains; with 'int8' it is int8 for "
-        "the matrices of layers and bfloat16 for other parameters.",
-    )
-    scan_layers: bool = option(
-        False,
-        "Whether the layers of each stack run in a loop, so that a deep model compiles in the time "
-        "of a shallow one.",
-    )
-    gather_for_sampling: bool = option(
-        False,
-        "Whether devices gather the parameters that mesh.fsdp splits once before they sample "
-        "completions; otherwise they gather each matrix for each token, which needs less memory.",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScratchOptions(_TokenPatchOptions):
-    """A small vision-language model that is trained from scratch on the words of one task."""
-
-    kind: Literal["scratch"] = option("scratch", "Kind of model.")
-    layers: int = option(2, "Number of blocks of the language model.", POSITIVE)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderOptions(_TokenPatchOptions, _PretrainedOptions):
-    """A pretrained decoder with a new vision encoder and a projector."""
-
-    kind: Literal["decoder"] = option("decoder", "Kind of model.")
-    width: int = option(64, "Width of the vision encoder, before the projector.", POSITIVE)
-    checkpoint: str | None = option(
-        "smollm2",
-        "'smollm2', or a directory of a chat model in the Hugging Face format, whose tokenizer and "
-        "chat template are used.",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VLMOptions(_PretrainedOptions):
-    """A complete pretrained vision-language model."""
-
-    kind: Literal["vlm"] = option("vlm", "Kind of model.")
-    checkpoint: str | None = option(
-        None,
-        "Directory of a vision-language chat model in the Hugging Face format, whose processor and "
-        "chat template are used.",
-    )
-    image_splitting: bool = option(
-        False, "Whether the model's processor splits an image into tiles; otherwise it is one tile."
-    )
-
-
-MODELS: dict[str, type] = {"scratch": ScratchOptions, "decoder": DecoderOptions, "vlm": VLMOptions}
-# A public config for each kind of model, for error messages.
-CONFIGS = {"scratch": "count_grpo", "decoder": "smollm2_vqa_grpo", "vlm": "vlm_grpo"}
-
-
-def options(config: Any) -> Group:
-    """Returns the keys of 'model' that the config's kind of model reads, see `options_of_kind`."""
-    return options_of_kind(config, MODELS, CONFIGS)
-
-
-def check_model(config: ml_collections.ConfigDict, height: int, width: int, where: str) -> None:
-    """Checks that the model fits the images.
-
-    Args:
-      config: Config of the run.
-      height: Height of the images in pixels.
-      width: Width of the images in pixels.
-      where: Name of the group of the config that has height and width.
-
-    Raises:
-      ValueError: If the model is invalid; the message gives the field, its value and the remedy.
-    """
-    check_settings()
-    m = config.model
-    if m.kind != "scratch":
-        if m.checkpoint is None:
-            raise ValueError(
-                f"model.checkpoint=None, but model.kind={m.kind!r} is read from a directory in the "
-                "Hugging Face format; give the directory."
-            )
-        if is_vlm(m) != (m.kind == "vlm"):
-            other = "decoder" if m.kind == "vlm" else "vlm"
-            raise ValueError(
-                f"model.checkpoint={m.checkpoint!r} is of model.kind={other!r}, not {m.kind!r}: "
-                f"start from the config {CONFIGS[other]!r}, or give another directory."
-            )
-    if m.kind == "vlm":
-        return
-    check_patches(m, height, width, where)
-    if m.width % (2 * m.heads) or m.width % 4:
-        raise ValueError(
-            f"model.width={m.width} is not divisible by 4 and by twice model.heads={m.heads}."
-        )
-
-
-def is_vlm(m: ml_collections.ConfigDict) -> bool:
-    """Returns whether the directory of model.checkpoint has a vision-language model.
-
-    Raises:
-      ValueError: If the config of the model cannot be read.
-    """
-    try:
-        kind = hub.read_config(chat.directory_of(m.checkpoint))["model_type"]
-    except ValueError as error:
-        raise ValueError(f"model.checkpoint={m.checkpoint!r}: {error}") from error
-    return kind in vision_chat.FAMILIES
 
 
 class DecoderSpec(NamedTuple):
@@ -162,10 +34,12 @@ class DecoderSpec(NamedTuple):
     Attributes:
       language: Decoder.
       chat: Tokenizer and chat template of the decoder.
+      vision: Pretrained image encoder; None for one from scratch.
     """
 
     language: LanguageModel
     chat: chat.ChatTokenizer
+    vision: ResizingVisionTower | None
 
 
 def read_spec(m: ml_collections.ConfigDict, size: tuple[int, int]) -> DecoderSpec | VLMSpec | None:
@@ -192,9 +66,14 @@ def read_spec(m: ml_collections.ConfigDict, size: tuple[int, int]) -> DecoderSpe
             LanguageModel, hub.read_blueprint("language_model", directory, **arguments).model
         )
         # The size of the vocabulary serves as image token, because no text has this id.
-        return DecoderSpec(language, chat.read_chat(directory.resolve(), language.vocabulary))
+        tokenizer = chat.read_chat(directory.resolve(), language.vocabulary)
     except ValueError as error:
         raise ValueError(f"model.checkpoint={m.checkpoint!r}: {error}") from error
+    if m.vision_encoder is None:
+        return DecoderSpec(language, tokenizer, None)
+    with error_prefix("vision_encoder", m):
+        vision = vision_encoders.read_encoder(m.vision_encoder, m.vision_size, **arguments)
+    return DecoderSpec(language, tokenizer, vision)
 
 
 def dependencies(m: ml_collections.ConfigDict, tokenizer: Tokenizer) -> dict[str, str]:
@@ -207,10 +86,14 @@ def dependencies(m: ml_collections.ConfigDict, tokenizer: Tokenizer) -> dict[str
     if m.kind == "scratch":
         return {}
     chat_tokenizer = cast(chat.ChatTokenizer, tokenizer)
-    return {
+    found = {
         "base_weights": weights.fingerprint(chat.directory_of(m.checkpoint)),
         "chat_template": fingerprints.digest(chat_tokenizer.rendered()),
     }
+    if m.get("vision_encoder") is not None:
+        directory = vision_encoders.directory_of(m.vision_encoder)
+        found["vision_encoder"] = weights.fingerprint(directory)
+    return found
 
 
 class TokenModel(NamedTuple):
@@ -273,18 +156,23 @@ def image_tokens(
     """
     if isinstance(spec, VLMSpec):
         return spec.image_tokens
+    if spec is not None and spec.vision is not None:
+        return vision_encoders.features(spec.vision)
     return (size[0] // m.patch) * (size[1] // m.patch)
 
 
 def _with_patches(
     m: ml_collections.ConfigDict, spec: DecoderSpec | None, tokenizer: Tokenizer
 ) -> VisionLanguageModel:
-    """Returns a pretrained or a small decoder with a new vision encoder."""
+    """Returns a pretrained or a small decoder with its vision encoder."""
     dtype = DTYPES[m.dtype]
     if spec is None:
         language, projector = _small_decoder(m, cast(WordTokenizer, tokenizer).size), None
     else:
         language, projector = spec.language, VisionProjection(spec.language.width, dtype)
+    if spec is not None and spec.vision is not None:
+        vision = PatchVision(projector=projector)
+        return VisionLanguageModel(vision, language, tokenizer.image, vision_encoder=spec.vision)
     encoder = VisionEncoder(
         m.width,
         m.patch,
@@ -413,7 +301,8 @@ def _frozen_dtype(
     """Returns a function from the path of a parameter to the data type in which it is read."""
 
     def dtype(name: str) -> jnp.dtype:
-        pretrained = m.kind == "vlm" or (m.kind == "decoder" and name.startswith("language/"))
+        parts = ("language/", "vision_encoder/")
+        pretrained = m.kind == "vlm" or (m.kind == "decoder" and name.startswith(parts))
         full = m.get("frozen_dtype", "float32") == "float32" or not pretrained
         is_trained = any(re.fullmatch(pattern, f"params/{name}") for pattern in trained)
         return jnp.float32 if full or is_trained else jnp.bfloat16
@@ -465,6 +354,12 @@ def read_variables(
             param_dtype=lambda name: dtype(f"language/{name}"),
         )
         loaded = {"language": read.params["params"]}
+        if m.vision_encoder is not None:
+            loaded["vision_encoder"] = vision_encoders.read_params(
+                m.vision_encoder,
+                mesh=mesh,
+                param_dtype=lambda name: dtype(f"vision_encoder/{name}"),
+            )
 
     def init(key: jax.Array) -> Params:
         # Pretrained parameters are not returned, so that XLA does not initialize them.

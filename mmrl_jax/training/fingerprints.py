@@ -19,6 +19,7 @@ NAME = "run.json"
 MEANINGS = {
     "base_weights": "the tensors in the directory of model.checkpoint",
     "text_encoder": "the tensors in the directory of model.text_encoder",
+    "vision_encoder": "the tensors in the directory of model.vision_encoder",
     "chat_template": "the prompts that tokenizer and chat template make",
     "records": "metadata.jsonl or the images of dataset.directory",
     "reward_functions": "the source of the modules in rewards.functions",
@@ -27,7 +28,7 @@ MEANINGS = {
 # checkpoint was never trained with them.
 ACCEPTABLE = ("chat_template", "records", "reward_functions")
 # Inputs of the model alone.
-OF_MODEL = ("base_weights", "text_encoder", "chat_template")
+OF_MODEL = ("base_weights", "text_encoder", "vision_encoder", "chat_template")
 
 
 class Run(NamedTuple):

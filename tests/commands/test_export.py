@@ -39,6 +39,7 @@ LOADERS = {
 CASES = [
     *(("language_model", name) for name in decoders.FAMILIES),
     *(("vision_tower", name) for name in ("clip", "siglip", "clip_vision", "siglip_vision")),
+    *(("vision_tower", name) for name in encoders.DINOS),
     *(("text_tower", name) for name in ("clip", "siglip", "bert")),
     *(("vision_language_model", name) for name in (*vlms.FAMILIES, *qwen_vl.NAMES)),
 ]

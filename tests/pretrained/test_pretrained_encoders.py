@@ -1,4 +1,4 @@
-"""Compares CLIP, SigLIP and BERT, with random parameters, with torch layer by layer."""
+"""Compares CLIP, SigLIP, DINOv2 and BERT, with random parameters, with torch layer by layer."""
 
 import dataclasses
 import functools
@@ -20,12 +20,23 @@ STACK = {
     "num_attention_heads": 4,
 }
 VISION = STACK | {"image_size": 24, "patch_size": 8}
+DINO = {name: x for name, x in VISION.items() if name != "intermediate_size"} | {"mlp_ratio": 2}
+DINOS = ("dinov2", "dinov2_gated", "dinov2_with_registers", "dinov2_with_registers_gated")
+# The 3 x 3 patches of the position embeddings, fewer rows and more columns, and 9 in one column.
+SIZES = ((24, 24), (16, 40), (72, 8))
 TEXT = STACK | {"vocab_size": 60, "max_position_embeddings": 9}
 CLIP_TEXT = TEXT | {"eos_token_id": 59, "bos_token_id": 58, "pad_token_id": 0}
 
 
+def dinov2(name):
+    model = "Dinov2WithRegisters" if "registers" in name else "Dinov2"
+    config = getattr(transformers, f"{model}Config")
+    gated = name.endswith("_gated")
+    return getattr(transformers, f"{model}Model")(config(**DINO, use_swiglu_ffn=gated))
+
+
 def models():
-    return {
+    return {name: functools.partial(dinov2, name) for name in DINOS} | {
         "clip": lambda: transformers.CLIPModel(
             transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION, projection_dim=20)
         ),
@@ -55,9 +66,9 @@ def saved(name, directory):
     return hub.save(models()[name](), directory / name)
 
 
-def pictures():
+def pictures(size=(24, 24)):
     rng = np.random.default_rng(0)
-    return rng.normal(size=(3, 24, 24, 3)).astype(np.float32)
+    return rng.normal(size=(3, *size, 3)).astype(np.float32)
 
 
 def sentences():
@@ -90,17 +101,18 @@ def errors(ours, theirs, pooled, present=None):
     return found
 
 
-def vision_errors(name, directory, mutate=lambda model: model):
+def vision_errors(name, directory, mutate=lambda model: model, size=(24, 24)):
     theirs = saved(name, directory)
     tower = getattr(theirs, "vision_model", theirs)
     model, params, _ = ours.load_vision_tower(directory / name)
-    pixels = torch.tensor(pictures().transpose(0, 3, 1, 2))
+    images = pictures(size)
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
     with torch.no_grad():
         out = tower(pixels, output_hidden_states=True)
         pooled = out.pooler_output
         if name == "clip":
             pooled = theirs.visual_projection(pooled)
-    return max(errors(run(mutate(model), params, pictures()), out, pooled))
+    return max(errors(run(mutate(model), params, images), out, pooled))
 
 
 def text_errors(name, directory, mutate=lambda model: model):
@@ -129,9 +141,34 @@ def test_vision_towers_are_torch_s(name, directory):
     assert vision_errors(name, directory) < 1e-5
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", DINOS)
+def test_dinov2_is_torch_s_for_images_of_any_number_of_patches(name, size, directory):
+    assert vision_errors(name, directory, size=size) < 1e-5
+
+
+def test_a_classifier_of_dinov2_is_read_without_its_head(directory, tmp_path):
+    config = transformers.Dinov2Config(**DINO, num_labels=5)
+    theirs = hub.save(transformers.Dinov2ForImageClassification(config), tmp_path)
+    model, params, _ = ours.load_vision_tower(tmp_path)
+    with torch.no_grad():
+        out = theirs.dinov2(torch.tensor(pictures().transpose(0, 3, 1, 2)))
+    encoded, _ = run(model, params, pictures())
+    assert hub.error(encoded.pooled, out.pooler_output, np.ones(3, bool)) < 1e-5
+
+
+def test_an_image_that_is_not_made_of_patches_is_refused(directory):
+    with pytest.raises(ValueError, match="28x24 is not divisible into patches of 8"):
+        vision_errors("dinov2", directory, size=(28, 24))
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "bert"])
 def test_text_towers_are_torch_s(name, directory):
     assert text_errors(name, directory) < 1e-5
+
+
+def other_size(name, directory, mutate):
+    return vision_errors(name, directory, mutate, size=(16, 40))
 
 
 def block(**changes):
@@ -149,6 +186,10 @@ def clone(**changes):
         (vision_errors, "clip", block(epsilon=1e-3)),
         (vision_errors, "clip", clone(norm_tokens=True)),
         (vision_errors, "siglip", block(activation="gelu")),
+        (other_size, "dinov2", clone(antialias=True)),
+        (other_size, "dinov2_with_registers", clone(antialias=False)),
+        (vision_errors, "dinov2", block(activation="gelu_tanh")),
+        (vision_errors, "dinov2_gated", block(activation="gelu")),
         (text_errors, "clip", clone(causal=False)),
         (text_errors, "clip", clone(end=58)),
         (text_errors, "siglip", clone(causal=True)),

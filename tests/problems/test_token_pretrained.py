@@ -34,6 +34,13 @@ def make_config(directory, **changes):
     return tiny.token_config("smollm2_vqa_grpo", **changes)
 
 
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dinov2")
+    processors.save_dinov2(directory)
+    return directory
+
+
 def prefers_even_tokens(self, prompts, tokens, mask, *, penalty):
     """A reward that random completions can get, because a random decoder is never correct."""
     reward = (tokens[..., 0] % 2 == 0).astype(jnp.float32)
@@ -97,6 +104,34 @@ def test_frozen_are_the_aligned_eyes_and_the_language_model_on_disk(run, aligned
     bitwise_equal(by_path(stage.constants.frozen), by_path(read) | by_path(learned))
 
 
+def test_a_pretrained_tower_stays_frozen_and_its_projector_is_aligned(directory, tower, tmp_path):
+    changes = {"model__vision_encoder": str(tower), "model__vision_size": 16}
+    config = make_config(directory, model__frozen_dtype="bfloat16", **changes)
+    config.task.height = config.task.width = 18  # No patch of our own encoder divides it.
+    trained = mmrl_jax.train(config, tmp_path)
+    problem = trained.problem
+    assert problem.task.texts.prompt_tokens.shape[1] > 4
+    image = problem.task.texts.tokenizer.image
+    assert set(np.sum(problem.task.texts.prompt_tokens == image, axis=1)) == {4}
+    before, after = by_path(problem.initial_variables()), by_path(trained.variables)
+    read = ours.load_vision_tower(tower).params["params"]
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), read)
+    expected = by_path({"params": {"vision_encoder": {"tower": rounded}}})
+    bitwise_equal(expected, {p: x for p, x in after.items() if p in expected})
+    moved = {path.rpartition("/")[0] for path, x in after.items() if np.any(x != before[path])}
+    assert {path for path in moved if path.startswith("params/")} == {
+        "params/vision/projector/out",
+        "params/vision/projector/project",
+    }
+    bitwise_equal(by_path(mmrl_jax.load(tmp_path).variables), after)
+    # A run goes on only with the tower that it began with.
+    processors.hub.save(
+        transformers.Dinov2Model(transformers.Dinov2Config.from_pretrained(tower)), tower, seed=1
+    )
+    with pytest.raises(ValueError, match="vision_encoder: the tensors in the directory of model.v"):
+        mmrl_jax.train(config, tmp_path)
+
+
 def test_policy_and_reference_are_one_where_grpo_begins(run):
     _, workdir = run
     _, *rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
@@ -154,6 +189,10 @@ def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
             "model.frozen_dtype='int8', but the stages train all pretrained parameters",
         ),
         ({"mesh__tensor": 3}, "mesh.tensor=3 does not divide the 2 attention heads"),
+        (
+            {"model__vision_encoder": "nowhere"},
+            "model.vision_encoder='nowhere': nowhere has no config.json",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(changes, message, directory):

@@ -62,6 +62,12 @@ _GEMMA2 += ("sliding_window", "layer_types", "final_logit_softcapping")
 _QWEN_IDLE = ("max_position_embeddings", "sliding_window", "max_window_layers")
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _VISION += ("image_size", "patch_size", "hidden_act", "layer_norm_eps")
+_DINO = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "image_size")
+_DINO += ("patch_size", "hidden_act", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn")
+# The last four are of backbones and of pretraining.
+_DINO_IDLE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+_DINO_IDLE += ("layerscale_value", "_out_features", "_out_indices", "apply_layernorm")
+_DINO_IDLE += ("reshape_hidden_states",)
 _TEXT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _TEXT += ("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps")
 _HALVES = ("text_config", "vision_config")
@@ -97,6 +103,8 @@ KEYS: dict[str, Keys] = {
     "siglip": Keys(_HALVES),
     "siglip_text_model": Keys((*_TEXT, "projection_size")),
     "siglip_vision_model": Keys((*_VISION, "vision_use_head")),
+    "dinov2": Keys(_DINO, (*_DINO_IDLE, "use_mask_token")),
+    "dinov2_with_registers": Keys((*_DINO, "num_register_tokens"), _DINO_IDLE),
     "idefics3_vision": Keys(_VISION),
     "smolvlm_vision": Keys(_VISION),
     "bert": Keys(
@@ -136,7 +144,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 SIZES += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "image_size")
 SIZES += ("patch_size", "num_heads", "depth", "in_channels", "spatial_merge_size", "scale_factor")
 SIZES += ("temporal_patch_size", "out_hidden_size", "type_vocab_size", "query_pre_attn_scalar")
-SIZES += ("window_size", "num_position_embeddings")
+SIZES += ("window_size", "num_position_embeddings", "mlp_ratio", "num_register_tokens")
 
 
 def followed(config: Any) -> dict[str, Any]:
