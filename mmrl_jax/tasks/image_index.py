@@ -17,7 +17,7 @@ import os
 import pathlib
 import threading
 
-from mmrl_jax.tasks.images import ImageInfo
+from mmrl_jax.data.images import ImageInfo
 
 # Version of the entries, and of the rules that decide whether an image can be used.
 VERSION = 1

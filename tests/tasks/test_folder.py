@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from mmrl_jax.tasks import image_index
-from mmrl_jax.tasks import images as images_lib
+from mmrl_jax.data import images as images_lib
 from mmrl_jax.tasks.folder import open_folder, open_tfds
 
 KEYS = {"size": (4, 6), "batch_size": 4, "seed": 3, "max_rejected": 0.0}
