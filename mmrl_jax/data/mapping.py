@@ -40,6 +40,7 @@ class Target(NamedTuple):
       discrete: Whether actions are discrete.
       encode: Function that encodes an instruction as tokens int32 [L], and raises ValueError if it
         cannot; None for a policy without instructions.
+      vocabulary: Digest of the instructions that `encode` accepts.
       privileged: Shapes of further targets by name.
     """
 
@@ -48,6 +49,7 @@ class Target(NamedTuple):
     action_size: int
     discrete: bool
     encode: Callable[[str], np.ndarray] | None
+    vocabulary: str
     privileged: Mapping[str, tuple[int, ...]]
 
     def fields(self) -> dict[str, Feature]:
@@ -133,6 +135,8 @@ class FeatureMapping:
             },
             "schema": {name: (x.shape, x.dtype) for name, x in sorted(self.schema.items())},
             "resize": self._resize,
+            "vocabulary": self._target.vocabulary,
+            "action_size": self._target.action_size,
         }
 
     def _part(self, name: str, text: str) -> Part:

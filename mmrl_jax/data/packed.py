@@ -8,7 +8,7 @@ without decoding, so that the order of training is any order, and a data set may
 memory. The directory can be deleted; it is made again when it is needed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import errno
 import json
@@ -77,8 +77,8 @@ def pack(
       cache: Directory of the cache.
 
     Raises:
-      InvalidData: If the data set has fewer episodes than `episodes`, no episode can be used, or the
-        disk of the cache is full.
+      InvalidData: If the data set has fewer episodes than `episodes`, no episode can be used, or
+        the disk of the cache is full.
     """
     count = len(source) if episodes is None else episodes
     if count > len(source):
@@ -116,8 +116,8 @@ def read(directory: pathlib.Path) -> Packed:
     if not index["rows"]:
         raise InvalidData(f"No episode can be used. {quarantine.summary()}")
     arrays = {
-        name: np.memmap(directory / _file(name), dtype, "r", shape=(index["rows"], *shape))
-        for name, (dtype, shape) in index["fields"].items()
+        name: _mapped(directory, name, index["rows"], field)
+        for name, field in index["fields"].items()
     }
     return Packed(
         arrays=arrays,
@@ -133,6 +133,14 @@ def read(directory: pathlib.Path) -> Packed:
 
 def _file(name: str) -> str:
     return f"{name.replace('/', '.')}.bin"
+
+
+def _mapped(
+    directory: pathlib.Path, name: str, rows: int, field: tuple[str, Sequence[int]]
+) -> np.ndarray:
+    """Returns an array of R rows, of a given dtype and shape of a row, memory-mapped."""
+    dtype, shape = field
+    return np.asarray(np.memmap(directory / _file(name), dtype, "r", shape=(rows, *shape)))
 
 
 def _make(
@@ -198,10 +206,7 @@ def _action_statistics(
     directory: pathlib.Path, fields: Mapping[str, tuple], rows: int
 ) -> dict[str, list]:
     arrays = {
-        name: np.memmap(
-            directory / _file(name), fields[name][0], "r", shape=(rows, *fields[name][1])
-        )
-        for name in ("action", "has_action")
+        name: _mapped(directory, name, rows, fields[name]) for name in ("action", "has_action")
     }
     actions = np.asarray(arrays["action"][arrays["has_action"]], np.float64)
     actions = actions.reshape(len(actions), -1)

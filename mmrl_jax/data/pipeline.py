@@ -50,7 +50,8 @@ class Pipeline:
 
     Args:
       packed: Packed episodes.
-      tokens: Tokens of each of `packed.texts`, int32 [K, L]; None for a policy without instructions.
+      tokens: Tokens of each of `packed.texts`, int32 [K, L]; None for a policy without
+        instructions.
       batch_size: Number of samples B in a batch.
       seed: Seed of the order of each epoch.
       history: Number of frames of an observation; with more than 1, 'pixels' and 'proprio' have an

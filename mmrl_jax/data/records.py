@@ -275,6 +275,10 @@ class Quarantine:
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append((name, str(error)))
 
+    def __add__(self, other: "Quarantine") -> "Quarantine":
+        examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+        return Quarantine(self.counts + other.counts, examples)
+
     @property
     def total(self) -> int:
         """Number of episodes that were set aside."""

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mmrl_jax.data import images as images_lib
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
-from mmrl_jax.data import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
 from mmrl_jax.tasks.reward_workers import printable
 from mmrl_jax.tasks.rewards import RESERVED, Failure, Rewards, RewardWorkerPool
