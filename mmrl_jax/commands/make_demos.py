@@ -18,8 +18,8 @@ actions or the probability of a random discrete action, and ',weight=<w>'. With 
 each episode has one of them, with a probability in proportion to its weight.
 
 Episodes are recorded in compiled rollouts, a shard at a time. The same command resumes an
-interrupted recording, and demonstrations.json in the output describes it. Episodes in which a number
-is not finite are set aside and counted there.
+interrupted recording, and demonstrations.json in the output describes it. Episodes in which a
+number is not finite are set aside and counted there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ import ml_collections
 from ml_collections import config_flags
 import numpy as np
 
-from mmrl_jax import envs, problems, runs, workdir
+from mmrl_jax import envs, problems, runs
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.config import loading
 from mmrl_jax.data import files, formats
@@ -90,7 +90,11 @@ def parse_policy(text: str) -> PolicySpec:
 
 
 def base_config(
-    config: ml_collections.ConfigDict | None, env: str | None, specs: Sequence[PolicySpec]
+    config: ml_collections.ConfigDict | None,
+    env: str | None,
+    specs: Sequence[PolicySpec],
+    *,
+    trust_modules: bool,
 ) -> ml_collections.ConfigDict:
     """Returns the config whose environment is recorded: the given one, or else the first run's.
 
@@ -98,9 +102,11 @@ def base_config(
       config: Config of a problem with an environment; None if none is given.
       env: Name of an environment, instead of a config; None if none is given.
       specs: Policies of the recording.
+      trust_modules: Whether modules that the config of a run names may be imported.
 
     Raises:
-      ValueError: If both or neither are given, or the config has no environment.
+      ValueError: If both or neither are given, a run cannot be read, or the config has no
+        environment.
     """
     if (config is not None) and (env is not None):
         raise ValueError(f"--config and --env={env!r} are both given; give one of them.")
@@ -110,10 +116,7 @@ def base_config(
         workdirs = [spec.name for spec in specs if spec.name not in ("expert", "random")]
         if not workdirs:
             raise ValueError("Give --config or --env, which name the environment.")
-        stored = workdir.stored_config(workdirs[0])
-        if stored is None:
-            raise ValueError(f"--policy={workdirs[0]} holds no run; give the workdir of one.")
-        config = stored
+        config = runs.read_problem(workdirs[0], trust_modules=trust_modules)[0].config
     config = problems.complete(config)
     if "env" not in config:
         raise ValueError(f"A problem={config.problem!r} has no environment to record in.")
@@ -299,10 +302,9 @@ def _record(
         _write(output, state)
         print(f"Recorded {numbers[0] + len(episodes)} of {total} episodes.", flush=True)
     writer = _writer(output, recipe, state["schema"], count, fps)
-    state["complete"] = True
-    # The description first: the metadata of the format make the data set valid.
-    _write(output, state)
     writer.finish([x["written"] for x in state["shards"]])
+    state["complete"] = True
+    _write(output, state)
     return state
 
 
@@ -368,24 +370,24 @@ def _write(output: pathlib.Path, state: dict[str, Any]) -> None:
     files.write_text(output / DESCRIPTION, json.dumps(state, indent=1) + "\n")
 
 
-def _totals(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Returns sums over the episodes of a shard; 'success' is NaN if it is unknown."""
+def _totals(episodes: Sequence[Episode]) -> dict[str, float | None]:
+    """Returns sums over the episodes of a shard; 'success' is None if it is unknown."""
     origins = [episode.provenance for episode in episodes]
+    success = sum(x.success for x in origins)
     return {
         "steps": sum(episode.actions for episode in episodes),
         "return": sum(x.episode_return for x in origins),
-        "success": sum(x.success for x in origins),
+        "success": None if math.isnan(success) else success,
     }
 
 
 def describe(state: Mapping[str, Any]) -> str:
     """Returns what a recording has, as text."""
     episodes = sum(x["written"]["episodes"] for x in state["shards"])
-    steps, returns, success = (
-        sum(x[name] for x in state["shards"]) for name in ("steps", "return", "success")
-    )
+    steps, returns = (sum(x[name] for x in state["shards"]) for name in ("steps", "return"))
+    success = [x["success"] for x in state["shards"]]
     parts = [f"{episodes} episodes with {steps} steps, mean return {returns / episodes:.3f}"]
-    parts += [] if math.isnan(success) else [f"success {success / episodes:.3f}"]
+    parts += [] if None in success else [f"success {sum(success) / episodes:.3f}"]
     quarantine = Quarantine(**state["quarantine"])
     return ", ".join(parts) + "." + (f" {quarantine.summary()}" if quarantine.total else "")
 
@@ -395,7 +397,7 @@ def main(argv: list[str]) -> None:
     refuse_arguments(argv)
     with clean_exit(ValueError, ImportError):
         specs = [parse_policy(text) for text in FLAGS.policy]
-        config = base_config(FLAGS.config, FLAGS.env, specs)
+        config = base_config(FLAGS.config, FLAGS.env, specs, trust_modules=FLAGS.trust_modules)
         output = pathlib.Path(FLAGS.output).absolute()
         state = make_demos(
             config,

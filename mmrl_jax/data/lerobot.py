@@ -112,6 +112,8 @@ class LeRobot:
     def read(self, index: int, fields: Collection[str]) -> RawEpisode:
         episode = self._episodes[index]
         length = int(episode["length"])
+        if length == 0:
+            raise Invalid("empty episode", f"{self.name(index)} has no frames.")
         videos = {name for name in fields if self._kind(name) == "video"}
         sources = {TASK: ("task_index",), TERMINAL: (DONE, TRUNCATED)}
         columns = {c for name in {*fields} - videos for c in sources.get(name, (name,))}

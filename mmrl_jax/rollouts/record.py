@@ -105,7 +105,7 @@ class Recorder:
                 f"the state of the environment is not finite after step {step}.",
             )
         steps = actions + 1
-        observation = {name: x[:steps, i] for name, x in arrays["observation"].items()}
+        observation = jax.tree.map(lambda x: x[:steps, i], arrays["observation"])
         tokens = observation.pop("instruction", None)
         if self._history > 1:
             observation = {name: x[:, -1] for name, x in observation.items()}
