@@ -23,6 +23,8 @@ setuptools.setup(
             "mmrl-plan=mmrl_jax.commands.plan:run",
             "mmrl-export=mmrl_jax.commands.export:run",
             "mmrl-convert-hf=mmrl_jax.commands.convert_hf:run",
+            "mmrl-convert-tfrecord=mmrl_jax.commands.convert_tfrecord:run",
+            "mmrl-make-demos=mmrl_jax.commands.make_demos:run",
         ],
     },
     # What `import mmrl_jax...` and experiments/ need. What only one function imports, or only the

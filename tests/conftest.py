@@ -26,13 +26,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def image_indices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the cache of image properties out of the user's home directory."""
-    from mmrl_jax.tasks import image_index
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the cache of data sets out of the user's home directory."""
+    from mmrl_jax.data import files
 
     with pytest.MonkeyPatch.context() as patch:
-        directory = tmp_path_factory.mktemp("image_indices")
-        patch.setattr(image_index, "cache_directory", lambda: directory)
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setattr(files, "cache_directory", lambda: directory)
         yield
 
 

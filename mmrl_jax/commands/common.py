@@ -10,6 +10,7 @@ from absl import app, flags, logging
 import jax
 
 from mmrl_jax import envs
+from mmrl_jax.data import records
 from mmrl_jax.distributed import multihost, rendezvous
 from mmrl_jax.tasks import rewards
 from mmrl_jax.training import checkpoint, loop
@@ -20,6 +21,7 @@ FAILURES = (
     checkpoint.CheckpointDamaged,
     checkpoint.CheckpointMismatch,
     checkpoint.CheckpointWriteError,
+    records.InvalidData,
     envs.InvalidEnvironment,
     loop.HostFailed,
     multihost.OtherProcessFailed,

@@ -159,6 +159,43 @@ def env_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: batch_sharding(mesh, 0) if x.size else replicated(mesh), tree)
 
 
+def batch_places(size: int, *, mesh: Mesh) -> np.ndarray:
+    """Returns the places in a batch whose samples the devices of this process hold.
+
+    Args:
+      size: Number N of samples in the batch, a multiple of `batch_shards`.
+      mesh: Device mesh.
+
+    Returns:
+      Places in ascending order, int64 [n] in [0, N).
+    """
+    slices = batch_sharding(mesh, 0).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in slices]))
+
+
+def put_places(tree: Any, places: np.ndarray, size: int, *, mesh: Mesh) -> Any:
+    """Transfers the samples of this process to its devices, as its part of a batch.
+
+    Args:
+      tree: Pytree of arrays [n, ...] of the samples at `places`.
+      places: Places of the samples in the batch, see `batch_places`.
+      size: Number N of samples in the batch.
+      mesh: Device mesh.
+
+    Returns:
+      Arrays [N, ...], of which other processes may hold the other samples.
+    """
+    sharding = batch_sharding(mesh, 0)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return x[np.searchsorted(places, np.arange(size)[index[0]])]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, tree)
+
+
 def put(tree: Any, shardings: Any) -> Any:
     """Transfers arrays to devices with the given shardings; shapes only get the shardings.
 

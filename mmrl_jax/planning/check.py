@@ -96,7 +96,10 @@ def rows(
 def table(found: dict[str, dict[str, float]]) -> str:
     """Returns the rows as text, in megabytes of a device."""
     header = f"{'':12}{'arguments, MB':>24}{'temporaries, MB':>24}{'planned /':>12}"
-    lines = [header, f"{'stage':12}{2 * ('planned'.rjust(12) + 'compiled'.rjust(12))}{'compiled':>12}"]
+    lines = [
+        header,
+        f"{'stage':12}{2 * ('planned'.rjust(12) + 'compiled'.rjust(12))}{'compiled':>12}",
+    ]
     for name, row in found.items():
         sizes = [x / 1e6 for key, x in row.items() if key != "ratio"]
         lines.append(f"{name:12}{''.join(f'{x:12.2f}' for x in sizes)}{row['ratio']:12.2f}")

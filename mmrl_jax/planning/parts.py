@@ -65,7 +65,9 @@ def kv_bytes(language: LanguageModel, tokens: int, tensor: int = 1) -> float:
     heads = block.kv_heads or block.heads
     size = block.head_size or language.width // block.heads
     ways = tensor if heads % tensor == 0 else 1
-    return float(2 * language.layers * tokens * heads * size * jnp.dtype(language.dtype).itemsize / ways)
+    return float(
+        2 * language.layers * tokens * heads * size * jnp.dtype(language.dtype).itemsize / ways
+    )
 
 
 def _pixels(env_state: Any) -> Any:

@@ -23,7 +23,8 @@ from mmrl_jax.planning import evaluations, parts, placement
 from mmrl_jax.planning.chips import Topology
 from mmrl_jax.planning.program import Value, simplified
 from mmrl_jax.planning.usage import Analyzer, Usage
-from mmrl_jax.problems import Problem, problem as problem_lib
+from mmrl_jax.problems import Problem
+from mmrl_jax.problems import problem as problem_lib
 from mmrl_jax.training.stage import Carry, Stage
 
 # Keys of a stage that are numbers of samples, which the devices share.
@@ -213,7 +214,10 @@ def _update(stage: Stage) -> Any:
 def _stage_plan(traced: _Traced, analyzer: Analyzer) -> StagePlan:
     carry, constants, mesh = traced.carry, traced.constants, placement.abstract_mesh(analyzer.mesh)
     placed = placement.placements(carry, constants, mesh)
-    ins = [Value(x, split=placement.split_of(x, s)) for x, s in placement.pairs((carry, constants), placed)]
+    ins = [
+        Value(x, split=placement.split_of(x, s))
+        for x, s in placement.pairs((carry, constants), placed)
+    ]
     donated = len(jax.tree.leaves(carry))
     found = analyzer.program(traced.program, ins, donated)
     trained, frozen = variables_of(traced)
@@ -223,7 +227,9 @@ def _stage_plan(traced: _Traced, analyzer: Analyzer) -> StagePlan:
         "weights, trained": size(trained, partition.shardings(trained, mesh)),
         "weights, frozen": size(frozen, partition.shardings(frozen, mesh)),
         "optimizer state": size(learner.opt_state, learner_placed.opt_state),
-        "reference": size(getattr(learner, "reference", ()), getattr(learner_placed, "reference", ())),
+        "reference": size(
+            getattr(learner, "reference", ()), getattr(learner_placed, "reference", ())
+        ),
         "environments": size(carry.env_state, placed[0].env_state),
         "data set": size(constants.data, placed[1].data),
     }
@@ -250,15 +256,15 @@ def _stage_plan(traced: _Traced, analyzer: Analyzer) -> StagePlan:
     return stage
 
 
-def _exchange_gradients(
-    update: Usage, trained: Any, traced: _Traced, analyzer: Analyzer
-) -> None:
+def _exchange_gradients(update: Usage, trained: Any, traced: _Traced, analyzer: Analyzer) -> None:
     """Adds the sums of the gradients over devices with different samples to an update."""
     mesh = analyzer.mesh
     g = traced.problem.config[traced.name]
     steps = g.get("num_epochs", 1) * g.get("num_minibatches", 1)
     sent = 0.0
-    for x, sharding in placement.pairs(trained, partition.shardings(trained, placement.abstract_mesh(mesh))):
+    for x, sharding in placement.pairs(
+        trained, partition.shardings(trained, placement.abstract_mesh(mesh))
+    ):
         split = {axis for axes in placement.split_of(x, sharding) for axis in axes}
         axes = [axis for axis in (mesh_lib.DATA, mesh_lib.FSDP) if axis not in split]
         ways = math.prod(mesh[axis] for axis in axes)

@@ -57,7 +57,11 @@ def remedy(
 
 
 def _shortest(
-    planner: Planner, config: ml_collections.ConfigDict, topology: Topology, change: Change, plan: Plan
+    planner: Planner,
+    config: ml_collections.ConfigDict,
+    topology: Topology,
+    change: Change,
+    plan: Plan,
 ) -> tuple[Change, Plan]:
     """Returns a change without the keys that it does not need."""
     for key in list(change):

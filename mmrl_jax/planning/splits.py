@@ -166,9 +166,7 @@ def _product(op: Op) -> Split:
     """Returns the split of a product: matrices are whole along 'fsdp' when they are multiplied."""
     (contracted, (left_batch, right_batch)) = op.params["dimension_numbers"]
     left, right = (_without_fsdp(x.split) for x in op.ins[:2])
-    batch = tuple(
-        left[i] or right[j] for i, j in zip(left_batch, right_batch, strict=True)
-    )
+    batch = tuple(left[i] or right[j] for i, j in zip(left_batch, right_batch, strict=True))
     free = [
         split[i]
         for split, summed, shared in (

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr

@@ -58,7 +58,10 @@ def complete(source: str | pathlib.Path, target: str | pathlib.Path) -> pathlib.
     names = {path.name for path in target.iterdir()}
     if not any(name.endswith(".safetensors") or name == safetensors_files.INDEX for name in names):
         save_file({"stand_in": np.zeros(1, np.float32)}, target / safetensors_files.WEIGHTS)
-    if "vision_config" in config and not {"preprocessor_config.json", "processor_config.json"} & names:
+    if (
+        "vision_config" in config
+        and not {"preprocessor_config.json", "processor_config.json"} & names
+    ):
         image, prompts = _PROCESSORS[config["model_type"]](config)
         _write(target / "preprocessor_config.json", image)
         _write(target / "processor_config.json", prompts)

@@ -27,7 +27,13 @@ from mmrl_jax.learners import bc, registry
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import LearnerState, Rollout, policy_function
 from mmrl_jax.pretrained import control_encoders, weights
-from mmrl_jax.problems import control_models, demonstrations, problem, sources
+from mmrl_jax.problems import (
+    control_models,
+    demonstration_data,
+    demonstrations,
+    problem,
+    sources,
+)
 from mmrl_jax.problems.problem import StageOptions, stream
 from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
 from mmrl_jax.rl import losses
@@ -126,11 +132,11 @@ def _check_sizes(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                     f"{name}.num_updates={g.num_updates} * {name}.batch_size={g.batch_size} is "
                     "2**32 samples or more, for which epochs cannot be counted; lower one of them."
                 )
-            if config.env.name != "language_reach":
+            if config.env.name != "language_reach" and g.data.directory is None:
                 raise ValueError(
                     f"stages={tuple(config.stages)} has {name!r}, which learns from "
                     f"demonstrations, but env.name={config.env.name!r} has no scripted expert; "
-                    "remove the stage."
+                    f"set {name}.data.directory, or remove the stage."
                 )
         if experience == "rollout":
             samples = g.num_envs * g.unroll_length
@@ -257,14 +263,15 @@ class Control:
         self._demonstrations: dict[str, bc.Demonstrations] = {}
 
     def dependencies(self) -> dict[str, str]:
-        """Returns the fingerprint of the text encoder, if there is one, see `problem.Problem`.
+        """Returns the fingerprints of text encoder and demonstrations, see `problem.Problem`.
 
         Other pretrained weights are part of the parameters, which checkpoints contain.
         """
+        found = demonstration_data.fingerprint(self.config)
         encoder = self.config.model.get("text_encoder")
         if encoder is None:
-            return {}
-        return {"text_encoder": weights.fingerprint(control_encoders.directory_of(encoder))}
+            return found
+        return found | {"text_encoder": weights.fingerprint(control_encoders.directory_of(encoder))}
 
     # -- Experience --------------------------------------------------------------------------------
 
@@ -291,6 +298,27 @@ class Control:
                 flush=True,
             )
         return self._demonstrations[name]
+
+    def _demonstration_source(self, name: str) -> Source:
+        """Returns the source of a stage that learns from demonstrations.
+
+        Raises:
+          InvalidData: If the demonstrations in `data.directory` cannot be used.
+        """
+        g = self.config[name]
+        if g.data.directory is None:
+            return demonstrations.source(self.demonstrations(name), batch_size=g.batch_size)
+        pipeline = demonstration_data.open_pipeline(
+            build(demonstration_data.DataOptions, g.data),
+            demonstration_data.target(self.config, self.env),
+            batch_size=g.batch_size,
+            seed=self.config.seed,
+            history=self.config.env.history,
+            discount=g.discount,
+            value_coef=g.get("value_coef", 0.0),
+            name=name,
+        )
+        return demonstration_data.source(pipeline, num_updates=g.num_updates, mesh=self.mesh)
 
     def _rollout(self, name: str, apply: learner_lib.Apply) -> Source:
         g, env = self.config[name], self.env
@@ -339,8 +367,7 @@ class Control:
         )
         apply = self._apply(trainable)
         if algorithm.experience == "demonstrations":
-            data = self.demonstrations(name)
-            source = demonstrations.source(data, batch_size=config[name].batch_size)
+            source = self._demonstration_source(name)
         else:
             source = self._rollout(name, apply)
         if start is None and mesh_lib.only_described():
@@ -380,7 +407,8 @@ class Control:
             **fields | {name: x for name, x in changes.items() if name != "stream"},
             init=init,
             release=initial.release,
-            update=sources.make_update(source, learn),
+            update=None if source.collect is None else sources.make_update(source, learn),
+            on_host=None if source.on_host is None else source.on_host(learn),
             constants=constants,
             evaluate=self._periodic_evaluation(),
             shardings=functools.partial(problem.shard_carry, mesh=self.mesh),

@@ -44,7 +44,14 @@ from mmrl_jax.problems.host_rewards import (
     tokenize_completions,
     tokenize_prompts,
 )
-from mmrl_jax.problems.sources import Collected, Constants, Learn, Source, update_keys
+from mmrl_jax.problems.sources import (
+    Collected,
+    Constants,
+    Learn,
+    Source,
+    batches_on_host,
+    update_keys,
+)
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks.folder import METADATA, Batch, Records
@@ -240,29 +247,11 @@ class Dataset(TokenProblem):
             prompts, labels = rows.put((self.prompts(batch), labels))
             return ScoredCompletions.labeled(prompts, *labels)
 
-        def on_host(learn: Learn) -> Callable[[Carry, Any], HostUpdate]:
-            def step(
-                carry: Carry, constants: Constants, batch: ScoredCompletions
-            ) -> tuple[Carry, Metrics]:
-                return learn(carry, constants, Collected(None, batch, carry.rng, {}))
-
-            def compiled(carry: Carry, constants: Constants) -> HostUpdate:
-                replicated = mesh_lib.replicated(self.mesh)
-                shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
-                jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-                lowered = jitted.lower(carry, constants, multihost.on_all(lambda: read(0)))
-                program, batches = lowered.compile(), Prefetch(read, updates=s.num_updates)
-
-                def collect(carry: Carry, _: Any) -> ScoredCompletions:
-                    update = int(jax.device_get(carry.updates))
-                    return multihost.on_all(lambda: batches(update), transient=TRANSIENT)
-
-                shapes = mesh_lib.placed_shapes(lowered.out_info[1], replicated)
-                return HostUpdate(collect, program, shapes)
-
-            return compiled
-
-        return Source(stream=problem.FIXED_SET, samples_per_update=s.batch_size, on_host=on_host)
+        return Source(
+            stream=problem.FIXED_SET,
+            samples_per_update=s.batch_size,
+            on_host=batches_on_host(read, num_updates=s.num_updates, mesh=self.mesh),
+        )
 
     def _completion_source(self, name: str, train: Records, rows: BatchRows) -> Source:
         """Returns a source of sampled completions with rewards on the host."""

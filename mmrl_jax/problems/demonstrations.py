@@ -12,6 +12,7 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.learners import bc
 from mmrl_jax.learners.learner import LearnerState, epoch_indices
 from mmrl_jax.problems import problem
+from mmrl_jax.problems.demonstration_data import DataOptions
 from mmrl_jax.problems.sources import Collected, Constants, Source
 from mmrl_jax.rl import losses, normalization
 from mmrl_jax.rollouts.unroll import (
@@ -42,9 +43,15 @@ class ExpertOptions:
 class DemonstrationOptions:
     """Options of the demonstrations of a stage."""
 
-    episodes: int = option(4096, "Number of episodes that are recorded before training.", POSITIVE)
+    episodes: int = option(
+        4096,
+        "Number of episodes of the scripted expert that are recorded before training, unless "
+        "data.directory is given.",
+        POSITIVE,
+    )
     batch_size: int = option(512, "Number of samples in an optimizer step.", POSITIVE)
     expert: ExpertOptions = group(ExpertOptions)
+    data: DataOptions = group(DataOptions)
 
 
 def expert(*, gain: float, undershoot: float, noise: float) -> PolicyFunction:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmrl_jax.data import images as images_lib
 from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
-from mmrl_jax.tasks import images as images_lib
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
 from mmrl_jax.tasks.reward_workers import printable
 from mmrl_jax.tasks.rewards import RESERVED, Failure, NoRewards, Rewards, RewardWorkerPool

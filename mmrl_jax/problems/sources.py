@@ -13,16 +13,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 
 from mmrl_jax.config.options import build
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import multihost
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.learners import optimizers
 from mmrl_jax.learners.optimizers import Optimizer, OptimizerOptions
 from mmrl_jax.learners.registry import Algorithm
+from mmrl_jax.problems import problem
+from mmrl_jax.training.dispatch import TRANSIENT
+from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.stage import Carry, HostUpdate
 from mmrl_jax.types import Metrics
-
 
 # Names of the two parts of an update, which a profile and `planning` show.
 ROLLOUT, LEARNING = "rollout", "learning"
@@ -156,6 +161,41 @@ def make_learn(
         ), metrics
 
     return learn
+
+
+def batches_on_host(
+    read: Callable[[int], Any], *, num_updates: int, mesh: Mesh
+) -> Callable[[Learn], Callable[[Carry, Any], HostUpdate]]:
+    """Returns `Source.on_host` of a source that only reads batches, one batch ahead.
+
+    Args:
+      read: Returns the batch of an update on the devices, which depends on the number of the update
+        alone.
+      num_updates: Number of updates of the stage.
+      mesh: Device mesh.
+    """
+
+    def on_host(learn: Learn) -> Callable[[Carry, Any], HostUpdate]:
+        def step(carry: Carry, constants: Constants, batch: Any) -> tuple[Carry, Metrics]:
+            return learn(carry, constants, Collected(None, batch, carry.rng, {}))
+
+        def compiled(carry: Carry, constants: Constants) -> HostUpdate:
+            replicated = mesh_lib.replicated(mesh)
+            shardings = problem.shard_carry(carry, mesh=mesh), replicated
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+            lowered = jitted.lower(carry, constants, multihost.on_all(lambda: read(0)))
+            program, batches = lowered.compile(), Prefetch(read, updates=num_updates)
+
+            def collect(carry: Carry, _: Any) -> Any:
+                update = int(jax.device_get(carry.updates))
+                return multihost.on_all(lambda: batches(update), transient=TRANSIENT)
+
+            shapes = mesh_lib.placed_shapes(lowered.out_info[1], replicated)
+            return HostUpdate(collect, program, shapes)
+
+        return compiled
+
+    return on_host
 
 
 def make_update(source: Source, learn: Learn) -> Callable[[Carry, Constants], tuple]:

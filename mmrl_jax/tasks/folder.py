@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmrl_jax.tasks import images as images_lib
+from mmrl_jax.data import images as images_lib
+from mmrl_jax.data.images import ImageInfo
 from mmrl_jax.tasks.image_index import ImageIndex
-from mmrl_jax.tasks.images import ImageInfo
 
 METADATA = "metadata.jsonl"
 MAX_LISTED = 5  # Maximum number of records that an error message lists.

@@ -17,20 +17,11 @@ import os
 import pathlib
 import threading
 
-from mmrl_jax.tasks.images import ImageInfo
+from mmrl_jax.data import files
+from mmrl_jax.data.images import ImageInfo
 
 # Version of the entries, and of the rules that decide whether an image can be used.
 VERSION = 1
-
-
-def cache_directory() -> pathlib.Path:
-    """Returns the directory of the cache.
-
-    Raises:
-      RuntimeError: If the home directory of the user cannot be determined.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "mmrl_jax/images"
 
 
 class ImageIndex:
@@ -53,7 +44,7 @@ class ImageIndex:
         self._path: pathlib.Path | None = None
         with contextlib.suppress(RuntimeError):
             name = hashlib.blake2b(str(root).encode(), digest_size=16).hexdigest()
-            self._path = cache_directory() / f"{name}.json"
+            self._path = files.cache_directory() / "images" / f"{name}.json"
         self._entries = self._load()
         self._changed = False
         # Records that share an image may look it up concurrently; it is decoded only once.

@@ -21,12 +21,13 @@ MEANINGS = {
     "text_encoder": "the tensors in the directory of model.text_encoder",
     "vision_encoder": "the tensors in the directory of model.vision_encoder",
     "chat_template": "the prompts that tokenizer and chat template make",
+    "demonstrations": "the files in the directory of demonstrations",
     "records": "metadata.jsonl or the images of dataset.directory",
     "reward_functions": "the source of the modules in rewards.functions",
 }
 # Inputs that may change intentionally. Changed weights are never accepted, because the policy of a
 # checkpoint was never trained with them.
-ACCEPTABLE = ("chat_template", "records", "reward_functions")
+ACCEPTABLE = ("chat_template", "demonstrations", "records", "reward_functions")
 # Inputs of the model alone.
 OF_MODEL = ("base_weights", "text_encoder", "vision_encoder", "chat_template")
 

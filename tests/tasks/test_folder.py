@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mmrl_jax.tasks import image_index
-from mmrl_jax.tasks import images as images_lib
+from mmrl_jax.data import files
+from mmrl_jax.data import images as images_lib
 from mmrl_jax.tasks.folder import open_folder, open_tfds
 
 KEYS = {"size": (4, 6), "batch_size": 4, "seed": 3, "max_rejected": 0.0}
@@ -258,10 +258,10 @@ def test_an_image_is_decoded_once_however_often_its_folder_is_opened(tmp_path, d
     ids=["empty", "no text", "a list", "of another version", "cut", "no version", "no entries"],
 )
 def test_a_damaged_index_is_written_anew(tmp_path, decoded, monkeypatch, stored):
-    monkeypatch.setattr(image_index, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(files, "cache_directory", lambda: tmp_path / "cache")
     folder(tmp_path / "d")
     open_folder(tmp_path / "d", **KEYS)
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache" / "images").iterdir()
     if stored is None:  # Of this version, but with an entry that is none.
         stored = json.dumps(json.loads(path.read_bytes()) | {"images": {"a/0.png": [1]}}).encode()
     path.write_bytes(stored)
@@ -271,7 +271,7 @@ def test_a_damaged_index_is_written_anew(tmp_path, decoded, monkeypatch, stored)
 
 def test_an_index_that_cannot_be_written_is_no_error(tmp_path, decoded, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(image_index, "cache_directory", lambda: tmp_path / "file" / "cache")
+    monkeypatch.setattr(files, "cache_directory", lambda: tmp_path / "file" / "cache")
     folder(tmp_path / "d")
     for calls in (6, 12):
         assert len(open_folder(tmp_path / "d", **KEYS)) == 6 and len(decoded) == calls

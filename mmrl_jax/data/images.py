@@ -152,6 +152,15 @@ def fit(image: "PIL.Image.Image", size: tuple[int, int], *, resize: str) -> np.n
     return np.asarray(image)
 
 
+def encode_png(image: np.ndarray) -> bytes:
+    """Returns an image uint8 [H, W, 3] as PNG, without loss."""
+    import PIL.Image
+
+    data = io.BytesIO()
+    PIL.Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
 def _contained(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
     """Returns the largest (width, height) within `outer` that has the aspect ratio of `size`."""
     (width, height), (outer_width, outer_height) = size, outer

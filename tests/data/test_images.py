@@ -7,8 +7,8 @@ from PIL import Image, ImageOps
 import pytest
 from transformers.image_transforms import convert_to_rgb
 
-from mmrl_jax.tasks import images
-from mmrl_jax.tasks.images import ImageInfo
+from mmrl_jax.data import images
+from mmrl_jax.data.images import ImageInfo
 
 SIZE = (16, 16)
 RAMP = np.linspace(0, 1, 256).reshape(SIZE)  # 256 grays, black to white.

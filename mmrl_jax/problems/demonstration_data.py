@@ -1,0 +1,252 @@
+"""Demonstrations from a directory, which are read on the host one batch ahead.
+
+A batch depends on the number of its update alone, and every process reads only the samples of its
+own devices.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from mmrl_jax.config.options import NON_EMPTY, POSITIVE, Valid, option
+from mmrl_jax.data import files, formats, packed
+from mmrl_jax.data.images import LETTERBOX
+from mmrl_jax.data.mapping import FeatureMapping, Target
+from mmrl_jax.data.pipeline import Batch, Pipeline
+from mmrl_jax.data.records import InvalidData
+from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.envs.brax_api import Env
+from mmrl_jax.envs.instructions import Vocabulary
+from mmrl_jax.learners import bc
+from mmrl_jax.learners.learner import LearnerState
+from mmrl_jax.problems import control_models, problem
+from mmrl_jax.problems.sources import Source, batches_on_host
+from mmrl_jax.rl import normalization
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of the group `data` of a stage: demonstrations from a directory."""
+
+    directory: str | None = option(
+        None,
+        "Directory of demonstrations as RLDS or LeRobot, see docs/demonstrations.md; None to "
+        "record those of the scripted expert instead.",
+        NON_EMPTY,
+    )
+    split: str = option("train", "Split of the demonstrations that is learned from.")
+    features: dict = option(
+        {},
+        "Fields of the demonstrations by the names 'pixels', 'proprio', 'instruction', 'action', "
+        "'reward', 'is_terminal' and 'privileged/<name>', where they differ from those that we "
+        "record.",
+    )
+    resize: Literal["letterbox", "stretch"] = option(
+        LETTERBOX,
+        "How images are resized: 'letterbox' keeps the aspect ratio and pads with black, 'stretch' "
+        "changes the aspect ratio.",
+    )
+    action_scaling: Literal["none", "min_max", "quantiles"] = option(
+        "none",
+        "How each dimension of the actions is scaled to [-1, 1]: by its extremes, by its quantiles "
+        "0.01 and 0.99, beyond which it is clipped, or not at all.",
+    )
+    episodes: int | None = option(
+        None, "Number of episodes from the front that are used; None for all of them.", POSITIVE
+    )
+    max_rejected: float = option(
+        0.01,
+        "Maximum fraction of episodes, below 1, that may be set aside because they cannot be used.",
+        Valid(lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    )
+
+
+def directories(config: ml_collections.ConfigDict) -> dict[str, pathlib.Path]:
+    """Returns the directories of demonstrations by the names of the stages that have one."""
+    groups = {name: config[name].get("data") for name in config.stages}
+    return {
+        name: pathlib.Path(group.directory)
+        for name, group in groups.items()
+        if group is not None and group.directory is not None
+    }
+
+
+def fingerprint(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the fingerprint of the demonstrations of a run, see `training.fingerprints`.
+
+    A directory that does not exist is left out: a trained policy can be evaluated without its
+    demonstrations.
+    """
+    parts = {
+        name: files.fingerprint(path) for name, path in directories(config).items() if path.is_dir()
+    }
+    return {"demonstrations": files.digest(sorted(parts.items()))} if parts else {}
+
+
+def target(config: ml_collections.ConfigDict, env: Env) -> Target:
+    """Returns what the policy of a config observes and predicts in its environment."""
+    model, observation = config.model, control_models.zeros(env)
+    privileged = {name: (int(n),) for name, n in model.get("auxiliary", ())}
+    if model.get("pointing") is not None:
+        privileged[model.pointing] = (2,)
+    encode, vocabulary = None, ""
+    flat = model.kind == "mlp"  # It observes proprioception alone.
+    if "instruction" in observation and not flat:
+        closed = model.kind == "vlm" or model.get("text_encoder") is not None
+        encode = functools.partial(_encode, env.vocabulary, closed)
+        v = env.vocabulary
+        vocabulary = files.digest(v.words, v.length, v.sentences if closed else ())
+    return Target(
+        pixels=None if flat else (config.env.height, config.env.width),
+        proprio=observation["proprio"].shape[-1],
+        action_size=env.action_size,
+        discrete=env.action_kind == "discrete",
+        encode=encode,
+        vocabulary=vocabulary,
+        privileged=privileged,
+    )
+
+
+def _encode(vocabulary: Vocabulary, closed: bool, text: str) -> np.ndarray:
+    """Returns the tokens of an instruction.
+
+    Args:
+      vocabulary: Vocabulary of the environment.
+      closed: Whether the model knows only the sentences of the vocabulary.
+      text: Instruction.
+
+    Raises:
+      ValueError: If the policy cannot read the instruction.
+    """
+    tokens = vocabulary.encode(text)
+    if closed and vocabulary.decode(tokens) not in vocabulary.sentences:
+        raise ValueError(
+            f"{text!r} is none of the {len(vocabulary.sentences)} instructions of the environment, "
+            "which alone the encoder of the model has read."
+        )
+    return tokens
+
+
+def open_pipeline(
+    group: DataOptions,
+    into: Target,
+    *,
+    batch_size: int,
+    seed: int,
+    history: int,
+    discount: float,
+    value_coef: float,
+    name: str,
+) -> Pipeline:
+    """Opens a directory of demonstrations, reads it once into the cache, and prints what it has.
+
+    Args:
+      group: Options of the demonstrations.
+      into: Inputs and targets of the policy.
+      batch_size: Number of samples in an update.
+      seed: Seed of the order of the samples.
+      history: Number of frames of an observation.
+      discount: Discount factor per step of the returns.
+      value_coef: Coefficient of the value loss; 0 if no critic is trained.
+      name: Name of the stage, for messages.
+
+    Raises:
+      ImportError: If a package that the format needs is not installed.
+      InvalidData: If the demonstrations cannot be used; the message has the reason and the remedy.
+    """
+    assert group.directory is not None
+    key, directory = f"{name}.data", pathlib.Path(group.directory)
+    try:
+        source = formats.open_directory(directory, group.split)
+        mapping = FeatureMapping(
+            source, group.features, into, resize=group.resize, key=f"{key}.features"
+        )
+        data = packed.pack(
+            source,
+            mapping,
+            episodes=group.episodes,
+            fingerprint=files.digest(files.fingerprint(directory), group.split),
+            cache=files.cache_directory() / "demonstrations",
+        )
+    except InvalidData as error:
+        raise InvalidData(f"{key}.directory={group.directory!r}: {error}") from error
+    set_aside, episodes = data.quarantine, len(data.numbers)
+    if set_aside.total > group.max_rejected * (set_aside.total + episodes):
+        raise InvalidData(
+            f"{key}.directory={group.directory!r}: {set_aside.summary()}\nThat is more than the "
+            f"fraction {key}.max_rejected={group.max_rejected}; fix them, or raise it."
+        )
+    if value_coef > 0 and not data.has_reward:
+        raise InvalidData(
+            f"{key}.directory={group.directory!r} has no rewards, but {name}.value_coef="
+            f"{value_coef} trains a critic on them; set it to 0, or name the field of the rewards "
+            f"in {key}.features."
+        )
+    tokens = None if into.encode is None else np.stack([into.encode(x) for x in data.texts])
+    pipeline = Pipeline(
+        data,
+        tokens=tokens,
+        batch_size=batch_size,
+        seed=seed,
+        history=history,
+        discount=discount,
+        scaling=group.action_scaling,
+        key=f"{key}.action_scaling",
+    )
+    lines = [f"{directory}, split {group.split!r}: {episodes} episodes, {len(pipeline)} steps."]
+    lines += [set_aside.summary()] if set_aside.total else []
+    if group.action_scaling != "none":
+        lines.append(f"Actions are scaled by the statistics in {data.directory / packed.INDEX}.")
+    if jax.process_index() == 0:
+        print("\n".join(lines), flush=True)
+    return pipeline
+
+
+def to_batch(batch: Batch) -> bc.Batch:
+    """Returns a batch in the form that algorithms learn from."""
+    samples: Mapping[str, Any] = {
+        "observation": batch.observation,
+        "action": batch.action,
+        "value_return": batch.value_return,
+        "bootstrap": np.zeros(len(batch.rows), np.int32),  # The observations are gathered already.
+        "bootstrap_weight": batch.bootstrap_weight,
+        "privileged": batch.privileged,
+    }
+    return bc.Batch(bc.Demonstrations(**samples), batch.next_observation)
+
+
+def source(pipeline: Pipeline, *, num_updates: int, mesh: Mesh) -> Source:
+    """Returns a source of the batches of a pipeline, split over the devices.
+
+    Args:
+      pipeline: Pipeline of demonstrations.
+      num_updates: Number of updates of the stage.
+      mesh: Device mesh.
+    """
+    size = pipeline.batch_size
+    places = mesh_lib.batch_places(size, mesh=mesh)
+
+    def read(update: int) -> bc.Batch:
+        batch = to_batch(pipeline.batch(update, places))
+        return mesh_lib.put_places(batch, places, size, mesh=mesh)
+
+    def prepare(learner: LearnerState) -> LearnerState:
+        arrays = pipeline.packed.arrays
+        proprio = jnp.asarray(arrays["proprio"][arrays["has_action"]])
+        mask = jnp.ones(proprio.shape[:-1])
+        return learner.replace(normalizer=normalization.update(learner.normalizer, proprio, mask))
+
+    return Source(
+        stream=problem.FIXED_SET,
+        samples_per_update=size,
+        on_host=batches_on_host(read, num_updates=num_updates, mesh=mesh),
+        prepare=prepare,
+    )
