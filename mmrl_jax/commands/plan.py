@@ -4,9 +4,9 @@ r"""Plans a run: memory, FLOPs and time of each stage on a topology, without com
   mmrl-plan --config=vlm_grpo --model_config=qwen2_5_vl_7b.json --topology=v5e-64
   mmrl-plan --config=count_grpo --topology=cpu --check
 
-A topology is a TPU slice (v5e-8, v5p-16, v6e-256, ...), a number of GPUs (h100x8, a100x1, l4x1, ...)
-or cpu, this host. Where the run does not fit, the nearest change with which it does is named, with
-keys of the config.
+A topology is a TPU slice (v5e-8, v5p-16, v6e-256, ...), a number of GPUs (h100x8, a100x1, ...), or
+cpu, this host. Where the run does not fit, the nearest change with which it does is named, with keys
+of the config.
 
 The command needs neither the devices nor the weights of a pretrained model: the program of an
 update is traced from shapes. --model_config names a config.json in the format of the Hugging Face

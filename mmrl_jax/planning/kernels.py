@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
-from mmrl_jax.planning.program import LOOPS, Op, Program, Value
+from mmrl_jax.planning.program import ATTENTION, LOOPS, Op, Program, Value
 
 # Operations that only change how an array is seen.
 VIEWS = frozenset(
     "reshape squeeze expand_dims stop_gradient copy copy_p bitcast_convert_type device_put pvary "
     "sharding_constraint optimization_barrier random_wrap random_unwrap reduce_precision".split()
 )
-GENERATORS = frozenset(("broadcast_in_dim", "iota"))
+GENERATORS = frozenset(("broadcast_in_dim", "iota", "empty", "empty2"))
 REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "
     "reduce".split()
@@ -31,6 +31,11 @@ HEAVY = PRODUCTS | frozenset(
     "lu_pivots_to_permutation householder_product fft pallas_call custom_partitioning".split()
 ) | frozenset(LOOPS)  # fmt: skip
 IN_PLACE = frozenset(name for name in HEAVY if name.startswith("scatter"))
+
+
+def is_heavy(op: Op) -> bool:
+    """Returns whether an operation reads and computes stored arrays."""
+    return op.name in HEAVY or op.name.startswith(ATTENTION)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -79,7 +84,7 @@ class _Maker:
         self._reads: dict[Value, frozenset[Value]] = {x: frozenset((x,)) for x in self._stored}
         self._shared = _shared(program, (*kept, *stacked))
         for op in program.ops:
-            if op.name in HEAVY:
+            if is_heavy(op):
                 self._heavy(op)
             elif op.name in REDUCTIONS:
                 self._add(op, op.outs, self._all_reads(op.ins), fused=True)
@@ -145,7 +150,7 @@ def _shared(program: Program, results: Sequence[Value]) -> set[Value]:
         for x in op.outs:
             kinds = set(readers.pop(x, ()))
             kernel = kinds.pop() if len(kinds) == 1 else ("several", id(x)) if kinds else None
-            fusible = op.name not in HEAVY | REDUCTIONS | VIEWS
+            fusible = not is_heavy(op) and op.name not in REDUCTIONS | VIEWS
             several = kernel is not None and kernel[0] == "several"
             if several and op.name in GENERATORS:
                 continue
@@ -153,7 +158,7 @@ def _shared(program: Program, results: Sequence[Value]) -> set[Value]:
                 shared.add(x)
             if fusible and kernel is not None and kernel[0] in ("several", "heavy", "result"):
                 kernel = ("stored", id(x))
-        if op.name in HEAVY:
+        if is_heavy(op):
             kernel = ("heavy", id(op))
         elif op.name in REDUCTIONS:
             kernel = ("reduction", id(op))

@@ -1,7 +1,7 @@
 """The plan of a run on a topology: what each of its stages needs on a device.
 
-The program of an update is traced from shapes, for the share of the samples that one device has, and
-analyzed, see `usage`. Nothing is compiled, and neither weights nor devices are needed.
+The program of an update is traced from shapes, for the share of the samples that one device has,
+and analyzed, see `usage`. Nothing is compiled, and neither weights nor devices are needed.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 import numpy as np
 
@@ -27,6 +27,7 @@ _CALLS = {
 }
 LOOPS = ("scan", "while", "cond")
 STEP_SLICE = "step_slice"  # The part of a stacked array that a step of a loop reads.
+ATTENTION = "dot_product_attention"  # Start of the names of cuDNN's attention.
 # Name of the scope of what a backward pass repeats to save memory.
 RECOMPUTED = "rematted_computation"
 # Integer arithmetic by which the number of steps of a loop is found.
@@ -128,17 +129,19 @@ def simplified(closed: ClosedJaxpr) -> ClosedJaxpr:
     return ClosedJaxpr(jaxpr, closed.consts)
 
 
-def flatten(closed: ClosedJaxpr, ins: Sequence[Value], keep_recomputation: bool) -> Program:
-    """Returns the operations of a traced program.
+def flatten(closed: ClosedJaxpr, ins: Sequence[Value], platform: str) -> Program:
+    """Returns the operations of a traced program on a platform.
+
+    What a backward pass repeats to save memory (`jax.checkpoint`) is not repeated on 'cpu': XLA's
+    CPU compiler runs it so early that its results are in memory as long as the first ones. Its
+    FLOPs are counted.
 
     Args:
       closed: Traced program.
       ins: Its arguments.
-      keep_recomputation: Whether operations that a backward pass repeats to save memory
-        (`jax.checkpoint`) are operations of the program. XLA's CPU compiler runs them so early
-        that their results are in memory as long as those of the first ones.
+      platform: Platform that the program is lowered for, 'cpu', 'cuda' or 'tpu'.
     """
-    flattener = _Flattener(keep_recomputation)
+    flattener = _Flattener(platform)
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.invars, ins, strict=True))
     env |= {v: flattener.constant(c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
@@ -164,10 +167,10 @@ class _Flattener:
     equal if their operands are, and repeated if the originals of their operands are equal.
     """
 
-    def __init__(self, keep_recomputation: bool):
+    def __init__(self, platform: str):
         self.ops: list[Op] = []
         self.consts: dict[int, Value] = {}
-        self._keep = keep_recomputation
+        self._platform, self._keep = platform, platform != "cpu"
         self._originals: dict[Value, Value] = {}
         self._equal: dict[Any, list[Value]] = {}
         self._first: dict[Any, Op] = {}
@@ -199,6 +202,10 @@ class _Flattener:
                 outs = self._call(eqn.params[_CALLS[name]], ins, inner, eqn.params)
             elif name == "scan" and eqn.params["length"] == 1:
                 outs = self._single_step(eqn, ins, inner)
+            elif name == "platform_index":
+                outs = [Value(eqn.outvars[0].aval, self._platform_index(eqn.params["platforms"]))]
+            elif name == "cond" and ins[0].known is not None:
+                outs = self._call(eqn.params["branches"][ins[0].known], ins[1:], inner, {})
             else:
                 outs = self._operation(eqn, ins, inner)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -215,6 +222,11 @@ class _Flattener:
         env |= {v: self.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
         self.add(jaxpr, env, scope)
         return [self.read(env, x) for x in jaxpr.outvars]
+
+    def _platform_index(self, platforms: Sequence[Sequence[str] | None]) -> int:
+        """Returns the index of the platform's branch; the branch of None is for all others."""
+        matching = (i for i, names in enumerate(platforms) if names and self._platform in names)
+        return next(matching, platforms.index(None) if None in platforms else 0)
 
     def _again(self, x: Value, scope: str) -> Value:
         """Returns a value for a recomputation."""
@@ -274,7 +286,7 @@ class _Flattener:
         """Returns the bodies of a loop, or the branches of a condition."""
         if op.name == "cond":
             return [
-                flatten(branch, [Value(x.aval, x.known) for x in op.ins[1:]], self._keep)
+                flatten(branch, [Value(x.aval, x.known) for x in op.ins[1:]], self._platform)
                 for branch in op.params["branches"]
             ]
         first, end = op.carried()
@@ -290,7 +302,7 @@ class _Flattener:
                 ins[-1] = Value(v.aval)
                 slices.append(Op(STEP_SLICE, {}, [sources[-1]], [ins[-1]], ""))
                 ins[-1].op = slices[-1]
-        body = flatten(closed, ins, self._keep)
+        body = flatten(closed, ins, self._platform)
         return [Program(sources, body.consts, [*slices, *body.ops], body.outs)]
 
     def _append(self, op: Op) -> None:
@@ -335,8 +347,8 @@ def trip_count(op: Op) -> int | None:
     return None
 
 
-def matmul_flops(op: Op) -> float:
-    """Returns the FLOPs of a matrix product or convolution of whole arrays; 0 for other operations.
+def product_flops(op: Op) -> float:
+    """Returns the FLOPs of the matrix products of an operation on whole arrays.
 
     A product of [m, k] and [k, n] has 2 * m * k * n.
     """
@@ -348,4 +360,31 @@ def matmul_flops(op: Op) -> float:
         kernel = op.ins[1].shape
         features = kernel[op.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(op.outs[0].shape) * math.prod(kernel) / features
+    if op.name == "pallas_call":
+        grid = op.params["grid_mapping"].grid
+        return math.prod(grid) * _nested_flops(op.params["jaxpr"])
+    if op.name.startswith(ATTENTION):
+        # Two products forwards, [B, Q, N, H] with [B, S, K, H], and five backwards.
+        query, key = op.ins[0].shape, op.ins[1].shape
+        products = 5 if "bwd" in op.name else 2
+        return products * 2.0 * math.prod(query) * key[1]
     return 0.0
+
+
+def _nested_flops(jaxpr: Jaxpr) -> float:
+    """Returns the FLOPs of a step of a kernel: of conditions, those of the larger branch."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        inner = [_nested_flops(x) for x in jaxprs_in_params(eqn.params)]
+        if eqn.primitive.name == "cond":
+            total += max(inner)
+        elif eqn.primitive.name == "scan":
+            total += eqn.params["length"] * sum(inner)
+        elif eqn.primitive.name == "dot_general":
+            ins = [Value(x.aval) for x in eqn.invars]
+            total += product_flops(
+                Op("dot_general", eqn.params, ins, [Value(eqn.outvars[0].aval)], "")
+            )
+        else:
+            total += sum(inner)
+    return total

@@ -40,11 +40,12 @@ def utilization(usage: Usage, topology: Topology) -> float:
 def assumptions(plan: Plan) -> str:
     """Returns the assumptions of the times, in a sentence."""
     chip = plan.topology.chip
+    peaks = f"{amount(chip.flops, 'FLOP/s')} ({amount(chip.flops32, 'FLOP/s')} for float32 factors)"
     return (
-        f"Times assume {amount(chip.flops, 'FLOP/s')} ({amount(chip.flops32, 'FLOP/s')} for float32 "
-        f"factors), {amount(chip.bandwidth, 'B/s')} of memory, {amount(chip.link, 'B/s')} to other "
-        f"devices in rings, {duration(chip.launch_s)} a kernel, and nothing at the same time; "
-        "completions of the largest length; and one step of a loop of unknown length."
+        f"Times assume {peaks}, {amount(chip.bandwidth, 'B/s')} of memory, "
+        f"{amount(chip.link, 'B/s')} to other devices in rings, {duration(chip.launch_s)} a "
+        "kernel, and nothing at the same time; completions of the largest length; and one step of a loop "
+        "of unknown length."
     )
 
 
@@ -52,8 +53,8 @@ def summary(plan: Plan) -> str:
     """Returns the verdict of a plan in a line."""
     verdict = "fits" if plan.fits else "does not fit"
     return (
-        f"{amount(plan.needed, 'B')} a device are needed, of {amount(plan.limit, 'B')} that a program "
-        f"can have of {amount(plan.topology.chip.memory, 'B')}: the run {verdict} "
+        f"{amount(plan.needed, 'B')} a device are needed, of {amount(plan.limit, 'B')} that a "
+        f"program can have of {amount(plan.topology.chip.memory, 'B')}: the run {verdict} "
         f"{plan.topology.name}."
     )
 
@@ -61,7 +62,7 @@ def summary(plan: Plan) -> str:
 def remedy(found: tuple[Mapping[str, Any], Plan] | None) -> str:
     """Returns the nearest change that makes a run fit, in a sentence."""
     if found is None:
-        return "No change of mesh, recomputation, precision or batch sizes was found that makes it fit."
+        return "No change of mesh, recomputation, precision or batch sizes makes it fit."
     change, plan = found
     changes = " ".join(f"--config.{key}={value}" for key, value in change.items())
     return f"The nearest change that makes it fit: {changes} ({amount(plan.needed, 'B')} a device)."

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmrl_jax.distributed.mesh import FSDP, TENSOR
 from mmrl_jax.planning.kernels import PRODUCTS, REDUCTIONS
-from mmrl_jax.planning.program import LOOPS, Op, Program, Split, Value, matmul_flops
+from mmrl_jax.planning.program import LOOPS, Op, Program, Split, Value, product_flops
 
 _SAME_RANK = frozenset(
     "slice dynamic_slice pad rev cumsum cumprod cummax cummin cumlogsumexp sort".split()
@@ -37,8 +37,8 @@ def local_shape(x: Value, mesh: Mapping[str, int]) -> tuple[int, ...]:
 
 def local_flops(op: Op, mesh: Mapping[str, int]) -> float:
     """Returns the FLOPs of a device for a product of split arrays."""
-    axes = {axis for x in (*op.ins[:2], *op.outs) for dim in x.split for axis in dim}
-    return matmul_flops(op) / (mesh.get(TENSOR, 1) if TENSOR in axes else 1)
+    axes = {axis for x in (*op.ins, *op.outs) for dim in x.split for axis in dim}
+    return product_flops(op) / (mesh.get(TENSOR, 1) if TENSOR in axes else 1)
 
 
 def exchanges(op: Op, mesh: Mapping[str, int]) -> dict[str, float]:
@@ -159,7 +159,8 @@ def _derived(op: Op, out: Value) -> Split:
             if x.shape == out.shape:
                 split = _merged(split, x.split)
         return split
-    return _none(out)
+    # A kernel keeps the split of an operand of the same shape, such as the queries of attention.
+    return next((x.split for x in op.ins if x.shape == out.shape), _none(out))
 
 
 def _product(op: Op) -> Split:
@@ -184,7 +185,7 @@ def _without_fsdp(split: Split) -> Split:
 
 
 def _reshaped(x: Value, shape: tuple[int, ...]) -> Split:
-    """Returns the split of a reshaped array: that of the first of the dimensions that are joined."""
+    """Returns the split of a reshaped array: that of the first of the joined dimensions."""
     split: list[tuple[str, ...]] = [()] * len(shape)
     i = j = 0
     while i < len(x.shape) and j < len(shape):

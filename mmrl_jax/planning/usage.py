@@ -14,7 +14,6 @@ from mmrl_jax.planning import splits
 from mmrl_jax.planning.chips import Chip
 from mmrl_jax.planning.kernels import (
     IN_PLACE,
-    PRODUCTS,
     Kernel,
     make_kernels,
     stored_root,
@@ -29,6 +28,7 @@ from mmrl_jax.planning.program import (
     trip_count,
 )
 
+_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 LISTED = 8  # Number of arrays at the peak that are listed.
 
 
@@ -42,8 +42,8 @@ class Usage:
       model_flops: The same without the products that a backward pass repeats to save memory.
       moved: Bytes that kernels read and write.
       kernels: Number of kernels that run.
-      seconds: Lower bound of the time: of each kernel, the larger of the times of its products and
-        of its memory traffic, and that of a launch; and the time of its exchange with other devices.
+      seconds: Estimate of the time: of each kernel, the larger of the times of its products and of
+        its memory traffic, and that of a launch; and the time of its exchange with other devices.
       exchanged: Bytes of the results of exchanges between devices, by their kind.
       arrays: Largest arrays at the peak, as (bytes, description).
       unknown: Scopes of the loops whose number of steps is unknown, and was taken as 1.
@@ -96,7 +96,7 @@ class Analyzer:
           ins: Its arguments.
           donated: Number of first arguments whose memory the first results take.
         """
-        program = flatten(closed, ins, keep_recomputation=self.chip.kind != "cpu")
+        program = flatten(closed, ins, _PLATFORMS[self.chip.kind])
         splits.propagate(program, self.mesh)
         scopes: dict[str, Usage] = {}
         whole = self._walk(
@@ -152,7 +152,8 @@ class Analyzer:
         for x, i in last.items():
             dying.setdefault(i, []).append(x)
         constant = self._invariant(program, owned) if inside else set()
-        usage, live, hoisted = Usage(), {x: self.nbytes(x) for x in owned}, 0.0
+        usage, live = Usage(), {x: self.nbytes(x) for x in owned}
+        hoisted = self._relaid(program)
         current = start = sum(live.values())
         largest: tuple[dict[Value, float], list[tuple[float, str]]] = ({}, [])
         usage.peak = current
@@ -203,6 +204,28 @@ class Analyzer:
             taken += same[:1]
         return taken
 
+    def _relaid(self, program: Program) -> float:
+        """Returns the bytes of copies of the data sets from which a TPU gathers samples.
+
+        Tiles that cover the samples save padding, but a gather needs tiles inside of each sample.
+        """
+        if self.chip.kind != "tpu":
+            return 0.0
+        copies: dict[Value, float] = {}
+        for op in program.ops:
+            source = op.ins[0] if op.name == "gather" else None
+            if source is None or source.op is not None:
+                continue
+            axis = max(op.params["dimension_numbers"].start_index_map, default=0) + 1
+            sample = tuple(n for n in source.shape[axis:] if n > 1)
+            if len(sample) > 1:
+                itemsize = np.dtype(source.aval.dtype).itemsize
+                tiles = padded(sample, itemsize)
+                size = float(itemsize * math.prod((*source.shape[:axis], *tiles)))
+                if size > self.nbytes(source):
+                    copies[source] = size
+        return sum(copies.values())
+
     def _invariant(self, program: Program, owned: Sequence[Value]) -> set[Value]:
         """Returns the values of the body of a loop that are the same in each step."""
         constant = {*program.consts, *program.ins} - set(owned)
@@ -228,11 +251,10 @@ class Analyzer:
         usage.moved = sum(map(self.nbytes, {*kernel.reads, *kernel.outs}))
         seconds = usage.moved / self.chip.bandwidth
         if not kernel.fused and op is not None:
-            if op.name in PRODUCTS:
-                once = splits.local_flops(op, self.mesh)
-                usage.flops = once * (1 + op.repetitions)
-                usage.model_flops = 0.0 if op.is_repeated else once
-                seconds = max(seconds, usage.flops / self._peak_flops(op))
+            once = splits.local_flops(op, self.mesh)
+            usage.flops = once * (1 + op.repetitions)
+            usage.model_flops = 0.0 if op.is_repeated else once
+            seconds = max(seconds, usage.flops / self._peak_flops(op))
             usage.peak = _workspace(op) * sum(map(self.nbytes, op.outs))
             for kind, size in splits.exchanges(op, self.mesh).items():
                 usage.exchanged[kind] += size  # type: ignore[assignment]

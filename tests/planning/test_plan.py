@@ -14,7 +14,7 @@ from mmrl_jax.training.dispatch import make_dispatch
 from tests import tiny
 
 CPU = chips.topology("cpu")
-DECODER_KEYS = {"model__width": 32, "model__layers": 3}
+LARGER = {"model__width": 32, "model__layers": 3}
 
 
 def planned(config, topology=CPU, **options):
@@ -70,12 +70,12 @@ def compiled_bytes(config, name):
         (lambda: tiny.config(stages=("bc",)), "bc"),
         (lambda: tiny.config(stages=("bc",), bc__batch_size=64, model__width=32), "bc"),
         (lambda: tiny.token_config(stages=("sft",)), "sft"),
-        (lambda: tiny.token_config(stages=("sft",), sft__batch_size=64, **DECODER_KEYS), "sft"),
+        (lambda: tiny.token_config(stages=("sft",), sft__batch_size=64, **LARGER), "sft"),
         pytest.param(
             lambda: tiny.token_config(stages=("grpo",)), "grpo", marks=pytest.mark.slow
         ),
         pytest.param(
-            lambda: tiny.token_config(stages=("grpo",), grpo__prompts_per_update=32, **DECODER_KEYS),
+            lambda: tiny.token_config(stages=("grpo",), grpo__prompts_per_update=32, **LARGER),
             "grpo",
             marks=pytest.mark.slow,
         ),
@@ -212,3 +212,14 @@ def test_a_program_that_cannot_fit_is_refused_before_it_compiles(monkeypatch, tm
     with pytest.raises(start.DoesNotFit, match=r"--config.grpo.grad_accum_steps=\d"):
         loop.run(stage, workdir=tmp_path, config=config)
     assert len(told) == 1 and "does not fit" in told[0]
+
+
+def test_tensor_splits_the_products_of_the_blocks():
+    config = tiny.token_config(stages=("grpo",), model__width=64, model__layers=4)
+    one = planned(config, on(1)).stages[0]
+    mesh = {"data": 1, "fsdp": 1, "tensor": 2}
+    two = planned(remedies.changed_config(config, {f"mesh.{k}": n for k, n in mesh.items()}), on(2))
+    (two,) = two.stages
+    assert 0.5 * one.update.flops < two.update.flops < 0.7 * one.update.flops
+    assert two.held["weights, trained"] < 0.7 * one.held["weights, trained"]
+    assert two.update.exchanged["all-reduce"] > 0

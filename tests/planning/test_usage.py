@@ -1,9 +1,13 @@
 """Tests of mmrl_jax.planning.program, .kernels, .splits and .usage."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from mmrl_jax.models import attention
+from mmrl_jax.models.masks import Mask
 from mmrl_jax.planning import chips, program
 from mmrl_jax.planning.program import Value
 from mmrl_jax.planning.usage import Analyzer, padded
@@ -164,7 +168,7 @@ def test_bfloat16_is_computed_in_float32_on_a_cpu():
 def test_tpus_store_arrays_in_tiles():
     assert padded((100, 3), 4) == (128, 8)  # In tiles of 8 x 128, with the longer dimension last.
     assert padded((7, 1000, 200), 4) == (7, 1024, 200)  # 24 more and none, not 56 and none.
-    assert padded((4, 4), 2) == (16, 128)  # Two rows of bfloat16 share a word.
+    assert math.prod(padded((4, 4), 2)) == 16 * 128  # Two rows of bfloat16 share a word.
     assert padded((), 4) == (1,)
 
 
@@ -237,3 +241,33 @@ def test_heads_keep_the_split_of_the_matrix_that_computes_them():
     arguments = shape(8 * 16, 64), shape(64, 128)
     split = analyze(heads, *arguments, splits=[None, ((), ("tensor",))], mesh=TENSOR)
     assert split.flops == analyze(heads, *arguments).flops / 4
+
+
+# -- Platforms -------------------------------------------------------------------------------------
+
+
+def test_attention_is_that_of_the_platform():
+    batch, length, heads, size = 2, 1024, 4, 64
+    x = shape(batch, length, heads, size, dtype=jnp.bfloat16)
+
+    def attend(q, k, v):
+        return attention.attend(q, k, v, Mask(causal=True))
+
+    logits = batch * heads * length * length * 4
+    cpu, tpu = (analyze(attend, x, x, x, chip=chip) for chip in (CPU, V5E))
+    assert cpu.peak > logits
+    assert tpu.peak < 0.3 * logits  # The kernel stores no logits.
+    # Two products over all pairs of tokens; the kernel may leave out what the mask leaves out.
+    flops = 2 * 2 * batch * heads * length * length * size
+    assert cpu.flops == flops
+    assert 0.5 * flops <= tpu.flops <= flops
+
+
+def test_a_tpu_copies_images_from_which_it_gathers():
+    images, index = shape(1000, 32, 32, 3, dtype=jnp.uint8), shape(8, dtype=jnp.int32)
+    # Of 32 x 32 x 3 levels, one dimension of 32 is padded to 128 lanes.
+    tiles = 1000 * 3 * 32 * 128
+    gathered = 8 * 3 * 32 * 128
+    usage = analyze(lambda x, i: x[i], images, index, chip=V5E)
+    assert usage.peak == pytest.approx(tiles, abs=2 * gathered)
+    assert analyze(lambda x, i: x[i], images, index).peak == 8 * 32 * 32 * 3
