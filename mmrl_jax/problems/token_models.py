@@ -22,7 +22,8 @@ from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
 from mmrl_jax.pretrained import chat, hub, vision_chat, vision_encoders, weights
 from mmrl_jax.pretrained.vision_chat import VLMSpec
-from mmrl_jax.problems.control_models import DTYPES, error_prefix, with_adapters
+from mmrl_jax.problems.control_models import error_prefix, with_adapters
+from mmrl_jax.problems.model_options import DTYPES
 from mmrl_jax.tasks.prompts import Texts, Tokenizer, WordTokenizer
 from mmrl_jax.training import fingerprints
 from mmrl_jax.types import Params

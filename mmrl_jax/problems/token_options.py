@@ -7,7 +7,7 @@ import ml_collections
 
 from mmrl_jax.config.options import POSITIVE, Group, option
 from mmrl_jax.pretrained import chat, hub, vision_chat
-from mmrl_jax.problems.control_models import (
+from mmrl_jax.problems.model_options import (
     ModelOptions,
     PatchOptions,
     VisionEncoderOptions,

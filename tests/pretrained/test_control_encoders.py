@@ -235,6 +235,7 @@ def test_frozen_parameters_stay_and_have_no_optimizer_state(clip):
     [
         ({"trainable": "vision/nothing"}, "ppo.trainable='vision/nothing': .* matches no leaf"),
         ({"vision_encoder": "/nowhere"}, "/nowhere has no config.json"),
+        ({"vision_size": 112}, "model.vision_size=112, but model.vision_encoder=None"),
         ({"vision_encoder": "dinov2"}, "model.vision_encoder='dinov2': no weights"),
         ({"text_encoder": "/nowhere"}, "/nowhere has no config.json"),
     ],

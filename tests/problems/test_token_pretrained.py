@@ -189,6 +189,7 @@ def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
             "model.frozen_dtype='int8', but the stages train all pretrained parameters",
         ),
         ({"mesh__tensor": 3}, "mesh.tensor=3 does not divide the 2 attention heads"),
+        ({"model__vision_size": 16}, "model.vision_size=16, but model.vision_encoder=None"),
         (
             {"model__vision_encoder": "nowhere"},
             "model.vision_encoder='nowhere': nowhere has no config.json",
