@@ -124,6 +124,9 @@ def claim(
         dependencies = problem.dependencies()
         if begun:
             fingerprints.check(directory, dependencies, accept=accept)
+            # An input that is missing now keeps its fingerprint, until it is there again.
+            stored = fingerprints.read(directory)
+            dependencies = (stored.fingerprints if stored else {}) | dependencies
         for name, path in directories.items():
             fingerprints.write(
                 path, fingerprints.Run(name, dependencies), made_with=provenance.provenance()
