@@ -49,9 +49,10 @@ setuptools.setup(
         "tensorboardX>=2.6.4",
     ],
     extras_require={
-        # Data sets that TFDS has prepared: `mmrl_jax.tasks.folder.open_tfds`.
+        # Demonstrations as RLDS and LeRobot, and `mmrl_jax.tasks.folder.open_tfds`.
         "data": [
             "array-record>=0.8",
+            "pyarrow>=18",
             "tensorflow-datasets>=4.9.10",
         ],
         # What our models and losses are compared with. requirements-parity.lock leaves out torch,

@@ -127,6 +127,9 @@ def claim(
         dependencies = problem.dependencies()
         if begun:
             fingerprints.check(directory, dependencies, accept=accept)
+            # An input that is missing now keeps its fingerprint, until it is there again.
+            stored = fingerprints.read(directory)
+            dependencies = (stored.fingerprints if stored else {}) | dependencies
         return dependencies
 
     with contextlib.ExitStack() as stack:

@@ -187,11 +187,14 @@ def put_places(tree: Any, places: np.ndarray, size: int, *, mesh: Mesh) -> Any:
     """
     sharding = batch_sharding(mesh, 0)
 
-    def put(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return x[np.searchsorted(places, np.arange(size)[index[0]])]
+    slices = sharding.addressable_devices_indices_map((size,))
+    # `put` is explicit for each device: the training loop allows no implicit transfer.
+    rows = {d: np.searchsorted(places, np.arange(size)[index]) for d, index in slices.items()}
 
-        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+    def put(x: np.ndarray) -> jax.Array:
+        parts = [jax.device_put(x[part], device) for device, part in rows.items()]
+        shape = (size, *x.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     return jax.tree.map(put, tree)
 

@@ -355,7 +355,14 @@ def test_the_ten_packages_are_required_and_import(package):
 def test_every_command_is_installed_by_a_name_and_can_be_called():
     scripts = ast.literal_eval(argument_of_setup("entry_points"))["console_scripts"]
     commands = dict(line.split("=") for line in scripts)
-    assert set(commands) == {"mmrl-train", "mmrl-evaluate", "mmrl-export", "mmrl-convert-hf"}
+    assert set(commands) == {
+        "mmrl-train",
+        "mmrl-evaluate",
+        "mmrl-export",
+        "mmrl-convert-hf",
+        "mmrl-convert-tfrecord",
+        "mmrl-make-demos",
+    }
     modules = {place.partition(":")[0].rpartition(".")[2] for place in commands.values()}
     files = {path.stem for path in (ROOT / "mmrl_jax" / "commands").glob("*.py")}
     assert modules == files - {"__init__", "common"}
