@@ -20,6 +20,7 @@ setuptools.setup(
         "console_scripts": [
             "mmrl-train=mmrl_jax.commands.train:run",
             "mmrl-evaluate=mmrl_jax.commands.evaluate:run",
+            "mmrl-explain=mmrl_jax.commands.explain:run",
             "mmrl-export=mmrl_jax.commands.export:run",
             "mmrl-convert-hf=mmrl_jax.commands.convert_hf:run",
         ],

@@ -1,9 +1,10 @@
 """Explanations of a control policy: which modality, patch and word its actions depend on.
 
-All backgrounds are observations of other episodes at the same time step: a blank image, or the start
-of an episode in place of its end, is an input that the policy never sees.
+All backgrounds are observations of other episodes at the same time step: a blank image, or the
+start of an episode in place of its end, is an input that the policy never sees.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.interpretability import attribution, faithfulness, relevance, shapley
 from mmrl_jax.interpretability import units as units_lib
 from mmrl_jax.interpretability.targets import TARGETS, Choice, Predict, Value
+from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.rollouts.unroll import PolicyFunction, unroll
 from mmrl_jax.types import Observation
@@ -56,20 +58,17 @@ class Contributions(NamedTuple):
 
 
 class UnitScores(NamedTuple):
-    """Scores of U units in B samples, by several methods, and their tests.
+    """Scores of U units in B samples by several methods.
 
     Attributes:
-      scores: Scores by method, float32 [B, U] each.
+      scores: Scores by method, see METHODS, float32 [B, U] each.
       ranked: Units that are not padding, bool [B, U].
-      gain: Gain of each method over random rankings of the same units, float32 [B] each, by method
-        and by the units that are ranked: 'all', 'pixels' or 'words'. See `faithfulness.Curves`.
       difference: Value of the inputs minus that of the backgrounds, float32 [B].
       completeness_error: Error of integrated gradients, float32 [B].
     """
 
     scores: dict[str, jax.Array]
     ranked: jax.Array
-    gain: dict[str, dict[str, jax.Array]]
     difference: jax.Array
     completeness_error: jax.Array
 
@@ -104,10 +103,9 @@ def modality_contributions(
     shape = played.running.shape
 
     def with_background(shift: jax.Array) -> jax.Array:
-        other = jax.tree.map(lambda x: jnp.roll(x, -shift, axis=1), (played.observation, played.action))
-        observation, action, (background, other_action) = _flat(
-            (played.observation, played.action, other)
-        )
+        own = played.observation, played.action
+        other = jax.tree.map(lambda x: jnp.roll(x, -shift, axis=1), own)
+        (observation, action), (background, other_action) = _flat((own, other))
 
         def value(inputs: Any) -> jax.Array:
             observation, choice = inputs
@@ -131,27 +129,37 @@ def modality_contributions(
     )
 
 
-def unit_scores(
-    network: MultimodalPolicy,
-    params: Any,
-    played: Played,
-    rng: jax.Array,
-    *,
-    target: str,
-    backgrounds: int,
-) -> UnitScores:
-    """Scores patches, words and readings by all methods, and tests the rankings.
+def modality_shares(predict: Predict, played: Played, *, target: str) -> dict[str, jax.Array]:
+    """Returns the share of each modality of an observation, float32 [] each.
 
-    The samples are all steps of all episodes, B = T * N, the episodes of a step being consecutive.
+    One background serves each sample, so that this is one batch of 2^n * T * N observations.
 
     Args:
-      network: Policy network.
-      params: Parameters of the network.
-      played: Steps of at least backgrounds + 1 episodes, with normalized proprioception.
-      rng: PRNG key of the random rankings.
+      predict: Function of observations that runs the policy.
+      played: Steps of at least two episodes.
       target: Name of the target in `targets.TARGETS`.
-      backgrounds: Number of other episodes that give backgrounds.
     """
+    names = [name for name in MODALITIES if name in played.observation]
+    share = modality_contributions(predict, played, target=target, backgrounds=1).share
+    return {name: share[i] for i, name in enumerate(names)}
+
+
+class _Setting(NamedTuple):
+    """What is explained: a value of features, the inputs, their backgrounds and their units."""
+
+    value: Value
+    target: Callable[[PolicyOutput], jax.Array]
+    observation: Observation
+    inputs: units_lib.Features
+    backgrounds: units_lib.Features
+    units: units_lib.Units
+    ranked: jax.Array
+
+
+def _setting(
+    network: MultimodalPolicy, params: Any, played: Played, target: str, backgrounds: int
+) -> _Setting:
+    """Returns the setting of `unit_scores` and `unit_gains`, whose arguments it has."""
     predict = functools.partial(network.apply, {"params": params})
     observation = _flat(played.observation)
     inputs = units_lib.features(predict, observation)
@@ -163,18 +171,60 @@ def unit_scores(
         *(units_lib.features(predict, _flat(other.observation)) for other in others),
     )
 
-    def value(given: units_lib.Features) -> jax.Array:
-        output = units_lib.predict_from(predict, observation, given)
+    def of_output(output: PolicyOutput) -> jax.Array:
         return TARGETS[target](output, choice)
 
-    scores, attributed = score_units(value, inputs, background, units)
-    if network.fusion == "joint":
-        scores |= relevance.token_scores(
-            network, params, observation, units, lambda output: TARGETS[target](output, choice)
-        )
+    def value(given: units_lib.Features) -> jax.Array:
+        return of_output(units_lib.predict_from(predict, observation, given))
+
     ranked = units.present(_word_mask(observation, inputs))
-    gain = gains(value, inputs, background, units, scores, ranked, rng)
-    return UnitScores(scores, ranked, gain, attributed.difference, attributed.error)
+    return _Setting(value, of_output, observation, inputs, background, units, ranked)
+
+
+def unit_scores(
+    network: MultimodalPolicy, params: Any, played: Played, *, target: str, backgrounds: int
+) -> UnitScores:
+    """Scores patches, words and readings by all methods that the policy allows.
+
+    The samples are all steps of all episodes, B = T * N, the episodes of a step being consecutive.
+
+    Args:
+      network: Policy network.
+      params: Parameters of the network.
+      played: Steps of at least backgrounds + 1 episodes, with normalized proprioception.
+      target: Name of the target in `targets.TARGETS`.
+      backgrounds: Number of other episodes that give backgrounds.
+    """
+    s = _setting(network, params, played, target, backgrounds)
+    scores, attributed = score_units(s.value, s.inputs, s.backgrounds, s.units)
+    if network.fusion == "joint":
+        scores |= relevance.token_scores(network, params, s.observation, s.units, s.target)
+    return UnitScores(scores, s.ranked, attributed.difference, attributed.error)
+
+
+def unit_gains(
+    network: MultimodalPolicy,
+    params: Any,
+    played: Played,
+    scores: dict[str, jax.Array],
+    rng: jax.Array,
+    *,
+    target: str,
+    backgrounds: int,
+) -> dict[str, dict[str, jax.Array]]:
+    """Returns the gain of each method over random rankings of the same units, see `gains`.
+
+    Args:
+      network: Policy network.
+      params: Parameters of the network.
+      played: Steps of episodes, as for `unit_scores`.
+      scores: Scores by method, float32 [B, U] each.
+      rng: PRNG key of the random rankings.
+      target: Name of the target in `targets.TARGETS`.
+      backgrounds: Number of other episodes that give backgrounds.
+    """
+    s = _setting(network, params, played, target, backgrounds)
+    return gains(s.value, s.inputs, s.backgrounds, s.units, scores, s.ranked, rng)
 
 
 def score_units(
@@ -203,7 +253,21 @@ def gains(
     ranked: jax.Array,
     rng: jax.Array,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Returns the gain of each method over random rankings, see `UnitScores.gain`."""
+    """Returns the gain of each method over random rankings of the same units.
+
+    Args:
+      value: Function that is explained.
+      inputs: Features [B, ...].
+      backgrounds: Features of K backgrounds, [K, B, ...].
+      units: Units of the features.
+      scores: Scores by method, float32 [B, U] each.
+      ranked: Units that are not padding, bool [B, U].
+      rng: PRNG key of the random rankings.
+
+    Returns:
+      Gains in units of the value, float32 [B] each, by the method and by the units that are ranked:
+      'all', 'pixels' or 'words'. See `faithfulness.Curves.gain`.
+    """
 
     def of_kept(keep: jax.Array) -> jax.Array:
         mixed = jax.lax.map(lambda b: value(units.mix(inputs, b, keep)), backgrounds)
@@ -233,5 +297,3 @@ def _word_mask(observation: Observation, inputs: units_lib.Features) -> jax.Arra
 def _flat(tree: Any) -> Any:
     """Reshapes [T, N, ...] to [T * N, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-

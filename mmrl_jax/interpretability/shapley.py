@@ -147,9 +147,7 @@ def mix_frames(
     mixed = {}
     for name in ("pixels", "proprio"):
         x = observation[name]
-        mixed[name] = jnp.where(
-            keep.reshape(-1, *[1] * (x.ndim - 2)), x, background[name]
-        )
+        mixed[name] = jnp.where(keep.reshape(-1, *[1] * (x.ndim - 2)), x, background[name])
     return observation | mixed
 
 

@@ -46,7 +46,9 @@ def test_linear_functions_are_attributed_exactly():
     weights = make_features(3, 1)
 
     def linear(x):
-        return sum(jnp.sum((w * y).reshape(SAMPLES, -1), 1) for w, y in zip(weights, x, strict=True))
+        return sum(
+            jnp.sum((w * y).reshape(SAMPLES, -1), 1) for w, y in zip(weights, x, strict=True)
+        )
 
     expected = jax.tree.map(lambda w, x, b: w * (x - b.mean(0)), weights, INPUTS, BACKGROUND)
     for found in (
@@ -80,9 +82,7 @@ def test_planted_evidence_ranks_first_and_is_faithful():
         assert (jnp.argmax(x, axis=1) == PLANTED).mean() >= 0.95
     ranked = jnp.ones((SAMPLES, UNITS.count), bool)
     scores["random"] = jax.random.uniform(jax.random.PRNGKey(1), ranked.shape)
-    gain = control.gains(
-        planted, INPUTS, BACKGROUND, UNITS, scores, ranked, jax.random.PRNGKey(2)
-    )
+    gain = control.gains(planted, INPUTS, BACKGROUND, UNITS, scores, ranked, jax.random.PRNGKey(2))
     for name in ("occlusion", "integrated_gradients"):
         for part in ("all", "pixels"):
             assert (gain[name][part] > 0).mean() > 0.8
