@@ -181,6 +181,18 @@ def _setting(
     return _Setting(value, of_output, observation, inputs, background, units, ranked)
 
 
+def unit_layout(network: MultimodalPolicy, params: Any, played: Played) -> units_lib.Units:
+    """Returns the units of observations, whose arguments are those of `unit_scores`."""
+    shapes = jax.eval_shape(
+        lambda params, observation: units_lib.features(
+            functools.partial(network.apply, {"params": params}), observation
+        ),
+        params,
+        _flat(played.observation),
+    )
+    return units_lib.units(shapes, network.patch)
+
+
 def unit_scores(
     network: MultimodalPolicy, params: Any, played: Played, *, target: str, backgrounds: int
 ) -> UnitScores:

@@ -14,6 +14,7 @@ import numpy as np
 from mmrl_jax.evaluation import evaluate, statistics
 from mmrl_jax.interpretability import control, faithfulness
 from mmrl_jax.models.policy import MultimodalPolicy
+from mmrl_jax.monitoring.health_checks import UNUSED_SHARE
 from mmrl_jax.problems import Problem
 from mmrl_jax.problems.control import Control, make_env
 from mmrl_jax.problems.problem import EVALUATION, stream
@@ -23,7 +24,6 @@ from mmrl_jax.rl import normalization
 STEPS = 6  # Steps of each episode that are explained.
 BACKGROUNDS = 3  # Other episodes that give backgrounds.
 TARGET = "contrast"  # Target of the scores of patches and words.
-UNUSED = 0.01  # Share below which a modality counts as not used.
 PARTS = ("all", "pixels", "words")
 # Submodules in which weights are randomized, all at once.
 SUBMODULES = ("policy_head", "value_head", "fusion", "vision", "text", "proprio", "condition")
@@ -111,8 +111,11 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
         scored.scores[method], random.scores[method], scored.ranked
     )
     played, scored = jax.device_get((played, scored))
-    words = _words(problem, played.observation["instruction"]["tokens"][0])
-    patches, word_scores = _split(problem, scored.scores[method], shape, played.observation)
+    units = control.unit_layout(problem.network, variables.params, seen)
+    patches, word_scores, _ = units.split(scored.scores[method])
+    patches = patches[:, -1].reshape(*shape, units.rows, units.columns)
+    word_scores = word_scores.reshape(*shape, -1)
+    words = _words(problem, played.observation["instruction"]["tokens"][0], units.words)
     numbers = {
         "split": split,
         "episodes": episodes,
@@ -196,7 +199,7 @@ def sentences(numbers: Mapping[str, Any]) -> list[str]:
         order = sorted(share, key=lambda name: -share[name])
         listed = ", ".join(f"{name} {share[name]:.0%}" for name in order)
         lines.append(f"Shares of the modalities in the {what}: {listed}.")
-        unused = [name for name in order if share[name] < UNUSED]
+        unused = [name for name in order if share[name] < UNUSED_SHARE]
         if unused:
             lines.append(f"The {what} do not depend on {' or '.join(unused)}.")
     method, gains = numbers["method"], numbers["faithfulness"][numbers["method"]]
@@ -220,10 +223,9 @@ def sentences(numbers: Mapping[str, Any]) -> list[str]:
     elif len(faithful) == len(PARTS):
         lines.append("The heat maps and the colors of the words can be trusted.")
     else:
-        doubtful = [
-            w for p, w in (("pixels", "heat maps"), ("words", "words")) if p not in faithful
-        ]
-        lines.append(f"Do not trust the {' and the colors of the '.join(doubtful)}.")
+        shown = {"pixels": "heat maps", "words": "colors of the words"}
+        doubtful = [name for part, name in shown.items() if part not in faithful]
+        lines.append(f"Do not trust the {' and the '.join(doubtful)}.")
     return lines
 
 
@@ -272,22 +274,14 @@ def draw(path: epath.Path, explanation: Explanation) -> Any:
     return save_file(path, lambda local: figure.savefig(local, dpi=110, bbox_inches="tight"))
 
 
-def _words(problem: Control, tokens: np.ndarray) -> list[list[str]]:
-    """Returns the words of instructions, tokens int [N, L]."""
+def _words(problem: Control, tokens: np.ndarray, count: int) -> list[list[str]]:
+    """Returns the words of instructions, tokens int [N, L].
+
+    A pretrained text encoder has its own tokens, `count` of them, which are only numbered.
+    """
+    if problem.network.text_encoder is not None:
+        return [[f"token {i}" for i in range(count)]] * len(tokens)
     return [problem.env.vocabulary.decode(row).split() for row in tokens]
-
-
-def _split(
-    problem: Control, scores: np.ndarray, shape: Sequence[int], observation: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scores of the patches of the newest frame, and those of the words."""
-    height, width = observation["pixels"].shape[-3:-1]
-    rows, columns = height // problem.network.patch, width // problem.network.patch
-    frames = observation["pixels"].shape[2] if observation["pixels"].ndim == 6 else 1
-    patches = scores[:, : frames * rows * columns].reshape(*shape, frames, rows, columns)
-    length = observation["instruction"]["tokens"].shape[-1]
-    first = frames * rows * columns
-    return patches[:, :, -1], scores[:, first : first + length].reshape(*shape, length)
 
 
 def _mean_word_scores(words: Sequence[Sequence[str]], scores: np.ndarray) -> dict[str, float]:

@@ -11,12 +11,14 @@ from tests import tiny
 
 
 def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
-    config = tiny.config(stages=("ppo",), last__num_updates=1)
+    # The environment has one instruction, on which nothing can depend.
+    config = tiny.config("recall_ppo", last__num_updates=1)
     mmrl_jax.train(config, tmp_path)
     result = explain.explain(tmp_path, episodes=8)
     numbers = json.loads((tmp_path / "explanation.json").read_text())
     for target in ("behaviour", "prediction"):
         assert abs(sum(numbers["modalities"][target]["share"].values()) - 1) < 1e-5
+        assert numbers["modalities"][target]["share"]["instruction"] == 0
     assert set(numbers["faithfulness"]) == set(explanation.control.METHODS)
     assert numbers["method"] in numbers["faithfulness"]
     assert numbers["completeness_error"] < 0.2
@@ -24,6 +26,7 @@ def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
     assert result.patches.shape[:2] == result.frames.shape[:2] == result.word_scores.shape[:2]
     printed = capsys.readouterr().out
     assert "Shares of the modalities in the actions" in printed
+    assert "The actions do not depend on instruction." in printed
     assert "trust" in printed.splitlines()[-2]
 
 
@@ -47,8 +50,8 @@ def test_the_last_sentence_says_what_can_be_trusted():
     random = [0.1, -0.1, 0.3]
     assert explanation.sentences(numbers(gains={"all": random}))[-1].startswith("Do not trust")
     lines = explanation.sentences(numbers(gains={"words": random}))
-    assert lines[-1] == "Do not trust the words." or "words" in lines[-1]
-    assert "no better than random" in lines[-3]
+    assert lines[-1] == "Do not trust the colors of the words."
+    assert "words by occlusion is no better than random" in lines[-3]
     assert explanation.sentences(numbers(randomization_correlation=0.9))[-1].startswith("Do not")
 
 

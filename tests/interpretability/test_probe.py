@@ -11,8 +11,9 @@ from tests import tiny
 
 
 def test_shares_are_logged_and_sum_to_one(tmp_path):
+    # The environment has one instruction, on which nothing can depend.
     config = tiny.config(
-        stages=("ppo",),
+        "recall_ppo",
         run__probes=("modality_shares",),
         run__probe_interval=1,
         last__num_updates=2,
@@ -24,7 +25,11 @@ def test_shares_are_logged_and_sum_to_one(tmp_path):
     for row in rows[-2:]:
         for target in ("behaviour", "prediction"):
             shares = [row[f"modality_share/{target}/{name}"] for name in control.MODALITIES]
-            assert min(shares) > 0 and abs(sum(shares) - 1) < 1e-5
+            assert abs(sum(shares) - 1) < 1e-5
+            pixels, instruction, proprio = shares
+            assert instruction == 0 and pixels > 0 and proprio > 0
+    assert "alarm/modality_unused" not in rows[-2]
+    assert rows[-1]["alarm/modality_unused"] == 1
 
 
 def test_a_modality_that_the_policy_ignores_has_no_share():
