@@ -5,8 +5,7 @@ start of an episode in place of its end, is an input that the policy never sees.
 """
 
 from collections.abc import Callable
-import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,10 +156,10 @@ class _Setting(NamedTuple):
 
 
 def _setting(
-    network: MultimodalPolicy, params: Any, played: Played, target: str, backgrounds: int
+    network: MultimodalPolicy, variables: Any, played: Played, target: str, backgrounds: int
 ) -> _Setting:
     """Returns the setting of `unit_scores` and `unit_gains`, whose arguments it has."""
-    predict = functools.partial(network.apply, {"params": params})
+    predict = _predict(network, variables)
     observation = _flat(played.observation)
     inputs = units_lib.features(predict, observation)
     units = units_lib.units(inputs, network.patch)
@@ -181,20 +180,20 @@ def _setting(
     return _Setting(value, of_output, observation, inputs, background, units, ranked)
 
 
-def unit_layout(network: MultimodalPolicy, params: Any, played: Played) -> units_lib.Units:
+def unit_layout(network: MultimodalPolicy, variables: Any, played: Played) -> units_lib.Units:
     """Returns the units of observations, whose arguments are those of `unit_scores`."""
     shapes = jax.eval_shape(
-        lambda params, observation: units_lib.features(
-            functools.partial(network.apply, {"params": params}), observation
+        lambda variables, observation: units_lib.features(
+            _predict(network, variables), observation
         ),
-        params,
+        variables,
         _flat(played.observation),
     )
     return units_lib.units(shapes, network.patch)
 
 
 def unit_scores(
-    network: MultimodalPolicy, params: Any, played: Played, *, target: str, backgrounds: int
+    network: MultimodalPolicy, variables: Any, played: Played, *, target: str, backgrounds: int
 ) -> UnitScores:
     """Scores patches, words and readings by all methods that the policy allows.
 
@@ -202,21 +201,21 @@ def unit_scores(
 
     Args:
       network: Policy network.
-      params: Parameters of the network.
+      variables: Variables of the network, {'params': ...}.
       played: Steps of at least backgrounds + 1 episodes, with normalized proprioception.
       target: Name of the target in `targets.TARGETS`.
       backgrounds: Number of other episodes that give backgrounds.
     """
-    s = _setting(network, params, played, target, backgrounds)
+    s = _setting(network, variables, played, target, backgrounds)
     scores, attributed = score_units(s.value, s.inputs, s.backgrounds, s.units)
     if network.fusion == "joint":
-        scores |= relevance.token_scores(network, params, s.observation, s.units, s.target)
+        scores |= relevance.token_scores(network, variables, s.observation, s.units, s.target)
     return UnitScores(scores, s.ranked, attributed.difference, attributed.error)
 
 
 def unit_gains(
     network: MultimodalPolicy,
-    params: Any,
+    variables: Any,
     played: Played,
     scores: dict[str, jax.Array],
     rng: jax.Array,
@@ -228,14 +227,14 @@ def unit_gains(
 
     Args:
       network: Policy network.
-      params: Parameters of the network.
+      variables: Variables of the network, {'params': ...}.
       played: Steps of episodes, as for `unit_scores`.
       scores: Scores by method, float32 [B, U] each.
       rng: PRNG key of the random rankings.
       target: Name of the target in `targets.TARGETS`.
       backgrounds: Number of other episodes that give backgrounds.
     """
-    s = _setting(network, params, played, target, backgrounds)
+    s = _setting(network, variables, played, target, backgrounds)
     return gains(s.value, s.inputs, s.backgrounds, s.units, scores, s.ranked, rng)
 
 
@@ -296,6 +295,10 @@ def gains(
             own = faithfulness.curves(of_kept, x, mask, steps=CURVE_STEPS).gain()
             gain[name][part] = own - random
     return gain
+
+
+def _predict(network: MultimodalPolicy, variables: Any) -> Predict:
+    return lambda observation: cast(PolicyOutput, network.apply(variables, observation))
 
 
 def _word_mask(observation: Observation, inputs: units_lib.Features) -> jax.Array:

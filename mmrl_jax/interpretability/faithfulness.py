@@ -1,12 +1,10 @@
 """Tests of explanations: whether they name what the policy in fact depends on."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from mmrl_jax.types import Params
 
 # Returns the mean value float32 [B] over backgrounds, where the units that are not kept, bool
 # [B, U], come from the backgrounds.
@@ -89,25 +87,25 @@ def random_gain(
     return jnp.mean(jax.lax.map(one, jax.random.split(rng, orders)), axis=0)
 
 
-def randomize(params: Params, rng: jax.Array, names: Sequence[str]) -> Params:
-    """Returns parameters whose entries are permuted within each array of some submodules.
+def randomize(variables: Any, rng: jax.Array, names: Sequence[str]) -> Any:
+    """Returns variables whose entries are permuted within each array of some submodules.
 
     Explanations that stay the same do not depend on what was learned (Adebayo et al., 2018). The
     cascade of that paper randomizes more and more submodules, from the output to the input.
 
     Args:
-      params: Parameters by the name of the submodule.
+      variables: Variables of a network, {'params': ...} by the name of the submodule.
       rng: PRNG key of the permutations.
       names: Names of the submodules whose parameters are permuted.
     """
-    chosen = {name: x for name, x in params.items() if name in names}
-    leaves, structure = jax.tree.flatten(chosen)
+    params = variables["params"]
+    leaves, structure = jax.tree.flatten({name: x for name, x in params.items() if name in names})
     keys = jax.random.split(rng, max(len(leaves), 1))
     permuted = [
         jax.random.permutation(key, x.reshape(-1)).reshape(x.shape)
         for key, x in zip(keys, leaves, strict=False)
     ]
-    return {**params, **jax.tree.unflatten(structure, permuted)}
+    return {**variables, "params": {**params, **jax.tree.unflatten(structure, permuted)}}
 
 
 def rank_correlation(a: jax.Array, b: jax.Array, ranked: jax.Array) -> jax.Array:

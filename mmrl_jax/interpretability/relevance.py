@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from mmrl_jax.interpretability.units import Units
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.policy import READOUTS, MultimodalPolicy
-from mmrl_jax.types import Observation, Params
+from mmrl_jax.types import Observation
 
 WEIGHTS, OFFSETS = "attention", "attention_offset"  # Collections of `models.transformer.Attention`.
 
 
 def attention_with_gradients(
     network: MultimodalPolicy,
-    params: Params,
+    variables: Any,
     observation: Observation,
     target: Callable[[PolicyOutput], jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -24,7 +24,7 @@ def attention_with_gradients(
 
     Args:
       network: Policy network with fusion='joint'.
-      params: Parameters of the network.
+      variables: Variables of the network, {'params': ...}.
       observation: Observations [B, ...].
       target: Function of the output of the network to float32 [B].
 
@@ -33,8 +33,8 @@ def attention_with_gradients(
       readouts in the last block.
     """
 
-    def run(variables: Any, mutable: list[str]) -> tuple[PolicyOutput, Any]:
-        return network.apply({"params": params, **variables}, observation, mutable=mutable)
+    def run(offsets: Any, mutable: list[str]) -> tuple[PolicyOutput, Any]:
+        return network.apply({**variables, **offsets}, observation, mutable=mutable)
 
     shapes = jax.eval_shape(lambda: run({}, [WEIGHTS, OFFSETS])[1][OFFSETS])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -89,7 +89,7 @@ def rollout(weights: list[jax.Array]) -> jax.Array:
 
 def token_scores(
     network: MultimodalPolicy,
-    params: Params,
+    variables: Any,
     observation: Observation,
     units: Units,
     target: Callable[[PolicyOutput], jax.Array],
@@ -99,7 +99,7 @@ def token_scores(
     The score of a token is that of its patch or word. The score of the token of proprioception is
     divided evenly among its readings. The scores are the sums over both readouts.
     """
-    weights, gradients = attention_with_gradients(network, params, observation, target)
+    weights, gradients = attention_with_gradients(network, variables, observation, target)
     return {
         "relevance": _to_units(gradient_weighted(weights, gradients), units),
         "rollout": _to_units(rollout(weights), units),

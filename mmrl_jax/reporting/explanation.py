@@ -26,7 +26,10 @@ BACKGROUNDS = 3  # Other episodes that give backgrounds.
 TARGET = "contrast"  # Target of the scores of patches and words.
 PARTS = ("all", "pixels", "words")
 # Submodules in which weights are randomized, all at once.
-SUBMODULES = ("policy_head", "value_head", "fusion", "vision", "text", "proprio", "condition")
+SUBMODULES = (
+    *("policy_head", "value_head", "fusion", "late_in", "late_out", "condition", "proprio"),
+    *("vision", "vision_projection", "text", "text_projection"),
+)
 SHOWN = 3  # Episodes in the figure.
 
 
@@ -77,16 +80,67 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
         )
     if episodes < 2 * (BACKGROUNDS + 1):
         raise ValueError(f"episodes={episodes}: use at least {2 * (BACKGROUNDS + 1)}.")
-    env, rng = make_env(problem.config, split=split), stream(problem.config, EVALUATION)
+    rng = stream(problem.config, EVALUATION)
+    played = _play(problem, variables, split, episodes, rng)
+    contributions = _contributions(problem, variables, played)
+    scored, random, gain = _scores(problem, variables, played, rng)
+    units = control.unit_layout(problem.network, variables.params, played)
+    played = jax.device_get(played)
+    running = played.running
+    method, table = choose(gain, running)
+    correlation = faithfulness.rank_correlation(
+        scored.scores[method], random.scores[method], scored.ranked
+    )
+    patches, word_scores, _ = units.split(scored.scores[method])
+    word_scores = word_scores.reshape(*running.shape, -1)
+    words = _words(problem, played.observation["instruction"]["tokens"][0], units.words)
+
+    def mean(x: Any) -> float:
+        return float((np.asarray(x).reshape(running.shape) * running).sum() / running.sum())
+
+    numbers = {
+        "split": split,
+        "episodes": episodes,
+        "modalities": {name: describe_modalities(c) for name, c in contributions.items()},
+        "method": method,
+        "faithfulness": table,
+        "completeness_error": mean(np.abs(scored.completeness_error))
+        / max(mean(np.abs(scored.difference)), 1e-30),
+        "randomization_correlation": mean(correlation),
+        "word_scores": _mean_word_scores(words, word_scores, running),
+    }
+    frames = played.observation["pixels"]
+    return Explanation(
+        numbers=numbers,
+        sentences=sentences(numbers),
+        frames=frames if frames.ndim == 5 else frames[:, :, -1],
+        patches=patches[:, -1].reshape(*running.shape, units.rows, units.columns),
+        words=words,
+        word_scores=word_scores,
+    )
+
+
+def _play(
+    problem: Control, variables: Any, split: str, episodes: int, rng: jax.Array
+) -> control.Played:
+    """Returns some steps of episodes."""
+    env = make_env(problem.config, split=split)
 
     @jax.jit
-    def play(variables: Any, rng: jax.Array) -> tuple[Any, ...]:
+    def play(variables: Any, rng: jax.Array) -> control.Played:
         start = evaluate.start(env, rng, episodes=episodes)
-        played = control.play(env, start, problem.policy(variables), rng)
-        return control.every(played, STEPS)
+        return control.every(control.play(env, start, problem.policy(variables), rng), STEPS)
+
+    return play(variables, rng)
+
+
+def _contributions(
+    problem: Control, variables: Any, played: control.Played
+) -> dict[str, control.Contributions]:
+    """Returns the Shapley values of the modalities for the behavior and the prediction."""
 
     @jax.jit
-    def modalities(variables: Any, played: Any) -> dict[str, Any]:
+    def measure(variables: Any, played: control.Played) -> dict[str, control.Contributions]:
         predict = functools.partial(problem.predict, variables)
         return {
             target: control.modality_contributions(
@@ -95,48 +149,21 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
             for target in ("behaviour", "prediction")
         }
 
+    return jax.device_get(measure(variables, played))
+
+
+def _scores(
+    problem: Control, variables: Any, played: control.Played, rng: jax.Array
+) -> tuple[control.UnitScores, control.UnitScores, dict[str, dict[str, np.ndarray]]]:
+    """Returns the scores of the policy, those of randomized weights, and the policy's gains."""
+    proprio = normalization.normalize(variables.normalizer, played.observation["proprio"])
+    seen = played._replace(observation=played.observation | {"proprio": proprio})
     options = {"target": TARGET, "backgrounds": BACKGROUNDS}
     score = jax.jit(functools.partial(control.unit_scores, problem.network, **options))
     test = jax.jit(functools.partial(control.unit_gains, problem.network, **options))
-    played = play(variables, rng)
-    contributions = jax.device_get(modalities(variables, played))
-    proprio = normalization.normalize(variables.normalizer, played.observation["proprio"])
-    seen = played._replace(observation=played.observation | {"proprio": proprio})
     scored = score(variables.params, seen)
-    gain = jax.device_get(test(variables.params, seen, scored.scores, rng))
     random = score(faithfulness.randomize(variables.params, rng, SUBMODULES), seen)
-    shape = played.running.shape
-    method, table = choose(gain, np.asarray(played.running))
-    correlation = faithfulness.rank_correlation(
-        scored.scores[method], random.scores[method], scored.ranked
-    )
-    played, scored = jax.device_get((played, scored))
-    units = control.unit_layout(problem.network, variables.params, seen)
-    patches, word_scores, _ = units.split(scored.scores[method])
-    patches = patches[:, -1].reshape(*shape, units.rows, units.columns)
-    word_scores = word_scores.reshape(*shape, -1)
-    words = _words(problem, played.observation["instruction"]["tokens"][0], units.words)
-    numbers = {
-        "split": split,
-        "episodes": episodes,
-        "modalities": {name: describe_modalities(c) for name, c in contributions.items()},
-        "method": method,
-        "faithfulness": table,
-        "completeness_error": float(
-            np.abs(scored.completeness_error).mean() / np.abs(scored.difference).mean()
-        ),
-        "randomization_correlation": float(correlation.mean()),
-        "word_scores": _mean_word_scores(words, word_scores),
-    }
-    frames = played.observation["pixels"]
-    return Explanation(
-        numbers=numbers,
-        sentences=sentences(numbers),
-        frames=frames if frames.ndim == 5 else frames[:, :, -1],
-        patches=patches,
-        words=words,
-        word_scores=word_scores,
-    )
+    return jax.device_get((scored, random, test(variables.params, seen, scored.scores, rng)))
 
 
 def describe_modalities(contributions: control.Contributions) -> dict[str, dict[str, float]]:
@@ -284,11 +311,20 @@ def _words(problem: Control, tokens: np.ndarray, count: int) -> list[list[str]]:
     return [problem.env.vocabulary.decode(row).split() for row in tokens]
 
 
-def _mean_word_scores(words: Sequence[Sequence[str]], scores: np.ndarray) -> dict[str, float]:
-    """Returns the mean score of each word over all of its occurrences, the highest first."""
+def _mean_word_scores(
+    words: Sequence[Sequence[str]], scores: np.ndarray, running: np.ndarray
+) -> dict[str, float]:
+    """Returns the mean score of each word over all of its occurrences, the highest first.
+
+    Args:
+      words: Words of the instruction of each of N episodes.
+      scores: Scores of the words, float32 [T, N, L].
+      running: 1 until an episode has ended, float32 [T, N].
+    """
+    by_episode = np.einsum("tnl,tn->nl", scores, running / np.maximum(running.sum(0), 1))
     values: dict[str, list[float]] = {}
-    for n, sentence in enumerate(words):
-        for i, word in enumerate(sentence):
-            values.setdefault(word, []).append(float(scores[:, n, i].mean()))
+    for sentence, row in zip(words, by_episode, strict=True):
+        for word, score in zip(sentence, row, strict=False):
+            values.setdefault(word, []).append(float(score))
     means = {word: float(np.mean(x)) for word, x in values.items()}
     return dict(sorted(means.items(), key=lambda item: -item[1]))

@@ -113,7 +113,7 @@ def test_rank_correlation():
 
 def test_randomize_permutes_the_named_submodules_only():
     params = {"a": {"kernel": jnp.arange(50.0)}, "b": {"kernel": jnp.arange(50.0)}}
-    changed = faithfulness.randomize(params, jax.random.PRNGKey(0), ["a"])
+    changed = faithfulness.randomize({"params": params}, jax.random.PRNGKey(0), ["a"])["params"]
     assert (changed["b"]["kernel"] == params["b"]["kernel"]).all()
     assert (changed["a"]["kernel"] != params["a"]["kernel"]).any()
     np.testing.assert_array_equal(jnp.sort(changed["a"]["kernel"]), params["a"]["kernel"])
@@ -159,9 +159,9 @@ def test_features_reproduce_the_output_of_the_policy(frames):
 
 def test_attention_can_be_read_and_differentiated():
     model, observation = network(), make_observation()
-    params = model.init(jax.random.PRNGKey(0), observation)["params"]
-    plain = model.apply({"params": params}, observation)
-    output, _ = model.apply({"params": params}, observation, mutable=["attention"])
+    params = model.init(jax.random.PRNGKey(0), observation)
+    plain = model.apply(params, observation)
+    output, _ = model.apply(params, observation, mutable=["attention"])
     np.testing.assert_allclose(output.value, plain.value, atol=1e-5)
     weights, gradients = relevance.attention_with_gradients(
         model, params, observation, lambda output: output.value

@@ -27,7 +27,7 @@ def test_shares_are_logged_and_sum_to_one(tmp_path):
             shares = [row[f"modality_share/{target}/{name}"] for name in control.MODALITIES]
             assert abs(sum(shares) - 1) < 1e-5
             pixels, instruction, proprio = shares
-            assert instruction == 0 and pixels > 0 and proprio > 0
+            assert instruction < 1e-4 and pixels > 0.01 and proprio > 0
     assert "alarm/modality_unused" not in rows[-2]
     assert rows[-1]["alarm/modality_unused"] == 1
 
