@@ -10,21 +10,28 @@ files are written where `multihost.is_primary()`. Your module must define its ow
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import json
 from typing import Any, NamedTuple
 
 from etils import epath
+import jax
 
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config.loading import import_object
 from mmrl_jax.config.schema import nearest
 from mmrl_jax.distributed import multihost
+from mmrl_jax.evaluation import evaluate
+from mmrl_jax.interpretability import control as explained
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import Problem
+from mmrl_jax.problems.control import Control
+from mmrl_jax.problems.problem import EVALUATION, stream
 from mmrl_jax.reporting import report
 from mmrl_jax.training.stage import Stage, StageProbe
 
 SAMPLES = 8  # Number of completions on a page.
+EPISODES, STEPS = 16, 8  # Numbers of episodes, and of steps of each, for `modality_shares`.
 
 
 class ProbeContext(NamedTuple):
@@ -76,7 +83,51 @@ def samples(context: ProbeContext) -> dict[str, float]:
     return {}
 
 
-PROBES: dict[str, Probe] = {"ablations": ablations, "samples": samples}
+@functools.lru_cache(maxsize=1)
+def _shares(problem: Any) -> Callable[[Any, jax.Array], dict[str, dict[str, jax.Array]]]:
+    """Returns the compiled measurement of `modality_shares`, which a run compiles only once."""
+
+    @jax.jit
+    def measure(variables: Any, rng: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        state = evaluate.start(problem.env, rng, episodes=EPISODES)
+        played = explained.play(problem.env, state, problem.policy(variables), rng)
+        predict = functools.partial(problem.predict, variables)
+        return {
+            target: explained.modality_shares(
+                predict, explained.every(played, STEPS), target=target
+            )
+            for target in ("behaviour", "prediction")
+        }
+
+    return measure
+
+
+def modality_shares(context: ProbeContext) -> dict[str, float]:
+    """Measures what fraction of the policy and of the value each modality determines.
+
+    Raises:
+      ValueError: If the problem has no control policy.
+    """
+    problem = context.problem
+    if not isinstance(problem, Control):
+        raise ValueError(
+            f"run.probes has 'modality_shares', which explains control policies, but problem="
+            f"{problem.config.problem!r}; remove the probe."
+        )
+    rng = stream(problem.config, EVALUATION)
+    measured = jax.device_get(_shares(problem)(context.variables, rng))
+    return {
+        f"modality_share/{target}/{name}": float(share)
+        for target, by_name in measured.items()
+        for name, share in by_name.items()
+    }
+
+
+PROBES: dict[str, Probe] = {
+    "ablations": ablations,
+    "modality_shares": modality_shares,
+    "samples": samples,
+}
 
 
 def find(name: str) -> Probe:

@@ -29,7 +29,7 @@ from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost, partition
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.problems import Problem
-from mmrl_jax.reporting import report
+from mmrl_jax.reporting import explanation, report
 from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training import checkpoint, fingerprints, loop, provenance
 from mmrl_jax.training.lock import locked
@@ -368,6 +368,15 @@ class Loaded(NamedTuple):
           episodes: Number of episodes, or prompts; None for that of the run's own evaluations.
         """
         return self.problem.measure(episodes=episodes)(self.variables, split)
+
+    def explain(self, split: str, *, episodes: int = 16) -> explanation.Explanation:
+        """Explains a control policy on episodes of a split, see `reporting.explanation.explain`.
+
+        Args:
+          split: Name of the split, one of problem.splits.
+          episodes: Number of episodes.
+        """
+        return explanation.explain(self.problem, self.variables, split, episodes=episodes)
 
     def policy(self, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function for `rollouts.unroll`, of a problem with an environment.

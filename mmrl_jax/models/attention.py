@@ -193,6 +193,29 @@ def attention(
     return jnp.swapaxes(mixed.reshape(batch, heads, queries, size), 1, 2)
 
 
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Returns the weights by which `attention` mixes the values, float32 [B, N, Q, S].
+
+    Args:
+      query: Queries of N heads of size H, float [B, Q, N, H].
+      key: Keys, float [B, S, K, H]; K must divide N, and N / K neighboring heads share a key head.
+      mask: Attention mask, bool and broadcastable to [B, Q, S], True where query q may read key s.
+      scale: Factor of the attention logits; None for 1 / sqrt(H).
+      softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
+    """
+    heads, size = query.shape[2:]
+    key = jnp.repeat(key, heads // key.shape[2], axis=2)
+    scores = jnp.einsum("bqnh,bsnh->bnqs", query, key, preferred_element_type=jnp.float32)
+    return _softmax(scores * (scale or size**-0.5), mask, softcap)
+
+
 def cached_attention(
     query: jax.Array,
     prefix: tuple[jax.Array, jax.Array],

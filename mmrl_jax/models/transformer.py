@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.distributed.mesh import split_samples
 from mmrl_jax.distributed.partition import gathered, in_loop
-from mmrl_jax.models.attention import attend, attend_cached
+from mmrl_jax.models.attention import attend, attend_cached, attention_weights
 from mmrl_jax.models.masks import Mask
 
 NormKind = Literal["plain", "layer", "rms", "rms_offset"]
@@ -25,6 +25,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "relu": nn.relu,
 }
+
+# Collections in which each block of a scanned stack has its part.
+LAYERED = ("params", "lora", "prefix", "cache", "hidden", "attention", "attention_offset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +183,10 @@ class Attention(nn.Module):
     prompt: its keys and values are written into the collection 'cache', [B * G, K, T, H] each, at
     the slot, and it attends to the prefix and the cache. G samples may follow each prompt; see
     `rollouts/generate.py`.
+
+    A pass with the mutable collection 'attention' sows the attention weights into it under the name
+    'weights', float32 [B, N, queries, S]. The collection 'attention_offset' may have a 'weights' of
+    the same shape that is added to them, by which a target is differentiated.
     """
 
     spec: BlockSpec
@@ -214,7 +221,10 @@ class Attention(nn.Module):
         if context.slot is None:
             if self.is_mutable_collection("prefix") and not self.is_initializing():
                 self._store("prefix", jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
-            mixed = attend(query, key, value, context.mask, **options)
+            if self.is_mutable_collection("attention") and not self.is_initializing():
+                mixed = self._attend_visibly(query, key, value, context.mask)
+            else:
+                mixed = attend(query, key, value, context.mask, **options)
         else:
             write = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=context.slot, axis=2
@@ -225,6 +235,18 @@ class Attention(nn.Module):
             mixed = attend_cached(query, self._load("prefix"), own, context.mask, **options)
         mixed = mixed.reshape(*mixed.shape[:2], s.heads * size)
         return Dense(width, self.dtype, use_bias="out" in s.biases, name="out")(mixed)
+
+    def _attend_visibly(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask
+    ) -> jax.Array:
+        """Computes `attend` with weights that an explanation can read and differentiate by."""
+        spec = self.spec
+        allowed = mask.allowed(query.shape[1], key.shape[1])
+        weights = attention_weights(query, key, allowed, scale=spec.scale, softcap=spec.softcap)
+        self.sow("attention", "weights", weights)
+        weights = self.perturb("weights", weights, "attention_offset").astype(value.dtype)
+        value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
+        return jnp.einsum("bnqs,bsnh->bqnh", weights, value)
 
     def _store(self, collection: str, key: jax.Array, value: jax.Array) -> None:
         self.put_variable(collection, "key", key)
@@ -401,7 +423,7 @@ class Transformer(nn.Module):
 
         scan = nn.scan(
             step,
-            variable_axes={name: 0 for name in ("params", "lora", "prefix", "cache", "hidden")},
+            variable_axes={name: 0 for name in LAYERED},
             split_rngs={"params": True, "dropout": True},
             length=self.layers,
         )

@@ -1,4 +1,4 @@
-"""Health checks of the training of a token policy, which raise alarms on silent failures.
+"""Health checks of the training of a policy, which raise alarms on silent failures.
 
 Each of these failures is known to stay unnoticed for hundreds of updates. The checks use logged
 metrics only, so that a resumed run raises the same alarms as an uninterrupted one.
@@ -12,6 +12,8 @@ Row = Mapping[str, float | None]
 WINDOW = 20  # Number of rows with a metric before a check of it can raise an alarm.
 SHORT = 1 / 3  # Fraction of the longest mean completion length so far that counts as a collapse.
 LOW_ENTROPY = 0.02  # Fraction of the first logged entropy that counts as a collapse.
+UNUSED_SHARE = 0.01  # Share of a modality below which the policy does not use it.
+BEHAVIOUR_SHARE = "modality_share/behaviour/"
 CHECKED = ("completion/reward", "reward/zero_std_groups", "completion/length", "policy/entropy")
 
 
@@ -19,8 +21,9 @@ class HealthChecks:
     """Checks the rows of a metrics log one after the other.
 
     The alarms 'reward_constant', 'zero_std_groups', 'completions_short' and 'entropy_low' need
-    WINDOW rows with their metric, and 'images_unused' needs two evaluations. A row without the
-    metric of a check does not count for it.
+    WINDOW rows with their metric, 'images_unused' needs two evaluations, and
+    'modality_unused' needs two measurements. A row without the metric of a check does not count
+    for it.
 
     Attributes:
       raised: Alarms that are raised after the last row: a message by the name of the alarm.
@@ -33,6 +36,8 @@ class HealthChecks:
         self._first_entropy: float | None = None
         # Whether shuffled images were as good as the right ones in the last two evaluations.
         self._images_unused: deque[bool] = deque(maxlen=2)
+        # The modalities without a share in each of the last two measurements.
+        self._unused: deque[set[str]] = deque(maxlen=2)
 
     def update(self, row: Row) -> dict[str, str]:
         """Checks the next row of metrics.
@@ -52,6 +57,13 @@ class HealthChecks:
         accuracy_lo = row.get("eval/train/accuracy_lo")
         if shuffled is not None and accuracy_lo is not None:
             self._images_unused.append(shuffled >= accuracy_lo)
+        shares = {
+            name.removeprefix(BEHAVIOUR_SHARE): share
+            for name, share in row.items()
+            if name.startswith(BEHAVIOUR_SHARE) and share is not None
+        }
+        if shares:
+            self._unused.append({name for name, x in shares.items() if x < UNUSED_SHARE})
         before, self.raised = self.raised, self._alarms()
         return {name: text for name, text in self.raised.items() if name not in before}
 
@@ -90,5 +102,13 @@ class HealthChecks:
             alarms["images_unused"] = (
                 "eval/train/accuracy is no better than with the image of another prompt: the "
                 "completions do not depend on the images."
+            )
+        unused = set.intersection(*self._unused) if len(self._unused) == 2 else set()
+        if unused:
+            names = " and ".join(sorted(unused))
+            alarms["modality_unused"] = (
+                f"The share of {names} in the behavior is below {UNUSED_SHARE:.0%}: the actions do "
+                "not depend on it. Check whether the task needs it, and whether it reaches the "
+                "policy."
             )
         return alarms

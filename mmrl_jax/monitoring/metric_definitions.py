@@ -146,6 +146,17 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "Pairs whose chosen completion has the higher implicit reward of DPO",
         "above 0.5",
     ),
+    "modality_share/behaviour/<modality>": Metric(
+        "fraction",
+        "Mean absolute Shapley value of a modality for the log-prob of the action, divided by "
+        "the sum over modalities, by the probe 'modality_shares'",
+        "above 0.01 for every modality that the task needs",
+    ),
+    "modality_share/prediction/<modality>": Metric(
+        "fraction",
+        "The same for the value estimate",
+        "above 0.01 for every modality that the task needs",
+    ),
     "alarm/<name>": Metric(
         "1", "1 while this alarm is raised, see monitoring/health_checks.py", "absent"
     ),

@@ -26,6 +26,7 @@ from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners import bc, registry
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import LearnerState, Rollout, policy_function
+from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.pretrained import control_encoders, weights
 from mmrl_jax.problems import (
     control_models,
@@ -43,7 +44,7 @@ from mmrl_jax.rollouts.unroll import (
 )
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, Stage, Start
-from mmrl_jax.types import Metrics, Transition
+from mmrl_jax.types import Metrics, Observation, Transition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -450,6 +451,10 @@ class Control:
     def policy(self, learner: LearnerState, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function of a learner for `rollouts.unroll`."""
         return policy_function(self._apply(), learner, deterministic=deterministic)
+
+    def predict(self, learner: LearnerState, observation: Observation) -> PolicyOutput:
+        """Returns the output of a learner's network for observations [B, ...]."""
+        return learner_lib.run_network(self._apply(), learner, observation)
 
     def _apply(self, trainable: str = ".*") -> learner_lib.Apply:
         # An MLP has no option `attention`.

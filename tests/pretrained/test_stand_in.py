@@ -16,7 +16,9 @@ SHAPES = {"splitting": False, "dtype": jnp.float32, "remat": False}
 
 def images_of(spec):
     images = jax.ShapeDtypeStruct((2, *SIZE, 3), jnp.uint8)
-    return jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(spec.preprocess_images, images))
+    return jax.tree.map(
+        lambda x: (x.shape, x.dtype), jax.eval_shape(spec.preprocess_images, images)
+    )
 
 
 @pytest.mark.parametrize("family", [name for name in processors.CHATS if name != "idefics3_whole"])
