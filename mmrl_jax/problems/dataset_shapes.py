@@ -28,13 +28,13 @@ def prompts(length: int, size: tuple[int, int], count: int) -> Prompt:
       size: Height and width of the images in pixels.
       count: Number of prompts.
     """
-    index = jax.ShapeDtypeStruct((count,), jnp.int32)
-    return Prompt(
+    shapes: tuple[Any, ...] = (
         jax.ShapeDtypeStruct((count, length), jnp.int32),
         jax.ShapeDtypeStruct((count, length), jnp.bool_),
         jax.ShapeDtypeStruct((count, *size, 3), jnp.uint8),
-        *[index] * 4,
+        *[jax.ShapeDtypeStruct((count,), jnp.int32)] * 4,
     )
+    return Prompt(*shapes)
 
 
 def source(of: "TokenProblem", name: str) -> Source:

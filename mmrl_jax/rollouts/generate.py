@@ -319,7 +319,7 @@ def _compact(state: _State, prefilled: Prefill, batch: int) -> tuple[_State, Pre
 
     # A cache is [N, K, T, H], after an axis of layers if the blocks are scanned.
     cache = jax.tree.map(lambda x: rows(x, x.ndim - 4), state.cache)
-    others = jax.tree.map(rows, state._replace(step=(), cache=()))
+    others = jax.tree.map(rows, state._replace(step=state.sample, cache=()))
     prefilled = prefilled._replace(
         prompt_mask=rows(prefilled.prompt_mask), key_positions=rows(prefilled.key_positions)
     )
