@@ -369,7 +369,7 @@ class Loaded(NamedTuple):
         """
         return self.problem.measure(episodes=episodes)(self.variables, split)
 
-    def explain(self, split: str, *, episodes: int = 16) -> explanation.Explanation:
+    def explain(self, split: str, *, episodes: int = 32) -> explanation.Explanation:
         """Explains a control policy on episodes of a split, see `reporting.explanation.explain`.
 
         Args:

@@ -22,7 +22,7 @@ from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.reporting import explanation
 
 FLAGS = flags.FLAGS
-EPISODES = 16
+EPISODES = 32
 
 
 def explain(

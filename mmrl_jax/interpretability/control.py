@@ -286,15 +286,21 @@ def gains(
 
     modality = jnp.asarray(units.modality)
     masks = {"all": ranked, "pixels": ranked & (modality == 0), "words": ranked & (modality == 1)}
-    gain: dict[str, dict[str, jax.Array]] = {name: {} for name in scores}
-    for i, (part, mask) in enumerate(masks.items()):
-        random = faithfulness.random_gain(
-            of_kept, mask, jax.random.fold_in(rng, i), orders=RANDOM_ORDERS, steps=CURVE_STEPS
-        )
-        for name, x in scores.items():
-            own = faithfulness.curves(of_kept, x, mask, steps=CURVE_STEPS).gain()
-            gain[name][part] = own - random
-    return gain
+    shape = (RANDOM_ORDERS, *ranked.shape)
+    # Loops over rankings and parts keep one copy of the network in the compiled program.
+    orders = jnp.concatenate([jnp.stack([*scores.values()]), jax.random.uniform(rng, shape)])
+
+    def of_part(mask: jax.Array) -> jax.Array:
+        def of_order(order: jax.Array) -> jax.Array:
+            return faithfulness.curves(of_kept, order, mask, steps=CURVE_STEPS).gain()
+
+        return jax.lax.map(of_order, orders)
+
+    found = jax.lax.map(of_part, jnp.stack([*masks.values()]))  # [parts, orders, B]
+    gain = found[:, : len(scores)] - jnp.mean(found[:, len(scores) :], axis=1, keepdims=True)
+    return {
+        name: {part: gain[i, j] for i, part in enumerate(masks)} for j, name in enumerate(scores)
+    }
 
 
 def _predict(network: MultimodalPolicy, variables: Any) -> Predict:

@@ -61,30 +61,12 @@ def curves(value: ValueOfKept, scores: jax.Array, ranked: jax.Array, *, steps: i
     """
     rank, count = ranks(scores, ranked), jnp.sum(ranked, axis=1, keepdims=True)
 
-    def at(fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def at(fraction: jax.Array) -> jax.Array:
         first = rank < fraction * count
-        return value(~first | ~ranked), value(first | ~ranked)
+        return jax.lax.map(value, jnp.stack([~first, first | ~ranked]))
 
-    return Curves(*jax.lax.map(at, jnp.arange(steps + 1) / steps))
-
-
-def random_gain(
-    value: ValueOfKept, ranked: jax.Array, rng: jax.Array, *, orders: int, steps: int
-) -> jax.Array:
-    """Returns the mean gain of random rankings of the same units, float32 [B], see `curves`.
-
-    Args:
-      value: Function of the units that are kept.
-      ranked: Units that are deleted and inserted, bool [B, U].
-      rng: PRNG key of the rankings.
-      orders: Number of random rankings.
-      steps: Number of steps from no unit to all of them.
-    """
-
-    def one(key: jax.Array) -> jax.Array:
-        return curves(value, jax.random.uniform(key, ranked.shape), ranked, steps=steps).gain()
-
-    return jnp.mean(jax.lax.map(one, jax.random.split(rng, orders)), axis=0)
+    found = jax.lax.map(at, jnp.arange(steps + 1) / steps)
+    return Curves(found[:, 0], found[:, 1])
 
 
 def randomize(variables: Any, rng: jax.Array, names: Sequence[str]) -> Any:

@@ -182,7 +182,9 @@ def test_attention_can_be_read_and_differentiated():
 
 
 def test_propagation_by_hand():
-    # One block in which the last of two tokens reads 0.3 of the first one, after one in which it
-    # reads 0.5: (I + [[0, 0], [.3, 0]]) (I + [[0, 0], [.5, 0]]) has 0.8 there.
-    maps = [jnp.array([[[0.0, 0.0], [0.5, 0.0]]]), jnp.array([[[0.3, 0.0]]])]
-    np.testing.assert_allclose(relevance.propagate(maps), [[[1, 0], [0.8, 1]]], atol=1e-6)
+    # In the first block token 1 reads 0.5 of token 0; in the second one, which computes the last
+    # token only, token 2 reads 0.4 of token 1, and thereby 0.4 * 0.5 of token 0.
+    first = jnp.zeros((1, 3, 3)).at[0, 1, 0].set(0.5)
+    second = jnp.array([[[0.0, 0.4, 0.0]]])
+    found = relevance.propagate([first, second])
+    np.testing.assert_allclose(found, [[[1, 0, 0], [0.5, 1, 0], [0.2, 0.4, 1]]], atol=1e-6)
