@@ -92,10 +92,10 @@ class LeRobot:
             raise InvalidData(
                 f"The metadata of {self._root} cannot be read ({type(error).__name__}: {error})."
             ) from error
-        self.features = declared | {TASK: Feature((), "str")}
+        self.features: dict[str, Feature] = declared | {TASK: Feature((), "str")}
         if DONE in declared:
             self.features[TERMINAL] = Feature((), "bool")
-        self.defaults = DEFAULTS | {
+        self.defaults: dict[str, str] = DEFAULTS | {
             f"privileged/{name.removeprefix(PRIVILEGED)}": name
             for name in declared
             if name.startswith(PRIVILEGED)
@@ -277,7 +277,7 @@ def _of_split(
 
 def _provenance(episode: Mapping[str, Any]) -> Provenance:
     """Returns the provenance in our own columns of an episode; that of others is unknown."""
-    values = {name: episode.get(f"{PROVENANCE}{name}") for name in Provenance._fields}
+    values: dict[str, Any] = {name: episode.get(f"{PROVENANCE}{name}") for name in Provenance._fields}
     if values["policy"] is None:
         return Provenance()
     for name in ("episode_return", "success"):

@@ -185,9 +185,13 @@ class FeatureMapping:
                 f"{self._key}={{{name!r}: '{parts[0].name}[0:{expected}]'}}."
             )
 
-    def _size(self, name: str) -> int:
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a field of numbers, all of whose sizes are known."""
         path = {"proprio": "observation/proprio"}.get(name, name)
-        return int(np.prod(self.schema[path].shape))
+        return tuple(size for size in self.schema[path].shape if size is not None)
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._shape(name)))
 
     def __call__(self, raw: RawEpisode) -> Episode:
         """Returns an episode in our names, sizes and types.
@@ -230,8 +234,7 @@ class FeatureMapping:
 
     def _numbers(self, raw: RawEpisode, name: str, steps: int) -> np.ndarray:
         """Returns a field as float32 [N, ...]; zeros if an optional field is absent."""
-        path = {"proprio": "observation/proprio"}.get(name, name)
-        shape = (steps, *self.schema[path].shape)
+        shape = (steps, *self._shape(name))
         if name not in self._parts:
             return np.zeros(shape, np.float32)
         columns = []

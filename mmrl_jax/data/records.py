@@ -240,8 +240,8 @@ class EpisodeSource(Protocol):
       defaults: Fields of the data set by our names, where a mapping does not name another.
     """
 
-    features: Mapping[str, Feature]
-    defaults: Mapping[str, str]
+    features: dict[str, Feature]
+    defaults: dict[str, str]
 
     def __len__(self) -> int:
         """Returns the number of episodes that the metadata of the data set declare."""

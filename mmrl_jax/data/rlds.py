@@ -96,8 +96,8 @@ class Rlds:
                 f"{directory} has examples with {sorted(fields)}; those of RLDS have 'steps', a "
                 "nested data set."
             )
-        self.features = dict(_flat_features(tfds, steps.feature))
-        self.defaults = DEFAULTS | {
+        self.features: dict[str, Feature] = dict(_flat_features(tfds, steps.feature))
+        self.defaults: dict[str, str] = DEFAULTS | {
             name: name for name in self.features if name.startswith("privileged/")
         }
         # Images stay encoded, so that only those that are used are decoded.

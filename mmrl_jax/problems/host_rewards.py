@@ -269,7 +269,7 @@ class Scorer:
                 texts,
                 batch.answers,
                 batch.columns,
-                np.asarray(completions.finished),
+                np.asarray(completions.finished).tolist(),
                 allow_none=allow_none or not alone,
             )
 
