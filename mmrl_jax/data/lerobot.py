@@ -277,7 +277,9 @@ def _of_split(
 
 def _provenance(episode: Mapping[str, Any]) -> Provenance:
     """Returns the provenance in our own columns of an episode; that of others is unknown."""
-    values: dict[str, Any] = {name: episode.get(f"{PROVENANCE}{name}") for name in Provenance._fields}
+    values: dict[str, Any] = {
+        name: episode.get(f"{PROVENANCE}{name}") for name in Provenance._fields
+    }
     if values["policy"] is None:
         return Provenance()
     for name in ("episode_return", "success"):
