@@ -68,9 +68,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Fraction of a PPO update that is learning, see the benchmark `loop`; cloning is learning alone.
 LEARNING = 0.7
-# Demonstrations, compilation, evaluations and videos take as long as this many PPO updates: 81 s
-# where an update takes 0.9 s (two cores of an AMD EPYC).
-OTHER_UPDATES = 90
+# Demonstrations, evaluations and videos take as long as this many PPO updates, and compilation as
+# many seconds (of 81 s in all, where an update takes 0.9 s: two cores of an AMD EPYC).
+OTHER_UPDATES, COMPILATION_S = 34, 50
 WORKDIRS = {"full": "runs/quickstart", "small": "runs/quickstart_small"}
 LONG_MINUTES = 15  # Above it, the small preset is named.
 
@@ -268,7 +268,7 @@ def estimated_minutes(config: ml_collections.ConfigDict, update_s: float) -> flo
     samples = p.num_envs * p.unroll_length * p.num_epochs
     cloning = LEARNING * bc.num_updates * bc.batch_size / samples
     # More cloning takes as long as PPO.
-    return update_s * (cloning + 2 * p.num_updates + OTHER_UPDATES) / 60
+    return (update_s * (cloning + 2 * p.num_updates + OTHER_UPDATES) + COMPILATION_S) / 60
 
 
 def forecast(preset: str, update_s: float) -> str:

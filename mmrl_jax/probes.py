@@ -53,10 +53,16 @@ class ProbeContext(NamedTuple):
 Probe = Callable[[ProbeContext], Mapping[str, float]]
 
 
+@functools.lru_cache(maxsize=1)
+def _ablated(problem: Problem) -> Callable[[Any, str], dict[str, float]]:
+    """Returns the evaluation of `ablations`, which a run compiles only once."""
+    return problem.measure(ablations=True)
+
+
 def ablations(context: ProbeContext) -> dict[str, float]:
     """Evaluates the training or validation split with each modality shuffled."""
     split = context.problem.best_metric.split("/")[1]
-    measured = context.problem.measure(ablations=True)(context.variables, split)
+    measured = _ablated(context.problem)(context.variables, split)
     return {f"eval/{split}/{name}": x for name, x in measured.items() if "shuffled_" in name}
 
 

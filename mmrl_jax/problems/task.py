@@ -5,6 +5,7 @@ Prompts, completions, rewards and learning are one compiled program.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -368,5 +369,10 @@ class TaskProblem(TokenProblem):
 
     def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
         """Returns sample completions of prompts of the training split, see `problem.Problem`."""
-        evaluator = self.evaluator(stream(self.config, problem.EVALUATION), prompts=count)
-        return evaluator.samples(variables, "train", count), {}
+        return _sample_evaluator(self, count).samples(variables, "train", count), {}
+
+
+@functools.lru_cache(maxsize=1)
+def _sample_evaluator(of: TaskProblem, count: int) -> PromptEvaluator:
+    """Returns the evaluator of sample completions, which a run compiles only once."""
+    return of.evaluator(stream(of.config, problem.EVALUATION), prompts=count)
