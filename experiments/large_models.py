@@ -49,8 +49,8 @@ from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.tiles import Tiles
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import blueprints, hub
+from mmrl_jax.reporting.summary import write_json
 from mmrl_jax.rollouts.generate import Sampling
-from mmrl_jax.runs import write_json
 from mmrl_jax.tasks.prompts import Prompt
 from mmrl_jax.training import loop
 from mmrl_jax.types import Metrics

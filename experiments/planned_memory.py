@@ -19,7 +19,7 @@ import mmrl_jax
 from mmrl_jax.commands.common import clean_exit, refuse_arguments
 from mmrl_jax.planning import check, chips
 from mmrl_jax.planning.plan import Planner
-from mmrl_jax.runs import write_json
+from mmrl_jax.reporting.summary import write_json
 
 FLAGS = flags.FLAGS
 RESULTS = pathlib.Path(__file__).parent / "results" / "planned_memory"

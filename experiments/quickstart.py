@@ -47,6 +47,7 @@ from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.problems import problem as problem_lib
 from mmrl_jax.problems.control import Control, make_env
 from mmrl_jax.reporting import report
+from mmrl_jax.reporting import summary as summary_lib
 from mmrl_jax.reporting.episodes import write_episodes
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
 from mmrl_jax.training import checkpoint, loop
@@ -211,8 +212,8 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
         "warm_start/wall_s": warm.wall_s,
         "ppo/wall_s": tuned.wall_s,
         "more_cloning/wall_s": more.wall_s,
-    } | runs.totals((warm, tuned, more), started)
-    runs.write_json(workdir / "summary.json", summary)
+    } | summary_lib.totals((warm, tuned, more), started)
+    summary_lib.write_json(workdir / "summary.json", summary)
     with report.tolerate_errors("Drawing success.png, or recording episodes"):
         curves = report.stage_curves(
             {

@@ -43,6 +43,7 @@ from mmrl_jax.commands.common import (
 from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation import statistics
 from mmrl_jax.reporting import report
+from mmrl_jax.reporting import summary as summary_lib
 from mmrl_jax.training.provenance import commit, hardware
 
 FLAGS = flags.FLAGS
@@ -105,7 +106,7 @@ def run(
         if result is None:
             return False
         if multihost.is_primary():
-            runs.write_json(directory / RESULT, result)
+            summary_lib.write_json(directory / RESULT, result)
             write_tables(load_results(workdir), study, workdir)
     # Existing tables may be from another version of the study.
     if not missing and multihost.is_primary():

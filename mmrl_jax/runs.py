@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
-import sys
 import time
 import types
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config import load_config, to_json
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost, partition
-from mmrl_jax.monitoring import metric_definitions, metrics
+from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import explanation, report
 from mmrl_jax.rollouts.unroll import PolicyFunction
@@ -253,8 +251,9 @@ def train_stages(
             report.sample_table(directory / "samples.html", samples, f"{directory.name}: samples")
     if multihost.is_primary():
         with report.tolerate_errors("Writing summary.json"):
-            final = final_evaluation(directory, trained.test_metrics)
-            write_json(directory / "summary.json", final | totals(results.values(), started))
+            final = summary_lib.final_evaluation(directory, trained.test_metrics)
+            totals = summary_lib.totals(results.values(), started)
+            summary_lib.write_json(directory / "summary.json", final | totals)
     return trained
 
 
@@ -269,80 +268,6 @@ def draw_curves(workdir: epath.Path, *, x: str) -> None:
     with report.tolerate_errors("Drawing learning_curves.png"):
         if multihost.is_primary() and metrics.read_jsonl(path):
             report.learning_curves(path, workdir / "learning_curves.png", x=x)
-
-
-def final_evaluation(workdir: epath.Path, test_metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the final evaluation: that of a test split, or else the last logged one.
-
-    If the last row of metrics has no evaluation, because it failed or metrics.jsonl was deleted, a
-    message is printed and the result is empty.
-
-    Args:
-      workdir: Working directory of the last stage.
-      test_metrics: Metrics of a test split by their logged names; empty if there is none.
-
-    Returns:
-      'final/<split>/success' and its bounds '_lo' and '_hi'. Without a success metric they are of
-      'accuracy' or 'return'. If rewards can fail, 'final/<split>/failed_fraction' is included.
-    """
-    rows = metrics.read_jsonl(workdir / metrics.JSONL_NAME)
-    # Evaluations in earlier rows are not of the final parameters.
-    row = test_metrics or (rows[-1] if rows and any(map(_is_evaluation, rows[-1])) else None)
-    if row is None:
-        print(
-            f"summary.json has no final evaluation, because the last row of "
-            f"{workdir / metrics.JSONL_NAME} has none. Run: "
-            f"python -m experiments.evaluate --workdir={workdir}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return {}
-    for score in ("success", "accuracy", "return"):
-        names = [name for name in row if metric_definitions.matches(f"eval/<split>/{score}", name)]
-        if names:
-            break
-    name = names[0].removeprefix("eval/")
-    final = {f"final/{name}{end}": row[f"eval/{name}{end}"] for end in ("", "_lo", "_hi")}
-    failed = f"{name.rpartition('/')[0]}/failed_fraction"
-    return final | ({f"final/{failed}": row[f"eval/{failed}"]} if f"eval/{failed}" in row else {})
-
-
-def _is_evaluation(name: str) -> bool:
-    return name.startswith("eval/") and name != "eval/failed"
-
-
-def totals(results: Collection[Result], started: float) -> dict[str, float]:
-    """Returns the total times and steps of a run with several stages.
-
-    Args:
-      results: Results of the stages.
-      started: Value of time.perf_counter() when this process started the run.
-
-    Returns:
-      wall_s: Time of this process in seconds, plus that of earlier processes up to the checkpoints
-        from which this process resumed.
-      compile_s: Time of initializing and compiling the stages in seconds, of all processes.
-      env_steps: Number of environment steps, without steps that only reset an environment.
-      env_steps_per_s: Environment steps per second of the updates of stages with environments; 0
-        without such stages.
-    """
-    stepping = [result for result in results if result.counters.env_steps]
-    steps = sum(result.counters.env_steps for result in stepping)
-    return {
-        "wall_s": time.perf_counter() - started + sum(result.earlier_s for result in results),
-        "compile_s": sum(result.counters.compile_s for result in results),
-        "env_steps": steps,
-        "env_steps_per_s": steps / sum(result.wall_s for result in stepping) if stepping else 0.0,
-    }
-
-
-def write_json(path: epath.Path, values: Mapping[str, float]) -> None:
-    """Writes a flat dictionary as JSON atomically; values that are not finite become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    workdir_lib.write_text(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
 class Loaded(NamedTuple):

@@ -35,6 +35,7 @@ from mmrl_jax import runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.distributed import multihost
+from mmrl_jax.reporting import summary as summary_lib
 from mmrl_jax.reporting.episodes import write_episodes
 from mmrl_jax.training import fingerprints
 
@@ -94,7 +95,7 @@ def evaluate(
             prefix = "/".join(word for word in (part, name) if word)
             table |= {f"{prefix}/{key}": value for key, value in row.items()}
         if multihost.is_primary():
-            runs.write_json(path, table)
+            summary_lib.write_json(path, table)
     outputs = [path]
     if video:
         rng = jax.random.PRNGKey(problem.config.seed)

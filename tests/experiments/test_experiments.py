@@ -120,8 +120,8 @@ def test_quickstart_again_trains_nothing(finished, tmp_path, monkeypatch):
 
 def test_the_quickstart_says_how_long_it_takes():
     # In PPO updates: cloning takes 0.7 * 1000 * 512 / (512 * 17) = 41.2, PPO and more cloning 132
-    # each, and all else but the compilation 34, in all 339.2. The small preset takes 20.6 + 2 * 33 +
-    # 34 = 120.6. Compilation takes 50 seconds.
+    # each, and all else but the compilation 34, in all 339.2. The small preset takes
+    # 20.6 + 2 * 33 + 34 = 120.6. Compilation takes 50 seconds.
     assert quickstart.estimated_minutes(quickstart.make_config(), 60.0) == pytest.approx(
         339.18 + 50 / 60, abs=0.01
     )
