@@ -28,6 +28,7 @@ from mmrl_jax.distributed import multihost, partition
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.reporting import explanation, report
+from mmrl_jax.reporting import summary as summary_lib
 from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training import checkpoint, fingerprints, loop, provenance
 from mmrl_jax.training.lock import locked
