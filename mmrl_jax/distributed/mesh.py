@@ -161,14 +161,14 @@ def put(tree: Any, shardings: Any) -> Any:
 def from_parts(
     shape: tuple[int, ...],
     sharding: NamedSharding,
-    part: Callable[[tuple[slice, ...]], np.ndarray],
+    part: Callable[[Any], np.ndarray],
 ) -> jax.Array:
     """Transfers the parts of a global array that devices of this process hold.
 
     Args:
       shape: Shape of the whole array.
       sharding: Sharding of the array.
-      part: Returns the part of the array with the given index.
+      part: Returns the part of the array with the given index, a tuple of slices.
     """
     with jax.transfer_guard("allow"):  # JAX counts this transfer as an implicit one.
         return jax.make_array_from_callback(shape, sharding, part)

@@ -197,7 +197,8 @@ class Dataset(TokenProblem):
             images=self._image_tokens,
         )
         unused = np.zeros(len(tokens), np.int32)  # The indices into a task's texts are unused.
-        return Prompt(tokens, mask, batch.images, *(unused,) * 4)
+        arrays: tuple[Any, ...] = tokens, mask, batch.images, *(unused,) * 4
+        return Prompt(*arrays)
 
     def source(self, name: str) -> Source:
         """Returns the source of the experience of a stage, see `TokenProblem`.

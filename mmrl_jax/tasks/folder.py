@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     columns: tuple[dict[str, Any], ...]
     records: np.ndarray
 
-    def take(self, indices: Sequence[int]) -> "Batch":
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Batch":
         """Returns the samples at the given indices of the batch."""
         return Batch(
             images=self.images[indices],
@@ -207,7 +207,7 @@ class Records:
         part._order = functools.lru_cache(maxsize=2)(part._shuffle)
         return part
 
-    def batch(self, update: int, rows: Sequence[int] | None = None) -> Batch:
+    def batch(self, update: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """Returns the batch of an update, or some of its samples.
 
         Epochs follow each other without a gap, so that a batch may contain records of two epochs.
