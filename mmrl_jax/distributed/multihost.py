@@ -122,15 +122,19 @@ def initialize(
 
 def _detect(timeout_s: float) -> tuple[str, int, int, Sequence[int] | None]:
     """Returns coordinator, number of processes, own number and own devices of a cluster's job."""
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, int(timeout_s)
-    )
-    if None in found[:3]:
-        raise ValueError(
-            "--distributed found neither a TPU pod nor a Slurm job around this process: give "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I instead."
+    reason = "neither a TPU pod nor a Slurm job is around this process"
+    try:
+        found: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(timeout_s)
         )
-    return found
+        if None not in found[:3]:
+            return found
+    except RuntimeError as error:  # For example, the name of the first host cannot be resolved.
+        reason = str(error)
+    raise ValueError(
+        f"--distributed found no other processes: {reason}. Give --coordinator_address=HOST:PORT "
+        "--num_processes=N --process_id=I instead."
+    )
 
 
 def is_primary() -> bool:
@@ -286,6 +290,6 @@ def _description(error: BaseException) -> str:
 
 def _wait_for_others() -> None:
     """Waits until all processes have called this function, but END_TOGETHER_S at most."""
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     with contextlib.suppress(Exception):  # JAX raises errors of several types.
         client.wait_at_barrier("mmrl_jax/end", timeout_in_ms=1000 * END_TOGETHER_S)

@@ -26,8 +26,8 @@ class BatchRows:
     def __init__(self, mesh: Mesh, count: int):
         self._count, self._sharding = count, mesh_lib.batch_sharding(mesh, 0)
         holders: list[set[int]] = [set() for _ in range(count)]
-        devices: dict[Any, Any] = dict(self._sharding.devices_indices_map((count,)))
-        for device, (rows,) in devices.items():
+        places: Any = self._sharding.devices_indices_map((count,))
+        for device, (rows,) in places.items():
             for row in range(count)[rows]:
                 holders[row].add(device.process_index)
         scoring = np.array([sorted(x)[row % len(x)] for row, x in enumerate(holders)])

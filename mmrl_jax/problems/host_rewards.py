@@ -269,7 +269,7 @@ class Scorer:
                 texts,
                 batch.answers,
                 batch.columns,
-                np.asarray(completions.finished).tolist(),
+                np.asarray(completions.finished),
                 allow_none=allow_none or not alone,
             )
 
@@ -297,7 +297,9 @@ class Scorer:
             for group in zip(completions.tokens, completions.mask, strict=True)
         ]
 
-    def check_functions(self, records: Records, rows: np.ndarray | None = None) -> None:
+    def check_functions(
+        self, records: Records, rows: Sequence[int] | np.ndarray | None = None
+    ) -> None:
         """Scores the answers of the first batch, so that broken functions fail before compilation.
 
         Args:

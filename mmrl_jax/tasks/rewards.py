@@ -225,7 +225,7 @@ class RewardWorkerPool:
         completions: Sequence[Sequence[str]],
         answers: Sequence[str],
         columns: Sequence[Mapping[str, Any]],
-        finished: Sequence[Sequence[bool]] | None = None,
+        finished: Sequence[Sequence[bool]] | np.ndarray | None = None,
         *,
         allow_none: bool = False,
     ) -> Rewards:

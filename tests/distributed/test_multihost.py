@@ -236,7 +236,7 @@ def test_the_meeting_ignores_other_programs():
             "--coordinator_address='a' must have the form HOST:PORT",
         ),
         ({"distributed": True, "process_id": 1}, "automatically: omit --process_id, or give all"),
-        ({"distributed": True}, "neither a TPU pod nor a Slurm job"),
+        ({"distributed": True}, "neither a TPU pod nor a Slurm job is around"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
