@@ -100,9 +100,9 @@ def _shares(problem: Any) -> Callable[[Any, jax.Array], dict[str, dict[str, jax.
         predict = functools.partial(problem.predict, variables)
         return {
             target: explained.modality_shares(
-                predict, explained.every(played, STEPS), target=target
+                predict, explained.subsample(played, STEPS), target=target
             )
-            for target in ("behaviour", "prediction")
+            for target in ("behavior", "prediction")
         }
 
     return measure

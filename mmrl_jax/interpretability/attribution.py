@@ -4,7 +4,7 @@ All functions take a `Value`, a function of features [B, ...] to float32 [B] who
 depend on each other, and return one attribution per feature or per unit.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,7 @@ from mmrl_jax.interpretability.targets import Value
 from mmrl_jax.interpretability.units import Features, Units
 
 
-class Attributed(NamedTuple):
-    """Attribution with its completeness.
-
-    Attributes:
-      attribution: Attribution of each feature, with the shapes of the features.
-      difference: Value of the inputs minus the mean value of the backgrounds, float32 [B].
-      error: Sum of all attributions minus `difference`, float32 [B]. It is 0 if the attribution is
-        complete.
-    """
-
-    attribution: Any
-    difference: jax.Array
-    error: jax.Array
-
-
-def gradient_times_input(value: Value, inputs: Any, backgrounds: Any) -> Attributed:
+def gradient_times_input(value: Value, inputs: Any, backgrounds: Any) -> Any:
     """Returns the gradient times the distance to the mean background.
 
     attribution = (x - mean_k b_k) * df(x) / dx   (Shrikumar et al., 2017, without a background)
@@ -37,15 +22,17 @@ def gradient_times_input(value: Value, inputs: Any, backgrounds: Any) -> Attribu
       value: Function that is explained.
       inputs: Features, a pytree of [B, ...].
       backgrounds: Features of K backgrounds, [K, B, ...].
+
+    Returns:
+      Attribution of each feature, with the shapes of the features.
     """
     gradient = jax.grad(lambda x: jnp.sum(value(x)))(inputs)
-    attribution = jax.tree.map(
+    return jax.tree.map(
         lambda g, x, b: g * (x - jnp.mean(b, axis=0)), gradient, inputs, backgrounds
     )
-    return _with_error(value, inputs, backgrounds, attribution)
 
 
-def integrated_gradients(value: Value, inputs: Any, backgrounds: Any, *, steps: int) -> Attributed:
+def integrated_gradients(value: Value, inputs: Any, backgrounds: Any, *, steps: int) -> Any:
     """Returns integrated gradients (Sundararajan et al., 2017), averaged over backgrounds.
 
     attribution = mean_k (x - b_k) * integral_0^1 df(b_k + a (x - b_k)) / dx da
@@ -58,6 +45,9 @@ def integrated_gradients(value: Value, inputs: Any, backgrounds: Any, *, steps: 
       inputs: Features, a pytree of [B, ...].
       backgrounds: Features of K backgrounds, [K, B, ...].
       steps: Number of points on the path from each background to the inputs.
+
+    Returns:
+      Attribution of each feature, with the shapes of the features.
     """
     gradient = jax.grad(lambda x: jnp.sum(value(x)))
 
@@ -70,8 +60,7 @@ def integrated_gradients(value: Value, inputs: Any, backgrounds: Any, *, steps: 
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(steps) + 0.5) / steps)
         return jax.tree.map(lambda g, x, b: g / steps * (x - b), total, inputs, background)
 
-    attribution = jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(along_path, backgrounds))
-    return _with_error(value, inputs, backgrounds, attribution)
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(along_path, backgrounds))
 
 
 def occlusion(value: Value, inputs: Features, backgrounds: Features, units: Units) -> jax.Array:
@@ -98,7 +87,21 @@ def occlusion(value: Value, inputs: Features, backgrounds: Features, units: Unit
     return value(inputs)[:, None] - jax.lax.map(without, jnp.arange(units.count)).T
 
 
-def _with_error(value: Value, inputs: Any, backgrounds: Any, attribution: Any) -> Attributed:
+def completeness(
+    value: Value, inputs: Any, backgrounds: Any, attribution: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the difference that an attribution explains, and by how much it misses it.
+
+    Args:
+      value: Function that is explained.
+      inputs: Features, a pytree of [B, ...].
+      backgrounds: Features of K backgrounds, [K, B, ...].
+      attribution: Attribution of each feature, with the shapes of the features.
+
+    Returns:
+      difference: Value of the inputs minus the mean value of the backgrounds, float32 [B].
+      error: Sum of all attributions minus the difference, float32 [B].
+    """
     difference = value(inputs) - jnp.mean(jax.lax.map(value, backgrounds), axis=0)
     sums = [jnp.sum(x.reshape(x.shape[0], -1), axis=1) for x in jax.tree.leaves(attribution)]
-    return Attributed(attribution, difference, sum(sums) - difference)
+    return difference, sum(sums) - difference

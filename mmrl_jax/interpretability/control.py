@@ -23,7 +23,6 @@ MODALITIES = ("pixels", "instruction", "proprio")
 PATH_STEPS = 16  # Points on the path of integrated gradients.
 CURVE_STEPS = 8  # Steps of an insertion or deletion curve.
 RANDOM_ORDERS = 4  # Random rankings that a ranking is compared with.
-METHODS = ("occlusion", "integrated_gradients", "gradient_times_input", "relevance", "rollout")
 
 
 class Played(NamedTuple):
@@ -41,13 +40,13 @@ class Played(NamedTuple):
 
 
 class Contributions(NamedTuple):
-    """Shapley values of n modalities for a target.
+    """Shapley values of n players for a target.
 
     Attributes:
-      phi: Shapley value of each modality, float32 [n, T, N].
+      phi: Shapley value of each player, float32 [n, T, N].
       interaction: Shapley interaction index of each pair, float32 [n, n, T, N].
       difference: Value of the observation minus that of the backgrounds, float32 [T, N].
-      share: Share of each modality, see `shapley.shares`, float32 [n].
+      share: Share of each player, see `shapley.shares`, float32 [n].
     """
 
     phi: jax.Array
@@ -60,7 +59,7 @@ class UnitScores(NamedTuple):
     """Scores of U units in B samples by several methods.
 
     Attributes:
-      scores: Scores by method, see METHODS, float32 [B, U] each.
+      scores: Scores by method, float32 [B, U] each.
       ranked: Units that are not padding, bool [B, U].
       difference: Value of the inputs minus that of the backgrounds, float32 [B].
       completeness_error: Error of integrated gradients, float32 [B].
@@ -80,51 +79,63 @@ def play(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Play
     return Played(batch.observation, batch.action, (before == 0).astype(jnp.float32))
 
 
-def every(played: Played, count: int) -> Played:
+def subsample(played: Played, count: int) -> Played:
     """Returns about `count` evenly spaced steps of the episodes, at least the first one."""
     stride = max(1, played.running.shape[0] // count)
     return jax.tree.map(lambda x: x[::stride], played)
 
 
-def modality_contributions(
-    predict: Predict, played: Played, *, target: str, backgrounds: int
+def modalities(observation: Observation) -> shapley.Players:
+    """Returns the modalities of an observation as players."""
+    return shapley.modality_players([name for name in MODALITIES if name in observation])
+
+
+def contributions(
+    predict: Predict,
+    played: Played,
+    players: shapley.Players,
+    *,
+    target: str,
+    backgrounds: int,
 ) -> Contributions:
-    """Returns the exact Shapley values of the modalities of an observation.
+    """Returns the exact Shapley values of players, for example of modalities.
 
     Args:
       predict: Function of observations that runs the policy.
       played: Steps of at least backgrounds + 1 episodes. Steps after the end of an episode count
         as 0, and may be backgrounds.
+      players: Players of the observations.
       target: Name of the target in `targets.TARGETS`.
       backgrounds: Number of other episodes over which the values of a coalition are averaged.
+
+    Raises:
+      ValueError: If there are too few episodes, or too many players.
     """
-    names = tuple(name for name in MODALITIES if name in played.observation)
-    shape = played.running.shape
+    count = len(players.names)
+    shapley.check_backgrounds(played.running.shape[1], backgrounds)
 
     def with_background(shift: jax.Array) -> jax.Array:
         own = played.observation, played.action
-        other = jax.tree.map(lambda x: jnp.roll(x, -shift, axis=1), own)
+        other = shapley.other_episodes(own, shift)
         (observation, action), (background, other_action) = _flat((own, other))
 
-        def value(inputs: Any) -> jax.Array:
+        def value(inputs: tuple[Observation, Choice]) -> jax.Array:
             observation, choice = inputs
             return TARGETS[target](predict(observation), choice)
 
-        def mix(keep: jax.Array) -> Any:
-            mixed = shapley.mix_entries(observation, background, names, keep)
-            return mixed, Choice(action, other_action)
+        def mix(keep: jax.Array) -> tuple[Observation, Choice]:
+            return players.mix(observation, background, keep), Choice(action, other_action)
 
-        return shapley.coalition_values(value, mix, len(names), played.running.size)
+        return shapley.coalition_values(value, mix, count, played.running.size)
 
-    shapley.other_episodes(played.running, backgrounds)  # Raises if there are too few episodes.
     values = jnp.mean(jax.lax.map(with_background, 1 + jnp.arange(backgrounds)), axis=0)
-    values = values.reshape(-1, *shape) * played.running
+    values = values.reshape(-1, *played.running.shape) * played.running
     phi = shapley.shapley_values(values)
     return Contributions(
         phi=phi,
         interaction=shapley.interactions(values),
         difference=values[-1] - values[0],
-        share=shapley.shares(phi.reshape(len(names), -1)),
+        share=shapley.shares(phi.reshape(count, -1)),
     )
 
 
@@ -138,9 +149,9 @@ def modality_shares(predict: Predict, played: Played, *, target: str) -> dict[st
       played: Steps of at least two episodes.
       target: Name of the target in `targets.TARGETS`.
     """
-    names = [name for name in MODALITIES if name in played.observation]
-    share = modality_contributions(predict, played, target=target, backgrounds=1).share
-    return {name: share[i] for i, name in enumerate(names)}
+    players = modalities(played.observation)
+    found = contributions(predict, played, players, target=target, backgrounds=1)
+    return {name: found.share[i] for i, name in enumerate(players.names)}
 
 
 class _Setting(NamedTuple):
@@ -163,12 +174,14 @@ def _setting(
     observation = _flat(played.observation)
     inputs = units_lib.features(predict, observation)
     units = units_lib.units(inputs, network.patch)
-    others = [shapley.other_episodes(played, i + 1) for i in range(backgrounds)]
-    choice = Choice(_flat(played.action), _flat(others[0].action))
-    background = jax.tree.map(
-        lambda *x: jnp.stack(x),
-        *(units_lib.features(predict, _flat(other.observation)) for other in others),
-    )
+    shapley.check_backgrounds(played.running.shape[1], backgrounds)
+    choice = Choice(_flat(played.action), _flat(shapley.other_episodes(played.action, 1)))
+
+    def of_others(shift: jax.Array) -> units_lib.Features:
+        other = _flat(shapley.other_episodes(played.observation, shift))
+        return units_lib.features(predict, other)
+
+    background = jax.lax.map(of_others, 1 + jnp.arange(backgrounds))
 
     def of_output(output: PolicyOutput) -> jax.Array:
         return TARGETS[target](output, choice)
@@ -207,10 +220,11 @@ def unit_scores(
       backgrounds: Number of other episodes that give backgrounds.
     """
     s = _setting(network, variables, played, target, backgrounds)
-    scores, attributed = score_units(s.value, s.inputs, s.backgrounds, s.units)
+    scores, complete = score_units(s.value, s.inputs, s.backgrounds, s.units)
+    difference, error = attribution.completeness(s.value, s.inputs, s.backgrounds, complete)
     if network.fusion == "joint":
         scores |= relevance.token_scores(network, variables, s.observation, s.units, s.target)
-    return UnitScores(scores, s.ranked, attributed.difference, attributed.error)
+    return UnitScores(scores, s.ranked, difference, error)
 
 
 def unit_gains(
@@ -243,14 +257,21 @@ def score_units(
     inputs: units_lib.Features,
     backgrounds: units_lib.Features,
     units: units_lib.Units,
-) -> tuple[dict[str, jax.Array], attribution.Attributed]:
-    """Returns the scores [B, U] by each method of `attribution`, and the integrated gradients."""
+) -> tuple[dict[str, jax.Array], units_lib.Features]:
+    """Returns the scores [B, U] by each method of `attribution`, and the integrated gradients.
+
+    Args:
+      value: Function that is explained.
+      inputs: Features [B, ...].
+      backgrounds: Features of K backgrounds, [K, B, ...].
+      units: Units of the features.
+    """
     complete = attribution.integrated_gradients(value, inputs, backgrounds, steps=PATH_STEPS)
     local = attribution.gradient_times_input(value, inputs, backgrounds)
     scores = {
         "occlusion": attribution.occlusion(value, inputs, backgrounds, units),
-        "integrated_gradients": units.aggregate(complete.attribution),
-        "gradient_times_input": units.aggregate(local.attribution),
+        "integrated_gradients": units.aggregate(complete),
+        "gradient_times_input": units.aggregate(local),
     }
     return scores, complete
 

@@ -6,13 +6,14 @@ come from another episode at the same time step, so that they stay in the distri
 
 from collections.abc import Callable, Sequence
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.interpretability.targets import Value
+from mmrl_jax.types import Observation
 
 MAX_PLAYERS = 8  # With more players, 2^n coalitions no longer fit into one batch.
 
@@ -115,58 +116,70 @@ def coalition_values(
     return value(flat).reshape(2**players, samples)
 
 
-def mix_entries(
-    observation: dict[str, Any], background: dict[str, Any], names: Sequence[str], keep: jax.Array
-) -> dict[str, Any]:
-    """Returns an observation whose entries that are not kept come from a background.
+class Players(NamedTuple):
+    """The n players of an observation.
 
-    Args:
-      observation: Observation [B, ...].
-      background: Observation [B, ...] of other episodes.
-      names: Names of n entries of the observation, the players.
-      keep: Whether each entry is kept, bool [n].
+    Attributes:
+      names: Name of each player.
+      mix: Function (observation, background, keep) -> observation, all [B, ...]. The players that
+        are not kept, bool [n], come from the background.
     """
-    mixed = {
-        name: jax.tree.map(lambda x, b, i=i: jnp.where(keep[i], x, b), observation[name], other)
-        for i, name in enumerate(names)
-        for other in (background[name],)
-    }
-    return observation | mixed
+
+    names: tuple[str, ...]
+    mix: Callable[[Observation, Observation, jax.Array], Observation]
 
 
-def mix_frames(
-    observation: dict[str, Any], background: dict[str, Any], keep: jax.Array
-) -> dict[str, Any]:
-    """Returns an observation whose frames that are not kept come from a background.
+def modality_players(names: Sequence[str]) -> Players:
+    """Returns the entries of an observation as players."""
 
-    Args:
-      observation: Observation with a history, 'pixels' [B, K, H, W, 3] and 'proprio' [B, K, P].
-      background: Observation [B, ...] of other episodes.
-      keep: Whether each frame is kept, bool [K].
+    def mix(observation: Observation, background: Observation, keep: jax.Array) -> Observation:
+        mixed = dict(observation)
+        for i, name in enumerate(names):
+            mixed[name] = jax.tree.map(
+                lambda x, b, i=i: jnp.where(keep[i], x, b), observation[name], background[name]
+            )
+        return mixed
+
+    return Players(tuple(names), mix)
+
+
+def frame_players(frames: int) -> Players:
+    """Returns the K frames of a history as players, frame 0 being the oldest.
+
+    A frame has its pixels [B, K, H, W, 3] and its proprioception [B, K, P].
     """
-    mixed = {}
-    for name in ("pixels", "proprio"):
-        x = observation[name]
-        mixed[name] = jnp.where(keep.reshape(-1, *[1] * (x.ndim - 2)), x, background[name])
-    return observation | mixed
+
+    def mix(observation: Observation, background: Observation, keep: jax.Array) -> Observation:
+        mixed = dict(observation)
+        for name in ("pixels", "proprio"):
+            x = observation[name]
+            kept = keep.reshape(-1, *[1] * (x.ndim - 2))
+            mixed[name] = jnp.where(kept, x, background[name])
+        return mixed
+
+    return Players(tuple(f"frame {i}" for i in range(frames)), mix)
 
 
-def other_episodes(tree: Any, shift: int) -> Any:
+def check_backgrounds(episodes: int, backgrounds: int) -> None:
+    """Checks that each episode has enough other episodes as backgrounds.
+
+    Raises:
+      ValueError: If it has not.
+    """
+    if not 1 <= backgrounds < episodes:
+        raise ValueError(
+            f"backgrounds={backgrounds} with {episodes} episodes: backgrounds are other episodes, "
+            f"so that there can be 1 to {episodes - 1}. Use more episodes or fewer backgrounds."
+        )
+
+
+def other_episodes(tree: Any, shift: jax.Array | int) -> Any:
     """Returns the same time steps of other episodes: episode n becomes episode (n + shift) mod N.
 
     Args:
       tree: Arrays of N episodes, [T, N, ...].
-      shift: Distance to the other episode, 1 to N - 1.
-
-    Raises:
-      ValueError: If an episode would be its own background.
+      shift: Distance to the other episode, 1 to N - 1, int32 []. It may be traced.
     """
-    episodes = jax.tree.leaves(tree)[0].shape[1]
-    if not 1 <= shift < episodes:
-        raise ValueError(
-            f"shift={shift} with {episodes} episodes: backgrounds are other episodes, so that it "
-            f"must be 1 to {episodes - 1}. Use more episodes or fewer backgrounds."
-        )
     return jax.tree.map(lambda x: jnp.roll(x, -shift, axis=1), tree)
 
 

@@ -1,6 +1,6 @@
 """Targets: the numbers of a policy's output that an explanation is about.
 
-The names are those of SVERL (Beechey et al., 2023): 'behaviour' is what the policy does, and
+The names are those of SVERL (Beechey et al., 2023): 'behavior' is what the policy does, and
 'prediction' is the return that it expects. A target maps a PolicyOutput of batch [B] and a `Choice`
 to float32 [B].
 """
@@ -33,7 +33,7 @@ Predict = Callable[[Observation], PolicyOutput]
 Value = Callable[[Any], jax.Array]
 
 
-def behaviour(output: PolicyOutput, choice: Choice) -> jax.Array:
+def behavior(output: PolicyOutput, choice: Choice) -> jax.Array:
     """Returns log p(action | observation) in nats, float32 [B].
 
     Its gradient with respect to the mean of a Gaussian vanishes at the most likely action. Methods
@@ -59,7 +59,7 @@ def prediction(output: PolicyOutput, choice: Choice) -> jax.Array:
 
 
 TARGETS: dict[str, Target] = {
-    "behaviour": behaviour,
+    "behavior": behavior,
     "contrast": contrast,
     "prediction": prediction,
 }

@@ -31,8 +31,8 @@ class Features(NamedTuple):
 
     Attributes:
       pixels: Pixels in [0, 255], float32 [B, K, H, W, 3]; for a pretrained vision encoder its
-        features, float [B, K, P, E].
-      words: Embeddings of the words, float [B, L, D].
+        features, float32 [B, K, P, E].
+      words: Embeddings of the words, float32 [B, L, D].
       proprio: Normalized proprioceptive readings, float32 [B, K, R].
     """
 
@@ -90,7 +90,7 @@ def features(predict: Predict, observation: Observation) -> Features:
 
     return Features(
         pixels=by_frame(found["pixels"]),
-        words=found["words"],
+        words=found["words"].astype(jnp.float32),
         proprio=by_frame(found["proprio"]),
     )
 
@@ -105,8 +105,9 @@ def predict_from(predict: Predict, observation: Observation, given: Features) ->
     """
 
     def replace(name: str, x: jax.Array) -> jax.Array:
-        new = getattr(given, name)
-        return new.astype(x.dtype) if name == "words" else new.reshape(x.shape)
+        new = getattr(given, name).reshape(x.shape)
+        # Pixels stay float32: as uint8 they would have no gradient.
+        return new.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else new
 
     with _intercepted(replace):
         return predict(observation)

@@ -13,7 +13,7 @@ WINDOW = 20  # Number of rows with a metric before a check of it can raise an al
 SHORT = 1 / 3  # Fraction of the longest mean completion length so far that counts as a collapse.
 LOW_ENTROPY = 0.02  # Fraction of the first logged entropy that counts as a collapse.
 UNUSED_SHARE = 0.01  # Share of a modality below which the policy does not use it.
-BEHAVIOUR_SHARE = "modality_share/behaviour/"
+BEHAVIOR_SHARE = "modality_share/behavior/"
 CHECKED = ("completion/reward", "reward/zero_std_groups", "completion/length", "policy/entropy")
 
 
@@ -58,9 +58,9 @@ class HealthChecks:
         if shuffled is not None and accuracy_lo is not None:
             self._images_unused.append(shuffled >= accuracy_lo)
         shares = {
-            name.removeprefix(BEHAVIOUR_SHARE): share
+            name.removeprefix(BEHAVIOR_SHARE): share
             for name, share in row.items()
-            if name.startswith(BEHAVIOUR_SHARE) and share is not None
+            if name.startswith(BEHAVIOR_SHARE) and share is not None
         }
         if shares:
             self._unused.append({name for name, x in shares.items() if x < UNUSED_SHARE})

@@ -146,7 +146,7 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "Pairs whose chosen completion has the higher implicit reward of DPO",
         "above 0.5",
     ),
-    "modality_share/behaviour/<modality>": Metric(
+    "modality_share/behavior/<modality>": Metric(
         "fraction",
         "Mean absolute Shapley value of a modality for the log-prob of the action, divided by "
         "the sum over modalities, by the probe 'modality_shares'",

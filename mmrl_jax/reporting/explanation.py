@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mmrl_jax.evaluation import evaluate, statistics
-from mmrl_jax.interpretability import control, faithfulness
+from mmrl_jax.interpretability import control, faithfulness, shapley
 from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.monitoring.health_checks import UNUSED_SHARE
 from mmrl_jax.problems import Problem
@@ -24,6 +24,7 @@ from mmrl_jax.rl import normalization
 STEPS = 6  # Steps of each episode that are explained.
 BACKGROUNDS = 3  # Other episodes that give backgrounds.
 TARGET = "contrast"  # Target of the scores of patches and words.
+SHARED = {"behavior": "actions", "prediction": "value estimates"}  # Targets with shares, in words.
 PARTS = ("all", "pixels", "words")
 # Submodules in which weights are randomized, all at once.
 SUBMODULES = (
@@ -65,7 +66,7 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
     Returns:
       The explanation, whose numbers have
         'modalities': for each target, 'share' of each modality and 'interaction' of each pair,
-        divided by the sum of the mean absolute Shapley values;
+        divided by the sum of the mean absolute Shapley values; 'frames' for a history likewise;
         'faithfulness': for each method and part, the gain over random rankings with its 95 %
         interval over the half of the episodes that did not choose the method;
         'method', 'completeness_error' and 'randomization_correlation'; and 'word_scores'.
@@ -82,7 +83,7 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
         raise ValueError(f"episodes={episodes}: use at least {2 * (BACKGROUNDS + 1)}.")
     rng = stream(problem.config, EVALUATION)
     played = _play(problem, variables, split, episodes, rng)
-    contributions = _contributions(problem, variables, played)
+    shares = _shares(problem, variables, played)
     scored, random, gain = _scores(problem, variables, played, rng)
     units = control.unit_layout(problem.network, variables.params, played)
     played = jax.device_get(played)
@@ -101,7 +102,7 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
     numbers = {
         "split": split,
         "episodes": episodes,
-        "modalities": {name: describe_modalities(c) for name, c in contributions.items()},
+        **shares,
         "method": method,
         "faithfulness": table,
         "completeness_error": mean(np.abs(scored.completeness_error))
@@ -134,22 +135,34 @@ def _play(
     return play(variables, rng)
 
 
-def _contributions(
+def _shares(
     problem: Control, variables: Any, played: control.Played
-) -> dict[str, control.Contributions]:
-    """Returns the Shapley values of the modalities for the behavior and the prediction."""
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Returns 'modalities' and, for a history, 'frames' of `explain`."""
+    pixels = played.observation["pixels"]
+    frames = pixels.shape[2] if pixels.ndim == 6 else 1
+    players = {"modalities": control.modalities(played.observation)}
+    if 1 < frames <= shapley.MAX_PLAYERS:
+        players["frames"] = shapley.frame_players(frames)
 
     @jax.jit
-    def measure(variables: Any, played: control.Played) -> dict[str, control.Contributions]:
+    def measure(variables: Any, played: control.Played) -> dict[str, Any]:
         predict = functools.partial(problem.predict, variables)
         return {
-            target: control.modality_contributions(
-                predict, played, target=target, backgrounds=BACKGROUNDS
-            )
-            for target in ("behaviour", "prediction")
+            kind: {
+                target: control.contributions(
+                    predict, played, some, target=target, backgrounds=BACKGROUNDS
+                )
+                for target in SHARED
+            }
+            for kind, some in players.items()
         }
 
-    return jax.device_get(measure(variables, played))
+    measured = jax.device_get(measure(variables, played))
+    return {
+        kind: {target: describe_shares(players[kind].names, x) for target, x in found.items()}
+        for kind, found in measured.items()
+    }
 
 
 def _scores(
@@ -166,12 +179,13 @@ def _scores(
     return jax.device_get((scored, random, test(variables.params, seen, scored.scores, rng)))
 
 
-def describe_modalities(contributions: control.Contributions) -> dict[str, dict[str, float]]:
-    """Returns the shares of the modalities, and the relative interaction of each pair."""
-    phi = np.abs(contributions.phi).reshape(len(contributions.phi), -1).mean(1)
-    pair = contributions.interaction.reshape(len(phi), len(phi), -1).mean(2)
+def describe_shares(
+    names: Sequence[str], contributions: control.Contributions
+) -> dict[str, dict[str, float]]:
+    """Returns the shares of players, and the relative interaction of each pair."""
+    phi = np.abs(contributions.phi).reshape(len(names), -1).mean(1)
+    pair = contributions.interaction.reshape(len(names), len(names), -1).mean(2)
     total = max(float(phi.sum()), 1e-30)
-    names = control.MODALITIES
     return {
         "share": {name: float(x) for name, x in zip(names, contributions.share, strict=True)},
         "interaction": {
@@ -221,14 +235,15 @@ def choose(
 def sentences(numbers: Mapping[str, Any]) -> list[str]:
     """Returns what the policy uses and whether the explanation can be trusted, in words."""
     lines = []
-    for target, what in (("behaviour", "actions"), ("prediction", "value estimates")):
+    for target, what in SHARED.items():
         share = numbers["modalities"][target]["share"]
-        order = sorted(share, key=lambda name: -share[name])
-        listed = ", ".join(f"{name} {share[name]:.0%}" for name in order)
-        lines.append(f"Shares of the modalities in the {what}: {listed}.")
-        unused = [name for name in order if share[name] < UNUSED_SHARE]
+        lines.append(f"Shares of the modalities in the {what}: {_listed(share)}.")
+        unused = [name for name, x in share.items() if x < UNUSED_SHARE]
         if unused:
             lines.append(f"The {what} do not depend on {' or '.join(unused)}.")
+    if "frames" in numbers:
+        share = numbers["frames"]["behavior"]["share"]
+        lines.append(f"Shares of the frames in the actions, oldest first: {_listed(share)}.")
     method, gains = numbers["method"], numbers["faithfulness"][numbers["method"]]
     faithful = [part for part in PARTS if gains[part][1] > 0]
     label = method.replace("_", " ")
@@ -299,6 +314,10 @@ def draw(path: epath.Path, explanation: Explanation) -> Any:
             )  # fmt: skip
             x += 0.085 * (len(word) + 1.2)
     return save_file(path, lambda local: figure.savefig(local, dpi=110, bbox_inches="tight"))
+
+
+def _listed(share: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {x:.0%}" for name, x in share.items())
 
 
 def _words(problem: Control, tokens: np.ndarray, count: int) -> list[list[str]]:

@@ -54,7 +54,7 @@ def test_coalitions_of_entries_of_an_observation():
     background = {"a": jnp.zeros(2), "b": {"x": jnp.zeros(2)}}
     values = shapley.coalition_values(
         lambda x: x["a"] * x["b"]["x"],
-        lambda keep: shapley.mix_entries(observation, background, ("a", "b"), keep),
+        lambda keep: shapley.modality_players(("a", "b")).mix(observation, background, keep),
         players=2,
         samples=2,
     )
@@ -68,7 +68,9 @@ def test_coalitions_of_entries_of_an_observation():
 def test_frames_are_players():
     observation = {"pixels": jnp.ones((1, 2, 4, 4, 3)), "proprio": jnp.ones((1, 2, 5))}
     background = {name: 0 * x for name, x in observation.items()}
-    mixed = shapley.mix_frames(observation, background, jnp.array([False, True]))
+    players = shapley.frame_players(2)
+    assert players.names == ("frame 0", "frame 1")
+    mixed = players.mix(observation, background, jnp.array([False, True]))
     for x in mixed.values():
         assert (x[:, 0] == 0).all() and (x[:, 1] == 1).all()
 
@@ -78,8 +80,8 @@ def test_backgrounds_are_other_episodes_at_the_same_step():
     other_steps, others = shapley.other_episodes((steps, episodes), 1)
     np.testing.assert_array_equal(other_steps, steps)
     assert (others != episodes).all()
-    with pytest.raises(ValueError, match="shift=4 with 4 episodes"):
-        shapley.other_episodes(steps, 4)
+    with pytest.raises(ValueError, match="backgrounds=4 with 4 episodes"):
+        shapley.check_backgrounds(4, 4)
 
 
 def test_too_many_players_are_refused():

@@ -19,7 +19,7 @@ def rows(count=30, **changes):
         "policy/entropy": lambda i: 1.0 / (1 + i),
         "eval/train/accuracy_lo": lambda i: 0.4,
         "eval/train/shuffled_image/accuracy": lambda i: 0.2,
-        "modality_share/behaviour/pixels": lambda i: 0.3,
+        "modality_share/behavior/pixels": lambda i: 0.3,
     }
     named = healthy | {name.replace("__", "/"): x for name, x in changes.items()}
     return [{name: value(i) for name, value in named.items()} for i in range(count)]
@@ -54,7 +54,7 @@ def test_a_healthy_run_raises_none():
         ("completions_short", {"completion__length": lambda i: 20.0 if i < 5 else 4.0}),
         ("entropy_low", {"policy__entropy": lambda i: 1.0 if i < 5 else 0.01}),
         ("images_unused", {"eval__train__shuffled_image__accuracy": lambda i: 0.45}),
-        ("modality_unused", {"modality_share__behaviour__pixels": lambda i: 0.3 if i < 5 else 0}),
+        ("modality_unused", {"modality_share__behavior__pixels": lambda i: 0.3 if i < 5 else 0}),
     ],
 )
 def test_each_is_raised_by_what_it_is_about(name, changes):
