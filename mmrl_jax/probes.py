@@ -54,7 +54,7 @@ Probe = Callable[[ProbeContext], Mapping[str, float]]
 
 
 @functools.lru_cache(maxsize=1)
-def _ablated(problem: Problem) -> Callable[[Any, str], dict[str, float]]:
+def _ablated(problem: Any) -> Callable[[Any, str], dict[str, float]]:
     """Returns the evaluation of `ablations`, which a run compiles only once."""
     return problem.measure(ablations=True)
 
