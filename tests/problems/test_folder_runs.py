@@ -328,7 +328,8 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     def pool(*arguments, allow_none):
         assert not allow_none
         given.append(arguments)
-        return Rewards(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), {}, ())
+        zeros = np.zeros((4, 2), np.float32)
+        return Rewards(zeros, np.ones((4, 2), bool), {"length": zeros}, ())
 
     two = chat.encode_completion("2")[0]
     tokens = np.array([[[two, chat.stop, two], [two, chat.pad, two]]] * 4)
