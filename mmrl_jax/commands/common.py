@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 import jax
+from ml_collections import config_flags
 
-from mmrl_jax import envs
+from mmrl_jax import envs, problems
+from mmrl_jax.config import loading, schema
 from mmrl_jax.data import records
 from mmrl_jax.distributed import multihost, rendezvous
+from mmrl_jax.problems import renamed
 from mmrl_jax.tasks import rewards
 from mmrl_jax.training import checkpoint, loop
 
@@ -46,6 +50,37 @@ def enable_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = pathlib.Path.home() / ".cache" / "mmrl_jax"
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def define_config(doc: str | None) -> bool:
+    """Defines the flag --config, after it has checked the overrides on the command line.
+
+    An error in them ends the process with a message.
+
+    Args:
+      doc: Text that --help prints before the keys of a config.
+
+    Returns:
+      Whether the command line asks for --help with a config, which is then printed.
+    """
+    with clean_exit(ValueError):
+        sys.argv = loading.resolve_flag(sys.argv)
+        config = loading.flag_config(sys.argv)
+        if config is not None:
+            config = problems.complete(config)
+            if loading.wants_help(sys.argv):
+                print(doc)
+                print("The keys of this config, each set by --config.<key>=<value>:\n")
+                print(schema.describe(problems.options(config), config, problems.remarks(config)))
+                return True
+            loading.validate_overrides(
+                sys.argv,
+                config,
+                renamed=renamed.KEYS,
+                elsewhere=functools.partial(problems.elsewhere, config),
+            )
+    config_flags.DEFINE_config_file("config", None, "Name or path of the config.", lock_config=True)
+    return False
 
 
 def define_process_flags() -> None:

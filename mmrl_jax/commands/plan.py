@@ -5,7 +5,7 @@ r"""Plans a run: memory, FLOPs and time of each stage on a topology, without com
   mmrl-plan --config=count_grpo --topology=cpu --check
 
 A topology is a TPU slice (v5e-8, v5p-16, v6e-256, ...), a number of GPUs (h100x8, a100x1, ...), or
-cpu, this host. Where the run does not fit, the nearest change with which it does is named, with keys
+cpu, this host. Where the run does not fit, the nearest change with which it does is named, in keys
 of the config.
 
 The command needs neither the devices nor the weights of a pretrained model: the program of an
@@ -17,29 +17,26 @@ With --check, the updates are compiled, for a TPU slice by libtpu, and the memor
 reports is printed next to the plan. docs/planning.md says how exact plans are.
 """
 
+from collections.abc import Iterator
 import contextlib
-import functools
 import json
 import pathlib
-import sys
 import tempfile
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mmrl_jax import problems
-from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
-from mmrl_jax.config import loading, schema
+from mmrl_jax.commands.common import clean_exit, define_config, refuse_arguments, run_command
 from mmrl_jax.planning import check, chips, remedies, report
 from mmrl_jax.planning.plan import Planner
 from mmrl_jax.pretrained import stand_in
-from mmrl_jax.problems import renamed
 
 FLAGS = flags.FLAGS
 
 
 @contextlib.contextmanager
-def planned_config(config: ConfigDict, model_config: str | None):
+def planned_config(config: ConfigDict, model_config: str | None) -> Iterator[ConfigDict]:
     """Yields a config that can be planned without its files.
 
     Args:
@@ -88,23 +85,8 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    with clean_exit(ValueError):
-        sys.argv = loading.resolve_flag(sys.argv)
-        config = loading.flag_config(sys.argv)
-        if config is not None:
-            config = problems.complete(config)
-            if loading.wants_help(sys.argv):
-                print(__doc__)
-                print("The keys of this config, each set by --config.<key>=<value>:\n")
-                print(schema.describe(problems.options(config), config))
-                return
-            loading.validate_overrides(
-                sys.argv,
-                config,
-                renamed=renamed.KEYS,
-                elsewhere=functools.partial(problems.elsewhere, config),
-            )
-    config_flags.DEFINE_config_file("config", None, "Name or path of the config.", lock_config=True)
+    if define_config(__doc__):
+        return
     flags.DEFINE_string("topology", None, f"Devices, for example {chips.EXAMPLES}.")
     flags.DEFINE_string(
         "model_config", None, "A config.json of the hub, or a directory that has one."

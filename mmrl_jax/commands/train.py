@@ -28,23 +28,20 @@ With --distributed in each process of a TPU pod or a Slurm job, or with --coordi
 """
 
 import functools
-import sys
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 
 from mmrl_jax import problems, runs
 from mmrl_jax.commands.common import (
     FAILURES,
     clean_exit,
+    define_config,
     refuse_arguments,
     run_command,
 )
-from mmrl_jax.config import loading, schema
 from mmrl_jax.distributed import multihost
 from mmrl_jax.planning import start
-from mmrl_jax.problems import renamed
 from mmrl_jax.training import fingerprints
 
 FLAGS = flags.FLAGS
@@ -77,23 +74,8 @@ def _tell(text: str) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    with clean_exit(ValueError):
-        sys.argv = loading.resolve_flag(sys.argv)
-        config = loading.flag_config(sys.argv)
-        if config is not None:
-            config = problems.complete(config)
-            if loading.wants_help(sys.argv):
-                print(__doc__)
-                print("The keys of this config, each set by --config.<key>=<value>:\n")
-                print(schema.describe(problems.options(config), config, problems.remarks(config)))
-                return
-            loading.validate_overrides(
-                sys.argv,
-                config,
-                renamed=renamed.KEYS,
-                elsewhere=functools.partial(problems.elsewhere, config),
-            )
-    config_flags.DEFINE_config_file("config", None, "Name or path of the config.", lock_config=True)
+    if define_config(__doc__):
+        return
     flags.DEFINE_string("workdir", None, "Directory of all outputs.")
     flags.DEFINE_list(
         "accept_changes",

@@ -12,6 +12,7 @@ tpu7x, whose chips are two devices each.
 
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Literal
 
@@ -94,14 +95,27 @@ class Topology:
 
 def cpu() -> Chip:
     """Returns this host as a device."""
-    cores = os.cpu_count() or 1
-    return Chip("cpu", cores * _CORE_FLOPS, cores * _CORE_FLOPS, host_memory(), 0.9,
-                _CPU_BANDWIDTH, _CPU_BANDWIDTH, _CPU_LAUNCH_S)  # fmt: skip
+    flops = (os.cpu_count() or 1) * _CORE_FLOPS
+    return Chip(
+        kind="cpu",
+        flops=flops,
+        flops32=flops,
+        memory=host_memory(),
+        usable=0.9,
+        bandwidth=_CPU_BANDWIDTH,
+        link=_CPU_BANDWIDTH,
+        launch_s=_CPU_LAUNCH_S,
+    )
 
 
 def host_memory() -> float:
-    """Returns the memory of this host in bytes."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """Returns the memory in bytes that this process may have: that of the host or of its cgroup."""
+    installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = pathlib.Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return installed
+    return installed if limit == "max" else min(installed, float(limit))
 
 
 def topology(name: str) -> Topology:
@@ -112,6 +126,7 @@ def topology(name: str) -> Topology:
     """
     if name == "cpu":
         return Topology(name, cpu(), 1)
+    name = name.replace("v5litepod-", "v5e-")  # Google Cloud's own name.
     match = re.fullmatch(r"(?P<chip>.+?)(?P<separator>[-x])(?P<number>\d+)", name)
     chip = CHIPS.get(match["chip"]) if match else None
     if match is None or chip is None or (match["separator"] == "-") != (chip.kind == "tpu"):
@@ -132,27 +147,36 @@ def _unknown(name: str) -> str:
     )
 
 
-def found(devices: int) -> Topology:
-    """Returns the topology of the devices that JAX has found.
+# Names of the table for the kinds of TPUs as JAX names them.
+_TPU_KINDS = {
+    "tpu v4": "v4",
+    "tpu v5 lite": "v5e",
+    "tpu v5e": "v5e",
+    "tpu v5": "v5p",
+    "tpu v5p": "v5p",
+    "tpu v6 lite": "v6e",
+    "tpu v6e": "v6e",
+    "tpu7x": "tpu7x",
+}
 
-    The memory is that which the device reports, or else that of the table, or that of the host.
+
+def found(devices: int) -> Topology:
+    """Returns the devices that JAX has found as a topology.
+
+    The memory is what a device reports, or else that of the table. Simulated devices share the
+    memory of the host. A device that is not in the table has the speeds of an A100.
 
     Args:
       devices: Number of devices that are used.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        # Simulated devices share the memory of the host.
         chip = dataclasses.replace(cpu(), memory=host_memory() / devices)
         return Topology("this host", chip, devices)
     kind = device.device_kind.lower()
-    names = [name for name in CHIPS if name.split("-")[0] in kind.replace(" ", "")]
-    aliases = {"tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5": "v5p", "tpu v6 lite": "v6e"}
-    name = aliases.get(kind) or (names[0] if names else None)
-    chip = CHIPS[name] if name else Chip(
-        "gpu" if device.platform != "tpu" else "tpu", 1e14, 1e14, 0.0, 1.0, 1e12, 1e11, 2e-6
-    )  # fmt: skip
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        chip = dataclasses.replace(chip, memory=float(limit), usable=1.0)
-    return Topology(f"{device.device_kind}, {devices} devices", chip, devices)
+    name = _TPU_KINDS.get(kind) or next((x for x in CHIPS if x in kind.split()), "a100")
+    stats = device.memory_stats() or {}
+    chip = CHIPS[name]
+    if "bytes_limit" in stats:
+        chip = dataclasses.replace(chip, memory=float(stats["bytes_limit"]), usable=1.0)
+    return Topology(f"{devices} x {device.device_kind}", chip, devices)

@@ -153,6 +153,9 @@ def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
         if "prompts_per_update" in g:
             name = f"{stage}.prompts_per_update / {stage}.num_minibatches / grad_accum_steps"
             sizes[name] = g.prompts_per_update // steps
+        if "num_envs" in g:
+            name = f"{stage}.num_envs * {stage}.unroll_length / {stage}.num_minibatches"
+            sizes[name] = g.num_envs * g.unroll_length // steps
     problem_lib.check_divisible(sizes, placement.abstract_mesh(mesh))
     return mesh
 

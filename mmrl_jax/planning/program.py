@@ -57,7 +57,8 @@ class Value:
     __slots__ = ("aval", "known", "op", "split")
 
     def __init__(self, aval: Any, known: int | None = None, split: Split | None = None):
-        self.aval, self.known, self.op = aval, known, None
+        self.aval, self.known = aval, known
+        self.op: Op | None = None
         self.split: Split = split or ((),) * len(getattr(aval, "shape", ()))
 
     @property

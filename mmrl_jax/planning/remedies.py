@@ -1,6 +1,6 @@
 """The nearest change of a config that makes a run fit its devices."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -132,9 +132,7 @@ def candidates(
         yield {"run.eval_episodes": max(keys["run.eval_episodes"] // 4, 1)}
 
 
-def _meshes(
-    config: ml_collections.ConfigDict, topology: Topology, axis: str
-) -> Iterator[Mapping[str, Any]]:
+def _meshes(config: ml_collections.ConfigDict, topology: Topology, axis: str) -> Iterator[Change]:
     """Yields meshes with a longer axis, on the same number of devices."""
     m = config.mesh
     size = getattr(m, axis) * 2

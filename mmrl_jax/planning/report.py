@@ -44,8 +44,8 @@ def assumptions(plan: Plan) -> str:
     return (
         f"Times assume {peaks}, {amount(chip.bandwidth, 'B/s')} of memory, "
         f"{amount(chip.link, 'B/s')} to other devices in rings, {duration(chip.launch_s)} a "
-        "kernel, and nothing at the same time; completions of the largest length; and one step of a loop "
-        "of unknown length."
+        "kernel, and nothing at the same time; completions of the largest length; and one step of "
+        "a loop of unknown length."
     )
 
 

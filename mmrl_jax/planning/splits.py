@@ -285,8 +285,9 @@ def _gather(program: Program) -> None:
             for i, x in enumerate(op.ins):
                 if any(FSDP in axes for axes in x.split):
                     whole = Value(x.aval, split=_without_fsdp(x.split))
-                    whole.op = Op("all_gather", {}, [x], [whole], op.scope)
-                    ops.append(whole.op)
+                    gather = Op("all_gather", {}, [x], [whole], op.scope)
+                    whole.op = gather
+                    ops.append(gather)
                     op.ins[i] = whole
         ops.append(op)
     program.ops = ops

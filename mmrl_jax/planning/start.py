@@ -46,7 +46,7 @@ def check(problem: Problem, tell: Callable[[str], None] = print) -> None:
       DoesNotFit: If the run cannot fit its devices; the message names the nearest remedy.
     """
     topology = chips.found(problem.mesh.size)
-    if problem.mesh.size > 1 or "dataset" in problem.config:
+    if problem.mesh.size > 1 or _needs_host(problem):
         plan = Planner(evaluations=False).plan(problem.config, topology)
         for stage in plan.stages:
             tell(_line(stage, plan))
@@ -60,6 +60,13 @@ def check(problem: Problem, tell: Callable[[str], None] = print) -> None:
         tell(f"Plan of {stage.name}: {_parameters(stage)}; {held}.")
     if plan.needed > plan.limit:
         raise DoesNotFit(_refusal(problem, topology, plan))
+
+
+def _needs_host(problem: Problem) -> bool:
+    """Returns whether the host takes part in an update of a stage, with records or rewards."""
+    config = problem.config
+    groups = (config[name].get("data") or {} for name in config.stages)
+    return "dataset" in config or any(group.get("directory") for group in groups)
 
 
 def inspected(stage: Stage, problem: Problem, tell: Callable[[str], None] = print) -> Stage:

@@ -22,7 +22,9 @@ MINILM = "minilm"
 
 
 @functools.lru_cache(maxsize=4)  # A run builds its network several times.
-def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, ...]) -> Reader:
+def sentence_reader(
+    encoder: str, sentences: tuple[str, ...], words: tuple[str, ...], *, blank: bool = False
+) -> Reader:
     """Returns a frozen sentence encoder for an environment with a closed set of sentences.
 
     All sentences are encoded once, here; the policy looks up the features of an instruction, so
@@ -32,6 +34,8 @@ def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, 
       encoder: 'minilm', or a local directory in the hub's format, see `hub.load_text_tower`.
       sentences: All possible instructions, whose words must be in `words`.
       words: Vocabulary of the environment: word i has token i + 1, and token 0 is padding.
+      blank: Whether features are 0 and no weights are read, for a policy of which only the shapes
+        matter.
 
     Returns:
       A function from instructions to features. The features of an unknown instruction are NaN, so
@@ -42,7 +46,7 @@ def sentence_reader(encoder: str, sentences: tuple[str, ...], words: tuple[str, 
       ImportError: The package of 'minilm' is not installed.
       ValueError: The encoder cannot be loaded, see `hub.load_text_tower`.
     """
-    features, present = read(encoder, sentences)
+    features, present = read(encoder, sentences, blank)
     lookup = _sentence_lookup(sentences, words)
 
     def reader(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,16 +85,23 @@ def directory_of(encoder: str) -> pathlib.Path:
 
 
 @functools.lru_cache(maxsize=2)
-def read(encoder: str, sentences: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def read(
+    encoder: str, sentences: tuple[str, ...], blank: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Encodes I sentences to features float32 [I, S, E] and a mask bool [I, S] of their tokens."""
     directory = directory_of(encoder)
-    model, variables, _ = hub.load_text_tower(directory)
+    if blank:
+        tower = hub.read_blueprint("text_tower", directory, dtype=jnp.float32, remat=False)
+        model, variables = cast(TextTower, tower.model), None
+    else:
+        loaded = hub.load_text_tower(directory)
+        model, variables = cast(TextTower, loaded.model), loaded.params
     tokenizer = processor_files.read_tokenizer(directory)
     batch = tokenizer(list(sentences), return_tensors="np", padding=True)
-    chat.check_ids(
-        tokenizer, batch["input_ids"].flat, cast(TextTower, model).vocabulary, "an instruction"
-    )
+    chat.check_ids(tokenizer, batch["input_ids"].flat, model.vocabulary, "an instruction")
     present = batch["attention_mask"].astype(bool)
+    if blank:
+        return np.zeros((*present.shape, model.width), np.float32), present
     apply: Callable = jax.jit(model.apply)
     return np.asarray(apply(variables, batch["input_ids"], present).tokens), present
 

@@ -309,9 +309,12 @@ class Control:
         g = self.config[name]
         if g.data.directory is None:
             return demonstrations.source(self.demonstrations(name), batch_size=g.batch_size)
+        target = demonstration_data.target(self.config, self.env)
+        if mesh_lib.only_described():
+            return demonstration_data.described_source(self.env, target, batch_size=g.batch_size)
         pipeline = demonstration_data.open_pipeline(
             build(demonstration_data.DataOptions, g.data),
-            demonstration_data.target(self.config, self.env),
+            target,
             batch_size=g.batch_size,
             seed=self.config.seed,
             history=self.config.env.history,

@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 
-from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, Group, Valid, group, option
-from mmrl_jax.distributed.mesh import on_mesh
+from mmrl_jax.config.options import (
+    NON_NEGATIVE,
+    POSITIVE,
+    Group,
+    Valid,
+    group,
+    option,
+)
+from mmrl_jax.distributed.mesh import on_mesh, only_described
 from mmrl_jax.envs.brax_api import Env
 from mmrl_jax.learners.learner import Apply
 from mmrl_jax.models import lora
@@ -170,7 +177,7 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
         vocabulary = env.vocabulary
         with error_prefix("text_encoder", m):
             text_encoder = control_encoders.sentence_reader(
-                m.text_encoder, vocabulary.sentences, vocabulary.words
+                m.text_encoder, vocabulary.sentences, vocabulary.words, blank=only_described()
             )
     if m.vision_encoder is not None:
         with error_prefix("vision_encoder", m):

@@ -28,13 +28,12 @@ def prompts(length: int, size: tuple[int, int], count: int) -> Prompt:
       size: Height and width of the images in pixels.
       count: Number of prompts.
     """
-    shapes: tuple[Any, ...] = (
-        jax.ShapeDtypeStruct((count, length), jnp.int32),
-        jax.ShapeDtypeStruct((count, length), jnp.bool_),
-        jax.ShapeDtypeStruct((count, *size, 3), jnp.uint8),
-        *[jax.ShapeDtypeStruct((count,), jnp.int32)] * 4,
-    )
-    return Prompt(*shapes)
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((count, *sizes), dtype)
+
+    images = shape(*size, 3, dtype=jnp.uint8)
+    return Prompt(shape(length), shape(length, dtype=jnp.bool_), images, *[shape()] * 4)
 
 
 def source(of: "TokenProblem", name: str) -> Source:

@@ -28,8 +28,9 @@ from mmrl_jax.envs.instructions import Vocabulary
 from mmrl_jax.learners import bc
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.problems import control_models, problem
-from mmrl_jax.problems.sources import Source, batches_on_host
+from mmrl_jax.problems.sources import Collected, Constants, Source, batches_on_host
 from mmrl_jax.rl import normalization
+from mmrl_jax.training.stage import Carry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,4 +250,39 @@ def source(pipeline: Pipeline, *, num_updates: int, mesh: Mesh) -> Source:
         samples_per_update=size,
         on_host=batches_on_host(read, num_updates=num_updates, mesh=mesh),
         prepare=prepare,
+    )
+
+
+def described_source(env: Env, wanted: Target, *, batch_size: int) -> Source:
+    """Returns a source of the shapes of a batch, for devices that are only described.
+
+    Args:
+      env: Batched environment.
+      wanted: What the policy observes and predicts, see `target`.
+      batch_size: Number of samples in an update.
+    """
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((batch_size, *sizes), dtype)
+
+    observation = jax.tree.map(
+        lambda x: shape(*x.shape[1:], dtype=x.dtype), control_models.zeros(env)
+    )
+    samples = bc.Demonstrations(
+        observation=observation,
+        action=shape(dtype=jnp.int32) if wanted.discrete else shape(wanted.action_size),
+        value_return=shape(),
+        bootstrap=shape(dtype=jnp.int32),
+        bootstrap_weight=shape(),
+        privileged={name: shape(*sizes) for name, sizes in wanted.privileged.items()},
+    )
+
+    def collect(carry: Carry, constants: Constants) -> Collected:
+        return Collected(None, constants.data, carry.rng, {})
+
+    return Source(
+        stream=problem.FIXED_SET,
+        samples_per_update=batch_size,
+        data=bc.Batch(samples, observation),
+        collect=collect,
     )

@@ -10,6 +10,7 @@ from mmrl_jax.planning import chips
     [
         ("v5e-8", 8, 16),
         ("v5e-256", 256, 16),
+        ("v5litepod-8", 8, 16),
         ("v5p-8", 4, 95),  # Google Cloud counts cores, two a chip.
         ("tpu7x-8", 16, 96),  # A chip is two devices, each with half of its 192 GiB.
         ("h100x8", 8, 80),

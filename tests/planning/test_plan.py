@@ -223,3 +223,13 @@ def test_tensor_splits_the_products_of_the_blocks():
     assert 0.5 * one.update.flops < two.update.flops < 0.7 * one.update.flops
     assert two.held["weights, trained"] < 0.7 * one.held["weights, trained"]
     assert two.update.exchanged["all-reduce"] > 0
+
+
+def test_demonstrations_from_files_are_planned_without_the_files():
+    recorded, read = (
+        planned(tiny.config(stages=("bc",), **changes)).stages[0]
+        for changes in ({}, {"bc__data__directory": "absent"})
+    )
+    assert read.update.flops == recorded.update.flops
+    # A batch is in memory, and not the whole data set.
+    assert read.held["data set"] < recorded.held["data set"]

@@ -136,6 +136,9 @@ def test_the_carry_of_a_loop_has_one_place_and_its_results_are_stacked():
 
     # The carry, and in a step the product, which the next carry replaces; rows of 2 KB each.
     assert analyze(loop, SQUARE, SQUARE).peak == pytest.approx(2 * MB + 4 * 2048, abs=4096)
+    # The carry takes the place of its start, which is not read again.
+    late = analyze(lambda x, w: loop(x @ w, w), SQUARE, SQUARE)
+    assert late.peak == pytest.approx(2 * MB + 4 * 2048, abs=4096)
 
 
 @pytest.mark.parametrize("chip", [CPU, V5E], ids=["cpu", "tpu"])

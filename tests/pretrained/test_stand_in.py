@@ -16,9 +16,8 @@ SHAPES = {"splitting": False, "dtype": jnp.float32, "remat": False}
 
 def images_of(spec):
     images = jax.ShapeDtypeStruct((2, *SIZE, 3), jnp.uint8)
-    return jax.tree.map(
-        lambda x: (x.shape, x.dtype), jax.eval_shape(spec.preprocess_images, images)
-    )
+    inputs = jax.eval_shape(spec.preprocess_images, images)
+    return jax.tree.map(lambda x: (x.shape, x.dtype), inputs)
 
 
 @pytest.mark.parametrize("family", [name for name in processors.CHATS if name != "idefics3_whole"])
@@ -28,7 +27,7 @@ def test_a_config_alone_has_the_images_and_parameters_of_the_whole_directory(fam
     shutil.copyfile(whole / "config.json", tmp_path / "any_name.json")
     alone = stand_in.complete(tmp_path / "any_name.json", tmp_path / "alone")
     ours, theirs = (vision_chat.read_spec(path, SIZE, **SHAPES) for path in (alone, whole))
-    # Qwen's limits on the size of images are those of its processor, here tiny, and not in config.json.
+    # Qwen's limits on the size of images are its processor's, here tiny, and not in config.json.
     if not family.startswith("qwen"):
         assert ours.image_tokens == theirs.image_tokens
         assert images_of(ours) == images_of(theirs)
