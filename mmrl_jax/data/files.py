@@ -87,7 +87,7 @@ def fingerprint(directory: pathlib.Path) -> str:
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         entry = known.get(name.as_posix())
-        content = entry[2] if entry is not None and entry[:2] == stamp else _file_digest(path)
+        content = entry[2] if entry is not None and entry[:2] == stamp else file_digest(path)
         entries[name.as_posix()] = [*stamp, content]
     if index is not None and entries != known:
         with contextlib.suppress(OSError):  # Without the cache, the files are read again.
@@ -95,7 +95,8 @@ def fingerprint(directory: pathlib.Path) -> str:
     return digest(sorted((name, content) for name, (_, _, content) in entries.items()))
 
 
-def _file_digest(path: pathlib.Path) -> str:
+def file_digest(path: pathlib.Path) -> str:
+    """Returns a digest of the contents of a file, as 32 hexadecimal digits."""
     result = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(BLOCK):

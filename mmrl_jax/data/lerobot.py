@@ -20,11 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from mmrl_jax.data import tfds_files
+from mmrl_jax.data import files, tfds_files
 from mmrl_jax.data.records import Feature, Invalid, InvalidData, Provenance, RawEpisode, nearest
 from mmrl_jax.data.video import VideoFrames
 
 INFO = "meta/info.json"
+# Digests of the parquet files that we write, by their paths. Parquet may have checksums of its
+# pages, but has none of its footer: a damaged footer gives wrong values, or ends the process.
+CHECKSUMS = "meta/checksums.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 # Fields by our names. 'task' and 'is_terminal' are derived from 'task_index', 'next.done' and
 # 'next.truncated'.
@@ -75,6 +78,9 @@ class LeRobot:
         self._arrow, self._parquet = import_pyarrow(directory)
         self._root = pathlib.Path(directory)
         self._info = _read_json(self._root / INFO)
+        sums = self._root / CHECKSUMS
+        self._checksums = _read_json(sums) if sums.is_file() else {}
+        self._verified: set[pathlib.Path] = set()
         self._version = str(self._info.get("codebase_version"))
         if self._version not in VERSIONS:
             raise InvalidData(
@@ -154,9 +160,11 @@ class LeRobot:
             return _read_lines(meta / "episodes.jsonl"), tasks
         rows: list[dict[str, Any]] = []
         for path in sorted((meta / "episodes").glob("*/*.parquet")):
+            self._verify(path)
             file = self._parquet.ParquetFile(path)
             names = [x for x in file.schema_arrow.names if not x.startswith("stats/")]
             rows += file.read(columns=names).to_pylist()
+        self._verify(meta / "tasks.parquet")
         table = self._parquet.read_table(meta / "tasks.parquet").to_pydict()
         # The texts are the index of a pandas table, whose column had no name at first.
         (texts,) = (name for name in table if name != "task_index")
@@ -182,6 +190,7 @@ class LeRobot:
         path = self._place(episode, self._info["data_path"], **names)
         if not path.is_file():
             raise Invalid("damaged shard", f"{path} does not exist.")
+        self._verify(path)
         try:
             file = self._parquet.ParquetFile(path, page_checksum_verification=True)
             number = int(episode["episode_index"])
@@ -196,6 +205,19 @@ class LeRobot:
             raise Invalid(
                 "damaged shard", f"{path} ({type(error).__name__}: {str(error)[:200]})."
             ) from error
+
+    def _verify(self, path: pathlib.Path) -> None:
+        """Raises Invalid if a file differs from what was written; unknown files are accepted."""
+        if path in self._verified:
+            return
+        written = self._checksums.get(path.relative_to(self._root).as_posix())
+        if written is not None and files.file_digest(path) != written:
+            raise Invalid(
+                "damaged shard",
+                f"{path} is not what was written, by its digest in {CHECKSUMS}; if it was changed "
+                "on purpose, delete that file.",
+            )
+        self._verified.add(path)
 
     def _column(self, table: Any, name: str, length: int) -> Any:
         """Returns a column as an array [N, ...], encoded images, or texts."""

@@ -20,7 +20,7 @@ from mmrl_jax.data.records import Episode, Feature, Schema
 CHUNK = 1000  # Number of files in a directory.
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEOS = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+TASKS = "meta/tasks.parquet"
 # Names of the fields of an episode, see `Episode.fields`.
 NAMES = {
     "observation/pixels": "observation.images.pixels",
@@ -104,11 +104,13 @@ class LeRobotWriter:
                 | _provenance(episode)
             )
             index += episode.actions
-        self._write(DATA.format(**place), tables)
+        names = (DATA.format(**place), EPISODES.format(**place))
         if rows:
-            self._write(EPISODES.format(**place), [self._arrow.Table.from_pylist(rows)])
+            self._write(names[0], tables)
+            self._write(names[1], [self._arrow.Table.from_pylist(rows)])
         return {
             "episodes": len(episodes),
+            "checksums": {name: self._digest(name) for name in names if rows},
             "frames": sum(row["length"] for row in rows),
             "tasks": tasks[known:],
             "statistics": _merged([_stats_of(row) for row in rows]),
@@ -119,6 +121,10 @@ class LeRobotWriter:
         meta = self._directory / "meta"
         tasks = [text for shard in shards for text in shard["tasks"]]
         self._write_tasks(tasks)
+        checksums = {TASKS: self._digest(TASKS)}
+        for shard in shards:
+            checksums |= shard["checksums"]
+        files.write_text(self._directory / lerobot.CHECKSUMS, json.dumps(checksums, indent=1))
         statistics = _merged([shard["statistics"] for shard in shards if shard["episodes"]])
         files.write_text(meta / "stats.json", json.dumps(statistics, indent=2))
         episodes = sum(shard["episodes"] for shard in shards)
@@ -184,9 +190,7 @@ class LeRobotWriter:
         return arrow.table(arrays)
 
     def _write(self, name: str, tables: Sequence[Any]) -> None:
-        """Writes tables as the row groups of a file; nothing if there are none."""
-        if not tables:
-            return
+        """Writes tables as the row groups of a file."""
         with (
             files.atomic(self._directory / name) as temporary,
             self._parquet.ParquetWriter(
@@ -218,7 +222,10 @@ class LeRobotWriter:
             "pandas_version": "2.0.0",
         }
         table = table.replace_schema_metadata({"pandas": json.dumps(pandas)})
-        self._write("meta/tasks.parquet", [table])
+        self._write(TASKS, [table])
+
+    def _digest(self, name: str) -> str:
+        return files.file_digest(self._directory / name)
 
 
 def lerobot_image_name(frame: int) -> str:

@@ -118,6 +118,18 @@ def test_images_are_resized_unless_they_have_the_size():
     np.testing.assert_array_equal(make(source=source)[0](source.raw()).observation["pixels"], 0)
 
 
+def test_images_of_any_size_may_not_be_mixed_within_an_episode():
+    features = FEATURES | {"observation/image": Feature((None, None, 3), "image")}
+    for sizes, valid in (([(6, 8)] * 4, True), ([(6, 8)] * 3 + [(6, 9)], False)):
+        images = [encode_png(np.zeros((*size, 3), np.uint8)) for size in sizes]
+        mapping, raw = make(source=Source(features, **{"observation/image": images}))
+        if valid:
+            assert mapping(raw).observation["pixels"].shape == (4, 6, 8, 3)
+        else:
+            with pytest.raises(Invalid, match=r"mixed image sizes.*\[\(6, 8\), \(6, 9\)\]"):
+                mapping(raw)
+
+
 def nonfinite(x, *place, value=NAN):
     x = np.array(x)
     x[place] = value

@@ -61,6 +61,22 @@ def test_tfds_reads_what_is_written(tmp_path):
         assert example["episode_metadata"]["number"] == one.provenance.number
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_episode_without_actions_is_counted(tmp_path, steps):
+    written = episodes.several()
+    empty = episodes.episode(0)  # The final observation alone.
+    if steps == 0:
+        cut = {name: getattr(empty, name)[:0] for name in ("action", "reward", "discount")}
+        cut |= {name: getattr(empty, name)[:0] for name in ("is_first", "is_last", "is_terminal")}
+        for name in ("observation", "privileged"):
+            cut[name] = {key: x[:0] for key, x in getattr(empty, name).items()}
+        empty = empty._replace(language_instruction=[], **cut)
+    directory = episodes.write(tmp_path / "d", "rlds", [*written, empty])
+    source = Rlds(directory, "train")
+    found, quarantine = read_all(source, episodes.mapping(source))
+    assert len(found) == 4 and quarantine.counts == {"empty episode": 1}
+
+
 def shard(directory, number):
     (path,) = directory.glob(f"*.array_record-0000{number}-of-*")
     return path
