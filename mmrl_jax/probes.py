@@ -61,8 +61,9 @@ def _ablated(problem: Any) -> Callable[[Any, str], dict[str, float]]:
 
 def ablations(context: ProbeContext) -> dict[str, float]:
     """Evaluates the training or validation split with each modality shuffled."""
-    split = context.problem.best_metric.split("/")[1]
-    measured = _ablated(context.problem)(context.variables, split)
+    problem: Any = context.problem
+    split = problem.best_metric.split("/")[1]
+    measured = _ablated(problem)(context.variables, split)
     return {f"eval/{split}/{name}": x for name, x in measured.items() if "shuffled_" in name}
 
 

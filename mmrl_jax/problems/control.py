@@ -291,13 +291,9 @@ class Control:
                 episodes=g.episodes,
                 discount=g.get("discount", 1.0),
             )
-            if mesh_lib.only_described():
-                return self._demonstrations[name]
-            print(
-                f"Recorded {g.episodes} episodes of an expert that succeeds in {success:.0%} of "
-                "them.",
-                flush=True,
-            )
+            if not mesh_lib.only_described():
+                text = f"Recorded {g.episodes} episodes of an expert that succeeds in"
+                print(f"{text} {success:.0%} of them.", flush=True)
         return self._demonstrations[name]
 
     def _demonstration_source(self, name: str) -> Source:

@@ -130,7 +130,7 @@ def _play(
     @jax.jit
     def play(variables: Any, rng: jax.Array) -> control.Played:
         start = evaluate.start(env, rng, episodes=episodes)
-        return control.every(control.play(env, start, problem.policy(variables), rng), STEPS)
+        return control.subsample(control.play(env, start, problem.policy(variables), rng), STEPS)
 
     return play(variables, rng)
 
@@ -171,9 +171,10 @@ def _scores(
     """Returns the scores of the policy, those of randomized weights, and the policy's gains."""
     proprio = normalization.normalize(variables.normalizer, played.observation["proprio"])
     seen = played._replace(observation=played.observation | {"proprio": proprio})
-    options = {"target": TARGET, "backgrounds": BACKGROUNDS}
-    score = jax.jit(functools.partial(control.unit_scores, problem.network, **options))
-    test = jax.jit(functools.partial(control.unit_gains, problem.network, **options))
+    options: dict[str, Any] = {"target": TARGET, "backgrounds": BACKGROUNDS}
+    network: Any = problem.network
+    score = jax.jit(functools.partial(control.unit_scores, network, **options))
+    test = jax.jit(functools.partial(control.unit_gains, network, **options))
     scored = score(variables.params, seen)
     random = score(faithfulness.randomize(variables.params, rng, SUBMODULES), seen)
     return jax.device_get((scored, random, test(variables.params, seen, scored.scores, rng)))
