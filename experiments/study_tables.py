@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import json
 import pathlib
 
 import numpy as np
 
+from experiments import large_models
 from experiments import study as study_lib
 from mmrl_jax.evaluation.statistics import Interval
 
@@ -231,10 +233,26 @@ def headline() -> str:
     return markdown(("problem", "start", "before", "RL", "after", "unseen pairs, after"), rows)
 
 
+def compiled() -> str:
+    """Returns the table of the updates of large models that were compiled, see `large_models`."""
+    rows = []
+    for case in large_models.CASES:
+        path = large_models.RESULTS / f"{case.name.replace('/', '-')}.json"
+        cells = ("", "not run", "")
+        if path.is_file():
+            row = json.loads(path.read_text(encoding="utf-8"))
+            short = row["needed"] - large_models.CHIP_BYTES / 1e9
+            fits = "yes" if short < 0 else f"no, by {short:.1f} GB"
+            cells = f"{row['parameters'] / 1e9:.2f}B", f"{row['needed']:.2f} GB", fits
+        rows.append((f"`{case.model}`", case.method, case.topology, *cells))
+    return markdown(("model", "method", "TPU", "parameters", "memory a chip", "fits"), rows)
+
+
 TABLES = {
     "quickstart": quickstart,
     "count": count,
     "grid_agent": grid_agent,
     "reach": reach,
     "headline": headline,
+    "compiled": compiled,
 }
