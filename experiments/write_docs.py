@@ -6,8 +6,8 @@ The command writes in its own checkout:
   docs/metrics.md         every metric, from mmrl_jax/monitoring/metric_definitions.py
   docs/configuration.md   every key of a config, from the dataclasses that define them
   docs/results.md, docs/scaling.md, README.md
-                          the tables between `<!-- table: <name> -->` and `<!-- /table -->`, from the
-                          rows in experiments/results
+                          the tables between `<!-- table: <name> -->` and `<!-- /table -->`, from
+                          the rows in experiments/results
 """
 
 import ast
