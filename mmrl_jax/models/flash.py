@@ -20,7 +20,7 @@ from mmrl_jax.models.masks import Mask
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, Mask], jax.Array]
 
 LANES = 128  # Number of keys in the smallest tile; with fewer keys a kernel saves nothing.
-_BLOCKS = (512, 384, 256, LANES)  # Sizes of the tiles of splash attention, the best first.
+_TILES = (640, 512, 384, 256, LANES)  # Sizes of tiles that fit into the memory of a TPU's core.
 _NOWHERE = np.iinfo(np.int32).min  # Segment of padding.
 
 
@@ -94,7 +94,7 @@ def splash(
         inside = run(query, key, value, both_ways)
         outside = run(query, key, value, mask.replace(prefix=None))
         return jnp.where(mask.prefix[:, keys - queries :, None, None], inside, outside)
-    padded = tuple(-(-length // LANES) * LANES for length in (queries, keys))
+    padded = _tiling(queries)[0], _tiling(keys)[0]
     ids = None
     if mask.valid is not None or mask.segments is not None or padded != (queries, keys):
         ids = jnp.zeros((batch, keys), jnp.int32) if mask.segments is None else mask.segments
@@ -123,6 +123,18 @@ def splash(
     return jnp.swapaxes(out[:, :, :queries], 1, 2)
 
 
+def _tiling(length: int) -> tuple[int, int]:
+    """Returns the number of tokens after padding, and the size of a tile, which divides it.
+
+    Small tiles are slow, and so is much padding: the choice assumes that a tile takes the time of
+    `LANES` more tokens, which has not been measured.
+    """
+    first = -(-length // LANES) * LANES
+    padded = range(first, first + max(_TILES), LANES)
+    sizes = [(n, next(tile for tile in _TILES if n % tile == 0)) for n in padded]
+    return min(sizes, key=lambda size: size[0] * (1 + LANES / size[1]))
+
+
 @functools.cache
 def _splash_kernel(
     lengths: tuple[int, int],
@@ -149,7 +161,7 @@ def _splash_kernel(
         query = np.arange(padded[0])[:, None] + behind
         first = keys - readouts
         mask = mask & splash_lib.NumpyMask((key < first) | (query < first) | (key == query))
-    block_q, block_kv = (next(b for b in _BLOCKS if n % b == 0) for n in padded)
+    block_q, block_kv = (_tiling(length)[1] for length in lengths)
     sizes = splash_lib.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

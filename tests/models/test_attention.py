@@ -11,7 +11,7 @@ import pytest
 
 from mmrl_jax.distributed import mesh as meshes
 from mmrl_jax.distributed import partition
-from mmrl_jax.models import flash
+from mmrl_jax.models import flash, stacked
 from mmrl_jax.models.attention import attend, attention, attention_by
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.masks import Mask, causal_mask
@@ -171,6 +171,7 @@ def log_probs_and_gradients(model, mesh=None, pack_rows=None):
         return jnp.sum(jnp.sin(log_probs)), log_probs
 
     variables = language_model().init(jax.random.key(0), tokens, valid)
+    variables = stacked.stack(variables, model)
     if mesh is not None:
         variables = jax.device_put(variables, partition.shardings(variables, mesh))
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
@@ -210,8 +211,10 @@ def test_log_probs_of_completions_are_the_same_with_kernels(shape, interpreted):
     )
 
 
-def test_windows_of_prompts_are_the_same_with_kernels(interpreted):
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_windows_of_prompts_are_the_same_with_kernels(scan, interpreted):
     changes = {"windows": (20, None), "ropes": (Rope(100.0, SIZE),) * 2, "pattern": (0, 1)}
+    changes |= {"scan": scan, "remat": scan}
     expected = log_probs_and_gradients(language_model(**changes))
     served = interpreted()
     found = log_probs_and_gradients(language_model(**changes))
