@@ -7,6 +7,7 @@ A name may end with a slice of its last axis, and several names are concatenated
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -176,8 +177,8 @@ class FeatureMapping:
             shape = [1 if size is None else size for size in x.shape]
             if None in x.shape:
                 return  # The size is known only when an episode is read.
-            sizes.append(len(range(int(np.prod(shape)))[part.part]))
-        expected = self._size(name)
+            sizes.append(len(range(math.prod(shape))[part.part]))
+        expected = math.prod(self._shape(name))
         if sum(sizes) != expected:
             raise InvalidData(
                 f"{name!r} is read from {origin} with {sum(sizes)} numbers, but the environment "
@@ -186,12 +187,9 @@ class FeatureMapping:
             )
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a field of numbers, all of whose sizes are known."""
+        """Returns the shape of a field of one step, by our name of the field."""
         path = {"proprio": "observation/proprio"}.get(name, name)
         return tuple(size for size in self.schema[path].shape if size is not None)
-
-    def _size(self, name: str) -> int:
-        return int(np.prod(self._shape(name)))
 
     def __call__(self, raw: RawEpisode) -> Episode:
         """Returns an episode in our names, sizes and types.
@@ -246,10 +244,10 @@ class FeatureMapping:
                 )
             columns.append(x.reshape(steps, -1)[:, part.part])
         numbers = np.concatenate(columns, axis=1).astype(np.float32)
-        if numbers.size != np.prod(shape):
+        if numbers.size != math.prod(shape):
             raise Invalid(
                 "wrong schema",
-                f"{name!r} has {numbers.shape[1]} numbers, but must have {self._size(name)}.",
+                f"{name!r} has {numbers.shape[1]} numbers, but must have {math.prod(shape[1:])}.",
             )
         return numbers.reshape(shape)
 

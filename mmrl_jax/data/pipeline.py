@@ -217,7 +217,7 @@ def _scale(packed: Packed, scaling: str, key: str) -> tuple[np.ndarray, np.ndarr
                 f"[-1, 1]; set {key} to 'min_max' or 'quantiles'. By dimension, their least values "
                 f"are {low.tolist()} and their largest {high.tolist()}."
             )
-        return np.zeros((), np.float32), np.ones((), np.float32)
+        return np.zeros(1, np.float32), np.ones(1, np.float32)
     low, high = (packed.statistics[name] for name in names)
     half = (high - low) / 2
     # A dimension that never changes becomes 0.

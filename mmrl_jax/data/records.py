@@ -233,15 +233,15 @@ class RawEpisode(NamedTuple):
 
 
 class EpisodeSource(Protocol):
-    """A data set with random access to its episodes.
+    """A data set with random access to its episodes."""
 
-    Attributes:
-      features: Fields of a step by the names of the data set.
-      defaults: Fields of the data set by our names, where a mapping does not name another.
-    """
+    @property
+    def features(self) -> Mapping[str, Feature]:
+        """Fields of a step by the names of the data set."""
 
-    features: dict[str, Feature]
-    defaults: dict[str, str]
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        """Fields of the data set by our names, where a mapping does not name another."""
 
     def __len__(self) -> int:
         """Returns the number of episodes that the metadata of the data set declare."""

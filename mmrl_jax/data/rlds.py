@@ -41,19 +41,6 @@ FLAGS = ("is_first", "is_last", "is_terminal")
 VERSION = "1.0.0"
 
 
-def import_tfds(directory: object) -> Any:
-    """Returns the module tensorflow_datasets.
-
-    Raises:
-      ImportError: If it is not installed; the message names the extra.
-    """
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise tfds_files.missing_package(directory, "tensorflow-datasets", error) from error
-    return tensorflow_datasets
-
-
 class Rlds:
     """Random access to the episodes of a split of an RLDS data set, see `records.EpisodeSource`.
 
@@ -72,7 +59,7 @@ class Rlds:
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
-        tfds = import_tfds(directory)
+        tfds = tfds_files.import_tfds(directory)
         info = tfds_files.read_info(directory)
         self._format = info["fileFormat"]
         if self._format not in ("tfrecord", "array_record"):
@@ -162,15 +149,10 @@ class _ArrayRecordShard:
     """Random access to the records of an array_record file, which verifies its own hashes."""
 
     def __init__(self, path: pathlib.Path, declared: int):
-        try:
-            from array_record.python import array_record_module
-        except ImportError as error:
-            raise tfds_files.missing_package(path.parent, "array-record", error) from error
+        module = tfds_files.import_array_record(path.parent)
         self._path = path
         try:
-            self._reader = array_record_module.ArrayRecordReader(
-                str(path), "readahead_buffer_size:0"
-            )
+            self._reader = module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
             count = self._reader.num_records()
         except Exception as error:
             raise _damaged(path, error) from error
@@ -263,7 +245,7 @@ class RldsWriter:
     def __init__(
         self, directory: pathlib.Path, *, name: str, split: str, schema: Schema, shards: int
     ):
-        self._tfds = import_tfds(directory)
+        self._tfds = tfds_files.import_tfds(directory)
         self._directory, self._schema = directory, schema
         self._info: dict[str, Any] = {
             "name": name,
@@ -278,13 +260,10 @@ class RldsWriter:
     ) -> dict[str, Any]:
         """Writes a shard atomically, see `formats.EpisodeWriter`."""
         del before
-        try:
-            from array_record.python.array_record_module import ArrayRecordWriter
-        except ImportError as error:
-            raise tfds_files.missing_package(self._directory, "array-record", error) from error
+        module = tfds_files.import_array_record(self._directory)
         size = 0
         with files.atomic(self._paths[number]) as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            writer = module.ArrayRecordWriter(str(temporary), "group_size:1")
             for episode in episodes:
                 example = self._features.encode_example(_example(episode))
                 data = self._features.serialize_example(example)

@@ -87,6 +87,32 @@ def shards(
     return Split(tuple(paths), lengths)
 
 
+def import_tfds(directory: object) -> Any:
+    """Returns the module tensorflow_datasets, which is imported without TensorFlow.
+
+    Raises:
+      ImportError: If it is not installed; the message names the extra.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise missing_package(directory, "tensorflow-datasets and array-record", error) from error
+    return tensorflow_datasets
+
+
+def import_array_record(directory: object) -> Any:
+    """Returns the module with the reader and the writer of array_record files.
+
+    Raises:
+      ImportError: If array-record is not installed; the message names the extra.
+    """
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise missing_package(directory, "array-record", error) from error
+    return array_record_module
+
+
 def missing_package(directory: object, package: str, error: ImportError) -> ImportError:
     """Returns the error to raise if a package of the extra `data` is not installed."""
     return ImportError(

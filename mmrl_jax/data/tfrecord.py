@@ -108,11 +108,7 @@ def to_array_record(directory: str | os.PathLike, output: str | os.PathLike) -> 
       ImportError: If array-record is not installed.
       InvalidData: If the directory has no data set of TFRecord files.
     """
-    try:
-        from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-    except ImportError as error:
-        raise tfds_files.missing_package(directory, "array-record", error) from error
-
+    module = tfds_files.import_array_record(directory)
     source, target, quarantine = pathlib.Path(directory), pathlib.Path(output), Quarantine()
     info = tfds_files.read_info(source)
     if info["fileFormat"] != "tfrecord":
@@ -125,11 +121,11 @@ def to_array_record(directory: str | os.PathLike, output: str | os.PathLike) -> 
         for path, result, declared in zip(old.paths, new.paths, old.lengths, strict=True):
             if not result.exists():
                 with files.atomic(result) as temporary:
-                    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+                    writer = module.ArrayRecordWriter(str(temporary), "group_size:1")
                     for record in _valid_records(path, declared):
                         writer.write(record)
                     writer.close()
-            kept.append(ArrayRecordReader(str(result)).num_records())
+            kept.append(module.ArrayRecordReader(str(result)).num_records())
             lost = Invalid("damaged shard", f"{kept[-1]} of {declared} records can be read.")
             for _ in range(declared - kept[-1]):
                 quarantine.add(path.name, lost)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmrl_jax.data import images as images_lib
+from mmrl_jax.data import tfds_files
 from mmrl_jax.data.images import ImageInfo
 from mmrl_jax.tasks.image_index import ImageIndex
 
@@ -351,14 +352,7 @@ def open_tfds(
       ValueError: If `fields` lacks 'image', 'prompt' or 'answer', or too many records are rejected,
         see `Records`.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"{directory} is read with tensorflow-datasets and array-record: run `make setup-dev`, "
-            "or install mmrl_jax with its extra: pip install -e '.[data]'."
-        ) from error
-
+    tfds = tfds_files.import_tfds(directory)
     missing = [name for name in ("image", "prompt", "answer") if name not in fields]
     if missing:
         raise ValueError(f"fields={dict(fields)} lacks {missing}; give their paths in an example.")
