@@ -23,26 +23,27 @@ number is not finite are set aside and counted there.
 """
 
 from collections.abc import Mapping, Sequence
-import functools
 import json
 import math
 import pathlib
 import re
-import sys
 from typing import Any, NamedTuple
 
 from absl import flags
 import jax
 import ml_collections
-from ml_collections import config_flags
 import numpy as np
 
 from mmrl_jax import envs, problems, runs
-from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
-from mmrl_jax.config import loading
+from mmrl_jax.commands.common import (
+    clean_exit,
+    define_config,
+    refuse_arguments,
+    run_command,
+)
 from mmrl_jax.data import files, formats
 from mmrl_jax.data.records import Episode, Feature, Quarantine, schema_of
-from mmrl_jax.problems import control, demonstrations, problem, renamed
+from mmrl_jax.problems import control, demonstrations, problem
 from mmrl_jax.rollouts.record import Recorder, random_policy, with_noise
 from mmrl_jax.rollouts.unroll import PolicyFunction, deterministic_output
 from mmrl_jax.training.lock import NAME as LOCK
@@ -415,17 +416,8 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    with clean_exit(ValueError):
-        sys.argv = loading.resolve_flag(sys.argv)
-        config = loading.flag_config(sys.argv)
-        if config is not None:
-            loading.validate_overrides(
-                sys.argv,
-                problems.complete(config),
-                renamed=renamed.KEYS,
-                elsewhere=functools.partial(problems.elsewhere, problems.complete(config)),
-            )
-    config_flags.DEFINE_config_file("config", None, "Name or path of a config.", lock_config=True)
+    if define_config(__doc__):
+        return
     flags.DEFINE_string("env", None, "Name of an environment, instead of a config.")
     flags.DEFINE_multi_string("policy", ["expert"], "Policy, see above; it may be repeated.")
     flags.DEFINE_string("split", None, "Split of the environment; by default that of the config.")

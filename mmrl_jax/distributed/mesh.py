@@ -159,46 +159,6 @@ def env_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: batch_sharding(mesh, 0) if x.size else replicated(mesh), tree)
 
 
-def batch_places(size: int, *, mesh: Mesh) -> np.ndarray:
-    """Returns the places in a batch whose samples the devices of this process hold.
-
-    Args:
-      size: Number N of samples in the batch, a multiple of `batch_shards`.
-      mesh: Device mesh.
-
-    Returns:
-      Places in ascending order, int64 [n] in [0, N).
-    """
-    slices = batch_sharding(mesh, 0).addressable_devices_indices_map((size,)).values()
-    return np.unique(np.concatenate([np.arange(size)[index] for index in slices]))
-
-
-def put_places(tree: Any, places: np.ndarray, size: int, *, mesh: Mesh) -> Any:
-    """Transfers the samples of this process to its devices, as its part of a batch.
-
-    Args:
-      tree: Pytree of arrays [n, ...] of the samples at `places`.
-      places: Places of the samples in the batch, see `batch_places`.
-      size: Number N of samples in the batch.
-      mesh: Device mesh.
-
-    Returns:
-      Arrays [N, ...], of which other processes may hold the other samples.
-    """
-    sharding = batch_sharding(mesh, 0)
-
-    slices = sharding.addressable_devices_indices_map((size,))
-    # `put` is explicit for each device: the training loop allows no implicit transfer.
-    rows = {d: np.searchsorted(places, np.arange(size)[index]) for d, index in slices.items()}
-
-    def put(x: np.ndarray) -> jax.Array:
-        parts = [jax.device_put(x[part], device) for device, part in rows.items()]
-        shape = (size, *x.shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
-
-    return jax.tree.map(put, tree)
-
-
 def put(tree: Any, shardings: Any) -> Any:
     """Transfers arrays to devices with the given shardings; shapes only get the shardings.
 

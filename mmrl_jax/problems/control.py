@@ -305,20 +305,7 @@ class Control:
         g = self.config[name]
         if g.data.directory is None:
             return demonstrations.source(self.demonstrations(name), batch_size=g.batch_size)
-        target = demonstration_data.target(self.config, self.env)
-        if mesh_lib.only_described():
-            return demonstration_data.described_source(self.env, target, batch_size=g.batch_size)
-        pipeline = demonstration_data.open_pipeline(
-            build(demonstration_data.DataOptions, g.data),
-            target,
-            batch_size=g.batch_size,
-            seed=self.config.seed,
-            history=self.config.env.history,
-            discount=g.discount,
-            value_coef=g.get("value_coef", 0.0),
-            name=name,
-        )
-        return demonstration_data.source(pipeline, num_updates=g.num_updates, mesh=self.mesh)
+        return demonstration_data.stage_source(self.config, name, self.env, self.mesh)
 
     def _rollout(self, name: str, apply: learner_lib.Apply) -> Source:
         g, env = self.config[name], self.env

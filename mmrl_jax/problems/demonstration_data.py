@@ -16,13 +16,15 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import NON_EMPTY, POSITIVE, Valid, option
+from mmrl_jax.config.options import NON_EMPTY, POSITIVE, Valid, build, option
 from mmrl_jax.data import files, formats, packed
 from mmrl_jax.data.images import LETTERBOX
 from mmrl_jax.data.mapping import FeatureMapping, Target
 from mmrl_jax.data.pipeline import Batch, Pipeline
 from mmrl_jax.data.records import InvalidData
 from mmrl_jax.distributed import mesh as mesh_lib
+from mmrl_jax.distributed import multihost
+from mmrl_jax.distributed.rows import BatchRows
 from mmrl_jax.envs.brax_api import Env
 from mmrl_jax.envs.instructions import Vocabulary
 from mmrl_jax.learners import bc
@@ -233,11 +235,10 @@ def source(pipeline: Pipeline, *, num_updates: int, mesh: Mesh) -> Source:
       mesh: Device mesh.
     """
     size = pipeline.batch_size
-    places = mesh_lib.batch_places(size, mesh=mesh)
+    rows = BatchRows(mesh, size)
 
     def read(update: int) -> bc.Batch:
-        batch = to_batch(pipeline.batch(update, places))
-        return mesh_lib.put_places(batch, places, size, mesh=mesh)
+        return rows.put(to_batch(pipeline.batch(update, rows.held)))
 
     def prepare(learner: LearnerState) -> LearnerState:
         arrays = pipeline.packed.arrays
@@ -251,6 +252,35 @@ def source(pipeline: Pipeline, *, num_updates: int, mesh: Mesh) -> Source:
         on_host=batches_on_host(read, num_updates=num_updates, mesh=mesh),
         prepare=prepare,
     )
+
+
+def stage_source(config: ml_collections.ConfigDict, name: str, env: Env, mesh: Mesh) -> Source:
+    """Returns the source of a stage whose demonstrations are in a directory.
+
+    Args:
+      config: Config of the run.
+      name: Name of the stage.
+      env: Batched environment.
+      mesh: Device mesh.
+
+    Raises:
+      InvalidData: If the demonstrations cannot be used, in all processes.
+    """
+    g, into = config[name], target(config, env)
+    if mesh_lib.only_described():
+        return described_source(env, into, batch_size=g.batch_size)
+    opened = functools.partial(
+        open_pipeline,
+        build(DataOptions, g.data),
+        into,
+        batch_size=g.batch_size,
+        seed=config.seed,
+        history=config.env.history,
+        discount=g.get("discount", 1.0),
+        value_coef=g.get("value_coef", 0.0),
+        name=name,
+    )
+    return source(multihost.on_all(opened), num_updates=g.num_updates, mesh=mesh)
 
 
 def described_source(env: Env, wanted: Target, *, batch_size: int) -> Source:

@@ -57,30 +57,6 @@ def test_each_device_holds_its_part(axis):
     assert all(shard.data.shape == x.shape for shard in copied.addressable_shards)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_a_batch_is_put_together_from_places(sizes):
-    mesh = meshes.make_mesh(8, dict(zip(meshes.AXES, sizes, strict=True)))
-    places = meshes.batch_places(16, mesh=mesh)
-    np.testing.assert_array_equal(places, np.arange(16))
-    x = {"a": np.arange(32).reshape(16, 2), "b": np.arange(16) > 3}
-    put = meshes.put_places(x, places, 16, mesh=mesh)
-    for name, value in put.items():
-        assert value.sharding.is_equivalent_to(meshes.batch_sharding(mesh, 0), value.ndim)
-        np.testing.assert_array_equal(value, x[name])
-
-
-def test_a_process_puts_the_places_of_its_devices_alone(monkeypatch):
-    # As a process that holds the last two of four parts of a batch of 8.
-    mesh = meshes.make_mesh(4)
-    whole = jax.sharding.NamedSharding.addressable_devices_indices_map
-
-    def of_process(sharding, shape):
-        return {d: i for d, i in whole(sharding, shape).items() if d.id >= 2}
-
-    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", of_process)
-    assert meshes.batch_places(8, mesh=mesh).tolist() == [4, 5, 6, 7]
-
-
 class Drift(Env):
     """A point with a random start that moves by its action; episodes have three steps."""
 

@@ -26,7 +26,8 @@ from mmrl_jax.distributed import multihost, rendezvous
 from mmrl_jax.distributed.rows import BatchRows, join_shares, strided_shares
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.training import checkpoint, dispatch
-from tests import processors, tiny
+from tests import episodes, processors, tiny
+from tests.problems import test_demonstration_data as demonstrations
 from tests.tasks.test_folder import folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -413,6 +414,27 @@ def test_labels_in_two_processes(make_folder_config, tmp_path):
     train_in_processes(config, tmp_path / "two", tmp_path / "outputs")
     trained = mmrl_jax.train(config, tmp_path / "one")
     assert_close(stored(config, tmp_path / "two").variables, trained.variables)
+
+
+@pytest.mark.slow
+def test_demonstrations_of_a_directory_in_two_processes(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    several = [demonstrations.episode(n, i) for i, n in enumerate((3, 5, 4))]
+    directory = episodes.write(tmp_path / "demos", "rlds", several)
+    sgd = {"name": "sgd", "learning_rate": 0.02, "schedule": "constant"}
+    options = {"data": {"directory": str(directory)}, "optimizer": sgd, "num_updates": 3}
+    config = demonstrations.config(flat=True, **options)
+    config = problems.complete(config, {"mesh": {"data": 4}})
+    train_in_processes(config, tmp_path / "two", tmp_path / "outputs")
+    trained = mmrl_jax.train(config, tmp_path / "one")
+    loaded = stored(config, tmp_path / "two")
+    for part in ("params", "normalizer"):
+        assert_close(*(getattr(x.variables, part) for x in (loaded, trained)))
+    # A directory that is missing ends all of them.
+    other = problems.complete(config, {"bc": {"data": {"directory": str(tmp_path / "none")}}})
+    with train(other, tmp_path / "three", tmp_path / "errors") as processes:
+        codes, outputs = processes.end()
+    assert codes == [1, 1] and all("does not exist" in x for x in outputs), outputs
 
 
 STAGES = {

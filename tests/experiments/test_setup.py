@@ -358,10 +358,12 @@ def test_every_command_is_installed_by_a_name_and_can_be_called():
     assert set(commands) == {
         "mmrl-train",
         "mmrl-evaluate",
+        "mmrl-explain",
         "mmrl-export",
         "mmrl-convert-hf",
         "mmrl-convert-tfrecord",
         "mmrl-make-demos",
+        "mmrl-plan",
     }
     modules = {place.partition(":")[0].rpartition(".")[2] for place in commands.values()}
     files = {path.stem for path in (ROOT / "mmrl_jax" / "commands").glob("*.py")}
