@@ -265,13 +265,14 @@ def ending_together() -> Iterator[None]:
         if isinstance(error, SystemExit) and not error.code:
             any_process(False)
             return
-        print(_description(error), file=sys.stderr, flush=True)
-        _wait_for_others()
-        if is_primary():
-            time.sleep(1)  # JAX aborts the other processes as soon as process 0 has ended.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            print(_description(error), file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            _wait_for_others()
+            if is_primary():
+                time.sleep(1)  # JAX aborts the other processes as soon as process 0 has ended.
+        finally:  # Also if the message cannot be written, because the disk is full.
+            os._exit(1)
 
 
 def _description(error: BaseException) -> str:

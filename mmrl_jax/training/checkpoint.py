@@ -30,6 +30,7 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.distributed import multihost
 from mmrl_jax.training import integrity
 from mmrl_jax.training.integrity import CheckpointMismatch
+from mmrl_jax.training.write_watch import WriteWatch
 from mmrl_jax.workdir import CHECKPOINTS, saved_steps
 
 PyTree = Any
@@ -106,7 +107,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or not multihost.is_lost(error):  # Orbax would wait for the lost process.
+        # Without this process, or with one that is lost, Orbax would wait for minutes.
+        several = jax.process_count() > 1 and isinstance(error, CheckpointWriteError)
+        if not several and (error is None or not multihost.is_lost(error)):
             self.close()
 
     def due(self, step: int) -> bool:
@@ -195,7 +198,7 @@ class Checkpointer:
             CheckpointWriteError: If the save failed.
         """
         try:
-            self._manager.wait_until_finished()
+            self._watch.wait(self._manager)
         except Exception as error:
             raise self._write_error(error) from error
         self._pending = None
@@ -254,9 +257,11 @@ class Checkpointer:
         return None
 
     def _open(self) -> ocp.CheckpointManager:
+        self._watch = WriteWatch()
         try:
             return ocp.CheckpointManager(
                 self._directory,
+                handler_registry=self._watch.handlers(),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._policy,
                     enable_async_checkpointing=True,

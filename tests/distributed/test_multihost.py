@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -48,61 +49,63 @@ def free_port():
 
 
 class Processes:
-    """The processes of one command, which write their output to files.
+    """The processes of one command.
 
     Args:
       script: Name of the command.
       arguments: Flags of each process.
-      directory: Directory of the output.
       ids: Numbers of the processes that start; None for all.
       devices: Number of simulated devices of all processes.
     """
 
-    def __init__(self, script, arguments, directory, *, ids=None, devices=4):
-        directory.mkdir(parents=True, exist_ok=True)
-        port, self._outputs, self._children = free_port(), [], []
-        count = len(arguments)
+    def __init__(self, script, arguments, *, ids=None, devices=4):
+        port, count = free_port(), len(arguments)
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} "
             "--xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
         }
+        self.children, self._lines, self._readers = [], [], []
         for i in range(count) if ids is None else ids:
             command = [
                 sys.executable, "-m", f"experiments.{script}", *arguments[i],
                 f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}",
                 f"--process_id={i}",
             ]  # fmt: skip
-            self._outputs.append(directory / f"output_{i}.txt")
-            with self._outputs[-1].open("w") as file:
-                child = subprocess.Popen(command, stdout=file, stderr=file, env=environment,
-                                         cwd=ROOT)  # fmt: skip
-            self._children.append(child)
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                env=environment,
+            )  # fmt: skip
+            self.children.append(child)
+            self._lines.append([])
+            reader = threading.Thread(target=self._lines[-1].extend, args=(child.stdout,))
+            self._readers.append(reader)
+            reader.start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *unused):
-        for child in self._children:
+        for child, reader in zip(self.children, self._readers, strict=True):
             child.kill()
             child.wait()
+            reader.join()
 
     def end(self, timeout=None):
         """Returns exit codes and outputs, as soon as all processes have ended."""
-        for child in self._children:
+        for child, reader in zip(self.children, self._readers, strict=True):
             child.wait(timeout)
-        return [child.returncode for child in self._children], self.outputs()
+            reader.join()
+        return [child.returncode for child in self.children], self.outputs()
 
     def outputs(self):
-        return [path.read_text() for path in self._outputs]
+        return ["".join(lines) for lines in self._lines]
 
     def wait_until(self, condition):
         while not condition():
-            assert all(child.poll() is None for child in self._children), self.outputs()
+            assert all(child.poll() is None for child in self.children), self.outputs()
             time.sleep(0.02)
-
-    def signal(self, i, number):
-        self._children[i].send_signal(number)
 
 
 def train(config, workdir, directory, *, count=2, flags=(), **options):
@@ -116,7 +119,7 @@ def train(config, workdir, directory, *, count=2, flags=(), **options):
         path.with_suffix(".json").write_text(config_lib.to_json(configs[i]))
         path.write_text(CONFIG.format(path=str(path.with_suffix(".json"))))
         arguments.append([f"--config={path}", f"--workdir={workdirs[i]}", *flags])
-    return Processes("train", arguments, directory, **options)
+    return Processes("train", arguments, **options)
 
 
 def train_in_processes(config, workdir, directory, **options):
@@ -462,7 +465,7 @@ def test_all_stages_and_an_evaluation_in_two_processes(name, tmp_path):
         *(getattr(x, "params", x) for x in (loaded.variables, trained.variables)),
     )
     arguments = [f"--workdir={tmp_path / 'two'}", "--split=train", "--episodes=6"]
-    with Processes("evaluate", [arguments] * 2, tmp_path / "evaluations") as processes:
+    with Processes("evaluate", [arguments] * 2) as processes:
         codes, outputs = processes.end()
     assert codes == [0, 0] and "Wrote" in outputs[0] and "Wrote" not in outputs[1], outputs
     table = json.loads((tmp_path / "two" / "evaluation.json").read_text())
@@ -478,7 +481,7 @@ def test_after_a_kill_the_others_stop_and_the_same_command_resumes(victim, tmp_p
     workdir = tmp_path / "run"
     with train(config, workdir, tmp_path / "killed") as processes:
         processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
-        processes.signal(victim, signal.SIGKILL)
+        processes.children[victim].kill()
         codes, outputs = processes.end(timeout=60)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
     assert re.search(LOST, outputs[1 - victim])
@@ -493,12 +496,32 @@ def test_after_a_kill_the_others_stop_and_the_same_command_resumes(victim, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_full_disk_of_one_process_stops_all(victim, tmp_path):
+    config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
+    workdir = tmp_path / "run"
+    with train(config, workdir, tmp_path / "full") as processes:
+        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+        # No file of this process may have more bytes.
+        limit = resource.RLIMIT_FSIZE, (3000, 3000)
+        resource.prlimit(processes.children[victim].pid, *limit)
+        codes, outputs = processes.end(timeout=60)
+    assert codes[victim] == 1 and codes[1 - victim] != 0
+    assert re.search(r"error: Checkpoint \d+ could not be written to .*run", outputs[victim])
+    assert re.search(LOST, outputs[1 - victim])
+    done = checkpoint.saved_steps(workdir)[-1]
+    config = control_config(last__num_updates=done + 1, last__eval_interval=100_000)
+    outputs = train_in_processes(config, workdir, tmp_path / "resumed")
+    assert f"resumed after update {done} of {done + 1}" in outputs[0]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
     config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
     workdir = tmp_path / "run"
     with train(config, workdir, tmp_path / "outputs") as processes:
         processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
-        processes.signal(1, signal.SIGTERM)
+        processes.children[1].terminate()
         codes, outputs = processes.end()
     assert codes == [0, 0], outputs
     assert "Training interrupted; the same command resumes it" in outputs[0]
