@@ -48,6 +48,7 @@ setuptools.setup(
         "pillow>=11",
         "safetensors>=0.8",
         "tensorboardX>=2.6.4",
+        "tokenizers>=0.22",
     ],
     extras_require={
         # Demonstrations as RLDS and LeRobot, and `mmrl_jax.tasks.folder.open_tfds`.
