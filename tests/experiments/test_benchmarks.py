@@ -7,6 +7,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmarks import (
+    compaction,
     dinov2_probe,
     generate,
     grpo,
@@ -77,6 +78,11 @@ def of_packing(patch, _):
     patch.setattr(packing, "NUM_PROMPTS", 1)
 
 
+def of_compaction(patch, _):
+    patch.setattr(compaction, "MEANS", (16,))
+    patch.setattr(compaction, "TOKENS", 8)
+
+
 def of_ppo_vs_brax(patch, _):
     patch.setattr(mlp_ppo, "get_config", lambda _: tiny.config("mlp_ppo", **tiny.FAST))
     patch.setattr(ppo_vs_brax, "ENVIRONMENTS", {"fast": None})
@@ -100,6 +106,7 @@ SHRUNK = {
     "logprobs": of_logprobs,
     "grpo": of_grpo,
     "packing": of_packing,
+    "compaction": of_compaction,
     "dinov2_probe": of_dinov2_probe,
 }
 

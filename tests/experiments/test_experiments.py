@@ -17,6 +17,7 @@ from mmrl_jax import config as config_lib
 from mmrl_jax import envs, problems, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands import common, evaluate, train
+from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation import evaluate as evaluation_lib
 from mmrl_jax.training import checkpoint, loop
 from tests import tiny
@@ -202,7 +203,8 @@ def train_main(monkeypatch, config, workdir) -> None:
 @pytest.mark.parametrize("error", common.FAILURES)
 def test_failures_of_a_run_are_errors_without_a_stack(error, tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise error("what happened")
+        known = {"transient": False} if error is multihost.OtherProcessFailed else {}
+        raise error("what happened", **known)
 
     monkeypatch.setattr(runs, "train_stages", fail)
     with pytest.raises(SystemExit, match="error: what happened"):

@@ -94,7 +94,6 @@ def test_the_program_does_not_grow_with_the_layers():
         return jax.jit(model.apply).lower(shapes, tokens, tokens > 0).as_text().count("dot_general")
 
     assert operations(9, True) == operations(2, True)
-    assert operations(9, False) > 4 * operations(2, False)
 
 
 def test_stacking_is_undone_and_deletes_the_layers():

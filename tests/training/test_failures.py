@@ -167,6 +167,6 @@ def test_reports_that_fail_do_not_end_a_run(tmp_path, monkeypatch, capsys):
     assert set(json.loads((tmp_path / "summary.json").read_text())) == {
         "wall_s", "compile_s", "env_steps", "env_steps_per_s"
     }  # fmt: skip
-    monkeypatch.setattr(runs, "write_json", fail)
+    monkeypatch.setattr(runs.summary_lib, "write_json", fail)
     assert mmrl_jax.train(config, tmp_path).last.updates == 4
     assert "Writing summary.json failed" in capsys.readouterr().err

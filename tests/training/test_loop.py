@@ -514,7 +514,10 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         ({"ppo__updates_per_dispatch": 0}, "ppo.updates_per_dispatch"),
         ({"env__split": "heldout_colours"}, "heldout_colours"),
         ({"env__height": 0}, "env.height=0"),
-        ({"model__kind": "mlp"}, "model.kind='mlp' does not use model.auxiliary="),
+        (
+            {"model__kind": "mlp"},
+            "model.kind='mlp' does not use model.attention='auto', model.auxiliary=",
+        ),
         ({"model__auxiliary": (("place", 2),)}, "names 'place' of shape"),
         ({"model__auxiliary": (("target_place", 1),)}, r"'target_place' of shape \(1,\)"),
         ({"model__auxiliary": ("target_place",)}, "must have pairs"),
