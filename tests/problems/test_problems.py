@@ -12,7 +12,7 @@ from mmrl_jax.commands import train
 from mmrl_jax.config import schema
 from mmrl_jax.config.options import options_of
 from mmrl_jax.pretrained import hub
-from mmrl_jax.problems import control_models, demonstrations, token_models
+from mmrl_jax.problems import control_models, demonstrations, token_options
 from tests import processors, tiny
 
 
@@ -150,7 +150,7 @@ def test_the_command_line_is_answered_so_too(spec, key, message, monkeypatch):
 def test_an_option_of_control_and_of_token_policies_is_one_option():
     control, token = (
         schema.flatten_group(options_of(module.MODELS[kind]))
-        for module, kind in ((control_models, "multimodal"), (token_models, "scratch"))
+        for module, kind in ((control_models, "multimodal"), (token_options, "scratch"))
     )
     same = set(control) & set(token) - {"kind", "layers", "heads"}
     assert same >= {"width", "mlp_ratio", "patch", "vision_layers", "lora.rank", "dtype", "remat"}
