@@ -516,7 +516,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
         ({"env__height": 0}, "env.height=0"),
         (
             {"model__kind": "mlp"},
-            "model.kind='mlp' does not use model.attention='auto', model.auxiliary=",
+            "model.kind='mlp' does not use model.attention='auto', model.aux",
         ),
         ({"model__auxiliary": (("place", 2),)}, "names 'place' of shape"),
         ({"model__auxiliary": (("target_place", 1),)}, r"'target_place' of shape \(1,\)"),
