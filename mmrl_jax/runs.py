@@ -245,9 +245,13 @@ def train_stages(
     trained = Trained(problem, results, variables)
     if trained.interrupted:
         return trained
+    if split := problem.test_split:
+        with report.tolerate_errors("The evaluation of the test split"):
+            measured = problem.measure()(variables, split)
+            test_metrics = {f"eval/{split}/{name}": x for name, x in measured.items()}
+            trained = dataclasses.replace(trained, test_metrics=test_metrics)
     with report.tolerate_errors("Writing samples.html"):
-        samples, test_metrics = problem.samples(variables, SAMPLES)
-        trained = dataclasses.replace(trained, test_metrics=test_metrics)
+        samples = problem.samples(variables, SAMPLES)
         if samples and multihost.is_primary():
             report.sample_table(directory / "samples.html", samples, f"{directory.name}: samples")
     if multihost.is_primary():

@@ -26,7 +26,7 @@ class Transition(struct.PyTreeNode):
 
     Attributes:
       observation: Observation of the policy at t; for token policies the Prompt.
-      action: Sample of the action distribution at t before squashing, float32 [T, B, A], or int32
+      action: Sample of the action distribution at t before tanh, float32 [T, B, A], or int32
         [T, B] for discrete actions; for token policies the Completions.
       log_prob: Log-probability of `action` under the acting policy, float32 [T, B].
       value: Value estimate of the acting policy at t, float32 [T, B].

@@ -104,7 +104,7 @@ def gathered(x: jax.Array, path: Sequence[str]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh, without=(FSDP,)))
 
 
-def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
+def embedding_lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns rows of a table that is split by `RULES`, in a model traced in `mesh.on_mesh`.
 
     No device holds the whole table, nor the rows of other devices' samples: each looks up its part
@@ -128,7 +128,7 @@ def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
     return split_samples(rows)
 
 
-def in_loop(kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def keep_in_loop(kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keeps XLA from gathering or widening a matrix before the loop in which it is used.
 
     In a loop over tokens or parts of a minibatch, XLA would otherwise compute the whole matrices of

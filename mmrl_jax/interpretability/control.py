@@ -30,7 +30,7 @@ class Played(NamedTuple):
 
     Attributes:
       observation: Observations, [T, N, ...].
-      action: Actions before squashing, float32 [T, N, A] or int32 [T, N].
+      action: Actions before tanh, float32 [T, N, A] or int32 [T, N].
       running: 1 until the episode has ended, float32 [T, N].
     """
 

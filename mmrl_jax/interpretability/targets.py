@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     """The actions that an explanation of behavior compares.
 
     Attributes:
-      action: Action whose choice is explained, before squashing as in `types.Transition`, float32
+      action: Action whose choice is explained, before tanh as in `types.Transition`, float32
         [B, A] or int32 [B].
       other: Action of the same policy in another episode at the same time step, like `action`.
     """

@@ -67,7 +67,7 @@ class PPO:
     )
     initial_std: float = option(
         0.5,
-        "Standard deviation of the Gaussian, before squashing, at the start of the stage.",
+        "Standard deviation of the Gaussian, before tanh, at the start of the stage.",
         POSITIVE,
     )
     # This field is no key of a config. If it is set, the log-probs of the actions are recomputed in

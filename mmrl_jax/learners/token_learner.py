@@ -119,7 +119,7 @@ class ScoredCompletions(NamedTuple):
     next_prompt: Prompt | None = None
 
     @classmethod
-    def labeled(cls, prompt: Prompt, tokens: jax.Array, mask: jax.Array) -> "ScoredCompletions":
+    def from_labels(cls, prompt: Prompt, tokens: jax.Array, mask: jax.Array) -> "ScoredCompletions":
         """Returns labels: one completion, int32 and bool [B, L], of each of B prompts."""
         completions = gen.Completions(tokens, None, mask, None)  # type: ignore[arg-type]
         return cls(
@@ -303,8 +303,8 @@ class TokenPolicy:
       mesh: Mesh of the devices that the variables are sharded over; None for one device.
       pack_rows: Number of rows that the completions of a prompt are packed into for learning, see
         `completion_log_probs`; None for no packing.
-      gathers: Whether to gather all variables over 'fsdp' once before sampling; otherwise each
-        matrix is gathered where it is used.
+      gather_for_sampling: Whether to gather all variables over 'fsdp' once before sampling;
+        otherwise each matrix is gathered where it is used.
       attention: Who computes attention, see `attention_by`.
     """
 
@@ -317,7 +317,7 @@ class TokenPolicy:
     tile: int = 4096
     mesh: Mesh | None = None
     pack_rows: int | None = None
-    gathers: bool = False
+    gather_for_sampling: bool = False
     attention: Implementation = "auto"
 
     def inputs(self, prompts: Prompt) -> tuple[Any, ...]:
@@ -341,7 +341,7 @@ class TokenPolicy:
     ) -> gen.Completions:
         """Samples G completions of each of B prompts, see `generate.generate`."""
         variables = join(params, frozen)
-        if self.gathers and self.mesh is not None:
+        if self.gather_for_sampling and self.mesh is not None:
             shardings = partition.shardings(variables, self.mesh, without=(FSDP,))
             variables = jax.lax.with_sharding_constraint(variables, shardings)
         language, language_variables = gen.language(self.model, variables)

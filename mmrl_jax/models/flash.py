@@ -72,7 +72,7 @@ def splash(
       query: Queries of N heads of size H, float [B, Q, N, H].
       key: Keys, float [B, S, K, H]; K must divide N.
       value: Values, float [B, S, K, H].
-      mask: Attention mask without `explicit`; its window must be over counted positions.
+      mask: Attention mask without `explicit`; its window must be over contiguous positions.
       scale: Factor of the attention logits.
       softcap: Bound of the attention logits, see `BlockSpec`; None for no bound.
       interpret: Whether to interpret the kernel, on any platform.
@@ -240,7 +240,7 @@ def _take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def _counted(mask: Mask, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
     """Returns whether a window over positions is one over the indices of tokens."""
-    return mask.counted and query.shape[1] == key.shape[1]
+    return mask.contiguous and query.shape[1] == key.shape[1]
 
 
 def _has_lengths(mask: Mask, query: jax.Array, key: jax.Array) -> bool:
@@ -248,7 +248,7 @@ def _has_lengths(mask: Mask, query: jax.Array, key: jax.Array) -> bool:
     others = mask.segments, mask.prefix, mask.explicit
     if mask.readouts or any(x is not None for x in others) or query.shape[1] != key.shape[1]:
         return False
-    return mask.window is None or (mask.causal and mask.counted)
+    return mask.window is None or (mask.causal and mask.contiguous)
 
 
 def _cudnn_accepts(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrl_jax.distributed.partition import gathered, in_loop, look_up
+from mmrl_jax.distributed.partition import embedding_lookup, gathered, keep_in_loop
 from mmrl_jax.models.masks import Mask, causal_mask
 from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
 
@@ -165,7 +165,7 @@ class LanguageModel(nn.Module):
           positions: Token positions, int32 [B, S]; by default, the tokens that are not padding are
             numbered from 0.
         """
-        mask = causal_mask(present, counted=positions is None)
+        mask = causal_mask(present, contiguous=positions is None)
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
         hidden = self.hidden_states(self.embed(tokens), mask, positions)
@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings [B, S, D] of token ids [B, S]."""
-        rows = look_up(self.table, tokens).astype(self.dtype)
+        rows = embedding_lookup(self.table, tokens).astype(self.dtype)
         return rows * jnp.asarray(self.embedding_scale, self.dtype)
 
     def hidden_states(
@@ -206,7 +206,7 @@ class LanguageModel(nn.Module):
         """Maps features [..., D] to logits, float32 [..., V]."""
         rows = hidden.reshape(-1, self.width).astype(self.dtype)
         name = "table" if self.tied else "head"
-        head, rows = in_loop(getattr(self, name), rows)
+        head, rows = keep_in_loop(getattr(self, name), rows)
         head = gathered(head, (*self.path, name))
         head = head.T if self.tied else head
         logits = jnp.matmul(rows, head.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -25,7 +25,7 @@ class Mask(struct.PyTreeNode):
       causal: Whether a token attends only to itself and to earlier tokens.
       window: Number of positions, its own included, back to which a token attends, see `within`.
         None for no limit.
-      counted: Whether positions count the valid tokens and padding is not between them, so that a
+      contiguous: Whether no padding is between valid tokens and positions count these, so that a
         kernel can count a window in tokens.
       readouts: Number of last tokens that attend to themselves and to the tokens before all of
         them, but not to each other.
@@ -38,7 +38,7 @@ class Mask(struct.PyTreeNode):
     explicit: jax.Array | None = None
     causal: bool = struct.field(pytree_node=False, default=False)
     window: int | None = struct.field(pytree_node=False, default=None)
-    counted: bool = struct.field(pytree_node=False, default=False)
+    contiguous: bool = struct.field(pytree_node=False, default=False)
     readouts: int = struct.field(pytree_node=False, default=0)
 
     def within(self, window: int | None, queries: jax.Array, keys: jax.Array) -> "Mask":
@@ -81,14 +81,14 @@ class Mask(struct.PyTreeNode):
         return mask
 
 
-def causal_mask(valid: jax.Array, *, counted: bool = False) -> Mask:
+def causal_mask(valid: jax.Array, *, contiguous: bool = False) -> Mask:
     """Returns the causal mask over tokens that are not padding.
 
     Args:
       valid: False for padding, on either side, bool [B, S].
-      counted: Whether positions count the valid tokens, see `Mask`.
+      contiguous: Whether no padding is between valid tokens, see `Mask`.
     """
-    return Mask(valid=valid, causal=True, counted=counted)
+    return Mask(valid=valid, causal=True, contiguous=contiguous)
 
 
 def _last(rows: jax.Array, count: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.distributed.mesh import split_samples
-from mmrl_jax.distributed.partition import gathered, in_loop
+from mmrl_jax.distributed.partition import gathered, keep_in_loop
 from mmrl_jax.models.attention import attend, attend_cached, attention_weights
 from mmrl_jax.models.masks import Mask
 
@@ -112,7 +112,7 @@ class Dense(nn.Module):
         """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        kernel, rows = in_loop(kernel, rows)
+        kernel, rows = keep_in_loop(kernel, rows)
         y = rows @ gathered(kernel, (*self.path, "kernel")).astype(self.dtype)
         if self.has_variable("params", "kernel_scale"):
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)

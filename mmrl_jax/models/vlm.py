@@ -86,7 +86,7 @@ class VisionLanguageModel(nn.Module):
       vision: Module that maps the model family's images to `VisionFeatures`.
       language: Language model.
       image_token: Token id whose embeddings the features replace.
-      sees_ahead: Whether image tokens and the prompt attend to each other in both directions
+      prefix_lm: Whether image tokens and the prompt attend to each other in both directions
         (PaliGemma).
       vision_encoder: Pretrained module that maps images to the inputs of `vision`; None if `vision`
         takes images.
@@ -95,7 +95,7 @@ class VisionLanguageModel(nn.Module):
     vision: nn.Module
     language: LanguageModel
     image_token: int
-    sees_ahead: bool = False
+    prefix_lm: bool = False
     vision_encoder: nn.Module | None = None
 
     def __call__(
@@ -114,13 +114,13 @@ class VisionLanguageModel(nn.Module):
           images: Images as `encode` takes them, a pytree with leaves [B, ...].
           positions: Token positions, int32 [B, S], or [B, A, S] for a rotary embedding of A axes,
             where they are required. By default, tokens that are not padding are numbered from 0.
-          prompt: Which tokens attend in both directions if `sees_ahead`, bool [B, S]; by default
+          prompt: Which tokens attend in both directions if `prefix_lm`, bool [B, S]; by default
             those up to the last image token.
 
         Raises:
           ValueError: The rotary embedding has several axes, and `positions` is None.
         """
-        mask = self.mask(tokens, present, prompt, counted=positions is None)
+        mask = self.mask(tokens, present, prompt, contiguous=positions is None)
         if positions is None:
             if any(rope.sections for rope in self.language.ropes):
                 raise ValueError(
@@ -159,18 +159,18 @@ class VisionLanguageModel(nn.Module):
         present: jax.Array,
         prompt: jax.Array | None = None,
         *,
-        counted: bool = False,
+        contiguous: bool = False,
     ) -> Mask:
         """Returns the attention mask.
 
         Args:
           tokens: Token ids, int32 [B, S].
           present: Which tokens are not padding, bool [B, S].
-          prompt: Which tokens attend in both directions if `sees_ahead`, see `__call__`.
-          counted: Whether positions count the tokens that are not padding.
+          prompt: Which tokens attend in both directions if `prefix_lm`, see `__call__`.
+          contiguous: Whether no padding is between valid tokens, see `Mask`.
         """
-        mask = causal_mask(present, counted=counted)
-        if not self.sees_ahead:
+        mask = causal_mask(present, contiguous=contiguous)
+        if not self.prefix_lm:
             return mask
         if prompt is None:
             is_image = tokens == self.image_token

@@ -260,7 +260,7 @@ class Control:
         for name in config.stages:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
-        self.best_metric = f"eval/{config.env.split}/return"
+        self.best_metric, self.test_split = f"eval/{config.env.split}/return", None
         self._demonstrations: dict[str, bc.Demonstrations] = {}
 
     def dependencies(self) -> dict[str, str]:
@@ -430,9 +430,9 @@ class Control:
         (stage_parts,) = parts.values()
         return LearnerState(**stage_parts, opt_state=(), steps=jnp.zeros((), jnp.int32))
 
-    def samples(self, variables: LearnerState, count: int) -> tuple[list[Sample], dict[str, float]]:
+    def samples(self, variables: LearnerState, count: int) -> list[Sample]:
         """Returns no samples: the behavior of a control policy is shown by a video instead."""
-        return [], {}
+        return []
 
     def policy(self, learner: LearnerState, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function of a learner for `rollouts.unroll`."""

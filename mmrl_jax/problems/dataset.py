@@ -127,6 +127,7 @@ class Dataset(TokenProblem):
         texts = Texts(("",), (), *rows, np.zeros((0, d.completion_tokens), np.int32), self.chat)
         model = token_models.make_model(config.model, spec, texts, size)
         super().__init__(config, model, f"eval/{VALIDATION}/return")
+        self.test_split = TEST
         self._labels = [n for n in config.stages if registry.TOKEN[n].experience == "labels"]
         self.check_sizes(
             *(
@@ -246,7 +247,7 @@ class Dataset(TokenProblem):
             batch = train.batch(update, rows.held)
             labels = tokenize_completions(self.chat, batch.answers, length=length)
             prompts, labels = rows.put((self.prompts(batch), labels))
-            return ScoredCompletions.labeled(prompts, *labels)
+            return ScoredCompletions.from_labels(prompts, *labels)
 
         return Source(
             stream=problem.FIXED_SET,
@@ -450,12 +451,11 @@ class Dataset(TokenProblem):
         """Returns the evaluation on the validation records, see `TokenProblem`."""
         return self.periodic(self.measure(), frozen, VALIDATION)
 
-    def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """Returns completions of the first test records, and the metrics of all test records."""
-        batch, completions, rewards = self.greedy()(variables, TEST)
-        first = jax.tree.map(lambda x: x[:count], completions)
-        metrics = describe(rewards, TEST, max_failed=self.config.rewards.max_failed)
-        samples = [
+    def samples(self, variables: Params, count: int) -> list[Sample]:
+        """Returns completions of the first test records, see `problem.Problem`."""
+        greedy = _greedy_samples(self, min(count, len(self.records.test)))
+        batch, completions, rewards = greedy(variables, TEST)
+        return [
             Sample(
                 batch.images[i],
                 batch.prompts[i],
@@ -464,6 +464,11 @@ class Dataset(TokenProblem):
                 float(rewards.reward[i, 0]),
                 correct=None,  # Only the reward functions know what is correct.
             )
-            for i, (text,) in enumerate(self.scorer.decode(first))
+            for i, (text,) in enumerate(self.scorer.decode(completions))
         ]
-        return samples, {f"eval/{TEST}/{name}": value for name, value in metrics.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _greedy_samples(of: Dataset, count: int) -> Callable[..., tuple[Batch, Completions, Rewards]]:
+    """Returns the function that completes sample records, which a run compiles only once."""
+    return of.greedy(count)

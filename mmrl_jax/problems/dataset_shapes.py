@@ -48,7 +48,7 @@ def source(of: "TokenProblem", name: str) -> Source:
     if registry.TOKEN[name].experience == "labels":
         answers = (g.batch_size, model.policy.max_new_tokens)
         labels = jax.eval_shape(
-            ScoredCompletions.labeled,
+            ScoredCompletions.from_labels,
             prompts(length, model.size, g.batch_size),
             jax.ShapeDtypeStruct(answers, jnp.int32),
             jax.ShapeDtypeStruct(answers, jnp.bool_),

@@ -146,12 +146,15 @@ class Problem(Protocol):
       mesh: Device mesh.
       splits: Number of episodes, or prompts, in the run's own evaluations by the name of the split.
       best_metric: Name of the metric by which the best checkpoint is chosen.
+      test_split: Name of a split that is evaluated once, with the final policy, for the summary;
+        None if the summary reports the last evaluation during training.
     """
 
     config: ml_collections.ConfigDict
     mesh: Mesh
     splits: Mapping[str, int]
     best_metric: str
+    test_split: str | None
 
     def dependencies(self) -> dict[str, str]:
         """Returns the fingerprints of the inputs of the run other than its config."""
@@ -185,8 +188,8 @@ class Problem(Protocol):
     def policy(self, variables: Any, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function for `rollouts.unroll`, of a problem with an environment."""
 
-    def samples(self, variables: Any, count: int) -> tuple[list[Sample], dict[str, float]]:
-        """Returns sample completions for the report, and the metrics of a test split.
+    def samples(self, variables: Any, count: int) -> list[Sample]:
+        """Returns sample completions for the report.
 
         Args:
           variables: Variables of the policy.

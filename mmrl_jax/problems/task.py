@@ -260,7 +260,7 @@ class TaskProblem(TokenProblem):
             wrong = jax.random.bernoulli(noise_key, s.label_noise, (s.examples,))
             other = _answers_of_others(other_key, prompts)
             labels = label_task.texts.labels(jnp.where(wrong, other, prompts.answer))
-            return ScoredCompletions.labeled(prompts, *labels)
+            return ScoredCompletions.from_labels(prompts, *labels)
 
         return mesh_lib.computed(label, stream(self.config, problem.DATA))
 
@@ -367,9 +367,9 @@ class TaskProblem(TokenProblem):
         evaluator = self.evaluator(rng, prompts=self.config.run.eval_episodes)
         return self.periodic(self._measure(evaluator), frozen, "train")
 
-    def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
+    def samples(self, variables: Params, count: int) -> list[Sample]:
         """Returns sample completions of prompts of the training split, see `problem.Problem`."""
-        return _sample_evaluator(self, count).samples(variables, "train", count), {}
+        return _sample_evaluator(self, count).samples(variables, "train", count)
 
 
 @functools.lru_cache(maxsize=1)

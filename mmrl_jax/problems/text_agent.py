@@ -209,9 +209,9 @@ class TextAgent(TokenProblem):
                 lambda x: jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype),
                 turns,
             )
-            return jax.eval_shape(ScoredCompletions.labeled, *flat)
+            return jax.eval_shape(ScoredCompletions.from_labels, *flat)
         mask = np.asarray(valid) > 0
-        return ScoredCompletions.labeled(*jax.tree.map(lambda x: x[mask], turns))
+        return ScoredCompletions.from_labels(*jax.tree.map(lambda x: x[mask], turns))
 
     def _turn_source(self, name: str) -> Source:
         """Returns a source of turns of episodes of the agent."""
@@ -305,6 +305,6 @@ class TextAgent(TokenProblem):
             self.config.env.split,
         )
 
-    def samples(self, variables: Params, count: int) -> tuple[list[Sample], dict[str, float]]:
+    def samples(self, variables: Params, count: int) -> list[Sample]:
         """Returns no samples: the behavior of an agent is shown by a video instead."""
-        return [], {}
+        return []

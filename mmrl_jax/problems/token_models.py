@@ -138,7 +138,7 @@ def make_model(
         policy = dataclasses.replace(
             policy,
             model=cast(VisionLanguageModel, stacked.with_scan(policy.model, m.scan_layers)),
-            gathers=m.gather_for_sampling,
+            gather_for_sampling=m.gather_for_sampling,
         )
     mask = np.ones((len(texts.prompts), image_tokens(m, spec, size)), bool)
     check_counts(texts.prompt_tokens == tokenizer.image, mask)

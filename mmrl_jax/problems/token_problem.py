@@ -50,7 +50,7 @@ class CompletionOptions:
         0,
         "Number of times that sampling halves the number of completions of each prompt that it "
         "computes, when at most half of them have not ended; this saves time where lengths are "
-        "uneven.",
+        "uneven. The completions are equal up to rounding.",
         NON_NEGATIVE,
     )
     overlong_buffer: int | None = option(
@@ -187,11 +187,13 @@ class TokenProblem(abc.ABC):
       mesh: Device mesh.
       model: Policy with its tokenizer.
       best_metric: Name of the metric by which the best checkpoint is chosen.
+      test_split: Name of the split that is evaluated at the end, see `problem.Problem`.
       needs_value_head: Whether a stage of the run uses a value head.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: TokenModel, best_metric: str):
         self.config, self.best_metric = config, best_metric
+        self.test_split: str | None = None
         self.mesh = problem.make_mesh(config)
         self.model = model._replace(policy=dataclasses.replace(model.policy, mesh=self.mesh))
         self.needs_value_head = any("value_head" in self._needs(name) for name in config.stages)

@@ -96,7 +96,7 @@ def text_prompt(
     apply: Callable[..., Any] = model.apply
     x = apply(variables, tokens, method="embed")
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return EmbeddedPrompt(x, mask, positions, causal_mask(mask, counted=True))
+    return EmbeddedPrompt(x, mask, positions, causal_mask(mask, contiguous=True))
 
 
 def image_prompt(
@@ -118,7 +118,7 @@ def image_prompt(
       positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes; by default the
         tokens that are not padding are counted.
     """
-    attention_mask = model.mask(tokens, mask, mask, counted=positions is None)
+    attention_mask = model.mask(tokens, mask, mask, contiguous=positions is None)
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
@@ -288,13 +288,15 @@ def _empty_state(prefilled: Prefill, max_new_tokens: int, pad: int) -> _State:
     )
 
 
-def _goes_on(state: _State, *, batch: int, most: int) -> jax.Array:
+def _has_running(state: _State, *, batch: int, most: int) -> jax.Array:
     """Returns whether a prompt has more than `most` running completions without T tokens yet."""
     running = jnp.sum(state.running.reshape(batch, -1), axis=1)
     return (state.step < state.out.mask.shape[1]) & jnp.any(running > most)
 
 
-def _put(whole: tuple[_Written, jax.Array], state: _State) -> tuple[_Written, jax.Array]:
+def _scatter_outputs(
+    whole: tuple[_Written, jax.Array], state: _State
+) -> tuple[_Written, jax.Array]:
     """Writes the outputs of completions, and whether they run, into those of all completions."""
     return jax.tree.map(
         lambda all_, x: all_.at[state.sample].set(x), whole, (state.out, state.running)
@@ -381,10 +383,10 @@ def generate(
     for most in (*sizes[1:], 0):
         decode = functools.partial(_decode_step, model, variables, prefilled, write)
         state = jax.lax.while_loop(
-            functools.partial(_goes_on, batch=batch, most=most), decode, state
+            functools.partial(_has_running, batch=batch, most=most), decode, state
         )
         # Completions that are kept are written again after the next loop.
-        whole = _put(whole, state) if compactions else (state.out, state.running)
+        whole = _scatter_outputs(whole, state) if compactions else (state.out, state.running)
         if most:
             state, prefilled = _compact(state, prefilled, batch)
     out, running = whole

@@ -16,7 +16,7 @@ class ActorOutput(NamedTuple):
     Attributes:
       environment_action: Action that the environment takes, float32 [B, A] in [-1, 1], or int32
         [B] for discrete actions.
-      action: Sample before squashing, as in `Transition.action`; Completions for token policies.
+      action: Sample before tanh, as in `Transition.action`; Completions for token policies.
       log_prob: Log-probability of `action`, float32 [B].
       value: Value estimate, float32 [B].
     """

@@ -24,7 +24,7 @@ MODEL = LanguageModel(
 )
 
 
-def carried(*, fsdp, int8=False, gathers=False):
+def carried(*, fsdp, int8=False, gather_for_sampling=False):
     """Returns the types of the arrays that the loop over tokens carries in the compiled program."""
     mesh = mesh_lib.make_mesh(fsdp, {"data": 1, "fsdp": fsdp, "tensor": 1})
     tokens = jnp.ones((4, 8), jnp.int32)
@@ -36,7 +36,7 @@ def carried(*, fsdp, int8=False, gathers=False):
     shapes = jax.eval_shape(init, jax.random.key(0))
     variables = mesh_lib.placed_shapes(shapes, partition.shardings(shapes, mesh))
     prompts = Prompt(tokens, tokens > 0, None, *[tokens[:, 0]] * 4)
-    policy = TokenPolicy(MODEL, 8, (0,), 1, mesh=mesh, gathers=gathers)
+    policy = TokenPolicy(MODEL, 8, (0,), 1, mesh=mesh, gather_for_sampling=gather_for_sampling)
 
     def generate(variables, key):
         nothing = jax.tree.map(lambda _: None, variables)
@@ -54,7 +54,7 @@ def carried(*, fsdp, int8=False, gathers=False):
     ("options", "held", "absent"),
     [
         ({"fsdp": 4}, "f32[8,48]", "f32[32,48]"),
-        ({"fsdp": 4, "gathers": True}, "f32[32,48]", "f32[8,48]"),
+        ({"fsdp": 4, "gather_for_sampling": True}, "f32[32,48]", "f32[8,48]"),
         ({"fsdp": 1, "int8": True}, "s8[32,48]", "f32[32,48]"),
         ({"fsdp": 4, "int8": True}, "s8[8,48]", "s8[32,48]"),
     ],

@@ -444,7 +444,7 @@ def test_supervised_fine_tuning_is_cross_entropy():
     state, frozen = learner()
     tokens, mask = TASK.texts.labels(prompt_batch().answer)
     step = functools.partial(sft.update, policy=POLICY, optimizer=OPTIMIZER, options=sft.SFT())
-    labels = ScoredCompletions.labeled(prompt_batch(), tokens, mask)
+    labels = ScoredCompletions.from_labels(prompt_batch(), tokens, mask)
     new, metrics = jit(step)(state, frozen, labels, jax.random.key(0))
     rows = jnp.concatenate([prompt_batch().tokens, tokens], axis=1)
     row_mask = jnp.concatenate([prompt_batch().mask, mask], axis=1)

@@ -22,7 +22,7 @@ from mmrl_jax.rollouts.log_probs import completion_log_probs, log_probs_from_fea
 BATCH, LENGTH, HEADS, KEY_HEADS, SIZE = 4, 256, 4, 2, 8
 VALID = jnp.asarray(np.arange(LENGTH) >= np.array([[0], [3], [60], [100]]))
 COUNTED = jnp.maximum(jnp.cumsum(VALID, axis=1) - 1, 0)
-MASK = causal_mask(VALID, counted=True)
+MASK = causal_mask(VALID, contiguous=True)
 
 
 def inputs(dtype=jnp.bfloat16, length=LENGTH, size=SIZE):
@@ -218,7 +218,7 @@ def test_windows_of_prompts_are_the_same_with_kernels(scan, interpreted):
     expected = log_probs_and_gradients(language_model(**changes))
     served = interpreted()
     found = log_probs_and_gradients(language_model(**changes))
-    assert any(mask.window == 20 and mask.counted for _, _, mask in served)
+    assert any(mask.window == 20 and mask.contiguous for _, _, mask in served)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
     )

@@ -55,9 +55,9 @@ def kernels(program):
 
 CASES = {
     "decoder": (lambda ids: causal_mask(ids > 0), 14, 2, 64, None),
-    "decoder of wide heads": (lambda ids: causal_mask(ids > 0, counted=True), 8, 1, 256, 50.0),
+    "decoder of wide heads": (lambda ids: causal_mask(ids > 0, contiguous=True), 8, 1, 256, 50.0),
     "window": (
-        lambda ids: causal_mask(ids > 0, counted=True).within(128, ids, ids), 4, 1, 256, None
+        lambda ids: causal_mask(ids > 0, contiguous=True).within(128, ids, ids), 4, 1, 256, None
     ),
     "prompt": (lambda ids: causal_mask(ids > 0).replace(prefix=ids < 300), 8, 1, 256, None),
     "readouts": (lambda ids: causal_mask(ids > 0).replace(readouts=2), 9, 3, 64, None),

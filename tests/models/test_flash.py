@@ -24,7 +24,7 @@ PREFIX = COUNTED < 40  # The first 40 tokens, and the padding before them.
 
 def masks():
     valid, segments, prefix, counted = map(jnp.asarray, (VALID, SEGMENTS, PREFIX, COUNTED))
-    causal = causal_mask(valid, counted=True)
+    causal = causal_mask(valid, contiguous=True)
     return {
         "full": Mask(),
         "causal": Mask(causal=True),

@@ -104,10 +104,9 @@ def test_a_run_trains_on_what_the_function_returns(run, make_config):
         "final/test/failed_fraction",
     ]  # fmt: skip
     assert not any(name.startswith("eval/test/") for row in logged for name in row)
-    shown, tested = trained.problem.samples(trained.variables, 24)
+    shown = trained.problem.samples(trained.variables, 24)
     assert summary["final/test/return"] == np.mean([sample.reward for sample in shown])
-    assert trained.test_metrics == tested
-    assert tested["eval/test/return"] == summary["final/test/return"]
+    assert trained.test_metrics["eval/test/return"] == summary["final/test/return"]
     test = trained.problem.records.test
     assert {sample.prompt for sample in shown} == set(test.read(range(2)).prompts)
 
@@ -172,11 +171,11 @@ def test_other_algorithms_train(algorithm, run, make_config, tmp_path):
 def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_path, monkeypatch):
     given = []
 
-    def spy(*arguments, labeled=ScoredCompletions.labeled):
-        given.append(labeled(*arguments))
+    def spy(*arguments, from_labels=ScoredCompletions.from_labels):
+        given.append(from_labels(*arguments))
         return given[-1]
 
-    monkeypatch.setattr(ScoredCompletions, "labeled", spy)
+    monkeypatch.setattr(ScoredCompletions, "from_labels", spy)
     config = make_config(
         ("sft", "grpo"), sft__num_updates=30, sft__updates_per_dispatch=30, sft__batch_size=8,
         sft__optimizer__learning_rate=1e-2, sft__trainable=".*", last__trainable=".*",
@@ -208,7 +207,7 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     for place in (tmp_path, tmp_path / "sft"):
         variables = runs.load(place, trust_modules=True).variables
         found = evaluate(place, which="latest", split="all", episodes=None, trust_modules=True)
-        shown, _ = trained.problem.samples(variables, 24)
+        shown = trained.problem.samples(variables, 24)
         assert found["test/return"] == np.mean([sample.reward for sample in shown])
         assert found["test/episodes"] == found["validation/episodes"] == 2
         assert found["test/failed_fraction"] == found["validation/failed_fraction"] == 0
@@ -259,7 +258,7 @@ def test_held_out_records_are_answered_in_chunks(make_config, monkeypatch):
         folder_problem = problems.make(
             make_config(dataset__test_size=3, last__prompts_per_update=together)
         )
-        shown.append(folder_problem.samples(folder_problem.initial_variables(), 24)[0])
+        shown.append(folder_problem.samples(folder_problem.initial_variables(), 24))
         assert len(shown[-1]) == 3
     assert asked == [3, 2]  # Of the three, two and one that is filled up.
     for one, other in zip(*shown, strict=True):

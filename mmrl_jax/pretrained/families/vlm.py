@@ -58,7 +58,7 @@ def paligemma(
     tower = _tower(config, dtype, remat)
     vision = TiledVision(tower, config["text_config"]["hidden_size"])
     language, token = _language(config, dtype, remat), config["image_token_index"]
-    model = VisionLanguageModel(vision, language, token, sees_ahead=True)
+    model = VisionLanguageModel(vision, language, token, prefix_lm=True)
     prefix = _tower_prefix(names)
     keys = (
         _under("vision/tower", encoders.vision_keys(prefix))
