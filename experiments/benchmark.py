@@ -5,7 +5,8 @@ One suite compares accuracies instead.
   python -m experiments.benchmark --suite=render [--runs=7]
 
 Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
-{name, ours, peer, ratio, unit, runs, hardware}. Suites:
+{name, ours, peer, ratio, unit, runs, hardware}. `--suite=all` runs all suites of the speed, one
+after another. Suites:
 
   ppo_vs_brax   PPO updates with flat observations, compared with Brax's PPO
   render        frames of the reach scene, compared with MuJoCo's software renderer
@@ -30,7 +31,7 @@ from absl import app, flags, logging
 from experiments.benchmarks.harness import Row
 
 FLAGS = flags.FLAGS
-SUITES = (
+SPEED = (
     "ppo_vs_brax",
     "render",
     "model",
@@ -40,8 +41,8 @@ SUITES = (
     "grpo",
     "packing",
     "compaction",
-    "dinov2_probe",
 )
+SUITES = (*SPEED, "dinov2_probe")
 
 
 def benchmark(suite: str, directory: pathlib.Path, *, runs: int) -> list[Row]:
@@ -82,11 +83,18 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    benchmark(FLAGS.suite, pathlib.Path(FLAGS.directory), runs=FLAGS.runs)
+    for suite in SPEED if FLAGS.suite == "all" else (FLAGS.suite,):
+        benchmark(suite, pathlib.Path(FLAGS.directory), runs=FLAGS.runs)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("suite", None, SUITES, "Suite to run.", required=True)
+    flags.DEFINE_enum(
+        "suite",
+        None,
+        ("all", *SUITES),
+        "Suite to run; 'all' for every one that measures speed, one after another.",
+        required=True,
+    )
     flags.DEFINE_integer("runs", 7, "Number of measurements of each side.", lower_bound=1)
     flags.DEFINE_string("directory", "runs/benchmarks", "Directory of <suite>.json.")
     logging.set_verbosity(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Tables of recorded studies, which `write_docs` inserts into the documentation."""
+"""Tables of recorded studies and benchmarks, which `write_docs` inserts into the documentation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
@@ -8,11 +8,12 @@ import pathlib
 
 import numpy as np
 
-from experiments import large_models
+from experiments import benchmark, large_models
 from experiments import study as study_lib
 from mmrl_jax.evaluation.statistics import Interval
 
-STUDIES = pathlib.Path(__file__).parent / "results" / "studies"
+RESULTS = pathlib.Path(__file__).parent / "results"
+STUDIES = RESULTS / "studies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +249,32 @@ def compiled() -> str:
     return markdown(("model", "method", "TPU", "parameters", "memory a chip", "fits"), rows)
 
 
+def benchmarks() -> str:
+    """Returns the table of recorded benchmarks of the speed and the memory."""
+    rows = []
+    for suite in benchmark.SPEED:
+        path = RESULTS / "benchmarks" / f"{suite}.json"
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if not recorded:
+            rows.append((f"`{suite}`", "not run", *[""] * 5))
+        for row in recorded:
+            columns = [row[name] for name in ("ours", "peer")]
+            cells = ["-" if x is None else f"{_significant(x)} {row['unit']}" for x in columns]
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:,.2f}"
+            rows.append(
+                (f"`{suite}`", row["name"], *cells, ratio, str(row["runs"]), row["hardware"])
+            )
+    header = ("suite", "measured / peer", "ours", "peer", "ratio", "runs", "hardware")
+    return markdown(header, rows)
+
+
+def _significant(x: float) -> str:
+    """Returns a number with at least three significant digits, and without an exponent."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
 TABLES = {
+    "benchmarks": benchmarks,
     "quickstart": quickstart,
     "count": count,
     "grid_agent": grid_agent,

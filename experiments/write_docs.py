@@ -5,7 +5,7 @@
 The command writes in its own checkout:
   docs/metrics.md         every metric, from mmrl_jax/monitoring/metric_definitions.py
   docs/configuration.md   every key of a config, from the dataclasses that define them
-  docs/results.md, docs/scaling.md, README.md
+  docs/results.md, docs/benchmarks.md, docs/scaling.md, README.md
                           the tables between `<!-- table: <name> -->` and `<!-- /table -->`, from
                           the rows in experiments/results
 """
@@ -31,7 +31,8 @@ from mmrl_jax.problems.task import UserTaskOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Documents that are written in addition to the README.
-WRITTEN = ("docs/metrics.md", "docs/configuration.md", "docs/results.md", "docs/scaling.md")
+TABLED = ("docs/results.md", "docs/benchmarks.md", "docs/scaling.md")
+WRITTEN = ("docs/metrics.md", "docs/configuration.md", *TABLED)
 NOTE = "<!-- Written by `python -m experiments.write_docs`; do not edit. -->\n\n"
 
 METRICS = """# Metrics
@@ -286,8 +287,7 @@ def configuration() -> str:
 
 def documents(root: pathlib.Path = ROOT) -> dict[str, str]:
     """Returns the texts of the documents by their paths in the checkout."""
-    names = ("docs/results.md", "docs/scaling.md", "README.md")
-    texts = {name: (root / name).read_text(encoding="utf-8") for name in names}
+    texts = {name: (root / name).read_text(encoding="utf-8") for name in (*TABLED, "README.md")}
     tables = {name: with_tables(text) for name, text in texts.items()}
     return {"docs/metrics.md": metrics(), "docs/configuration.md": configuration()} | tables
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmrl_jax.models.masks import Mask
-from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer
+from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Remat, Transformer
 
 
 def patchify(pixels: jax.Array, patch: int, margin: int) -> jax.Array:
@@ -101,7 +101,7 @@ class VisionEncoder(nn.Module):
       heads: Number of attention heads in each block.
       mlp_ratio: Hidden width of the blocks' MLPs, divided by `width`.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
 
     width: int
@@ -112,7 +112,7 @@ class VisionEncoder(nn.Module):
     heads: int
     mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array, condition: jax.Array | None) -> jax.Array:
@@ -146,7 +146,7 @@ class TextEncoder(nn.Module):
       heads: Number of attention heads in each block.
       mlp_ratio: Hidden width of the blocks' MLPs, divided by `width`.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
 
     width: int
@@ -155,7 +155,7 @@ class TextEncoder(nn.Module):
     heads: int
     mlp_ratio: int = 4
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmrl_jax.distributed.partition import embedding_lookup, gathered, keep_in_loop
 from mmrl_jax.models.masks import Mask, causal_mask
-from mmrl_jax.models.transformer import BlockSpec, Context, Transformer
+from mmrl_jax.models.transformer import BlockSpec, Context, Remat, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class LanguageModel(nn.Module):
       tied: Whether the output layer is the transposed embedding table.
       softcap: Bound of the logits, softcap * tanh(logits / softcap); None for unbounded logits.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`.
     """
 
@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
     tied: bool = True
     softcap: float | None = None
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
     scan: bool = False
 
     def setup(self) -> None:

@@ -17,7 +17,7 @@ from mmrl_jax.models.encoders import (
 )
 from mmrl_jax.models.heads import ActionKind, PolicyHead, PolicyOutput, ValueHead
 from mmrl_jax.models.masks import Mask
-from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Transformer, layer_norm
+from mmrl_jax.models.transformer import BlockSpec, Context, Dense, Remat, Transformer, layer_norm
 from mmrl_jax.types import Observation
 
 MODALITIES = ("instruction", "pixels", "proprio", "readout")
@@ -120,7 +120,7 @@ class MultimodalPolicy(nn.Module):
         [B, H, W, 3] to features [B, patches, E]. A projection with FiLM follows. The parameters of
         a module become part of this one's.
       dtype: Compute dtype; parameters, heads and softmax statistics are float32.
-      remat: Whether to recompute the activations of every stack in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
 
     kind: ActionKind
@@ -142,7 +142,7 @@ class MultimodalPolicy(nn.Module):
     text_encoder: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
     vision_encoder: Callable[[jax.Array], jax.Array] | None = None
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, observation: Observation) -> PolicyOutput:

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 
 from mmrl_jax.models.language import Rope
 from mmrl_jax.models.masks import Mask
-from mmrl_jax.models.transformer import ACTIVATIONS, BlockSpec, Context, Dense, Norm, Transformer
+from mmrl_jax.models.transformer import (
+    ACTIVATIONS,
+    BlockSpec,
+    Context,
+    Dense,
+    Norm,
+    Remat,
+    Transformer,
+)
 from mmrl_jax.models.vlm import VisionFeatures
 
 
@@ -98,7 +106,7 @@ class PatchTower(nn.Module):
       deepstack: Indices of the blocks after which additional features are computed.
       patch_bias: Whether the patch embedding has a bias.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`; must
         be False if there are `deepstack` blocks.
     """
@@ -115,7 +123,7 @@ class PatchTower(nn.Module):
     deepstack: tuple[int, ...]
     patch_bias: bool
     dtype: jnp.dtype
-    remat: bool
+    remat: Remat
     scan: bool = False
 
     @nn.compact

@@ -14,6 +14,7 @@ from mmrl_jax.models.transformer import (
     Context,
     Dense,
     Norm,
+    Remat,
     Transformer,
 )
 
@@ -88,7 +89,7 @@ class VisionTower(nn.Module):
       norm_tokens: Whether to normalize all tokens after the stack.
       projection: Width E of the pooled features; None for no projection.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       scan: Whether the blocks run in a loop over their stacked parameters, see `Transformer`.
     """
 
@@ -104,7 +105,7 @@ class VisionTower(nn.Module):
     norm_tokens: bool = True
     projection: int | None = None
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
     scan: bool = False
 
     @nn.compact
@@ -236,7 +237,7 @@ class TextTower(nn.Module):
       projection: Width E of the pooled features; None for no projection.
       projection_bias: Whether the projection has a bias.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
 
     vocabulary: int
@@ -253,7 +254,7 @@ class TextTower(nn.Module):
     projection: int | None = None
     projection_bias: bool = False
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, present: jax.Array) -> Encoded:

@@ -303,6 +303,20 @@ class Block(nn.Module):
         return dense(x.shape[-1], name="mlp_out")(y)
 
 
+# What is recomputed in the backward pass to save memory: nothing (False), all activations inside a
+# block (True), or all but the outputs of products with parameters ('dots').
+Remat = bool | Literal["dots"]
+
+
+def _remat(block: type[nn.Module], remat: Remat, *, prevent_cse: bool = True) -> type[nn.Module]:
+    """Returns a class of blocks whose activations are recomputed as `remat` says."""
+    if not remat:
+        return block
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = dots if remat == "dots" else None
+    return nn.remat(block, static_argnums=(3,), prevent_cse=prevent_cse, policy=policy)
+
+
 class Transformer(nn.Module):
     """A stack of blocks.
 
@@ -310,7 +324,7 @@ class Transformer(nn.Module):
       layers: Number of blocks.
       block: Specification of the blocks.
       dtype: Compute dtype; norms and softmax statistics are float32.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       pattern: Index of the context of each layer, among several contexts; None for the first.
       final_norm: Whether to normalize the output of the last block.
       scan: Whether the blocks run in a loop over their parameters, which must then be stacked, see
@@ -320,7 +334,7 @@ class Transformer(nn.Module):
     layers: int
     block: BlockSpec
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: Remat = False
     pattern: tuple[int, ...] | None = None
     final_norm: bool = True
     scan: bool = False
@@ -381,7 +395,7 @@ class Transformer(nn.Module):
         span: range | None,
     ) -> jax.Array:
         """Runs the blocks one after another, see `__call__`."""
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        block = _remat(Block, self.remat)
         if self.layers > 1 and not self.is_initializing():
             # All blocks of equal shape are traced once. Initialization is left out, because the
             # random numbers of parameters depend on the calls in which they are made.
@@ -403,8 +417,7 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Runs the blocks in a loop, see `__call__`."""
         # Inside a loop, XLA does not merge the recomputation with the forward pass.
-        remat = functools.partial(nn.remat, static_argnums=(3,), prevent_cse=False)
-        block = (remat(Block) if self.remat else Block)(self.block, self.dtype, name="blocks")
+        block = _remat(Block, self.remat, prevent_cse=False)(self.block, self.dtype, name="blocks")
         extra = jnp.stack([y.astype(x.dtype) for y in added]) if added else None
         branches = [
             lambda block, x, context=context: block(x, context, x.shape[1]) for context in contexts

@@ -109,6 +109,8 @@ def candidates(
     yield from _meshes(config, topology, "fsdp")
     if keys.get("model.remat") is False:
         yield {"model.remat": True}
+    if keys.get("model.remat_policy") == "dots":
+        yield {"model.remat_policy": "nothing"}
     for stage in stages:
         for key in _PARTS:
             value = keys.get(f"{stage}.{key}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.towers import TextTower, VisionTower
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained.families import decoders, dinov2, encoders, qwen_vl, vlm
 
@@ -46,7 +47,7 @@ class Blueprint(NamedTuple):
 
 
 def make(
-    kind: str, config: Mapping[str, Any], names: Collection[str], *, dtype: jnp.dtype, remat: bool
+    kind: str, config: Mapping[str, Any], names: Collection[str], *, dtype: jnp.dtype, remat: Remat
 ) -> Blueprint:
     """Builds a model of a kind without its parameters.
 
@@ -55,7 +56,7 @@ def make(
       config: Complete config of the model, see `hub.read_config`.
       names: Names of the hub's tensors, on which only the keys of the blueprint depend.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
 
     Raises:
       ValueError: The family is not supported.
@@ -87,7 +88,7 @@ def check_family(config: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
 
 
 def _language_model(
-    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Blueprint:
     model = decoders.build(config, dtype=dtype, remat=remat)
     tied = (r"lm_head\.weight",) if model.tied else ()
@@ -95,7 +96,7 @@ def _language_model(
 
 
 def _vision_tower(
-    whole: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    whole: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Blueprint:
     config = whole.get("vision_config", whole)
     kind = whole["model_type"]
@@ -115,7 +116,7 @@ def _vision_tower(
 
 
 def _text_tower(
-    whole: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    whole: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Blueprint:
     kind, config = whole["model_type"], whole.get("text_config", whole)
     if kind == "bert":
@@ -134,7 +135,7 @@ def _text_tower(
 
 
 def _vision_language_model(
-    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Blueprint:
     kind = config["model_type"]
     if kind in qwen_vl.DECODERS:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
 from mmrl_jax.models.towers import TextTower
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import bundled_weights, chat, hub, processing, processor_files
 from mmrl_jax.pretrained.families import vlm
@@ -133,7 +134,7 @@ def vision_language_model(
     words: tuple[str, ...],
     size: tuple[int, int],
     dtype: jnp.dtype,
-    remat: bool,
+    remat: Remat,
 ) -> ControlModel:
     """Returns a vision-language model for an environment with a closed set of sentences.
 
@@ -148,7 +149,7 @@ def vision_language_model(
       words: Vocabulary of the environment: word i has token i + 1, and token 0 is padding.
       size: Height and width of a frame in pixels.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
 
     Returns:
       The model and its inputs. The prompt of an unknown instruction has no image token, so that the

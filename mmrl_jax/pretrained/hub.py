@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mmrl_jax.distributed import partition
 from mmrl_jax.models import lora
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.pretrained import blueprints, safetensors_files, weights
 from mmrl_jax.pretrained.blueprints import Blueprint
 from mmrl_jax.pretrained.families import config_keys
@@ -79,7 +80,7 @@ def load_language_model(
     directory: str | pathlib.Path,
     *,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
     param_dtype: Callable[[str], jnp.dtype] | None = None,
@@ -89,7 +90,7 @@ def load_language_model(
     Args:
       directory: Local directory in the hub's format.
       dtype: Dtype of the parameters and of the computation.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       mesh: Mesh over which the parameters are distributed, where each process reads what its
         devices hold; None for the default device.
       rules: Partition rules of the parameters, see `partition.shardings`.
@@ -117,7 +118,7 @@ def load_vision_tower(
     directory: str | pathlib.Path,
     *,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> Pretrained:
@@ -132,7 +133,7 @@ def load_text_tower(
     directory: str | pathlib.Path,
     *,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> Pretrained:
@@ -147,7 +148,7 @@ def load_vision_language_model(
     directory: str | pathlib.Path,
     *,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
     param_dtype: Callable[[str], jnp.dtype] | None = None,
@@ -174,7 +175,7 @@ def load(
     directory: str | pathlib.Path,
     *,
     dtype: jnp.dtype,
-    remat: bool,
+    remat: Remat,
     mesh: Mesh | None,
     rules: partition.Rules,
     param_dtype: Callable[[str], jnp.dtype] | None = None,
@@ -264,7 +265,7 @@ def merged(variables: Mapping[str, Any]) -> Any:
 
 
 def read_blueprint(
-    kind: str, directory: str | pathlib.Path, *, dtype: jnp.dtype, remat: bool
+    kind: str, directory: str | pathlib.Path, *, dtype: jnp.dtype, remat: Remat
 ) -> Blueprint:
     """Reads the blueprint of a local directory in the hub's format; see `blueprints.make`.
 

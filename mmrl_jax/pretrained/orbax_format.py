@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mmrl_jax.distributed import partition
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.pretrained import blueprints, hub, weights
 
 RECORD, PARAMS = "model.json", "params"
@@ -56,7 +57,7 @@ def load(
     directory: str | pathlib.Path,
     *,
     dtype: jnp.dtype | None = None,
-    remat: bool = False,
+    remat: Remat = False,
     mesh: Mesh | None = None,
     rules: partition.Rules = partition.RULES,
 ) -> hub.Pretrained:
@@ -65,7 +66,7 @@ def load(
     Args:
       directory: Local directory that `save` wrote.
       dtype: Dtype of the parameters and of the computation; None for the saved dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       mesh: Mesh over which the parameters are distributed, where each process reads what its
         devices hold; None for the default device.
       rules: Partition rules of the parameters, see `partition.shardings`.

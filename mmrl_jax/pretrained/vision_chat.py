@@ -18,6 +18,7 @@ import numpy as np
 
 from mmrl_jax.models.qwen_vision import PatchImages
 from mmrl_jax.models.tiles import AnyresTiles, Tiles
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained import hub, processing, qwen_processing
 from mmrl_jax.pretrained.chat import (
@@ -98,7 +99,7 @@ def read_spec(
     *,
     splitting: bool,
     dtype: jnp.dtype,
-    remat: bool,
+    remat: Remat,
 ) -> VLMSpec:
     """Reads a vision-language model of a local directory in the hub's format without parameters.
 
@@ -109,7 +110,7 @@ def read_spec(
       splitting: Whether the processor may split an image into tiles, see
         `processing.Processor.whole`.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
 
     Raises:
       ValueError: The family is not supported, or the model was not trained to chat.

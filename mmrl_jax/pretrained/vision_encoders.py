@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mmrl_jax.distributed import partition
 from mmrl_jax.models.dinov2 import DinoTower
 from mmrl_jax.models.towers import ResizingVisionTower, VisionTower
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.pretrained import bundled_weights, hub, processor_files
 
 DINOV2 = "dinov2"
@@ -32,7 +33,7 @@ def directory_of(encoder: str) -> pathlib.Path:
 
 @functools.lru_cache(maxsize=4)  # A run builds its network several times.
 def read_encoder(
-    encoder: str, size: int | None, *, dtype: jnp.dtype, remat: bool
+    encoder: str, size: int | None, *, dtype: jnp.dtype, remat: Remat
 ) -> ResizingVisionTower:
     """Reads a vision tower without its parameters.
 
@@ -41,7 +42,7 @@ def read_encoder(
       size: Edge in pixels of the square to which images are resized; None for the edge that the
         tower was trained with, or for DINOv2 that of its image processor.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
 
     Returns:
       A module from images uint8 [B, H, W, 3] to features [B, patches, E].

@@ -260,7 +260,8 @@ class Control:
         for name in config.stages:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
-        self.best_metric, self.test_split = f"eval/{config.env.split}/return", None
+        self.best_metric = f"eval/{config.env.split}/return"
+        self.test_split: str | None = None
         self._demonstrations: dict[str, bc.Demonstrations] = {}
 
     def dependencies(self) -> dict[str, str]:

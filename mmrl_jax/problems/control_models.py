@@ -37,6 +37,7 @@ from mmrl_jax.problems.model_options import (
     VisionEncoderOptions,
     check_patches,
     options_of_kind,
+    remat_of,
 )
 from mmrl_jax.types import Observation, Params
 
@@ -182,7 +183,7 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
     if m.vision_encoder is not None:
         with error_prefix("vision_encoder", m):
             vision_encoder = vision_encoders.read_encoder(
-                m.vision_encoder, m.vision_size, dtype=DTYPES[m.dtype], remat=m.remat
+                m.vision_encoder, m.vision_size, dtype=DTYPES[m.dtype], remat=remat_of(m)
             )
     return MultimodalPolicy(
         kind=env.action_kind,
@@ -204,7 +205,7 @@ def make_network(config: ml_collections.ConfigDict, env: Env) -> nn.Module:
         text_encoder=text_encoder,
         vision_encoder=vision_encoder,
         dtype=DTYPES[m.dtype],
-        remat=m.remat,
+        remat=remat_of(m),
     )
 
 
@@ -229,7 +230,7 @@ def _vlm_policy(
             env.vocabulary.words,
             size,
             DTYPES[m.dtype],
-            m.remat,
+            remat_of(m),
         )
     if m.pointing is not None and not read.grid:
         raise ValueError(

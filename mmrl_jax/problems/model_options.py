@@ -18,6 +18,7 @@ from mmrl_jax.config.options import (
 )
 from mmrl_jax.config.schema import is_group
 from mmrl_jax.models.attention import Implementation
+from mmrl_jax.models.transformer import Remat
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Dtype = Literal["float32", "bfloat16"]
@@ -50,11 +51,30 @@ class ModelOptions:
     remat: bool = option(
         False, "Whether to recompute activations in the backward pass to save memory."
     )
+    remat_policy: Literal["nothing", "dots"] = option(
+        "nothing",
+        "What model.remat=True does not recompute: 'nothing', or 'dots' for the outputs of "
+        "products with parameters, which takes less time and more memory.",
+    )
     attention: Implementation = option(
         "auto",
         "Implementation of attention: 'auto' for a flash attention kernel on TPU and NVIDIA GPU "
         "where dtype is 'bfloat16' and the kernel supports it, 'xla' for no kernel.",
     )
+
+
+def remat_of(model: ml_collections.ConfigDict) -> Remat:
+    """Returns what a model recomputes in the backward pass, from the group `model` of a config.
+
+    Raises:
+      ValueError: If `remat_policy` has no effect.
+    """
+    if model.remat_policy != "nothing" and not model.remat:
+        raise ValueError(
+            f"model.remat_policy={model.remat_policy!r} has no effect with model.remat=False; set "
+            "model.remat=True, or remove it."
+        )
+    return "dots" if model.remat and model.remat_policy == "dots" else model.remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from mmrl_jax.models.vlm import PatchVision, VisionLanguageModel, check_counts
 from mmrl_jax.pretrained import chat, hub, vision_chat, vision_encoders, weights
 from mmrl_jax.pretrained.vision_chat import VLMSpec
 from mmrl_jax.problems.control_models import error_prefix, with_adapters
-from mmrl_jax.problems.model_options import DTYPES
+from mmrl_jax.problems.model_options import DTYPES, remat_of
 from mmrl_jax.tasks.prompts import Texts, Tokenizer, WordTokenizer
 from mmrl_jax.training import fingerprints
 from mmrl_jax.types import Params
@@ -56,7 +56,7 @@ def read_spec(m: ml_collections.ConfigDict, size: tuple[int, int]) -> DecoderSpe
     """
     if m.kind == "scratch":
         return None
-    arguments: dict[str, Any] = {"dtype": DTYPES[m.dtype], "remat": m.remat}
+    arguments: dict[str, Any] = {"dtype": DTYPES[m.dtype], "remat": remat_of(m)}
     try:
         directory = chat.directory_of(m.checkpoint)
         if m.kind == "vlm":
@@ -183,7 +183,7 @@ def _with_patches(
         heads=m.heads,
         mlp_ratio=m.mlp_ratio,
         dtype=dtype,
-        remat=m.remat,
+        remat=remat_of(m),
     )
     return VisionLanguageModel(PatchVision(encoder, projector), language, tokenizer.image)
 
@@ -205,7 +205,7 @@ def _small_decoder(m: ml_collections.ConfigDict, vocabulary: int) -> LanguageMod
         block=block,
         ropes=(Rope(100.0, m.width // m.heads),),
         dtype=DTYPES[m.dtype],
-        remat=m.remat,
+        remat=remat_of(m),
     )
 
 

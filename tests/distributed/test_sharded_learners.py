@@ -24,14 +24,15 @@ LORA = {
     "last__trainable": "lora/.*",
 }
 SAMPLED = {"last__prompts_per_update": 16, "last__optimizer": OPTIMIZER}
+HEADS = {"model__heads": max(shape[2] for shape in MESHES)}
 CONFIGS = {
     "ppo": lambda: tiny.config("reach_ppo_scratch", last__num_envs=16, last__optimizer=OPTIMIZER),
     "bc": lambda: tiny.config("reach_bc", last__optimizer=OPTIMIZER),
-    "sft": lambda: tiny.token_config("count_sft", last__optimizer=OPTIMIZER),
-    "grpo": lambda: tiny.token_config(stages=("grpo",), **SAMPLED),
-    "grpo_lora": lambda: tiny.token_config(stages=("grpo",), **SAMPLED, **LORA),
-    "token_ppo": lambda: tiny.token_config(stages=("ppo",), **SAMPLED),
-    "dpo": lambda: tiny.token_config(stages=("dpo",), **SAMPLED),
+    "sft": lambda: tiny.token_config("count_sft", last__optimizer=OPTIMIZER, **HEADS),
+    "grpo": lambda: tiny.token_config(stages=("grpo",), **SAMPLED, **HEADS),
+    "grpo_lora": lambda: tiny.token_config(stages=("grpo",), **SAMPLED, **HEADS, **LORA),
+    "token_ppo": lambda: tiny.token_config(stages=("ppo",), **SAMPLED, **HEADS),
+    "dpo": lambda: tiny.token_config(stages=("dpo",), **SAMPLED, **HEADS),
     "pretrained": lambda: tiny.token_config(
         "smollm2_vqa_grpo",
         stages=("grpo",),
@@ -54,9 +55,8 @@ CONFIGS = {
 @functools.cache
 def decoder():
     """Returns the directory of a random Llama of three layers."""
-    return processors.save_decoder(
-        pathlib.Path(tempfile.mkdtemp(prefix="llama")), num_hidden_layers=3
-    )
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="llama"))
+    return processors.save_decoder(directory, num_hidden_layers=3, num_attention_heads=4)
 
 
 class Learner:

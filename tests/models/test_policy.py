@@ -353,17 +353,19 @@ def test_bfloat16_keeps_float32_parameters_heads_and_meaning():
     )
 
 
+def count(jaxpr, *names):
+    """Number of primitives of these names, also in what is traced once and called several times."""
+    inner = [sub for eqn in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
+    own = sum(eqn.primitive.name in names for eqn in jaxpr.eqns)
+    return own + sum(count(sub, *names) for sub in inner)
+
+
 def test_remat_covers_every_block_of_every_stack_and_changes_no_output():
     def remats(**changes):
         deep = network(layers=2, vision_layers=3, text_layers=1, **changes)
         params = jax.eval_shape(deep.init, jax.random.key(0), observe())
-        return count(jax.make_jaxpr(deep.apply)(params, observe()).jaxpr)
-
-    def count(jaxpr):
-        """Blocks of equal shape are traced once, and called as often as there are blocks."""
-        inner = [sub for eqn in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
-        own = sum(eqn.primitive.name in ("checkpoint", "remat2") for eqn in jaxpr.eqns)
-        return own + sum(map(count, inner))
+        jaxpr = jax.make_jaxpr(deep.apply)(params, observe()).jaxpr
+        return count(jaxpr, "checkpoint", "remat2")
 
     assert remats(remat=True) == 2 + 3 + 1 and remats() == 0
     apply, params = initialized()
@@ -373,6 +375,19 @@ def test_remat_covers_every_block_of_every_stack_and_changes_no_output():
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_dots_recomputes_all_but_the_products_with_parameters():
+    def products(remat):
+        stack = Transformer(2, BlockSpec(heads=2, hidden=16), remat=remat)
+        x, mask = jnp.ones((2, 3, 8)), Mask(causal=True)
+        params = jax.eval_shape(stack.init, jax.random.key(0), x, Context(mask))
+        loss = lambda params: stack.apply(params, x, Context(mask)).sum()  # noqa: E731
+        return count(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, "dot_general")
+
+    # A block has 6 products with parameters: query, key, value, output, 2 of the MLP; 2 have none.
+    assert products(remat="dots") == products(remat=False) + 2 * 2
+    assert products(remat=True) >= products(remat="dots") + 2 * 5
 
 
 def test_a_policy_of_the_size_of_vit_large_has_its_parameters():

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmrl_jax.models.language import LanguageModel, Rope
-from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.models.transformer import BlockSpec, Remat
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 # The hub's names and module paths. '{i}' is a layer; matrices are transposed, see
@@ -50,7 +50,7 @@ def keys(model_type: str, prefix: str = "model.", head: str = "lm_head.weight") 
     }
 
 
-def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> LanguageModel:
+def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: Remat) -> LanguageModel:
     """Builds the model of a hub config that has all defaults, see `hub.read_config`.
 
     Raises:

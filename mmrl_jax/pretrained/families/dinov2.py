@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmrl_jax.models.dinov2 import DinoTower
-from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.models.transformer import BlockSpec, Remat
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 FAMILIES = ("dinov2", "dinov2_with_registers")
@@ -53,13 +53,13 @@ def keys(prefix: str, *, gated: bool) -> dict[str, str]:
     }
 
 
-def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> DinoTower:
+def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: Remat) -> DinoTower:
     """Builds the tower of a config, whose pooled features are the normalized class token.
 
     Args:
       config: Config in the hub's format.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
     c, gated = config, config["use_swiglu_ffn"]
     hidden = c["hidden_size"] * c["mlp_ratio"]

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmrl_jax.models.towers import TextTower, VisionTower
-from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.models.transformer import BlockSpec, Remat
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
 
 # The blocks of CLIP and SigLIP have the same names.
@@ -94,7 +94,7 @@ def bert_keys(prefix: str = "") -> dict[str, str]:
 
 
 def build_vision(
-    config: Mapping[str, Any], *, projection: int | None, dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], *, projection: int | None, dtype: jnp.dtype, remat: Remat
 ) -> VisionTower:
     """Builds the tower of a CLIP or SigLIP vision config.
 
@@ -102,7 +102,7 @@ def build_vision(
       config: Vision config in the hub's format.
       projection: Width of the pooled features; None for no projection.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
     c, clip = config, config["model_type"].startswith("clip")
     return VisionTower(
@@ -123,7 +123,7 @@ def build_vision(
 
 
 def build_text(
-    config: Mapping[str, Any], *, projection: int | None, dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], *, projection: int | None, dtype: jnp.dtype, remat: Remat
 ) -> TextTower:
     """Builds the tower of a CLIP or SigLIP text config.
 
@@ -132,7 +132,7 @@ def build_text(
       projection: Width of CLIP's pooled features; None for no projection. SigLIP's config has its
         own.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
     """
     c, clip = config, config["model_type"].startswith("clip")
     return TextTower(
@@ -152,7 +152,7 @@ def build_text(
     )
 
 
-def build_bert(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> TextTower:
+def build_bert(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: Remat) -> TextTower:
     """Builds a sentence encoder whose pooled output is the mean of BERT's features over words."""
     c = config
     return TextTower(

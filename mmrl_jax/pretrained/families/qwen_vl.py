@@ -9,7 +9,7 @@ import numpy as np
 
 from mmrl_jax.models.language import Rope
 from mmrl_jax.models.qwen_vision import PatchImages, PatchTower
-from mmrl_jax.models.transformer import BlockSpec
+from mmrl_jax.models.transformer import BlockSpec, Remat
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained.families import decoders
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
@@ -63,7 +63,7 @@ def keys(model_type: str, *, nested: bool) -> dict[str, str]:
     return vision | {name: f"language/{path}" for name, path in language.items()}
 
 
-def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> VisionLanguageModel:
+def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: Remat) -> VisionLanguageModel:
     """Builds the model of a hub config that has all defaults, see `hub.read_config`.
 
     Raises:
@@ -85,7 +85,7 @@ def build(config: Mapping[str, Any], *, dtype: jnp.dtype, remat: bool) -> Vision
 
 
 def build_vision(
-    config: Mapping[str, Any], model_type: str, *, dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], model_type: str, *, dtype: jnp.dtype, remat: Remat
 ) -> PatchTower:
     """Builds the tower of a vision config."""
     c, is_qwen3 = config, model_type == "qwen3_vl"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.tiles import AnyresTiles, AnyresVision, TiledVision, Tiles
 from mmrl_jax.models.towers import VisionTower
+from mmrl_jax.models.transformer import Remat
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.pretrained.families import decoders, encoders
 from mmrl_jax.pretrained.families.config_keys import ACTIVATIONS
@@ -32,7 +33,7 @@ class Recipe(NamedTuple):
 
 
 def idefics3(
-    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Recipe:
     """SigLIP, one dense layer on squares of its tokens, and Llama (Laurencon et al., 2024)."""
     tower = _tower(config, dtype, remat)
@@ -49,7 +50,7 @@ def idefics3(
 
 
 def paligemma(
-    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Recipe:
     """SigLIP, one dense layer, and Gemma 1 or 2 with bidirectional prompts (Beyer et al., 2024).
 
@@ -72,7 +73,7 @@ def llava(
     config: Mapping[str, Any],
     names: Collection[str],
     dtype: jnp.dtype,
-    remat: bool,
+    remat: Remat,
     path: str = "vision",
 ) -> Recipe:
     """CLIP or SigLIP up to one of its blocks, two dense layers, and a decoder (Liu et al., 2024).
@@ -81,7 +82,7 @@ def llava(
       config: Config of the model in the hub's format.
       names: Names of the hub's tensors.
       dtype: Compute dtype.
-      remat: Whether to recompute each block's activations in the backward pass.
+      remat: What of each block is recomputed in the backward pass, see `Remat`.
       path: Module path of the tower and its projector.
 
     Raises:
@@ -126,7 +127,7 @@ def llava(
 
 
 def llava_onevision(
-    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: bool
+    config: Mapping[str, Any], names: Collection[str], dtype: jnp.dtype, remat: Remat
 ) -> Recipe:
     """LLaVA with features of the whole image and of its tiles (Li et al., 2024, LLaVA-OneVision).
 
@@ -170,13 +171,13 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, boo
 }
 
 
-def _tower(config: Mapping[str, Any], dtype: jnp.dtype, remat: bool) -> VisionTower:
+def _tower(config: Mapping[str, Any], dtype: jnp.dtype, remat: Remat) -> VisionTower:
     vision = config["vision_config"]
     tower = encoders.build_vision(vision, projection=None, dtype=dtype, remat=remat)
     return tower.clone(pool=None)
 
 
-def _language(config: Mapping[str, Any], dtype: jnp.dtype, remat: bool) -> LanguageModel:
+def _language(config: Mapping[str, Any], dtype: jnp.dtype, remat: Remat) -> LanguageModel:
     # The config of the whole model determines whether the output layer is tied.
     text = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
     return decoders.build(text, dtype=dtype, remat=remat)
