@@ -3,14 +3,8 @@
 import hashlib
 import json
 import math
-import os
-import pathlib
 import re
-import resource
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -20,7 +14,6 @@ import numpy as np
 import pytest
 
 import mmrl_jax
-from mmrl_jax import config as config_lib
 from mmrl_jax import problems, runs
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost, rendezvous
@@ -28,128 +21,17 @@ from mmrl_jax.distributed.rows import BatchRows, join_shares, strided_shares
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.training import checkpoint, dispatch
 from tests import episodes, processors, tiny
+from tests.distributed.processes import (
+    Processes,
+    assert_close,
+    control_config,
+    free_port,
+    stored,
+    train,
+    train_in_processes,
+)
 from tests.problems import test_demonstration_data as demonstrations
 from tests.tasks.test_folder import folder
-
-ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = """
-import pathlib
-from mmrl_jax.config import from_json
-
-def get_config():
-    return from_json(pathlib.Path({path!r}).read_text())
-"""
-LOST = "Terminating process because the JAX distributed service|has lost the connection to another"
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return server.getsockname()[1]
-
-
-class Processes:
-    """The processes of one command.
-
-    Args:
-      script: Name of the command.
-      arguments: Flags of each process.
-      ids: Numbers of the processes that start; None for all.
-      devices: Number of simulated devices of all processes.
-    """
-
-    def __init__(self, script, arguments, *, ids=None, devices=4):
-        port, count = free_port(), len(arguments)
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} "
-            "--xla_backend_optimization_level=0",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-        }
-        self.children, self._lines, self._readers = [], [], []
-        for i in range(count) if ids is None else ids:
-            command = [
-                sys.executable, "-m", f"experiments.{script}", *arguments[i],
-                f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}",
-                f"--process_id={i}",
-            ]  # fmt: skip
-            child = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                env=environment,
-            )  # fmt: skip
-            self.children.append(child)
-            self._lines.append([])
-            reader = threading.Thread(target=self._lines[-1].extend, args=(child.stdout,))
-            self._readers.append(reader)
-            reader.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *unused):
-        for child, reader in zip(self.children, self._readers, strict=True):
-            child.kill()
-            child.wait()
-            reader.join()
-
-    def end(self, timeout=None):
-        """Returns exit codes and outputs, as soon as all processes have ended."""
-        for child, reader in zip(self.children, self._readers, strict=True):
-            child.wait(timeout)
-            reader.join()
-        return [child.returncode for child in self.children], self.outputs()
-
-    def outputs(self):
-        return ["".join(lines) for lines in self._lines]
-
-    def wait_until(self, condition):
-        while not condition():
-            assert all(child.poll() is None for child in self.children), self.outputs()
-            time.sleep(0.02)
-
-
-def train(config, workdir, directory, *, count=2, flags=(), **options):
-    """Starts the processes of a run; its config and workdir may be lists with one for each."""
-    directory.mkdir(parents=True, exist_ok=True)
-    configs = config if isinstance(config, list) else [config] * count
-    workdirs = workdir if isinstance(workdir, list) else [workdir] * count
-    arguments = []
-    for i in range(count):
-        path = directory / f"config_{i}.py"
-        path.with_suffix(".json").write_text(config_lib.to_json(configs[i]))
-        path.write_text(CONFIG.format(path=str(path.with_suffix(".json"))))
-        arguments.append([f"--config={path}", f"--workdir={workdirs[i]}", *flags])
-    return Processes("train", arguments, **options)
-
-
-def train_in_processes(config, workdir, directory, **options):
-    """Trains in several processes, which must succeed; returns their output."""
-    with train(config, workdir, directory, **options) as processes:
-        codes, outputs = processes.end()
-    assert codes == [0] * len(codes), outputs
-    assert not any("Traceback" in x for x in outputs), outputs
-    return outputs
-
-
-def control_config(**changes):
-    """Returns a tiny config on all devices; plain SGD, which does not amplify rounding."""
-    sgd = {"name": "sgd", "learning_rate": 0.02, "schedule": "constant"}
-    small = tiny.FAST | {"last__num_updates": 2, "last__optimizer": sgd}
-    config = tiny.config("mlp_ppo", **small | changes)
-    return problems.complete(config, {"mesh": {"data": 0}})
-
-
-def stored(config, workdir, *, step=None):
-    """Returns the variables in the newest checkpoint of a run, on one device of this process."""
-    problem = problems.make(problems.complete(config, {"mesh": dict(data=1, fsdp=1, tensor=1)}))
-    return runs.restore(problem, config.stages[-1], workdir, which=str(step or "latest"))
-
-
-def assert_close(a, b):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
-        *jax.device_get((a, b)),
-    )
 
 
 def rows(workdir):
@@ -472,67 +354,6 @@ def test_all_stages_and_an_evaluation_in_two_processes(name, tmp_path):
     measured = loaded.evaluate("train", episodes=6)
     for metric, value in measured.items():
         assert table[f"train/{metric}"] == pytest.approx(value, rel=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_after_a_kill_the_others_stop_and_the_same_command_resumes(victim, tmp_path):
-    config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
-    workdir = tmp_path / "run"
-    with train(config, workdir, tmp_path / "killed") as processes:
-        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
-        processes.children[victim].kill()
-        codes, outputs = processes.end(timeout=60)
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
-    assert re.search(LOST, outputs[1 - victim])
-    done = checkpoint.saved_steps(workdir)[-1]
-    config = control_config(last__num_updates=done + 2, last__eval_interval=100_000)
-    outputs = train_in_processes(config, workdir, tmp_path / "resumed")
-    assert f"resumed after update {done} of {done + 2}" in outputs[0]
-    train_in_processes(config, tmp_path / "whole", tmp_path / "undisturbed")
-    parts, whole = (stored(config, x) for x in (workdir, tmp_path / "whole"))
-    assert parts.step == whole.step == done + 2
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((parts.variables, whole.variables)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_full_disk_of_one_process_stops_all(victim, tmp_path):
-    config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
-    workdir = tmp_path / "run"
-    with train(config, workdir, tmp_path / "full") as processes:
-        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
-        # No file of this process may have more bytes.
-        limit = resource.RLIMIT_FSIZE, (3000, 3000)
-        resource.prlimit(processes.children[victim].pid, *limit)
-        codes, outputs = processes.end(timeout=60)
-    assert codes[victim] == 1 and codes[1 - victim] != 0
-    assert re.search(r"error: Checkpoint \d+ could not be written to .*run", outputs[victim])
-    assert re.search(LOST, outputs[1 - victim])
-    done = checkpoint.saved_steps(workdir)[-1]
-    config = control_config(last__num_updates=done + 1, last__eval_interval=100_000)
-    outputs = train_in_processes(config, workdir, tmp_path / "resumed")
-    assert f"resumed after update {done} of {done + 1}" in outputs[0]
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
-    config = control_config(last__num_updates=100_000, last__eval_interval=100_000)
-    workdir = tmp_path / "run"
-    with train(config, workdir, tmp_path / "outputs") as processes:
-        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
-        processes.children[1].terminate()
-        codes, outputs = processes.end()
-    assert codes == [0, 0], outputs
-    assert "Training interrupted; the same command resumes it" in outputs[0]
-    done = checkpoint.saved_steps(workdir)[-1]
-    assert rows(workdir)[-1]["step"] == done
-    # One process with another number of devices resumes what two have saved.
-    config = control_config(last__num_updates=done + 2, last__eval_interval=100_000)
-    trained = mmrl_jax.train(problems.complete(config, {"mesh": {"data": 1}}), workdir)
-    assert trained.last.updates == done + 2
-    whole = mmrl_jax.train(problems.complete(config, {"mesh": {"data": 1}}), tmp_path / "whole")
-    assert_close(trained.variables.params, whole.variables.params)
 
 
 @pytest.mark.slow
