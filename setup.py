@@ -21,6 +21,7 @@ setuptools.setup(
             "mmrl-train=mmrl_jax.commands.train:run",
             "mmrl-evaluate=mmrl_jax.commands.evaluate:run",
             "mmrl-plan=mmrl_jax.commands.plan:run",
+            "mmrl-generate=mmrl_jax.commands.generate:run",
             "mmrl-explain=mmrl_jax.commands.explain:run",
             "mmrl-export=mmrl_jax.commands.export:run",
             "mmrl-convert-hf=mmrl_jax.commands.convert_hf:run",

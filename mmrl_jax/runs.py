@@ -7,7 +7,7 @@
 A run can be stopped at any time; the same call resumes it from its newest checkpoint.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 import contextlib
 import dataclasses
 import itertools
@@ -26,9 +26,11 @@ from mmrl_jax.config import load_config, to_json
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost, partition
 from mmrl_jax.monitoring import metrics
-from mmrl_jax.problems import Problem
+from mmrl_jax.problems import Problem, completion
+from mmrl_jax.problems.token_problem import TokenProblem
 from mmrl_jax.reporting import explanation, report
 from mmrl_jax.reporting import summary as summary_lib
+from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training import checkpoint, fingerprints, loop, provenance
 from mmrl_jax.training.lock import locked
@@ -307,6 +309,46 @@ class Loaded(NamedTuple):
           episodes: Number of episodes.
         """
         return explanation.explain(self.problem, self.variables, split, episodes=episodes)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[completion.Image],
+        *,
+        num_completions: int = 1,
+        sampling: Sampling = completion.GREEDY,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> list[list[completion.Completion]]:
+        """Completes prompts about images with a token policy, see `completion.complete`.
+
+        Args:
+          prompts: Texts of N prompts.
+          images: Image of each prompt: pixels uint8 [H, W, 3] of any size, the bytes of an encoded
+            image, or the path of a file.
+          num_completions: Number of completions of each prompt.
+          sampling: How tokens are sampled; greedy by default.
+          max_new_tokens: Maximum number of tokens of a completion; None for that of the run.
+          seed: Seed of the sampling.
+
+        Returns:
+          The completions of each prompt.
+
+        Raises:
+          ValueError: If the run has no token policy, or an input is invalid.
+        """
+        if not isinstance(self.problem, TokenProblem):
+            raise ValueError("The run has a control policy, which completes no prompts.")
+        return completion.complete(
+            self.problem,
+            self.variables,
+            prompts,
+            images,
+            num_completions=num_completions,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
 
     def policy(self, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function for `rollouts.unroll`, of a problem with an environment.

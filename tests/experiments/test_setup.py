@@ -359,6 +359,7 @@ def test_every_command_is_installed_by_a_name_and_can_be_called():
         "mmrl-train",
         "mmrl-evaluate",
         "mmrl-explain",
+        "mmrl-generate",
         "mmrl-export",
         "mmrl-convert-hf",
         "mmrl-convert-tfrecord",

@@ -1,0 +1,97 @@
+"""`Loaded.generate` and the command `experiments.generate` on a tiny run."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import mmrl_jax
+from mmrl_jax.problems import completion
+from mmrl_jax.rollouts.generate import Sampling
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run, its sample completions, and the file of the image of the first one."""
+    workdir = tmp_path_factory.mktemp("run")
+    trained = mmrl_jax.train(tiny.token_config(stages=("sft",)), workdir)
+    samples = trained.problem.samples(trained.variables, 8)
+    path = workdir / "image.png"
+    PIL.Image.fromarray(samples[0].image).save(path)
+    return workdir, samples, path
+
+
+def test_completions_are_those_of_the_evaluation(run):
+    workdir, samples, path = run
+    loaded = mmrl_jax.load(workdir)
+    images = [path, *(sample.image for sample in samples[1:])]
+    completed = loaded.generate([sample.prompt for sample in samples], images)
+    assert [[x.text for x in row] for row in completed] == [[x.completion] for x in samples]
+    # Each image belongs to its own prompt.
+    turned = loaded.generate([sample.prompt for sample in samples[::-1]], images[::-1])
+    for (one,), (other,) in zip(completed, turned[::-1], strict=True):
+        assert one.text == other.text and one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+
+
+def test_samples_are_many_and_repeat_with_the_seed(run):
+    workdir, samples, path = run
+    loaded = mmrl_jax.load(workdir)
+    hot = {"num_completions": 8, "sampling": Sampling(temperature=5.0)}
+    (one,), (same,), (other,) = (
+        loaded.generate([samples[0].prompt], [path], seed=seed, **hot) for seed in (0, 0, 1)
+    )
+    assert one == same != other and len({x.text for x in one}) > 1
+    (cut,) = loaded.generate([samples[0].prompt], [path], max_new_tokens=1, **hot)
+    assert all(x.finished == (x.text == "") for x in cut)
+    assert all(x.log_prob < 0 for x in one)
+
+
+def test_what_cannot_be_completed_is_named(run, tmp_path):
+    workdir, samples, path = run
+    loaded, prompt = mmrl_jax.load(workdir), samples[0].prompt
+    with pytest.raises(ValueError, match="no prompt"):
+        loaded.generate([], [])
+    with pytest.raises(ValueError, match="2 prompts, but 1 images; give one image for each"):
+        loaded.generate([prompt] * 2, [path])
+    with pytest.raises(ValueError, match="'zebras'.* are not in the vocabulary"):
+        loaded.generate(["how many zebras"], [path])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("absent.png", "text.png"):
+        with pytest.raises(ValueError, match=f"image .*{name}' cannot be read: "):
+            loaded.generate([prompt], [tmp_path / name])
+    with pytest.raises(ValueError, match="The image cannot be read: image is float64"):
+        loaded.generate([prompt], [np.zeros((8, 8, 3))])
+
+
+def test_a_longer_prompt_of_the_same_padded_length_compiles_nothing(run):
+    workdir, samples, path = run
+    loaded = mmrl_jax.load(workdir)
+    loaded.generate([samples[0].prompt], [path])
+    before = completion._generate._cache_size()
+    loaded.generate([f"{samples[0].prompt} {samples[0].prompt.split()[-1]}"], [path])
+    assert completion._generate._cache_size() == before
+
+
+def test_the_command_completes_prompts_of_the_command_line_and_of_the_input(run):
+    workdir, samples, path = run
+
+    def command(*arguments, lines=None):
+        return subprocess.run(
+            [
+                sys.executable, "-m", "experiments.generate", f"--workdir={workdir}",
+                f"--image={path}", *arguments,
+            ],
+            cwd=ROOT, input=lines, capture_output=True, text=True,
+        )  # fmt: skip
+
+    expected = f"{samples[0].prompt}\n  {samples[0].completion}   (log-prob -"
+    result = command(lines=f"{samples[0].prompt}\n\n")
+    assert result.returncode == 0 and result.stdout.startswith(expected), result
+    result = command("--prompt=how many zebras")
+    assert result.returncode == 1 and result.stderr.startswith("error: The words ['zebras']")
