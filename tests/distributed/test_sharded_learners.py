@@ -46,8 +46,8 @@ CONFIGS = {
         model__gather_for_sampling=True,
         **SAMPLED
         | LORA
-        # At first the gradient of A is zero and that of B is small.
-        | {"last__optimizer": OPTIMIZER | {"learning_rate": 0.2}},
+        # At first the gradient of A is zero and that of B is small. Each half of a minibatch is split.
+        | {"last__optimizer": OPTIMIZER | {"learning_rate": 0.2}, "last__prompts_per_update": 32},
     ),
 }
 
