@@ -46,7 +46,7 @@ CONFIGS = {
         model__gather_for_sampling=True,
         **SAMPLED
         | LORA
-        # At first the gradient of A is zero and that of B is small. Each half of a minibatch is split.
+        # At first the gradient of A is zero and that of B is small. Half a minibatch is split.
         | {"last__optimizer": OPTIMIZER | {"learning_rate": 0.2}, "last__prompts_per_update": 32},
     ),
 }
