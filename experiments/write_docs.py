@@ -72,9 +72,9 @@ name. In the tables, `required` marks a key without a default.
 
 ENVIRONMENTS = """
 The class of an environment in [mmrl_jax/envs/](../mmrl_jax/envs) describes its options. `--help`
-with a config prints those of its environment. An option that the config does not set is set on the
-command line by the whole group, for example `--config.env.options="{'rows': 6}"`. All environments
-`brax:<name>` have the options of `brax:reacher`, with an instruction of their own.
+with a config prints those of its environment. Any of them can be set on the command line, for
+example `--config.env.options.rows=6`. All environments `brax:<name>` have the options of
+`brax:reacher`, with an instruction of their own.
 
 """
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 import types
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from etils import epath
 import jax
@@ -25,8 +25,10 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config import load_config, to_json
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost, partition
-from mmrl_jax.monitoring import metrics
+from mmrl_jax.monitoring import loggers, metrics
 from mmrl_jax.problems import Problem, completion
+from mmrl_jax.problems.control import Control
+from mmrl_jax.problems.text_agent import TextAgent
 from mmrl_jax.problems.token_problem import TokenProblem
 from mmrl_jax.reporting import explanation, report
 from mmrl_jax.reporting import summary as summary_lib
@@ -51,8 +53,15 @@ def get_config(
       changes: Nested dictionary of the keys that differ, e.g. {"ppo": {"num_updates": 20}}.
 
     Raises:
-      ValueError: If the config does not exist or cannot be executed.
+      ValueError: If the config does not exist or cannot be executed, or a key in `changes` has
+        dots.
     """
+    for key in changes:
+        if "." in key:
+            raise ValueError(
+                f"changes has the key {key!r}; write nested dictionaries, e.g. "
+                '{"ppo": {"num_updates": 20}}.'
+            )
     return problems.complete(load_config(spec), changes)
 
 
@@ -74,6 +83,10 @@ class Trained:
     results: dict[str, Result]
     variables: Any
     test_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        done = {name: result.updates for name, result in self.results.items()}
+        return f"Trained(updates={done}, interrupted={self.interrupted})"
 
     @property
     def interrupted(self) -> bool:
@@ -108,13 +121,26 @@ def claim(
       A context manager that holds the lock of the directory until its context is left.
 
     Raises:
-      ValueError: If the directory belongs to another config, is in use by another process, or
-        cannot be written, or an input of the run has changed.
+      ValueError: If a probe does not exist, the package of a logger is not installed, the directory
+        belongs to another config, is in use by another process, or cannot be written, or an input
+        of the run has changed.
     """
     config, directory = problem.config, workdir_lib.as_path(workdir)
+    fingerprints.check_accepted(accept)
+    for probe in config.run.probes:
+        probes.find(probe)
+    if multihost.is_primary():
+        loggers.modules(config.run.loggers)
     directories = {name: stage_directory(config, name, directory) for name in config.stages}
     begun = [name for name, path in directories.items() if workdir_lib.saved_steps(path)]
     made_with = provenance.provenance()
+    for name in begun:
+        done = workdir_lib.saved_steps(directories[name])[-1]
+        if config[name].num_updates < done:
+            raise ValueError(
+                f"{name}.num_updates={config[name].num_updates}, but the run in {directory} has "
+                f"completed {done} updates of this stage; give at least {done}, or a fresh workdir."
+            )
 
     def check() -> dict[str, str]:
         workdir_lib.claim_workdir(
@@ -198,6 +224,8 @@ def train(
       FloatingPointError: If training diverges.
       HostFailed: If reward functions or files fail in every retry of an update.
     """
+    if isinstance(config, str):
+        raise ValueError(f"config={config!r} is a name; give mmrl_jax.get_config({config!r}).")
     started = time.perf_counter()
     problem = multihost.on_all(lambda: problems.make(config))
     with claim(problem, workdir, accept=accept):
@@ -277,6 +305,22 @@ def draw_curves(workdir: epath.Path, *, x: str) -> None:
             report.learning_curves(path, workdir / "learning_curves.png", x=x)
 
 
+def _raise_not_begun(
+    config: ml_collections.ConfigDict, stage: str, directory: epath.Path
+) -> NoReturn:
+    """Raises ValueError for a stage without a checkpoint; it names an earlier one that has some."""
+    earlier = {name: directory / name for name in config.stages if directory.name != name}
+    begun = {name: workdir_lib.saved_steps(path) for name, path in earlier.items()}
+    hints = [
+        f" The stage {name!r} has one at update {steps[-1]}: give {earlier[name]}."
+        for name, steps in begun.items()
+        if steps
+    ]
+    raise ValueError(
+        f"The stage {stage!r} of the run in {directory} has no checkpoint yet.{''.join(hints[-1:])}"
+    )
+
+
 class Loaded(NamedTuple):
     """A trained policy that was restored from its working directory.
 
@@ -292,13 +336,23 @@ class Loaded(NamedTuple):
     stage: str
     step: int
 
+    def __repr__(self) -> str:
+        return (
+            f"Loaded(stage={self.stage!r}, step={self.step}, splits={tuple(self.problem.splits)})"
+        )
+
     def evaluate(self, split: str, *, episodes: int | None = None) -> dict[str, float]:
         """Returns the metrics of the policy on a split, with 95 % intervals.
 
         Args:
           split: Name of the split, one of problem.splits.
           episodes: Number of episodes, or prompts; None for that of the run's own evaluations.
+
+        Raises:
+          ValueError: If `episodes` is below 2.
         """
+        if episodes is not None and episodes < 2:
+            raise ValueError(f"episodes={episodes}, but an interval needs at least 2.")
         return self.problem.measure(episodes=episodes)(self.variables, split)
 
     def explain(self, split: str, *, episodes: int = 32) -> explanation.Explanation:
@@ -355,7 +409,15 @@ class Loaded(NamedTuple):
 
         Args:
           deterministic: Whether actions are the most likely ones rather than sampled.
+
+        Raises:
+          ValueError: If the problem has no environment.
         """
+        if not isinstance(self.problem, Control | TextAgent):
+            raise ValueError(
+                "The run has prompts and no environment, so that its policy has no actions; use "
+                "`generate`."
+            )
         return self.problem.policy(self.variables, deterministic=deterministic)
 
 
@@ -387,13 +449,13 @@ def read_problem(
     directory = workdir_lib.as_path(workdir)
     config = workdir_lib.stored_config(directory)
     if config is None:
-        raise ValueError(f"--workdir={directory} holds no run (no config.json that can be read).")
+        raise ValueError(f"Workdir {directory} holds no run (no config.json that can be read).")
     modules = _modules(config)
     if modules and not trust_modules:
         raise ValueError(
-            f"--workdir={directory} names {', '.join(modules)}, which would be imported and run "
-            "here. If you trust the module that this name finds on this machine, add "
-            "--trust_modules."
+            f"The run in {directory} names {', '.join(modules)}, which would be imported and run "
+            "here. If you trust what these names find on this machine, add --trust_modules, or "
+            "trust_modules=True in Python."
         )
     config = problems.complete(config)  # An earlier version may have had no mesh.
     available = jax.device_count()
@@ -469,6 +531,8 @@ def restore(
     """
     directory = workdir_lib.as_path(workdir)
     root = directory if stage == problem.config.stages[-1] else directory.parent
+    if not workdir_lib.saved_steps(directory):
+        _raise_not_begun(problem.config, stage, directory)
     parts, step = {}, 0
     for name in problem.checkpoint_stages(stage):
         shapes = problem.checkpoint_parts(name)

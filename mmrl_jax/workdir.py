@@ -146,8 +146,11 @@ def saved_steps(workdir: PathLike) -> list[int]:
     Other files and directories in the directory of the checkpoints are ignored.
     """
     directory = as_path(workdir) / CHECKPOINTS
-    if not directory.is_dir():
-        return []
+    try:
+        if not directory.is_dir():
+            return []
+    except ImportError as error:
+        raise missing_package(as_path(workdir), error) from error
     return sorted(int(path.name) for path in directory.iterdir() if _is_checkpoint(path))
 
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -52,19 +53,19 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-def define_config(doc: str | None) -> bool:
-    """Defines the flag --config, after it has checked the overrides on the command line.
+def define_config(doc: str | None, *, required: bool = False) -> bool:
+    """Defines the flag --config, whose value is the complete config of the command line.
 
-    An error in them ends the process with a message.
+    An error in its overrides ends the process with a message.
 
     Args:
       doc: Text that --help prints before the keys of a config.
+      required: Whether the command line must have the flag.
 
     Returns:
       Whether the command line asks for --help with a config, which is then printed.
     """
     with clean_exit(ValueError):
-        sys.argv = loading.resolve_flag(sys.argv)
         config = loading.flag_config(sys.argv)
         if config is not None:
             config = problems.complete(config)
@@ -75,11 +76,18 @@ def define_config(doc: str | None) -> bool:
                 return True
             loading.validate_overrides(
                 sys.argv,
-                config,
+                problems.with_env_options(config),
                 renamed=renamed.KEYS,
                 elsewhere=functools.partial(problems.elsewhere, config),
             )
-    config_flags.DEFINE_config_file("config", None, "Name or path of the config.", lock_config=True)
+            overridden = loading.overridden(sys.argv)
+            config = problems.with_env_options(config, overridden)
+            sys.argv = loading.without_flag(sys.argv)
+            config_flags.DEFINE_config_dict("config", config, "Config of the run.")
+            return False
+    config_flags.DEFINE_config_file("config", None, "Name or path of the config.")
+    if required:
+        flags.mark_flag_as_required("config")
     return False
 
 
@@ -151,4 +159,7 @@ def run_command(main: Callable[[list[str]], None], *, processes: bool = False) -
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
-    app.run(connected(main) if processes else main)
+    try:
+        app.run(connected(main) if processes else main)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # The exit code of a shell for a command that Ctrl-C ended.

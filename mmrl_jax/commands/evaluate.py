@@ -7,7 +7,7 @@
 
 The workdir may be that of any stage, trained on any number of devices. The command prints a table
 of success rates (returns for an environment without success, accuracies for a task) with 95 %
-bootstrap intervals, and adds these metrics to evaluation.json in the workdir:
+intervals, and adds these metrics to evaluation.json in the workdir:
 
   <split>/[shuffled_<modality>/]success, success_lo, success_hi, return, return_lo, ..., length
   <split>/[shuffled_<modality>/]checkpoint, episodes       checkpoint and number of episodes
@@ -40,6 +40,8 @@ from mmrl_jax.reporting.episodes import write_episodes
 from mmrl_jax.training import fingerprints
 
 FLAGS = flags.FLAGS
+# What the problems without episodes are evaluated on.
+SAMPLES = {"task": "prompts", "dataset": "records"}
 
 
 def evaluate(
@@ -87,8 +89,8 @@ def evaluate(
     table = _read_table(path)
     measure = problem.measure(episodes=episodes, ablations=True)
     for part in problem.splits if split == "all" else (split,):
-        count = episodes or problem.splits[part]
-        tell(f"{part}: {count} episodes per row")
+        count = problem.splits[part] if episodes is None else episodes
+        tell(f"{part}: {count} {SAMPLES.get(problem.config.problem, 'episodes')} per row")
         for name, row in rows(measure(loaded.variables, part)).items():
             tell(f"{part:24} {name or '-':20} {_format_row(row)}", flush=True)
             row |= {"checkpoint": loaded.step, "episodes": count}
@@ -123,8 +125,10 @@ def _format_row(row: dict[str, float]) -> str:
     """Returns the metrics of a row as text, with their intervals."""
     parts = [
         f"{name} {row[name]:8.3f} [{row[f'{name}_lo']:.3f}, {row[f'{name}_hi']:.3f}]"
-        for name in ("success", "return", "accuracy")
         if f"{name}_lo" in row
+        else f"{name} {row[name]:8.3f}"
+        for name in ("success", "return", "accuracy")
+        if name in row
     ]
     parts += [
         f"{name} {row[name]:.3f}" for name in ("invalid_fraction", "failed_fraction") if name in row

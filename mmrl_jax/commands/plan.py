@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    if define_config(__doc__):
+    if define_config(__doc__, required=True):
         return
     flags.DEFINE_string("topology", None, f"Devices, for example {chips.EXAMPLES}.")
     flags.DEFINE_string(
@@ -93,7 +93,7 @@ def run() -> None:
     )
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.DEFINE_bool("check", False, "Compile the updates and compare.")
-    flags.mark_flags_as_required(["config", "topology"])
+    flags.mark_flag_as_required("topology")
     run_command(main)
 
 

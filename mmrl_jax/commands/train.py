@@ -74,7 +74,7 @@ def _tell(text: str) -> None:
 
 def run() -> None:
     """Parses the flags and runs the command."""
-    if define_config(__doc__):
+    if define_config(__doc__, required=True):
         return
     flags.DEFINE_string("workdir", None, "Directory of all outputs.")
     flags.DEFINE_list(
@@ -83,7 +83,7 @@ def run() -> None:
         "Inputs that may have changed since a resumed run began, any of "
         f"{', '.join(fingerprints.ACCEPTABLE)}.",
     )
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("workdir")
     run_command(main, processes=True)
 
 

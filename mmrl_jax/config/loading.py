@@ -180,6 +180,9 @@ def validate_overrides(
     errors = []
     for argument in argv:
         key = _override_key(argument, flag)
+        bare = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("--") and "." in bare and bare in known:
+            errors.append(f"'{argument}' sets no key of the config: write --{flag}.{bare}=VALUE.")
         if key is None or key in known:
             continue
         if key in groups:
@@ -224,18 +227,23 @@ def _override_key(argument: str, flag: str) -> str | None:
     return None
 
 
-def resolve_flag(argv: Sequence[str], flag: str = "config") -> list[str]:
-    """Replaces the name of a config in a command line by the path of its file, see `resolve`."""
-    resolved, follows = [], False
+def overridden(argv: Sequence[str], flag: str = "config") -> set[str]:
+    """Returns the keys of the overrides in a command line, `a.b` for `--config.a.b=1`."""
+    return {key for argument in argv if (key := _override_key(argument, flag)) is not None}
+
+
+def without_flag(argv: Sequence[str], flag: str = "config") -> list[str]:
+    """Returns a command line without `--config=SPEC` and `--config SPEC`; overrides remain."""
+    kept, follows = [], False
     for argument in argv:
-        name, equals, spec = argument.partition("=")
+        name, equals, _ = argument.partition("=")
         if follows:
-            argument, follows = resolve(argument), False
+            follows = False
         elif name in (f"--{flag}", f"-{flag}"):
             follows = not equals
-            argument = f"{name}={resolve(spec)}" if equals else argument
-        resolved.append(argument)
-    return resolved
+        else:
+            kept.append(argument)
+    return kept
 
 
 def flag_config(argv: Sequence[str], flag: str = "config") -> ml_collections.ConfigDict | None:

@@ -183,10 +183,15 @@ def describe(group: Group, values: ConfigLike, remarks: Mapping[str, str]) -> st
     return "\n".join(lines)
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Returns the candidate with the most similar spelling; None if there are no candidates.
+def nearest(name: str, candidates: Iterable[str], *, least: float = 0.0) -> str | None:
+    """Returns the candidate with the most similar spelling; None if there is none.
 
     Dotted names are compared as a whole and by their last part, so that `clip` finds `ppo.clip`.
+
+    Args:
+      name: Name to compare.
+      candidates: Names to choose from.
+      least: Similarity in [0, 1] that the candidate must have.
     """
 
     def similarity(candidate: str) -> float:
@@ -196,7 +201,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
         ).ratio()
         return max(full, 0.95 * last)
 
-    return max(sorted(candidates), key=similarity, default=None)
+    best = max(sorted(candidates), key=similarity, default=None)
+    return best if best is not None and similarity(best) >= least else None
 
 
 def unknown_key_message(
@@ -220,7 +226,10 @@ def unknown_key_message(
     place = elsewhere(key)
     if place is not None:
         return f"Unknown config key '{key}', which {place}."
-    guess = nearest(key, known)
+    names = list(known)
+    if "." not in key:  # The key may be a misspelled group.
+        names += [name.partition(".")[0] for name in names]
+    guess = nearest(key, names, least=0.6)
     hint = f" Did you mean '{guess}'?" if guess is not None else ""
     return f"Unknown config key '{key}'.{hint}"
 

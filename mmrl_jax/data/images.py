@@ -57,7 +57,11 @@ def read_rgb(image: bytes | np.ndarray) -> tuple["PIL.Image.Image", ImageInfo]:
 
     if isinstance(image, bytes):
         # Cameras store the pixels in the orientation of the sensor, and the rotation as EXIF.
-        stored = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(image)))
+        try:
+            opened = PIL.Image.open(io.BytesIO(image))
+        except PIL.UnidentifiedImageError as error:  # Its text names an object in memory.
+            raise OSError("it is no image of a format that PIL reads") from error
+        stored = PIL.ImageOps.exif_transpose(opened)
         data = image
     else:
         array = np.asarray(image)

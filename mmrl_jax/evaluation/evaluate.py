@@ -170,8 +170,9 @@ class Evaluator:
 def describe(episodes: Episodes) -> dict[str, float]:
     """Returns the mean 'success' (if the environment has it), 'return' and 'length' of episodes.
 
-    For success and return, '<name>_lo' and '<name>_hi' are the bounds of the 95 % bootstrap
-    interval. They are NaN if the value of any episode is not finite.
+    '<name>_lo' and '<name>_hi' are the bounds of the 95 % interval: for success the Wilson score
+    interval, for the return a bootstrap interval. They are NaN if the value of any episode is not
+    finite.
     """
     described = {}
     for name, values in (("success", episodes.success), ("return", episodes.episode_return)):
@@ -179,8 +180,14 @@ def describe(episodes: Episodes) -> dict[str, float]:
             continue
         interval = (float(np.mean(values)), np.nan, np.nan)
         if np.isfinite(values).all():
-            interval = statistics.bootstrap_interval(
-                np.asarray(values), confidence=0.95, resamples=10_000, seed=0
+            values = np.asarray(values)
+            # An environment may also report a success between 0 and 1.
+            interval = (
+                statistics.rate_interval(values, confidence=0.95)
+                if name == "success" and np.isin(values, (0.0, 1.0)).all()
+                else statistics.bootstrap_interval(
+                    values, confidence=0.95, resamples=10_000, seed=0
+                )
             )
         described |= dict(zip((name, f"{name}_lo", f"{name}_hi"), interval, strict=True))
     return described | {"length": float(np.mean(episodes.length))}

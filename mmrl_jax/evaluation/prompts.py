@@ -140,11 +140,9 @@ def describe(score: Score) -> dict[str, float]:
 
     Returns:
       'accuracy', the fraction of correct completions; 'accuracy_lo' and 'accuracy_hi', its 95 %
-      bootstrap interval; and 'invalid_fraction', the fraction that is not a valid answer.
+      Wilson score interval; and 'invalid_fraction', the fraction that is not a valid answer.
     """
-    mean, low, high = statistics.bootstrap_interval(
-        np.asarray(score.correct), confidence=0.95, resamples=2000, seed=0
-    )
+    mean, low, high = statistics.rate_interval(np.asarray(score.correct), confidence=0.95)
     return {
         "accuracy": mean,
         "accuracy_lo": low,

@@ -5,6 +5,8 @@ reports no result without an interval.
 """
 
 from collections.abc import Callable, Sequence
+import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,9 +23,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Returns the mean with its percentile bootstrap interval.
 
-    Hazard: if all values are equal, so are all resamples, and the interval has zero width. N
-    successes in N episodes are still consistent with a success rate as low as 1 - 3 / N (95 %, the
-    rule of three).
+    Hazard: if all values are equal, so are all resamples, and the interval has zero width. For the
+    rate of successes, use `rate_interval`.
 
     Args:
         values: One number for each episode, `[N]`, N at least 1.
@@ -48,6 +49,34 @@ def bootstrap_interval(
     )
     low, high = _percentiles(means, confidence)
     return float(values.mean()), low, high
+
+
+def rate_interval(successes: np.ndarray | Sequence[float], *, confidence: float) -> Interval:
+    """Returns a success rate with its Wilson score interval, which is never of zero width.
+
+    Args:
+        successes: 1 for each episode that succeeded and 0 for each other one, `[N]`, N at least 1.
+        confidence: Probability mass of the interval, in (0, 1).
+
+    Returns:
+        (rate, low, high).
+
+    Raises:
+        ValueError: If an argument is out of range or a value is neither 0 nor 1.
+
+    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927;
+    recommended by Brown, Cai and DasGupta, Interval Estimation for a Binomial Proportion, 2001.
+    """
+    successes = _checked(successes, ndim=1)
+    _check_confidence(confidence)
+    if not np.isin(successes, (0.0, 1.0)).all():
+        raise ValueError("successes must be 0 or 1.")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    n, rate = len(successes), float(successes.mean())
+    center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    # Rounding may leave a bound on the wrong side of a rate of 0 or 1.
+    return rate, min(center - half, rate), max(center + half, rate)
 
 
 def iqm(scores: np.ndarray | Sequence[float]) -> float:

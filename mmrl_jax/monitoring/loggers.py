@@ -50,6 +50,28 @@ class _Tracker:
         self._module.finish()
 
 
+def modules(names: Sequence[str]) -> list[Any]:
+    """Imports the packages of loggers, except for TensorBoard.
+
+    Args:
+      names: Names of loggers, a subset of LOGGERS.
+
+    Raises:
+      ValueError: If the package of a logger is not installed.
+    """
+    imported = []
+    for name in names:
+        if name == "tensorboard":
+            continue
+        try:
+            imported.append(importlib.import_module(name))
+        except ImportError as error:
+            raise ValueError(
+                f"run.loggers has {name!r}, which is not installed: pip install {name}."
+            ) from error
+    return imported
+
+
 def make(
     names: Sequence[str],
     workdir: workdir_lib.PathLike,
@@ -68,15 +90,6 @@ def make(
     Raises:
       ValueError: If the package of a logger is not installed.
     """
-    loggers: list[Logger] = []
-    for name in names:
-        if name == "tensorboard" or not multihost.is_primary():
-            continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise ValueError(
-                f"run.loggers has {name!r}, which is not installed: pip install {name}."
-            ) from error
-        loggers.append(_Tracker(module, workdir, label, config))
-    return tuple(loggers)
+    if not multihost.is_primary():
+        return ()
+    return tuple(_Tracker(module, workdir, label, config) for module in modules(names))

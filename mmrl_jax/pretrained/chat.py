@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from mmrl_jax.pretrained import bundled_weights, processor_files
@@ -151,10 +152,19 @@ def directory_of(pretrained: str) -> pathlib.Path:
     """Returns the directory of a model, given as 'smollm2' or as a directory in the hub's format.
 
     Raises:
-      ValueError: The packages with SmolLM2's weights are not installed.
+      ValueError: The packages with SmolLM2's weights are not installed, or the directory does not
+        exist.
     """
     if pretrained != SMOLLM2:
-        return pathlib.Path(pretrained)
+        directory = pathlib.Path(pretrained)
+        if not directory.is_dir():
+            hint = (
+                f" Nothing is downloaded: hf download {pretrained} --local-dir DIR, and give DIR."
+                if re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained)
+                else ""
+            )
+            raise ValueError(f"There is no directory {pretrained!r}.{hint}")
+        return directory
     try:
         return bundled_weights.smollm2()
     except ImportError as error:

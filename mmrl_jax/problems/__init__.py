@@ -1,6 +1,6 @@
 """Problems by name: a policy, the sources of its experience, and its evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import functools
 import types
 from typing import Any
@@ -24,7 +24,17 @@ from mmrl_jax.problems import (
 )
 from mmrl_jax.problems.problem import MAY_CHANGE, Problem
 
-__all__ = ["KINDS", "Problem", "complete", "elsewhere", "make", "may_change", "options", "remarks"]
+__all__ = [
+    "KINDS",
+    "Problem",
+    "complete",
+    "elsewhere",
+    "make",
+    "may_change",
+    "options",
+    "remarks",
+    "with_env_options",
+]
 
 # Module with `options`, and class, of each kind of problem. Users may add a row for their own kind.
 KINDS: dict[str, tuple[types.ModuleType, type]] = {
@@ -92,6 +102,30 @@ def remarks(config: ml_collections.ConfigDict) -> dict[str, str]:
     return {"env.options": f"Those of {name!r} and their defaults: {', '.join(texts) or 'none'}."}
 
 
+def with_env_options(
+    config: ml_collections.ConfigDict, keys: Collection[str] | None = None
+) -> ml_collections.ConfigDict:
+    """Returns a config in which options of the environment that it does not set have defaults.
+
+    Args:
+      config: A complete config.
+      keys: Keys of options that are added, as 'env.options.<name>'; None for all options.
+    """
+    env = config.get("env")
+    if env is None:
+        return config
+    defaults = envs.default_options(env.name, pixels=env.height > 0)
+    unset = ml_collections.config_dict.placeholder(object)
+    added = {
+        name: unset if x is None or x is envs.REQUIRED else x
+        for name, x in defaults.items()
+        if name not in env.options and (keys is None or f"env.options.{name}" in keys)
+    }
+    config = config.copy_and_resolve_references()
+    config.env.options = ml_collections.ConfigDict(env.options.to_dict() | added)
+    return config
+
+
 def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -> str | None:
     """Returns which other configs have a key that this one does not have, for a message.
 
@@ -100,13 +134,20 @@ def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -
       key: The key, or the name of a group, with dots.
 
     Returns:
-      The end of a sentence that begins with the key; None where no config has it.
+      The end of a sentence that begins with the key; None where no config has it. For a name of
+      another library it has the key of this config.
     """
 
     def has(problem: str, kind: str) -> bool:
         names = _all_keys(problem, kind)
         return any(name == key or name.startswith(f"{key}.") for name in names)
 
+    group, _, name = key.rpartition(".")
+    known = schema.flatten_group(options(config))
+    here = renamed.FOREIGN.get(name, "")
+    for candidate in (f"{group}.{here}", here):
+        if key not in known and candidate in known:
+            return f"is {candidate!r} here: {known[candidate].help.rstrip('.')}"
     problem, kind = config["problem"], config["model"]["kind"]
     kinds = (*control_models.MODELS, *token_options.MODELS)
     if has(problem, kind):

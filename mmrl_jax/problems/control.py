@@ -469,7 +469,7 @@ class Control:
         """Returns the reported evaluation, see `problem.Problem` and `describe_ablations`."""
         evaluator = self.evaluator(
             stream(self.config, problem.EVALUATION),
-            episodes=episodes or self.config.run.eval_episodes,
+            episodes=self.config.run.eval_episodes if episodes is None else episodes,
         )
         modalities = self.env.observation_size if ablations else ()
         return lambda learner, split: describe_ablations(evaluator, learner, split, modalities)

@@ -1,4 +1,4 @@
-"""Current names of config keys of earlier versions, for error messages."""
+"""Current names of config keys of earlier versions, and those of other libraries, for messages."""
 
 _STAGE = {
     "updates": "num_updates",
@@ -61,4 +61,37 @@ KEYS = {
         ).split()
     },
     "folder.answer_tokens": "'dataset.completion_tokens'",
+}
+
+# Names of hyperparameters in TRL, Brax and transformers, with the keys that they have here.
+FOREIGN = {
+    "beta": "kl_coef",
+    "num_generations": "num_completions",
+    "loss_type": "preset",
+    "max_completion_length": "dataset.completion_tokens",
+    "max_prompt_length": "dataset.prompt_tokens",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "per_device_train_batch_size": "batch_size",
+    "max_steps": "num_updates",
+    "num_timesteps": "num_updates",
+    "total_timesteps": "num_updates",
+    "num_updates_per_batch": "num_epochs",
+    "num_iterations": "num_epochs",
+    "entropy_cost": "entropy_coef",
+    "ent_coef": "entropy_coef",
+    "vf_coef": "value_coef",
+    "vf_loss_coefficient": "value_coef",
+    "clipping_epsilon": "clip",
+    "epsilon": "clip",
+    "clip_range": "clip",
+    "discounting": "discount",
+    "gamma": "discount",
+    "n_steps": "unroll_length",
+    "lr": "optimizer.learning_rate",
+    "learning_rate": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.schedule",
+    "gradient_checkpointing": "model.remat",
+    "hidden_size": "model.width",
+    "num_attention_heads": "model.heads",
+    "num_hidden_layers": "model.layers",
 }

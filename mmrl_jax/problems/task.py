@@ -345,7 +345,7 @@ class TaskProblem(TokenProblem):
         The metrics are those of `prompts.describe`; 'shuffled_image/accuracy', the accuracy with
         shuffled images; and, for a task with several levels, those of `prompts.describe_levels`.
         """
-        count = episodes or self.config.run.eval_episodes
+        count = self.config.run.eval_episodes if episodes is None else episodes
         return self._measure(self.evaluator(stream(self.config, problem.EVALUATION), prompts=count))
 
     def _measure(self, evaluator: PromptEvaluator) -> Callable[[Params, str], dict[str, float]]:

@@ -288,7 +288,7 @@ class TextAgent(TokenProblem):
         """Returns the reported evaluation, see `problem.Problem` and `describe_ablations`."""
         evaluator = self.evaluator(
             stream(self.config, problem.EVALUATION),
-            episodes=episodes or self.config.run.eval_episodes,
+            episodes=self.config.run.eval_episodes if episodes is None else episodes,
         )
         # A text agent does not observe proprioception.
         modalities = ("pixels", "instruction") if ablations else ()

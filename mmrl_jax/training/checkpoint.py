@@ -91,7 +91,8 @@ class Checkpointer:
         self._config = json.loads(config_lib.to_json(config))
         self._best_metric = best_metric
         self._save_interval = save_interval
-        workdir_lib.claim_workdir(self._workdir, config, may_change=may_change)
+        begun = bool(saved_steps(self._workdir))
+        workdir_lib.claim_workdir(self._workdir, config, may_change=may_change, begun=begun)
         workdir_lib.make_directory(self._directory)
         # A network file system may show the other processes an older list.
         steps = multihost.from_primary(saved_steps(self._workdir))

@@ -81,6 +81,19 @@ def write(
         )
 
 
+def check_accepted(accept: Collection[str]) -> None:
+    """Checks the names of inputs that may have changed.
+
+    Raises:
+      ValueError: If a name is not in ACCEPTABLE.
+    """
+    unknown = [name for name in accept if name not in ACCEPTABLE]
+    if unknown:
+        raise ValueError(
+            f"--accept_changes={','.join(unknown)}: only {', '.join(ACCEPTABLE)} may change."
+        )
+
+
 def check(
     workdir: workdir_lib.PathLike, now: Mapping[str, str], *, accept: Collection[str] = ()
 ) -> None:
@@ -94,11 +107,7 @@ def check(
     Raises:
       ValueError: If another input has changed, or a name in `accept` is not in ACCEPTABLE.
     """
-    unknown = [name for name in accept if name not in ACCEPTABLE]
-    if unknown:
-        raise ValueError(
-            f"--accept_changes={','.join(unknown)}: only {', '.join(ACCEPTABLE)} may change."
-        )
+    check_accepted(accept)
     run = read(workdir)
     before = run.fingerprints if run is not None else {}
     changed = [

@@ -152,7 +152,7 @@ def _changed(path, value):
     ("path", "value", "message"),
     [
         ("ppo.clp", 0.1, "Unknown config key 'ppo.clp'. Did you mean 'ppo.clip'?"),
-        ("pppo", {}, "Unknown config key 'pppo'. Did you mean 'ppo.clip'?"),
+        ("pppo", {}, "Unknown config key 'pppo'. Did you mean 'ppo'?"),
         ("seed", 1.5, "Config key 'seed' is 1.5 (float), but must be int: Seed of every random"),
         ("seed", -1, "Config key 'seed' is -1, but must be at least 0: Seed"),
         ("updates", True, "Config key 'updates' is True (bool), but must be int"),

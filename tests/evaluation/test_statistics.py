@@ -17,6 +17,21 @@ def test_iqm_by_hand():
     assert statistics.iqm(np.array([[0, 2], [4, 100]])) == 3.0
 
 
+def test_the_rate_interval_is_that_of_the_score_test():
+    # Scores of the bounds: (rate - p) / sqrt(p (1 - p) / n) = z.
+    for successes, n in ((0, 16), (3, 10), (10, 10), (250, 1000)):
+        values = np.repeat([1.0, 0.0], [successes, n - successes])
+        rate, low, high = statistics.rate_interval(values, confidence=0.95)
+        assert rate == successes / n
+        for bound in {low, high} - {0.0, 1.0}:
+            score = abs(rate - bound) / np.sqrt(bound * (1 - bound) / n)
+            assert score == pytest.approx(1.959964, abs=1e-5)
+        assert low < high and low <= rate <= high
+    assert statistics.rate_interval([0] * 16, confidence=0.95)[2] == pytest.approx(0.1936, abs=1e-4)
+    with pytest.raises(ValueError, match="0 or 1"):
+        statistics.rate_interval([0.5], confidence=0.95)
+
+
 def test_bootstrap_interval_matches_the_binomial():
     # 400 episodes, 100 successes. The mean of a resample is Binomial(400, 0.25) / 400 with
     # standard deviation sqrt(0.25 * 0.75 / 400) = 0.02165, so 95 % is 0.25 -+ 1.96 * 0.02165

@@ -182,7 +182,7 @@ def test_an_answer_is_the_models_own_tokens_and_no_others(directory):
         ({"model__lora__pattern": "stack/.*"}, "model.lora.pattern: 'stack/.*' matches no Dense"),
         (
             {"model__checkpoint": "nowhere"},
-            "model.checkpoint='nowhere': nowhere has no config.json",
+            "model.checkpoint='nowhere': There is no directory 'nowhere'",
         ),
         (
             {"model__frozen_dtype": "int8", "sft__trainable": ".*"},

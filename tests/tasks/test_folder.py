@@ -134,7 +134,7 @@ def bad_lines(path):
     line = {"file_name": "a/0.png", "prompt": "p", "answer": "x"}
     return {
         json.dumps(line | {"file_name": "a/none.png"}): "No such file",
-        json.dumps(line | {"file_name": "a/text.png"}): "cannot identify image file",
+        json.dumps(line | {"file_name": "a/text.png"}): "it is no image of a format that PIL reads",
         json.dumps(line | {"file_name": "a/cut.png"}): "truncated",
         json.dumps(line | {"answer": " "}): "answer=' ' is not a non-empty text",
         json.dumps(line | {"answer": True}): "answer=True is not a non-empty text",
