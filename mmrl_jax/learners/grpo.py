@@ -117,7 +117,8 @@ def update(
     h = options
     batch = jax.tree.map(lambda x: x[0], batch)
     completions, valid = batch.completions, batch.valid
-    advantage = h.advantage(batch.reward, valid)
+    with jax.named_scope("advantages"):
+        advantage = h.advantage(batch.reward, valid)
 
     def log_probs(params: Params, sample: Any) -> Any:
         return policy.log_probs(

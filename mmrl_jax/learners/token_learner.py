@@ -328,6 +328,7 @@ class TokenPolicy:
         positions = self.positions and self.positions(tokens, mask)
         return tokens, mask, self.preprocess_images(prompts.images), positions
 
+    @jax.named_scope("generate")
     def generate(
         self,
         params: Params,
@@ -406,6 +407,7 @@ class TokenPolicy:
 
         return self._apply_per_token(variables, prompts, tokens, mask, per_token)
 
+    @jax.named_scope("log_probs")
     def _apply_per_token(
         self,
         variables: Any,

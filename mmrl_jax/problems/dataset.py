@@ -45,6 +45,7 @@ from mmrl_jax.problems.host_rewards import (
     tokenize_prompts,
 )
 from mmrl_jax.problems.sources import (
+    LEARNING,
     Collected,
     Constants,
     Learn,
@@ -292,7 +293,8 @@ class Dataset(TokenProblem):
             batch = ScoredCompletions.single_turn(*scored)
             batch = token_problem.shape_rewards(batch, r.overlong_buffer)
             key = update_keys(carry, 2)[1]
-            carry, metrics = learn(carry, constants, Collected(None, batch, key, {}))
+            with jax.named_scope(LEARNING):
+                carry, metrics = learn(carry, constants, Collected(None, batch, key, {}))
             unscored = 1 - jnp.mean(batch.valid)
             metrics |= {"completion/unscored": unscored, "reward/failed": failed}
             return carry, metrics | grpo.describe(batch)
@@ -319,7 +321,8 @@ class Dataset(TokenProblem):
                 carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
             )
             own, texts = batch.take(rows.share), rows.get(completions)
-            _, rewards, failed = self.scorer(train, own, texts, shares=rows.shares)
+            with jax.profiler.TraceAnnotation("rewards"):
+                _, rewards, failed = self.scorer(train, own, texts, shares=rows.shares)
             # Missing rewards are set to 0, because NaN times a mask of 0 is NaN.
             reward = np.where(rewards.valid, rewards.reward, 0)
             arrays = reward, rewards.valid.astype(np.float32), np.float32(failed)
