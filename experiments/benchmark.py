@@ -16,6 +16,7 @@ Prints a table and writes runs/benchmarks/<suite>.json: a list of rows
   grpo          GRPO updates of text-only models, compared with TRL's GRPOTrainer in torch
   packing       gradients of packed completions, compared with padded completions
   compaction    sampling that leaves out completions that have ended, compared with sampling all
+  one_step_off_policy  updates that sample while reward functions score, compared with waiting
   dinov2_probe  accuracy of linear probes of DINOv2-small, compared with random weights
 """
 
@@ -40,6 +41,7 @@ SUITES = (
     "grpo",
     "packing",
     "compaction",
+    "one_step_off_policy",
     "dinov2_probe",
 )
 

@@ -102,7 +102,8 @@ def update(
     """Takes epochs of minibatch steps on one batch of completions.
 
     Args:
-      state: State of the learner, whose parameters sampled the completions.
+      state: State of the learner. Other parameters than these may have sampled the completions if
+        there is an importance_weight_cap.
       frozen: Frozen variables of the model.
       batch: G completions of each of B prompts, in one turn; those without a reward are masked out.
       rng: PRNG key of the shuffles.

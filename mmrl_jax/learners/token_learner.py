@@ -81,7 +81,8 @@ class PolicyGradientOptions(StepOptions):
     importance_weight_cap: float | None = option(
         None,
         "Largest importance weight that corrects for completions which were sampled in another "
-        "precision than they are learned from; None for no importance weights.",
+        "precision than they are learned from, or by the policy before the last update "
+        "(one_step_off_policy of a dataset); None for no importance weights.",
         POSITIVE,
     )
 
