@@ -17,6 +17,7 @@ after another. Suites:
   grpo          GRPO updates of text-only models, compared with TRL's GRPOTrainer in torch
   packing       gradients of packed completions, compared with padded completions
   compaction    sampling that leaves out completions that have ended, compared with sampling all
+  one_step_off_policy  updates that sample while reward functions score, compared with waiting
   dinov2_probe  accuracy of linear probes of DINOv2-small, compared with random weights
 """
 
@@ -41,6 +42,7 @@ SPEED = (
     "grpo",
     "packing",
     "compaction",
+    "one_step_off_policy",
 )
 SUITES = (*SPEED, "dinov2_probe")
 

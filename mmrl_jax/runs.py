@@ -208,6 +208,7 @@ def train(
     workdir: workdir_lib.PathLike,
     *,
     accept: Collection[str] = (),
+    profile: bool = False,
 ) -> Trained:
     """Trains a policy in the stages of a config, each resumed from its newest checkpoint.
 
@@ -218,6 +219,7 @@ def train(
       config: Config of the run, see `problems.complete`.
       workdir: Working directory of the run, local or gs://bucket/directory.
       accept: Names of inputs that may have changed since the run began, see `fingerprints.check`.
+      profile: Whether a few dispatches of each stage are traced, see docs/runs.md.
 
     Raises:
       ValueError: If the config is invalid, or the directory cannot be claimed, see `claim`.
@@ -229,7 +231,7 @@ def train(
     started = time.perf_counter()
     problem = multihost.on_all(lambda: problems.make(config))
     with claim(problem, workdir, accept=accept):
-        return train_stages(problem, workdir, started=started)
+        return train_stages(problem, workdir, started=started, profile=profile)
 
 
 def train_stages(
@@ -238,6 +240,7 @@ def train_stages(
     *,
     started: float | None = None,
     inspected: Callable[[Stage], Stage] = lambda stage: stage,
+    profile: bool = False,
 ) -> Trained:
     """Trains a policy in the stages of a problem, see `train`.
 
@@ -248,6 +251,7 @@ def train_stages(
         the current time.
       inspected: Function that returns a stage that also inspects its traced program, see
         `Stage.inspect`.
+      profile: Whether a few dispatches of each stage are traced, see docs/runs.md.
     """
     started = time.perf_counter() if started is None else started
     config, directory = problem.config, workdir_lib.as_path(workdir)
@@ -260,7 +264,11 @@ def train_stages(
         # Only the stage may refer to its initial variables, so that it can release them.
         variables = None
         result = loop.run(
-            stage, workdir=stage_workdir, config=config, may_change=problems.may_change(config)
+            stage,
+            workdir=stage_workdir,
+            config=config,
+            may_change=problems.may_change(config),
+            profile=profile,
         )
         assert result.carry is not None
         variables = problem.variables(stage, result.carry.learner)

@@ -14,6 +14,7 @@ The command writes to the workdir:
   run.json              fingerprints of the other inputs of the run, see --accept_changes
   lock.json             the process that runs in the workdir, while it runs
   samples.html          for token policies: images, prompts, completions and rewards
+  profile/              with --profile, a trace of a few updates for Perfetto and TensorBoard
   <stage>/              the same files of each stage before the last
 
 Before a stage is compiled, the memory that it needs is printed, see docs/planning.md. A run that
@@ -61,7 +62,9 @@ def main(argv: list[str]) -> None:
     with lock, clean_exit(*FAILURES, start.DoesNotFit):
         start.check(problem, _tell)
         inspected = functools.partial(start.inspected, problem=problem, tell=_tell)
-        trained = runs.train_stages(problem, FLAGS.workdir, inspected=inspected)
+        trained = runs.train_stages(
+            problem, FLAGS.workdir, inspected=inspected, profile=FLAGS.profile
+        )
     status = "interrupted; the same command resumes it" if trained.interrupted else "done"
     _tell(f"Training {status}. Outputs: {FLAGS.workdir}")
 
@@ -82,6 +85,9 @@ def run() -> None:
         [],
         "Inputs that may have changed since a resumed run began, any of "
         f"{', '.join(fingerprints.ACCEPTABLE)}.",
+    )
+    flags.DEFINE_bool(
+        "profile", False, "Trace a few dispatches of each stage for Perfetto and TensorBoard."
     )
     flags.mark_flag_as_required("workdir")
     run_command(main, processes=True)

@@ -132,6 +132,7 @@ class Pixels(Wrapper):
         obs = {k: v for k, v in state.obs.items() if k != "pixels"}
         return self._add_pixels(self.env.step(state.replace(obs=obs), action))
 
+    @jax.named_scope("render")
     def _add_pixels(self, state: State) -> State:
         scene, camera = self.env.scene(state)
         pixels = render(scene, camera, height=self.height, width=self.width)

@@ -102,7 +102,8 @@ def update(
     """Takes epochs of minibatch steps on one batch of completions.
 
     Args:
-      state: State of the learner, whose parameters sampled the completions.
+      state: State of the learner. Other parameters than these may have sampled the completions if
+        there is an importance_weight_cap.
       frozen: Frozen variables of the model.
       batch: G completions of each of B prompts, in one turn; those without a reward are masked out.
       rng: PRNG key of the shuffles.
@@ -117,7 +118,8 @@ def update(
     h = options
     batch = jax.tree.map(lambda x: x[0], batch)
     completions, valid = batch.completions, batch.valid
-    advantage = h.advantage(batch.reward, valid)
+    with jax.named_scope("advantages"):
+        advantage = h.advantage(batch.reward, valid)
 
     def log_probs(params: Params, sample: Any) -> Any:
         return policy.log_probs(

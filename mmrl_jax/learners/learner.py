@@ -122,6 +122,7 @@ def auxiliary_losses(
     return parts
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     state: AnyState,
     loss: jax.Array,

@@ -212,6 +212,7 @@ def update(
     return state, metrics
 
 
+@jax.named_scope("advantages")
 def _with_advantages(
     state: LearnerState,
     rollout: Rollout,

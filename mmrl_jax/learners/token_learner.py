@@ -81,7 +81,8 @@ class PolicyGradientOptions(StepOptions):
     importance_weight_cap: float | None = option(
         None,
         "Largest importance weight that corrects for completions which were sampled in another "
-        "precision than they are learned from; None for no importance weights.",
+        "precision than they are learned from, or by the policy before the last update "
+        "(one_step_off_policy of a dataset); None for no importance weights.",
         POSITIVE,
     )
 
@@ -328,6 +329,7 @@ class TokenPolicy:
         positions = self.positions and self.positions(tokens, mask)
         return tokens, mask, self.preprocess_images(prompts.images), positions
 
+    @jax.named_scope("generate")
     def generate(
         self,
         params: Params,
@@ -406,6 +408,7 @@ class TokenPolicy:
 
         return self._apply_per_token(variables, prompts, tokens, mask, per_token)
 
+    @jax.named_scope("log_probs")
     def _apply_per_token(
         self,
         variables: Any,

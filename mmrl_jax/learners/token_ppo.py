@@ -92,7 +92,8 @@ def update(
     """Takes epochs of minibatch steps on one batch of turns.
 
     Args:
-      state: State of the learner, whose parameters sampled the completions and have a value head.
+      state: State of the learner, whose parameters have a value head. Other parameters may have
+        sampled the completions if there is an importance_weight_cap.
       frozen: Frozen variables of the model.
       batch: T turns of B prompts with G completions each.
       rng: PRNG key of the shuffles.

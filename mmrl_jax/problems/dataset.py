@@ -12,7 +12,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -23,13 +22,14 @@ from mmrl_jax.distributed.rows import BatchRows, strided_shares
 from mmrl_jax.evaluation.chunks import in_chunks
 from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.evaluation.rewards import describe
-from mmrl_jax.learners import grpo, registry
+from mmrl_jax.learners import registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState
 from mmrl_jax.models import lora
 from mmrl_jax.pretrained.chat import ChatTokenizer
 from mmrl_jax.problems import (
     dataset_options,
     dataset_shapes,
+    host_update,
     problem,
     token_models,
     token_options,
@@ -44,31 +44,21 @@ from mmrl_jax.problems.host_rewards import (
     tokenize_completions,
     tokenize_prompts,
 )
-from mmrl_jax.problems.sources import (
-    Collected,
-    Constants,
-    Learn,
-    Source,
-    batches_on_host,
-    update_keys,
-)
-from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
+from mmrl_jax.problems.sources import Source, batches_on_host
+from mmrl_jax.problems.token_problem import LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.prompts import Prompt, Texts
 from mmrl_jax.tasks.rewards import Rewards, RewardWorkerPool
 from mmrl_jax.training import fingerprints
-from mmrl_jax.training.dispatch import TRANSIENT
-from mmrl_jax.training.prefetch import Prefetch
-from mmrl_jax.training.stage import Carry, HostUpdate
-from mmrl_jax.types import Metrics, Params
+from mmrl_jax.types import Params
 
 VALIDATION, TEST = SPLITS = ("validation", "test")
 
 
 def options(config: Any) -> Group:
     """Returns the keys of a config of this problem, by its stages and its kind of model."""
-    kinds = {"labels": (LabelOptions,), "completions": (CompletionOptions,)}
+    kinds = {"labels": (LabelOptions,), "completions": (dataset_options.HostRewardOptions,)}
     keys = problem.options_of_problem(
         dataset=options_of(dataset_options.DatasetOptions),
         rewards=options_of(dataset_options.RewardOptions),
@@ -261,97 +251,11 @@ class Dataset(TokenProblem):
         return Source(
             stream=problem.COMPLETIONS,
             samples_per_update=r.prompts_per_update * r.num_completions,
-            on_host=lambda learn: functools.partial(self._compile, name, train, rows, learn),
+            on_host=lambda learn: functools.partial(
+                host_update.compile_update, self, name, train, rows, learn
+            ),
+            in_flight=host_update.in_flight(self, name),
             console=("completion/reward", "completion/unscored"),
-        )
-
-    def _compile(
-        self,
-        name: str,
-        train: Records,
-        rows: BatchRows,
-        learn: Learn,
-        carry: Carry,
-        constants: Constants,
-    ) -> HostUpdate:
-        """Compiles the two programs of an update, between which the rewards are computed.
-
-        Each process reads and transfers the records whose prompts its devices complete, and calls
-        the reward functions for its share of the completions.
-        """
-        r, replicated = self.config[name], mesh_lib.replicated(self.mesh)
-        replicated_shapes = functools.partial(mesh_lib.placed_shapes, shardings=replicated)
-        shardings = problem.shard_carry(carry, mesh=self.mesh), replicated
-        split = mesh_lib.batch_sharding(self.mesh, 0)
-        generate = jax.jit(functools.partial(self._generate, name), out_shardings=split)
-
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
-        def step(
-            carry: Carry, constants: Constants, scored: tuple, failed: jax.Array
-        ) -> tuple[Carry, Metrics]:
-            batch = ScoredCompletions.single_turn(*scored)
-            batch = token_problem.shape_rewards(batch, r.overlong_buffer)
-            key = update_keys(carry, 2)[1]
-            carry, metrics = learn(carry, constants, Collected(None, batch, key, {}))
-            unscored = 1 - jnp.mean(batch.valid)
-            metrics |= {"completion/unscored": unscored, "reward/failed": failed}
-            return carry, metrics | grpo.describe(batch)
-
-        def read(update: int) -> tuple[Batch, Prompt]:
-            batch = train.batch(update, rows.held)
-            return batch, rows.put(self.prompts(batch))
-
-        _, prompts = multihost.on_all(lambda: read(0))
-        lowered_generate = generate.lower(
-            carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
-        )
-        reward = replicated_shapes(np.empty((r.prompts_per_update, r.num_completions), np.float32))
-        completions = mesh_lib.placed_shapes(lowered_generate.out_info, split)
-        scored = prompts, completions, reward, reward
-        lowered_step = step.lower(carry, constants, scored, replicated_shapes(np.float32(0)))
-        compiled_generate, compiled_step = lowered_generate.compile(), lowered_step.compile()
-        batches = Prefetch(read, updates=r.num_updates)
-
-        def collect(carry: Carry, constants: Constants) -> tuple[tuple, jax.Array]:
-            update = int(jax.device_get(carry.updates))
-            batch, prompts = multihost.on_all(lambda: batches(update), transient=TRANSIENT)
-            completions = compiled_generate(
-                carry.learner.params, constants.frozen, prompts, carry.rng, carry.updates
-            )
-            own, texts = batch.take(rows.share), rows.get(completions)
-            _, rewards, failed = self.scorer(train, own, texts, shares=rows.shares)
-            # Missing rewards are set to 0, because NaN times a mask of 0 is NaN.
-            reward = np.where(rewards.valid, rewards.reward, 0)
-            arrays = reward, rewards.valid.astype(np.float32), np.float32(failed)
-            reward, valid, failed = mesh_lib.put(arrays, replicated)
-            return (prompts, completions, reward, valid), failed
-
-        return HostUpdate(
-            collect,
-            lambda carry, constants, collected: compiled_step(carry, constants, *collected),
-            replicated_shapes(lowered_step.out_info[1]),
-        )
-
-    def _generate(
-        self,
-        name: str,
-        params: Params,
-        frozen: Any,
-        prompts: Prompt,
-        rng: jax.Array,
-        updates: jax.Array,
-    ) -> Completions:
-        """Samples the completions of an update of a stage; traced."""
-        # Each device completes its part of the prompts.
-        prompts = mesh_lib.constrain_batch(prompts, mesh=self.mesh)
-        return self.model.policy.generate(
-            params,
-            frozen,
-            prompts,
-            jax.random.split(jax.random.fold_in(rng, updates))[0],
-            num_completions=self.config[name].num_completions,
-            sampling=Sampling(temperature=getattr(self.options(name), "temperature", 1.0)),
-            compactions=self.config[name].compactions,
         )
 
     # -- Evaluation --------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mmrl_jax.config.options import (
     option,
 )
 from mmrl_jax.problems import token_options
+from mmrl_jax.problems.token_problem import CompletionOptions
 from mmrl_jax.tasks.rewards import RewardFunction
 
 
@@ -109,6 +110,18 @@ class RewardOptions:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostRewardOptions(CompletionOptions):
+    """Options of the completions of an update whose rewards are computed on the host."""
+
+    one_step_off_policy: bool = option(
+        False,
+        "Whether the completions of the next update are sampled while reward functions score those "
+        "of this one, so that each update learns from completions of the policy before the last "
+        "update. Importance weights correct for it, see importance_weight_cap.",
+    )
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks the config, as far as that is possible without reading the records.
 
@@ -121,6 +134,14 @@ def check(config: ml_collections.ConfigDict) -> None:
             "model.kind='scratch', but a decoder from scratch cannot read the free text of a "
             "dataset: choose 'decoder', e.g. of 'smollm2', or 'vlm'."
         )
+    for name in config.stages:
+        g = config[name]
+        if g.get("one_step_off_policy") and g.get("importance_weight_cap", 1.0) is None:
+            raise ValueError(
+                f"{name}.one_step_off_policy=True learns from completions of the policy before the "
+                f"last update, but with {name}.importance_weight_cap=None no importance weights "
+                "correct for it; set a cap, for example 2.0."
+            )
     token_options.check_model(config, d.height, d.width, "dataset")
     if (d.test_directory is None) == (d.test_size == 0):
         raise ValueError(

@@ -7,6 +7,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mmrl_jax.data import images as images_lib
@@ -238,6 +239,7 @@ class Scorer:
         *,
         shares: list[np.ndarray] | None = None,
         allow_none: bool = False,
+        meanwhile: Any = None,
     ) -> ScoredTexts:
         """Decodes and scores completions [B, G, T] of the prompts of a batch.
 
@@ -250,6 +252,9 @@ class Scorer:
           shares: For each process the indices in [0, B) of the records in its share; None if this
             process has all of them.
           allow_none: Whether no error is raised if no completion has a reward.
+          meanwhile: Arrays that the devices compute while the functions are called. They are ready
+            before the processes exchange the rewards, because programs that communicate must run
+            in the same order in all of them.
 
         Raises:
           NoRewards: If no completion has a reward and `allow_none` is False.
@@ -273,7 +278,14 @@ class Scorer:
                 allow_none=allow_none or not alone,
             )
 
-        rewards = multihost.on_all(score, transient=TRANSIENT)
+        def score_meanwhile() -> Rewards:
+            try:
+                with jax.profiler.TraceAnnotation("rewards"):
+                    return score()
+            finally:
+                jax.block_until_ready(meanwhile)
+
+        rewards = multihost.on_all(score_meanwhile, transient=TRANSIENT)
         self._print_failures(rewards, records, batch)
         if alone:
             return ScoredTexts(texts, rewards, rewards.failed)

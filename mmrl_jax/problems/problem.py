@@ -285,10 +285,10 @@ def options_of_problem(*kinds: type, **groups: Group) -> dict[str, Any]:
 def shard_carry(carry: Carry, *, mesh: Mesh) -> Carry:
     """Returns the shardings of a carry.
 
-    Environments are split like samples, see `distributed.mesh`. Parameters, optimizer state and
-    reference are split by the rules of `distributed.partition`.
+    Environments and completions are split like samples, see `distributed.mesh`. Parameters,
+    optimizer state and reference are split by the rules of `distributed.partition`.
     """
     replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
-    by_env = mesh_lib.env_shardings(carry.env_state, mesh)
+    by_env, in_flight = mesh_lib.env_shardings((carry.env_state, carry.in_flight), mesh)
     learner = partition.shardings(carry.learner, mesh)
-    return replicated.replace(env_state=by_env, learner=learner)
+    return replicated.replace(env_state=by_env, learner=learner, in_flight=in_flight)

@@ -81,6 +81,7 @@ class Source:
       on_host: Learning part of an update -> `Stage.on_host`; None for a traced source.
       prepare: Changes the learner of a policy from scratch before training, for example to compute
         the normalizer from the data set.
+      in_flight: Shapes of `Carry.in_flight`; None if an update samples its own experience.
       console: Names of the metrics that the console shows.
     """
 
@@ -92,6 +93,7 @@ class Source:
     collect: Callable[[Carry, Constants], Collected] | None = None
     on_host: Callable[[Learn], Callable[[Carry, Any], HostUpdate]] | None = None
     prepare: Callable[[Any], Any] = lambda learner: learner
+    in_flight: Any = None
     console: tuple[str, ...] = ()
 
 
@@ -114,7 +116,8 @@ def fresh_carry(learner: Any, source: Source, rng: jax.Array) -> Carry:
         # must not depend on the number of devices.
         env_state = jax.jit(source.reset)(jax.random.fold_in(rng, 0))
         rng = jax.random.fold_in(rng, 1)
-    return Carry(learner, env_state, rng, jnp.zeros((), jnp.int32))
+    in_flight = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), source.in_flight)
+    return Carry(learner, env_state, rng, jnp.zeros((), jnp.int32), in_flight)
 
 
 def make_optimizer(

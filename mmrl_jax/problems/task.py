@@ -285,9 +285,10 @@ class TaskProblem(TokenProblem):
                 sampling=Sampling(temperature=temperature),
                 compactions=r.compactions,
             )
-            score = texts.score(
-                prompts, completions.tokens, completions.mask, penalty=r.format_penalty
-            )
+            with jax.named_scope("rewards"):
+                score = texts.score(
+                    prompts, completions.tokens, completions.mask, penalty=r.format_penalty
+                )
             scored = token_problem.shape_rewards(
                 ScoredCompletions.single_turn(
                     prompts, completions, score.reward, jnp.ones_like(score.reward)

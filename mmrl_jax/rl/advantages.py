@@ -65,6 +65,7 @@ def truncation_mask(terminated: jax.Array, truncated: jax.Array, valid: jax.Arra
     return jnp.maximum(truncated, valid * (1 - next_valid) * (1 - terminated))
 
 
+@jax.named_scope("advantages")
 def token_advantages(
     *,
     reward: jax.Array,

@@ -47,8 +47,8 @@ class TokenLoss:
       kl: Estimator of KL(pi || reference) per token, see `kl_estimate`.
       kl_coef: Coefficient of the KL to the reference; 0 for no KL.
       importance_weight_cap: Bound C of the importance weights min(pi_old / pi_rollout, C), which
-        correct for completions that were sampled in another precision than they are learned from;
-        None for no weights.
+        correct for completions that were sampled in another precision than they are learned from,
+        or with earlier parameters; None for no weights.
     """
 
     ratio: Ratio = "token"

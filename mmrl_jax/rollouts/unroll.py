@@ -54,8 +54,10 @@ def unroll(
     """
 
     def step(state: State, t: jax.Array) -> tuple[State, Transition]:
-        output = policy(state, jax.random.fold_in(rng, t))
-        next_state = env.step(state, output.environment_action)
+        with jax.named_scope("policy"):
+            output = policy(state, jax.random.fold_in(rng, t))
+        with jax.named_scope("env_step"):
+            next_state = env.step(state, output.environment_action)
         truncated = next_state.info["truncation"] * next_state.done
         return next_state, Transition(
             observation=state.obs,

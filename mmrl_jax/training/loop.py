@@ -1,6 +1,7 @@
 """The training loop of a stage: it compiles, updates, logs, evaluates, saves and resumes."""
 
 from collections.abc import Callable, Collection
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -24,6 +25,7 @@ from mmrl_jax.training.dispatch import (
 )
 from mmrl_jax.training.lock import locked
 from mmrl_jax.training.preemption import PreemptionGuard
+from mmrl_jax.training.profile import Profile
 from mmrl_jax.training.progress import Counters, Progress
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, HostUpdate, Stage
@@ -120,6 +122,7 @@ def run(
     may_change: Collection[str] = (),
     max_seconds: float | None = None,
     log_interval_s: float = 10.0,
+    profile: bool = False,
 ) -> Result:
     """Runs a stage to its end in `workdir`, from its newest checkpoint if there is one.
 
@@ -137,6 +140,7 @@ def run(
       max_seconds: Time of the updates in seconds after which the stage ends early; None for no
         limit.
       log_interval_s: Minimum time in seconds between two console lines without a terminal.
+      profile: Whether a few dispatches are traced, see `Profile`.
 
     Raises:
       ValueError: If a setting of JAX is not supported, or the workdir cannot be used, see
@@ -180,7 +184,13 @@ def run(
                 writer.message(f"{stage.name}: resumed after update {done} of {stage.num_updates}")
             compiled = _compiler(stage, shardings, terminated, writer.message)
             log = StageLog(stage, workdir, writer, checkpointer, progress.done)
-            carry, error = _train(carry, stage, compiled, progress, log, terminated)
+            with contextlib.ExitStack() as stack:
+                traced = None
+                if profile:
+                    whole = (stage.num_updates - progress.done) // stage.updates_per_dispatch
+                    traced = Profile(workdir, whole, writer.message)
+                    stack.callback(traced.close)
+                carry, error = _train(carry, stage, compiled, progress, log, terminated, traced)
             if progress.done:
                 log.save(carry, progress, {}, force=True)
         checkpointer.wait()
@@ -230,6 +240,7 @@ def _train(
     progress: Progress,
     log: StageLog,
     stopping: Callable[[], bool],
+    profile: Profile | None,
 ) -> tuple[Carry, Exception | None]:
     """Runs the updates of a stage until it ends, a signal stops it, or the host's part fails.
 
@@ -254,13 +265,18 @@ def _train(
             if not (progress.done or stopping()):
                 log.log_start(carry, progress)
             continue  # A signal may have been received in the meantime.
+        if profile is not None:
+            profile.before_dispatch()
         update_start = time.perf_counter()
-        with jax.transfer_guard("disallow"):
+        step = jax.profiler.StepTraceAnnotation("dispatch", step_num=progress.done)
+        with step, jax.transfer_guard("disallow"):
             carry, metrics, size, retries, error = programs[size](carry, stage.constants)
             jax.block_until_ready(carry.updates)
         if metrics is None:
             break
         seconds = time.perf_counter() - update_start
+        if profile is not None:
+            profile.after_dispatch(seconds)
         before = progress.done
         progress.done += size
         metrics = jax.device_get(metrics)

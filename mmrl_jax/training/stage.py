@@ -23,12 +23,16 @@ class Carry(struct.PyTreeNode):
       rng: PRNG key of the run. Update u uses fold_in(rng, u) and no other key.
       updates: Number of completed updates, int32 []. It is also the position in the data of
         demonstrations.
+      in_flight: Completions of which the next update learns, if they were sampled during the last
+        update, with leaves [B, ...]; they have no meaning before the first update. None if an
+        update samples its own experience.
     """
 
     learner: Any  # A LearnerState or a TokenState.
     env_state: State | None
     rng: jax.Array
     updates: jax.Array
+    in_flight: Any = None
 
 
 Update = Callable[[Carry, Any], tuple[Carry, Metrics]]

@@ -7,6 +7,8 @@ import math
 import time
 from typing import Any
 
+import jax
+
 from mmrl_jax.distributed import multihost
 from mmrl_jax.monitoring.health_checks import HealthChecks
 from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
@@ -96,7 +98,8 @@ class StageLog:
         if force or self._checkpointer.due(progress.done):
             self.writer.flush()
         extra = dataclasses.asdict(progress.add())
-        self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
+        with jax.profiler.TraceAnnotation("checkpoint"):
+            self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
 
     def _evaluation(self, carry: Carry, done: int) -> dict[str, float]:
         """Returns the metrics of an evaluation, or only its time if it fails."""
@@ -116,7 +119,8 @@ class StageLog:
     ) -> dict[str, float]:
         """Returns the metrics of a measurement, or an empty dict and a message if it fails."""
         try:
-            return dict(measure())
+            with jax.profiler.TraceAnnotation(what):
+                return dict(measure())
         except Exception as error:  # A failed measurement must not end the run.
             if multihost.is_lost(error):
                 raise

@@ -264,20 +264,29 @@ def make_folder_config(tmp_path_factory):
     return make
 
 
+STALE = {"last__one_step_off_policy": True, "last__importance_weight_cap": 2.0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "axes",
-    [(4, 1, 1), (1, 4, 1), (1, 2, 2), (1, 1, 2)],
-    ids=lambda axes: "x".join(map(str, axes)),
+    ("axes", "changes"),
+    [
+        ((4, 1, 1), {}),
+        ((1, 4, 1), {}),
+        ((1, 2, 2), {}),
+        ((1, 1, 2), {}),  # Both processes hold all rows.
+        # The rewards of a process are there before its devices have sampled the next completions.
+        ((1, 4, 1), STALE | {"last__num_updates": 6, "dataset__completion_tokens": 32}),
+    ],
+    ids=["4x1x1", "1x4x1", "1x2x2", "1x1x2", "one_step_off_policy"],
 )
-def test_host_rewards_in_two_processes(axes, make_folder_config, tmp_path):
-    # On the last mesh, both processes hold all rows.
+def test_host_rewards_in_two_processes(axes, changes, make_folder_config, tmp_path):
     mesh = dict(zip(("data", "fsdp", "tensor"), axes, strict=True))
-    config = problems.complete(make_folder_config(), {"mesh": mesh})
+    config = problems.complete(make_folder_config(**changes), {"mesh": mesh})
     train_in_processes(config, tmp_path / "two", tmp_path / "outputs", devices=math.prod(axes))
     trained = mmrl_jax.train(config, tmp_path / "one")
     loaded = stored(config, tmp_path / "two")
-    assert loaded.step == 2
+    assert loaded.step == config.grpo.num_updates
     assert_close(loaded.variables, trained.variables)
     before = jax.tree.leaves(loaded.problem.initial_variables())
     after = jax.tree.leaves(loaded.variables)

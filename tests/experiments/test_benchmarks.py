@@ -13,6 +13,7 @@ from experiments.benchmarks import (
     grpo,
     logprobs,
     model,
+    one_step_off_policy,
     packing,
     ppo_vs_brax,
     render,
@@ -83,6 +84,13 @@ def of_compaction(patch, _):
     patch.setattr(compaction, "TOKENS", 8)
 
 
+def of_one_step_off_policy(patch, _):
+    small = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"num_hidden_layers": 1}
+    patch.setattr(one_step_off_policy, "LLAMA", one_step_off_policy.LLAMA | small)
+    for name, value in {"TOKENS": 4, "WORKERS": 1, "COMPLETIONS": 2}.items():
+        patch.setattr(one_step_off_policy, name, value)
+
+
 def of_ppo_vs_brax(patch, _):
     patch.setattr(mlp_ppo, "get_config", lambda _: tiny.config("mlp_ppo", **tiny.FAST))
     patch.setattr(ppo_vs_brax, "ENVIRONMENTS", {"fast": None})
@@ -107,6 +115,7 @@ SHRUNK = {
     "grpo": of_grpo,
     "packing": of_packing,
     "compaction": of_compaction,
+    "one_step_off_policy": of_one_step_off_policy,
     "dinov2_probe": of_dinov2_probe,
 }
 

@@ -195,7 +195,9 @@ def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monke
 
 
 def train_main(monkeypatch, config, workdir) -> None:
-    flags = types.SimpleNamespace(config=config, workdir=str(workdir), accept_changes=[])
+    flags = types.SimpleNamespace(
+        config=config, workdir=str(workdir), accept_changes=[], profile=True
+    )
     monkeypatch.setattr(train, "FLAGS", flags)
     train.main(["train"])
 

@@ -16,7 +16,7 @@ from mmrl_jax.evaluation.rewards import describe
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import dataset as dataset_lib
-from mmrl_jax.problems import host_rewards, token_problem
+from mmrl_jax.problems import host_rewards, host_update, token_problem
 from mmrl_jax.problems.host_rewards import Scorer
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rollouts.generate import Completions
@@ -377,7 +377,7 @@ def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatc
 
     monkeypatch.setattr(TokenPolicy, "generate", slow_generate)
     monkeypatch.setitem(group_advantages.ESTIMATORS, "standardized", slow_advantage)
-    monkeypatch.setattr(dataset_lib, "HostUpdate", spy)
+    monkeypatch.setattr(host_update, "HostUpdate", spy)
     # The second dispatch is of another size, and shares the programs.
     config = make_config(last__num_updates=3, last__updates_per_dispatch=2)
     counters = runs.train(config, tmp_path).last.counters

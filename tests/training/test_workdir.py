@@ -223,7 +223,9 @@ def test_one_process_at_a_time_runs_in_a_workdir(owned, monkeypatch, capsys):
     with pytest.raises(ValueError, match=message):
         run(toy(), workdir)
     config = tiny.config("mlp_ppo", **tiny.FAST)
-    flags = types.SimpleNamespace(config=config, workdir=str(workdir), accept_changes=[])
+    flags = types.SimpleNamespace(
+        config=config, workdir=str(workdir), accept_changes=[], profile=True
+    )
     monkeypatch.setattr(train_command, "FLAGS", flags)
     with pytest.raises(SystemExit, match="error: Workdir .* is in use by process"):
         train_command.main(["train"])
