@@ -56,6 +56,7 @@ from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, Tok
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks.folder import METADATA, Batch, Records
 from mmrl_jax.tasks.prompts import Prompt, Texts
+from mmrl_jax.tasks.reward_signatures import check_columns, read_signature
 from mmrl_jax.tasks.rewards import Rewards, RewardWorkerPool
 from mmrl_jax.training import fingerprints
 from mmrl_jax.training.dispatch import TRANSIENT
@@ -137,9 +138,12 @@ class Dataset(TokenProblem):
             )
         )
         self.splits = {VALIDATION: d.validation_size, TEST: d.test_size}
+        columns: frozenset[str] = frozenset()
         if not mesh_lib.only_described():
-            self.records = self._open()
+            self.records, columns = self._open()
             self.splits = {split: len(getattr(self.records, split)) for split in SPLITS}
+            for name, function in functions.items():
+                check_columns(name, read_signature(name, function), columns)
         r = config.rewards
         self._functions = functions
         self._pool = functools.partial(
@@ -149,6 +153,7 @@ class Dataset(TokenProblem):
             workers=r.workers,
             timeout_s=r.timeout_s,
             memory_mb=r.memory_mb,
+            columns=columns,
         )
 
     @functools.cached_property
@@ -160,8 +165,8 @@ class Dataset(TokenProblem):
         """
         return Scorer(self._pool(), self.chat)
 
-    def _open(self) -> Split:
-        """Opens the folder.
+    def _open(self) -> tuple[Split, frozenset[str]]:
+        """Opens the folder; returns the records and the names of their columns.
 
         Raises:
           ValueError: If the records cannot be used, see `open_split`.

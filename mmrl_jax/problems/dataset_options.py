@@ -19,7 +19,7 @@ from mmrl_jax.config.options import (
     option,
 )
 from mmrl_jax.problems import token_options
-from mmrl_jax.tasks.rewards import RewardFunction
+from mmrl_jax.tasks.reward_signatures import RewardFunction, read_signature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,8 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
     """Imports the functions of rewards.functions, and returns them by their names there.
 
     Raises:
-      ValueError: If a function cannot be imported, a name occurs twice, or the number of weights is
-        not the number of functions.
+      ValueError: If a function cannot be imported or has an invalid signature, a name occurs twice,
+        or the number of weights is not the number of functions.
     """
     names, weights = tuple(config.rewards.functions), tuple(config.rewards.weights)
     if not names or len(set(names)) != len(names):
@@ -149,6 +149,7 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
     functions = {}
     for name in names:
         functions[name] = import_object(name, "rewards.functions")
+        read_signature(name, functions[name])
     return functions
 
 

@@ -15,8 +15,9 @@ from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
+from mmrl_jax.tasks.reward_signatures import RESERVED
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.rewards import RESERVED, Failure, NoRewards, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards, RewardWorkerPool
 from mmrl_jax.training.dispatch import TRANSIENT
 
 # Maximum number of kinds of failures that a process prints. reward/failed counts all failures.
@@ -112,7 +113,7 @@ def open_split(
     length: int,
     images: int,
     **opening: Any,
-) -> Split:
+) -> tuple[Split, frozenset[str]]:
     """Opens the records of a dataset and splits them.
 
     Args:
@@ -128,10 +129,14 @@ def open_split(
       images: Number of tokens of an image.
       **opening: Further arguments of `open_folder`.
 
+    Returns:
+      The records by split, and the names of the columns that at least one record has.
+
     Raises:
       ValueError: If a folder cannot be opened, see `open_folder`, there are too few records for
         the held-out splits, or an image of `test_directory` is in `directory` too.
     """
+    names: set[str] = set()
 
     def check(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
         check_text(prompt, "prompt")
@@ -144,6 +149,7 @@ def open_split(
         reserved = [name for name in RESERVED if name in columns]
         if reserved:
             raise ValueError(f"columns {reserved} are reserved arguments of reward functions.")
+        names.update(columns)
 
     records = open_folder(directory, check=check, **opening)
     # The test split comes first, so that it does not depend on the size of the validation split.
@@ -157,7 +163,7 @@ def open_split(
     if test_directory is not None:
         parts["test"] = open_folder(test_directory, check=check, **opening)
         _check_disjoint(records, parts["test"])
-    return Split(**parts)
+    return Split(**parts), frozenset(names)
 
 
 def _check_disjoint(records: Records, test: Records) -> None:
@@ -216,6 +222,14 @@ class ScoredTexts(NamedTuple):
     failed: float
 
 
+def _token_ids(completions: Completions) -> list[list[list[int]]]:
+    """Returns the token ids of completions [n, G, T] without padding, with their stop tokens."""
+    return [
+        [row[row_mask].tolist() for row, row_mask in zip(*group, strict=True)]
+        for group in zip(completions.tokens, completions.mask, strict=True)
+    ]
+
+
 class Scorer:
     """Scores completions of the prompts of a folder with reward functions.
 
@@ -263,13 +277,15 @@ class Scorer:
                 shape = completions.finished.shape
                 nothing = np.zeros(shape, np.float32)
                 parts = dict.fromkeys(self._pool.names, nothing)
-                return Rewards(nothing, np.zeros(shape, bool), parts, ())
+                no = np.zeros(shape, bool)
+                return Rewards(nothing, no, parts, dict.fromkeys(parts, no), ())
             return self._pool(
                 batch.prompts,
                 texts,
                 batch.answers,
                 batch.columns,
                 np.asarray(completions.finished),
+                completion_ids=_token_ids(completions) if self._pool.takes_ids else None,
                 allow_none=allow_none or not alone,
             )
 
@@ -280,14 +296,14 @@ class Scorer:
         failures = np.zeros(rewards.reward.shape, np.int32)
         for failure in rewards.failures:
             failures[failure.prompt, failure.completion] += 1
-        whole = rewards.reward, rewards.valid, rewards.parts, failures
-        reward, valid, parts, failures = join_shares(whole, shares)
+        whole = rewards.reward, rewards.valid, rewards.parts, rewards.applies, failures
+        reward, valid, parts, applies, failures = join_shares(whole, shares)
         if not valid.any() and not allow_none:
             raise NoRewards(
                 f"None of {reward.size} samples has a reward: {failures.sum()} calls failed. Each "
                 "process prints the failures of its own calls."
             )
-        scored = Rewards(reward, valid, parts, rewards.failures)
+        scored = Rewards(reward, valid, parts, applies, rewards.failures)
         return ScoredTexts(texts, scored, float(failures.mean() / len(parts)))
 
     def decode(self, completions: Completions) -> list[list[str]]:
@@ -309,9 +325,15 @@ class Scorer:
         Raises:
           NoRewards: If no answer of these records has a reward.
         """
-        batch = records.batch(0, rows)
+        batch, ids = records.batch(0, rows), None
+        if self._pool.takes_ids:
+            ids = [[self._chat.encode_completion(text)] for text in batch.answers]
         rewards = self._pool(
-            batch.prompts, [[text] for text in batch.answers], batch.answers, batch.columns
+            batch.prompts,
+            [[text] for text in batch.answers],
+            batch.answers,
+            batch.columns,
+            completion_ids=ids,
         )
         self._print_failures(rewards, records, batch)
 

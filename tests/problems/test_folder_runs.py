@@ -324,11 +324,15 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     problem, given = problems.make(make_config()), []
     records, chat = problem.records.train, problem.chat
 
-    def pool(*arguments, allow_none):
-        assert not allow_none
-        given.append(arguments)
-        zeros = np.zeros((4, 2), np.float32)
-        return Rewards(zeros, np.ones((4, 2), bool), {"length": zeros}, ())
+    class Pool:
+        takes_ids = True
+
+        def __call__(self, *arguments, allow_none, completion_ids):
+            assert not allow_none
+            assert completion_ids == [[[two, chat.stop], [two]]] * 4
+            given.append(arguments)
+            zeros, ones = np.zeros((4, 2), np.float32), np.ones((4, 2), bool)
+            return Rewards(zeros, ones, {"length": zeros}, {"length": ones}, ())
 
     two = chat.encode_completion("2")[0]
     tokens = np.array([[[two, chat.stop, two], [two, chat.pad, two]]] * 4)
@@ -336,12 +340,34 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     finished = np.array([[True, False]] * 4)
     batch = records.batch(0)
     completions = Completions(tokens, np.zeros(tokens.shape), mask, finished)
-    scored = Scorer(pool, chat)(records, batch, completions)
+    scored = Scorer(Pool(), chat)(records, batch, completions)
     assert scored.completions == [["2", "2"]] * 4
     ((prompts, completions, right, columns, ended),) = given
     assert completions == scored.completions
     assert (prompts, right, columns) == (batch.prompts, batch.answers, batch.columns)
     np.testing.assert_array_equal(ended, finished)
+
+
+def test_functions_with_trls_signature_train_and_are_evaluated(make_config, tmp_path):
+    trl = "tests.reward_functions:tokens"
+    config = make_config(
+        rewards__functions=(trl, "tests.reward_functions:at_odd_levels_list"),
+        rewards__weights=(1.0, 100.0),
+        last__num_updates=1,
+    )
+    trained = runs.train(config, tmp_path)
+    (row,) = rows(tmp_path)
+    level = [x["level"] for x in trained.problem.records.train.batch(0).columns]
+    # The tokens of each completion, 10 for its level, and 100 where the second function applies.
+    expected = 110 * np.mean(level) + row["completion/length"]
+    assert row["completion/reward"] == pytest.approx(expected)
+    assert row["completion/unscored"] == row["reward/failed"] == 0
+    validation = trained.problem.records.validation
+    found = trained.problem.measure()(trained.variables, "validation")
+    level = [x["level"] for x in validation.read(range(2)).columns]
+    assert found["failed_fraction"] == 0 and found["return"] > 110 * np.mean(level)
+    part = found["reward/tests.reward_functions:at_odd_levels_list"]
+    assert part == 1 if any(level) else np.isnan(part)
 
 
 def test_functions_that_always_fail_stop_the_run_before_it_compiles(
@@ -465,7 +491,8 @@ def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not(
     nan = np.nan
     first = np.float32([[1], [2], [nan], [4], [5]])
     second = np.float32([[nan], [1], [nan], [1], [1]])
-    rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, ())
+    applies = {"f": np.ones((5, 1), bool), "g": np.ones((5, 1), bool)}
+    rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, applies, ())
     found = describe(rewards, "test", max_failed=0.2)
     assert found["failed_fraction"] == pytest.approx(0.2)
     assert found["return"] == 6 and found["reward/f"] == 3 and np.isnan(found["reward/g"])
@@ -473,6 +500,11 @@ def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not(
     lost = describe(rewards, "test", max_failed=0.19)
     assert lost["failed_fraction"] == pytest.approx(0.2)
     assert all(np.isnan(x) for name, x in lost.items() if name != "failed_fraction")
+    # Where a function does not apply it has not failed: 1 and 1 of the last two, and nothing.
+    some = np.array([[False], [False], [False], [True], [True]])
+    partial = rewards._replace(applies={"f": ~some & some, "g": some})
+    found = describe(partial, "test", max_failed=0.2)
+    assert found["reward/g"] == 1 and np.isnan(found["reward/f"])
     none = rewards._replace(reward=0 * first * nan, valid=np.zeros((5, 1), bool))
     assert describe(none, "test", max_failed=0.9)["failed_fraction"] == 1
 
@@ -516,6 +548,11 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ({"rewards__functions": ("tests.reward_functions",)}, "'tests.reward_functions', which"),
         ({"rewards__functions": ("no_such_module:f",)}, "'no_such_module', which cannot be imp"),
         ({"rewards__functions": (f"{LENGTH}s",)}, "has no 'lengths'"),
+        (
+            {"rewards__functions": ("tests.reward_functions:solved",)},
+            r"'tests.reward_functions:solved', whose parameter 'solution' .* are \['level'\]",
+        ),
+        ({"rewards__functions": ("asyncio:sleep",)}, "'asyncio:sleep', which is asynchronous"),
         ({"rewards__weights": (1.0, 1.0)}, r"rewards.weights=\(1.0, 1.0\)"),
         ({"rewards__workers": 0}, "'rewards.workers' is 0"),
         ({"last__num_completions": 1}, "grpo.num_completions=1, but the stage 'grpo'"),
