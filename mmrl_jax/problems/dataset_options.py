@@ -18,8 +18,9 @@ from mmrl_jax.config.options import (
     between,
     option,
 )
+from mmrl_jax.config.schema import is_group
 from mmrl_jax.problems import token_options
-from mmrl_jax.tasks.reward_signatures import RewardFunction, read_signature
+from mmrl_jax.tasks.reward_signatures import RewardFunction, with_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,16 @@ class RewardOptions:
     """Options of the group `rewards`."""
 
     functions: tuple[str, ...] = option(
-        ("mmrl_jax.tasks.rewards:exact_match",),
-        "Reward functions as 'module:function', see mmrl_jax/tasks/rewards.py.",
+        ("mmrl_jax.rewards:exact_match",),
+        "Reward functions as 'module:function', of mmrl_jax/rewards or of your own, see "
+        "mmrl_jax/tasks/rewards.py.",
         TEXTS,
+    )
+    options: tuple[dict, ...] = option(
+        (),
+        "Further arguments of each function as a dictionary, in the order of `functions`; () for "
+        "none. A column of a record replaces the argument of the same name.",
+        Valid(lambda options: all(map(is_group, options)), "a tuple of dictionaries"),
     )
     weights: tuple[float, ...] = option(
         (1.0,),
@@ -133,11 +141,15 @@ def check(config: ml_collections.ConfigDict) -> None:
 def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
     """Imports the functions of rewards.functions, and returns them by their names there.
 
+    Functions with options are returned with these arguments bound.
+
     Raises:
-      ValueError: If a function cannot be imported or has an invalid signature, a name occurs twice,
-        or the number of weights is not the number of functions.
+      ValueError: If a function cannot be imported, has an invalid signature or does not take its
+        options, a name occurs twice, or the number of weights or options is not the number of
+        functions.
     """
     names, weights = tuple(config.rewards.functions), tuple(config.rewards.weights)
+    options = tuple(config.rewards.options) or ({},) * len(names)
     if not names or len(set(names)) != len(names):
         raise ValueError(
             f"rewards.functions={names} must name at least one function, without duplicates."
@@ -146,10 +158,14 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
         raise ValueError(
             f"rewards.weights={weights} must have one number for each of rewards.functions={names}."
         )
+    if len(options) != len(names):
+        raise ValueError(
+            f"rewards.options={options} must have one dictionary for each of "
+            f"rewards.functions={names}, or be ()."
+        )
     functions = {}
-    for name in names:
-        functions[name] = import_object(name, "rewards.functions")
-        read_signature(name, functions[name])
+    for name, arguments in zip(names, options, strict=True):
+        functions[name] = with_options(name, import_object(name, "rewards.functions"), arguments)
     return functions
 
 

@@ -8,7 +8,8 @@ all completions of a prompt, every argument is a list with one item for each of 
 its result marks a completion to which the function does not apply.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -113,5 +114,38 @@ def check_columns(name: str, signature: Signature, columns: Collection[str]) -> 
             raise ValueError(
                 f"rewards.functions has {name!r}, whose parameter {parameter!r} is neither one of "
                 f"{list(passed)} nor a column of the records, which are {sorted(columns)}; add the "
-                "column to the records, or give the parameter a default."
+                "column to the records, set it in rewards.options, or give it a default."
             )
+
+
+def with_options(name: str, function: RewardFunction, options: Mapping[str, Any]) -> RewardFunction:
+    """Returns a reward function with further keyword arguments bound.
+
+    Args:
+      name: Name of the function in rewards.functions, for messages.
+      function: The function.
+      options: Values of some of its parameters. A column of a record replaces them.
+
+    Raises:
+      ValueError: If the signature of the function is invalid, see `read_signature`, or a name in
+        `options` is not one of its parameters or an argument of every call.
+    """
+    read_signature(name, function)
+    if not options:
+        return function
+    parameters = inspect.signature(function).parameters
+    free = [
+        p.name
+        for p in parameters.values()
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in RESERVED
+    ]
+    for option in options:
+        if option not in free:
+            raise ValueError(
+                f"rewards.options has {option!r} for {name!r}, whose parameters for options are "
+                f"{free}; give one of these."
+            )
+    bound = functools.partial(function, **options)
+    if hasattr(function, "on_failure"):
+        bound.on_failure = function.on_failure  # type: ignore[attr-defined]
+    return bound

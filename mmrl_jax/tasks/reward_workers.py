@@ -57,18 +57,18 @@ class Call(NamedTuple):
     Attributes:
       name: Name of the function.
       keywords: Keyword arguments of the call.
-      count: Number of completions whose rewards a function with TRL's signature returns as a list;
-        None for a function that returns the reward of one completion.
+      batch_size: Number of completions whose rewards a function with TRL's signature returns as a
+        list; None for a function that returns the reward of one completion.
     """
 
     name: str
     keywords: dict[str, Any]
-    count: int | None
+    batch_size: int | None
 
     @property
     def size(self) -> int:
         """Number of completions that the call is for."""
-        return 1 if self.count is None else self.count
+        return 1 if self.batch_size is None else self.batch_size
 
     def failed(self, reason: str) -> tuple[Result, ...]:
         """Returns the results of the call if it fails as a whole."""
@@ -274,7 +274,7 @@ def _results(function: RewardFunction, call: Call) -> tuple[Result, ...]:
     """Calls a function and converts its value or exception to results."""
     try:
         value = function(**call.keywords)
-        if call.count is None:
+        if call.batch_size is None:
             return (_result(value),)
         try:
             values = list(value)
@@ -283,8 +283,10 @@ def _results(function: RewardFunction, call: Call) -> tuple[Result, ...]:
                 f"it returned {_text(repr, value)}, but must return a list with a reward for each "
                 "completion, as its parameters are those of TRL"
             )
-        if len(values) != call.count:
-            return call.failed(f"it returned {len(values)} rewards for {call.count} completions")
+        if len(values) != call.batch_size:
+            return call.failed(
+                f"it returned {len(values)} rewards for {call.batch_size} completions"
+            )
         # None marks a completion to which the function does not apply.
         return tuple(Result(math.nan, None) if x is None else _result(x) for x in values)
     except BaseException as error:  # SystemExit is caught too: a function must not end the worker.

@@ -44,6 +44,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+# Configs of earlier versions name the function here.
+from mmrl_jax.rewards import exact_match as exact_match
 from mmrl_jax.tasks.reward_signatures import RESERVED, RewardFunction, read_signature
 from mmrl_jax.tasks.reward_workers import Call, Result, Worker, WorkerLost, Workers
 
@@ -113,11 +115,6 @@ class Rewards(NamedTuple):
     def failed(self) -> float:
         """Fraction of the results that are failures, in [0, 1]."""
         return len(self.failures) / (self.reward.size * len(self.parts))
-
-
-def exact_match(*, prompt: str, completion: str, answer: str, **columns: Any) -> float:
-    """Returns 1 if the completion equals the answer up to case and surrounding spaces, else 0."""
-    return float(completion.strip().casefold() == answer.strip().casefold())
 
 
 class _Batch(NamedTuple):

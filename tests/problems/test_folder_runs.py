@@ -370,6 +370,24 @@ def test_functions_with_trls_signature_train_and_are_evaluated(make_config, tmp_
     assert part == 1 if any(level) else np.isnan(part)
 
 
+def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_path):
+    config = make_config(
+        rewards__functions=("mmrl_jax.rewards:length_bounds", "mmrl_jax.rewards:json_schema"),
+        rewards__options=({"max_length": 2**20}, {"schema": {"enum": [[10**6]]}}),
+        rewards__weights=(0.5, 8.0),
+        last__num_updates=1,
+        last__mask_truncated_completions=True,
+    )
+    trained = runs.train(config, tmp_path)
+    (row,) = rows(tmp_path)
+    # Every completion that ended has a length in the bounds, unless it is blank; none is JSON.
+    ended = 1 - row["completion/truncated_fraction"]
+    assert 0 <= row["completion/reward"] <= 0.5 * ended and row["reward/failed"] == 0
+    loaded = runs.load(tmp_path)  # Of modules of the package alone.
+    assert loaded.problem.config.rewards.options[0]["max_length"] == 2**20
+    assert loaded.evaluate("test") == trained.problem.measure()(trained.variables, "test")
+
+
 def test_functions_that_always_fail_stop_the_run_before_it_compiles(
     make_config, tmp_path, monkeypatch
 ):
@@ -551,6 +569,16 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         (
             {"rewards__functions": ("tests.reward_functions:solved",)},
             r"'tests.reward_functions:solved', whose parameter 'solution' .* are \['level'\]",
+        ),
+        (
+            {"rewards__functions": ("mmrl_jax.rewards:length_bounds",)},
+            "'max_length' is neither .* set it in rewards.options",
+        ),
+        ({"rewards__options": ({}, {})}, r"rewards.options=\(\{\}, \{\}\) must have one dict"),
+        ({"rewards__options": (3,)}, r"'rewards.options' is \(3,\), but must be a tuple of dict"),
+        (
+            {"rewards__functions": ("mmrl_jax.rewards:number",), "rewards__options": ({"x": 1},)},
+            r"rewards.options has 'x' for 'mmrl_jax.rewards:number', whose .* \['tolerance',",
         ),
         ({"rewards__functions": ("asyncio:sleep",)}, "'asyncio:sleep', which is asynchronous"),
         ({"rewards__weights": (1.0, 1.0)}, r"rewards.weights=\(1.0, 1.0\)"),
