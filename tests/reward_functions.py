@@ -154,3 +154,20 @@ scaled = Scaled(3)
 def at_odd_levels_list(completions, level):
     """Has TRL's signature; applies to half of the records."""
     return [1.0 if x else None for x in level]
+
+
+def spoken(completions, prompts, **columns):
+    """Has TRL's signature; tells messages from texts."""
+    if isinstance(completions[0], str):
+        assert prompts == ["p"] * len(completions)
+        return list(map(len, completions))
+    assert prompts == [[{"role": "user", "content": "p"}]] * len(completions)
+    assert {completion[0]["role"] for completion in completions} == {"assistant"}
+    return [-len(completion[0]["content"]) for completion in completions]
+
+
+def of_messages(completions, prompts, level, **columns):
+    """Has TRL's signature; returns 7 if prompts and completions are messages."""
+    (message,) = prompts[0]
+    right = message["role"] == "user" and message["content"].startswith("which of")
+    return [7.0 if right and set(x[0]) == {"role", "content"} else 0.0 for x in completions]

@@ -54,7 +54,8 @@ from mmrl_jax.problems.sources import (
 )
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
-from mmrl_jax.tasks.folder import METADATA, Batch, Records
+from mmrl_jax.tasks import tables
+from mmrl_jax.tasks.folder import Batch, Records
 from mmrl_jax.tasks.prompts import Prompt, Texts
 from mmrl_jax.tasks.reward_signatures import check_columns, read_signature
 from mmrl_jax.tasks.rewards import Rewards, RewardWorkerPool
@@ -175,7 +176,10 @@ class Dataset(TokenProblem):
         return open_split(
             self.chat,
             directory=pathlib.Path(d.directory).resolve(),
+            files=d.files,
             test_directory=d.test_directory and pathlib.Path(d.test_directory).resolve(),
+            test_files=d.test_files,
+            names=d.columns.to_dict(),
             validation_size=d.validation_size,
             test_size=d.test_size,
             split_seed=d.split_seed,
@@ -192,10 +196,11 @@ class Dataset(TokenProblem):
     def dependencies(self) -> dict[str, str]:
         """Returns fingerprints of model, records and reward functions, see `problem.Problem`."""
         d = self.config.dataset
-        tables = [
-            (pathlib.Path(directory) / METADATA).read_bytes()
-            for directory in (d.directory, d.test_directory)
+        contents = [
+            tables.fingerprint(path)
+            for directory, files in ((d.directory, d.files), (d.test_directory, d.test_files))
             if directory is not None
+            for path in tables.find_tables(pathlib.Path(directory), files)
         ]
         images = [
             (name, info.digest)
@@ -204,7 +209,7 @@ class Dataset(TokenProblem):
         ]
         code = {name: dataset_options.source_code(name) for name in self._functions}
         return super().dependencies() | {
-            "records": fingerprints.digest(tables, sorted(images)),
+            "records": fingerprints.digest(contents, sorted(images)),
             "reward_functions": fingerprints.digest(sorted(code.items())),
         }
 

@@ -21,6 +21,7 @@ from mmrl_jax.config.options import (
 from mmrl_jax.config.schema import is_group
 from mmrl_jax.problems import token_options
 from mmrl_jax.tasks.reward_signatures import RewardFunction, with_options
+from mmrl_jax.tasks.samples import NAMES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,20 @@ class DatasetOptions:
 
     directory: str = option(
         "",
-        "Directory with metadata.jsonl and the images, see mmrl_jax/tasks/folder.py.",
+        "Directory with the images and metadata.jsonl, other .jsonl files or .parquet files, see "
+        "mmrl_jax/tasks/tables.py.",
         NON_EMPTY,
+    )
+    files: str | None = option(
+        None,
+        "Pattern of the tables of records in the directory, e.g. 'data/train-*.parquet'; None for "
+        "metadata.jsonl, or else all .jsonl, or else all .parquet files in it or in its data/.",
+        NON_EMPTY,
+    )
+    columns: dict = option(
+        {},
+        "Names of the columns of the records by the names 'image', 'prompt' and 'answer', where "
+        "they differ from the usual ones, see mmrl_jax/tasks/samples.py.",
     )
     height: int = option(64, "Height of the model's input images in pixels.", POSITIVE)
     width: int = option(64, "Width of the model's input images in pixels.", POSITIVE)
@@ -68,6 +81,9 @@ class DatasetOptions:
         None,
         "Directory of records for the final evaluation, with no image that is in `directory`.",
         NON_EMPTY,
+    )
+    test_files: str | None = option(
+        None, "Pattern of the tables in `test_directory`, as `files`.", NON_EMPTY
     )
     split_seed: int = option(
         0,
@@ -128,6 +144,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             "model.kind='scratch', but a decoder from scratch cannot read the free text of a "
             "dataset: choose 'decoder', e.g. of 'smollm2', or 'vlm'."
+        )
+    for name, column in d.columns.items():
+        if name not in NAMES or not isinstance(column, str):
+            raise ValueError(
+                f"dataset.columns.{name}={column!r}: give the name of the column of "
+                f"{', '.join(map(repr, NAMES))}."
+            )
+    if d.test_files is not None and d.test_directory is None:
+        raise ValueError(
+            f"dataset.test_files={d.test_files!r} without dataset.test_directory; give its "
+            "directory, which may be dataset.directory."
         )
     token_options.check_model(config, d.height, d.width, "dataset")
     if (d.test_directory is None) == (d.test_size == 0):

@@ -14,10 +14,11 @@ from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
-from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
+from mmrl_jax.tasks.folder import Batch, Records, open_folder
 from mmrl_jax.tasks.reward_signatures import RESERVED
 from mmrl_jax.tasks.reward_workers import printable
 from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.samples import short_repr
 from mmrl_jax.training.dispatch import TRANSIENT
 
 # Maximum number of kinds of failures that a process prints. reward/failed counts all failures.
@@ -105,7 +106,9 @@ def open_split(
     chat: ChatTokenizer,
     *,
     directory: pathlib.Path,
+    files: str | None,
     test_directory: pathlib.Path | None,
+    test_files: str | None,
     validation_size: int,
     test_size: int,
     split_seed: int,
@@ -119,7 +122,9 @@ def open_split(
     Args:
       chat: Tokenizer and chat template of the model.
       directory: Directory of the dataset.
+      files: Pattern of the tables in the directory, see `open_folder`.
       test_directory: Directory of the test split; None if the test split is a part of `directory`.
+      test_files: Pattern of the tables in the directory of the test split.
       validation_size: Minimum number of records in the validation split.
       test_size: Minimum number of records in the test split; 0 with a `test_directory`.
       split_seed: Seed of the splits, see `Records.split`.
@@ -142,7 +147,7 @@ def open_split(
         check_text(prompt, "prompt")
         check_text(answer, "answer")
         for column in columns.items():
-            check_text(json.dumps(column, ensure_ascii=False), "column")
+            check_text(json.dumps(column, ensure_ascii=False, default=str), "column")
         tokenize_prompts(chat, [prompt], length=length, images=images)
         if completion_length is not None:
             tokenize_completions(chat, [answer], length=completion_length)
@@ -151,7 +156,7 @@ def open_split(
             raise ValueError(f"columns {reserved} are reserved arguments of reward functions.")
         names.update(columns)
 
-    records = open_folder(directory, check=check, **opening)
+    records = open_folder(directory, files=files, check=check, **opening)
     # The test split comes first, so that it does not depend on the size of the validation split.
     sizes = {"test": test_size, "validation": validation_size}
     try:
@@ -161,7 +166,7 @@ def open_split(
             f"dataset.validation_size={validation_size}, dataset.test_size={test_size}: {error}"
         ) from error
     if test_directory is not None:
-        parts["test"] = open_folder(test_directory, check=check, **opening)
+        parts["test"] = open_folder(test_directory, files=test_files, check=check, **opening)
         _check_disjoint(records, parts["test"])
     return Split(**parts), frozenset(names)
 
@@ -184,11 +189,13 @@ def _check_disjoint(records: Records, test: Records) -> None:
 
 
 def print_rejected(records: Split) -> None:
-    """Prints the first rejected records with their reasons."""
+    """Prints the number of rejected records, and the first ones with their reasons."""
     lists = {"": records.train.rejected}
     if records.test.rejected is not records.train.rejected:  # The test split has its own folder.
         lists[" of dataset.test_directory"] = records.test.rejected
     for where, rejected in lists.items():
+        if rejected:
+            print(f"{len(rejected)} records{where} are left out.", file=sys.stderr, flush=True)
         for name, reason in rejected[:MAX_PRINTED]:
             print(
                 f"Rejected record{where}: {name}: {printable(reason)}", file=sys.stderr, flush=True
@@ -285,6 +292,7 @@ class Scorer:
                 batch.answers,
                 batch.columns,
                 np.asarray(completions.finished),
+                messages=batch.messages,
                 completion_ids=_token_ids(completions) if self._pool.takes_ids else None,
                 allow_none=allow_none or not alone,
             )
@@ -333,6 +341,7 @@ class Scorer:
             [[text] for text in batch.answers],
             batch.answers,
             batch.columns,
+            messages=batch.messages,
             completion_ids=ids,
         )
         self._print_failures(rewards, records, batch)

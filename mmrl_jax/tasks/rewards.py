@@ -48,6 +48,7 @@ import numpy as np
 from mmrl_jax.rewards import exact_match as exact_match
 from mmrl_jax.tasks.reward_signatures import RESERVED, RewardFunction, read_signature
 from mmrl_jax.tasks.reward_workers import Call, Result, Worker, WorkerLost, Workers
+from mmrl_jax.tasks.samples import Message
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -125,6 +126,7 @@ class _Batch(NamedTuple):
     answers: Sequence[str]
     columns: Sequence[Mapping[str, Any]]
     finished: np.ndarray
+    messages: Sequence[Sequence[Message] | None]
     completion_ids: Sequence[Sequence[Sequence[int]]] | None
 
 
@@ -260,6 +262,7 @@ class RewardWorkerPool:
         columns: Sequence[Mapping[str, Any]],
         finished: Sequence[Sequence[bool]] | np.ndarray | None = None,
         *,
+        messages: Sequence[Sequence[Message] | None] | None = None,
         completion_ids: Sequence[Sequence[Sequence[int]]] | None = None,
         allow_none: bool = False,
     ) -> Rewards:
@@ -272,6 +275,8 @@ class RewardWorkerPool:
           columns: Further keyword arguments for each of the B prompts.
           finished: Whether each of the [B, G] completions has ended rather than been truncated;
             None if all have ended.
+          messages: Each prompt as messages, or None if it is a text. As in TRL, functions with its
+            signature get these messages, and each completion as a list of one message.
           completion_ids: Token ids of the completions, which functions with TRL's signature get;
             None if they are unknown.
           allow_none: Whether no error is raised if no sample has a reward.
@@ -295,7 +300,8 @@ class RewardWorkerPool:
         ended = np.ones(shape, bool) if finished is None else np.asarray(finished, bool)
         if ended.shape != shape:
             raise ValueError(f"finished has the shape {ended.shape}, but completions {shape}.")
-        batch = _Batch(prompts, completions, answers, columns, ended, completion_ids)
+        messages = [None] * shape[0] if messages is None else messages
+        batch = _Batch(prompts, completions, answers, columns, ended, messages, completion_ids)
         calls, cells = [], []
         for b, name in itertools.product(range(shape[0]), self._weights):
             if self._signatures[name].batched:
@@ -325,13 +331,18 @@ class RewardWorkerPool:
 
     def _group_call(self, name: str, batch: "_Batch", b: int) -> Call:
         """Returns the call of a function with TRL's signature for all completions of prompt b."""
-        row, texts = batch.columns[b], batch.completions[b]
+        row, texts, messages = batch.columns[b], batch.completions[b], batch.messages[b]
         same = {key: row.get(key) for key in {*self._columns, *row}} | {
-            "prompts": batch.prompts[b],
+            "prompts": batch.prompts[b] if messages is None else list(messages),
             "answer": batch.answers[b],
         }
+        completions = (
+            list(texts)
+            if messages is None
+            else [[{"role": "assistant", "content": text}] for text in texts]
+        )
         arguments = {key: [value] * len(texts) for key, value in same.items()} | {
-            "completions": list(texts),
+            "completions": completions,
             "finished": batch.finished[b].tolist(),
         }
         if batch.completion_ids is not None:

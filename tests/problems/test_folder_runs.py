@@ -24,6 +24,7 @@ from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards, Rewards
 from mmrl_jax.training import loop
 from tests import processors, tiny
+from tests.tasks import test_layouts as layouts
 from tests.tasks.test_folder import color, folder
 
 LENGTH, HALF, NEVER = (
@@ -327,8 +328,8 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     class Pool:
         takes_ids = True
 
-        def __call__(self, *arguments, allow_none, completion_ids):
-            assert not allow_none
+        def __call__(self, *arguments, allow_none, messages, completion_ids):
+            assert not allow_none and messages == (None,) * 4
             assert completion_ids == [[[two, chat.stop], [two]]] * 4
             given.append(arguments)
             zeros, ones = np.zeros((4, 2), np.float32), np.ones((4, 2), bool)
@@ -386,6 +387,57 @@ def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_
     loaded = runs.load(tmp_path)  # Of modules of the package alone.
     assert loaded.problem.config.rewards.options[0]["max_length"] == 2**20
     assert loaded.evaluate("test") == trained.problem.measure()(trained.variables, "test")
+
+
+def test_a_run_on_parquet_with_messages(make_config, tmp_path):
+    # The images of the test table come after those of training, and repeat none.
+    layouts.write(tmp_path, "chat", count=14, parquet=True, row_group_size=3)
+    (path,) = tmp_path.iterdir()
+    table = layouts.pq.read_table(path)
+    layouts.pq.write_table(table[:8], path)
+    test_path = path.with_name("test-00000-of-00001.parquet")
+    layouts.pq.write_table(table[8:], test_path)
+    config = make_config(
+        dataset__directory=str(tmp_path),
+        dataset__files="train-*.parquet",
+        dataset__test_directory=str(tmp_path),
+        dataset__test_files="test-*.parquet",
+        dataset__test_size=0,
+        rewards__functions=("tests.reward_functions:of_messages",),
+        rewards__weights=(1.0,),
+        last__num_updates=2,
+    )
+    trained = runs.train(config, tmp_path / "run")
+    assert [row["completion/reward"] for row in rows(tmp_path / "run")] == [7.0, 7.0]
+    assert [row["reward/failed"] for row in rows(tmp_path / "run")] == [0, 0]
+    split = trained.problem.records
+    assert len(split.train) == 6 and len(split.validation) == 2 and len(split.test) == 6
+    assert trained.test_metrics["eval/test/return"] == 7
+    # A changed table is another input, and so is a changed text of a test record alone.
+    before = trained.problem.dependencies()["records"]
+    other = table[8:].set_column(
+        table.column_names.index("level"), "level", layouts.pa.array([7] * 6)
+    )
+    layouts.pq.write_table(other, test_path)
+    assert problems.make(config).dependencies()["records"] != before
+
+
+def test_columns_of_a_table_are_named_in_the_config(make_config, tmp_path):
+    layouts.write(tmp_path, "trl", count=8)
+    text = (tmp_path / "train.jsonl").read_text()
+    text = text.replace('"answer"', '"solution"').replace('"images"', '"photos"')
+    (tmp_path / "train.jsonl").write_text(text)
+    changes = {
+        "dataset__directory": str(tmp_path),
+        "dataset__columns": {"answer": "solution", "image": "photos"},
+    }
+    problem = problems.make(
+        make_config(rewards__functions=("tests.reward_functions:solved",), **changes)
+    )
+    batch = problem.records.train.read([0])
+    assert batch.columns[0]["solution"] == batch.answers[0] and "photos" not in batch.columns[0]
+    with pytest.raises(ValueError, match=r"10 of 10 records(.|\n)*solution=None is not a"):
+        problems.make(make_config(dataset__columns={"answer": "solution"}))
 
 
 def test_functions_that_always_fail_stop_the_run_before_it_compiles(
@@ -501,7 +553,9 @@ def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, t
     assert len(split.train) == 8 and len(split.validation) == 2
     assert problem.splits == {"validation": 2, "test": 2}
     host_rewards.print_rejected(split)
-    assert "Rejected record of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert "Rejected record of dataset.test_directory: metadata.jsonl:3" in printed
+    assert "1 records of dataset.test_directory are left out." in printed
 
 
 def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not():
@@ -559,6 +613,12 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ),
         ({"dataset__directory": ""}, "'dataset.directory' is ''"),
         ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl does not exist"),
+        (
+            {"dataset__columns": {"question": "q"}},
+            "dataset.columns.question='q': give the name of the column of 'image', 'prompt', 'ans",
+        ),
+        ({"dataset__test_files": "x"}, "dataset.test_files='x' without dataset.test_directory"),
+        ({"dataset__files": "x"}, "dataset.files='x' matches no file in"),
         ({"dataset__prompt_tokens": 8}, "dataset.prompt_tokens=8"),
         ({"model__checkpoint": None}, "model.checkpoint=None"),
         ({"rewards__functions": ()}, r"rewards.functions=\(\)"),

@@ -501,3 +501,14 @@ def test_parameters_that_no_record_gives_are_refused():
     check_columns("m:f", ours, {"level"})
     with pytest.raises(ValueError, match="'level' is neither"):
         check_columns("m:f", ours, {"note"})
+
+
+def test_trl_functions_get_messages_where_the_prompt_has_them():
+    functions = {"spoken": user.spoken}
+    message = {"role": "user", "content": "p"}
+    with RewardWorkerPool(functions, {"spoken": 1.0}, workers=1, timeout_s=20.0) as pool:
+        scored = pool(
+            ["p", "p"], [["ab", "c"]] * 2, ["a"] * 2, [{}] * 2, messages=[(message,), None]
+        )
+    # The letters of a message are negative.
+    np.testing.assert_array_equal(scored.reward, [[-2, -1], [2, 1]])
