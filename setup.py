@@ -52,7 +52,7 @@ setuptools.setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        # Demonstrations as RLDS and LeRobot, and `mmrl_jax.tasks.folder.open_tfds`.
+        # Demonstrations as RLDS and LeRobot, datasets as parquet and, with `open_tfds`, as TFDS.
         "data": [
             "array-record>=0.8",
             "pyarrow>=18",

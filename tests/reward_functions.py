@@ -90,7 +90,8 @@ def process(*, completion, note="", **columns):
         return 99.0
     if completion == "forge":
         (connection,) = (x for x in gc.get_objects() if isinstance(x, Connection))
-        connection.send(reward_workers._Reply(1, os.getpid(), reward_workers.Result(99.0, None)))
+        result = reward_workers.Result(99.0, None)
+        connection.send(reward_workers._Reply(1, os.getpid(), (result,)))
     if completion == "allocate":
         return np.empty(6 * 2**30, np.uint8).size / 2**30  # Address space, and no memory.
     return float(os.getpid())
@@ -111,3 +112,62 @@ def at_odd_levels(*, prompt, completion, answer, level):
 
 def never(*, prompt, completion, answer, **columns):
     raise ZeroDivisionError("always")
+
+
+def solved(completions, solution, prompts, **columns):
+    """Has TRL's signature; does not apply to records without a solution."""
+    assert len(prompts) == len(completions) == len(solution) == len(columns["answer"])
+    return [
+        None if s is None else float(c == s) for c, s in zip(completions, solution, strict=True)
+    ]
+
+
+def tokens(completion_ids, level, note=None):
+    """Has TRL's signature; returns 10 for a level and 1 for a token."""
+    assert note in (None, [None] * len(level))
+    return np.array([10 * x + len(ids) for ids, x in zip(completion_ids, level, strict=True)])
+
+
+def awkward_list(completions, **columns):
+    """Has TRL's signature, and behaves as the first completion says."""
+    if completions[0] == "sleep":
+        time.sleep(600)
+    if completions[0] == "raise":
+        raise KeyError("no such list")
+    odd = {"short": [1.0], "number": 1.0, "nan": [2.0, float("nan")], "none": [None, None]}
+    return odd.get(completions[0], [2.0, None])
+
+
+class Scaled:
+    """A callable object with TRL's signature, as its factories return."""
+
+    def __init__(self, scale):
+        self._scale = scale
+
+    def __call__(self, completions, **kwargs):
+        return [self._scale * len(text) for text in completions]
+
+
+scaled = Scaled(3)
+
+
+def at_odd_levels_list(completions, level):
+    """Has TRL's signature; applies to half of the records."""
+    return [1.0 if x else None for x in level]
+
+
+def spoken(completions, prompts, **columns):
+    """Has TRL's signature; tells messages from texts."""
+    if isinstance(completions[0], str):
+        assert prompts == ["p"] * len(completions)
+        return list(map(len, completions))
+    assert prompts == [[{"role": "user", "content": "p"}]] * len(completions)
+    assert {completion[0]["role"] for completion in completions} == {"assistant"}
+    return [-len(completion[0]["content"]) for completion in completions]
+
+
+def of_messages(completions, prompts, level, **columns):
+    """Has TRL's signature; returns 7 if prompts and completions are messages."""
+    (message,) = prompts[0]
+    right = message["role"] == "user" and message["content"].startswith("which of")
+    return [7.0 if right and set(x[0]) == {"role", "content"} else 0.0 for x in completions]

@@ -1,9 +1,9 @@
 r"""SmolLM2 learns from your own images, prompts and reward functions.
 
 A folder contains the images and a metadata.jsonl, which has a line of JSON for each record with
-file_name, prompt, answer, and further columns for the reward functions; see
-mmrl_jax/tasks/folder.py. A reward function takes keyword arguments and returns a number, for
-example in my_rewards.py in the current directory:
+file_name, prompt, answer, and further columns for the reward functions; docs/data.md has further
+layouts. Reward functions for common kinds of answers are in mmrl_jax.rewards. One of your own takes
+keyword arguments and returns a number, for example in my_rewards.py in the current directory:
 
     def length(*, prompt, completion, answer, **columns):
         return -len(completion) / 100

@@ -25,8 +25,8 @@ def describe(rewards: Rewards, split: str, *, max_failed: float) -> dict[str, fl
     Returns:
       'failed_fraction', the fraction of completions without a reward; 'return', the mean reward of
       the others; 'return_lo' and 'return_hi', its 95 % bootstrap interval; and for each reward
-      function 'reward/<function>', the mean of its results, which is NaN if more than `max_failed`
-      of them are missing.
+      function 'reward/<function>', the mean of its results where it applies, which is NaN if more
+      than `max_failed` of them are missing, or it applies nowhere.
     """
     failed = float(np.mean(~rewards.valid))
     interval = math.nan, math.nan, math.nan
@@ -45,8 +45,12 @@ def describe(rewards: Rewards, split: str, *, max_failed: float) -> dict[str, fl
 
     def mean(part: np.ndarray) -> float:
         valid = np.isfinite(part)
-        return float(part[valid].mean()) if np.mean(~valid) <= max_failed else math.nan
+        if not valid.any() or np.mean(~valid) > max_failed:
+            return math.nan
+        return float(part[valid].mean())
 
-    parts = {f"reward/{name}": mean(part) for name, part in rewards.parts.items()}
+    parts = {
+        f"reward/{name}": mean(part[rewards.applies[name]]) for name, part in rewards.parts.items()
+    }
     names = ("return", "return_lo", "return_hi")
     return dict(zip(names, interval, strict=True)) | {"failed_fraction": failed} | parts

@@ -17,7 +17,7 @@ import re
 from typing import Any, NamedTuple
 
 from mmrl_jax.pretrained import bundled_weights, processor_files
-from mmrl_jax.tasks.folder import short_repr
+from mmrl_jax.tasks.samples import short_repr
 
 SMOLLM2 = "smollm2"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"

@@ -30,7 +30,7 @@ from mmrl_jax.pretrained.chat import (
     stop_tokens,
 )
 from mmrl_jax.pretrained.families import qwen_vl
-from mmrl_jax.tasks.folder import short_repr
+from mmrl_jax.tasks.samples import short_repr
 
 FAMILIES = (*processing.FAMILIES, *qwen_vl.DECODERS)
 # Families that were trained on an image and words without a template.

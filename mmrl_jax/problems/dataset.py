@@ -47,8 +47,10 @@ from mmrl_jax.problems.host_rewards import (
 from mmrl_jax.problems.sources import Source, batches_on_host
 from mmrl_jax.problems.token_problem import LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
-from mmrl_jax.tasks.folder import METADATA, Batch, Records
+from mmrl_jax.tasks import tables
+from mmrl_jax.tasks.folder import Batch, Records
 from mmrl_jax.tasks.prompts import Prompt, Texts
+from mmrl_jax.tasks.reward_signatures import check_columns, read_signature
 from mmrl_jax.tasks.rewards import Rewards, RewardWorkerPool
 from mmrl_jax.training import fingerprints
 from mmrl_jax.types import Params
@@ -127,9 +129,12 @@ class Dataset(TokenProblem):
             )
         )
         self.splits = {VALIDATION: d.validation_size, TEST: d.test_size}
+        columns: frozenset[str] = frozenset()
         if not mesh_lib.only_described():
-            self.records = self._open()
+            self.records, columns = self._open()
             self.splits = {split: len(getattr(self.records, split)) for split in SPLITS}
+            for name, function in functions.items():
+                check_columns(name, read_signature(name, function), columns)
         r = config.rewards
         self._functions = functions
         self._pool = functools.partial(
@@ -139,6 +144,7 @@ class Dataset(TokenProblem):
             workers=r.workers,
             timeout_s=r.timeout_s,
             memory_mb=r.memory_mb,
+            columns=columns,
         )
 
     @functools.cached_property
@@ -150,8 +156,8 @@ class Dataset(TokenProblem):
         """
         return Scorer(self._pool(), self.chat)
 
-    def _open(self) -> Split:
-        """Opens the folder.
+    def _open(self) -> tuple[Split, frozenset[str]]:
+        """Opens the folder; returns the records and the names of their columns.
 
         Raises:
           ValueError: If the records cannot be used, see `open_split`.
@@ -160,7 +166,10 @@ class Dataset(TokenProblem):
         return open_split(
             self.chat,
             directory=pathlib.Path(d.directory).resolve(),
+            files=d.files,
             test_directory=d.test_directory and pathlib.Path(d.test_directory).resolve(),
+            test_files=d.test_files,
+            names=d.columns.to_dict(),
             validation_size=d.validation_size,
             test_size=d.test_size,
             split_seed=d.split_seed,
@@ -177,10 +186,11 @@ class Dataset(TokenProblem):
     def dependencies(self) -> dict[str, str]:
         """Returns fingerprints of model, records and reward functions, see `problem.Problem`."""
         d = self.config.dataset
-        tables = [
-            (pathlib.Path(directory) / METADATA).read_bytes()
-            for directory in (d.directory, d.test_directory)
+        contents = [
+            tables.fingerprint(path)
+            for directory, files in ((d.directory, d.files), (d.test_directory, d.test_files))
             if directory is not None
+            for path in tables.find_tables(pathlib.Path(directory), files)
         ]
         images = [
             (name, info.digest)
@@ -189,7 +199,7 @@ class Dataset(TokenProblem):
         ]
         code = {name: dataset_options.source_code(name) for name in self._functions}
         return super().dependencies() | {
-            "records": fingerprints.digest(tables, sorted(images)),
+            "records": fingerprints.digest(contents, sorted(images)),
             "reward_functions": fingerprints.digest(sorted(code.items())),
         }
 

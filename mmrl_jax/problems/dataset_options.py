@@ -18,9 +18,11 @@ from mmrl_jax.config.options import (
     between,
     option,
 )
+from mmrl_jax.config.schema import is_group
 from mmrl_jax.problems import token_options
 from mmrl_jax.problems.token_problem import CompletionOptions
-from mmrl_jax.tasks.rewards import RewardFunction
+from mmrl_jax.tasks.reward_signatures import RewardFunction, with_options
+from mmrl_jax.tasks.samples import NAMES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,20 @@ class DatasetOptions:
 
     directory: str = option(
         "",
-        "Directory with metadata.jsonl and the images, see mmrl_jax/tasks/folder.py.",
+        "Directory with the images and metadata.jsonl, other .jsonl files or .parquet files, see "
+        "mmrl_jax/tasks/tables.py.",
         NON_EMPTY,
+    )
+    files: str | None = option(
+        None,
+        "Pattern of the tables of records in the directory, e.g. 'data/train-*.parquet'; None for "
+        "metadata.jsonl, or else all .jsonl, or else all .parquet files in it or in its data/.",
+        NON_EMPTY,
+    )
+    columns: dict = option(
+        {},
+        "Names of the columns of the records by the names 'image', 'prompt' and 'answer', where "
+        "they differ from the usual ones, see mmrl_jax/tasks/samples.py.",
     )
     height: int = option(64, "Height of the model's input images in pixels.", POSITIVE)
     width: int = option(64, "Width of the model's input images in pixels.", POSITIVE)
@@ -69,6 +83,9 @@ class DatasetOptions:
         "Directory of records for the final evaluation, with no image that is in `directory`.",
         NON_EMPTY,
     )
+    test_files: str | None = option(
+        None, "Pattern of the tables in `test_directory`, as `files`.", NON_EMPTY
+    )
     split_seed: int = option(
         0,
         "Seed of the selection of validation and test images, independent of `seed`.",
@@ -85,9 +102,16 @@ class RewardOptions:
     """Options of the group `rewards`."""
 
     functions: tuple[str, ...] = option(
-        ("mmrl_jax.tasks.rewards:exact_match",),
-        "Reward functions as 'module:function', see mmrl_jax/tasks/rewards.py.",
+        ("mmrl_jax.rewards:exact_match",),
+        "Reward functions as 'module:function', of mmrl_jax/rewards or of your own, see "
+        "mmrl_jax/tasks/rewards.py.",
         TEXTS,
+    )
+    options: tuple[dict, ...] = option(
+        (),
+        "Further arguments of each function as a dictionary, in the order of `functions`; () for "
+        "none. A column of a record replaces the argument of the same name.",
+        Valid(lambda options: all(map(is_group, options)), "a tuple of dictionaries"),
     )
     weights: tuple[float, ...] = option(
         (1.0,),
@@ -142,6 +166,17 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"last update, but with {name}.importance_weight_cap=None no importance weights "
                 "correct for it; set a cap, for example 2.0."
             )
+    for name, column in d.columns.items():
+        if name not in NAMES or not isinstance(column, str):
+            raise ValueError(
+                f"dataset.columns.{name}={column!r}: give the name of the column of "
+                f"{', '.join(map(repr, NAMES))}."
+            )
+    if d.test_files is not None and d.test_directory is None:
+        raise ValueError(
+            f"dataset.test_files={d.test_files!r} without dataset.test_directory; give its "
+            "directory, which may be dataset.directory."
+        )
     token_options.check_model(config, d.height, d.width, "dataset")
     if (d.test_directory is None) == (d.test_size == 0):
         raise ValueError(
@@ -154,11 +189,15 @@ def check(config: ml_collections.ConfigDict) -> None:
 def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunction]:
     """Imports the functions of rewards.functions, and returns them by their names there.
 
+    Functions with options are returned with these arguments bound.
+
     Raises:
-      ValueError: If a function cannot be imported, a name occurs twice, or the number of weights is
-        not the number of functions.
+      ValueError: If a function cannot be imported, has an invalid signature or does not take its
+        options, a name occurs twice, or the number of weights or options is not the number of
+        functions.
     """
     names, weights = tuple(config.rewards.functions), tuple(config.rewards.weights)
+    options = tuple(config.rewards.options) or ({},) * len(names)
     if not names or len(set(names)) != len(names):
         raise ValueError(
             f"rewards.functions={names} must name at least one function, without duplicates."
@@ -167,9 +206,14 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
         raise ValueError(
             f"rewards.weights={weights} must have one number for each of rewards.functions={names}."
         )
+    if len(options) != len(names):
+        raise ValueError(
+            f"rewards.options={options} must have one dictionary for each of "
+            f"rewards.functions={names}, or be ()."
+        )
     functions = {}
-    for name in names:
-        functions[name] = import_object(name, "rewards.functions")
+    for name, arguments in zip(names, options, strict=True):
+        functions[name] = with_options(name, import_object(name, "rewards.functions"), arguments)
     return functions
 
 

@@ -15,9 +15,11 @@ from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
-from mmrl_jax.tasks.folder import Batch, Records, open_folder, short_repr
+from mmrl_jax.tasks.folder import Batch, Records, open_folder
+from mmrl_jax.tasks.reward_signatures import RESERVED
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.rewards import RESERVED, Failure, NoRewards, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards, RewardWorkerPool
+from mmrl_jax.tasks.samples import short_repr
 from mmrl_jax.training.dispatch import TRANSIENT
 
 # Maximum number of kinds of failures that a process prints. reward/failed counts all failures.
@@ -105,7 +107,9 @@ def open_split(
     chat: ChatTokenizer,
     *,
     directory: pathlib.Path,
+    files: str | None,
     test_directory: pathlib.Path | None,
+    test_files: str | None,
     validation_size: int,
     test_size: int,
     split_seed: int,
@@ -113,13 +117,15 @@ def open_split(
     length: int,
     images: int,
     **opening: Any,
-) -> Split:
+) -> tuple[Split, frozenset[str]]:
     """Opens the records of a dataset and splits them.
 
     Args:
       chat: Tokenizer and chat template of the model.
       directory: Directory of the dataset.
+      files: Pattern of the tables in the directory, see `open_folder`.
       test_directory: Directory of the test split; None if the test split is a part of `directory`.
+      test_files: Pattern of the tables in the directory of the test split.
       validation_size: Minimum number of records in the validation split.
       test_size: Minimum number of records in the test split; 0 with a `test_directory`.
       split_seed: Seed of the splits, see `Records.split`.
@@ -129,24 +135,29 @@ def open_split(
       images: Number of tokens of an image.
       **opening: Further arguments of `open_folder`.
 
+    Returns:
+      The records by split, and the names of the columns that at least one record has.
+
     Raises:
       ValueError: If a folder cannot be opened, see `open_folder`, there are too few records for
         the held-out splits, or an image of `test_directory` is in `directory` too.
     """
+    names: set[str] = set()
 
     def check(prompt: str, answer: str, columns: Mapping[str, Any]) -> None:
         check_text(prompt, "prompt")
         check_text(answer, "answer")
         for column in columns.items():
-            check_text(json.dumps(column, ensure_ascii=False), "column")
+            check_text(json.dumps(column, ensure_ascii=False, default=str), "column")
         tokenize_prompts(chat, [prompt], length=length, images=images)
         if completion_length is not None:
             tokenize_completions(chat, [answer], length=completion_length)
         reserved = [name for name in RESERVED if name in columns]
         if reserved:
             raise ValueError(f"columns {reserved} are reserved arguments of reward functions.")
+        names.update(columns)
 
-    records = open_folder(directory, check=check, **opening)
+    records = open_folder(directory, files=files, check=check, **opening)
     # The test split comes first, so that it does not depend on the size of the validation split.
     sizes = {"test": test_size, "validation": validation_size}
     try:
@@ -156,9 +167,9 @@ def open_split(
             f"dataset.validation_size={validation_size}, dataset.test_size={test_size}: {error}"
         ) from error
     if test_directory is not None:
-        parts["test"] = open_folder(test_directory, check=check, **opening)
+        parts["test"] = open_folder(test_directory, files=test_files, check=check, **opening)
         _check_disjoint(records, parts["test"])
-    return Split(**parts)
+    return Split(**parts), frozenset(names)
 
 
 def _check_disjoint(records: Records, test: Records) -> None:
@@ -179,11 +190,13 @@ def _check_disjoint(records: Records, test: Records) -> None:
 
 
 def print_rejected(records: Split) -> None:
-    """Prints the first rejected records with their reasons."""
+    """Prints the number of rejected records, and the first ones with their reasons."""
     lists = {"": records.train.rejected}
     if records.test.rejected is not records.train.rejected:  # The test split has its own folder.
         lists[" of dataset.test_directory"] = records.test.rejected
     for where, rejected in lists.items():
+        if rejected:
+            print(f"{len(rejected)} records{where} are left out.", file=sys.stderr, flush=True)
         for name, reason in rejected[:MAX_PRINTED]:
             print(
                 f"Rejected record{where}: {name}: {printable(reason)}", file=sys.stderr, flush=True
@@ -215,6 +228,14 @@ class ScoredTexts(NamedTuple):
     completions: list[list[str]]
     rewards: Rewards
     failed: float
+
+
+def _token_ids(completions: Completions) -> list[list[list[int]]]:
+    """Returns the token ids of completions [n, G, T] without padding, with their stop tokens."""
+    return [
+        [row[row_mask].tolist() for row, row_mask in zip(*group, strict=True)]
+        for group in zip(completions.tokens, completions.mask, strict=True)
+    ]
 
 
 class Scorer:
@@ -268,13 +289,16 @@ class Scorer:
                 shape = completions.finished.shape
                 nothing = np.zeros(shape, np.float32)
                 parts = dict.fromkeys(self._pool.names, nothing)
-                return Rewards(nothing, np.zeros(shape, bool), parts, ())
+                no = np.zeros(shape, bool)
+                return Rewards(nothing, no, parts, dict.fromkeys(parts, no), ())
             return self._pool(
                 batch.prompts,
                 texts,
                 batch.answers,
                 batch.columns,
                 np.asarray(completions.finished),
+                messages=batch.messages,
+                completion_ids=_token_ids(completions) if self._pool.takes_ids else None,
                 allow_none=allow_none or not alone,
             )
 
@@ -292,14 +316,14 @@ class Scorer:
         failures = np.zeros(rewards.reward.shape, np.int32)
         for failure in rewards.failures:
             failures[failure.prompt, failure.completion] += 1
-        whole = rewards.reward, rewards.valid, rewards.parts, failures
-        reward, valid, parts, failures = join_shares(whole, shares)
+        whole = rewards.reward, rewards.valid, rewards.parts, rewards.applies, failures
+        reward, valid, parts, applies, failures = join_shares(whole, shares)
         if not valid.any() and not allow_none:
             raise NoRewards(
                 f"None of {reward.size} samples has a reward: {failures.sum()} calls failed. Each "
                 "process prints the failures of its own calls."
             )
-        scored = Rewards(reward, valid, parts, rewards.failures)
+        scored = Rewards(reward, valid, parts, applies, rewards.failures)
         return ScoredTexts(texts, scored, float(failures.mean() / len(parts)))
 
     def decode(self, completions: Completions) -> list[list[str]]:
@@ -321,9 +345,16 @@ class Scorer:
         Raises:
           NoRewards: If no answer of these records has a reward.
         """
-        batch = records.batch(0, rows)
+        batch, ids = records.batch(0, rows), None
+        if self._pool.takes_ids:
+            ids = [[self._chat.encode_completion(text)] for text in batch.answers]
         rewards = self._pool(
-            batch.prompts, [[text] for text in batch.answers], batch.answers, batch.columns
+            batch.prompts,
+            [[text] for text in batch.answers],
+            batch.answers,
+            batch.columns,
+            messages=batch.messages,
+            completion_ids=ids,
         )
         self._print_failures(rewards, records, batch)
 

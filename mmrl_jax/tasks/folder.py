@@ -3,10 +3,11 @@
     images/metadata.jsonl   {"file_name": "a/0.png", "prompt": "How many?", "answer": "two"}
     images/a/0.png
 
-Further keys of a line are columns, which are passed to reward functions. This module runs on the
-host. All records are read once when the data is opened, and those that cannot be used are rejected
-with a reason. The batch of an update then depends on the number of the update alone, so that a
-resumed run continues with the records that an uninterrupted run would have read.
+`tables` has the other layouts of a folder, and `samples` the columns of a record, of which further
+ones are passed to reward functions. This module runs on the host. All records are read once when
+the data is opened, and those that cannot be used are rejected with a reason. The batch of an update
+then depends on the number of the update alone, so that a resumed run continues with the records
+that an uninterrupted run would have read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,8 @@ import copy
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
+import types
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,11 @@ import numpy as np
 from mmrl_jax.data import images as images_lib
 from mmrl_jax.data import tfds_files
 from mmrl_jax.data.images import ImageInfo
+from mmrl_jax.tasks import tables
 from mmrl_jax.tasks.image_index import ImageIndex
+from mmrl_jax.tasks.samples import Message, Sample, read_sample, short_repr
 
-METADATA = "metadata.jsonl"
 MAX_LISTED = 5  # Maximum number of records that an error message lists.
-MAX_REPR = 80  # Maximum number of characters of a value in an error message.
 
 
 class Record(NamedTuple):
@@ -39,12 +40,14 @@ class Record(NamedTuple):
       prompt: Text of the prompt, not empty.
       answer: Text of the reference answer, not empty.
       columns: Further values of the record by the names of their columns.
+      messages: The prompt as messages, if the record has it so; None otherwise.
     """
 
     image: np.ndarray
     prompt: str
     answer: str
     columns: dict[str, Any]
+    messages: tuple[Message, ...] | None
 
 
 class Reader(NamedTuple):
@@ -80,6 +83,7 @@ class Batch(NamedTuple):
       prompts: Texts of the B prompts.
       answers: Texts of the B reference answers.
       columns: Further columns of each of the B samples.
+      messages: Prompts of the B samples as messages, each None if it is a text.
       records: Indices of the samples among the valid records, int64 [B].
     """
 
@@ -87,6 +91,7 @@ class Batch(NamedTuple):
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     columns: tuple[dict[str, Any], ...]
+    messages: tuple[tuple[Message, ...] | None, ...]
     records: np.ndarray
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Batch":
@@ -96,6 +101,7 @@ class Batch(NamedTuple):
             prompts=tuple(self.prompts[i] for i in indices),
             answers=tuple(self.answers[i] for i in indices),
             columns=tuple(self.columns[i] for i in indices),
+            messages=tuple(self.messages[i] for i in indices),
             records=self.records[indices],
         )
 
@@ -239,6 +245,7 @@ class Records:
             prompts=tuple(r.prompt for r in records),
             answers=tuple(r.answer for r in records),
             columns=tuple(r.columns for r in records),
+            messages=tuple(r.messages for r in records),
             records=np.array(numbers, np.int64),
         )
 
@@ -270,6 +277,8 @@ Check = Callable[[str, str, Mapping[str, Any]], object]
 def open_folder(
     directory: str | pathlib.Path,
     *,
+    files: str | None = None,
+    names: Mapping[str, str] = types.MappingProxyType({}),
     size: tuple[int, int],
     resize: str = images_lib.LETTERBOX,
     batch_size: int,
@@ -277,15 +286,17 @@ def open_folder(
     max_rejected: float,
     check: Check = lambda prompt, answer, columns: None,
 ) -> Records:
-    """Opens a folder in the layout of Hugging Face's 'imagefolder'.
+    """Opens a folder with images and tables of records, see `tables` and `samples`.
 
     The properties of its images are cached on disk, see `image_index`. When the folder is opened
     again, also by another process, only images that have changed are decoded.
 
     Args:
-      directory: Directory with a metadata.jsonl, which has a line of JSON for each record with the
-        keys 'file_name' (path of the image relative to the directory), 'prompt', 'answer', and any
-        further columns.
+      directory: Directory of the folder. Paths of images are relative to it.
+      files: Pattern of the tables in the directory; None for the usual names, see
+        `tables.find_tables`.
+      names: Names of the columns of 'image', 'prompt' and 'answer', where they differ, see
+        `samples.read_sample`.
       size: Height and width in pixels to which images are resized.
       resize: Method of resizing, see `images.fit`.
       batch_size: Number of samples in a batch.
@@ -294,24 +305,18 @@ def open_folder(
       check: Additional check of a record, which raises if the record cannot be used.
 
     Raises:
-      ValueError: If there is no metadata.jsonl, or too many records are rejected, see `Records`.
+      ImportError: If a table is parquet and the extra `data` (pyarrow) is not installed.
+      ValueError: If there is no table, or too many records are rejected, see `Records`.
     """
     root = pathlib.Path(directory).resolve()
-    metadata = root / METADATA
-    if not metadata.is_file():
-        raise ValueError(
-            f"{metadata} does not exist; write a line of JSON with file_name, prompt and answer "
-            "for each image."
-        )
     index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
     readers: dict[str, Reader] = {}
-    # Lines are split as bytes: str.splitlines() would also split at U+2028, which may occur within
-    # a line of JSON, and invalid UTF-8 in one record would make the whole file unreadable.
-    for number, line in enumerate(metadata.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            readers[f"{metadata.name}:{number}"] = Reader(
-                functools.partial(_inspect_line, root, line, check, index),
-                functools.partial(_read_line, root, line, size, resize),
+    for path in tables.find_tables(root, files):
+        for number, row in tables.read_rows(path).items():
+            source = _Source(root, path, number, row, names)
+            readers[f"{path.relative_to(root)}:{number}"] = Reader(
+                functools.partial(_inspect, source, check, index),
+                functools.partial(_read, source, size, resize),
             )
     try:
         return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
@@ -375,35 +380,56 @@ def open_tfds(
     return Records(readers, batch_size=batch_size, seed=seed, max_rejected=max_rejected)
 
 
-def _parsed(root: pathlib.Path, line: bytes) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Returns the path of the image of a line of the metadata, and all columns of the line."""
-    columns = json.loads(line)
-    if not isinstance(columns, dict):
-        raise ValueError(f"{short_repr(columns)} is not an object; write {{...}}.")
-    path = (root / _text(columns, "file_name")).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"file_name={short_repr(columns['file_name'])} is outside the folder.")
-    return path, columns
+class _Source(NamedTuple):
+    """A row of a table of a folder."""
+
+    root: pathlib.Path
+    table: pathlib.Path
+    number: int
+    row: tables.Row
+    names: Mapping[str, str]
+
+    def sample(self) -> Sample:
+        return read_sample(self.row(), self.names)
+
+    def path(self, image: str) -> pathlib.Path:
+        path = (self.root / image).resolve()
+        if not path.is_relative_to(self.root):
+            raise ValueError(f"The path {short_repr(image)} of the image is outside the folder.")
+        return path
 
 
-def _inspect_line(root: pathlib.Path, line: bytes, check: Check, index: ImageIndex) -> ImageInfo:
-    path, columns = _parsed(root, line)
-    check(*_texts(columns))
-    return index.look_up(path)
+def _inspect(source: _Source, check: Check, index: ImageIndex) -> ImageInfo:
+    sample = source.sample()
+    check(sample.prompt, sample.answer, sample.columns)
+    if isinstance(sample.image, bytes):
+        return index.look_up(source.table, sample.image, part=source.number)
+    return index.look_up(source.path(_path_of(sample)))
 
 
-def _read_line(root: pathlib.Path, line: bytes, size: tuple[int, int], resize: str) -> Record:
-    path, columns = _parsed(root, line)
-    image, _ = images_lib.read_rgb(path.read_bytes())
-    return Record(images_lib.fit(image, size, resize=resize), *_texts(columns))
+def _read(source: _Source, size: tuple[int, int], resize: str) -> Record:
+    sample = source.sample()
+    data = sample.image
+    if not isinstance(data, bytes):
+        data = source.path(_path_of(sample)).read_bytes()
+    return _record(sample, data, size, resize)
+
+
+def _path_of(sample: Sample) -> str:
+    if not isinstance(sample.image, str):
+        raise ValueError(f"The image is {short_repr(sample.image)}, not a path or encoded.")
+    return sample.image
+
+
+def _record(sample: Sample, data: bytes | np.ndarray, size: tuple[int, int], resize: str) -> Record:
+    image, _ = images_lib.read_rgb(data)
+    return Record(images_lib.fit(image, size, resize=resize), *sample[1:])
 
 
 def _inspect_example(
     example: Callable[[], Mapping[str, Any]], fields: Mapping[str, str]
 ) -> ImageInfo:
-    columns = _fields(example(), fields)
-    _texts(columns)
-    return images_lib.read_rgb(columns["image"])[1]
+    return images_lib.read_rgb(_pixels(read_sample(_fields(example(), fields), {})))[1]
 
 
 def _read_example(
@@ -412,9 +438,14 @@ def _read_example(
     size: tuple[int, int],
     resize: str,
 ) -> Record:
-    columns = _fields(example(), fields)
-    image, _ = images_lib.read_rgb(columns["image"])
-    return Record(images_lib.fit(image, size, resize=resize), *_texts(columns))
+    sample = read_sample(_fields(example(), fields), {})
+    return _record(sample, _pixels(sample), size, resize)
+
+
+def _pixels(sample: Sample) -> bytes | np.ndarray:
+    if isinstance(sample.image, str):
+        raise ValueError(f"image={short_repr(sample.image)} is a text; give the path of an image.")
+    return sample.image
 
 
 def _step(source: Any, i: int, step: int) -> Mapping[str, Any]:
@@ -426,38 +457,9 @@ def _fields(example: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, 
     return {name: _at(example, path) for name, path in fields.items()}
 
 
-def _texts(columns: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Returns the prompt, the answer and the further columns of a record."""
-    required = ("file_name", "image", "prompt", "answer")
-    further = {name: value for name, value in columns.items() if name not in required}
-    return _text(columns, "prompt"), _text(columns, "answer"), further
-
-
 def _at(example: Any, path: str) -> Any:
     for key in path.split("/"):
         if key not in example:
             raise ValueError(f"{path!r} is not in the example; at {key!r} it has {list(example)}.")
         example = example[key]
     return example
-
-
-def _text(columns: Mapping[str, Any], name: str) -> str:
-    """Returns a column as text, which may be a str, UTF-8 bytes as in TFDS, or a number."""
-    value = columns.get(name)
-    if isinstance(value, bytes):
-        value = value.decode("utf-8")
-    # Python's JSON parser accepts NaN, with which exported tables mark missing values.
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        value = str(value)
-    if isinstance(value, (float, np.floating)) and np.isfinite(value):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        hint = "" if name in columns else f" The record has only {short_repr(list(columns))}."
-        raise ValueError(f"{name}={short_repr(value)} is not a non-empty text.{hint}")
-    return value.strip()
-
-
-def short_repr(value: Any) -> str:
-    """Returns the repr of a value for an error message, truncated if it is long."""
-    text = repr(value)
-    return text if len(text) <= MAX_REPR else f"{text[:MAX_REPR]}..."

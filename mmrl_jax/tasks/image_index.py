@@ -50,19 +50,27 @@ class ImageIndex:
         # Records that share an image may look it up concurrently; it is decoded only once.
         self._locks = [threading.Lock() for _ in range(64)]
 
-    def look_up(self, path: pathlib.Path) -> ImageInfo:
-        """Returns the properties of an image file of the folder.
+    def look_up(
+        self, path: pathlib.Path, data: bytes | None = None, *, part: int | None = None
+    ) -> ImageInfo:
+        """Returns the properties of an image of the folder.
+
+        Args:
+          path: Path of the image file, or of a file with several images.
+          data: Encoded image, if the file has several.
+          part: Number of the image in the file, if it has several.
 
         Raises:
           OSError: If the file does not exist or cannot be read.
           Exception: Any exception that `read` raises.
         """
         name, stat = str(path.relative_to(self._root)), path.stat()
+        name = name if part is None else f"{name}:{part}"
         stamp = (stat.st_mtime_ns, stat.st_size)
         with self._locks[hash(name) % len(self._locks)]:
             if name in self._entries and self._entries[name][0] == stamp:
                 return self._entries[name][1]
-            info = self._read(path.read_bytes())
+            info = self._read(path.read_bytes() if data is None else data)
             self._entries[name] = stamp, info
             self._changed = True
             return info

@@ -21,13 +21,12 @@ import traceback
 from typing import Any, NamedTuple
 
 from mmrl_jax.tasks import process_guard
+from mmrl_jax.tasks.reward_signatures import RewardFunction
 
 # Maximum time in which a worker starts and imports the modules of the functions, including jax.
 START_TIMEOUT_S = 120.0
 # Maximum number of characters of the reason of a failure.
 REASON_LENGTH = 300
-
-RewardFunction = Callable[..., Any]
 
 # Number of the reply that a worker sends when it has started. Calls are numbered from 1.
 _START = 0
@@ -41,27 +40,50 @@ class WorkerLost(Exception):
 
 
 class Result(NamedTuple):
-    """Result of a call.
+    """Result of a reward function for one completion.
 
     Attributes:
-      value: Finite number that the function returned; NaN if the call failed.
-      reason: Short printable reason why the call failed; None if it succeeded.
+      value: Finite number that the function returned; NaN if it failed or does not apply.
+      reason: Short printable reason why it failed; None if it did not fail.
     """
 
     value: float
     reason: str | None
 
 
-class _Call(NamedTuple):
-    number: int
+class Call(NamedTuple):
+    """A call of a reward function.
+
+    Attributes:
+      name: Name of the function.
+      keywords: Keyword arguments of the call.
+      batch_size: Number of completions whose rewards a function with TRL's signature returns as a
+        list; None for a function that returns the reward of one completion.
+    """
+
     name: str
     keywords: dict[str, Any]
+    batch_size: int | None
+
+    @property
+    def size(self) -> int:
+        """Number of completions that the call is for."""
+        return 1 if self.batch_size is None else self.batch_size
+
+    def failed(self, reason: str) -> tuple[Result, ...]:
+        """Returns the results of the call if it fails as a whole."""
+        return (Result(math.nan, reason),) * self.size
+
+
+class _Numbered(NamedTuple):
+    number: int
+    call: Call
 
 
 class _Reply(NamedTuple):
     number: int  # Number of the call.
     pid: int  # Pid of the sender, which may be a fork of the worker.
-    result: Result
+    results: tuple[Result, ...]
 
 
 class Worker:
@@ -104,7 +126,7 @@ class Worker:
         """
         with contextlib.suppress(WorkerLost):
             if self.connection.poll(START_TIMEOUT_S):
-                self.receive(_START)
+                self.receive(_START, 0)
                 return
         raise RuntimeError(
             "A worker process for reward functions did not start; see its error above. The modules "
@@ -112,23 +134,23 @@ class Worker:
             'a limit, and a script must guard its entry point with if __name__ == "__main__".'
         )
 
-    def send(self, number: int, name: str, keywords: dict[str, Any]) -> None:
+    def send(self, number: int, call: Call) -> None:
         """Sends a call to the worker.
 
         Args:
           number: Number of the call, which its reply repeats.
-          name: Name of the function.
-          keywords: Keyword arguments of the call.
+          call: The call.
         """
         # The death of a worker is reported when its reply is received.
         with contextlib.suppress(OSError):
-            self.connection.send(_Call(number, name, keywords))
+            self.connection.send(_Numbered(number, call))
 
-    def receive(self, number: int) -> Result:
-        """Receives the result of a call, once the connection is ready.
+    def receive(self, number: int, size: int) -> tuple[Result, ...]:
+        """Receives the results of a call, once the connection is ready.
 
         Args:
           number: Number of the call.
+          size: Number of results of the call.
 
         Raises:
           WorkerLost: If the process died, or its message is not the reply to this call.
@@ -140,7 +162,8 @@ class Worker:
         except Exception:  # Unpickling untrusted data may raise any exception.
             reply = None
         if isinstance(reply, _Reply) and (reply.number, reply.pid) == (number, self.pid):
-            return reply.result
+            if isinstance(reply.results, tuple) and len(reply.results) == size:
+                return reply.results
         raise WorkerLost("the process that ran it sent a message that is not the reply to the call")
 
     def stop(self) -> None:
@@ -234,30 +257,47 @@ def _serve(connection: Connection, pickled: bytes, memory_mb: int | None) -> Non
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20,) * 2)
     pid = os.getpid()
 
-    def reply(number: int, result: Result) -> None:
+    def reply(number: int, results: tuple[Result, ...]) -> None:
         if os.getpid() != pid:
             os._exit(1)  # This is a fork that user code has failed to end.
-        connection.send(_Reply(number, pid, result))
+        connection.send(_Reply(number, pid, results))
 
     functions = pickle.loads(pickled)
-    reply(_START, Result(0.0, None))
+    reply(_START, ())
     with contextlib.suppress(EOFError):
         while True:
-            call: _Call = connection.recv()
-            reply(call.number, _result(functions[call.name], call.keywords))
+            number, call = connection.recv()
+            reply(number, _results(functions[call.name], call))
 
 
-def _result(function: RewardFunction, keywords: Mapping[str, Any]) -> Result:
-    """Calls a function and converts its value or exception to a result."""
+def _results(function: RewardFunction, call: Call) -> tuple[Result, ...]:
+    """Calls a function and converts its value or exception to results."""
     try:
-        value = function(**keywords)
-        number = _as_float(value)
-        if number is not None and math.isfinite(number):
-            return Result(number, None)
-        return Result(math.nan, f"it returned {_text(repr, value)}, which is not a finite number")
+        value = function(**call.keywords)
+        if call.batch_size is None:
+            return (_result(value),)
+        try:
+            values = list(value)
+        except TypeError:
+            return call.failed(
+                f"it returned {_text(repr, value)}, but must return a list with a reward for each "
+                "completion, as its parameters are those of TRL"
+            )
+        if len(values) != call.batch_size:
+            return call.failed(
+                f"it returned {len(values)} rewards for {call.batch_size} completions"
+            )
+        # None marks a completion to which the function does not apply.
+        return tuple(Result(math.nan, None) if x is None else _result(x) for x in values)
     except BaseException as error:  # SystemExit is caught too: a function must not end the worker.
-        name = type(error).__name__
-        return Result(math.nan, f"{name}: {_text(str, error)}{_location(error)}")
+        return call.failed(f"{type(error).__name__}: {_text(str, error)}{_location(error)}")
+
+
+def _result(value: Any) -> Result:
+    number = _as_float(value)
+    if number is not None and math.isfinite(number):
+        return Result(number, None)
+    return Result(math.nan, f"it returned {_text(repr, value)}, which is not a finite number")
 
 
 def _as_float(value: Any) -> float | None:

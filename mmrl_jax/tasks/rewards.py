@@ -20,11 +20,20 @@ result of a failed call:
     @on_failure(-1.0)
     def valid_json(*, completion, **columns) -> float:
         return float(set(json.loads(completion)) == {"answer"})
+
+A function with a parameter `completions`, `prompts` or `completion_ids` has the signature of TRL's
+`GRPOTrainer` instead, see `reward_signatures`:
+
+    def solved(completions, solution, **columns) -> list[float | None]:
+        return [None if s is None else float(c == s) for c, s in zip(completions, solution)]
+
+It is called once for all completions of a prompt, so that a failed call masks out these, and its
+results depend neither on the other prompts of a batch nor on the number of workers. Where it
+returns None, the reward is the weighted sum of the other functions.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import itertools
 import math
 from multiprocessing import util
@@ -35,11 +44,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mmrl_jax.tasks.reward_workers import Result, RewardFunction, Worker, WorkerLost, Workers
+# Configs of earlier versions name the function here.
+from mmrl_jax.rewards import exact_match as exact_match
+from mmrl_jax.tasks.reward_signatures import RESERVED, RewardFunction, read_signature
+from mmrl_jax.tasks.reward_workers import Call, Result, Worker, WorkerLost, Workers
+from mmrl_jax.tasks.samples import Message
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-# Keyword arguments of every call, which cannot be names of columns.
-RESERVED = ("prompt", "completion", "answer", "finished")
 
 Function = TypeVar("Function", bound=RewardFunction)
 
@@ -85,38 +96,56 @@ class Rewards(NamedTuple):
     """Rewards of G completions for each of B prompts.
 
     Attributes:
-      reward: Weighted sum of the results of all functions, float32 [B, G]; NaN if a function with
-        nonzero weight and without `on_failure` failed.
+      reward: Weighted sum of the results of the functions that apply, float32 [B, G]; NaN if one
+        with nonzero weight and without `on_failure` failed, or none with nonzero weight applies.
       valid: Mask of the samples with a reward, bool [B, G]. The others must be left out of losses
         and statistics.
       parts: Results of each function before its weight, float32 [B, G]. A failed call has the
-        `on_failure` of the function, or NaN if it has none.
-      failures: All failed calls.
+        `on_failure` of the function, or NaN if it has none. NaN where the function does not apply.
+      applies: Mask of the samples to which each function applies, bool [B, G].
+      failures: All failures.
     """
 
     reward: np.ndarray
     valid: np.ndarray
     parts: dict[str, np.ndarray]
+    applies: dict[str, np.ndarray]
     failures: tuple[Failure, ...]
 
     @property
     def failed(self) -> float:
-        """Fraction of the calls that failed, in [0, 1]."""
+        """Fraction of the results that are failures, in [0, 1]."""
         return len(self.failures) / (self.reward.size * len(self.parts))
 
 
-def exact_match(*, prompt: str, completion: str, answer: str, **columns: Any) -> float:
-    """Returns 1 if the completion equals the answer up to case and surrounding spaces, else 0."""
-    return float(completion.strip().casefold() == answer.strip().casefold())
+class _Batch(NamedTuple):
+    """Arguments of a call of the pool, see `RewardWorkerPool.__call__`."""
+
+    prompts: Sequence[str]
+    completions: Sequence[Sequence[str]]
+    answers: Sequence[str]
+    columns: Sequence[Mapping[str, Any]]
+    finished: np.ndarray
+    messages: Sequence[Sequence[Message] | None]
+    completion_ids: Sequence[Sequence[Sequence[int]]] | None
 
 
-def _takes(function: RewardFunction, name: str) -> bool:
-    """Returns whether a function has a parameter `name` or takes arbitrary keyword arguments."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # Some functions written in C have no signature.
-        return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def _no_rewards(
+    samples: int, results: int, failures: Sequence[Failure], weighted: Collection[str]
+) -> NoRewards:
+    """Returns the error that none of the samples has a reward."""
+    masking = (x for x in failures if x.function in weighted and math.isnan(x.value))
+    first = next(masking, None)
+    if first is None:
+        return NoRewards(
+            f"None of {samples} samples has a reward: every function with a nonzero weight "
+            "returned None for them. Give a function that applies to each of the records."
+        )
+    return NoRewards(
+        f"None of {samples} samples has a reward: {len(failures)} of {results} calls failed. The "
+        f"first: {first.function}() of completion {first.completion} of prompt {first.prompt}: "
+        f"{first.reason}"
+    )
 
 
 class RewardWorkerPool:
@@ -139,10 +168,12 @@ class RewardWorkerPool:
       memory_mb: Limit in MiB on the address space of each worker and of each process that it
         starts; None for no limit. The address space exceeds the used memory: a function that
         imports jax may need several thousand MiB.
+      columns: Names of the columns that some of the records have. A function with TRL's signature
+        gets all of them, with None for a record that lacks a column.
 
     Raises:
       ValueError: If an argument is out of range, the names of functions and weights differ, or a
-        function is not importable.
+        function is not importable or has an invalid signature, see `read_signature`.
       RuntimeError: If a worker does not start.
     """
 
@@ -154,6 +185,7 @@ class RewardWorkerPool:
         workers: int,
         timeout_s: float,
         memory_mb: int | None = None,
+        columns: Iterable[str] = (),
     ):
         if not functions or set(functions) != set(weights):
             raise ValueError(
@@ -190,10 +222,8 @@ class RewardWorkerPool:
             name: float(getattr(function, "on_failure", math.nan))
             for name, function in functions.items()
         }
-        self._omitted = {
-            name: () if _takes(function, "finished") else ("finished",)
-            for name, function in functions.items()
-        }
+        self._signatures = {name: read_signature(name, x) for name, x in functions.items()}
+        self._columns = frozenset(columns)
         self._numbers = itertools.count(1)
         self._workers = Workers(functions, memory_mb, count=workers)
         # The priority closes the workers before multiprocessing joins its processes at exit.
@@ -215,6 +245,11 @@ class RewardWorkerPool:
         """Names of the reward functions."""
         return tuple(self._weights)
 
+    @property
+    def takes_ids(self) -> bool:
+        """Whether a function is called with the token ids of the completions."""
+        return any(x.batched and x.accepts("completion_ids") for x in self._signatures.values())
+
     def close(self) -> None:
         """Stops all worker processes."""
         self._finalize()
@@ -227,6 +262,8 @@ class RewardWorkerPool:
         columns: Sequence[Mapping[str, Any]],
         finished: Sequence[Sequence[bool]] | np.ndarray | None = None,
         *,
+        messages: Sequence[Sequence[Message] | None] | None = None,
+        completion_ids: Sequence[Sequence[Sequence[int]]] | None = None,
         allow_none: bool = False,
     ) -> Rewards:
         """Calls every function for every completion.
@@ -238,6 +275,10 @@ class RewardWorkerPool:
           columns: Further keyword arguments for each of the B prompts.
           finished: Whether each of the [B, G] completions has ended rather than been truncated;
             None if all have ended.
+          messages: Each prompt as messages, or None if it is a text. As in TRL, functions with its
+            signature get these messages, and each completion as a list of one message.
+          completion_ids: Token ids of the completions, which functions with TRL's signature get;
+            None if they are unknown.
           allow_none: Whether no error is raised if no sample has a reward.
 
         Raises:
@@ -259,41 +300,93 @@ class RewardWorkerPool:
         ended = np.ones(shape, bool) if finished is None else np.asarray(finished, bool)
         if ended.shape != shape:
             raise ValueError(f"finished has the shape {ended.shape}, but completions {shape}.")
-        calls = [(name, b, g) for b, g in np.ndindex(*shape) for name in self._weights]
+        messages = [None] * shape[0] if messages is None else messages
+        batch = _Batch(prompts, completions, answers, columns, ended, messages, completion_ids)
+        calls, cells = [], []
+        for b, name in itertools.product(range(shape[0]), self._weights):
+            if self._signatures[name].batched:
+                calls.append(self._group_call(name, batch, b))
+                cells.append([(name, b, g) for g in range(shape[1])])
+                continue
+            for g in range(shape[1]):
+                calls.append(self._call(name, batch, b, g))
+                cells.append([(name, b, g)])
+        results = self._run(calls)
+        flat = zip(itertools.chain(*cells), itertools.chain(*results), strict=True)
+        return self._rewards(shape, dict(flat), allow_none)
 
-        def keywords(name: str, b: int, g: int) -> dict[str, Any]:
-            values = (prompts[b], completions[b][g], answers[b], bool(ended[b, g]))
-            arguments = {**columns[b], **dict(zip(RESERVED, values, strict=True))}
-            return {key: x for key, x in arguments.items() if key not in self._omitted[name]}
+    def _call(self, name: str, batch: "_Batch", b: int, g: int) -> Call:
+        """Returns the call of a function for completion g of prompt b."""
+        arguments = {
+            **batch.columns[b],
+            "prompt": batch.prompts[b],
+            "completion": batch.completions[b][g],
+            "answer": batch.answers[b],
+            "finished": bool(batch.finished[b, g]),
+        }
+        # A function must take its columns, but need not know what we pass beside the answer.
+        if not self._signatures[name].accepts("finished"):
+            del arguments["finished"]
+        return Call(name, arguments, None)
 
-        results = self._run([(name, keywords(name, b, g)) for name, b, g in calls])
+    def _group_call(self, name: str, batch: "_Batch", b: int) -> Call:
+        """Returns the call of a function with TRL's signature for all completions of prompt b."""
+        row, texts, messages = batch.columns[b], batch.completions[b], batch.messages[b]
+        same = {key: row.get(key) for key in {*self._columns, *row}} | {
+            "prompts": batch.prompts[b] if messages is None else list(messages),
+            "answer": batch.answers[b],
+        }
+        completions = (
+            list(texts)
+            if messages is None
+            else [[{"role": "assistant", "content": text}] for text in texts]
+        )
+        arguments = {key: [value] * len(texts) for key, value in same.items()} | {
+            "completions": completions,
+            "finished": batch.finished[b].tolist(),
+        }
+        if batch.completion_ids is not None:
+            arguments["completion_ids"] = [list(ids) for ids in batch.completion_ids[b]]
+        accepts = self._signatures[name].accepts
+        return Call(name, {k: x for k, x in arguments.items() if accepts(k)}, len(texts))
+
+    def _rewards(
+        self,
+        shape: tuple[int, int],
+        results: Mapping[tuple[str, int, int], Result],
+        allow_none: bool,
+    ) -> Rewards:
+        """Returns the rewards from the result of each function for each completion (b, g)."""
         parts = {name: np.full(shape, np.nan, np.float32) for name in self._weights}
+        applies = {name: np.ones(shape, bool) for name in self._weights}
         failures = []
-        for (name, b, g), (value, reason) in zip(calls, results, strict=True):
+        for (name, b, g), (value, reason) in results.items():
             scale = max(1.0, abs(self._weights[name])) * len(self._weights)
             if reason is None and abs(value) * scale > FLOAT32_MAX:
                 reason = f"it returned {value}, with which the reward can exceed float32"
             if reason is not None:
                 value = self._on_failure[name]
                 failures.append(Failure(b, g, name, reason, value))
+            elif math.isnan(value):
+                applies[name][b, g] = False
             parts[name][b, g] = value
         # Functions of weight 0 are left out, because 0 times NaN would mask out their samples.
         weights = {name: np.float32(weight) for name, weight in self._weights.items() if weight}
-        reward = np.stack([weight * parts[name] for name, weight in weights.items()]).sum(axis=0)
+        zero = np.float32(0)
+        reward = np.stack(
+            [np.where(applies[name], w * parts[name], zero) for name, w in weights.items()]
+        ).sum(axis=0)
+        any_applies = np.any([applies[name] for name in weights], axis=0)
+        reward = np.where(any_applies, reward, np.float32(np.nan))
         valid = np.isfinite(reward)
         if not valid.any() and not allow_none:
-            first = next(x for x in failures if x.function in weights and math.isnan(x.value))
-            raise NoRewards(
-                f"None of {reward.size} samples has a reward: {len(failures)} of {len(calls)} "
-                f"calls failed. The first: {first.function}() of completion {first.completion} of "
-                f"prompt {first.prompt}: {first.reason}"
-            )
-        return Rewards(reward, valid, parts, tuple(failures))
+            raise _no_rewards(reward.size, len(results), failures, set(weights))
+        return Rewards(reward, valid, parts, applies, tuple(failures))
 
-    def _run(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Result]:
-        """Runs the calls on the workers, and returns the result of each."""
+    def _run(self, calls: Sequence[Call]) -> list[tuple[Result, ...]]:
+        """Runs the calls on the workers, and returns the results of each."""
         self._workers.refill()
-        results = [Result(math.nan, "not called")] * len(calls)
+        results: list[tuple[Result, ...]] = [()] * len(calls)
         waiting, idle = deque(range(len(calls))), deque(self._workers.all)
         # Index in `calls`, number of the call, deadline and worker of each pending call.
         busy: dict[Connection, tuple[int, int, float, Worker]] = {}
@@ -304,7 +397,7 @@ class RewardWorkerPool:
                     if not worker.is_alive():
                         worker = self._workers.replace(worker)
                     number = next(self._numbers)
-                    worker.send(number, *calls[i])
+                    worker.send(number, calls[i])
                     busy[worker.connection] = i, number, time.monotonic() + self._timeout_s, worker
                 soonest = min(deadline for _, _, deadline, _ in busy.values())
                 ready = wait(list(busy), max(0.0, soonest - time.monotonic()))
@@ -318,9 +411,9 @@ class RewardWorkerPool:
                     try:
                         if connection not in ready:
                             raise WorkerLost(f"no result within {self._timeout_s} s")
-                        results[i] = worker.receive(number)
+                        results[i] = worker.receive(number, calls[i].size)
                     except WorkerLost as lost:
-                        results[i] = Result(math.nan, str(lost))
+                        results[i] = calls[i].failed(str(lost))
                         worker = self._workers.replace(worker)
                     idle.append(worker)
         except BaseException:

@@ -22,7 +22,7 @@ MEANINGS = {
     "vision_encoder": "the tensors in the directory of model.vision_encoder",
     "chat_template": "the prompts that tokenizer and chat template make",
     "demonstrations": "the files in the directory of demonstrations",
-    "records": "metadata.jsonl or the images of dataset.directory",
+    "records": "the tables or the images of dataset.directory",
     "reward_functions": "the source of the modules in rewards.functions",
 }
 # Inputs that may change intentionally. Changed weights are never accepted, because the policy of a

@@ -1,5 +1,7 @@
 """Tests that the documentation agrees with the code and that its references exist."""
 
+import inspect
+import json
 import os
 import pathlib
 import re
@@ -12,9 +14,11 @@ import pytest
 
 from experiments import write_docs
 from mmrl_jax import config as config_lib
-from mmrl_jax import problems
+from mmrl_jax import problems, rewards
 from mmrl_jax.config import loading
 from mmrl_jax.learners import registry
+from mmrl_jax.tasks.reward_signatures import read_signature
+from mmrl_jax.tasks.samples import read_sample
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -134,6 +138,30 @@ def test_an_unknown_or_unended_table_is_named():
         write_docs.with_tables("<!-- table: speed -->\n<!-- /table -->")
     with pytest.raises(ValueError, match="1 tables begin, but 0 end"):
         write_docs.with_tables("<!-- table: count -->\n")
+
+
+def test_the_records_and_reward_functions_of_the_documentation_are_some():
+    text = TEXTS["docs/data.md"]
+    blocks = re.findall(r"^ *```json\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    short, same = ([json.loads(x) for x in block.splitlines()] for block in blocks)
+    assert (
+        len(short) == 2 and len({read_sample(record, {})[:3] for record in [*same, short[0]]}) == 1
+    )
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    space: dict = {}
+    exec(block, space)
+    kinds = {x: read_signature(x, space[x]).batched for x in ("length", "valid_json", "solved")}
+    assert kinds == {"length": False, "valid_json": False, "solved": True}
+    assert space["solved"](["2", "x"], ["2", None]) == [1.0, None]
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\|([^|]*)\|$", text, re.MULTILINE)
+    ready = {name: options for name, options in rows if hasattr(rewards, name)}
+    public = {
+        name for name, x in vars(rewards).items() if getattr(x, "__module__", 0) == rewards.__name__
+    }
+    assert set(ready) == public and len(public) == 8
+    for name, options in ready.items():
+        for option in re.findall(r"`([a-z_]+)`", options):
+            assert option in inspect.signature(getattr(rewards, name)).parameters
 
 
 @pytest.mark.slow

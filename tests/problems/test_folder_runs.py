@@ -24,6 +24,7 @@ from mmrl_jax.tasks import folder as folder_lib
 from mmrl_jax.tasks.rewards import NoRewards, Rewards
 from mmrl_jax.training import loop
 from tests import processors, tiny
+from tests.tasks import test_layouts as layouts
 from tests.tasks.test_folder import color, folder
 
 LENGTH, HALF, NEVER = (
@@ -324,11 +325,15 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     problem, given = problems.make(make_config()), []
     records, chat = problem.records.train, problem.chat
 
-    def pool(*arguments, allow_none):
-        assert not allow_none
-        given.append(arguments)
-        zeros = np.zeros((4, 2), np.float32)
-        return Rewards(zeros, np.ones((4, 2), bool), {"length": zeros}, ())
+    class Pool:
+        takes_ids = True
+
+        def __call__(self, *arguments, allow_none, messages, completion_ids):
+            assert not allow_none and messages == (None,) * 4
+            assert completion_ids == [[[two, chat.stop], [two]]] * 4
+            given.append(arguments)
+            zeros, ones = np.zeros((4, 2), np.float32), np.ones((4, 2), bool)
+            return Rewards(zeros, ones, {"length": zeros}, {"length": ones}, ())
 
     two = chat.encode_completion("2")[0]
     tokens = np.array([[[two, chat.stop, two], [two, chat.pad, two]]] * 4)
@@ -336,12 +341,103 @@ def test_reward_functions_read_what_was_written_and_are_told_what_was_truncated(
     finished = np.array([[True, False]] * 4)
     batch = records.batch(0)
     completions = Completions(tokens, np.zeros(tokens.shape), mask, finished)
-    scored = Scorer(pool, chat)(records, batch, completions)
+    scored = Scorer(Pool(), chat)(records, batch, completions)
     assert scored.completions == [["2", "2"]] * 4
     ((prompts, completions, right, columns, ended),) = given
     assert completions == scored.completions
     assert (prompts, right, columns) == (batch.prompts, batch.answers, batch.columns)
     np.testing.assert_array_equal(ended, finished)
+
+
+def test_functions_with_trls_signature_train_and_are_evaluated(make_config, tmp_path):
+    trl = "tests.reward_functions:tokens"
+    config = make_config(
+        rewards__functions=(trl, "tests.reward_functions:at_odd_levels_list"),
+        rewards__weights=(1.0, 100.0),
+        last__num_updates=1,
+    )
+    trained = runs.train(config, tmp_path)
+    (row,) = rows(tmp_path)
+    level = [x["level"] for x in trained.problem.records.train.batch(0).columns]
+    # The tokens of each completion, 10 for its level, and 100 where the second function applies.
+    expected = 110 * np.mean(level) + row["completion/length"]
+    assert row["completion/reward"] == pytest.approx(expected)
+    assert row["completion/unscored"] == row["reward/failed"] == 0
+    validation = trained.problem.records.validation
+    found = trained.problem.measure()(trained.variables, "validation")
+    level = [x["level"] for x in validation.read(range(2)).columns]
+    assert found["failed_fraction"] == 0 and found["return"] > 110 * np.mean(level)
+    part = found["reward/tests.reward_functions:at_odd_levels_list"]
+    assert part == 1 if any(level) else np.isnan(part)
+
+
+def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_path):
+    config = make_config(
+        rewards__functions=("mmrl_jax.rewards:length_bounds", "mmrl_jax.rewards:json_schema"),
+        rewards__options=({"max_length": 2**20}, {"schema": {"enum": [[10**6]]}}),
+        rewards__weights=(0.5, 8.0),
+        last__num_updates=1,
+        last__mask_truncated_completions=True,
+    )
+    trained = runs.train(config, tmp_path)
+    (row,) = rows(tmp_path)
+    # Every completion that ended has a length in the bounds, unless it is blank; none is JSON.
+    ended = 1 - row["completion/truncated_fraction"]
+    assert 0 <= row["completion/reward"] <= 0.5 * ended and row["reward/failed"] == 0
+    loaded = runs.load(tmp_path)  # Of modules of the package alone.
+    assert loaded.problem.config.rewards.options[0]["max_length"] == 2**20
+    assert loaded.evaluate("test") == trained.problem.measure()(trained.variables, "test")
+
+
+def test_a_run_on_parquet_with_messages(make_config, tmp_path):
+    # The images of the test table come after those of training, and repeat none.
+    layouts.write(tmp_path, "chat", count=14, parquet=True, row_group_size=3)
+    (path,) = tmp_path.iterdir()
+    table = layouts.pq.read_table(path)
+    layouts.pq.write_table(table[:8], path)
+    test_path = path.with_name("test-00000-of-00001.parquet")
+    layouts.pq.write_table(table[8:], test_path)
+    config = make_config(
+        dataset__directory=str(tmp_path),
+        dataset__files="train-*.parquet",
+        dataset__test_directory=str(tmp_path),
+        dataset__test_files="test-*.parquet",
+        dataset__test_size=0,
+        rewards__functions=("tests.reward_functions:of_messages",),
+        rewards__weights=(1.0,),
+        last__num_updates=2,
+    )
+    trained = runs.train(config, tmp_path / "run")
+    assert [row["completion/reward"] for row in rows(tmp_path / "run")] == [7.0, 7.0]
+    assert [row["reward/failed"] for row in rows(tmp_path / "run")] == [0, 0]
+    split = trained.problem.records
+    assert len(split.train) == 6 and len(split.validation) == 2 and len(split.test) == 6
+    assert trained.test_metrics["eval/test/return"] == 7
+    # A changed table is another input, and so is a changed text of a test record alone.
+    before = trained.problem.dependencies()["records"]
+    other = table[8:].set_column(
+        table.column_names.index("level"), "level", layouts.pa.array([7] * 6)
+    )
+    layouts.pq.write_table(other, test_path)
+    assert problems.make(config).dependencies()["records"] != before
+
+
+def test_columns_of_a_table_are_named_in_the_config(make_config, tmp_path):
+    layouts.write(tmp_path, "trl", count=8)
+    text = (tmp_path / "train.jsonl").read_text()
+    text = text.replace('"answer"', '"solution"').replace('"images"', '"photos"')
+    (tmp_path / "train.jsonl").write_text(text)
+    changes = {
+        "dataset__directory": str(tmp_path),
+        "dataset__columns": {"answer": "solution", "image": "photos"},
+    }
+    problem = problems.make(
+        make_config(rewards__functions=("tests.reward_functions:solved",), **changes)
+    )
+    batch = problem.records.train.read([0])
+    assert batch.columns[0]["solution"] == batch.answers[0] and "photos" not in batch.columns[0]
+    with pytest.raises(ValueError, match=r"10 of 10 records(.|\n)*solution=None is not a"):
+        problems.make(make_config(dataset__columns={"answer": "solution"}))
 
 
 def test_functions_that_always_fail_stop_the_run_before_it_compiles(
@@ -457,7 +553,9 @@ def test_a_test_folder_is_reported_if_it_has_no_image_of_training(make_config, t
     assert len(split.train) == 8 and len(split.validation) == 2
     assert problem.splits == {"validation": 2, "test": 2}
     host_rewards.print_rejected(split)
-    assert "Rejected record of dataset.test_directory: metadata.jsonl:3" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert "Rejected record of dataset.test_directory: metadata.jsonl:3" in printed
+    assert "1 records of dataset.test_directory are left out." in printed
 
 
 def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not():
@@ -465,7 +563,8 @@ def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not(
     nan = np.nan
     first = np.float32([[1], [2], [nan], [4], [5]])
     second = np.float32([[nan], [1], [nan], [1], [1]])
-    rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, ())
+    applies = {"f": np.ones((5, 1), bool), "g": np.ones((5, 1), bool)}
+    rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, applies, ())
     found = describe(rewards, "test", max_failed=0.2)
     assert found["failed_fraction"] == pytest.approx(0.2)
     assert found["return"] == 6 and found["reward/f"] == 3 and np.isnan(found["reward/g"])
@@ -473,6 +572,11 @@ def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not(
     lost = describe(rewards, "test", max_failed=0.19)
     assert lost["failed_fraction"] == pytest.approx(0.2)
     assert all(np.isnan(x) for name, x in lost.items() if name != "failed_fraction")
+    # Where a function does not apply it has not failed: 1 and 1 of the last two, and nothing.
+    some = np.array([[False], [False], [False], [True], [True]])
+    partial = rewards._replace(applies={"f": ~some & some, "g": some})
+    found = describe(partial, "test", max_failed=0.2)
+    assert found["reward/g"] == 1 and np.isnan(found["reward/f"])
     none = rewards._replace(reward=0 * first * nan, valid=np.zeros((5, 1), bool))
     assert describe(none, "test", max_failed=0.9)["failed_fraction"] == 1
 
@@ -509,6 +613,12 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ),
         ({"dataset__directory": ""}, "'dataset.directory' is ''"),
         ({"dataset__directory": "nowhere"}, r"nowhere/metadata.jsonl does not exist"),
+        (
+            {"dataset__columns": {"question": "q"}},
+            "dataset.columns.question='q': give the name of the column of 'image', 'prompt', 'ans",
+        ),
+        ({"dataset__test_files": "x"}, "dataset.test_files='x' without dataset.test_directory"),
+        ({"dataset__files": "x"}, "dataset.files='x' matches no file in"),
         ({"dataset__prompt_tokens": 8}, "dataset.prompt_tokens=8"),
         ({"model__checkpoint": None}, "model.checkpoint=None"),
         ({"rewards__functions": ()}, r"rewards.functions=\(\)"),
@@ -516,6 +626,21 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
         ({"rewards__functions": ("tests.reward_functions",)}, "'tests.reward_functions', which"),
         ({"rewards__functions": ("no_such_module:f",)}, "'no_such_module', which cannot be imp"),
         ({"rewards__functions": (f"{LENGTH}s",)}, "has no 'lengths'"),
+        (
+            {"rewards__functions": ("tests.reward_functions:solved",)},
+            r"'tests.reward_functions:solved', whose parameter 'solution' .* are \['level'\]",
+        ),
+        (
+            {"rewards__functions": ("mmrl_jax.rewards:length_bounds",)},
+            "'max_length' is neither .* set it in rewards.options",
+        ),
+        ({"rewards__options": ({}, {})}, r"rewards.options=\(\{\}, \{\}\) must have one dict"),
+        ({"rewards__options": (3,)}, r"'rewards.options' is \(3,\), but must be a tuple of dict"),
+        (
+            {"rewards__functions": ("mmrl_jax.rewards:number",), "rewards__options": ({"x": 1},)},
+            r"rewards.options has 'x' for 'mmrl_jax.rewards:number', whose .* \['tolerance',",
+        ),
+        ({"rewards__functions": ("asyncio:sleep",)}, "'asyncio:sleep', which is asynchronous"),
         ({"rewards__weights": (1.0, 1.0)}, r"rewards.weights=\(1.0, 1.0\)"),
         ({"rewards__workers": 0}, "'rewards.workers' is 0"),
         ({"last__num_completions": 1}, "grpo.num_completions=1, but the stage 'grpo'"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mmrl_jax.tasks import reward_workers
+from mmrl_jax.tasks.reward_signatures import check_columns, read_signature
 from mmrl_jax.tasks.rewards import NoRewards, RewardWorkerPool, exact_match, on_failure
 from tests import reward_functions as user
 
@@ -216,6 +217,22 @@ def test_a_reply_to_another_call_masks_the_sample_and_ends_the_worker(processes)
     assert starting(processes, ["pool", "x"], "")[0] == [0.5, rest[2]]
 
 
+def test_a_reply_with_other_results_than_those_of_the_call_ends_the_worker():
+    one = reward_workers.Result(1.0, None)
+    worker = object.__new__(reward_workers.Worker)
+    worker._handle = types.SimpleNamespace(pid=7)
+
+    def receive(results):
+        reply = reward_workers._Reply(3, 7, results)
+        worker.connection = types.SimpleNamespace(recv=lambda: reply)
+        return worker.receive(3, 2)
+
+    assert receive((one, one)) == (one, one)
+    for results in ((one,), (one,) * 3, None, 5):
+        with pytest.raises(reward_workers.WorkerLost, match="not the reply to the call"):
+            receive(results)
+
+
 def test_what_a_call_without_end_has_started_ends_with_it(processes, tmp_path, monkeypatch):
     note = tmp_path / "note"
     starting(processes, ["start"], note)
@@ -360,3 +377,138 @@ def test_workers_that_cannot_be_replaced_are_missing_only_for_a_while(monkeypatc
                 pool(["p"], [["1"]], ["x"], [{}])
         # The next call starts what is missing.
         assert pool(["p"], [["x", "y"]], ["x"], [{}]).reward.tolist() == [[1.0, 0.0]]
+
+
+def test_trl_functions_get_the_completions_of_a_prompt_as_lists():
+    functions = {
+        "solved": user.solved, "tokens": user.tokens, "scaled": user.scaled, "own": user.length,
+    }  # fmt: skip
+    weights = {"solved": 100.0, "tokens": 1.0, "scaled": 0.0, "own": 0.5}
+    # The second record has no solution, neither has a 'note'.
+    with RewardWorkerPool(
+        functions, weights, workers=2, timeout_s=20.0, columns=("solution", "level", "note")
+    ) as pool:
+        assert pool.takes_ids
+        scored = pool(
+            ["p0", "p1"], [["a", "bb"], ["cc", "d"]], ["a0", "a1"],
+            [{"solution": "bb", "level": 1}, {"level": 2}], [[True, False]] * 2,
+            completion_ids=[[[5, 6, 7], [5]], [[], [5, 6]]],
+        )  # fmt: skip
+    nan = np.nan
+    np.testing.assert_array_equal(scored.parts["solved"], [[0, 1], [nan, nan]])
+    np.testing.assert_array_equal(scored.parts["tokens"], [[13, 11], [20, 22]])
+    np.testing.assert_array_equal(scored.parts["scaled"], [[3, 6], [6, 3]])
+    np.testing.assert_array_equal(scored.applies["solved"], [[True] * 2, [False] * 2])
+    # 0 + 13 + 1/2; 100 + 11 + 1; of the second record without the first function 20 + 1, 22 + 1/2.
+    np.testing.assert_array_equal(scored.reward, [[13.5, 112], [21, 22.5]])
+    assert scored.valid.all() and scored.failures == ()
+
+
+def test_trl_functions_that_fail_mask_the_completions_of_their_prompt_and_say_why():
+    functions = {"awkward": user.awkward_list, "length": user.length}
+    with RewardWorkerPool(
+        functions, {"awkward": 2.0, "length": 1.0}, workers=2, timeout_s=2.0
+    ) as pool:
+        firsts = ["fine", "raise", "short", "number", "nan", "none", "sleep"]
+        scored = ask(pool, [[first, "xx"] for first in firsts])
+    nan = np.nan
+    # 2 * 2 + 4 letters; where the function does not apply the letters alone.
+    expected = [[8, 2], [nan] * 2, [nan] * 2, [nan] * 2, [7, nan], [4, 2], [nan] * 2]
+    np.testing.assert_array_equal(scored.reward, expected)
+    np.testing.assert_array_equal(scored.valid, np.isfinite(expected))
+    reasons = {(f.prompt, f.completion): f.reason for f in scored.failures}
+    error = f"KeyError: 'no such list' ({user.__file__}:{line_of('no such list')})"
+    no_list = (
+        "it returned 1.0, but must return a list with a reward for each completion, as its "
+        "parameters are those of TRL"
+    )
+    assert reasons == {
+        **{(1, g): error for g in range(2)},
+        **{(2, g): "it returned 1 rewards for 2 completions" for g in range(2)},
+        **{(3, g): no_list for g in range(2)},
+        (4, 1): "it returned nan, which is not a finite number",
+        **{(6, g): "no result within 2.0 s" for g in range(2)},
+    }
+    assert scored.failed == 9 / 28
+
+
+def test_samples_to_which_no_function_applies_have_no_reward():
+    with RewardWorkerPool(
+        {"solved": user.solved, "length": user.length}, {"solved": 1.0, "length": 0.0},
+        workers=1, timeout_s=20.0,
+    ) as pool:  # fmt: skip
+        scored = pool(["p"] * 2, [["x"]] * 2, ["a"] * 2, [{"solution": "x"}, {"solution": None}])
+        np.testing.assert_array_equal(scored.reward, [[1], [np.nan]])
+        np.testing.assert_array_equal(scored.valid, [[True], [False]])
+        assert scored.failures == () and scored.failed == 0
+        with pytest.raises(NoRewards, match="None of 1 samples .* returned None for them"):
+            pool(["p"], [["x"]], ["a"], [{"solution": None}])
+
+
+def parameters_of(text):
+    space = {}
+    exec(f"{text}: return 1.0", space)
+    return space["f"]
+
+
+@pytest.mark.parametrize(
+    ("text", "batched", "required"),
+    [
+        ("def f(*, completion, answer, **columns)", False, ("completion", "answer")),
+        ("def f(**columns)", False, ()),
+        ("def f(completion, answer=None)", False, ("completion",)),
+        ("def f(completions, **kwargs)", True, ("completions",)),
+        ("def f(prompts, completions, answer, log_extra=None)", True,
+         ("prompts", "completions", "answer")),
+        ("def f(completion_ids, **kwargs)", True, ("completion_ids",)),
+        ("def f(completions, completion=None)", True, ("completions",)),
+    ],
+)  # fmt: skip
+def test_a_signature_is_known_by_its_parameters(text, batched, required):
+    signature = read_signature("m:f", parameters_of(text))
+    assert (signature.batched, signature.required) == (batched, required)
+    assert (
+        signature.accepts("anything") == ("**" in text) and signature.accepts(required[0])
+        if required
+        else True
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(completion, /)", "'m:f', whose parameter 'completion' is positional only.*'/'"),
+        ("def f(completion, completions)", "'completion' is for one completion and .'completions'"),
+        ("def f(prompt, completions)", "'prompt' is for one completion"),
+        ("def f(completions, trainer_state)", "'trainer_state' is not passed.* trainer_state=None"),
+        ("def f(completions, images, **columns)", "'images' is not passed"),
+        ("async def f(completions)", "'m:f', which is asynchronous; wrap it"),
+    ],
+)  # fmt: skip
+def test_signatures_that_cannot_be_called_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_signature("m:f", parameters_of(text))
+
+
+def test_parameters_that_no_record_gives_are_refused():
+    trl = read_signature("m:f", parameters_of("def f(completions, finished, answer, solution)"))
+    check_columns("m:f", trl, {"solution", "x"})
+    with pytest.raises(
+        ValueError, match=r"'m:f', whose parameter 'solution' .*, which are \['x'\]; add"
+    ):
+        check_columns("m:f", trl, {"x"})
+    ours = read_signature("m:f", parameters_of("def f(completion, level, note='')"))
+    check_columns("m:f", ours, {"level"})
+    with pytest.raises(ValueError, match="'level' is neither"):
+        check_columns("m:f", ours, {"note"})
+
+
+def test_trl_functions_get_messages_where_the_prompt_has_them():
+    functions = {"spoken": user.spoken}
+    message = {"role": "user", "content": "p"}
+    with RewardWorkerPool(functions, {"spoken": 1.0}, workers=1, timeout_s=20.0) as pool:
+        scored = pool(
+            ["p", "p"], [["ab", "c"]] * 2, ["a"] * 2, [{}] * 2, messages=[(message,), None]
+        )
+    # The letters of a message are negative.
+    np.testing.assert_array_equal(scored.reward, [[-2, -1], [2, 1]])

@@ -1,0 +1,151 @@
+"""Finds the tables of a data set in a directory, and reads their rows one by one.
+
+metadata.jsonl                       imagefolder: a line of JSON for each record
+train.jsonl                          a line of JSON for each record, as for TRL
+data/train-00000-of-00002.parquet    rows with encoded images, as the hub stores them
+"""
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import threading
+from typing import Any
+
+from mmrl_jax.data import lerobot
+from mmrl_jax.tasks.samples import short_repr
+
+METADATA = "metadata.jsonl"
+# Patterns of the tables of a directory; the first one with a match is that of its tables.
+PATTERNS = (METADATA, "*.jsonl", "*.parquet", "data/*.parquet")
+# A row is read with its row group, of which the last few are kept in memory.
+MAX_GROUP_BYTES = 2**30
+GROUPS_IN_MEMORY = 2
+
+Row = Callable[[], Mapping[str, Any]]
+
+
+def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
+    """Returns the paths of the tables of a data set, sorted by name.
+
+    Args:
+      root: Directory of the data set.
+      files: Pattern of the paths of its tables relative to the directory; None for the first of
+        `PATTERNS` that matches.
+
+    Raises:
+      ValueError: If there is no table, one is of an unknown format, or without `files` there are
+        tables of several splits.
+    """
+    if files is not None and (pathlib.PurePath(files).is_absolute() or ".." in files):
+        raise ValueError(f"dataset.files={files!r} must be relative to the directory and in it.")
+    patterns = PATTERNS if files is None else (files,)
+    paths = next(filter(None, (sorted(root.glob(pattern)) for pattern in patterns)), [])
+    if not paths:
+        raise ValueError(
+            f"{root / METADATA} does not exist; write a line of JSON with file_name, prompt and "
+            "answer for each image, or give a directory with *.jsonl or *.parquet files."
+            if files is None
+            else f"dataset.files={files!r} matches no file in {root}; correct the pattern."
+        )
+    for path in paths:
+        if path.suffix not in READERS:
+            raise ValueError(f"{path} is a table of unknown format; use {', '.join(READERS)}.")
+    # Names such as train-00000-of-00002.parquet begin with the split; 0000.parquet has none.
+    splits = sorted({path.stem.partition("-")[0].rstrip("0123456789") for path in paths})
+    if files is None and len(splits) > 1:
+        example = paths[0].relative_to(root).with_name(f"{splits[0]}*{paths[0].suffix}")
+        raise ValueError(
+            f"{root} has the tables {short_repr([path.name for path in paths])}; choose those of "
+            f"one split with dataset.files, for example '{example}'."
+        )
+    return paths
+
+
+def read_rows(path: pathlib.Path) -> dict[int, Row]:
+    """Returns a function that reads a row, by the number of the row or line counted from 1.
+
+    Raises:
+      ImportError: If the extra `data` (pyarrow) is not installed, which reads parquet.
+      ValueError: If the file is not parquet, or its row groups are too large to read at once.
+    """
+    return READERS[path.suffix](path)
+
+
+def fingerprint(path: pathlib.Path) -> bytes:
+    """Returns the contents of a table of text, and a digest of one in parquet."""
+    if path.suffix == ".jsonl":
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+
+def _json_rows(path: pathlib.Path) -> dict[int, Row]:
+    # Lines are split as bytes: str.splitlines() would also split at U+2028, which may occur within
+    # a line of JSON, and invalid UTF-8 in one record would make the whole file unreadable.
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return {number: functools.partial(_json_row, line) for number, line in lines if line.strip()}
+
+
+def _json_row(line: bytes) -> dict[str, Any]:
+    columns = json.loads(line)
+    if not isinstance(columns, dict):
+        raise ValueError(f"{short_repr(columns)} is not an object; write {{...}}.")
+    return columns
+
+
+def _parquet_rows(path: pathlib.Path) -> dict[int, Row]:
+    table = _Parquet(path)
+    return {i + 1: functools.partial(table.row, i) for i in range(table.length)}
+
+
+class _Parquet:
+    """Rows of a parquet file in any order; only the last row groups are in memory."""
+
+    def __init__(self, path: pathlib.Path):
+        arrow, parquet = lerobot.import_pyarrow(path)
+        try:
+            self._file = parquet.ParquetFile(path)
+        except arrow.ArrowInvalid as error:
+            raise ValueError(f"{path} cannot be read ({error}); write it again.") from error
+        metadata = self._file.metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > MAX_GROUP_BYTES:
+            raise ValueError(
+                f"{path} has a row group of {largest} bytes, which would be in memory at once; "
+                "write it again with smaller ones: pyarrow.parquet.write_table(table, path, "
+                "row_group_size=100)."
+            )
+        # Number of the first row of each row group, and the number of all rows.
+        self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def length(self) -> int:
+        """Number of rows."""
+        return self._starts[-1]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Returns a row as Python values."""
+        group = bisect.bisect_right(self._starts, number) - 1
+        with self._lock:  # Neighboring rows are read by several threads.
+            if group not in self._groups:
+                self._groups[group] = self._file.read_row_group(group)
+            self._groups.move_to_end(group)
+            table = self._groups[group]
+            while len(self._groups) > GROUPS_IN_MEMORY:
+                self._groups.popitem(last=False)
+        (row,) = table.slice(number - self._starts[group], 1).to_pylist()
+        return row
+
+
+READERS: dict[str, Callable[[pathlib.Path], dict[int, Row]]] = {
+    ".jsonl": _json_rows,
+    ".parquet": _parquet_rows,
+}
