@@ -16,9 +16,9 @@ __all__ = ["get_config", "load", "train"]
 def __getattr__(name: str) -> Any:
     # The import is lazy, so that using a loss does not import environments, models and trainers.
     if name in __all__:
-        from mmrl_jax import runs
+        from mmrl_jax import restoring, runs
 
-        return getattr(runs, name)
+        return getattr(restoring if name == "load" else runs, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -45,6 +45,12 @@ def as_path(path: PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def stage_directory(config: config_lib.ConfigDict, name: str, workdir: PathLike) -> epath.Path:
+    """Returns the directory of a stage: `workdir` for the last stage, else <workdir>/<name>."""
+    directory = as_path(workdir)
+    return directory if name == config.stages[-1] else directory / name
+
+
 def is_remote(path: PathLike) -> bool:
     """Returns whether a path is in a bucket, without locks, appending and atomic renaming."""
     return "://" in os.fspath(path)

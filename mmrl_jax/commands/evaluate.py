@@ -31,7 +31,7 @@ from absl import flags
 from etils import epath
 import jax
 
-from mmrl_jax import runs
+from mmrl_jax import restoring
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.distributed import multihost
@@ -64,21 +64,21 @@ def evaluate(
         evaluations.
       video: Whether to also write episodes.mp4 and episode.png, for a problem with an environment.
       trust_modules: Whether the modules that the config names may be imported, see
-        `runs.read_problem`.
+        `restoring.read_problem`.
       accept: Names of inputs that may have changed since training, see `fingerprints.check`.
 
     Returns:
       The new contents of evaluation.json.
 
     Raises:
-      ValueError: If the run cannot be loaded, see `runs.load`, the split is unknown, or a split of
-        a dataset has fewer records than `episodes`.
+      ValueError: If the run cannot be loaded, see `restoring.load`, the split is unknown, or a
+        split of a dataset has fewer records than `episodes`.
       CheckpointDamaged: If the checkpoint cannot be read.
     """
     directory = workdir_lib.as_path(workdir)
-    problem, stage = runs.read_problem(directory, trust_modules=trust_modules)
+    problem, stage = restoring.read_problem(directory, trust_modules=trust_modules)
     fingerprints.check(directory, problem.dependencies(), accept=accept)
-    loaded = runs.restore(problem, stage, directory, which=which)
+    loaded = restoring.restore(problem, stage, directory, which=which)
     if split not in (*problem.splits, "all"):
         raise ValueError(
             f"--split={split!r} is unknown; choose one of {tuple(problem.splits)} or 'all'."

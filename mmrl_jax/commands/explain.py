@@ -16,7 +16,7 @@ import json
 
 from absl import flags
 
-from mmrl_jax import runs
+from mmrl_jax import restoring
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.reporting import explanation
@@ -41,15 +41,15 @@ def explain(
       split: Name of a split of the run; None for that of its training.
       episodes: Number of episodes that are played.
       trust_modules: Whether the modules that the config names may be imported, see
-        `runs.read_problem`.
+        `restoring.read_problem`.
 
     Raises:
-      ValueError: If the run cannot be loaded, see `runs.load`, the split is unknown, or the policy
-        cannot be explained, see `reporting.explanation.explain`.
+      ValueError: If the run cannot be loaded, see `restoring.load`, the split is unknown, or the
+        policy cannot be explained, see `reporting.explanation.explain`.
       CheckpointDamaged: If the checkpoint cannot be read.
     """
     directory = workdir_lib.as_path(workdir)
-    loaded = runs.load(directory, which=which, trust_modules=trust_modules)
+    loaded = restoring.load(directory, which=which, trust_modules=trust_modules)
     split = split or loaded.problem.best_metric.split("/")[1]
     if split not in loaded.problem.splits:
         raise ValueError(

@@ -15,7 +15,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax import problems, runs
+from mmrl_jax import problems, restoring
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.models import stacked
@@ -46,17 +46,18 @@ def export(
       adapter: Whether to write the adapters in the PEFT format, in float32, instead of the merged
         model.
       dtype: Data type of the parameters of the merged model.
-      trust_modules: Whether the modules that the config names may be imported, see `runs.load`.
-      accept: Names of inputs that may have changed since training, see `runs.load`.
+      trust_modules: Whether the modules that the config names may be imported, see
+        `restoring.load`.
+      accept: Names of inputs that may have changed since training, see `restoring.load`.
 
     Raises:
       ValueError: If the run is not of a complete pretrained model, it trained more than the
-        adapters with `adapter`, or it cannot be loaded or written, see `runs.load`, `hub.export`
-        and `save_adapter`.
+        adapters with `adapter`, or it cannot be loaded or written, see `restoring.load`,
+        `hub.export` and `save_adapter`.
     """
     weights.refuse_taken(output)
     directory = workdir_lib.as_path(workdir)
-    problem, stage = runs.read_problem(directory, trust_modules=trust_modules)
+    problem, stage = restoring.read_problem(directory, trust_modules=trust_modules)
     config = problem.config
     if config.problem == "control":
         raise ValueError(
@@ -69,7 +70,7 @@ def export(
             f"--workdir={directory} has model.kind={config.model.kind!r}, which is not a complete "
             "pretrained vision-language model: Hugging Face has no format for its vision encoder."
         )
-    loaded = runs.load(
+    loaded = restoring.load(
         directory,
         which=which,
         trust_modules=trust_modules,

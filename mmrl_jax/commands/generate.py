@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from mmrl_jax import runs
+from mmrl_jax import restoring
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.rollouts.generate import Sampling
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     refuse_arguments(argv)
     with clean_exit(ValueError):
         sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.min_p)
-        loaded = runs.load(FLAGS.workdir, which=FLAGS.which, trust_modules=FLAGS.trust_modules)
+        loaded = restoring.load(FLAGS.workdir, which=FLAGS.which, trust_modules=FLAGS.trust_modules)
         for prompts in batches(FLAGS.prompt):
             images = FLAGS.image * len(prompts) if len(FLAGS.image) == 1 else FLAGS.image
             completed = loaded.generate(

@@ -34,7 +34,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mmrl_jax import envs, problems, runs
+from mmrl_jax import envs, problems, restoring
 from mmrl_jax.commands.common import (
     clean_exit,
     define_config,
@@ -117,7 +117,7 @@ def base_config(
         workdirs = [spec.name for spec in specs if spec.name not in ("expert", "random")]
         if not workdirs:
             raise ValueError("Give --config or --env, which name the environment.")
-        config = runs.read_problem(workdirs[0], trust_modules=trust_modules)[0].config
+        config = restoring.read_problem(workdirs[0], trust_modules=trust_modules)[0].config
     config = problems.complete(config)
     if "env" not in config:
         raise ValueError(f"A problem={config.problem!r} has no environment to record in.")
@@ -145,7 +145,7 @@ def make_policy(
     elif name == "expert":
         policy = _expert(config, env)
     else:
-        loaded = runs.load(name, trust_modules=trust_modules)
+        loaded = restoring.load(name, trust_modules=trust_modules)
         other = loaded.problem.config.get("env")
         differences = _differences(other, config.env)
         if differences:

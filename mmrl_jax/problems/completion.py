@@ -135,19 +135,20 @@ def _encode(problem: TokenProblem, prompts: Sequence[str], images: Sequence[np.n
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :] = row
         mask[i, width - len(row) :] = True
-    unused: Any = np.zeros(len(rows), np.int32)  # The indices into a task's texts.
-    arrays: tuple[Any, ...] = tokens, mask, np.stack(images)
-    return Prompt(*arrays, *(unused,) * 4)
+    unused = np.zeros(len(rows), np.int32)  # The indices into a task's texts.
+    arrays: tuple[Any, ...] = tokens, mask, np.stack(images), *(unused,) * 4
+    return Prompt(*arrays)
 
 
 def _read(problem: TokenProblem, image: Image) -> np.ndarray:
     """Reads an image, and resizes it as in training."""
-    is_file = isinstance(image, str | pathlib.Path)
+    name = "image"
     try:
-        content = pathlib.Path(image).read_bytes() if is_file else image
-        rgb, _ = image_files.read_rgb(content)
+        if isinstance(image, str | pathlib.Path):
+            name = f"image {str(image)!r}"
+            image = pathlib.Path(image).read_bytes()
+        rgb, _ = image_files.read_rgb(image)
     except (OSError, ValueError) as error:
-        name = f"image {str(image)!r}" if is_file else "image"
         raise ValueError(f"The {name} cannot be read: {error}") from error
     resize = problem.config.get("dataset", {}).get("resize", image_files.LETTERBOX)
     return image_files.fit(rgb, problem.model.size, resize=resize)

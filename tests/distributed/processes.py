@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mmrl_jax import config as config_lib
-from mmrl_jax import problems, runs
+from mmrl_jax import problems, restoring
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def control_config(**changes):
 def stored(config, workdir, *, step=None):
     """Returns the variables in the newest checkpoint of a run, on one device of this process."""
     problem = problems.make(problems.complete(config, {"mesh": dict(data=1, fsdp=1, tensor=1)}))
-    return runs.restore(problem, config.stages[-1], workdir, which=str(step or "latest"))
+    return restoring.restore(problem, config.stages[-1], workdir, which=str(step or "latest"))
 
 
 def assert_close(a, b):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mmrl_jax
-from mmrl_jax import problems, runs
+from mmrl_jax import problems, restoring
 from tests import tiny
 
 SPLIT, OTHER = {"data": 1, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "tensor": 1}
@@ -27,7 +27,7 @@ def test_a_run_resumes_on_another_mesh_and_is_loaded(tmp_path, monkeypatch):
     assert 0 <= loaded.evaluate("train", episodes=4)["accuracy"] <= 1
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 3)
-        problem, _ = runs.read_problem(tmp_path / "parts")
+        problem, _ = restoring.read_problem(tmp_path / "parts")
     assert dict(problem.mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 2}
 
     resumed = mmrl_jax.train(problems.complete(config, {"mesh": OTHER}), tmp_path / "parts")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmrl_jax import problems, runs
+from mmrl_jax import problems, restoring, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands import common
 from mmrl_jax.commands.evaluate import evaluate
@@ -200,13 +200,13 @@ def test_fine_tuning_learns_the_records_own_answers_before_rl(make_config, tmp_p
     (row,) = rows(tmp_path / "sft")
     assert row["loss/sft"] < 4
     # RL begins with what was learned, and both can be evaluated from what was stored.
-    before = runs.load(tmp_path / "sft", trust_modules=True).variables
+    before = restoring.load(tmp_path / "sft", trust_modules=True).variables
     after, fresh = trained.variables, trained.problem.initial_variables()
     assert 0 < largest_change(before, after) < 0.05 and largest_change(before, fresh) > 0.05
     page = (tmp_path / "samples.html").read_text()
     assert page.count("<img") == 2 and "mean reward of 2 completions" in page
     for place in (tmp_path, tmp_path / "sft"):
-        variables = runs.load(place, trust_modules=True).variables
+        variables = restoring.load(place, trust_modules=True).variables
         found = evaluate(place, which="latest", split="all", episodes=None, trust_modules=True)
         shown = trained.problem.samples(variables, 24)
         assert found["test/return"] == np.mean([sample.reward for sample in shown])
@@ -311,7 +311,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
     assert row[f"eval/validation/reward/{HALF}"] is None
     assert row[f"eval/validation/reward/{LENGTH}"] >= 0
     with pytest.raises(ValueError, match="has a score"):
-        runs.load(tmp_path, which="best", trust_modules=True)
+        restoring.load(tmp_path, which="best", trust_modules=True)
     # One line for one reason, with who and why; once more when held-out samples are written.
     printed = capfd.readouterr().err.splitlines()
     assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in printed) == 3
@@ -384,7 +384,7 @@ def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_
     # Every completion that ended has a length in the bounds, unless it is blank; none is JSON.
     ended = 1 - row["completion/truncated_fraction"]
     assert 0 <= row["completion/reward"] <= 0.5 * ended and row["reward/failed"] == 0
-    loaded = runs.load(tmp_path)  # Of modules of the package alone.
+    loaded = restoring.load(tmp_path)  # Of modules of the package alone.
     assert loaded.problem.config.rewards.options[0]["max_length"] == 2**20
     assert loaded.evaluate("test") == trained.problem.measure()(trained.variables, "test")
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mmrl_jax
-from mmrl_jax import problems, runs
+from mmrl_jax import problems, restoring, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands import evaluate
 from mmrl_jax.pretrained import bundled_weights
@@ -160,11 +160,11 @@ def test_a_stage_is_known_by_what_it_says_not_by_its_name(tmp_path):
     named = workdir_lib.as_path(tmp_path / "sft")
     workdir_lib.claim_workdir(named, tiny.token_config())
     # Without a record it is the last one of its config.
-    assert runs.read_problem(named)[1] == "grpo"
+    assert restoring.read_problem(named)[1] == "grpo"
     fingerprints.write(named, fingerprints.Run("sft", {}))
-    assert runs.read_problem(named)[1] == "sft"
+    assert restoring.read_problem(named)[1] == "sft"
     shutil.move(named, tmp_path / "other")
-    assert runs.read_problem(tmp_path / "other")[1] == "sft"
+    assert restoring.read_problem(tmp_path / "other")[1] == "sft"
 
 
 def test_a_record_that_is_damaged_compares_nothing(tmp_path):

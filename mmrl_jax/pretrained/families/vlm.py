@@ -162,7 +162,7 @@ def most_tiles(ratio: str) -> int:
     return int(match[1])
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, bool], Recipe]] = {
+FAMILIES: dict[str, Callable[[Mapping[str, Any], Collection[str], jnp.dtype, Remat], Recipe]] = {
     "idefics3": idefics3,
     "smolvlm": idefics3,
     "paligemma": paligemma,
