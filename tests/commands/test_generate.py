@@ -48,7 +48,7 @@ def test_samples_are_many_and_repeat_with_the_seed(run):
     )
     assert one == same != other and len({x.text for x in one}) > 1
     (cut,) = loaded.generate([samples[0].prompt], [path], max_new_tokens=1, **hot)
-    assert all(x.finished == (x.text == "") for x in cut)
+    assert all(x.text == "" for x in cut if x.finished) and not all(x.finished for x in cut)
     assert all(x.log_prob < 0 for x in one)
 
 

@@ -208,15 +208,19 @@ def test_devices_are_awaited_before_the_processes_exchange_rewards(fails, monkey
         finally:
             happened.append("exchanged")
 
-    def pool(*_, **__):
-        happened.append("scored")
-        if fails:
-            raise ConnectionError("the server is down")
-        return Rewards(np.zeros((1, 1)), np.ones((1, 1), bool), {"f": np.zeros((1, 1))}, ())
+    class Pool:
+        takes_ids = False
+
+        def __call__(self, *_, **__):
+            happened.append("scored")
+            if fails:
+                raise ConnectionError("the server is down")
+            zero, one = np.zeros((1, 1)), np.ones((1, 1), bool)
+            return Rewards(zero, one, {"f": zero}, {"f": one}, ())
 
     monkeypatch.setattr(multihost, "on_all", on_all)
-    scorer = Scorer(pool, types.SimpleNamespace(decode=str))
-    batch = types.SimpleNamespace(prompts=("p",), answers=("a",), columns=({},))
+    scorer = Scorer(Pool(), types.SimpleNamespace(decode=str))
+    batch = types.SimpleNamespace(prompts=("p",), answers=("a",), columns=({},), messages=(None,))
     tokens = np.zeros((1, 1, 3), np.int32)
     completions = Completions(tokens, tokens, tokens > 0, np.ones((1, 1), bool))
     with pytest.raises(ConnectionError) if fails else contextlib.nullcontext():
