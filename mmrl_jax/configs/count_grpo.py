@@ -5,9 +5,9 @@ ten is a random number from zero to six instead. Reinforcement learning uses ima
 objects, and the reward is whether the count is correct. Without the random labels, other numbers
 would hardly be explored: fine-tuning leaves them a probability of 1 in 10000.
 
-Command:   python -m experiments.train --config=configs/count_grpo.py --workdir=runs/count
+Command:   python -m experiments.train --config=count_grpo --workdir=runs/count
            with --config.grpo.preset=dr_grpo, gspo, ... for other algorithms of the GRPO family,
-           with --config=configs/count_grpo.py:dpo or :ppo for other learners
+           with --config=count_grpo:dpo or :ppo for other learners
 Hardware:  two CPU cores.
 Time:      1.2 minutes (AMD EPYC, on a shared machine)
 Result:    accuracy 0.75 [0.63, 0.83] over zero to six (IQM of 5 seeds), 0.36 after fine-tuning

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a small vision-language model that counts: count_grpo's first stage.
 
-Command:   python -m experiments.train --config=configs/count_sft.py --workdir=runs/count_sft
+Command:   python -m experiments.train --config=count_sft --workdir=runs/count_sft
            with --config.sft.counts='(0, 6)' for labels over the full range
 Hardware:  two CPU cores.
 Time:      0.8 minutes (AMD EPYC, on a shared machine)

@@ -17,9 +17,9 @@ learns. A completion whose reward fails or times out is masked out and counted
 (completion/unscored), unless the function declares the result of a failed call, see
 mmrl_jax/tasks/rewards.py.
 
-Command:   python -m experiments.train --config=configs/folder_grpo.py --workdir=runs/folder \
+Command:   python -m experiments.train --config=folder_grpo --workdir=runs/folder \
                --config.dataset.directory=DIR --config.rewards.functions="('my_rewards:length',)"
-           with --config=configs/folder_grpo.py:sft,grpo to learn from the records' answers first,
+           with --config=folder_grpo:sft,grpo to learn from the records' answers first,
            or :dpo, :ppo for other algorithms,
            with --config.model.checkpoint=DIRECTORY for another decoder in the Hugging Face format;
            for a complete pretrained vision-language model see configs/vlm_grpo.py

@@ -3,7 +3,7 @@
 It observes the grid and the instruction, and answers with a word: up, down, left, right or stay. It
 is fine-tuned on 4096 episodes of an expert, and then with PPO with a value for every token.
 
-Command:   python -m experiments.train --config=configs/grid_agent_ppo.py --workdir=runs/grid
+Command:   python -m experiments.train --config=grid_agent_ppo --workdir=runs/grid
            with --config.env.name=language_reach for an arm, whose words are the torques of two
            joints
 Hardware:  two CPU cores.

@@ -1,6 +1,6 @@
 """PPO of the multimodal transformer on `language_locomotion`, from scratch.
 
-Command:   python -m experiments.train --config=configs/locomotion_ppo.py --workdir=runs/ant
+Command:   python -m experiments.train --config=locomotion_ppo --workdir=runs/ant
 Hardware:  two CPU cores.
 Result:    better than random actions after twenty updates (test_learning); full length: not run.
 """

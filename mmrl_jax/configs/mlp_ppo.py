@@ -1,7 +1,7 @@
 """PPO with an MLP on any Brax environment, by default inverted_pendulum.
 
-Command:   python -m experiments.train --config=configs/mlp_ppo.py --workdir=runs/pendulum
-           python -m experiments.train --config=configs/mlp_ppo.py:reacher --workdir=runs/reacher
+Command:   python -m experiments.train --config=mlp_ppo --workdir=runs/pendulum
+           python -m experiments.train --config=mlp_ppo:reacher --workdir=runs/reacher
 Hardware:  two CPU cores.
 Time:      1.2 minutes.
 Result:    return on inverted_pendulum 1000 of 1000 (seeds 0 to 2). Other environments: not run.

@@ -1,7 +1,7 @@
 """PPO of the multimodal transformer on any Brax environment, with pixels and an instruction.
 
-Command:   python -m experiments.train --config=configs/pixels_ppo.py --workdir=runs/pendulum
-           python -m experiments.train --config=configs/pixels_ppo.py:brax:reacher \
+Command:   python -m experiments.train --config=pixels_ppo --workdir=runs/pendulum
+           python -m experiments.train --config=pixels_ppo:brax:reacher \
                --workdir=runs/reacher_pixels
 Hardware:  two CPU cores.
 Result:    better than random actions after twenty updates (test_learning); full length: not run.

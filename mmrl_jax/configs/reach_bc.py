@@ -1,6 +1,6 @@
 """Behavior cloning of the scripted expert on `language_reach`: the first stage of reach_ppo.
 
-Command:   python -m experiments.train --config=configs/reach_bc.py --workdir=runs/reach_bc
+Command:   python -m experiments.train --config=reach_bc --workdir=runs/reach_bc
 Hardware:  two CPU cores.
 Time:      1.6 minutes, including half a minute of compilation.
 Result:    success on the training split 0.24 (seed 0); the expert has 0.38.

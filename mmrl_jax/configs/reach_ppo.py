@@ -1,6 +1,6 @@
 """Behavior cloning, then PPO, of a multimodal transformer on `language_reach`.
 
-Command:   python -m experiments.train --config=configs/reach_ppo.py --workdir=runs/reach_ppo
+Command:   python -m experiments.train --config=reach_ppo --workdir=runs/reach_ppo
 Hardware:  two CPU cores.
 Time:      1.4 minutes of cloning, 4.1 minutes of PPO (0.98M steps), 1.5 minutes of compilation.
 Result:    success on the training split 0.23 after cloning, 0.91 after PPO (seed 0). With

@@ -1,6 +1,6 @@
 """PPO on `language_reach` without behavior cloning, to measure the effect of demonstrations.
 
-Command:   python -m experiments.train --config=configs/reach_ppo_scratch.py \
+Command:   python -m experiments.train --config=reach_ppo_scratch \
                --workdir=runs/reach_ppo_scratch
 Hardware:  two CPU cores.
 Time and result: not run.

@@ -6,7 +6,7 @@ Adapters of rank 8 on the queries and values of the decoder are trained, with th
 token, the readouts and the heads. The prompt is that of SmolVLM-Instruct; other models need another
 `--config.model.prompt`.
 
-Command:   python -m experiments.train --config=configs/reach_vlm.py --workdir=runs/reach_vlm
+Command:   python -m experiments.train --config=reach_vlm --workdir=runs/reach_vlm
                --config.model.checkpoint=DIRECTORY
 Hardware:  intended for one GPU; a tiny random model trains on two CPU cores (make test-slow).
 Time:      not run

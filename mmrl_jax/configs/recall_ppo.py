@@ -1,6 +1,6 @@
 """PPO with a history of frames and discrete actions on `recall`, which needs four frames.
 
-Command:   python -m experiments.train --config=configs/recall_ppo.py --workdir=runs/recall
+Command:   python -m experiments.train --config=recall_ppo --workdir=runs/recall
 Hardware:  two CPU cores.
 Result:    success above 0.95 with four frames, about 0.25 with one frame (test_learning).
 """

