@@ -68,7 +68,9 @@ def define_config(doc: str | None, *, required: bool = False) -> bool:
     with clean_exit(ValueError):
         config = loading.flag_config(sys.argv)
         if config is not None:
-            config = problems.complete(config)
+            # What decides which keys a config has must be known before it is completed.
+            deciding = loading.override_values(sys.argv, problems.DECIDING)
+            config = problems.complete(config, deciding)
             if loading.wants_help(sys.argv):
                 print(doc)
                 print("The keys of this config, each set by --config.<key>=<value>:\n")

@@ -18,6 +18,7 @@ from absl import flags
 from mmrl_jax import restoring
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.rollouts.generate import Sampling
+from mmrl_jax.tasks.reward_workers import printable
 
 FLAGS = flags.FLAGS
 
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> None:
                 print(prompt)
                 for x in completions:
                     end = "" if x.finished else ", truncated"
-                    print(f"  {x.text}   (log-prob {x.log_prob:.2f}{end})", flush=True)
+                    # A model may also write escape sequences of the terminal.
+                    text = printable(x.text, len(x.text))
+                    print(f"  {text}   (log-prob {x.log_prob:.2f}{end})", flush=True)
 
 
 def run() -> None:

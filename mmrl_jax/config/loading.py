@@ -4,6 +4,7 @@ A config file is a Python file with a function `get_config()` that returns an
 `ml_collections.ConfigDict`. The command line overrides single keys (`--config.ppo.clip=0.1`).
 """
 
+import ast
 from collections.abc import Iterable, Mapping, Sequence
 import importlib
 import importlib.util
@@ -230,6 +231,33 @@ def _override_key(argument: str, flag: str) -> str | None:
 def overridden(argv: Sequence[str], flag: str = "config") -> set[str]:
     """Returns the keys of the overrides in a command line, `a.b` for `--config.a.b=1`."""
     return {key for argument in argv if (key := _override_key(argument, flag)) is not None}
+
+
+def override_values(
+    argv: Sequence[str], keys: Iterable[str], flag: str = "config"
+) -> dict[str, Any]:
+    """Returns the values of some overrides in a command line as a nested dictionary.
+
+    Args:
+        argv: Command line, with or without the name of the program.
+        keys: Keys, with dots, whose values are texts or tuples.
+        flag: Name of the config flag.
+    """
+    values: dict[str, Any] = {}
+    for key in keys:
+        text = _flag_value(argv, f"{flag}.{key}")
+        if text is None:
+            continue
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        *groups, name = key.split(".")
+        node = values
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value if isinstance(value, tuple) else text
+    return values
 
 
 def without_flag(argv: Sequence[str], flag: str = "config") -> list[str]:

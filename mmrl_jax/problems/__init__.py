@@ -25,6 +25,7 @@ from mmrl_jax.problems import (
 from mmrl_jax.problems.problem import MAY_CHANGE, Problem
 
 __all__ = [
+    "DECIDING",
     "KINDS",
     "Problem",
     "complete",
@@ -43,6 +44,10 @@ KINDS: dict[str, tuple[types.ModuleType, type]] = {
     "task": (task, task.TaskProblem),
     "dataset": (dataset, dataset.Dataset),
 }
+
+
+# Keys on which the other keys of a config depend.
+DECIDING = ("problem", "stages", "imports", "model.kind", "env.name")
 
 
 def _kind(config: Mapping[str, Any] | ml_collections.ConfigDict) -> tuple[types.ModuleType, type]:
@@ -147,7 +152,8 @@ def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -
     here = renamed.FOREIGN.get(name, "")
     for candidate in (f"{group}.{here}", here):
         if key not in known and candidate in known:
-            return f"is {candidate!r} here: {known[candidate].help.rstrip('.')}"
+            unit = renamed.UNITS.get(name, "")
+            return f"is {candidate!r} here{unit}: {known[candidate].help.rstrip('.')}"
     problem, kind = config["problem"], config["model"]["kind"]
     kinds = (*control_models.MODELS, *token_options.MODELS)
     if has(problem, kind):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -83,14 +84,18 @@ def complete(
         policy = dataclasses.replace(policy, max_new_tokens=max_new_tokens)
     batch = _encode(problem, prompts, [_read(problem, image) for image in images])
 
+    rng = jax.random.key(seed)
+    # The samples of a chunk depend on their index in it, so that each chunk has a key of its own.
+    keys = (jax.random.fold_in(rng, i) for i in itertools.count())
+
     def generate(chunk: Prompt) -> Completions:
         chunk = mesh_lib.put_batch(chunk, mesh=problem.mesh)
-        return _generate(policy, num_completions, sampling, variables, chunk, jax.random.key(seed))
+        return _generate(policy, num_completions, sampling, variables, chunk, next(keys))
 
     completions = in_chunks(
         generate,
         batch,
-        max_size=problem.eval_batch_size(),
+        max_size=max(problem.eval_batch_size() // num_completions, 1),
         devices=mesh_lib.batch_shards(problem.mesh),
     )
     decode = problem.model.texts.tokenizer.decode

@@ -142,7 +142,7 @@ class HostRewardOptions(CompletionOptions):
         False,
         "Whether the completions of the next update are sampled while reward functions score those "
         "of this one, so that each update learns from completions of the policy before the last "
-        "update. Importance weights correct for it, see importance_weight_cap.",
+        "update. The losses of GRPO and PPO correct for it with importance_weight_cap.",
     )
 
 

@@ -87,6 +87,9 @@ FOREIGN = {
     "discounting": "discount",
     "gamma": "discount",
     "n_steps": "unroll_length",
+    "reward_funcs": "rewards.functions",
+    "reward_weights": "rewards.weights",
+    "vllm_importance_sampling_cap": "importance_weight_cap",
     "lr": "optimizer.learning_rate",
     "learning_rate": "optimizer.learning_rate",
     "lr_scheduler_type": "optimizer.schedule",
@@ -95,3 +98,6 @@ FOREIGN = {
     "num_attention_heads": "model.heads",
     "num_hidden_layers": "model.layers",
 }
+_STEPS = ", in updates of num_envs * unroll_length environment steps"
+# What differs from the unit of the other library.
+UNITS = {"num_timesteps": _STEPS, "total_timesteps": _STEPS}

@@ -50,6 +50,13 @@ def test_samples_are_many_and_repeat_with_the_seed(run):
     (cut,) = loaded.generate([samples[0].prompt], [path], max_new_tokens=1, **hot)
     assert all(x.text == "" for x in cut if x.finished) and not all(x.finished for x in cut)
     assert all(x.log_prob < 0 for x in one)
+    # There are more prompts than are completed at once, and each has samples of its own.
+    count = 2 * loaded.problem.eval_batch_size()
+    many = loaded.generate(
+        [samples[0].prompt] * count, [path] * count, sampling=Sampling(temperature=5.0)
+    )
+    half = count // 2
+    assert many[:half] != many[half:]
 
 
 def test_what_cannot_be_completed_is_named(run, tmp_path):

@@ -37,6 +37,14 @@ def test_every_option_of_an_environment_can_be_set(tmp_path):
     extended = problems.with_env_options(config, {"env.options.fovy", "ppo.clip"})
     assert set(extended.env.options) - set(config.env.options) == {"fovy"}
     assert "'env.options.fovy'" in overrides_are_refused(config, "--config.env.options.fovi=30")
+    # Keys that decide which others there are come before the others get their defaults.
+    deciding = config_lib.loading.override_values(
+        ["train", "--config=x", "--config.env.name=recall", "--config.stages", "('bc', 'ppo')"],
+        problems.DECIDING,
+    )
+    assert deciding == {"env": {"name": "recall"}, "stages": ("bc", "ppo")}
+    completed = problems.complete(config, {"bc": {"num_updates": 7}}, deciding)
+    assert completed.bc.num_updates == 7 and completed.env.name == "recall"
     # The command completes a config that is a plain dictionary, before it reads the override.
     path = tmp_path / "mine.py"
     values = {
@@ -59,7 +67,11 @@ def test_every_option_of_an_environment_can_be_set(tmp_path):
     ("name", "argument", "message"),
     [
         ("reach_ppo", "--config.ppo.gamma=1", "'ppo.gamma', which is 'ppo.discount' here: Disc"),
-        ("reach_ppo", "--config.ppo.num_timesteps=1", "which is 'ppo.num_updates' here"),
+        (
+            "reach_ppo",
+            "--config.ppo.num_timesteps=1",
+            "'ppo.num_updates' here, in updates",
+        ),
         ("reach_ppo", "--ppo.clip=1", "'--ppo.clip=1' sets no key .* --config.ppo.clip=VALUE"),
         ("count_grpo", "--config.grpo.beta=1", "which is 'grpo.kl_coef' here"),
         ("count_grpo", "--config.grpo.lr=1", "which is 'grpo.optimizer.learning_rate' here"),
