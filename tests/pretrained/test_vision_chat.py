@@ -374,5 +374,5 @@ def test_what_cannot_run_is_refused(make):
     with pytest.raises(ValueError, match="model.lora.pattern: 'query' matches no Dense"):
         problems.make(config)
     config.model.checkpoint = "nowhere"
-    with pytest.raises(ValueError, match="model.checkpoint='nowhere': nowhere has no config.json"):
+    with pytest.raises(ValueError, match="model.checkpoint='nowhere': There is no directory"):
         problems.make(config)

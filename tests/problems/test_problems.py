@@ -124,7 +124,7 @@ _COUNT = {"problem": "task", "stages": ("sft",)}
             _REACH | {"dataset": {"directory": "images"}},
             "'dataset', which is a key of 'dataset' problems; .* has problem='control'",
         ),
-        (_REACH | {"envs": {"name": "recall"}}, "'envs'. Did you mean 'ppo.num_envs'"),
+        (_REACH | {"envs": {"name": "recall"}}, "'envs'. Did you mean 'env'"),
     ],
 )
 def test_a_key_of_another_kind_is_answered_with_the_kind(config, message):

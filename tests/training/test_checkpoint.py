@@ -215,7 +215,7 @@ def test_another_model_is_refused_with_its_paths(tmp_path):
 
 
 def test_workdir_of_another_config_is_refused(tmp_path):
-    _open(tmp_path).close()
+    _save(tmp_path, [1])
     other = _config(updates=20, ppo={"clip": 0.1, "sizes": (8, 8)})
     with pytest.raises(ValueError) as caught:
         _open(tmp_path, config=other, may_change=("updates",))
