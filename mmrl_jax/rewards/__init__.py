@@ -15,6 +15,7 @@ Answers are read from the final part of a completion:
 - Reasoning in one `<think>...</think>` at the beginning is removed. Its opening tag may be missing,
   because some chat templates write it into the prompt. A missing, second or later tag: 0.
 - Of one `<answer>...</answer>` or one `\boxed{...}` the content counts, and two of them: 0.
+  A sign or an operator other than = before a `\boxed{...}`: 0.
 - An answer that is empty or longer than 10,000 characters: 0.
 """
 
@@ -62,9 +63,11 @@ def number(
     """Returns 1 if the final answer has one number, which is the reference answer, else 0.
 
     A number has ASCII digits, an optional sign, commas between thousands, a decimal fraction and an
-    exponent of up to three digits: 12, -3.5, 1,200, 2e-3. Words around it are allowed, further
-    numbers in any script or in English words ("one") are not, nor brackets, percent signs, a dash
-    or an operator other than = before it, or letters and signs that touch it: 5%, 5cm, ~5, 1/2.
+    exponent of up to three digits: 12, -3.5, 1,200, 2e-3. Words around it are allowed. Refused are
+    further numbers in any script or in English words ("one", "tenths"), brackets and percent signs;
+    a dash, an operator other than = or a single letter before or after it (- 5, 5 / x, 5 k); words
+    for an operation, such as minus, not, twice, root, percent; and letters and signs that touch
+    it: 5%, 5cm, ~5, 1/2.
 
     Args:
       completion: Text of the completion.

@@ -19,6 +19,19 @@ _WORDS = re.compile(
     r"ninety|hundred|thousand|million|billion|trillion|dozen|half|third|quarter)s?\b",
     re.IGNORECASE,
 )
+# Words that change the value of a number beside them; ordinal numbers may be fractions.
+_OPERATIONS = re.compile(
+    r"\b(?:minus|negative|plus|not|times|divided|multiplied|power|factorial|squared|cubed|twice|"
+    r"thrice|double|triple|pairs?|roots?|sqrt|cbrt|log|exp|percent|percentage|pct|per\s+(?:cent|mille)|"
+    r"halves|mn|bn|mio|mrd|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|"
+    r"thousand|llion)ths?)\b",
+    re.IGNORECASE,
+)
+# Markdown's emphasis, with the same number of asterisks on both sides.
+_EMPHASIS = re.compile(r"(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1")
+# Emphasis and arrows, which may stand before a box.
+_NO_SIGNS = re.compile(r"\*|[-=]+>|[\u2190-\u21ff\u27f0-\u27ff]")
+_SIGNED_DOLLARS = re.compile(r"(?<=[+-])\$(?=[.0-9])")
 
 
 def final_answer(completion: str, finished: bool) -> str | None:
@@ -42,10 +55,13 @@ def final_answer(completion: str, finished: bool) -> str | None:
         if not end:
             return None
     if "\\boxed" in text:
-        boxed = _BOXED.findall(text)
-        if not boxed or text.count("\\boxed") != 1:
+        boxed = _BOXED.search(text)
+        if boxed is None or text.count("\\boxed") != 1:
             return None
-        text = boxed[0]
+        # The box of -\boxed{5} does not have the answer.
+        if _operates(_neighbor(_NO_SIGNS.sub("", text[: boxed.start()])[::-1])):
+            return None
+        text = boxed[1]
     text = text.strip()
     return text if 0 < len(text) <= MAX_LENGTH else None
 
@@ -72,14 +88,45 @@ def single_number(text: str) -> decimal.Decimal | None:
     Args:
       text: Final answer of a completion.
     """
+    text = _SIGNED_DOLLARS.sub("", _EMPHASIS.sub(r"\2", text))
     found = _NUMBER.search(text)
     if found is None:
         return None
-    before, after = text[: found.start()], text[found.end() :]
-    if any(c.isnumeric() or c in "<>[]{}%" for c in before + after):
+    before, after = _visible(text[: found.start()]), _visible(text[found.end() :])
+    if any(c.isnumeric() or c in "<>[]{}%\u2030\u2031\u066a*\\" for c in before + after):
         return None
-    # A dash or an operator before the number, even with a space between, may change its value.
-    last = before.rstrip()[-1:]
-    if last and last != "=" and unicodedata.category(last) in ("Pd", "Sm"):
+    # An operator before or after the number, even with a space between, may change its value.
+    if _operates(_neighbor(before[::-1])) or _operates(_neighbor(after)):
         return None
-    return None if _WORDS.search(f"{before} {after}") else read_number(found[1])
+    if re.search(r"!\s*=\s*$", before) or _is_factor(before[::-1]) or _is_factor(after):
+        return None
+    rest = f"{before} {after}"
+    return None if _WORDS.search(rest) or _OPERATIONS.search(rest) else read_number(found[1])
+
+
+def _visible(text: str) -> str:
+    """Returns a text without marks and formatting characters, which nobody sees between others."""
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn", "Me"))
+
+
+def _operates(character: str) -> bool:
+    """Returns whether a character is a sign or an operator other than =."""
+    if not character or character in "=`":
+        return False
+    # Among them are the heavy signs of emojis.
+    signs = "^/*\u00b7\u2795\u2796\u2797\u2716"
+    return character in signs or unicodedata.category(character) in ("Pd", "Sm", "Sk")
+
+
+def _neighbor(text: str) -> str:
+    """Returns the first letter, digit or operator of a text; '' if there is none."""
+    return next((c for c in text if c.isalnum() or _operates(c)), "")
+
+
+def _is_factor(text: str) -> bool:
+    """Returns whether a text begins with a single letter, such as the k of '5 k'.
+
+    A colon or = between is no product, 'A: 5', nor is the word 'I' or 'a', or the s of "it's".
+    """
+    found = re.match(r"[^\w:=]*([^\W\d_])(?!\w|['\u2019]\w)", text)
+    return found is not None and found[1] not in "aAI"
