@@ -46,9 +46,19 @@ def exact_match(*, completion: str, answer: str, finished: bool = True, **column
 
     Both are compared in lower case, in Unicode's form NFC, with runs of white space as one space,
     and without quotes, asterisks and a period around them. Characters that only look alike differ.
+    A reference answer may have reasoning, tags or a box, which are removed as in a completion.
+
+    Raises:
+      ValueError: If the reference answer has no final answer.
     """
+    right = final_answer(answer, True)
+    if right is None:
+        raise ValueError(
+            f"answer={answer[:100]!r} has no final answer: its tags or boxes are unbalanced or "
+            "several, or it is too long; correct the record."
+        )
     text = final_answer(completion, finished)
-    return float(text is not None and normalize(text) == normalize(answer))
+    return float(text is not None and normalize(text) == normalize(right))
 
 
 def number(
@@ -154,7 +164,7 @@ def box_iou(
 
     Args:
       completion: Text of the completion.
-      answer: Reference answer, the text of such a box.
+      answer: Reference answer, a box [x1, y1, x2, y2] as JSON, or the text of such a box.
       finished: Whether the completion was not truncated.
       threshold: Smallest rewarded intersection over union, in (0, 1]. A low one rewards a box
         around the whole image.
@@ -163,7 +173,7 @@ def box_iou(
     Raises:
       ValueError: If the reference answer is not a box, or the threshold is out of range.
     """
-    right = geometry.read_box(answer)
+    right = geometry.read_reference_box(answer)
     if right is None:
         raise ValueError(f"answer={answer!r} is not a box [x1, y1, x2, y2]; correct the record.")
     if not 0 < threshold <= 1:

@@ -1,10 +1,10 @@
 """Boxes, points and polygons in texts."""
 
 from collections.abc import Sequence
-import json
-import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from mmrl_jax.rewards.schemas import read_json
 
 _COORDINATE = r"\s*([+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)\s*"
 _KEYS = re.compile(r"\"(?:bbox_2d|point_2d)\"")
@@ -32,10 +32,17 @@ def read_box(text: str) -> Box | None:
     A valid box has 0 <= x1 < x2 and 0 <= y1 < y2.
     """
     numbers = _only_numbers(text, 4)
-    box = None if numbers is None else Box(*numbers)
-    if box is None or not (0 <= box.x1 < box.x2 and 0 <= box.y1 < box.y2):
-        return None
-    return box
+    return None if numbers is None else _valid(Box(*numbers))
+
+
+def read_reference_box(text: str) -> Box | None:
+    """Returns the valid box of a reference answer, or None.
+
+    It is JSON, whose numbers may have exponents and any number of digits, or a text as for
+    `read_box`.
+    """
+    numbers = _floats(_json(text), 4)
+    return read_box(text) if numbers is None else _valid(Box(*numbers))
 
 
 def read_point(text: str) -> Point | None:
@@ -50,14 +57,13 @@ def read_region(text: str) -> Box | tuple[Point, ...]:
     Raises:
       ValueError: If it is neither a valid box nor a polygon of at least three points.
     """
-    box = read_box(text)
+    box = read_reference_box(text)
     if box is not None:
         return box
-    try:
-        corners = tuple(Point(float(x), float(y)) for x, y in json.loads(text))
-    except (ValueError, TypeError):
-        corners = ()
-    if len(corners) < 3 or not all(math.isfinite(x) for point in corners for x in point):
+    value = _json(text)
+    pairs = [_floats(x, 2) for x in value] if isinstance(value, list) else []
+    corners = tuple(Point(*pair) for pair in pairs if pair is not None)
+    if len(corners) < 3 or len(corners) < len(pairs):
         raise ValueError(
             f"answer={text!r} is neither a box [x1, y1, x2, y2] with x1 < x2 and y1 < y2, nor a "
             "polygon [[x, y], ...] of at least three corners; correct the record."
@@ -85,6 +91,30 @@ def contains(region: Box | Sequence[Point], point: Point) -> bool:
         if (a.y > y) != (b.y > y) and x < a.x + (y - a.y) / (b.y - a.y) * (b.x - a.x):
             inside = not inside
     return inside
+
+
+def _valid(box: Box) -> Box | None:
+    return box if 0 <= box.x1 < box.x2 and 0 <= box.y1 < box.y2 else None
+
+
+def _json(text: str) -> Any:
+    """Returns the value of a JSON text with finite numbers; None if it is none."""
+    try:
+        return read_json(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _floats(value: Any, count: int) -> tuple[float, ...] | None:
+    """Returns a list of `count` numbers as floats; None if the value is none."""
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
+        return None
+    try:
+        return tuple(map(float, value))
+    except OverflowError:
+        return None
 
 
 def _only_numbers(text: str, count: int) -> tuple[float, ...] | None:

@@ -24,6 +24,10 @@ HONEST = {
         "5": ["5", "5.", "'5'"],
         "caf\u00e9": ["cafe\u0301", "CAF\u00c9"],
         "*": ["*", " * "],
+        # References are read as completions are.
+        "<think>4?</think>red cube": ["red cube", "<think>blue?</think>red cube"],
+        r"So it is \boxed{red cube}": ["red cube", r"\boxed{red cube}"],
+        "<answer>red cube</answer>": ["red cube", "<answer>Red cube.</answer>"],
     },
     rewards.number: {
         "5": [
@@ -59,6 +63,7 @@ HONEST = {
         ],
     },
     rewards.point_in_region: {
+        "[0.10000000149011612, 2e-1, 0.30000001192092896, 0.4]": ["(0.2, 0.3)"],
         "[10, 20, 30, 40]": ["[10, 20]", "(30, 40)", "(11.5, 39.9)", '{"point_2d": [20, 30]}',
                              "I click at (20, 30)."],
         # A triangle.
@@ -109,8 +114,10 @@ REFUSED = {
             "twice 5", "double 5", "thrice 5", "the square root of 5", "sqrt 5", "sqrt(5)",
             r"\sqrt 5", "\u221a 5", "x / 5", "x * 5", "x \u00d7 5", "x^ 5", "x ** 5", "x 5",
             "f(5)", "5 squared", "5 cubed", "5 percent", "5 per cent", "5 \u2030", "5 tenths",
-            "5 hundredths", "a fifth of 5", "5 k", "5 M", "5 \u03c0", "5 i", "5 ^ x", "5 ^2", "5 / x",
-            "5 * x", "5 \u00d7 x", "5 - x", "5 + x", "5 \u2212 x", r"5 \pi", "5 times x", "**5", "* 5",
+            "5 hundredths", "a fifth of 5", "5 k", "5 M", "5 \u03c0", "5 i", "5 ^ x", "5 ^2",
+            "5 / x",
+            "5 * x", "5 \u00d7 x", "5 - x", "5 + x", "5 \u2212 x", r"5 \pi", "5 times x", "**5",
+            "* 5",
         ],
         "-5": ["- $5", "-$ 5", "--$5", "5", "-(5)", "x-$5"],
         "12345": ["1,2345", "12,34,5", "123,45", "12, 345", "12.345", "12 345", "12,3456"],
@@ -227,6 +234,15 @@ def test_boxes_are_rewarded_by_their_overlap():
     third = rewards.box_iou(completion="[5, 0, 15, 10]", answer=right, threshold=0.3)
     assert third == pytest.approx(1 / 3)
     assert rewards.box_iou(completion="[0, 0, 10, 5]", answer=right) == 0.5
+
+
+def test_reference_boxes_may_have_the_digits_of_floats():
+    # What json.dumps writes of float32 values, and of small ones.
+    right = "[0.10000000149011612, 1e-05, 0.30000001192092896, 0.4]"
+    assert rewards.box_iou(completion="[0.1, 0, 0.3, 0.4]", answer=right) > 0.99
+    assert rewards.box_iou(completion=right, answer=right) == 0  # Completions are read strictly.
+    for same in ("(1, 2, 3, 4)", '[{"bbox_2d": [1, 2, 3, 4]}]', "box [1.0, 2.0, 3, 4]"):
+        assert rewards.box_iou(completion="[1, 2, 3, 4]", answer=same) == 1
 
 
 THINK = "<think>why</think><answer>5</answer>"
@@ -362,6 +378,8 @@ def test_lengths_count_what_can_be_read(text, bounds, reward):
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
+        (rewards.exact_match, {"answer": "<think>5"}, "answer='<think>5' has no final answer"),
+        (rewards.exact_match, {"answer": r"\boxed{4} \boxed{5}"}, "has no final answer"),
         (rewards.number, {"answer": "two"}, "answer='two' is not a number"),
         (rewards.number, {"answer": "nan"}, "answer='nan' is not a number"),
         (rewards.number, {"answer": "5", "tolerance": -1}, "tolerance=-1 must be at least 0"),
@@ -372,6 +390,9 @@ def test_lengths_count_what_can_be_read(text, bounds, reward):
         "'C' is not the letter of the 2 ch"),
         (rewards.box_iou, {"answer": "[3, 2, 1, 4]"}, r"answer='\[3, 2, 1, 4\]' is not a box"),
         (rewards.box_iou, {"answer": "[1, 2, 3, 4]", "threshold": 0}, "threshold=0 must be in"),
+        (rewards.box_iou, {"answer": "[true, 2, 3, 4]"}, "is not a box"),
+        (rewards.box_iou, {"answer": f"[1, 2, 3, 1{'0' * 400}]"}, "is not a box"),
+        (rewards.box_iou, {"answer": "[1, 2, 3, 1e999]"}, "is not a box"),
         (rewards.point_in_region, {"answer": "[1, 2]"}, "neither a box"),
         (rewards.point_in_region, {"answer": "[[1, 2], [3, 4]]"}, "three corners"),
         (rewards.point_in_region, {"answer": "[[1, 2], [3, 4], [NaN, 1]]"}, "three corners"),
