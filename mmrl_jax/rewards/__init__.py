@@ -28,11 +28,16 @@ from typing import Any, Literal
 from mmrl_jax.rewards import geometry, schemas
 from mmrl_jax.rewards.parsing import final_answer, normalize, read_number, single_number
 
-# One block of reasoning and one answer, without any of the four tags in either.
-THINK_ANSWER = (
-    r"\s*<think>(?:(?!</?think>|</?answer>).)+</think>"
-    r"\s*<answer>(?:(?!</?think>|</?answer>).)+</answer>\s*"
+# Characters that show nothing: white space, control and formatting characters, and fillers.
+_BLANK = (
+    r"\x00-\x20\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f"
+    r"\u2028-\u202f\u205f-\u206f\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U000e0000-\U000e0fff"
 )
+_NO_TAG = r"(?!</?think>|</?answer>)"
+_CONTENT = rf"[{_BLANK}]*{_NO_TAG}[^{_BLANK}](?:{_NO_TAG}.)*"
+# One block of reasoning and one answer, without any of the four tags in either.
+THINK_ANSWER = rf"\s*<think>{_CONTENT}</think>\s*<answer>{_CONTENT}</answer>\s*"
 _LEAD = (
     r"(?:(?:the|my) )?(?:(?:correct|right|final|best) )?"
     r"(?:(?:answer|choice|option)(?: is)?(?: ?: ?| ))?(?:option )?"
@@ -222,7 +227,7 @@ def format_match(
       completion: Text of the completion.
       finished: Whether the completion was not truncated.
       pattern: Regular expression; by default one `<think>...</think>` and then one
-        `<answer>...</answer>`, neither empty, with no other tag and no other text.
+        `<answer>...</answer>`, each with a visible character, with no other tag and no other text.
       **columns: Further columns, which are ignored.
 
     Raises:

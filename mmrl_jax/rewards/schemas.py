@@ -81,7 +81,8 @@ def _check(schema: Any, path: str) -> None:
             raise ValueError(f"{path} has {key!r}; only {', '.join(KEYWORDS)} are supported.")
         here = f"{path}[{key!r}]"
         if key == "type":
-            unknown = [x for x in _listed(value) if x not in TYPES]
+            # A value of JSON may have no hash.
+            unknown = [x for x in _listed(value) if x not in tuple(TYPES)]
             if unknown:
                 raise ValueError(f"{here} has {unknown}; give some of {', '.join(TYPES)}.")
         elif key == "properties":
