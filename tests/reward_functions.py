@@ -27,6 +27,10 @@ def keywords(*, prompt, completion, answer, finished, bonus):
     return float(prompt == "p1") + 2 * float(answer == "a1") + bonus + 100 * (not finished)
 
 
+def plain(completion, scale):
+    return scale * len(completion)
+
+
 def platform(*, prompt, completion, answer):
     return float(os.environ["JAX_PLATFORMS"] == "cpu")
 

@@ -7,7 +7,7 @@ A policy finds every completion that a reward function accepts by mistake. These
 accept the few forms that their docstrings name, and return 0 for everything else: a right answer in
 another form costs some samples, a wrong one that is rewarded costs the run. Every function returns
 a number in [0, 1] for every completion; it raises ValueError for a bad reference answer or option.
-A column of a record replaces the option of the same name.
+A column of a record replaces the option of the same name, unless its value is None.
 
 Answers are read from the final part of a completion:
 

@@ -31,11 +31,13 @@ class Signature(NamedTuple):
     Attributes:
       batched: Whether the function has TRL's signature.
       required: Names of the parameters without a default.
+      optional: Names of those with a default.
       accepted: Names of all keyword arguments that it takes; None if it takes any.
     """
 
     batched: bool
     required: tuple[str, ...]
+    optional: frozenset[str]
     accepted: frozenset[str] | None
 
     def accepts(self, name: str) -> bool:
@@ -67,7 +69,7 @@ def read_signature(name: str, function: RewardFunction) -> Signature:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return Signature(False, (), None)
+        return Signature(False, (), frozenset(), None)
     required = tuple(
         p.name
         for p in parameters
@@ -94,7 +96,8 @@ def read_signature(name: str, function: RewardFunction) -> Signature:
                 f"rewards.functions has {name!r}, whose parameter {parameter!r} is not passed to "
                 f"reward functions here; give it a default, such as {parameter}=None."
             )
-    return Signature(batched, required, accepted)
+    optional = frozenset(p.name for p in parameters if p.default is not p.empty)
+    return Signature(batched, required, optional, accepted)
 
 
 def check_columns(name: str, signature: Signature, columns: Collection[str]) -> None:
@@ -124,7 +127,8 @@ def with_options(name: str, function: RewardFunction, options: Mapping[str, Any]
     Args:
       name: Name of the function in rewards.functions, for messages.
       function: The function.
-      options: Values of some of its parameters. A column of a record replaces them.
+      options: Values of some of its parameters. A column of a record replaces them, unless its
+        value is None.
 
     Raises:
       ValueError: If the signature of the function is invalid, see `read_signature`, or a name in

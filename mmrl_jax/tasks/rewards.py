@@ -5,10 +5,10 @@ A reward function takes keyword arguments and returns a number:
     def length(*, prompt, completion, answer, finished, **columns) -> float:
         return -len(completion) / 100 if finished else -1.0
 
-`finished` is False if the completion was truncated at the maximum number of tokens. It is passed
-only to functions with a parameter `finished` or `**columns`. The number may be a bool, int, float,
-Decimal or Fraction, or a scalar or an array of shape () of NumPy, JAX or torch; it must be finite
-as a float32.
+`finished` is False if the completion was truncated at the maximum number of tokens. A function
+without `**columns` gets only the arguments that it has parameters for, and a column whose value is
+None does not replace a default. The number may be a bool, int, float, Decimal or Fraction, or a
+scalar or an array of shape () of NumPy, JAX or torch; it must be finite as a float32.
 
 The host calls the function for every sample, after the program that generates and before the one
 that updates. A call fails if it raises, returns any other value, or times out. Its sample is then
@@ -324,10 +324,14 @@ class RewardWorkerPool:
             "answer": batch.answers[b],
             "finished": bool(batch.finished[b, g]),
         }
-        # A function must take its columns, but need not know what we pass beside the answer.
-        if not self._signatures[name].accepts("finished"):
-            del arguments["finished"]
-        return Call(name, arguments, None)
+        signature = self._signatures[name]
+        # Tables have None where a record has no column: the default, or the option, holds there.
+        passed = {
+            key: value
+            for key, value in arguments.items()
+            if signature.accepts(key) and not (value is None and key in signature.optional)
+        }
+        return Call(name, passed, None)
 
     def _group_call(self, name: str, batch: "_Batch", b: int) -> Call:
         """Returns the call of a function with TRL's signature for all completions of prompt b."""

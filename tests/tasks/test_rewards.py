@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mmrl_jax.tasks import reward_workers
-from mmrl_jax.tasks.reward_signatures import check_columns, read_signature
+from mmrl_jax.tasks.reward_signatures import check_columns, read_signature, with_options
 from mmrl_jax.tasks.rewards import NoRewards, RewardWorkerPool, exact_match, on_failure
 from tests import reward_functions as user
 
@@ -47,6 +47,14 @@ def test_every_function_is_given_its_samples_keywords():
     np.testing.assert_array_equal(scored.parts["exact"], [[1, 1, 0], [1, 0, 0]])
     np.testing.assert_array_equal(scored.reward, [[10.5, 10.5, 0.5], [17, 107, 7]])
     assert scored.reward.dtype == np.float32 and scored.valid.all() and scored.failures == ()
+
+
+def test_a_function_gets_what_it_has_parameters_for_and_no_value_replaces_no_option():
+    functions = {"plain": with_options("plain", user.plain, {"scale": 2.0})}
+    rows = [{}, {"scale": None, "level": 1}, {"scale": 5.0}]
+    with RewardWorkerPool(functions, {"plain": 1.0}, workers=1, timeout_s=20.0) as pool:
+        scored = pool(["p"] * 3, [["abc"]] * 3, ["a"] * 3, rows)
+    np.testing.assert_array_equal(scored.reward, [[6], [6], [15]])
 
 
 def line_of(text):
