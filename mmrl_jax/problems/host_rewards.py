@@ -19,7 +19,7 @@ from mmrl_jax.tasks.folder import Batch, Records, open_folder
 from mmrl_jax.tasks.reward_signatures import RESERVED
 from mmrl_jax.tasks.reward_workers import printable
 from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards, RewardWorkerPool
-from mmrl_jax.tasks.samples import short_repr
+from mmrl_jax.tasks.samples import COMPLETION_REMEDY, short_repr
 from mmrl_jax.training.dispatch import TRANSIENT
 
 # Maximum number of kinds of failures that a process prints. reward/failed counts all failures.
@@ -154,7 +154,11 @@ def open_split(
             tokenize_completions(chat, [answer], length=completion_length)
         reserved = [name for name in RESERVED if name in columns]
         if reserved:
-            raise ValueError(f"columns {reserved} are reserved arguments of reward functions.")
+            remedy = COMPLETION_REMEDY if "completion" in reserved else ""
+            raise ValueError(
+                f"columns {reserved} are reserved arguments of reward functions; rename them in "
+                f"the records. {remedy}".rstrip()
+            )
         names.update(columns)
 
     records = open_folder(directory, files=files, check=check, **opening)

@@ -20,6 +20,7 @@ MAX_REPR = 80  # Maximum number of characters of a value in an error message.
 IMAGES, PROMPTS, ANSWERS = ("file_name", "image", "images"), ("prompt", "messages"), ("answer",)
 # What a column can be renamed to.
 NAMES = ("image", "prompt", "answer")
+COMPLETION_REMEDY = "If 'completion' is the answer, set dataset.columns={'answer': 'completion'}."
 
 Message = dict[str, Any]
 
@@ -31,7 +32,7 @@ class Sample(NamedTuple):
       image: Path of the image, encoded image, or pixels.
       prompt: Text of the prompt, not empty.
       answer: Text of the reference answer, not empty.
-      columns: Further columns of the record.
+      columns: Further columns of the record, without image data.
       messages: The prompt as messages without image data, if it is written so; None otherwise.
     """
 
@@ -50,7 +51,10 @@ def read_sample(record: Mapping[str, Any], names: Mapping[str, str]) -> Sample:
     messages there or in 'messages': one of a user, which one of the system may precede. The
     system's text then comes first in the prompt, followed by an empty line. The answer is in
     'answer', or the message of an assistant is the last one. An answer that is a list or mapping,
-    such as a box, becomes JSON.
+    such as a box, becomes JSON; a list of one message of an assistant, TRL's completion, its text.
+
+    Every other column is a further one, except for those with image data or the name of an argument
+    of every call.
 
     Args:
       record: Values by the names of the columns.
@@ -81,15 +85,18 @@ def read_sample(record: Mapping[str, Any], names: Mapping[str, str]) -> Sample:
         raise ValueError(
             f"The record has an answer in {answer_name!r} and a message of an assistant; leave one."
         )
+    if _is_completion(value):
+        value, _ = _content(value[0])
     if isinstance(value, (list, tuple, Mapping)) and value:
-        value = json.dumps(value, allow_nan=False)
+        value = json.dumps(value, allow_nan=False, ensure_ascii=False)
     image_name, image = only("image", IMAGES)
-    used = (*IMAGES, *PROMPTS, *ANSWERS, image_name, *(x for x in names.values() if x in RESERVED))
+    used = {*IMAGES, image_name, "prompt", "answer"}
+    used |= {x for x in (prompt_name, answer_name) if x in (*PROMPTS, *RESERVED)}
     return Sample(
         _image(image_name, image, part, list(record)),
         _text(prompt_name, prompt, list(record)),
         _text(answer_name, value if answer is None else answer, list(record)),
-        {name: x for name, x in record.items() if name not in used},
+        {name: x for name, x in record.items() if name not in used and not _has_data(x)},
         messages,
     )
 
@@ -120,6 +127,31 @@ def _conversation(
         for role, message in zip(roles, messages, strict=True)
     )
     return "\n\n".join(text for text, _ in contents), answer, next(iter(images), None), plain
+
+
+def _is_completion(value: Any) -> bool:
+    """Returns whether a value is a completion of TRL's, a list of one message of an assistant."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 1
+        and isinstance(value[0], Mapping)
+        and value[0].get("role") == "assistant"
+    )
+
+
+def _has_data(value: Any) -> bool:
+    """Returns whether a value is, or has in it, encoded data such as an image rather than text."""
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or any(map(_has_data, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_data, value))
+    if not isinstance(value, bytes):
+        return False
+    try:
+        value.decode("utf-8")  # TFDS has texts as bytes.
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _content(message: Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -177,8 +209,10 @@ def _text(name: str, value: Any, present: Sequence[str]) -> str:
     if isinstance(value, (float, np.floating)) and np.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
+        unnamed = name in ANSWERS and "completion" in present
+        remedy = f" {COMPLETION_REMEDY}" if unnamed else ""
         raise ValueError(
-            f"{name}={short_repr(value)} is not a non-empty text.{_hint(name, present)}"
+            f"{name}={short_repr(value)} is not a non-empty text.{_hint(name, present)}{remedy}"
         )
     return value.strip()
 

@@ -593,6 +593,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
     first, second = split.train.rejected
     assert first.name == "metadata.jsonl:1" and "dataset.prompt_tokens=64; raise it" in first.reason
     assert second.name == "metadata.jsonl:2" and "columns ['completion']" in second.reason
+    assert "dataset.columns={'answer': 'completion'}" in second.reason
     config.dataset.max_rejected = 0.1
     with pytest.raises(ValueError, match="2 of 10 records cannot be used"):
         problems.make(config)

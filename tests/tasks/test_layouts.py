@@ -130,6 +130,35 @@ def test_a_column_with_the_name_of_an_argument_is_no_further_column():
     assert sample.answer == "a" and sample.columns == {}
 
 
+def test_what_another_column_replaces_stays_a_column_unless_its_name_is_an_argument():
+    turns = [user("q", MARK)]
+    record = {"image": "x.png", "problem": "p", "prompt": "old", "messages": turns, "answer": "b"}
+    sample = read_sample(record | {"right": "a"}, {"prompt": "problem", "answer": "right"})
+    assert sample.prompt == "p" and sample.answer == "a" and sample.messages is None
+    assert sample.columns == {"problem": "p", "messages": turns, "right": "a"}
+
+
+def test_image_data_of_further_columns_stays_out_of_them():
+    data = {"bytes": png(0), "path": None}
+    kept = {"note": b"text", "path": {"path": "y.png"}, "box": [[1, 2]], "none": None}
+    further = {"mask": data, "crops": [data, data], "raw": png(1), "pair": {"left": data}}
+    assert read_sample(GOOD | kept | further, {}).columns == kept
+
+
+def test_answers_in_json_keep_their_letters():
+    sample = read_sample(GOOD | {"answer": ["\u732b", "caf\u00e9"]}, {})
+    assert sample.answer == '["\u732b", "caf\u00e9"]'
+
+
+def test_trls_completions_are_answers_if_they_are_named():
+    record = {"image": "x.png", "prompt": [user("p")], "completion": [assistant("a")]}
+    remedy = r"dataset.columns=\{'answer': 'completion'\}"
+    with pytest.raises(ValueError, match=f"answer=None is not a non-empty text.*{remedy}"):
+        read_sample(record, {})
+    sample = read_sample(record, {"answer": "completion"})
+    assert sample.answer == "a" and sample.columns == {}
+
+
 GOOD = {"image": "x.png", "prompt": "p", "answer": "a"}
 TURNS = [user("p"), assistant("a"), user("q")]
 
@@ -198,7 +227,9 @@ def test_bad_rows_of_a_table_are_set_aside_and_named(tmp_path):
         5: "'../0.png' of the image is outside the folder", 6: "answer=None", 7: "truncated",
     }.items():  # fmt: skip
         assert reason in reasons[f"a.parquet:{row}"]
-    with pytest.raises(ValueError, match=r"6 of 7 records cannot be used(.|\n)*a.parquet:2: Unid"):
+    with pytest.raises(
+        ValueError, match=r"6 of 7 records cannot be used(.|\n)*a.parquet:2: OSError"
+    ):
         open_folder(tmp_path, **KEYS)
 
 
