@@ -313,7 +313,7 @@ def open_folder(
     readers: dict[str, Reader] = {}
     for path in tables.find_tables(root, files):
         for number, row in tables.read_rows(path).items():
-            source = _Source(root, path, number, row, names)
+            source = _Source(root, row, names)
             readers[f"{path.relative_to(root)}:{number}"] = Reader(
                 functools.partial(_inspect, source, check, index),
                 functools.partial(_read, source, size, resize),
@@ -384,8 +384,6 @@ class _Source(NamedTuple):
     """A row of a table of a folder."""
 
     root: pathlib.Path
-    table: pathlib.Path
-    number: int
     row: tables.Row
     names: Mapping[str, str]
 
@@ -403,7 +401,7 @@ def _inspect(source: _Source, check: Check, index: ImageIndex) -> ImageInfo:
     sample = source.sample()
     check(sample.prompt, sample.answer, sample.columns)
     if isinstance(sample.image, bytes):
-        return index.look_up(source.table, sample.image, part=source.number)
+        return index.look_up_data(sample.image)
     return index.look_up(source.path(_path_of(sample)))
 
 

@@ -1,7 +1,8 @@
 """A cache on disk of the properties of the image files of a folder.
 
 The check of an image decodes it completely, which takes hours for a million images. A file with
-unchanged modification time and size is not decoded again.
+unchanged modification time and size is not decoded again, nor is an image in a table whose bytes
+have a known digest.
 
     ~/.cache/mmrl_jax/images/<digest of the folder's path>.json     or in $XDG_CACHE_HOME
 
@@ -50,27 +51,30 @@ class ImageIndex:
         # Records that share an image may look it up concurrently; it is decoded only once.
         self._locks = [threading.Lock() for _ in range(64)]
 
-    def look_up(
-        self, path: pathlib.Path, data: bytes | None = None, *, part: int | None = None
-    ) -> ImageInfo:
-        """Returns the properties of an image of the folder.
-
-        Args:
-          path: Path of the image file, or of a file with several images.
-          data: Encoded image, if the file has several.
-          part: Number of the image in the file, if it has several.
+    def look_up(self, path: pathlib.Path) -> ImageInfo:
+        """Returns the properties of an image file of the folder.
 
         Raises:
           OSError: If the file does not exist or cannot be read.
           Exception: Any exception that `read` raises.
         """
         name, stat = str(path.relative_to(self._root)), path.stat()
-        name = name if part is None else f"{name}:{part}"
-        stamp = (stat.st_mtime_ns, stat.st_size)
+        return self._look_up(name, (stat.st_mtime_ns, stat.st_size), path.read_bytes)
+
+    def look_up_data(self, data: bytes) -> ImageInfo:
+        """Returns the properties of an encoded image, which is known by a digest of its bytes.
+
+        Raises:
+          Exception: Any exception that `read` raises.
+        """
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        return self._look_up(f"digest:{digest}", (0, len(data)), lambda: data)
+
+    def _look_up(self, name: str, stamp: tuple[int, int], data: Callable[[], bytes]) -> ImageInfo:
         with self._locks[hash(name) % len(self._locks)]:
             if name in self._entries and self._entries[name][0] == stamp:
                 return self._entries[name][1]
-            info = self._read(path.read_bytes() if data is None else data)
+            info = self._read(data())
             self._entries[name] = stamp, info
             self._changed = True
             return info

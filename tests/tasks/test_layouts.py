@@ -264,7 +264,20 @@ def test_images_in_parquet_are_decoded_once_however_often_it_is_opened(tmp_path,
     path = tmp_path / "train-00000-of-00001.parquet"
     write(tmp_path, "trl", count=7, parquet=True)
     os.utime(path, ns=(1, 1))
-    assert open_folder(tmp_path, **KEYS).images[:6] == first.images and len(decoded) == 13
+    assert open_folder(tmp_path, **KEYS).images[:6] == first.images and len(decoded) == 7
+
+
+def test_images_of_another_column_are_other_images(tmp_path):
+    rows = [
+        {"before": {"bytes": png(i)}, "after": {"bytes": png(i + 5)}, "prompt": "p", "answer": "a"}
+        for i in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    before, after = (
+        open_folder(tmp_path, names={"image": column}, **KEYS).images
+        for column in ("before", "after")
+    )
+    assert not {x.digest for x in before} & {x.digest for x in after}
 
 
 def test_tables_of_several_splits_are_chosen_by_a_pattern(tmp_path):
