@@ -311,8 +311,9 @@ def open_folder(
     root = pathlib.Path(directory).resolve()
     index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
     readers: dict[str, Reader] = {}
+    groups = tables.RowGroups()
     for path in tables.find_tables(root, files):
-        for number, row in tables.read_rows(path).items():
+        for number, row in tables.read_rows(path, groups).items():
             source = _Source(root, row, names)
             readers[f"{path.relative_to(root)}:{number}"] = Reader(
                 functools.partial(_inspect, source, check, index),

@@ -22,9 +22,8 @@ from mmrl_jax.tasks.samples import short_repr
 METADATA = "metadata.jsonl"
 # Patterns of the tables of a directory; the first one with a match is that of its tables.
 PATTERNS = (METADATA, "*.jsonl", "*.parquet", "data/*.parquet")
-# A row is read with its row group, of which the last few are kept in memory.
+# A row is read with its row group. Those that were read last are kept in so much memory.
 MAX_GROUP_BYTES = 2**30
-GROUPS_IN_MEMORY = 2
 
 Row = Callable[[], Mapping[str, Any]]
 
@@ -66,14 +65,49 @@ def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
     return paths
 
 
-def read_rows(path: pathlib.Path) -> dict[int, Row]:
+class RowGroups:
+    """The row groups in memory of all tables of a folder, with thread-safe look-ups.
+
+    The last ones are kept, of at most `MAX_GROUP_BYTES` bytes together, or one.
+    """
+
+    def __init__(self) -> None:
+        # Each table with its number of bytes, by its file and number.
+        self._groups: OrderedDict[tuple[pathlib.Path, int], tuple[Any, int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[pathlib.Path, int], read: Callable[[], Any]) -> Any:
+        """Returns a row group, which is read if it is not in memory.
+
+        Args:
+          key: Path of the file, and number of the row group in it.
+          read: Reads the row group as a pyarrow.Table.
+        """
+        with self._lock:  # Neighboring rows are read by several threads.
+            if key not in self._groups:
+                table = read()
+                self._groups[key] = table, table.nbytes
+                self._bytes += table.nbytes
+            self._groups.move_to_end(key)
+            while self._bytes > MAX_GROUP_BYTES and len(self._groups) > 1:
+                _, (_, size) = self._groups.popitem(last=False)
+                self._bytes -= size
+            return self._groups[key][0]
+
+
+def read_rows(path: pathlib.Path, groups: RowGroups) -> dict[int, Row]:
     """Returns a function that reads a row, by the number of the row or line counted from 1.
+
+    Args:
+      path: Path of the table.
+      groups: Row groups in memory, which the tables of a folder share.
 
     Raises:
       ImportError: If the extra `data` (pyarrow) is not installed, which reads parquet.
       ValueError: If the file is not parquet, or its row groups are too large to read at once.
     """
-    return READERS[path.suffix](path)
+    return READERS[path.suffix](path, groups)
 
 
 def fingerprint(path: pathlib.Path) -> bytes:
@@ -84,7 +118,7 @@ def fingerprint(path: pathlib.Path) -> bytes:
         return hashlib.file_digest(file, hashlib.blake2b).digest()
 
 
-def _json_rows(path: pathlib.Path) -> dict[int, Row]:
+def _json_rows(path: pathlib.Path, groups: RowGroups) -> dict[int, Row]:
     # Lines are split as bytes: str.splitlines() would also split at U+2028, which may occur within
     # a line of JSON, and invalid UTF-8 in one record would make the whole file unreadable.
     lines = enumerate(path.read_bytes().split(b"\n"), start=1)
@@ -98,15 +132,15 @@ def _json_row(line: bytes) -> dict[str, Any]:
     return columns
 
 
-def _parquet_rows(path: pathlib.Path) -> dict[int, Row]:
-    table = _Parquet(path)
+def _parquet_rows(path: pathlib.Path, groups: RowGroups) -> dict[int, Row]:
+    table = _Parquet(path, groups)
     return {i + 1: functools.partial(table.row, i) for i in range(table.length)}
 
 
 class _Parquet:
-    """Rows of a parquet file in any order; only the last row groups are in memory."""
+    """Rows of a parquet file in any order."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, in_memory: RowGroups):
         arrow, parquet = lerobot.import_pyarrow(path)
         try:
             self._file = parquet.ParquetFile(path)
@@ -123,8 +157,7 @@ class _Parquet:
             )
         # Number of the first row of each row group, and the number of all rows.
         self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
-        self._groups: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._path, self._in_memory = path, in_memory
 
     @property
     def length(self) -> int:
@@ -134,18 +167,13 @@ class _Parquet:
     def row(self, number: int) -> dict[str, Any]:
         """Returns a row as Python values."""
         group = bisect.bisect_right(self._starts, number) - 1
-        with self._lock:  # Neighboring rows are read by several threads.
-            if group not in self._groups:
-                self._groups[group] = self._file.read_row_group(group)
-            self._groups.move_to_end(group)
-            table = self._groups[group]
-            while len(self._groups) > GROUPS_IN_MEMORY:
-                self._groups.popitem(last=False)
+        read = functools.partial(self._file.read_row_group, group)
+        table = self._in_memory.get((self._path, group), read)
         (row,) = table.slice(number - self._starts[group], 1).to_pylist()
         return row
 
 
-READERS: dict[str, Callable[[pathlib.Path], dict[int, Row]]] = {
+READERS: dict[str, Callable[[pathlib.Path, RowGroups], dict[int, Row]]] = {
     ".jsonl": _json_rows,
     ".parquet": _parquet_rows,
 }

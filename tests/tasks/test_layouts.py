@@ -233,27 +233,37 @@ def test_bad_rows_of_a_table_are_set_aside_and_named(tmp_path):
         open_folder(tmp_path, **KEYS)
 
 
-def test_few_row_groups_are_in_memory_and_any_row_can_be_read(tmp_path, monkeypatch):
-    write(tmp_path, "trl", count=128, parquet=True, row_group_size=32)
-    read, made = [], []
-    original = tables._Parquet.__init__
+def test_the_row_groups_of_all_tables_share_a_bounded_memory(tmp_path, monkeypatch):
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"):
+        write(tmp_path, "trl", count=64, parquet=True, row_group_size=32)
+        (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / name)
+    sizes, made, kept = [], [], []
+    original = tables.RowGroups.get
 
-    def spy(self, path):
-        original(self, path)
+    def spy(self, key, read):
+        def counted():
+            sizes.append((table := read()).nbytes)
+            return table
+
         made.append(self)
-        group = self._file.read_row_group
-        self._file = type("File", (), {"read_row_group": lambda _, i: read.append(i) or group(i)})()
+        table = original(self, key, counted)
+        with self._lock:
+            kept.append(sum(x.nbytes for x, _ in self._groups.values()))
+        return table
 
-    monkeypatch.setattr(tables._Parquet, "__init__", spy)
+    monkeypatch.setattr(tables.RowGroups, "get", spy)
     records = open_folder(tmp_path, **KEYS)
-    (table,) = made
-    # Neighbors share a read, though several threads read them.
-    assert set(read) == set(range(4)) and len(read) < 32
-    assert len(table._groups) == tables.GROUPS_IN_MEMORY == 2
-    read.clear()
-    assert records.read([127, 126]).answers == ("127", "126")
-    assert records.read([0, 1]).answers == ("0", "1")
-    assert len(read) <= 2 and len(table._groups) == 2
+    # All four groups fit, and neighbors share a read, though several threads read them.
+    assert len(set(made)) == 1 and len(sizes) == 4 and max(kept) == sum(sizes)
+    assert records.read([127, 0]).answers == ("63", "0") and len(sizes) == 4
+    bound = 2 * max(sizes)
+    monkeypatch.setattr(tables, "MAX_GROUP_BYTES", bound)
+    sizes.clear()
+    records = open_folder(tmp_path, **KEYS)
+    kept.clear()
+    for numbers in ([127, 126], [0, 1], [40, 70], [127, 0]):
+        assert records.read(numbers).answers == tuple(str(i % 64) for i in numbers)
+    assert len(sizes) > 4 and 0 < min(kept) and max(kept) <= bound
 
 
 def test_images_in_parquet_are_decoded_once_however_often_it_is_opened(tmp_path, decoded):  # noqa: F811
