@@ -27,9 +27,11 @@ from mmrl_jax.data import tfds_files
 from mmrl_jax.data.images import ImageInfo
 from mmrl_jax.tasks import tables
 from mmrl_jax.tasks.image_index import ImageIndex
+from mmrl_jax.tasks.reward_workers import printable
 from mmrl_jax.tasks.samples import Message, Sample, read_sample, short_repr
 
 MAX_LISTED = 5  # Maximum number of records that an error message lists.
+MAX_PATH = 4096  # Maximum number of characters of the path of an image, Linux's PATH_MAX.
 
 
 class Record(NamedTuple):
@@ -146,7 +148,9 @@ class Records:
             Rejected(name, reason) for name, reason in results.items() if isinstance(reason, str)
         )
         if len(self.rejected) > max_rejected * len(results):
-            listed = "\n".join(f"  {name}: {why}" for name, why in self.rejected[:MAX_LISTED])
+            listed = "\n".join(
+                f"  {name}: {printable(why)}" for name, why in self.rejected[:MAX_LISTED]
+            )
             raise ValueError(
                 f"{len(self.rejected)} of {len(results)} records cannot be used, more than the "
                 f"fraction max_rejected={max_rejected}. Fix them, or raise max_rejected. The "
@@ -305,8 +309,8 @@ def open_folder(
       check: Additional check of a record, which raises if the record cannot be used.
 
     Raises:
-      ImportError: If a table is parquet and the extra `data` (pyarrow) is not installed.
-      ValueError: If there is no table, or too many records are rejected, see `Records`.
+      ValueError: If there is no table, one cannot be read, see `tables.read_rows`, or too many
+        records are rejected, see `Records`.
     """
     root = pathlib.Path(directory).resolve()
     index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
@@ -392,6 +396,11 @@ class _Source(NamedTuple):
         return read_sample(self.row(), self.names)
 
     def path(self, image: str) -> pathlib.Path:
+        if len(image) > MAX_PATH:
+            raise ValueError(
+                f"The image {short_repr(image)} has {len(image)} characters, so that it looks like "
+                "encoded data; give a path."
+            )
         path = (self.root / image).resolve()
         if not path.is_relative_to(self.root):
             raise ValueError(f"The path {short_repr(image)} of the image is outside the folder.")

@@ -40,7 +40,8 @@ def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
       ValueError: If there is no table, one is of an unknown format, or without `files` there are
         tables of several splits.
     """
-    if files is not None and (pathlib.PurePath(files).is_absolute() or ".." in files):
+    path = pathlib.PurePath(files or "")
+    if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"dataset.files={files!r} must be relative to the directory and in it.")
     patterns = PATTERNS if files is None else (files,)
     paths = next(filter(None, (sorted(root.glob(pattern)) for pattern in patterns)), [])
@@ -104,8 +105,8 @@ def read_rows(path: pathlib.Path, groups: RowGroups) -> dict[int, Row]:
       groups: Row groups in memory, which the tables of a folder share.
 
     Raises:
-      ImportError: If the extra `data` (pyarrow) is not installed, which reads parquet.
-      ValueError: If the file is not parquet, or its row groups are too large to read at once.
+      ValueError: If the extra `data` (pyarrow) is not installed, which reads parquet, the file is
+        not parquet, or its row groups are too large to read at once.
     """
     return READERS[path.suffix](path, groups)
 
@@ -141,7 +142,10 @@ class _Parquet:
     """Rows of a parquet file in any order."""
 
     def __init__(self, path: pathlib.Path, in_memory: RowGroups):
-        arrow, parquet = lerobot.import_pyarrow(path)
+        try:
+            arrow, parquet = lerobot.import_pyarrow(path)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
         try:
             self._file = parquet.ParquetFile(path)
         except arrow.ArrowInvalid as error:

@@ -1,5 +1,6 @@
 """Tests of the layouts of a folder: tables as JSON lines and as parquet, texts and messages."""
 
+import base64
 import json
 import os
 import sys
@@ -322,6 +323,21 @@ def test_tables_that_cannot_be_found_are_refused(files, message, tmp_path):
         open_folder(tmp_path, files=files, **KEYS)
 
 
+def test_two_periods_in_the_name_of_a_directory_are_not_its_parent(tmp_path):
+    write(tmp_path / "data..v2", "trl")
+    found = tables.find_tables(tmp_path, "data..v2/*.jsonl")
+    assert found == [tmp_path / "data..v2/train.jsonl"]
+
+
+def test_encoded_images_in_lines_are_refused_with_a_short_reason(tmp_path):
+    text = base64.b64encode(png(0) * 100_000).decode()
+    lines = [{"image": x, "prompt": "p", "answer": "a"} for x in (text, text[:4096])]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="looks like encoded data; give a path") as error:
+        open_folder(tmp_path, **KEYS)
+    assert len(str(error.value)) < 2000 and "a.jsonl:2: OSError" in str(error.value)
+
+
 def test_large_row_groups_are_refused(tmp_path, monkeypatch):
     write(tmp_path, "trl", parquet=True)
     monkeypatch.setattr(tables, "MAX_GROUP_BYTES", 100)
@@ -332,7 +348,7 @@ def test_large_row_groups_are_refused(tmp_path, monkeypatch):
 def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
     write(tmp_path, "trl", parquet=True)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pyarrow .*pip install -e '.\[data\]'"):
+    with pytest.raises(ValueError, match=r"pyarrow .*pip install -e '.\[data\]'"):
         open_folder(tmp_path, **KEYS)
 
 
