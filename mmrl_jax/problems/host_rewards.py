@@ -342,6 +342,8 @@ class Scorer:
     ) -> None:
         """Scores the answers of the first batch, so that broken functions fail before compilation.
 
+        Prints a warning if none of them has a reward above 0.
+
         Args:
           records: Records of a stage.
           rows: Indices in the batch of the records to score; None for all of them.
@@ -361,21 +363,30 @@ class Scorer:
             completion_ids=ids,
         )
         self._print_failures(rewards, records, batch)
+        right = rewards.reward[rewards.valid]
+        if (right <= 0).all():
+            print(
+                "None of the reference answers of the first batch has a reward above 0, for "
+                f"example {short_repr(batch.answers[0])}. Where a right answer should have one, "
+                "the reward functions do not read answers as the records write them.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _print_failures(self, rewards: Rewards, records: Records, batch: Batch) -> None:
         for failure in rewards.failures:
             self._print_failure(failure, records.names[batch.records[failure.prompt]])
 
     def _print_failure(self, failure: Failure, record: str) -> None:
-        """Prints a failure, unless the function has failed for the same reason before."""
-        key = failure.function, failure.reason
+        """Prints a failure, unless the function has failed in the same way before."""
+        key = failure.function, failure.kind
         if key in self._printed or len(self._printed) == MAX_PRINTED:
             return
         self._printed.add(key)
         effect = "is masked out" if math.isnan(failure.value) else f"counts as {failure.value}"
         print(
             f"The reward of a completion of {record} failed: {failure.function}: {failure.reason}. "
-            f"It {effect}; further failures for this reason are only counted in reward/failed.",
+            f"It {effect}; further failures of this kind are only counted in reward/failed.",
             file=sys.stderr,
             flush=True,
         )

@@ -45,10 +45,12 @@ class Result(NamedTuple):
     Attributes:
       value: Finite number that the function returned; NaN if it failed or does not apply.
       reason: Short printable reason why it failed; None if it did not fail.
+      kind: The reason without the values of the call; None if it has none.
     """
 
     value: float
     reason: str | None
+    kind: str | None = None
 
 
 class Call(NamedTuple):
@@ -70,9 +72,9 @@ class Call(NamedTuple):
         """Number of completions that the call is for."""
         return 1 if self.batch_size is None else self.batch_size
 
-    def failed(self, reason: str) -> tuple[Result, ...]:
+    def failed(self, reason: str, kind: str | None = None) -> tuple[Result, ...]:
         """Returns the results of the call if it fails as a whole."""
-        return (Result(math.nan, reason),) * self.size
+        return (Result(math.nan, reason, kind),) * self.size
 
 
 class _Numbered(NamedTuple):
@@ -281,7 +283,8 @@ def _results(function: RewardFunction, call: Call) -> tuple[Result, ...]:
         except TypeError:
             return call.failed(
                 f"it returned {_text(repr, value)}, but must return a list with a reward for each "
-                "completion, as its parameters are those of TRL"
+                "completion, as its parameters are those of TRL",
+                "it returned no list",
             )
         if len(values) != call.batch_size:
             return call.failed(
@@ -290,14 +293,16 @@ def _results(function: RewardFunction, call: Call) -> tuple[Result, ...]:
         # None marks a completion to which the function does not apply.
         return tuple(Result(math.nan, None) if x is None else _result(x) for x in values)
     except BaseException as error:  # SystemExit is caught too: a function must not end the worker.
-        return call.failed(f"{type(error).__name__}: {_text(str, error)}{_location(error)}")
+        name, location = type(error).__name__, _location(error)
+        return call.failed(f"{name}: {_text(str, error)}{location}", f"{name}{location}")
 
 
 def _result(value: Any) -> Result:
     number = _as_float(value)
     if number is not None and math.isfinite(number):
         return Result(number, None)
-    return Result(math.nan, f"it returned {_text(repr, value)}, which is not a finite number")
+    reason = f"it returned {_text(repr, value)}, which is not a finite number"
+    return Result(math.nan, reason, "it returned no finite number")
 
 
 def _as_float(value: Any) -> float | None:

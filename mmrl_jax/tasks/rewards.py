@@ -82,6 +82,7 @@ class Failure(NamedTuple):
       completion: Index of the completion of the prompt, in [0, G).
       function: Name of the function.
       reason: Short printable reason: the exception, the invalid result, or the timeout.
+      kind: The reason without the values of the call, such as the exception and its location.
       value: Result that the call counts as, the `on_failure` of the function; NaN if it has none.
     """
 
@@ -89,6 +90,7 @@ class Failure(NamedTuple):
     completion: int
     function: str
     reason: str
+    kind: str
     value: float
 
 
@@ -364,13 +366,14 @@ class RewardWorkerPool:
         parts = {name: np.full(shape, np.nan, np.float32) for name in self._weights}
         applies = {name: np.ones(shape, bool) for name in self._weights}
         failures = []
-        for (name, b, g), (value, reason) in results.items():
+        for (name, b, g), (value, reason, kind) in results.items():
             scale = max(1.0, abs(self._weights[name])) * len(self._weights)
             if reason is None and abs(value) * scale > FLOAT32_MAX:
                 reason = f"it returned {value}, with which the reward can exceed float32"
+                kind = "it returned a large number"
             if reason is not None:
                 value = self._on_failure[name]
-                failures.append(Failure(b, g, name, reason, value))
+                failures.append(Failure(b, g, name, reason, kind or reason, value))
             elif math.isnan(value):
                 applies[name][b, g] = False
             parts[name][b, g] = value

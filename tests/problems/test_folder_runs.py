@@ -21,7 +21,7 @@ from mmrl_jax.problems.host_rewards import Scorer
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import folder as folder_lib
-from mmrl_jax.tasks.rewards import NoRewards, Rewards
+from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards
 from mmrl_jax.training import loop
 from tests import processors, tiny
 from tests.tasks import test_layouts as layouts
@@ -449,6 +449,44 @@ def test_functions_that_always_fail_stop_the_run_before_it_compiles(
     with pytest.raises(NoRewards, match=r"None of 4 samples(.|\n)*never\(\).*ZeroDivisionError"):
         runs.train(config, tmp_path)
     assert not (tmp_path / metrics.JSONL_NAME).exists() and NoRewards in common.FAILURES
+
+
+class FixedPool:
+    """Pool whose functions return fixed rewards [B, 1], with failures."""
+
+    takes_ids = False
+
+    def __init__(self, reward, failures=()):
+        self.reward, self.failures = np.float32(reward)[:, None], failures
+
+    def __call__(self, *arguments, **keywords):
+        valid = np.isfinite(self.reward)
+        return Rewards(self.reward, valid, {"f": self.reward}, {"f": ~valid}, self.failures)
+
+
+@pytest.mark.parametrize(
+    ("reward", "warned"),
+    [([0, 0, -1, 0], True), ([0, np.nan, 0, 0], True), ([0, 0, 0, 1], False)],
+)
+def test_right_answers_without_a_reward_are_warned_of(make_config, reward, warned, capfd):
+    problem = problems.make(make_config())
+    capfd.readouterr()
+    Scorer(FixedPool(reward), problem.chat).check_functions(problem.records.train)
+    assert ("reference answers of the first batch" in capfd.readouterr().err) == warned
+
+
+def test_failures_of_one_kind_are_printed_once(make_config, capfd):
+    problem = problems.make(make_config())
+    kinds = ["KeyError (m.py:3)"] * 20 + ["KeyError (m.py:4)"]
+    failures = tuple(
+        Failure(i % 4, 0, "f", f"KeyError: 'text {i}' (m.py:3)", kind, np.nan)
+        for i, kind in enumerate(kinds)
+    )
+    scorer = Scorer(FixedPool([1, 1, 1, 1], failures), problem.chat)
+    capfd.readouterr()
+    scorer.check_functions(problem.records.train)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and "'text 0'" in lines[0] and "'text 20'" in lines[1]
 
 
 def test_compilation_is_no_time_of_the_updates(make_config, tmp_path, monkeypatch):

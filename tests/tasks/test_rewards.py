@@ -148,6 +148,16 @@ def test_reasons_are_short_and_printable_and_say_where(pool):
     assert ended == f"SystemExit: 3 ({user.__file__}:{line_of('sys.exit(3)')})"
 
 
+def test_failures_at_the_same_place_are_of_one_kind_whatever_they_say():
+    with RewardWorkerPool({"f": user.repeats}, {"f": 1.0}, workers=1, timeout_s=20.0) as pool:
+        scored = ask(pool, [["raise 1", "raise 2", "a", "b", "huge", "0.5"]])
+    assert len({failure.reason for failure in scored.failures}) == 5
+    kinds = [failure.kind for failure in scored.failures]
+    raised, again, text, other, large = kinds
+    assert raised == again and raised.startswith(f"KeyError ({user.__file__}:")
+    assert text == other and len(set(kinds)) == 3
+
+
 def test_a_function_without_weight_masks_nothing():
     functions, weights = {"length": user.length, "watched": user.awkward}, {"length": 0.5}
     with RewardWorkerPool(functions, weights | {"watched": 0.0}, workers=1, timeout_s=20.0) as pool:
