@@ -103,7 +103,8 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     ),
     "completion/unscored": Metric(
         "fraction",
-        "Sampled completions whose reward functions failed; the loss leaves them out",
+        "Sampled completions without a reward, because a reward function failed or none applies; "
+        "the loss leaves them out",
         "0",
     ),
     "reward/failed": Metric(
@@ -228,8 +229,8 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     "eval/<split>/return_hi": Metric("reward", "Upper bound of its 95 % interval", "-"),
     "eval/<split>/failed_fraction": Metric(
         "fraction",
-        "Evaluated completions without a reward: the return is the mean over the others, and NaN "
-        "if this exceeds rewards.max_failed",
+        "Evaluated completions whose reward failed, of those to which a reward function applies: "
+        "the return is the mean over the others, and NaN if this exceeds rewards.max_failed",
         "0",
     ),
     "eval/<split>/reward/<function>": Metric(

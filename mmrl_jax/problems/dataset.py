@@ -348,13 +348,15 @@ class Dataset(TokenProblem):
         fraction with the image of another record; the reward functions are called once more. The
         returned function raises ValueError if a split has fewer records than `episodes`.
         """
-        greedy, max_failed = self.greedy(episodes), self.config.rewards.max_failed
+        greedy, r = self.greedy(episodes), self.config.rewards
+        weighted = [name for name, w in zip(r.functions, r.weights, strict=True) if w]
+        described = functools.partial(describe, max_failed=r.max_failed, weighted=weighted)
 
         def measure(variables: Params, split: str) -> dict[str, float]:
-            metrics = describe(greedy(variables, split)[2], split, max_failed=max_failed)
+            metrics = described(greedy(variables, split)[2], split)
             if ablations:
                 rewards = greedy(variables, split, shuffle_images=True)[2]
-                shuffled = describe(rewards, f"{split}, shuffled images", max_failed=max_failed)
+                shuffled = described(rewards, f"{split}, shuffled images")
                 names = [name for name in shuffled if not name.startswith("reward/")]
                 metrics |= {f"shuffled_image/{name}": shuffled[name] for name in names}
             return metrics

@@ -128,8 +128,8 @@ class RewardOptions:
     )
     max_failed: float = option(
         0.1,
-        "Maximum fraction of the completions of an evaluation that may have no reward; above it, "
-        "the return is not reported and does not select a checkpoint.",
+        "Maximum fraction of the completions of an evaluation whose reward may have failed; above "
+        "it, the return is not reported and does not select a checkpoint.",
         Valid(lambda x: 0 <= x < 1, "at least 0 and below 1"),
     )
 

@@ -329,7 +329,7 @@ def _summary(samples: Sequence[Sample]) -> str:
         texts.append(f"The mean reward of {len(rewards)} completions is {np.mean(rewards):.2f}.")
     if len(rewards) < len(samples):
         missing = len(samples) - len(rewards)
-        texts.append(f"{missing} have no reward because their reward function failed.")
+        texts.append(f"{missing} have no reward, because a reward function failed or none applies.")
     return " ".join(texts)
 
 

@@ -13,6 +13,7 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands import common
 from mmrl_jax.commands.evaluate import evaluate
 from mmrl_jax.evaluation.rewards import describe
+from mmrl_jax.evaluation.statistics import rate_interval
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import dataset as dataset_lib
@@ -314,7 +315,7 @@ def test_answers_without_a_reward_are_left_out_and_counted(make_config, tmp_path
         restoring.load(tmp_path, which="best", trust_modules=True)
     # One line for one reason, with who and why; once more when held-out samples are written.
     printed = capfd.readouterr().err.splitlines()
-    assert sum("have no reward, more than rewards.max_failed=0.1" in x for x in printed) == 3
+    assert sum("failed, more than rewards.max_failed=0.1" in x for x in printed) == 3
     line, *_ = lines = [x for x in printed if x.startswith("The reward of a completion")]
     assert len(lines) <= 2
     assert "completion of metadata.jsonl:" in line and "KeyError: 'no such level'" in line
@@ -603,20 +604,49 @@ def test_an_evaluation_is_a_mean_over_all_answers_or_says_of_how_many_it_is_not(
     second = np.float32([[nan], [1], [nan], [1], [1]])
     applies = {"f": np.ones((5, 1), bool), "g": np.ones((5, 1), bool)}
     rewards = Rewards(2 * first, np.isfinite(first), {"f": first, "g": second}, applies, ())
-    found = describe(rewards, "test", max_failed=0.2)
+    found = describe(rewards, "test", max_failed=0.2, weighted=["f"])
     assert found["failed_fraction"] == pytest.approx(0.2)
     assert found["return"] == 6 and found["reward/f"] == 3 and np.isnan(found["reward/g"])
     assert found["return_lo"] <= 6 <= found["return_hi"]
-    lost = describe(rewards, "test", max_failed=0.19)
+    lost = describe(rewards, "test", max_failed=0.19, weighted=["f"])
     assert lost["failed_fraction"] == pytest.approx(0.2)
     assert all(np.isnan(x) for name, x in lost.items() if name != "failed_fraction")
     # Where a function does not apply it has not failed: 1 and 1 of the last two, and nothing.
     some = np.array([[False], [False], [False], [True], [True]])
     partial = rewards._replace(applies={"f": ~some & some, "g": some})
-    found = describe(partial, "test", max_failed=0.2)
+    found = describe(partial, "test", max_failed=0.2, weighted=["f"])
     assert found["reward/g"] == 1 and np.isnan(found["reward/f"])
     none = rewards._replace(reward=0 * first * nan, valid=np.zeros((5, 1), bool))
-    assert describe(none, "test", max_failed=0.9)["failed_fraction"] == 1
+    assert describe(none, "test", max_failed=0.9, weighted=["f"])["failed_fraction"] == 1
+
+
+def test_an_evaluation_counts_failures_where_a_function_applies(capfd):
+    # Of six answers the first function applies to the last four, and fails for one of them; the
+    # second one, without weight, fails for the first two.
+    nan, no, yes = np.nan, False, True
+    first = np.float32([nan, nan, nan, 0, 1, 1])[:, None]
+    second = np.float32([nan, nan, 1, 1, 1, 1])[:, None]
+    applies = {"f": np.array([no, no, yes, yes, yes, yes])[:, None], "g": np.ones((6, 1), bool)}
+    rewards = Rewards(first, np.isfinite(first), {"f": first, "g": second}, applies, ())
+    found = describe(rewards, "test", max_failed=0.3, weighted=["f"])
+    assert found["failed_fraction"] == 0.25 and found["return"] == pytest.approx(2 / 3)
+    # All rewards are 0 or 1, so that the interval is Wilson's.
+    low, high = found["return_lo"], found["return_hi"]
+    assert (low, high) == pytest.approx(rate_interval([0, 1, 1], confidence=0.95)[1:])
+    assert (
+        describe(rewards._replace(reward=2 * first), "test", max_failed=0.3, weighted=["f"])[
+            "return_hi"
+        ]
+        == 2
+    )
+    assert not capfd.readouterr().err
+    # Where no function applies, nothing failed, and there is no return.
+    nowhere = rewards._replace(
+        reward=first * nan, valid=np.zeros((6, 1), bool), applies=applies | {"f": applies["f"] & no}
+    )
+    found = describe(nowhere, "test", max_failed=0.0, weighted=["f"])
+    assert found["failed_fraction"] == 0 and np.isnan(found["return"])
+    assert "no function with a weight applies" in capfd.readouterr().err
 
 
 def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
