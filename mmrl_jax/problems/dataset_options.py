@@ -218,8 +218,9 @@ def reward_functions(config: ml_collections.ConfigDict) -> dict[str, RewardFunct
 
 
 def source_code(name: str) -> bytes:
-    """Reads the source file of the module in the name of a reward function, 'module:function'.
+    """Returns the source code of the module in the name of a reward function, 'module:function'.
 
+    Of a package, whose functions usually call its modules, it is that of all modules in it.
     The file in which the function object was defined is not used, because it may be that of a
     decorator in another module.
 
@@ -232,4 +233,8 @@ def source_code(name: str) -> bytes:
             f"rewards.functions has {name!r}, whose module is a directory without __init__.py; "
             "name the module in that directory that defines the function."
         )
-    return pathlib.Path(file).read_bytes()
+    path = pathlib.Path(file)
+    if path.name != "__init__.py":
+        return path.read_bytes()
+    modules = sorted(path.parent.rglob("*.py"))
+    return repr([(str(x.relative_to(path.parent)), x.read_bytes()) for x in modules]).encode()

@@ -17,7 +17,7 @@ from mmrl_jax.evaluation.statistics import rate_interval
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import dataset as dataset_lib
-from mmrl_jax.problems import host_rewards, host_update, token_problem
+from mmrl_jax.problems import dataset_options, host_rewards, host_update, token_problem
 from mmrl_jax.problems.host_rewards import Scorer
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rollouts.generate import Completions
@@ -647,6 +647,24 @@ def test_an_evaluation_counts_failures_where_a_function_applies(capfd):
     found = describe(nowhere, "test", max_failed=0.0, weighted=["f"])
     assert found["failed_fraction"] == 0 and np.isnan(found["return"])
     assert "no function with a weight applies" in capfd.readouterr().err
+
+
+def test_the_code_of_a_package_is_all_of_its_modules(tmp_path, monkeypatch):
+    package = tmp_path / "a_package_of_rewards"
+    (package / "sub").mkdir(parents=True)
+    for name in ("__init__.py", "logic.py", "sub/more.py"):
+        (package / name).write_text(f"NAME = {name!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = [dataset_options.source_code(f"{package.name}:f")]
+    for name in ("logic.py", "sub/more.py"):
+        (package / name).write_text("NAME = 'another'\n")
+        codes.append(dataset_options.source_code(f"{package.name}:f"))
+    (package / "logic.py").rename(package / "logics.py")
+    codes.append(dataset_options.source_code(f"{package.name}:f"))
+    assert len(set(codes)) == 4
+    # A module is known by its own file.
+    module = dataset_options.source_code(f"{package.name}.logics:f")
+    assert module == b"NAME = 'another'\n"
 
 
 def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
