@@ -319,8 +319,9 @@ def _root(x: chex.Array) -> chex.Array:
 
     The root is inside the select because XLA's CPU backend does not fuse the inputs of an expensive
     operation that has several users; this way the root has one user, and the select has the others.
+    The root of a negative number, although it is not selected, would end a run with JAX_DEBUG_NANS.
     """
-    return jnp.where(x > 0, jnp.sqrt(x), 0.0)
+    return jnp.where(x > 0, jnp.sqrt(_positive(x)), 0.0)
 
 
 def _positive(x: chex.Array) -> chex.Array:

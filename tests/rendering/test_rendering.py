@@ -312,6 +312,12 @@ def test_one_camera_serves_a_batch_of_scenes_and_one_scene_a_batch_of_cameras():
     np.testing.assert_allclose(np.asarray(images[1], int), np.asarray(single, int), atol=1)
 
 
+def test_a_missed_sphere_computes_no_nan():
+    # JAX_DEBUG_NANS runs a function one operation at a time, and stops at the first NaN.
+    with jax.debug_nans(True), jax.disable_jit():
+        look(*random_scene(("sphere", "plane"), (), seed=0), size=9)
+
+
 def test_empty_scene_is_background():
     scene = Scene(
         kind=(),

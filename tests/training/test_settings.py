@@ -75,6 +75,7 @@ def test_whole_runs_under_settings_of_jax(setting, config, tmp_path):
     code = (
         "from mmrl_jax import train\nfrom tests import tiny\n"
         f"config = tiny.{config}\n"
+        "config[config.stages[-1]].optimizer.schedule = 'constant'\n"  # Such a run can be extended.
         f"assert train(config, {str(tmp_path)!r}).last.updates == 4\n"
         "config[config.stages[-1]].num_updates = 5\n"
         f"assert train(config, {str(tmp_path)!r}).last.updates == 5\n"
