@@ -42,7 +42,7 @@ def shrunk(arguments: list[str], workdir: pathlib.Path) -> list[str]:
     changed = {
         key: value
         for key, value in config_lib.flatten(small).items()
-        if value != config_lib.flatten(own)[key] and key not in given
+        if value != config_lib.flatten(own)[key] and key not in given and key[:3] != "bc."
     }
     overrides = [f"--config.{key}={value}" for key, value in changed.items()]
     return [*at(arguments, workdir), *overrides]
