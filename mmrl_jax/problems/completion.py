@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from mmrl_jax.learners.token_learner import TokenPolicy
 from mmrl_jax.models import lora
 from mmrl_jax.problems.token_problem import TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
-from mmrl_jax.tasks.prompts import Prompt
+from mmrl_jax.tasks.prompts import Prompt, free_prompts, pad_left
 from mmrl_jax.types import Params
 
 # Prompts are padded to a multiple of this number of tokens, so that few programs are compiled.
@@ -135,14 +135,7 @@ def _encode(problem: TokenProblem, prompts: Sequence[str], images: Sequence[np.n
     image_tokens = int(np.sum(texts.prompt_tokens[0] == tokenizer.image))
     rows = [tokenizer.encode_prompt(text, images=image_tokens) for text in prompts]
     width = -(-max(map(len, rows)) // PADDING) * PADDING
-    tokens = np.full((len(rows), width), tokenizer.pad, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = True
-    unused = np.zeros(len(rows), np.int32)  # The indices into a task's texts.
-    arrays: tuple[Any, ...] = tokens, mask, np.stack(images), *(unused,) * 4
-    return Prompt(*arrays)
+    return free_prompts(*pad_left(rows, width, tokenizer.pad), np.stack(images))
 
 
 def _read(problem: TokenProblem, image: Image) -> np.ndarray:

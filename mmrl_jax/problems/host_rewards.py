@@ -16,6 +16,7 @@ from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks.folder import Batch, Records, open_folder
+from mmrl_jax.tasks.prompts import pad_left
 from mmrl_jax.tasks.reward_signatures import RESERVED
 from mmrl_jax.tasks.reward_workers import printable
 from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards, RewardWorkerPool
@@ -51,9 +52,7 @@ def tokenize_prompts(
                 f"prompt {short_repr(text)} has {len(ids)} tokens, {images} of them for the image, "
                 f"more than dataset.prompt_tokens={length}; raise it."
             )
-    # Rows are reversed, padded on the right, and reversed again.
-    tokens, mask = _padded([ids[::-1] for ids in rows], length, chat.pad)
-    return tokens[:, ::-1], mask[:, ::-1]
+    return pad_left(rows, length, chat.pad)
 
 
 def tokenize_completions(
@@ -80,12 +79,7 @@ def tokenize_completions(
                 f"answer {short_repr(text)} has {len(ids)} tokens, more than "
                 f"dataset.completion_tokens={length}, but a stage learns from it; raise that key."
             )
-    return _padded(rows, length, chat.pad)
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads rows of token ids on the right; returns ids int32 [B, length] and their mask."""
-    tokens = np.array([[*ids, *[pad] * (length - len(ids))] for ids in rows], np.int32)
+    tokens = np.array([[*ids, *[chat.pad] * (length - len(ids))] for ids in rows], np.int32)
     return tokens, np.arange(length) < np.array([len(ids) for ids in rows])[:, None]
 
 

@@ -6,7 +6,7 @@ inside `jit`, a prompt is a row of a table of tokens.
 
 from collections.abc import Sequence
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -224,11 +224,23 @@ def tokenize(
                 "tokenizer does not know one of them."
             )
     width = max(map(len, prompt_ids))
-    tokens = np.array([[tokenizer.pad] * (width - len(ids)) + ids for ids in prompt_ids], np.int32)
-    mask = np.array([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompt_ids])
+    tokens, mask = pad_left(prompt_ids, width, tokenizer.pad)
     longest = max(map(len, answer_ids))
     rows = np.array([ids + [ABSENT] * (longest - len(ids)) for ids in answer_ids], np.int32)
     return Texts(tuple(prompts), tuple(answers), tokens, mask, rows, tokenizer)
+
+
+def pad_left(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads rows of token ids on the left; returns ids int32 [B, width] and their mask bool."""
+    tokens = np.array([[*[pad] * (width - len(ids)), *ids] for ids in rows], np.int32)
+    return tokens, np.arange(width) >= width - np.array([len(ids) for ids in rows])[:, None]
+
+
+def free_prompts(tokens: np.ndarray, mask: np.ndarray, images: np.ndarray) -> Prompt:
+    """Returns B prompts of no task on the host, whose indices into its texts are unused and 0."""
+    unused = np.zeros(len(tokens), np.int32)
+    arrays: tuple[Any, ...] = tokens, mask, images, *(unused,) * 4
+    return Prompt(*arrays)
 
 
 class WordTokenizer:
