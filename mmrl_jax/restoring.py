@@ -6,7 +6,7 @@ loaded.evaluate("train")
 
 from collections.abc import Collection, Mapping, Sequence
 import types
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -24,23 +24,18 @@ from mmrl_jax.reporting import explanation
 from mmrl_jax.rollouts.generate import Sampling
 from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training import checkpoint, fingerprints
-from mmrl_jax.workdir import stage_directory
 
 
-def _raise_not_begun(
-    config: ml_collections.ConfigDict, stage: str, directory: epath.Path
-) -> NoReturn:
+def _check_begun(config: ml_collections.ConfigDict, stage: str, root: epath.Path) -> None:
     """Raises ValueError for a stage without a checkpoint; it names an earlier one that has some."""
-    earlier = {name: directory / name for name in config.stages if directory.name != name}
-    begun = {name: workdir_lib.saved_steps(path) for name, path in earlier.items()}
-    hints = [
-        f" The stage {name!r} has one at update {steps[-1]}: give {earlier[name]}."
-        for name, steps in begun.items()
-        if steps
-    ]
-    raise ValueError(
-        f"The stage {stage!r} of the run in {directory} has no checkpoint yet.{''.join(hints[-1:])}"
-    )
+    hint = ""
+    for name in config.stages[: list(config.stages).index(stage) + 1]:
+        directory = workdir_lib.stage_directory(config, name, root)
+        steps = workdir_lib.saved_steps(directory)
+        if steps:
+            hint = f" The stage {name!r} has one at update {steps[-1]}: give {directory}."
+    if not steps:
+        raise ValueError(f"The stage {stage!r} of the run in {root} has no checkpoint yet.{hint}")
 
 
 class Loaded(NamedTuple):
@@ -230,9 +225,7 @@ def load(
     """
     directory = workdir_lib.as_path(workdir)
     problem, stage = read_problem(directory, trust_modules=trust_modules, changes=changes)
-    now = problem.dependencies()
-    of_model = {name: x for name, x in now.items() if name in fingerprints.OF_MODEL}
-    fingerprints.check(directory, of_model, accept=accept)
+    fingerprints.check(directory, problem.dependencies(of_policy=True), accept=accept)
     return restore(problem, stage, directory, which=which)
 
 
@@ -253,8 +246,7 @@ def restore(
     """
     directory = workdir_lib.as_path(workdir)
     root = directory if stage == problem.config.stages[-1] else directory.parent
-    if not workdir_lib.saved_steps(directory):
-        _raise_not_begun(problem.config, stage, directory)
+    _check_begun(problem.config, stage, root)
     parts, step = {}, 0
     for name in problem.checkpoint_stages(stage):
         shapes = problem.checkpoint_parts(name)
@@ -262,7 +254,7 @@ def restore(
         # A stage starts from the last checkpoint of the stage before it.
         chosen = which if name == stage else str(problem.config[name].num_updates)
         restored, step = checkpoint.restore_parts(
-            directory if name == stage else stage_directory(problem.config, name, root),
+            directory if name == stage else workdir_lib.stage_directory(problem.config, name, root),
             {f"learner/{part}": x for part, x in like.items()},
             which=int(chosen) if chosen.isdecimal() else chosen,
         )

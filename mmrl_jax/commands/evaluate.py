@@ -41,7 +41,7 @@ from mmrl_jax.training import fingerprints
 
 FLAGS = flags.FLAGS
 # What the problems without episodes are evaluated on.
-SAMPLES = {"task": "prompts", "dataset": "records"}
+UNITS = {"task": "prompts", "dataset": "records"}
 
 
 def evaluate(
@@ -90,7 +90,7 @@ def evaluate(
     measure = problem.measure(episodes=episodes, ablations=True)
     for part in problem.splits if split == "all" else (split,):
         count = problem.splits[part] if episodes is None else episodes
-        tell(f"{part}: {count} {SAMPLES.get(problem.config.problem, 'episodes')} per row")
+        tell(f"{part}: {count} {UNITS.get(problem.config.problem, 'episodes')} per row")
         for name, row in rows(measure(loaded.variables, part)).items():
             tell(f"{part:24} {name or '-':20} {_format_row(row)}", flush=True)
             row |= {"checkpoint": loaded.step, "episodes": count}

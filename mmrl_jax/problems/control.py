@@ -264,12 +264,12 @@ class Control:
         self.test_split: str | None = None
         self._demonstrations: dict[str, bc.Demonstrations] = {}
 
-    def dependencies(self) -> dict[str, str]:
+    def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns the fingerprints of text encoder and demonstrations, see `problem.Problem`.
 
         Other pretrained weights are part of the parameters, which checkpoints contain.
         """
-        found = demonstration_data.fingerprint(self.config)
+        found = {} if of_policy else demonstration_data.fingerprint(self.config)
         encoder = self.config.model.get("text_encoder")
         if encoder is None:
             return found

@@ -49,7 +49,7 @@ from mmrl_jax.problems.token_problem import LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Completions, Sampling
 from mmrl_jax.tasks import tables
 from mmrl_jax.tasks.folder import Batch, Records
-from mmrl_jax.tasks.prompts import Prompt, Texts
+from mmrl_jax.tasks.prompts import Prompt, Texts, free_prompts
 from mmrl_jax.tasks.reward_signatures import check_columns, read_signature
 from mmrl_jax.tasks.rewards import Rewards, RewardWorkerPool
 from mmrl_jax.training import fingerprints
@@ -183,8 +183,10 @@ class Dataset(TokenProblem):
             images=self._image_tokens,
         )
 
-    def dependencies(self) -> dict[str, str]:
+    def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns fingerprints of model, records and reward functions, see `problem.Problem`."""
+        if of_policy:
+            return super().dependencies()
         d = self.config.dataset
         contents = [
             tables.fingerprint(path)
@@ -213,9 +215,7 @@ class Dataset(TokenProblem):
             length=self.config.dataset.prompt_tokens,
             images=self._image_tokens,
         )
-        unused = np.zeros(len(tokens), np.int32)  # The indices into a task's texts are unused.
-        arrays: tuple[Any, ...] = tokens, mask, batch.images, *(unused,) * 4
-        return Prompt(*arrays)
+        return free_prompts(tokens, mask, batch.images)
 
     def source(self, name: str) -> Source:
         """Returns the source of the experience of a stage, see `TokenProblem`.

@@ -156,8 +156,13 @@ class Problem(Protocol):
     best_metric: str
     test_split: str | None
 
-    def dependencies(self) -> dict[str, str]:
-        """Returns the fingerprints of the inputs of the run other than its config."""
+    def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
+        """Returns the fingerprints of the inputs of the run other than its config.
+
+        Args:
+          of_policy: Whether to leave out the inputs that the policy was trained on but does not
+            need, such as the records of a dataset, which take time to read.
+        """
 
     def stage(self, name: str, /, *, start: Any = None) -> Stage:
         """Returns a stage of the run.

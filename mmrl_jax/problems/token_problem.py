@@ -269,7 +269,7 @@ class TokenProblem(abc.ABC):
           frozen: Variables that the stage does not train.
         """
 
-    def dependencies(self) -> dict[str, str]:
+    def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns the fingerprints of the model and its tokenizer, see `problem.Problem`."""
         return token_models.dependencies(self.config.model, self.model.texts.tokenizer)
 

@@ -28,8 +28,6 @@ MEANINGS = {
 # Inputs that may change intentionally. Changed weights are never accepted, because the policy of a
 # checkpoint was never trained with them.
 ACCEPTABLE = ("chat_template", "demonstrations", "records", "reward_functions")
-# Inputs of the model alone.
-OF_MODEL = ("base_weights", "text_encoder", "vision_encoder", "chat_template")
 
 
 class Run(NamedTuple):

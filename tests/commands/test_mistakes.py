@@ -10,8 +10,8 @@ import pytest
 
 import mmrl_jax
 from mmrl_jax import config as config_lib
-from mmrl_jax import problems, runs
-from mmrl_jax.commands import evaluate
+from mmrl_jax import problems, runs, workdir
+from mmrl_jax.commands import common, evaluate
 from mmrl_jax.training.checkpoint import Checkpointer
 from tests import tiny
 
@@ -145,6 +145,27 @@ def test_mistakes_in_python(tmp_path):
     with pytest.raises(ValueError, match="write nested dictionaries"):
         mmrl_jax.get_config("reach_ppo", {"ppo.num_updates": 20})
     assert {"get_config", "train", "load"} <= set(dir(mmrl_jax))
+
+
+def test_a_second_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.app, "run", interrupt)
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
+    with pytest.raises(SystemExit) as ended:
+        common.run_command(evaluate.main)
+    assert ended.value.code == 130
+
+
+def test_a_bucket_without_its_packages_is_named_before_anything_is_written(monkeypatch):
+    def is_dir(self):
+        raise ImportError("no gcsfs")
+
+    monkeypatch.setattr(type(workdir.as_path("gs://b/run")), "is_dir", is_dir)
+    with pytest.raises(ValueError, match=r"gs://b/run .*no gcsfs.*pip install gcsfs"):
+        workdir.saved_steps("gs://b/run")
 
 
 def test_a_row_without_an_interval_is_printed():

@@ -1,5 +1,6 @@
 """Tests of runs of several processes of which one is killed, stopped or cannot write."""
 
+import contextlib
 import random
 import re
 import resource
@@ -27,6 +28,14 @@ LOST = "Terminating process because the JAX distributed service|has lost the con
 ENDLESS = {"last__num_updates": 100_000, "last__eval_interval": 100_000}
 
 
+@contextlib.contextmanager
+def begun(workdir, directory):
+    """The processes of a run without an end, once it has a checkpoint."""
+    with train(control_config(**ENDLESS), workdir, directory) as processes:
+        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+        yield processes
+
+
 def goes_on_as_if_undisturbed(workdir, directory, *, count=2):
     """Checks that a run resumes from its newest checkpoint to what it would have been."""
     done = checkpoint.saved_steps(workdir)[-1]
@@ -43,8 +52,7 @@ def goes_on_as_if_undisturbed(workdir, directory, *, count=2):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_after_a_kill_the_others_stop_and_the_same_command_resumes(victim, tmp_path):
     workdir = tmp_path / "run"
-    with train(control_config(**ENDLESS), workdir, tmp_path / "killed") as processes:
-        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+    with begun(workdir, tmp_path / "killed") as processes:
         processes.children[victim].kill()
         codes, outputs = processes.end(timeout=60)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
@@ -82,8 +90,7 @@ def test_ten_kills_of_four_processes_at_random_moments_change_nothing(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_full_disk_of_one_process_stops_all(victim, tmp_path):
     workdir = tmp_path / "run"
-    with train(control_config(**ENDLESS), workdir, tmp_path / "full") as processes:
-        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+    with begun(workdir, tmp_path / "full") as processes:
         # No file of this process may have more bytes.
         limit = resource.RLIMIT_FSIZE, (3000, 3000)
         resource.prlimit(processes.children[victim].pid, *limit)
@@ -100,8 +107,7 @@ def test_a_full_disk_of_one_process_stops_all(victim, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
     workdir = tmp_path / "run"
-    with train(control_config(**ENDLESS), workdir, tmp_path / "outputs") as processes:
-        processes.wait_until(lambda: len(checkpoint.saved_steps(workdir)) > 0)
+    with begun(workdir, tmp_path / "outputs") as processes:
         processes.children[1].terminate()
         codes, outputs = processes.end()
     assert codes == [0, 0], outputs

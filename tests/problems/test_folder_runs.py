@@ -22,6 +22,7 @@ from mmrl_jax.problems.host_rewards import Scorer
 from mmrl_jax.rl import group_advantages
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks import folder as folder_lib
+from mmrl_jax.tasks import tables
 from mmrl_jax.tasks.rewards import Failure, NoRewards, Rewards
 from mmrl_jax.training import loop
 from tests import processors, tiny
@@ -372,7 +373,7 @@ def test_functions_with_trls_signature_train_and_are_evaluated(make_config, tmp_
     assert part == 1 if any(level) else np.isnan(part)
 
 
-def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_path):
+def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_path, monkeypatch):
     config = make_config(
         rewards__functions=("mmrl_jax.rewards:length_bounds", "mmrl_jax.rewards:json_schema"),
         rewards__options=({"max_length": 2**20}, {"schema": {"enum": [[10**6]]}}),
@@ -385,7 +386,9 @@ def test_functions_that_are_ready_are_named_with_their_options(make_config, tmp_
     # Every completion that ended has a length in the bounds, unless it is blank; none is JSON.
     ended = 1 - row["completion/truncated_fraction"]
     assert 0 <= row["completion/reward"] <= 0.5 * ended and row["reward/failed"] == 0
-    loaded = restoring.load(tmp_path)  # Of modules of the package alone.
+    with monkeypatch.context() as patch:  # The records are read for an evaluation alone.
+        patch.setattr(tables, "fingerprint", lambda *_: pytest.fail("a table is read"))
+        loaded = restoring.load(tmp_path)  # Of modules of the package alone.
     assert loaded.problem.config.rewards.options[0]["max_length"] == 2**20
     assert loaded.evaluate("test") == trained.problem.measure()(trained.variables, "test")
 

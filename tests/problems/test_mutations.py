@@ -47,6 +47,11 @@ def refused(config, key, value, message):
         ("env.options", {"split": "train"}, "env.options.split='train': set env.split"),
         ("env.options", {"height": 8}, "env.options.height=8: set env.height"),
         ("model.width", [32], "'model.width' is [32]"),
+        (
+            "model.remat_policy",
+            "dots",
+            "remat_policy='dots' has no effect with model.remat=False",
+        ),
         ("model.width", 10**12, "'model.width' is 1000000000000"),
         ("model.checkpoint", "x", "does not use model.checkpoint='x'"),
         ("model.prompt", "x", "the config 'reach_vlm' of model.kind='vlm'"),
