@@ -149,7 +149,7 @@ def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -
 
     group, _, name = key.rpartition(".")
     known = schema.flatten_group(options(config))
-    here = renamed.FOREIGN.get(name, "")
+    here = renamed.FOREIGN.get(name)
     for candidate in (f"{group}.{here}", here):
         if key not in known and candidate in known:
             unit = renamed.UNITS.get(name, "")
