@@ -26,16 +26,23 @@ from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training import checkpoint, fingerprints
 
 
-def _check_begun(config: ml_collections.ConfigDict, stage: str, root: epath.Path) -> None:
-    """Raises ValueError for a stage without a checkpoint; it names an earlier one that has some."""
+def _check_begun(config: ml_collections.ConfigDict, stage: str, directory: epath.Path) -> None:
+    """Raises ValueError for a stage without a checkpoint; it names an earlier one that has some.
+
+    Args:
+      config: Config of the run.
+      stage: Name of the stage.
+      directory: Directory of the stage, which may have been copied without those of the others.
+    """
+    if workdir_lib.saved_steps(directory):
+        return
+    root = directory if stage == config.stages[-1] else directory.parent
     hint = ""
-    for name in config.stages[: list(config.stages).index(stage) + 1]:
-        directory = workdir_lib.stage_directory(config, name, root)
-        steps = workdir_lib.saved_steps(directory)
-        if steps:
-            hint = f" The stage {name!r} has one at update {steps[-1]}: give {directory}."
-    if not steps:
-        raise ValueError(f"The stage {stage!r} of the run in {root} has no checkpoint yet.{hint}")
+    for name in config.stages[: list(config.stages).index(stage)]:
+        earlier = workdir_lib.stage_directory(config, name, root)
+        if steps := workdir_lib.saved_steps(earlier):
+            hint = f" The stage {name!r} has one at update {steps[-1]}: give {earlier}."
+    raise ValueError(f"The stage {stage!r} of the run in {root} has no checkpoint yet.{hint}")
 
 
 class Loaded(NamedTuple):
@@ -246,7 +253,7 @@ def restore(
     """
     directory = workdir_lib.as_path(workdir)
     root = directory if stage == problem.config.stages[-1] else directory.parent
-    _check_begun(problem.config, stage, root)
+    _check_begun(problem.config, stage, directory)
     parts, step = {}, 0
     for name in problem.checkpoint_stages(stage):
         shapes = problem.checkpoint_parts(name)
