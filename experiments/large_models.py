@@ -30,7 +30,7 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ import numpy as np
 
 import mmrl_jax
 from mmrl_jax import problems
-from mmrl_jax.commands.common import clean_exit, refuse_arguments
+from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import partition
 from mmrl_jax.learners import grpo, optimizers, token_learner
@@ -310,6 +310,8 @@ def _libtpu_version() -> str:
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     refuse_arguments(argv)
+    # A program from the cache would have a compilation time of nearly zero.
+    jax.config.update("jax_enable_compilation_cache", False)
     with clean_exit(ValueError):
         cases = {case.name: case for case in CASES}
         if unknown := [name for name in FLAGS.cases if name not in cases]:
@@ -331,5 +333,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("cases", [], "Names of the cases to compile; by default all.")
     flags.DEFINE_string("directory", str(RESULTS), "Directory of the results.")
-    logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    run_command(main)

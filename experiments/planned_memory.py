@@ -13,10 +13,10 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 import mmrl_jax
-from mmrl_jax.commands.common import clean_exit, refuse_arguments
+from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
 from mmrl_jax.planning import check, chips
 from mmrl_jax.planning.plan import Planner
 from mmrl_jax.reporting.summary import write_json
@@ -98,4 +98,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("cases", [], "Names of cases; all by default.")
     flags.DEFINE_string("topology", "cpu", f"Topology, for example {chips.EXAMPLES}.")
     flags.DEFINE_bool("print", False, "Print the table of the rows that are written.")
-    app.run(main)
+    run_command(main)

@@ -22,7 +22,7 @@ import functools
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import (
     FAILURES,
     clean_exit,
-    enable_compilation_cache,
     refuse_arguments,
+    run_command,
 )
 from mmrl_jax.configs import reach_ppo
 from mmrl_jax.distributed import mesh as mesh_lib
@@ -347,6 +347,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_enum("preset", "full", list(PRESETS), "Size of the run.")
     flags.DEFINE_integer("seed", 0, "Seed of all random numbers of the run.")
-    logging.set_verbosity(logging.WARNING)
-    enable_compilation_cache()
-    app.run(main)
+    run_command(main)

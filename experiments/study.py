@@ -28,7 +28,7 @@ import sys
 import types
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 import numpy as np
 
 from mmrl_jax import config as config_lib
@@ -36,9 +36,8 @@ from mmrl_jax import problems, runs
 from mmrl_jax.commands.common import (
     FAILURES,
     clean_exit,
-    connected,
-    define_process_flags,
     refuse_arguments,
+    run_command,
 )
 from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation import statistics
@@ -290,6 +289,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("study", None, "Path of the study, or path:argument.", required=True)
     flags.DEFINE_list("variants", None, "Variants to run; by default all.")
     flags.DEFINE_string("directory", "runs/studies", "Parent of the study's directory.")
-    define_process_flags()
-    logging.set_verbosity(logging.WARNING)
-    app.run(connected(main))
+    run_command(main, processes=True)

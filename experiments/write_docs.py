@@ -17,11 +17,9 @@ import pathlib
 import re
 from typing import Any
 
-from absl import app
-
 from experiments.study_tables import TABLES, markdown
 from mmrl_jax import envs, problems
-from mmrl_jax.commands.common import refuse_arguments
+from mmrl_jax.commands.common import refuse_arguments, run_command
 from mmrl_jax.config import loading, schema
 from mmrl_jax.config.options import Option, options_of
 from mmrl_jax.learners import registry
@@ -301,4 +299,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_command(main)

@@ -159,6 +159,11 @@ def run_command(main: Callable[[list[str]], None], *, processes: bool = False) -
     for name in modules:
         for flag in flags.FLAGS.get_flags_for_module(name):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    if loading.wants_help(sys.argv):
+        app.define_help_flags()
+        # By itself absl exits with 1, which scripts and CI take for a failure.
+        whole = "--helpfull" in sys.argv
+        app.usage(shorthelp=not whole, writeto_stdout=True, exitcode=0)
     logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
     try:

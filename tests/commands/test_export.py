@@ -387,7 +387,8 @@ def test_conversion_refuses_what_it_cannot_do(directory, tmp_path, monkeypatch):
 def test_help():
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-m", "experiments.convert_hf", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    text = done.stdout
     assert "--to=checkpoint" in text and "--to=hub" in text and "--source:" in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -241,10 +241,20 @@ def shown_help(script, *arguments):
     return done
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "quickstart"])
-def test_help(script):
-    text = shown_help(script).stdout
-    assert COMMANDS.get(script, f"python -m experiments.{script}") in text and "--workdir:" in text
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("train", "--workdir:"),
+        ("evaluate", "--workdir:"),
+        ("quickstart", "--workdir:"),
+        ("study", "--study:"),
+    ],
+)
+def test_help(script, flag):
+    done = shown_help(script)
+    assert done.returncode == 0  # absl alone would exit with 1.
+    command = COMMANDS.get(script, f"python -m experiments.{script}")
+    assert command in done.stdout and flag in done.stdout
 
 
 @pytest.mark.parametrize("name", ["reach_ppo", "count_grpo"])
