@@ -8,6 +8,7 @@ from typing import Any, cast
 from mmrl_jax.config.loading import import_object
 from mmrl_jax.envs import from_brax, language_grid, language_locomotion, language_reach
 from mmrl_jax.envs.brax_api import Env, environment_names
+from mmrl_jax.envs.deep_sea import DeepSea
 from mmrl_jax.envs.from_brax import FromBrax
 from mmrl_jax.envs.language_grid import LanguageGrid
 from mmrl_jax.envs.language_locomotion import LanguageLocomotion
@@ -20,6 +21,7 @@ _CORES: dict[str, tuple[Callable[..., Env], tuple[str, ...]]] = {
     "language_locomotion": (LanguageLocomotion, language_locomotion.SPLITS),
     "language_grid": (LanguageGrid, language_grid.SPLITS),
     "recall": (Recall, ("train",)),
+    "deep_sea": (DeepSea, ("train",)),
 }
 NAMES = tuple(_CORES)  # 'brax:<name>' and 'playground:<name>' are valid names too.
 PREFIXES = ("brax", "playground")  # Any other 'module:Class' names a class of the user.

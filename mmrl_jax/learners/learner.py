@@ -31,16 +31,19 @@ class LearnerState(struct.PyTreeNode):
       opt_state: State of the optax optimizer.
       normalizer: Running statistics by which acting and learning normalize proprioception.
       steps: Number of optimizer steps taken, int32 [].
+      extras: What an algorithm learns beside the policy, see `registry.Algorithm.extras`; () for
+        nothing.
     """
 
     params: Params
     opt_state: optax.OptState
     normalizer: normalization.RunningStatistics
     steps: jax.Array
+    extras: Any = ()
 
     def without_optimizer(self) -> "LearnerState":
-        """Returns the state without `opt_state`, with the same structure for all optimizers."""
-        return self.replace(opt_state=())
+        """Returns the state of the policy alone, which has the same structure in all stages."""
+        return self.replace(opt_state=(), extras=())
 
 
 class Rollout(NamedTuple):

@@ -146,6 +146,7 @@ def update(
     optimizer: optax.GradientTransformation,
     options: PPO,
     shard: Shard = lambda batch: batch,
+    further_advantage: jax.Array | None = None,
 ) -> tuple[LearnerState, Metrics]:
     """Takes epochs of minibatch steps on one batch of transitions.
 
@@ -157,6 +158,8 @@ def update(
       optimizer: Optimizer whose state is `state.opt_state`.
       options: Options of PPO.
       shard: Function that places a minibatch on the mesh.
+      further_advantage: Advantages of other rewards that are added to those of the batch, float32
+        [T, B]; None for none.
 
     Returns:
       The new state, and metrics: means over the optimizer steps that were taken, NaN if there was
@@ -164,6 +167,8 @@ def update(
     """
     h, valid = options, rollout.transitions.valid
     batch, advantage, target = _with_advantages(state, rollout, apply, h)
+    if further_advantage is not None:
+        advantage = advantage + jnp.where(valid > 0, further_advantage, 0.0)
     samples = flatten((batch, losses.whiten(advantage, valid), target))
     if h.recompute:
 

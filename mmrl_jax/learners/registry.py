@@ -12,7 +12,7 @@ only an entry in the registry, which can be added in a file of the user:
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mmrl_jax.learners import bc, dpo, grpo, ppo, sft, token_ppo
+from mmrl_jax.learners import bc, dpo, grpo, ppo, rnd, sft, token_ppo
 from mmrl_jax.learners.token_learner import reference_needs
 
 
@@ -30,6 +30,9 @@ class Algorithm(NamedTuple):
         'optimizer/skipped_steps', see `learner.apply_gradients`.
       console: Names of the metrics that are printed on the console.
       prepare: Function of parameters and options that returns the initial parameters of the stage.
+      extras: Function of the options of an algorithm for control policies, of observations [1, ...]
+        and of a PRNG key; it returns what the algorithm learns beside the policy, a pytree that is
+        `LearnerState.extras`.
       needs: Function of the options of an algorithm for token policies; it returns the names of
         what the algorithm needs in addition to the policy, 'value_head' or 'reference'.
       compares: Completions of a prompt that an algorithm for token policies compares, all of a
@@ -41,6 +44,7 @@ class Algorithm(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
     console: tuple[str, ...]
     prepare: Callable[[Any, Any], Any] = lambda params, options: params
+    extras: Callable[[Any, Any, Any], Any] = lambda options, observation, rng: ()
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
     compares: Literal["nothing", "groups", "pairs"] = "nothing"
 
@@ -53,6 +57,14 @@ CONTROL: dict[str, Algorithm] = {
         ppo.update,
         ("episode/return", "episode/success"),
         prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+    ),
+    "rnd": Algorithm(
+        rnd.RND,
+        "rollout",
+        rnd.update,
+        ("episode/return", "episode/success", "exploration/novelty"),
+        prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+        extras=rnd.init,
     ),
 }
 

@@ -47,6 +47,22 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     "loss/bc": Metric(
         "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
     ),
+    "loss/predictor": Metric(
+        "1", "Squared error of the predictor of random network distillation", "falls slowly"
+    ),
+    "loss/intrinsic_value": Metric("1", "Half the squared error of the intrinsic critic", "falls"),
+    "exploration/novelty": Metric(
+        "1",
+        "Squared error with which random network distillation predicts the features of the next "
+        "observation",
+        "falls; rises when something new is found",
+    ),
+    "exploration/intrinsic_reward": Metric(
+        "1", "The novelty over the standard deviation of its returns", "0.01 to 1"
+    ),
+    "exploration/intrinsic_value": Metric(
+        "1", "Mean estimate of the intrinsic return", "below 1 / (1 - intrinsic_discount)"
+    ),
     "loss/sft": Metric("nats", "Cross-entropy of the tokens of the labeled completions", "falls"),
     "policy/approx_kl": Metric(
         "nats",

@@ -230,6 +230,7 @@ def _stage_plan(traced: _Traced, analyzer: Analyzer) -> StagePlan:
         "weights, trained": size(trained, partition.shardings(trained, mesh)),
         "weights, frozen": size(frozen, partition.shardings(frozen, mesh)),
         "optimizer state": size(learner.opt_state, learner_placed.opt_state),
+        "extras": size(getattr(learner, "extras", ()), getattr(learner_placed, "extras", ())),
         "reference": size(
             getattr(learner, "reference", ()), getattr(learner_placed, "reference", ())
         ),

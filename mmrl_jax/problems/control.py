@@ -369,8 +369,12 @@ class Control:
             params = algorithm.prepare(learner.params, algorithm_options)
             if learner.opt_state == ():
                 opt_state = optimizer.transformation.init(params)
+                key = jax.random.fold_in(stream(config, problem.PARAMETERS), 1)
                 learner = learner.replace(
-                    params=params, opt_state=opt_state, steps=jnp.zeros((), jnp.int32)
+                    params=params,
+                    opt_state=opt_state,
+                    steps=jnp.zeros((), jnp.int32),
+                    extras=algorithm.extras(algorithm_options, control_models.zeros(self.env), key),
                 )
             rng = stream(config, changes.get("stream", source.stream))
             return sources.fresh_carry(learner, source, rng)

@@ -1,0 +1,1 @@
+"""Pure functions of exploration techniques, which know arrays and pytrees only."""
