@@ -1,4 +1,4 @@
-"""GRPO and its relatives: Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++.
+"""GRPO and its relatives: Dr. GRPO, DAPO, GSPO, CISPO, SAPO, RLOO and REINFORCE++.
 
 They compare the completions of a prompt, and differ only in the advantage and in the loss, see
 `rl.group_advantages` and `rl.token_losses`:
@@ -18,8 +18,8 @@ import optax
 
 from mmrl_jax.config.options import POSITIVE, one_of, option
 from mmrl_jax.learners.learner import Shard, map_in_chunks
+from mmrl_jax.learners.policy_gradient import PolicyGradientOptions, select_tokens
 from mmrl_jax.learners.token_learner import (
-    PolicyGradientOptions,
     ScoredCompletions,
     TokenPolicy,
     TokenState,
@@ -77,7 +77,8 @@ class GRPO(PolicyGradientOptions):
 class _Sample(NamedTuple):
     prompt: Prompt
     completions: Completions
-    advantage: jax.Array  # [B, G]
+    advantage: jax.Array  # [B, G], or [B, G, T] if tokens are selected.
+    anchor_coef: jax.Array | None  # [B, G, T], see `token_losses.token_loss_sums`.
     mask: jax.Array  # [B, G, T], 1 for tokens that are learned from.
     old: jax.Array | None  # [B, G, T], log-probs before the update; None for a single step.
     reference: jax.Array | None  # [B, G, T], log-probs under the reference.
@@ -131,18 +132,23 @@ def update(
             temperature=h.temperature,
         )
 
-    def batch_log_probs(params: Params) -> jax.Array:
+    def batch_log_probs(params: Params) -> TokenLogProbs:
         # The parts have the shape of the steps' parts: other matrix products round differently.
         parts = h.num_minibatches * h.grad_accum_steps
-        return map_in_chunks(lambda part: log_probs(params, part).log_prob, batch, parts)
+        return map_in_chunks(functools.partial(log_probs, params), batch, parts)
 
-    old = None if h.num_epochs * h.num_minibatches == 1 else batch_log_probs(state.params)
-    reference = batch_log_probs(state.reference) if h.kl_coef else None
+    several_steps = h.num_epochs * h.num_minibatches > 1
+    before = batch_log_probs(state.params) if several_steps or h.selects_tokens else None
+    reference = batch_log_probs(state.reference).log_prob if h.kl_coef else None
     learned_from = valid > 0
     if h.mask_truncated_completions:  # Their rewards count in the advantages.
         learned_from &= completions.finished
     mask = completions.mask * learned_from[..., None].astype(jnp.float32)
-    samples = _Sample(batch.prompt, completions, advantage, mask, old, reference)
+    anchor_coef = None
+    if before is not None and h.selects_tokens:
+        advantage, anchor_coef = select_tokens(h, before, advantage[..., None], mask)
+    old = before.log_prob if before is not None and several_steps else None
+    samples = _Sample(batch.prompt, completions, advantage, anchor_coef, mask, old, reference)
 
     def part_loss(
         params: Params, part: _Sample, normalizer: _Normalizer
@@ -174,6 +180,7 @@ def _part_loss(
         options.loss,
         reference_log_prob=_flat(part.reference),
         rollout_log_prob=_flat(part.completions.log_probs),
+        anchor_coef=_flat(part.anchor_coef),
     )
     entropy = jnp.sum(jnp.where(mask > 0, _flat(current.entropy), 0.0), axis=1)
     bonus = entropy

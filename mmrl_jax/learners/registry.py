@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from mmrl_jax.learners import bc, dpo, grpo, ppo, rnd, sft, token_ppo
-from mmrl_jax.learners.token_learner import reference_needs
+from mmrl_jax.learners.policy_gradient import reference_needs
 
 
 class Algorithm(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
+from mmrl_jax.config.options import POSITIVE, between, option
 from mmrl_jax.distributed import partition
 from mmrl_jax.distributed.mesh import FSDP, TENSOR, on_mesh
 from mmrl_jax.envs.brax_api import State
@@ -29,7 +29,6 @@ from mmrl_jax.models.language import LanguageModel
 from mmrl_jax.models.lora import join
 from mmrl_jax.models.vlm import VisionLanguageModel
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
-from mmrl_jax.rl.token_losses import KL
 from mmrl_jax.rollouts import generate as gen
 from mmrl_jax.rollouts.log_probs import Output, completion_log_probs, log_probs_from_features
 from mmrl_jax.rollouts.text_actions import TextActions
@@ -63,33 +62,6 @@ class StepOptions:
         "policy with which the stage began.",
         between(0, 1),
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradientOptions(StepOptions):
-    """The options that all policy gradient algorithms over tokens share."""
-
-    kl_estimator: KL = option(
-        "k3", "Estimator of the KL divergence from the reference, see mmrl_jax/rl/token_losses.py."
-    )
-    kl_coef: float = option(
-        0.0,
-        "Coefficient of the KL divergence from the reference; 0 for no reference.",
-        NON_NEGATIVE,
-    )
-    entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
-    importance_weight_cap: float | None = option(
-        None,
-        "Largest importance weight that corrects for completions which were sampled in another "
-        "precision than they are learned from, or by the policy before the last update "
-        "(one_step_off_policy of a dataset); None for no importance weights.",
-        POSITIVE,
-    )
-
-
-def reference_needs(options: PolicyGradientOptions) -> frozenset[str]:
-    """Returns {'reference'} if the options have a KL divergence from the reference, else {}."""
-    return frozenset({"reference"} if options.kl_coef > 0 else ())
 
 
 class ScoredCompletions(NamedTuple):

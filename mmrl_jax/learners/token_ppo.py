@@ -18,15 +18,19 @@ import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
 from mmrl_jax.learners.learner import Shard, flatten, map_in_chunks, unflatten
-from mmrl_jax.learners.token_learner import (
+from mmrl_jax.learners.policy_gradient import (
     PolicyGradientOptions,
+    reference_needs,
+    select_tokens,
+)
+from mmrl_jax.learners.token_learner import (
     ScoredCompletions,
     TokenPolicy,
     TokenState,
     minibatch_epochs,
-    reference_needs,
 )
 from mmrl_jax.rl import advantages, losses
+from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rl.token_losses import TokenLoss, token_loss_sums
 from mmrl_jax.rollouts.generate import Completions
 from mmrl_jax.tasks.prompts import Prompt
@@ -71,6 +75,7 @@ class _Sample(NamedTuple):
     completions: Completions
     # The arrays below are [..., G, L].
     advantage: jax.Array
+    anchor_coef: jax.Array | None  # See `token_losses.token_loss_sums`.
     target: jax.Array  # Value targets.
     mask: jax.Array  # 1 for tokens that are learned from.
     old: jax.Array | None  # Log-probs before the update; None for a single step.
@@ -126,6 +131,7 @@ def update(
             loss_options,
             reference_log_prob=_flat(part.reference),
             rollout_log_prob=_flat(part.completions.log_probs),
+            anchor_coef=_flat(part.anchor_coef),
         )
 
         def mean(x: jax.Array) -> jax.Array:
@@ -220,7 +226,7 @@ def _samples(
         """Reshapes [T, B, G, ...] to [T, B * G, ...]."""
         return x.reshape(turns, -1, *x.shape[3:])
 
-    old, _, value = batch_outputs(state.params)
+    old, entropy, value = batch_outputs(state.params)
     estimates = advantages.token_advantages(
         reward=episodes(jnp.where(valid > 0, batch.reward, 0.0)),
         value=episodes(value),
@@ -235,10 +241,14 @@ def _samples(
     # The reward of a truncated completion still counts for the turns before it.
     learned = (valid > 0) & (completions.finished | (not h.mask_truncated_completions))
     mask = (completions.mask & learned[..., None]).astype(jnp.float32)
+    advantage, anchor_coef = losses.whiten(advantage, mask), None
+    if h.selects_tokens:
+        advantage, anchor_coef = select_tokens(h, TokenLogProbs(old, entropy), advantage, mask)
     return _Sample(
         prompt=prompt,
         completions=completions,
-        advantage=losses.whiten(advantage, mask),
+        advantage=advantage,
+        anchor_coef=anchor_coef,
         target=target,
         mask=mask,
         old=None if h.num_epochs * h.num_minibatches == 1 else old,

@@ -211,7 +211,14 @@ class TokenProblem(abc.ABC):
             trains_value_head=False,
             key=f"{name}.trainable",
         )
-        decay = self.config[name].get("reference_ema_decay", 1.0)
+        g = self.config[name]
+        if g.get("kl_cov_fraction", 0.0) > 0 and g.num_epochs * g.num_minibatches == 1:
+            raise ValueError(
+                f"{name}.kl_cov_fraction={g.kl_cov_fraction}, but with a single optimizer step in "
+                "an update the policy has not moved when the penalty is computed; set "
+                f"{name}.num_minibatches or {name}.num_epochs above 1, or the fraction to 0."
+            )
+        decay = g.get("reference_ema_decay", 1.0)
         if decay < 1 and "reference" not in self._needs(name):
             raise ValueError(
                 f"{name}.reference_ema_decay={decay}, but with {name}.kl_coef=0 there is no "

@@ -3,7 +3,8 @@
     completions [N, T]   ratio            clip       sum over tokens   denominator
     log pi, log old  ->  per token     -> 'ppo'   -> of a completion -> its tokens ('sequence')
                          per completion   'cispo'    of the batch       all tokens ('token')
-                                          None                          N * T      ('constant')
+                                          'sapo'                        N * T      ('constant')
+                                          None
 
 N counts the completions whose mask is not empty; a completion without a reward is not counted.
 With 'sequence' the means over tokens are then averaged over the N completions.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from mmrl_jax.rl import losses
 
 Ratio = Literal["token", "sequence"]
-Clip = Literal["ppo", "cispo"]
+Clip = Literal["ppo", "cispo", "sapo"]
 Reduction = Literal["sequence", "token", "constant"]
 KL = Literal["k1", "k2", "k3"]
 RATIOS: tuple[str, ...] = get_args(Ratio)
@@ -39,10 +40,14 @@ class TokenLoss:
       ratio: Probability ratio, 'token' for pi / pi_old of each token, or 'sequence' for its
         geometric mean over a completion (GSPO, arXiv 2507.18071, eq. 7).
       clip: Surrogate, 'ppo' for the smaller of the plain and the clipped one, 'cispo' for log pi
-        weighted by the clipped ratio (arXiv 2506.13585, eq. 4), or None for no clipping.
-      low: Width of the clipping interval below 1; 'cispo' does not use it.
-      high: Width of the clipping interval above 1; larger than `low` for clip-higher (DAPO, arXiv
-        2503.14476, eq. 10).
+        weighted by the clipped ratio (arXiv 2506.13585, eq. 4), 'sapo' for a smooth gate instead
+        of an interval (arXiv 2511.20347, eq. 6), or None for no clipping.
+      low: Width of the clipping interval below 1, of 'ppo' alone.
+      high: Width of the clipping interval above 1, of 'ppo' and 'cispo'; larger than `low` for
+        clip-higher (DAPO, arXiv 2503.14476, eq. 10).
+      positive_temperature: Temperature of the gate of 'sapo' for tokens with a positive advantage.
+        The higher it is, the faster the gradient vanishes away from the ratio 1.
+      negative_temperature: The same for the other tokens.
       reduction: Denominator of the sum over tokens, see `loss_denominator`.
       kl: Estimator of KL(pi || reference) per token, see `kl_estimate`.
       kl_coef: Coefficient of the KL to the reference; 0 for no KL.
@@ -55,6 +60,8 @@ class TokenLoss:
     clip: Clip | None = "ppo"
     low: float = 0.2
     high: float = 0.2
+    positive_temperature: float = 1.0
+    negative_temperature: float = 1.05
     reduction: Reduction = "token"
     kl: KL = "k3"
     kl_coef: float = 0.0
@@ -83,6 +90,8 @@ PRESETS: dict[str, tuple[str, TokenLoss]] = {
     ),
     # MiniMax, 2025, arXiv 2506.13585.
     "cispo": ("standardized", TokenLoss(clip="cispo", high=4.0)),
+    # Gao et al., 2025, arXiv 2511.20347.
+    "sapo": ("standardized", TokenLoss(clip="sapo", reduction="sequence")),
     # Ahmadian et al., 2024, arXiv 2402.14740.
     "rloo": ("leave_one_out", TokenLoss(clip=None, reduction="constant")),
     # Hu et al., 2025, arXiv 2501.03262.
@@ -146,6 +155,7 @@ def token_loss_sums(
     *,
     reference_log_prob: jax.Array | None = None,
     rollout_log_prob: jax.Array | None = None,
+    anchor_coef: jax.Array | None = None,
 ) -> Sums:
     """Returns the sums of a policy loss over the tokens of N completions.
 
@@ -164,6 +174,8 @@ def token_loss_sums(
         is not 0.
       rollout_log_prob: Log-probs under the sampler, float32 [N, T]; needed if
         options.importance_weight_cap is given, and the source of the metric 'policy/sampler_gap'.
+      anchor_coef: Coefficients of |log pi - log pi_old| of the tokens, which hold the policy where
+        it was before the update, float32 [N, T], see `high_covariance_tokens`; None for none.
 
     Raises:
       ValueError: The options need log-probs that are None.
@@ -200,12 +212,14 @@ def token_loss_sums(
         "policy/approx_kl": losses.approximate_kl(log_ratio),
         "policy/clip_ratio_low": _share((ratio < 1 - o.low) & (advantage < 0), o.clip == "ppo"),
         "policy/clip_ratio_high": _share(
-            (ratio > 1 + o.high) & (advantage > 0), o.clip is not None
+            (ratio > 1 + o.high) & (advantage > 0), o.clip in ("ppo", "cispo")
         ),
     }
     if o.kl_coef and reference_log_prob is not None:
         kl = kl_estimate(jnp.where(is_token, reference_log_prob - log_prob, 0.0), o.kl)
         loss, metrics["policy/reference_kl"] = loss + o.kl_coef * kl, kl
+    if anchor_coef is not None:
+        loss = loss + anchor_coef * jnp.abs(log_ratio)
     if o.reduction == "sequence":
         loss = loss / length
 
@@ -234,7 +248,55 @@ def _surrogate(
         return -weight * advantage * log_prob
     if options.clip == "ppo":
         return losses.clipped_policy_loss(log_ratio, advantage, options.low, options.high)
+    if options.clip == "sapo":
+        temperature = jnp.where(
+            advantage > 0, options.positive_temperature, options.negative_temperature
+        )
+        # The gate is 4 / temperature long before this bound. The gradient of an infinite ratio
+        # would be NaN.
+        bounded = jnp.exp(jnp.minimum(log_ratio, 20.0))
+        return -4 / temperature * jax.nn.sigmoid(temperature * (bounded - 1)) * advantage
     return -ratio * advantage
+
+
+def top_entropy_tokens(entropy: jax.Array, mask: jax.Array, *, fraction: float) -> jax.Array:
+    """Selects the tokens with the largest entropies (Wang et al., 2025, arXiv 2506.01939, eq. 5).
+
+    Args:
+      entropy: Entropies of the distributions that the tokens were sampled from, float32 [...].
+      mask: 1 for tokens that are learned from, float32 [...].
+      fraction: Fraction of these tokens to select, in (0, 1].
+
+    Returns:
+      True for the tokens whose entropy is at least the (1 - fraction)-quantile, bool [...].
+    """
+    known = jnp.where(mask > 0, entropy, jnp.nan)
+    return (mask > 0) & (entropy >= jnp.nanquantile(known, 1 - fraction))
+
+
+def high_covariance_tokens(
+    log_prob: jax.Array, advantage: jax.Array, mask: jax.Array, *, fraction: float
+) -> jax.Array:
+    """Selects the tokens whose log-prob and advantage covary most (arXiv 2505.22617, eq. 10).
+
+    The covariance of a token is (log pi - mean log pi) * (A - mean A), with means over the tokens
+    that are learned from. An update on the tokens where it is large lowers the entropy most. KL-Cov
+    holds the policy on them by a penalty, see `token_loss_sums`.
+
+    Args:
+      log_prob: Log-probs of the tokens before the update, float32 [...].
+      advantage: Advantages of the tokens, float32 [...].
+      mask: 1 for tokens that are learned from, float32 [...].
+      fraction: Fraction of these tokens to select, in (0, 1].
+
+    Returns:
+      True for the selected tokens, bool [...].
+    """
+    covariance = (log_prob - losses.masked_mean(log_prob, mask)) * (
+        advantage - losses.masked_mean(advantage, mask)
+    )
+    known = jnp.where(mask > 0, covariance, jnp.nan)
+    return (mask > 0) & (covariance >= jnp.nanquantile(known, 1 - fraction))
 
 
 def dpo_loss(

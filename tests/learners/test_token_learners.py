@@ -307,6 +307,49 @@ def table_update(dtype, options, valid, kind=TablePolicy):
     return table, new.params, options.advantage(reward, valid), length, metrics
 
 
+class ParameterIsEntropy(TablePolicy):
+    """A `TablePolicy` whose parameters are the entropies of the tokens too."""
+
+    def log_probs(self, params, frozen, prompts, tokens, mask, *, temperature):
+        log_prob = (
+            super().log_probs(params, frozen, prompts, tokens, mask, temperature=1.0).log_prob
+        )
+        return TokenLogProbs(log_prob, jax.lax.stop_gradient(params[prompts.answer]))
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2])
+def test_the_policy_gradient_uses_the_tokens_with_the_largest_entropies(num_minibatches):
+    h = Centered(num_minibatches=num_minibatches)
+    few = dataclasses.replace(h, top_entropy_fraction=0.4)
+    ones = jnp.ones((4, 3))
+    before, of_all, _, length, _ = table_update(jnp.float32, h, ones, ParameterIsEntropy)
+    _, of_few, *_ = table_update(jnp.float32, few, ones, ParameterIsEntropy)
+    mask = jnp.arange(5) < length[..., None]
+    # 40 % of the 35 tokens.
+    chosen = mask & (before >= np.quantile(before[mask], 0.6))
+    assert int(chosen.sum()) == 14
+    assert (jnp.abs(of_all - before)[mask] > 0).all()
+    expected = jnp.where(chosen, of_all, before)
+    np.testing.assert_allclose(of_few, expected, atol=1e-6)
+
+
+def test_kl_cov_holds_the_tokens_that_covary_most():
+    # Every token has a parameter of its own, so that the penalty moves no other token.
+    h = Centered(num_epochs=2)
+    held = dataclasses.replace(h, kl_cov_fraction=0.2, kl_cov_coef=0.1)
+    before, free, advantage, length, _ = table_update(jnp.float32, h, jnp.ones((4, 3)))
+    _, after, *_ = table_update(jnp.float32, held, jnp.ones((4, 3)))
+    mask = np.arange(5) < length[..., None]
+    log_prob = -jax.nn.softplus(before)
+    advantage = np.broadcast_to(advantage[..., None], mask.shape)
+    covariance = (log_prob - log_prob[mask].mean()) * (advantage - advantage[mask].mean())
+    chosen = mask & (covariance >= np.quantile(covariance[mask], 0.8))
+    assert int(chosen.sum()) == 7
+    np.testing.assert_array_equal(after[~chosen], free[~chosen])
+    moved = np.abs(jax.nn.softplus(after) + log_prob)[chosen]
+    assert (moved < np.abs(jax.nn.softplus(free) + log_prob)[chosen]).all()
+
+
 @pytest.mark.parametrize("num_minibatches", [1, 2])
 def test_a_policy_that_has_not_moved_is_not_clipped_in_bfloat16(num_minibatches):
     # Each completion has parameters of its own, and one step: its ratio is 1, whatever the sampler

@@ -107,6 +107,11 @@ def test_samples_of_updates_that_are_done_again_are_written_once(tmp_path):
             "grpo.pack_rows=4.*'grpo' learns from 4 completions",
         ),
         ({"stages": ("sft", "ppo"), "last__pack_rows": 2}, "'ppo' learns from 2 completions"),
+        ({"last__top_entropy_fraction": 0.0}, r"must be in \(0, 1\]"),
+        (
+            {"last__kl_cov_fraction": 0.1, "last__num_epochs": 1, "last__num_minibatches": 1},
+            "grpo.kl_cov_fraction=0.1, but with a single optimizer step",
+        ),
         ({"last__reference_ema_decay": 1.5}, "'grpo.reference_ema_decay' is 1.5"),
         ({"model__patch": 7}, "model.patch=7"),
         ({"model__heads": 16}, "model.heads=16"),

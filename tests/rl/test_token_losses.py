@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import types
 
 import jax
@@ -52,15 +53,16 @@ def value_and_gradient(arrays, options):
     return jax.value_and_grad(of)(arrays["log_prob"])
 
 
-def trl(arrays, options, loss_type):
-    """Returns loss and gradient of TRL's `_compute_loss` for given log-probs."""
+def trl(arrays, options, loss_type, entropy=None, fraction=1.0):
+    """Returns loss and gradient of TRL's `_compute_loss` for given log-probs and entropies."""
+    entropy = torch.zeros(N, T) if entropy is None else torch.tensor(entropy)
     tensors = {name: torch.tensor(np.asarray(x)) for name, x in arrays.items()}
     log_prob = tensors["log_prob"].requires_grad_()
     mask = tensors["mask"]
     with_weights = options.importance_weight_cap is not None
     stub = types.SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (log_prob, torch.zeros(N, T), None),
-        top_entropy_quantile=1.0,
+        _get_per_token_logps_and_entropies=lambda *a, **k: (log_prob, entropy, None),
+        top_entropy_quantile=fraction,
         off_policy_mask_threshold=None,
         importance_sampling_level=options.ratio,
         beta=options.kl_coef,
@@ -68,7 +70,11 @@ def trl(arrays, options, loss_type):
         epsilon_low=options.low,
         epsilon_high=1 + options.high if loss_type == "cispo" else options.high,
         args=types.SimpleNamespace(
-            delta=None, use_bias_correction_kl=False, steps_per_generation=1
+            delta=None,
+            use_bias_correction_kl=False,
+            steps_per_generation=1,
+            sapo_temperature_pos=options.positive_temperature,
+            sapo_temperature_neg=options.negative_temperature,
         ),
         use_vllm=with_weights,
         vllm_importance_sampling_correction=with_weights,
@@ -76,12 +82,16 @@ def trl(arrays, options, loss_type):
         current_gradient_accumulation_steps=1,
         max_completion_length=T,
         accelerator=types.SimpleNamespace(
-            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+            num_processes=1,
+            gather=lambda x: x,
+            reduce=lambda x, reduction: x,
+            pad_across_processes=lambda x, **_: x,
         ),
         _entropy_bonus_enabled=False,
         aux_loss_enabled=False,
         _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
     )
+    stub.get_high_entropy_mask = functools.partial(GRPOTrainer.get_high_entropy_mask, stub)
     correction = torch.exp(tensors["old_log_prob"] - tensors["rollout_log_prob"])
     inputs = {
         "prompt_ids": torch.zeros(N, 1),
@@ -111,6 +121,17 @@ CASES = {
     "gspo": ("grpo", TokenLoss(ratio="sequence", low=0.05, high=0.1, reduction="sequence")),
     "gspo over tokens": ("dapo", TokenLoss(ratio="sequence", low=0.05, high=0.1)),
     "cispo": ("cispo", TokenLoss(clip="cispo", high=0.1)),
+    "sapo": ("sapo", TokenLoss(clip="sapo", reduction="sequence")),
+    "sapo, KL": (
+        "sapo",
+        TokenLoss(
+            clip="sapo",
+            positive_temperature=3.0,
+            negative_temperature=8.0,
+            reduction="sequence",
+            kl_coef=0.1,
+        ),
+    ),
     "corrected": ("dapo", TokenLoss(importance_weight_cap=1.1, kl_coef=0.1)),
 }
 
@@ -192,7 +213,8 @@ def test_on_policy_every_ratio_is_1_and_the_gradient_is_that_of_reinforce():
     arrays = batch()
     arrays["log_prob"] = arrays["old_log_prob"]
     expected = -arrays["advantage"][:, None] * arrays["mask"] / arrays["mask"].sum()
-    for options in (TokenLoss(), TokenLoss(clip=None), TokenLoss(clip="cispo")):
+    for clip in (*tl.CLIPS, None):
+        options = TokenLoss(clip=clip)
         _, gradient = value_and_gradient(arrays, options)
         np.testing.assert_allclose(gradient, expected, atol=1e-7)
 
@@ -223,6 +245,58 @@ def test_an_empty_answer_and_an_empty_batch_have_finite_gradients():
     for options in (TokenLoss(ratio="sequence", reduction="sequence"), TokenLoss()):
         _, gradient = value_and_gradient(arrays, options)
         assert np.isfinite(gradient).all() and not np.any(gradient[2])
+
+
+def test_a_ratio_that_overflows_has_no_gradient_in_the_gate_of_sapo():
+    arrays = batch()
+    arrays["log_prob"] = arrays["old_log_prob"] + 200.0
+    value, gradient = value_and_gradient(arrays, TokenLoss(clip="sapo"))
+    assert np.isfinite(value) and not np.any(gradient)
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_the_tokens_with_the_largest_entropies_are_trls(fraction):
+    arrays, options = batch(), TokenLoss(high=0.28, kl_coef=0.1)
+    entropy = np.random.default_rng(1).uniform(0, 3, (N, T)).astype(np.float32)
+    # Padding has the largest entropies, which must not count.
+    entropy = np.where(arrays["mask"] > 0, entropy, 9.0)
+    chosen = tl.top_entropy_tokens(jnp.asarray(entropy), arrays["mask"], fraction=fraction)
+    tokens = int(arrays["mask"].sum())
+    assert int(chosen.sum()) == round(fraction * tokens)
+    advantage = jnp.where(chosen, arrays["advantage"][:, None], 0.0)
+    value, gradient = value_and_gradient(arrays | {"advantage": advantage}, options)
+    expected, expected_gradient, _ = trl(arrays, options, "dapo", entropy, fraction)
+    assert value == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_the_tokens_that_covary_most_by_hand():
+    log_prob = jnp.array([[-1.0, -2.0, 7.0], [-3.0, -2.0, -2.0]])
+    advantage = jnp.array([[1.0, 1.0, 9.0], [-1.0, -1.0, 0.0]])
+    mask = jnp.array([[1.0, 1, 0], [1, 1, 1]])
+    # Means over five tokens: -2 and 0, so that the covariances are 1, 0, 1, 0 and 0.
+    chosen = tl.high_covariance_tokens(log_prob, advantage, mask, fraction=0.4)
+    np.testing.assert_array_equal(chosen, [[True, False, False], [True, False, False]])
+    # The smallest fraction selects the largest one, and here the one that equals it.
+    chosen = tl.high_covariance_tokens(log_prob, advantage, mask, fraction=1e-3)
+    assert int(chosen.sum()) == 2
+
+
+def test_the_penalty_of_kl_cov_by_hand():
+    # One token of log-ratio 0.1 with coefficient 2, one of -0.2 with 0, and padding.
+    log_prob = jnp.array([[-1.0, -2.0, 3.0]])
+    old, mask = jnp.array([[-1.1, -1.8, jnp.inf]]), jnp.array([[1.0, 1.0, 0.0]])
+    anchor = jnp.array([[2.0, 0.0, jnp.inf]])
+
+    def of(log_prob, anchor_coef):
+        return tl.token_loss_sums(
+            log_prob, old, jnp.zeros(1), mask, TokenLoss(), anchor_coef=anchor_coef
+        ).loss
+
+    value, gradient = jax.value_and_grad(of)(log_prob, anchor)
+    assert value == pytest.approx(2 * 0.1, rel=1e-5)
+    np.testing.assert_allclose(gradient, [[2.0, 0.0, 0.0]], atol=1e-6)
+    assert of(log_prob, None) == 0
 
 
 @pytest.mark.parametrize("kind", tl.KLS)
@@ -269,6 +343,7 @@ def test_presets_are_what_their_papers_say():
         "dapo": ("standardized", "token", "ppo", 0.2, 0.28, "token"),
         "gspo": ("standardized", "sequence", "ppo", 3e-4, 4e-4, "sequence"),
         "cispo": ("standardized", "token", "cispo", 0.2, 4.0, "token"),
+        "sapo": ("standardized", "token", "sapo", 0.2, 0.2, "sequence"),
         "rloo": ("leave_one_out", "token", None, 0.2, 0.2, "constant"),
         "reinforce++": ("batch_standardized", "token", "ppo", 0.2, 0.2, "token"),
     }
