@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from mmrl_jax.config.options import POSITIVE, one_of, option
+from mmrl_jax.learners import entropy_bonus
 from mmrl_jax.learners.learner import Shard, map_in_chunks
 from mmrl_jax.learners.policy_gradient import PolicyGradientOptions, select_tokens
 from mmrl_jax.learners.token_learner import (
@@ -116,7 +117,7 @@ def update(
     Returns:
       The new state, and the means of the metrics over the optimizer steps that were taken.
     """
-    h = options
+    h, entropy_coef = options, entropy_bonus.coefficient(options, state.extras)
     batch = jax.tree.map(lambda x: x[0], batch)
     completions, valid = batch.completions, batch.valid
     with jax.named_scope("advantages"):
@@ -153,9 +154,9 @@ def update(
     def part_loss(
         params: Params, part: _Sample, normalizer: _Normalizer
     ) -> tuple[jax.Array, Metrics]:
-        return _part_loss(log_probs(params, part), part, normalizer, h)
+        return _part_loss(log_probs(params, part), part, normalizer, h, entropy_coef)
 
-    return minibatch_epochs(
+    state, metrics = minibatch_epochs(
         state,
         samples,
         rng,
@@ -165,10 +166,16 @@ def update(
         options=h,
         shard=shard,
     )
+    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
+    return state.replace(extras=extras), metrics | adapted
 
 
 def _part_loss(
-    current: TokenLogProbs, part: _Sample, normalizer: _Normalizer, options: GRPO
+    current: TokenLogProbs,
+    part: _Sample,
+    normalizer: _Normalizer,
+    options: GRPO,
+    entropy_coef: float | jax.Array,
 ) -> tuple[jax.Array, Metrics]:
     """Returns the loss and the metrics of a part, which add up to those of the minibatch."""
     mask = _flat(part.mask)
@@ -186,7 +193,7 @@ def _part_loss(
     bonus = entropy
     if options.loss.reduction == "sequence":  # As the loss: the mean over the tokens of each.
         bonus = entropy / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
-    loss = (sums.loss - options.entropy_coef * jnp.sum(bonus)) / normalizer.loss_denominator
+    loss = (sums.loss - entropy_coef * jnp.sum(bonus)) / normalizer.loss_denominator
     metrics = sums.metrics | {"policy/entropy": jnp.sum(entropy)}
     return loss, {name: x / normalizer.tokens for name, x in metrics.items()} | {
         "loss/policy": loss

@@ -31,19 +31,18 @@ class LearnerState(struct.PyTreeNode):
       opt_state: State of the optax optimizer.
       normalizer: Running statistics by which acting and learning normalize proprioception.
       steps: Number of optimizer steps taken, int32 [].
-      extras: What an algorithm learns beside the policy, see `registry.Algorithm.extras`; () for
-        nothing.
+      extras: What an algorithm has beside the policy, by name, see `registry.Algorithm.extras`.
     """
 
     params: Params
     opt_state: optax.OptState
     normalizer: normalization.RunningStatistics
     steps: jax.Array
-    extras: Any = ()
+    extras: dict[str, Any] = struct.field(default_factory=dict)
 
     def without_optimizer(self) -> "LearnerState":
         """Returns the state of the policy alone, which has the same structure in all stages."""
-        return self.replace(opt_state=(), extras=())
+        return self.replace(opt_state=(), extras={})
 
 
 class Rollout(NamedTuple):

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, POSITIVE_FRACTION, between, option
+from mmrl_jax.learners.entropy_bonus import EntropyOptions
 from mmrl_jax.learners.token_learner import StepOptions
 from mmrl_jax.rl.token_log_probs import TokenLogProbs
 from mmrl_jax.rl.token_losses import KL, high_covariance_tokens, top_entropy_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradientOptions(StepOptions):
+class PolicyGradientOptions(StepOptions, EntropyOptions):
     """The options that all policy gradient algorithms over tokens share."""
 
     kl_estimator: KL = option(
@@ -23,7 +24,6 @@ class PolicyGradientOptions(StepOptions):
         "Coefficient of the KL divergence from the reference; 0 for no reference.",
         NON_NEGATIVE,
     )
-    entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
     top_entropy_fraction: float = option(
         1.0,
         "Fraction of the tokens that the policy gradient uses, those with the largest entropy "

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
+from mmrl_jax.learners import entropy_bonus
+from mmrl_jax.learners.entropy_bonus import EntropyOptions
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
@@ -31,7 +33,7 @@ Advantage = Literal["gae", "return"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPO:
+class PPO(EntropyOptions):
     """The options of PPO."""
 
     discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
@@ -48,7 +50,6 @@ class PPO:
         None, "Half width of the interval that a value may move in; None for no clipping.", POSITIVE
     )
     value_coef: float = option(0.5, "Coefficient of the value loss.", NON_NEGATIVE)
-    entropy_coef: float = option(0.0, "Coefficient of the entropy bonus.", NON_NEGATIVE)
     auxiliary_coef: float = option(
         0.0, "Coefficient of the squared errors of predicted privileged targets.", NON_NEGATIVE
     )
@@ -125,13 +126,15 @@ def loss(
     return parts, metrics
 
 
-def weighted_sum(parts: dict[str, jax.Array], options: PPO) -> jax.Array:
-    """Returns the loss that is minimized, []."""
+def weighted_sum(
+    parts: dict[str, jax.Array], options: PPO, entropy_coef: float | jax.Array
+) -> jax.Array:
+    """Returns the loss that is minimized, [], with the given coefficient of the entropy bonus."""
     h = options
     return (
         parts["loss/policy"]
         + h.value_coef * parts["loss/value"]
-        + h.entropy_coef * parts["loss/entropy"]
+        + entropy_coef * parts["loss/entropy"]
         + h.auxiliary_coef * parts["loss/auxiliary"]
         + h.pointing_coef * parts["loss/pointing"]
     )
@@ -180,6 +183,7 @@ def update(
     # The rollout was normalized with these statistics. Learning normalizes with them too, so that
     # the first ratios are exactly 1, and updates them at the end.
     normalizer = state.normalizer
+    entropy_coef = entropy_bonus.coefficient(h, state.extras)
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
         minibatch, advantage, target = shard(gather(samples, indices))
@@ -187,7 +191,7 @@ def update(
         def total(params: Params) -> tuple[jax.Array, Metrics]:
             output = run_network(apply, state.replace(params=params), minibatch.observation)
             parts, metrics = loss(output, minibatch, advantage, target, rng, options=h)
-            return weighted_sum(parts, h), metrics | parts
+            return weighted_sum(parts, h, entropy_coef), metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
         state, step_metrics = apply_gradients(state, value, gradients, optimizer)
@@ -213,8 +217,9 @@ def update(
     proprio = batch.observation["proprio"]
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
-    state = state.replace(normalizer=normalization.update(normalizer, proprio, mask))
-    return state, metrics
+    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
+    normalizer = normalization.update(normalizer, proprio, mask)
+    return state.replace(normalizer=normalizer, extras=extras), metrics | adapted
 
 
 @jax.named_scope("advantages")

@@ -12,7 +12,7 @@ only an entry in the registry, which can be added in a file of the user:
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mmrl_jax.learners import bc, dpo, grpo, ppo, rnd, sft, token_ppo
+from mmrl_jax.learners import bc, dpo, entropy_bonus, grpo, ppo, rnd, sft, token_ppo
 from mmrl_jax.learners.policy_gradient import reference_needs
 
 
@@ -30,9 +30,9 @@ class Algorithm(NamedTuple):
         'optimizer/skipped_steps', see `learner.apply_gradients`.
       console: Names of the metrics that are printed on the console.
       prepare: Function of parameters and options that returns the initial parameters of the stage.
-      extras: Function of the options of an algorithm for control policies, of observations [1, ...]
-        and of a PRNG key; it returns what the algorithm learns beside the policy, a pytree that is
-        `LearnerState.extras`.
+      extras: Function of the options, of observations [1, ...] and of a PRNG key; it returns what
+        the algorithm has beside the policy as a dictionary of pytrees, the initial `extras` of the
+        learner. For token policies observations and key are None.
       needs: Function of the options of an algorithm for token policies; it returns the names of
         what the algorithm needs in addition to the policy, 'value_head' or 'reference'.
       compares: Completions of a prompt that an algorithm for token policies compares, all of a
@@ -44,9 +44,13 @@ class Algorithm(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
     console: tuple[str, ...]
     prepare: Callable[[Any, Any], Any] = lambda params, options: params
-    extras: Callable[[Any, Any, Any], Any] = lambda options, observation, rng: ()
+    extras: Callable[[Any, Any, Any], Any] = lambda options, observation, rng: {}
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
     compares: Literal["nothing", "groups", "pairs"] = "nothing"
+
+
+def _entropy_extras(options: Any, observation: Any, rng: Any) -> dict[str, Any]:
+    return entropy_bonus.extras(options)
 
 
 CONTROL: dict[str, Algorithm] = {
@@ -57,6 +61,7 @@ CONTROL: dict[str, Algorithm] = {
         ppo.update,
         ("episode/return", "episode/success"),
         prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+        extras=_entropy_extras,
     ),
     "rnd": Algorithm(
         rnd.RND,
@@ -64,14 +69,20 @@ CONTROL: dict[str, Algorithm] = {
         rnd.update,
         ("episode/return", "episode/success", "exploration/novelty"),
         prepare=lambda params, options: ppo.with_std(params, options.initial_std),
-        extras=rnd.init,
+        extras=rnd.extras,
     ),
 }
 
 TOKEN: dict[str, Algorithm] = {
     "sft": Algorithm(sft.SFT, "labels", sft.update, ("loss/sft",)),
     "grpo": Algorithm(
-        grpo.GRPO, "completions", grpo.update, (), needs=reference_needs, compares="groups"
+        grpo.GRPO,
+        "completions",
+        grpo.update,
+        (),
+        extras=_entropy_extras,
+        needs=reference_needs,
+        compares="groups",
     ),
     "dpo": Algorithm(
         dpo.DPO,
@@ -81,5 +92,12 @@ TOKEN: dict[str, Algorithm] = {
         needs=lambda options: frozenset({"reference"}),
         compares="pairs",
     ),
-    "ppo": Algorithm(token_ppo.PPO, "completions", token_ppo.update, (), needs=token_ppo.needs),
+    "ppo": Algorithm(
+        token_ppo.PPO,
+        "completions",
+        token_ppo.update,
+        (),
+        extras=_entropy_extras,
+        needs=token_ppo.needs,
+    ),
 }

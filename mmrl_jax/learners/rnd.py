@@ -10,7 +10,7 @@ episode: what is found after a reset is as novel as before it.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from flax import struct
 import flax.linen as nn
@@ -20,7 +20,7 @@ import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, POSITIVE_FRACTION, between, option
 from mmrl_jax.exploration import intrinsic
-from mmrl_jax.learners import ppo
+from mmrl_jax.learners import entropy_bonus, ppo
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
@@ -113,8 +113,8 @@ def _optimizer(options: RND) -> optax.GradientTransformation:
     return optax.adam(options.intrinsic_learning_rate)
 
 
-def init(options: RND, observation: Observation, rng: jax.Array) -> Novelty:
-    """Returns networks and statistics before the first update.
+def extras(options: RND, observation: Observation, rng: jax.Array) -> dict[str, Any]:
+    """Returns a `Novelty` before the first update as 'novelty', and the extras of PPO.
 
     Args:
       options: Options of the algorithm.
@@ -128,7 +128,7 @@ def init(options: RND, observation: Observation, rng: jax.Array) -> Novelty:
         for network, key in zip((_TARGET, _PREDICTOR, _CRITIC), keys, strict=True)
     )
     params = {"predictor": predictor, "critic": critic}
-    return Novelty(
+    novelty = Novelty(
         params=params,
         opt_state=_optimizer(options).init(params),
         steps=jnp.zeros((), jnp.int32),
@@ -137,6 +137,7 @@ def init(options: RND, observation: Observation, rng: jax.Array) -> Novelty:
         returns=normalization.init(1),
         level=jnp.zeros(()),
     )
+    return {"novelty": novelty} | entropy_bonus.extras(options)
 
 
 def update(
@@ -152,7 +153,7 @@ def update(
     """Takes epochs of minibatch steps of PPO, then of the predictor and of the intrinsic critic.
 
     Args:
-      state: State of the learner, whose `extras` are a `Novelty`.
+      state: State of the learner, with the `extras` of this algorithm.
       rollout: Transitions of B environments under the learner's policy.
       rng: PRNG key of the shuffles.
       apply: Function of parameters and observations that returns a PolicyOutput.
@@ -163,7 +164,7 @@ def update(
     Returns:
       The new state, and the metrics of `ppo.update` with those of the novelty.
     """
-    h, novelty = options, state.extras
+    h, novelty = options, state.extras["novelty"]
     valid = rollout.transitions.valid
     x = jnp.concatenate(
         [
@@ -212,7 +213,8 @@ def update(
         further_advantage=h.intrinsic_coef * advantage,
     )
     novelty, learned = _learn(novelty, (x[1:], x[:-1], target, valid), novelty_rng, h, shard)
-    return new.replace(extras=novelty), metrics | learned | {
+    new = new.replace(extras=new.extras | {"novelty": novelty})
+    return new, metrics | learned | {
         "exploration/novelty": losses.masked_mean(error, valid),
         "exploration/intrinsic_reward": losses.masked_mean(reward, valid),
         "exploration/intrinsic_value": losses.masked_mean(value[:-1], valid),
@@ -262,7 +264,7 @@ def _learn(
 
 
 def _apply(network: nn.Module, params: Params, x: jax.Array) -> jax.Array:
-    return network.apply({"params": params}, x)
+    return cast(jax.Array, network.apply({"params": params}, x))
 
 
 def _vector(observation: Observation, *, axes: int) -> jax.Array:

@@ -135,27 +135,41 @@ class TokenState(struct.PyTreeNode):
       opt_state: State of the optax optimizer.
       reference: Parameters of the reference policy, with the structure of `params`; () without one.
       steps: Number of optimizer steps taken, int32 [].
+      extras: What an algorithm has beside the policy, by name, see `registry.Algorithm.extras`.
     """
 
     params: Params
     opt_state: optax.OptState
     reference: Params
     steps: jax.Array
+    extras: dict[str, Any] = struct.field(default_factory=dict)
 
     def without_optimizer(self) -> "TokenState":
         """Returns the state without what only the optimizer and the loss need."""
-        return self.replace(opt_state=(), reference=())
+        return self.replace(opt_state=(), reference=(), extras={})
 
 
 def init(
-    params: Params, *, optimizer: optax.GradientTransformation, with_reference: bool
+    params: Params,
+    *,
+    optimizer: optax.GradientTransformation,
+    with_reference: bool,
+    extras: dict[str, Any] | None = None,
 ) -> TokenState:
-    """Returns the initial state, whose reference is `params`."""
+    """Returns the initial state, whose reference is `params`.
+
+    Args:
+      params: Trainable variables of the model.
+      optimizer: Optimizer whose state is initialized.
+      with_reference: Whether the algorithm needs a reference policy.
+      extras: What the algorithm has beside the policy; None for nothing.
+    """
     return TokenState(
         params=params,
         opt_state=optimizer.init(params),
         reference=params if with_reference else (),
         steps=jnp.zeros((), jnp.int32),
+        extras=extras or {},
     )
 
 

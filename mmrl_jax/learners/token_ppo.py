@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
+from mmrl_jax.learners import entropy_bonus
 from mmrl_jax.learners.learner import Shard, flatten, map_in_chunks, unflatten
 from mmrl_jax.learners.policy_gradient import (
     PolicyGradientOptions,
@@ -114,6 +115,7 @@ def update(
       ValueError: The batch has a `next_prompt`, but G is not 1.
     """
     h, loss_options = options, options.loss
+    entropy_coef = entropy_bonus.coefficient(h, state.extras)
     valid = batch.valid
     read = functools.partial(_outputs, policy=policy, frozen=frozen, temperature=h.temperature)
     samples = _samples(state, batch, read, h)
@@ -142,7 +144,7 @@ def update(
         loss = sums.loss / normalizer
         metrics = {name: x / normalizer for name, x in sums.metrics.items()}
         metrics |= {"loss/policy": loss, "loss/value": error, "policy/entropy": entropy}
-        return loss + h.value_coef * error - h.entropy_coef * entropy, metrics
+        return loss + h.value_coef * error - entropy_coef * entropy, metrics
 
     state, metrics = minibatch_epochs(
         state,
@@ -154,7 +156,8 @@ def update(
         options=h,
         shard=shard,
     )
-    return state, metrics | {
+    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
+    return state.replace(extras=extras), metrics | adapted | {
         "value/explained_variance": losses.explained_variance(
             samples.value, samples.target, samples.mask
         ),

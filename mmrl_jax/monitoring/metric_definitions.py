@@ -63,6 +63,11 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     "exploration/intrinsic_value": Metric(
         "1", "Mean estimate of the intrinsic return", "below 1 / (1 - intrinsic_discount)"
     ),
+    "exploration/entropy_coef": Metric(
+        "1",
+        "Coefficient of the entropy bonus in the next update, with an entropy_target",
+        "0 while the entropy is above its target",
+    ),
     "loss/sft": Metric("nats", "Cross-entropy of the tokens of the labeled completions", "falls"),
     "policy/approx_kl": Metric(
         "nats",

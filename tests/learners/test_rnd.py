@@ -27,7 +27,7 @@ def state():
     shapes |= {"place": (PROPRIO, 2), "target": (PROPRIO, 4), "log_std": (ACTIONS,)}
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
     observation = {"proprio": jnp.zeros((1, PROPRIO))}
-    extras = rnd.init(OPTIONS, observation, jax.random.key(1))
+    extras = rnd.extras(OPTIONS, observation, jax.random.key(1))
     return learner.init(params, optimizer=SGD, proprio_size=PROPRIO).replace(extras=extras)
 
 
@@ -72,7 +72,7 @@ def test_without_its_coefficient_the_policy_learns_as_in_ppo():
     key = jax.random.split(jax.random.key(2))[0]
     options = ppo.PPO(num_minibatches=1)
     plain, _ = jit(functools.partial(ppo.update, apply=apply, optimizer=SGD, options=options))(
-        given.replace(extras=()), data, key
+        given.replace(extras={}), data, key
     )
     for name, x in plain.params.items():
         np.testing.assert_allclose(new.params[name], x, atol=1e-6)
@@ -93,7 +93,7 @@ def test_the_advantages_are_those_of_novelty_without_ends():
     def run(network, params, x):
         return np.asarray(network.apply({"params": params}, jnp.asarray(x)))
 
-    novelty = given.extras
+    novelty = given.extras["novelty"]
     predicted = run(rnd._PREDICTOR, novelty.params["predictor"], x[1:])
     error = ((predicted - run(rnd._TARGET, novelty.target, x[1:])) ** 2).mean(-1) * valid
     returns, g = [], np.zeros(BATCH)
@@ -105,7 +105,7 @@ def test_the_advantages_are_those_of_novelty_without_ends():
     assert float(metrics["exploration/novelty"]) == pytest.approx(error.sum() / 23, rel=1e-4)
     expected = reward.sum() / valid.sum()
     assert float(metrics["exploration/intrinsic_reward"]) == pytest.approx(expected, rel=1e-4)
-    assert float(new.extras.level) == pytest.approx(g.mean(), rel=1e-4)
+    assert float(new.extras["novelty"].level) == pytest.approx(g.mean(), rel=1e-4)
     never = jnp.zeros((STEPS, BATCH))
     advantage, _ = advantages.generalized_advantages(
         reward=jnp.asarray(reward),
@@ -122,7 +122,7 @@ def test_the_advantages_are_those_of_novelty_without_ends():
         )
     )
     same, _ = plain(
-        given.replace(extras=()),
+        given.replace(extras={}),
         data,
         jax.random.split(jax.random.key(2))[0],
         further_advantage=advantage,

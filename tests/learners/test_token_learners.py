@@ -12,7 +12,7 @@ import pytest
 
 import mmrl_jax
 from mmrl_jax.distributed import mesh as meshes
-from mmrl_jax.learners import dpo, grpo, sft, token_learner, token_ppo
+from mmrl_jax.learners import dpo, entropy_bonus, grpo, sft, token_learner, token_ppo
 from mmrl_jax.learners.learner import map_in_chunks
 from mmrl_jax.learners.token_learner import ScoredCompletions
 from mmrl_jax.models.encoders import VisionEncoder
@@ -246,6 +246,25 @@ def test_the_entropy_bonus_raises_the_entropy():
     _, metrics = update(options, *learner(), given)
     _, before = update(PLAIN)
     assert float(metrics["policy/entropy"]) > float(before["policy/entropy"]) + 1e-4
+
+
+def test_the_entropy_bonus_follows_its_target():
+    given = experience()._replace(reward=jnp.ones((1, 4, 3)))
+    h = dataclasses.replace(PLAIN, entropy_coef=0.1, entropy_target=99.0, entropy_coef_step=0.3)
+    state, frozen = learner()
+    state = state.replace(extras=entropy_bonus.extras(h))
+    first, metrics = update(h, state, frozen, given)
+    # Nothing is applied before the entropy is known: without rewards nothing is learned.
+    assert largest_difference(first.params, state.params) == 0
+    assert float(metrics["exploration/entropy_coef"]) == pytest.approx(0.4)
+    second, _ = update(h, first, frozen, given)
+    fixed = dataclasses.replace(PLAIN, entropy_coef=0.4)
+    expected, _ = update(fixed, first.replace(extras={}), frozen, given)
+    assert largest_difference(expected.params, first.params) > 1e-6
+    assert largest_difference(second.params, expected.params) < 1e-7
+    # Above the target, nothing is applied.
+    above, metrics = update(dataclasses.replace(h, entropy_target=0.0), first, frozen, given)
+    assert float(metrics["exploration/entropy_coef"]) == 0
 
 
 def test_an_answer_without_a_score_has_no_influence():
