@@ -28,6 +28,7 @@ _STAGE = {
     "checkpoint_interval": 1,
     "updates_per_dispatch": 1,
 }
+_ROLLOUT = {"num_envs": 8, "unroll_length": 4, "num_epochs": 1, "num_minibatches": 2}
 _FIRST = _STAGE | {"updates_per_dispatch": 2, "checkpoint_interval": 2}
 _SAMPLED = _STAGE | {
     "prompts_per_update": 4,
@@ -73,7 +74,8 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
     changes: dict[str, Any] = {
         "run": {"eval_episodes": 4},
         "bc": _FIRST | {"episodes": 8, "batch_size": 16},
-        "ppo": _STAGE | {"num_envs": 8, "unroll_length": 4, "num_epochs": 1, "num_minibatches": 2},
+        "ppo": _STAGE | _ROLLOUT,
+        "rnd": _STAGE | _ROLLOUT,
     }
     if base.model.kind != "mlp":
         changes["env"] = {"height": 16, "width": 16}

@@ -24,7 +24,7 @@ PPO: dict[str, Any] = {
     "unroll_length": 44,
     "num_minibatches": 4,
     "num_epochs": 4,
-    "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
+    "optimizer": {"learning_rate": 1e-3, "schedule": "linear"},
     "discount": 0.999,
     "entropy_coef": 1e-3,
 }

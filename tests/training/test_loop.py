@@ -151,16 +151,22 @@ def test_every_config_trains(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "devices", "changes"),
-    [("reach_ppo", 1, {}), ("mlp_ppo", 8, tiny.FAST)],
+    [
+        ("reach_ppo", 1, {}),
+        ("mlp_ppo", 8, tiny.FAST),
+        # With everything that an algorithm has beside the policy.
+        ("deep_sea_rnd", 2, {"rnd__entropy_target": 0.5}),
+    ],
 )
 def test_two_plus_two_updates_are_four(name, devices, changes, tmp_path):
     # A linear schedule depends on where the run ends, so that 2 updates are no half of 4.
-    config = tiny.config(name, mesh__data=devices, ppo__optimizer__schedule="constant", **changes)
+    config = tiny.config(name, mesh__data=devices, last__optimizer__schedule="constant", **changes)
+    last = config[config.stages[-1]]
     whole = train(config, tmp_path / "whole")
     with live_arrays.shares_of_runs() as shares:
-        config.ppo.num_updates = 2
+        last.num_updates = 2
         train(config, tmp_path / "parts")
-        config.ppo.num_updates = 4
+        last.num_updates = 4
         parts = train(config, tmp_path / "parts")
     if name == "reach_ppo":  # The other carry is smaller than its environment's constants.
         assert {stage for stage, _ in shares} == {"bc", "ppo"}
