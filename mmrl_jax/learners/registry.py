@@ -12,7 +12,7 @@ only an entry in the registry, which can be added in a file of the user:
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mmrl_jax.learners import bc, dpo, grpo, ppo, sft, token_ppo
+from mmrl_jax.learners import awr, bc, dpo, grpo, ppo, sft, token_ppo
 from mmrl_jax.learners.token_learner import reference_needs
 
 
@@ -47,6 +47,9 @@ class Algorithm(NamedTuple):
 
 CONTROL: dict[str, Algorithm] = {
     "bc": Algorithm(bc.BC, "demonstrations", bc.update, ("loss/bc", "loss/pointing")),
+    "awr": Algorithm(
+        awr.AWR, "demonstrations", awr.update, ("loss/awr", "policy/effective_sample_size")
+    ),
     "ppo": Algorithm(
         ppo.PPO,
         "rollout",

@@ -190,8 +190,8 @@ def open_pipeline(
     if value_coef > 0 and not data.has_reward:
         raise InvalidData(
             f"{key}.directory={group.directory!r} has no rewards, but {name}.value_coef="
-            f"{value_coef} trains a critic on them; set it to 0, or name the field of the rewards "
-            f"in {key}.features."
+            f"{value_coef} trains a critic on them; name the field of the rewards in "
+            f"{key}.features, or clone without a critic, by the stage 'bc' with bc.value_coef=0."
         )
     tokens = None if into.encode is None else np.stack([into.encode(x) for x in data.texts])
     pipeline = Pipeline(
