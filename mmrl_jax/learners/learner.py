@@ -49,10 +49,15 @@ class Rollout(NamedTuple):
     Attributes:
       transitions: Transitions, [T, B, ...].
       last_observation: Observations after the last transitions, [B, ...].
+      demonstrations: Demonstrated steps [n] that the update learns from too, a `bc.Demonstrations`;
+        None without demonstrations.
+      updates: Number of updates before this one, int32 []; None without demonstrations.
     """
 
     transitions: Transition
     last_observation: Observation
+    demonstrations: Any = None
+    updates: jax.Array | None = None
 
 
 def init(

@@ -55,6 +55,15 @@ class PPO:
     pointing_coef: float = option(
         0.0, "Coefficient of the cross-entropy of pointing.", NON_NEGATIVE
     )
+    demonstration_coef: float = option(
+        0.0,
+        "Coefficient of the cloning loss of demonstrated steps in the first update; 0 for PPO "
+        "without demonstrations.",
+        NON_NEGATIVE,
+    )
+    demonstration_decay: float = option(
+        0.95, "Factor by which that coefficient is multiplied after each update.", between(0, 1)
+    )
     num_epochs: int = option(1, "Passes over the batch of an update.", POSITIVE)
     num_minibatches: int = option(
         4, "Optimizer steps in a pass; they must divide num_envs * unroll_length.", POSITIVE
@@ -137,6 +146,21 @@ def weighted_sum(parts: dict[str, jax.Array], options: PPO) -> jax.Array:
     )
 
 
+def demonstration_coef(rollout: Rollout, options: PPO) -> jax.Array:
+    """Returns the coefficient coef * decay^k of the demonstrations in update k = 0, 1, ..., [].
+
+    (Rajeswaran et al., 2018, DAPG, arXiv 1709.10087, eq. 6, without its factor of the largest
+    advantage: here the advantages are normalized.)
+    """
+    return options.demonstration_coef * jnp.float32(options.demonstration_decay) ** rollout.updates
+
+
+def cloning_loss(state: LearnerState, demonstrations: Any, apply: Apply) -> jax.Array:
+    """Returns the mean cloning loss of demonstrated steps, a `bc.Demonstrations` [n], []."""
+    output = run_network(apply, state, demonstrations.observation)
+    return jnp.mean(output.distribution.cloning_loss(demonstrations.action))
+
+
 def update(
     state: LearnerState,
     rollout: Rollout,
@@ -151,7 +175,8 @@ def update(
 
     Args:
       state: State of the learner, with the parameters and the normalizer of the rollout.
-      rollout: Transitions of B environments under the learner's policy.
+      rollout: Transitions of B environments under the learner's policy, and perhaps demonstrated
+        steps, of which every optimizer step learns too.
       rng: PRNG key of the shuffles.
       apply: Function of parameters and observations that returns a PolicyOutput.
       optimizer: Optimizer whose state is `state.opt_state`.
@@ -175,6 +200,7 @@ def update(
     # The rollout was normalized with these statistics. Learning normalizes with them too, so that
     # the first ratios are exactly 1, and updates them at the end.
     normalizer = state.normalizer
+    demonstrations = shard(rollout.demonstrations)
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
         minibatch, advantage, target = shard(gather(samples, indices))
@@ -182,7 +208,11 @@ def update(
         def total(params: Params) -> tuple[jax.Array, Metrics]:
             output = run_network(apply, state.replace(params=params), minibatch.observation)
             parts, metrics = loss(output, minibatch, advantage, target, rng, options=h)
-            return weighted_sum(parts, h), metrics | parts
+            value = weighted_sum(parts, h)
+            if demonstrations is not None:
+                parts["loss/bc"] = cloning_loss(state.replace(params=params), demonstrations, apply)
+                value += demonstration_coef(rollout, h) * parts["loss/bc"]
+            return value, metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
         state, step_metrics = apply_gradients(state, value, gradients, optimizer)
@@ -205,11 +235,17 @@ def update(
     )
     metrics = mean_over_steps(metrics)
     metrics["value/explained_variance"] = losses.explained_variance(batch.value, target, valid)
-    proprio = batch.observation["proprio"]
+    return state.replace(normalizer=_with_observed(normalizer, batch)), metrics
+
+
+def _with_observed(
+    normalizer: normalization.RunningStatistics, batch: Transition
+) -> normalization.RunningStatistics:
+    """Returns statistics that include the proprioception of the valid steps of a batch [T, B]."""
+    proprio, valid = batch.observation["proprio"], batch.valid
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
-    state = state.replace(normalizer=normalization.update(normalizer, proprio, mask))
-    return state, metrics
+    return normalization.update(normalizer, proprio, mask)
 
 
 @jax.named_scope("advantages")

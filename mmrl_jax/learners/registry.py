@@ -22,8 +22,10 @@ class Algorithm(NamedTuple):
     Attributes:
       options: Dataclass of the hyperparameters, see `config.options`.
       experience: Kind of experience that the algorithm learns from. For control policies it is
-        'rollout' (`learner.Rollout`) or 'demonstrations' (`bc.Batch`), for token policies
-        'completions' or 'labels' (`token_learner.ScoredCompletions` with or without rewards).
+        'rollout' (`learner.Rollout`), 'demonstrated_rollout' (the same, with demonstrations if the
+        option `demonstration_coef` is above 0), or 'demonstrations' (`bc.Batch`), for token
+        policies 'completions' or 'labels' (`token_learner.ScoredCompletions` with or without
+        rewards).
       update: Function (learner, batch, key, *, apply, optimizer, options, shard) that returns the
         new learner and metrics; for token policies (learner, frozen, batch, key, *, ...). It is
         traced into the compiled update. Its metrics must have 'optimizer/steps' and
@@ -52,7 +54,7 @@ CONTROL: dict[str, Algorithm] = {
     ),
     "ppo": Algorithm(
         ppo.PPO,
-        "rollout",
+        "demonstrated_rollout",
         ppo.update,
         ("episode/return", "episode/success"),
         prepare=lambda params, options: ppo.with_std(params, options.initial_std),
