@@ -1,5 +1,6 @@
 """Behavior cloning of demonstrations, which also trains the critic and auxiliary predictions."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from mmrl_jax.learners.learner import (
     auxiliary_losses,
     run_network,
 )
+from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
@@ -121,6 +123,26 @@ def demonstrations(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data)
 
 
+# Function (output of the network, demonstrated steps [n], value targets float32 [n], *, options) ->
+# loss of the policy [] and metrics, which have the loss under its name.
+PolicyLoss = Callable[..., tuple[jax.Array, Metrics]]
+
+
+def policy_loss(
+    output: PolicyOutput, samples: Demonstrations, target: jax.Array, *, options: BC
+) -> tuple[jax.Array, Metrics]:
+    """Returns the mean cloning loss of the action distribution, [], also as a metric.
+
+    Args:
+      output: Output of the network for n observations.
+      samples: Demonstrated steps [n].
+      target: Not used.
+      options: Not used.
+    """
+    loss = jnp.mean(output.distribution.cloning_loss(samples.action))
+    return loss, {"loss/bc": loss}
+
+
 def update(
     state: LearnerState,
     batch: Batch,
@@ -130,11 +152,12 @@ def update(
     optimizer: optax.GradientTransformation,
     options: BC,
     shard: Shard = lambda batch: batch,
+    policy_loss: PolicyLoss = policy_loss,
 ) -> tuple[LearnerState, Metrics]:
     """Takes one optimizer step on a batch of demonstrated steps.
 
-    The loss is the cloning loss of the action distribution, plus the weighted losses of the value
-    and of the auxiliary predictions.
+    The loss is that of the policy, plus the weighted losses of the value and of the auxiliary
+    predictions.
 
     Args:
       state: State of the learner; its normalizer must have seen the demonstrations.
@@ -142,11 +165,12 @@ def update(
       rng: Not used.
       apply: Function of parameters and observations that returns a PolicyOutput.
       optimizer: Optimizer whose state is `state.opt_state`.
-      options: Options of behavior cloning.
+      options: Options of behavior cloning, or of an algorithm that has more.
       shard: Function that places the batch on the mesh.
+      policy_loss: Loss of the policy.
 
     Returns:
-      The new state, and the losses with the metrics of `apply_gradients`.
+      The new state, and the losses with the metrics of `policy_loss` and of `apply_gradients`.
     """
     h, (batch, next_observation) = options, shard(batch)
     next_value = run_network(apply, state, next_observation).value
@@ -157,18 +181,17 @@ def update(
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
         output = run_network(apply, state.replace(params=params), batch.observation)
-        ones = jnp.ones(len(batch.action))
+        policy, metrics = policy_loss(output, batch, target, options=h)
         parts = {
-            "loss/bc": jnp.mean(output.distribution.cloning_loss(batch.action)),
             "loss/value": jnp.mean(losses.value_loss(output.value, target, output.value, None)),
-        } | auxiliary_losses(output, batch.privileged, ones)
+        } | auxiliary_losses(output, batch.privileged, jnp.ones(len(batch.action)))
         value = (
-            parts["loss/bc"]
+            policy
             + h.value_coef * parts["loss/value"]
             + h.auxiliary_coef * parts["loss/auxiliary"]
             + h.pointing_coef * parts["loss/pointing"]
         )
-        return value, parts
+        return value, metrics | parts
 
     (loss, parts), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
     state, metrics = apply_gradients(state, loss, gradients, optimizer)

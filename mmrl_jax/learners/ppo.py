@@ -1,5 +1,6 @@
 """Proximal policy optimization (Schulman et al., 2017, arXiv 1707.06347)."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, Literal
 
@@ -150,6 +151,7 @@ def update(
     options: PPO,
     shard: Shard = lambda batch: batch,
     further_advantage: jax.Array | None = None,
+    further_loss: Callable[[LearnerState], tuple[jax.Array, Metrics]] | None = None,
 ) -> tuple[LearnerState, Metrics]:
     """Takes epochs of minibatch steps on one batch of transitions.
 
@@ -163,6 +165,8 @@ def update(
       shard: Function that places a minibatch on the mesh.
       further_advantage: Advantages of other rewards that are added to those of the batch, float32
         [T, B]; None for none.
+      further_loss: Function of a state that returns a term to add to the loss of every step, [],
+        and its metrics; None for none.
 
     Returns:
       The new state, and metrics: means over the optimizer steps that were taken, NaN if there was
@@ -191,7 +195,11 @@ def update(
         def total(params: Params) -> tuple[jax.Array, Metrics]:
             output = run_network(apply, state.replace(params=params), minibatch.observation)
             parts, metrics = loss(output, minibatch, advantage, target, rng, options=h)
-            return weighted_sum(parts, h, entropy_coef), metrics | parts
+            value = weighted_sum(parts, h, entropy_coef)
+            if further_loss is not None:
+                further, further_parts = further_loss(state.replace(params=params))
+                value, parts = value + further, parts | further_parts
+            return value, metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
         state, step_metrics = apply_gradients(state, value, gradients, optimizer)
@@ -214,12 +222,19 @@ def update(
     )
     metrics = mean_over_steps(metrics)
     metrics["value/explained_variance"] = losses.explained_variance(batch.value, target, valid)
-    proprio = batch.observation["proprio"]
+    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
+    state = state.replace(normalizer=_with_observed(normalizer, batch), extras=extras)
+    return state, metrics | adapted
+
+
+def _with_observed(
+    normalizer: normalization.RunningStatistics, batch: Transition
+) -> normalization.RunningStatistics:
+    """Returns statistics that include the proprioception of the valid steps of a batch [T, B]."""
+    proprio, valid = batch.observation["proprio"], batch.valid
     frames = proprio.shape[2:-1]
     mask = jnp.broadcast_to(valid.reshape(valid.shape + (1,) * len(frames)), proprio.shape[:-1])
-    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
-    normalizer = normalization.update(normalizer, proprio, mask)
-    return state.replace(normalizer=normalizer, extras=extras), metrics | adapted
+    return normalization.update(normalizer, proprio, mask)
 
 
 @jax.named_scope("advantages")

@@ -12,7 +12,7 @@ only an entry in the registry, which can be added in a file of the user:
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mmrl_jax.learners import bc, dpo, entropy_bonus, grpo, ppo, rnd, sft, token_ppo
+from mmrl_jax.learners import awr, bc, dapg, dpo, entropy_bonus, grpo, ppo, rnd, sft, token_ppo
 from mmrl_jax.learners.policy_gradient import reference_needs
 
 
@@ -22,8 +22,9 @@ class Algorithm(NamedTuple):
     Attributes:
       options: Dataclass of the hyperparameters, see `config.options`.
       experience: Kind of experience that the algorithm learns from. For control policies it is
-        'rollout' (`learner.Rollout`) or 'demonstrations' (`bc.Batch`), for token policies
-        'completions' or 'labels' (`token_learner.ScoredCompletions` with or without rewards).
+        'rollout' (`learner.Rollout`), 'demonstrations' (`bc.Batch`) or 'demonstrated_rollout'
+        (`dapg.DemonstratedRollout`), for token policies 'completions' or 'labels'
+        (`token_learner.ScoredCompletions` with or without rewards).
       update: Function (learner, batch, key, *, apply, optimizer, options, shard) that returns the
         new learner and metrics; for token policies (learner, frozen, batch, key, *, ...). It is
         traced into the compiled update. Its metrics must have 'optimizer/steps' and
@@ -55,11 +56,22 @@ def _entropy_extras(options: Any, observation: Any, rng: Any) -> dict[str, Any]:
 
 CONTROL: dict[str, Algorithm] = {
     "bc": Algorithm(bc.BC, "demonstrations", bc.update, ("loss/bc", "loss/pointing")),
+    "awr": Algorithm(
+        awr.AWR, "demonstrations", awr.update, ("loss/awr", "policy/effective_sample_size")
+    ),
     "ppo": Algorithm(
         ppo.PPO,
         "rollout",
         ppo.update,
         ("episode/return", "episode/success"),
+        prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+        extras=_entropy_extras,
+    ),
+    "dapg": Algorithm(
+        dapg.DAPG,
+        "demonstrated_rollout",
+        dapg.update,
+        ("episode/return", "episode/success", "loss/bc"),
         prepare=lambda params, options: ppo.with_std(params, options.initial_std),
         extras=_entropy_extras,
     ),

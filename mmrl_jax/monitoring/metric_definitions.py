@@ -68,6 +68,9 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "Coefficient of the entropy bonus in the next update, with an entropy_target",
         "0 while the entropy is above its target",
     ),
+    "loss/awr": Metric(
+        "1", "The same, weighted by the exponentials of the advantages of the actions", "falls"
+    ),
     "loss/sft": Metric("nats", "Cross-entropy of the tokens of the labeled completions", "falls"),
     "policy/approx_kl": Metric(
         "nats",
@@ -98,6 +101,17 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "nats",
         "KL divergence from the reference policy per token, by the estimator of the loss",
         "stays below 1",
+    ),
+    "policy/weight_mean": Metric(
+        "1", "Mean weight of the demonstrated steps, see `awr.beta`", "1 to 3"
+    ),
+    "policy/weight_max": Metric(
+        "1", "Largest weight of a demonstrated step", "not always the maximum weight"
+    ),
+    "policy/effective_sample_size": Metric(
+        "fraction",
+        "(sum w)^2 / (n * sum w^2) of the weights w of n demonstrated steps",
+        "0.1 to 0.9; at 1 all steps are cloned alike",
     ),
     "policy/entropy": Metric("nats", "Entropy of the action distribution", "falls slowly"),
     "value/explained_variance": Metric(

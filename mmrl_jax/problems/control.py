@@ -25,26 +25,23 @@ from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
 from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners import bc, registry
 from mmrl_jax.learners import learner as learner_lib
-from mmrl_jax.learners.learner import LearnerState, Rollout, policy_function
+from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.pretrained import control_encoders, weights
 from mmrl_jax.problems import (
     control_models,
+    control_sources,
     demonstration_data,
     demonstrations,
     problem,
     sources,
 )
 from mmrl_jax.problems.problem import StageOptions, stream
-from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
-from mmrl_jax.rl import losses
-from mmrl_jax.rollouts.unroll import (
-    PolicyFunction,
-    unroll,
-)
+from mmrl_jax.problems.sources import Constants, Source
+from mmrl_jax.rollouts.unroll import PolicyFunction
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, Stage, Start
-from mmrl_jax.types import Metrics, Observation, Transition
+from mmrl_jax.types import Metrics, Observation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,23 +61,9 @@ class EnvOptions:
     options: dict = option({}, "Further arguments of the environment.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutOptions:
-    """Options of the rollout of an update."""
-
-    num_envs: int = option(
-        256,
-        "Number of environments that step in parallel; a multiple of mesh.data * mesh.fsdp.",
-        POSITIVE,
-    )
-    unroll_length: int = option(16, "Number of steps of each environment in an update.", POSITIVE)
-
-
-# Options of the source of each kind of experience.
-SOURCES: dict[str, type] = {
-    "rollout": RolloutOptions,
-    "demonstrations": demonstrations.DemonstrationOptions,
-}
+def _source_options(name: str) -> type:
+    """Returns the options of the experience of a stage."""
+    return control_sources.SOURCES[registry.CONTROL[name].experience]
 
 
 def options(config: Any) -> Group:
@@ -89,7 +72,7 @@ def options(config: Any) -> Group:
         name: options_of(
             StageOptions,
             registry.CONTROL[name].options,
-            SOURCES[registry.CONTROL[name].experience],
+            _source_options(name),
         )
         for name in problem.stage_names(config, registry.CONTROL)
     }
@@ -125,21 +108,22 @@ def _check_sizes(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises ValueError for batches that minibatches or devices do not divide."""
     sizes: dict[str, int] = {}
     for name in config.stages:
-        g, experience = config[name], registry.CONTROL[name].experience
-        if experience == "demonstrations":
-            sizes[f"{name}.batch_size"] = g.batch_size
-            if g.num_updates * g.batch_size >= 2**32:
+        g, demonstrated = config[name], demonstration_data.demonstrated(config, name)
+        if demonstrated is not None:
+            key, batch_size = demonstrated.key, demonstrated.options.batch_size
+            sizes[f"{key}.batch_size"] = batch_size
+            if g.num_updates * batch_size >= 2**32:
                 raise ValueError(
-                    f"{name}.num_updates={g.num_updates} * {name}.batch_size={g.batch_size} is "
+                    f"{name}.num_updates={g.num_updates} * {key}.batch_size={batch_size} is "
                     "2**32 samples or more, for which epochs cannot be counted; lower one of them."
                 )
-            if config.env.name != "language_reach" and g.data.directory is None:
+            if config.env.name != "language_reach" and demonstrated.options.data.directory is None:
                 raise ValueError(
                     f"stages={tuple(config.stages)} has {name!r}, which learns from "
                     f"demonstrations, but env.name={config.env.name!r} has no scripted expert; "
-                    f"set {name}.data.directory, or remove the stage."
+                    f"set {key}.data.directory, or remove the stage."
                 )
-        if experience == "rollout":
+        if issubclass(_source_options(name), control_sources.RolloutOptions):
             samples = g.num_envs * g.unroll_length
             minibatches = g.get("num_minibatches", 1)
             if samples % minibatches:
@@ -213,25 +197,6 @@ def make_env(config: ml_collections.ConfigDict, *, split: str | None = None) -> 
     )
 
 
-def rollout_metrics(batch: Transition) -> Metrics:
-    """Returns the metrics of an unroll; those of episodes are NaN if no episode ended in it."""
-    ended = batch.terminated + batch.truncated
-
-    def at_end(x: jax.Array) -> jax.Array:
-        return jnp.where(jnp.any(ended > 0), losses.masked_mean(x, ended), jnp.nan)
-
-    metrics = {
-        "episode/return": at_end(batch.metrics["episode_return"]),
-        "episode/length": at_end(batch.metrics["episode_length"]),
-        "rollout/reward": losses.masked_mean(batch.reward, batch.valid),
-        "rollout/valid_fraction": jnp.mean(batch.valid),
-        "rollout/nonfinite_envs": jnp.sum(batch.metrics["broken"]),
-    }
-    if "success" in batch.metrics:
-        metrics["episode/success"] = at_end(batch.metrics["success"])
-    return metrics
-
-
 class Control:
     """Problem of a control policy, see `problem.Problem` for the interface.
 
@@ -279,57 +244,52 @@ class Control:
 
     def expert(self, name: str) -> PolicyFunction:
         """Returns the scripted expert of a stage, which uses privileged state and is imperfect."""
-        return demonstrations.expert(**self.config[name].expert.to_dict())
+        return demonstrations.expert(**self._demonstrated(name).options.expert.to_dict())
 
     def demonstrations(self, name: str) -> bc.Demonstrations:
         """Returns the demonstrations of a stage as numpy arrays, which are recorded only once."""
         if name not in self._demonstrations:
-            g, rng = self.config[name], stream(self.config, problem.DATA)
+            demonstrated, rng = self._demonstrated(name), stream(self.config, problem.DATA)
+            episodes = demonstrated.options.episodes
             self._demonstrations[name], success = demonstrations.record(
                 self.env,
                 self.expert(name),
                 rng,
-                episodes=g.episodes,
-                discount=g.get("discount", 1.0),
+                episodes=episodes,
+                discount=demonstrated.discount,
             )
             if not mesh_lib.only_described():
-                text = f"Recorded {g.episodes} episodes of an expert that succeeds in"
+                text = f"Recorded {episodes} episodes of an expert that succeeds in"
                 print(f"{text} {success:.0%} of them.", flush=True)
         return self._demonstrations[name]
 
-    def _demonstration_source(self, name: str) -> Source:
-        """Returns the source of a stage that learns from demonstrations.
+    def _demonstrated(self, name: str) -> demonstration_data.Demonstrated:
+        demonstrated = demonstration_data.demonstrated(self.config, name)
+        if demonstrated is None:
+            raise ValueError(f"The stage {name!r} has no demonstrations.")
+        return demonstrated
+
+    def _source(self, name: str, apply: learner_lib.Apply) -> Source:
+        """Returns the source of a stage's experience.
 
         Raises:
-          InvalidData: If the demonstrations in `data.directory` cannot be used.
+          InvalidData: If the demonstrations in a directory cannot be used.
         """
-        g = self.config[name]
-        if g.data.directory is None:
-            return demonstrations.source(self.demonstrations(name), batch_size=g.batch_size)
-        return demonstration_data.stage_source(self.config, name, self.env, self.mesh)
-
-    def _rollout(self, name: str, apply: learner_lib.Apply) -> Source:
-        g, env = self.config[name], self.env
-
-        def reset(key: jax.Array) -> State:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(g.num_envs))
-            return env.reset(keys)
-
-        def collect(carry: Carry, constants: Constants) -> Collected:
-            act_key, learn_key = update_keys(carry, 2)
-            policy = policy_function(apply, carry.learner, deterministic=False)
-            env_state, batch = unroll(env, carry.env_state, policy, act_key, g.unroll_length)
-            rollout = Rollout(batch, env_state.obs)
-            return Collected(env_state, rollout, learn_key, rollout_metrics(batch))
-
-        samples = g.num_envs * g.unroll_length
-        return Source(
-            stream=problem.ROLLOUT,
-            samples_per_update=samples,
-            env_steps_per_update=samples,
-            reset=reset,
-            collect=collect,
-        )
+        g, demonstrated = self.config[name], demonstration_data.demonstrated(self.config, name)
+        rollout = None
+        if issubclass(_source_options(name), control_sources.RolloutOptions):
+            rollout = control_sources.rollout(
+                self.env, apply, num_envs=g.num_envs, unroll_length=g.unroll_length
+            )
+        if demonstrated is None:
+            assert rollout is not None
+            return rollout
+        if demonstrated.options.data.directory is None:
+            batch_size = demonstrated.options.batch_size
+            source = demonstrations.source(self.demonstrations(name), batch_size=batch_size)
+        else:
+            source = demonstration_data.stage_source(self.config, name, self.env, self.mesh)
+        return source if rollout is None else control_sources.beside(source, rollout)
 
     # -- Stages ------------------------------------------------------------------------------------
 
@@ -354,10 +314,7 @@ class Control:
             config, name, algorithm_options, None if trainable == ".*" else is_trained
         )
         apply = self._apply(trainable)
-        if algorithm.experience == "demonstrations":
-            source = self._demonstration_source(name)
-        else:
-            source = self._rollout(name, apply)
+        source = self._source(name, apply)
         if start is None and mesh_lib.only_described():
             start = self.from_checkpoint({name: self.checkpoint_parts(name)})
         initial = Start(start)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,13 +72,40 @@ class DataOptions:
     )
 
 
+class Demonstrated(NamedTuple):
+    """The demonstrations that a stage learns from.
+
+    Attributes:
+      key: Name of the group of their options in the config.
+      options: Values of that group, see `demonstrations.DemonstrationOptions`.
+      discount: Discount factor per step of their returns.
+      value_coef: Coefficient of the loss of the values that they train; 0 if they train none.
+    """
+
+    key: str
+    options: ml_collections.ConfigDict
+    discount: float
+    value_coef: float
+
+
+def demonstrated(config: ml_collections.ConfigDict, name: str) -> Demonstrated | None:
+    """Returns the demonstrations of a stage of a control policy; None if it learns from none."""
+    g = config[name]
+    discount = g.get("discount", 1.0)
+    if "data" in g:
+        return Demonstrated(name, g, discount, g.get("value_coef", 0.0))
+    if "demonstrations" in g:
+        return Demonstrated(f"{name}.demonstrations", g.demonstrations, discount, 0.0)
+    return None
+
+
 def directories(config: ml_collections.ConfigDict) -> dict[str, pathlib.Path]:
     """Returns the directories of demonstrations by the names of the stages that have one."""
-    groups = {name: config[name].get("data") for name in config.stages}
+    groups = {name: demonstrated(config, name) for name in config.stages}
     return {
-        name: pathlib.Path(group.directory)
+        name: pathlib.Path(group.options.data.directory)
         for name, group in groups.items()
-        if group is not None and group.directory is not None
+        if group is not None and group.options.data.directory is not None
     }
 
 
@@ -159,7 +186,7 @@ def open_pipeline(
       history: Number of frames of an observation.
       discount: Discount factor per step of the returns.
       value_coef: Coefficient of the value loss; 0 if no critic is trained.
-      name: Name of the stage, for messages.
+      name: Name of the group of options that has `data`, for messages.
 
     Raises:
       ImportError: If a package that the format needs is not installed.
@@ -190,8 +217,8 @@ def open_pipeline(
     if value_coef > 0 and not data.has_reward:
         raise InvalidData(
             f"{key}.directory={group.directory!r} has no rewards, but {name}.value_coef="
-            f"{value_coef} trains a critic on them; set it to 0, or name the field of the rewards "
-            f"in {key}.features."
+            f"{value_coef} trains a critic on them; name the field of the rewards in "
+            f"{key}.features, or clone without a critic, by the stage 'bc' with bc.value_coef=0."
         )
     tokens = None if into.encode is None else np.stack([into.encode(x) for x in data.texts])
     pipeline = Pipeline(
@@ -266,21 +293,23 @@ def stage_source(config: ml_collections.ConfigDict, name: str, env: Env, mesh: M
     Raises:
       InvalidData: If the demonstrations cannot be used, in all processes.
     """
-    g, into = config[name], target(config, env)
+    stage, into = demonstrated(config, name), target(config, env)
+    assert stage is not None
+    batch_size = stage.options.batch_size
     if mesh_lib.only_described():
-        return described_source(env, into, batch_size=g.batch_size)
+        return described_source(env, into, batch_size=batch_size)
     opened = functools.partial(
         open_pipeline,
-        build(DataOptions, g.data),
+        build(DataOptions, stage.options.data),
         into,
-        batch_size=g.batch_size,
+        batch_size=batch_size,
         seed=config.seed,
         history=config.env.history,
-        discount=g.get("discount", 1.0),
-        value_coef=g.get("value_coef", 0.0),
-        name=name,
+        discount=stage.discount,
+        value_coef=stage.value_coef,
+        name=stage.key,
     )
-    return source(multihost.on_all(opened), num_updates=g.num_updates, mesh=mesh)
+    return source(multihost.on_all(opened), num_updates=config[name].num_updates, mesh=mesh)
 
 
 def described_source(env: Env, wanted: Target, *, batch_size: int) -> Source:

@@ -19,7 +19,8 @@ from mmrl_jax.learners import registry
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenState, agent_policy
 from mmrl_jax.models import lora
 from mmrl_jax.problems import control, problem, token_models, token_options, token_problem
-from mmrl_jax.problems.control import EnvOptions, RolloutOptions
+from mmrl_jax.problems.control import EnvOptions
+from mmrl_jax.problems.control_sources import RolloutOptions, rollout_metrics
 from mmrl_jax.problems.problem import stream
 from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
 from mmrl_jax.problems.token_problem import LabelOptions, TokenProblem
@@ -242,7 +243,7 @@ class TextAgent(TokenProblem):
                 ),
                 interface.make_prompts(env_state.obs),
             )
-            metrics = control.rollout_metrics(batch) | {
+            metrics = rollout_metrics(batch) | {
                 "completion/invalid_fraction": losses.masked_mean(invalid, batch.valid),
                 "completion/truncated_fraction": losses.masked_mean(
                     1.0 - completions.finished, batch.valid

@@ -57,7 +57,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     "total loss": ("loss/total",),
     "policy loss": ("loss/policy",),
     "value loss": ("loss/value",),
-    "behavior cloning loss": ("loss/bc",),
+    "behavior cloning loss": ("loss/bc", "loss/awr"),
     "auxiliary loss": ("loss/auxiliary",),
     "KL per update": ("policy/approx_kl",),
     "entropy": ("policy/entropy",),

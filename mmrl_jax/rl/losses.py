@@ -69,6 +69,19 @@ def explained_variance(value: jax.Array, target: jax.Array, mask: jax.Array) -> 
     return 1 - residual / jnp.maximum(variance, 1e-8)
 
 
+def advantage_weights(scaled_advantage: jax.Array, max_weight: float) -> jax.Array:
+    """Returns min(exp(x), max_weight), the weights of advantage-weighted regression, float32 [...].
+
+    The weights have no gradient (Peng et al., 2019, arXiv 1910.00177).
+
+    Args:
+      scaled_advantage: Advantages divided by the temperature, float32 [...].
+      max_weight: Maximum weight, > 0.
+    """
+    weight = jnp.minimum(jnp.exp(scaled_advantage), max_weight)
+    return jax.lax.stop_gradient(weight)
+
+
 def approximate_kl(log_ratio: jax.Array) -> jax.Array:
     """Estimates KL(old || new) per sample by k3, (rho - 1) - log rho >= 0, float32 [...], in nats.
 

@@ -19,9 +19,9 @@ ENV = {"name": "language_grid", "height": 16, "width": 16}
 MODEL = {"width": 16, "layers": 1, "heads": 2, "patch_hidden": 16}
 
 
-def config(*, flat=False, **bc):
+def config(*, flat=False, stage="bc", **options):
     """Returns the config of a tiny policy in the grid; a flat one sees no images."""
-    stage = {
+    base = {
         "num_updates": 2,
         "batch_size": 8,
         "eval_interval": 2,
@@ -31,12 +31,12 @@ def config(*, flat=False, **bc):
     return problems.complete(
         {
             "problem": "control",
-            "stages": ("bc",),
+            "stages": (stage,),
             "env": ENV | ({"height": 0, "width": 0} if flat else {}),
             "model": {"kind": "mlp"} if flat else MODEL,
             "mesh": {"data": 1},
             "run": {"eval_episodes": 4},
-            "bc": stage | bc,
+            stage: base | options,
         }
     )
 

@@ -63,9 +63,11 @@ def batches(directory, count, mesh=None):
     return [demonstration_data.to_batch(pipeline.batch(u)) for u in range(count)]
 
 
-def test_training_resumes_in_the_middle_of_an_epoch_bit_for_bit(data, tmp_path):
+@pytest.mark.parametrize("stage", ["bc", "awr"])
+def test_training_resumes_in_the_middle_of_an_epoch_bit_for_bit(stage, data, tmp_path):
     optimizer = {"schedule": "constant"}
     options = {"data": {"directory": str(data)}, "optimizer": optimizer, "flat": True}
+    options["stage"] = stage
     whole, half = (config(**options, num_updates=count) for count in (4, 2))
     one = mmrl_jax.train(whole, tmp_path / "one")
     assert mmrl_jax.train(half, tmp_path / "two").last.updates == 2
