@@ -74,7 +74,8 @@ class PPO(EntropyOptions):
     )
     # This field is no key of a config. If it is set, the log-probs of the actions are recomputed in
     # minibatches before the first step. Below float32 the log-probs of the rollout differ by
-    # rounding, because it is another program, and the first ratios would not be 1.
+    # rounding, because it is another program, and the first ratios would not be 1. With
+    # augmentation, those of the rollout are of other images.
     recompute: bool = False
 
 

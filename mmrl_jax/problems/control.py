@@ -29,6 +29,7 @@ from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.pretrained import control_encoders, weights
 from mmrl_jax.problems import (
+    augmented,
     control_models,
     control_sources,
     demonstration_data,
@@ -73,6 +74,7 @@ def options(config: Any) -> Group:
             StageOptions,
             registry.CONTROL[name].options,
             _source_options(name),
+            augmented.AugmentedOptions,
         )
         for name in problem.stage_names(config, registry.CONTROL)
     }
@@ -224,6 +226,7 @@ class Control:
         shapes = control_models.shapes(self.network, self.env, config.model)
         for name in config.stages:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
+            augmented.make(config, name, self.env)  # Raises for options that do not fit.
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
         self.best_metric = f"eval/{config.env.split}/return"
         self.test_split: str | None = None
@@ -306,7 +309,10 @@ class Control:
         config, algorithm = self.config, registry.CONTROL[name]
         # An MLP has no option `dtype` and always computes in float32.
         reduced = config.model.get("dtype", "float32") != "float32"
-        derived = {"recompute": reduced} if hasattr(algorithm.options, "recompute") else {}
+        augment = augmented.make(config, name, self.env)
+        derived = {}
+        if hasattr(algorithm.options, "recompute"):  # The policy acted on other images.
+            derived = {"recompute": reduced or augment is not None}
         algorithm_options = build(algorithm.options, config[name], **derived)
         trainable = config[name].trainable
         is_trained = functools.partial(control_models.is_trainable, trainable=trainable)
@@ -339,6 +345,8 @@ class Control:
         def update(
             learner: LearnerState, constants: Constants, batch: Any, key: jax.Array
         ) -> tuple[LearnerState, Metrics]:
+            if augment is not None:
+                batch = augment(batch, jax.random.fold_in(key, 1))
             return algorithm.update(
                 learner,
                 batch,

@@ -13,7 +13,7 @@ from mmrl_jax.learners import bc
 from mmrl_jax.learners.learner import LearnerState, epoch_indices
 from mmrl_jax.problems import problem
 from mmrl_jax.problems.demonstration_data import DataOptions
-from mmrl_jax.problems.sources import Collected, Constants, Source
+from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
 from mmrl_jax.rl import losses, normalization
 from mmrl_jax.rollouts.unroll import (
     ActorOutput,
@@ -118,7 +118,7 @@ def source(data: bc.Demonstrations, *, batch_size: int) -> Source:
         indices = epoch_indices(
             carry.rng, carry.updates, batch_size=batch_size, size=len(data.action)
         )
-        return Collected(None, bc.gather(data, indices), carry.rng, {})
+        return Collected(None, bc.gather(data, indices), update_keys(carry, 1)[0], {})
 
     def prepare(learner: LearnerState) -> LearnerState:
         proprio = data.observation["proprio"][: len(data.action)]

@@ -180,7 +180,7 @@ def batches_on_host(
 
     def on_host(learn: Learn) -> Callable[[Carry, Any], HostUpdate]:
         def step(carry: Carry, constants: Constants, batch: Any) -> tuple[Carry, Metrics]:
-            return learn(carry, constants, Collected(None, batch, carry.rng, {}))
+            return learn(carry, constants, Collected(None, batch, update_keys(carry, 1)[0], {}))
 
         def compiled(carry: Carry, constants: Constants) -> HostUpdate:
             replicated = mesh_lib.replicated(mesh)
