@@ -75,6 +75,11 @@ def test_both_processors_have_the_order_of_transformers():
     )
     expected = torch.softmax(theirs(torch.tensor(sequences()), torch.tensor(logits())), -1)
     np.testing.assert_allclose(jax.nn.softmax(processed / 0.5, -1), expected, rtol=1e-5)
+    later = process_logits(
+        jnp.asarray(logits()), seen, jnp.asarray(2), sampling=sampling, stop=(4,)
+    )
+    np.testing.assert_array_equal(processed[:, 4], [-np.inf] * 3)
+    assert np.all(np.isfinite(later))
     keys = jax.random.split(jax.random.key(0), 20_000)
     tokens, log_probs = jax.vmap(
         lambda key: sample_token(jnp.asarray(logits()[0]), key, sampling, processed[0])

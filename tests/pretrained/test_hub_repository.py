@@ -1,0 +1,95 @@
+"""Tests of the upload to the hub, against a fake of it on this machine."""
+
+import huggingface_hub.constants
+import pytest
+
+from mmrl_jax.pretrained import hub_repository
+from tests import fake_hub
+
+TOKEN = "hf_secret"
+FILES = {
+    "README.md": b"---\ntags: [mmrl_jax]\n---\n",
+    "model.safetensors": b"\0\1",
+    "a/b.json": b"1",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that all requests go to, with a token in the environment and none in a file."""
+    with fake_hub.running() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+
+
+@pytest.fixture
+def directory(tmp_path):
+    for name, content in FILES.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_directory_is_uploaded_with_the_token(private, hub, directory):
+    hub_repository.check("me/tuned")
+    assert not hub.calls
+    address = hub_repository.push(directory, "me/tuned", private=private)
+    assert address.startswith(f"{hub.address}/me/tuned/commit/")
+    assert hub.repositories == {"me/tuned": FILES} and hub.private == {"me/tuned": private}
+    assert {call.token for call in hub.calls if call.method == "POST"} == {f"Bearer {TOKEN}"}
+    # A second upload, as of a longer run, replaces the files.
+    (directory / "model.safetensors").write_bytes(b"\2")
+    hub_repository.push(directory, "me/tuned", private=private)
+    assert hub.repositories["me/tuned"]["model.safetensors"] == b"\2"
+
+
+def test_a_private_upload_does_not_go_to_a_public_repository(hub, directory):
+    hub.repositories["me/tuned"], hub.private["me/tuned"] = {}, False
+    with pytest.raises(
+        ValueError, match="me/tuned: this repository exists and is public. Add --pub"
+    ):
+        hub_repository.push(directory, "me/tuned", private=True)
+    assert not hub.repositories["me/tuned"]
+
+
+@pytest.mark.parametrize("name", ["tuned", "me/tuned/x", "/tuned", "me/", "../tuned", "me/a b"])
+def test_a_name_that_is_none_of_a_repository_is_refused(name, hub):
+    with pytest.raises(ValueError, match=r"--push_to=.* must be owner/name"):
+        hub_repository.check(name)
+
+
+def test_without_a_token_nothing_is_tried(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="needs a token .*hf auth login.*HF_TOKEN"):
+        hub_repository.check("me/tuned")
+    assert not hub.calls
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"refuses the upload to me/tuned \(401: .*token is invalid, or has no permission"),
+        (403, r"refuses the upload to me/tuned \(403: .*token is invalid, or has no permission"),
+        (507, r"The hub failed \(507: "),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(status, message, hub, directory):
+    hub.status = status
+    with pytest.raises(ValueError, match=message) as refused:
+        hub_repository.push(directory, "me/tuned", private=True)
+    assert f"hf upload me/tuned {directory}" in str(refused.value)
+    assert "You are not welcome here" in str(refused.value) and TOKEN not in str(refused.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(hub, directory, monkeypatch):
+    # Nothing listens on this port, which only the administrator may use.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"cannot be reached \(ConnectError.*HF_ENDPOINT"):
+        hub_repository.push(directory, "me/tuned", private=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot be reached \(OfflineMode.*HF_HUB_OFFLINE"):
+        hub_repository.push(directory, "me/tuned", private=True)
