@@ -2,10 +2,18 @@
 
 import base64
 import contextlib
+import hashlib
 import http.server
 import json
 import threading
 from typing import NamedTuple
+
+COMMIT = "0123456789" * 4
+
+
+def digest(content):
+    """Returns the name that git gives to a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Call(NamedTuple):
@@ -49,6 +57,19 @@ class FakeHub:
         if path.removeprefix("/api/models/") in self.repositories:
             name = path.removeprefix("/api/models/")
             return 200, {"id": name, "private": self.private[name]}
+        name = path.removeprefix("/api/models/").partition("/revision/")[0].partition("/tree/")[0]
+        if "/revision/" in path and name in self.repositories:
+            siblings = [{"rfilename": x} for x in self.repositories[name]]
+            return 200, {"id": name, "sha": COMMIT, "siblings": siblings, "private": False}
+        if "/tree/" in path and name in self.repositories:
+            files = self.repositories[name].items()
+            return 200, [
+                {"type": "file", "path": x, "size": len(content), "oid": digest(content)}
+                for x, content in files
+            ]
+        if f"/resolve/{COMMIT}/" in path:
+            name, _, file = path[1:].partition(f"/resolve/{COMMIT}/")
+            return 200, self.repositories[name][file]
         if "/preupload/" in path:
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -61,8 +82,8 @@ class FakeHub:
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.repositories[name][line["value"]["path"]] = content
-            url = f"{self.address}/{name}/commit/{'0' * 40}"
-            return 200, {"commitUrl": url, "commitOid": "0" * 40, "hookOutput": ""}
+            url = f"{self.address}/{name}/commit/{COMMIT}"
+            return 200, {"commitUrl": url, "commitOid": COMMIT, "hookOutput": ""}
         return 404, {"error": f"no {path}"}
 
 
@@ -79,12 +100,15 @@ def running():
             body = lines if many else lines[0] if lines else None
             token = self.headers.get("Authorization")
             status, result = hub.answer(Call(self.command, self.path, token, body))
-            content = json.dumps(result).encode()
+            content = result if isinstance(result, bytes) else json.dumps(result).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{digest(content)}"')
+            self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         do_GET = do_POST = do_HEAD = respond
 

@@ -80,7 +80,7 @@ def export(
     _check_kind(problem, directory)
     config = problem.config
     source = chat.directory_of(config.model.checkpoint)
-    base = base_model or _hub_name(source)
+    base = base_model or _hub_name(config.model.checkpoint, source)
     if push_to is not None and adapter and base is None:
         raise ValueError(
             f"--push_to={push_to}: adapters name the model that they belong to, but the directory "
@@ -139,8 +139,15 @@ def _check_kind(problem: problems.Problem, directory: workdir_lib.PathLike) -> N
         )
 
 
-def _hub_name(source: pathlib.Path) -> str | None:
-    """Returns the name on the hub that the config of a model has, `owner/name`, or None."""
+def _hub_name(checkpoint: str, source: pathlib.Path) -> str | None:
+    """Returns the name of a pretrained model on the hub, `owner/name`; None if it is unknown.
+
+    Args:
+      checkpoint: Value of `model.checkpoint`.
+      source: Its directory, whose config may have the name.
+    """
+    if checkpoint.startswith(hub_repository.SCHEME):
+        return checkpoint.removeprefix(hub_repository.SCHEME).partition("@")[0]
     name = str(hub.read_config(source).get("_name_or_path"))
     return name if hub_repository.is_name(name) and not pathlib.Path(name).exists() else None
 

@@ -1,10 +1,16 @@
-"""Upload of an exported model to a repository of the Hugging Face hub."""
+"""Upload of an exported model to a repository of the Hugging Face hub, and download of a model."""
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import pathlib
 import re
 
+from mmrl_jax.pretrained import hub
+
+SCHEME = "hf://"
+# Data only: neither code nor pickles.
+_DOWNLOADED = ("*.safetensors", *(f"*{suffix}" for suffix in hub.DATA))
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -54,7 +60,10 @@ def push(directory: pathlib.Path, repository: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _explained(directory, repository):
+    kept = (
+        f" The export is complete in {directory}; to upload it: hf upload {repository} {directory}"
+    )
+    with _explained(f"the upload to {repository}", kept):
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.model_info(repository).private:
             raise ValueError(
@@ -67,14 +76,41 @@ def push(directory: pathlib.Path, repository: str, *, private: bool) -> str:
     return commit.commit_url
 
 
+@functools.lru_cache(maxsize=8)  # A run builds its policy several times.
+def pull(name: str) -> pathlib.Path:
+    """Downloads the weights, configs and vocabularies of a model to the cache of the hub.
+
+    Args:
+      name: Name of the repository, `owner/name` or `owner/name@revision`.
+
+    Returns:
+      The directory of the files. Without a network it is that of an earlier download.
+
+    Raises:
+      ValueError: If the name has another form, the hub refuses the download, or it cannot be
+        reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    if not is_name(repository):
+        raise ValueError(f"{SCHEME}{name} must be {SCHEME}owner/name, or with @revision.")
+    with _explained(f"the download of {repository}"):
+        return pathlib.Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=[*_DOWNLOADED])
+        )
+
+
 @contextlib.contextmanager
-def _explained(directory: pathlib.Path, repository: str) -> Iterator[None]:
-    """Turns errors of the hub into a ValueError that says what to do."""
+def _explained(what: str, kept: str = "") -> Iterator[None]:
+    """Turns errors of the hub into a ValueError that says what to do.
+
+    Args:
+      what: What is tried, to complete 'The hub refuses ...'.
+      kept: Sentence on what is left to do.
+    """
     from huggingface_hub import errors
 
-    kept = (
-        f"The export is complete in {directory}; upload it with: hf upload {repository} {directory}"
-    )
     try:
         yield
     except errors.HfHubHTTPError as error:
@@ -82,12 +118,16 @@ def _explained(directory: pathlib.Path, repository: str) -> Iterator[None]:
         reason = error.server_message or error.response.reason_phrase
         if status in (401, 403, 404):
             raise ValueError(
-                f"The hub refuses the upload to {repository} ({status}: {reason}): the token is "
-                f"invalid, or has no permission to write there; see {_TOKENS}. {kept}"
+                f"The hub refuses {what} ({status}: {reason}): the name or the token is wrong, or "
+                f"the token has no permission for it; see {_TOKENS}.{kept}"
             ) from error
-        raise ValueError(f"The hub failed ({status}: {reason}). {kept}") from error
-    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+        raise ValueError(f"The hub failed in {what} ({status}: {reason}).{kept}") from error
+    except (
+        errors.HTTPError,
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,  # There is no network and no earlier download.
+    ) as error:
         raise ValueError(
-            f"The hub cannot be reached ({type(error).__name__}: {error}); check the network, "
-            f"HF_ENDPOINT and HF_HUB_OFFLINE. {kept}"
+            f"The hub cannot be reached for {what} ({type(error).__name__}: {error}); check the "
+            f"network, HF_ENDPOINT and HF_HUB_OFFLINE.{kept}"
         ) from error

@@ -16,6 +16,7 @@ from etils import epath
 from mmrl_jax import problems
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config import schema
+from mmrl_jax.pretrained import hub_repository
 from mmrl_jax.training import fingerprints
 
 NAME = "README.md"
@@ -28,13 +29,13 @@ model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
 ```
 
-mmrl_jax reads a local directory: `hf download {name} --local-dir DIR`, then
-`--config=vlm_grpo --config.model.checkpoint=DIR` to train it further, or
+mmrl_jax trains it further with `--config=vlm_grpo --config.model.checkpoint={checkpoint}`,
+and reads it in Python with
 
 ```python
-from mmrl_jax.pretrained import hub
+from mmrl_jax.pretrained import chat, hub
 
-model, variables, config = hub.load_vision_language_model("DIR")
+model, variables, config = hub.load_vision_language_model(chat.directory_of("{checkpoint}"))
 ```"""
 
 _LOAD_ADAPTER = """```python
@@ -46,8 +47,12 @@ model = PeftModel.from_pretrained(base, "{name}")
 processor = AutoProcessor.from_pretrained("{base}")
 ```
 
-mmrl_jax reads a model with the adapters merged into it, with local directories of both:
-`python -m experiments.convert_hf --to=hub --source=BASE --adapter=DIR --output=tuned`."""
+mmrl_jax reads the directory of the merged model, which these lines write:
+
+```python
+model.merge_and_unload().save_pretrained("merged")
+processor.save_pretrained("merged")
+```"""
 
 
 class ExportedModel(NamedTuple):
@@ -101,15 +106,19 @@ def write(output: pathlib.Path, exported: ExportedModel, workdir: epath.Path) ->
     config = problems.complete(stored)
     last = exported.step == config[exported.stage].num_updates
     results = read_results(workdir, exported.step, last=last)
+    on_hub = hub_repository.is_name(exported.name)
+    load = (_LOAD_ADAPTER if exported.adapter else _LOAD_MODEL).format(
+        name=exported.name,
+        base=exported.base or "BASE",
+        checkpoint=f"{hub_repository.SCHEME if on_hub else ''}{exported.name}",
+    )
     sections = {
         f"# {exported.name.rpartition('/')[2]}": _description(exported, config),
         "## Training": _training(exported, config, workdir),
         "## Options that differ from the defaults": _options(config),
         "## Results": _results(exported, results, workdir),
         "## Known limits": _limits(exported, config, results),
-        "## How to load it": (_LOAD_ADAPTER if exported.adapter else _LOAD_MODEL).format(
-            name=exported.name, base=exported.base or "BASE"
-        ),
+        "## How to load it": load,
     }
     text = "\n\n".join(f"{title}\n\n{body}" for title, body in sections.items())
     card = f"---\n{_metadata(exported, config)}\n---\n\n{text}\n"

@@ -1,10 +1,11 @@
-"""Tests of the upload to the hub, against a fake of it on this machine."""
+"""Tests of the upload to the hub and of downloads, against a fake of it on this machine."""
 
 import huggingface_hub.constants
 import pytest
 
-from mmrl_jax.pretrained import hub_repository
-from tests import fake_hub
+from mmrl_jax.pretrained import chat, hub_repository
+from mmrl_jax.pretrained.hub import load_language_model
+from tests import fake_hub, processors
 
 TOKEN = "hf_secret"
 FILES = {
@@ -18,10 +19,16 @@ FILES = {
 def hub(monkeypatch, tmp_path):
     """A hub that all requests go to, with a token in the environment and none in a file."""
     with fake_hub.running() as running:
+        # huggingface_hub has read HF_ENDPOINT and HF_HOME when it was imported.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.address)
+        files = running.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub_repository.pull.cache_clear()
         yield running
+        hub_repository.pull.cache_clear()
 
 
 @pytest.fixture
@@ -72,9 +79,9 @@ def test_without_a_token_nothing_is_tried(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"refuses the upload to me/tuned \(401: .*token is invalid, or has no permission"),
-        (403, r"refuses the upload to me/tuned \(403: .*token is invalid, or has no permission"),
-        (507, r"The hub failed \(507: "),
+        (401, r"refuses the upload to me/tuned \(401: .* the token has no permission"),
+        (403, r"refuses the upload to me/tuned \(403: .* the token has no permission"),
+        (507, r"The hub failed in the upload to me/tuned \(507: "),
     ],
 )
 def test_what_the_hub_refuses_is_explained(status, message, hub, directory):
@@ -88,8 +95,38 @@ def test_what_the_hub_refuses_is_explained(status, message, hub, directory):
 def test_a_hub_that_cannot_be_reached_is_named(hub, directory, monkeypatch):
     # Nothing listens on this port, which only the administrator may use.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(ValueError, match=r"cannot be reached \(ConnectError.*HF_ENDPOINT"):
+    with pytest.raises(
+        ValueError, match=r"cannot be reached for the upload.*\(ConnectError.*HF_ENDPOINT"
+    ):
         hub_repository.push(directory, "me/tuned", private=True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot be reached \(OfflineMode.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ValueError, match=r"cannot be reached for the upload.*\(OfflineMode.*HF_HUB_OFF"
+    ):
         hub_repository.push(directory, "me/tuned", private=True)
+
+
+def test_a_model_of_the_hub_is_downloaded_without_code(hub, tmp_path):
+    source = processors.save_decoder(tmp_path / "llama")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    code = {"modeling.py": b"1", "pytorch_model.bin": b"2", "run.pkl": b"3"}
+    hub.repositories["me/llama"], hub.private["me/llama"] = files | code, True
+    directory = chat.directory_of("hf://me/llama@v1.0")
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == files
+    assert any(call.path == "/api/models/me/llama/revision/v1.0" for call in hub.calls)
+    assert chat.read_chat(directory, load_language_model(directory).model.vocabulary).stops
+    # Nothing is asked a second time, and without a network the earlier download is found.
+    count = len(hub.calls)
+    assert chat.directory_of("hf://me/llama@v1.0") == directory and len(hub.calls) == count
+    hub.status = 500
+    hub_repository.pull.cache_clear()
+    assert chat.directory_of("hf://me/llama@v1.0") == directory
+
+
+def test_what_cannot_be_downloaded_is_explained(hub):
+    with pytest.raises(ValueError, match="hf://llama must be hf://owner/name"):
+        chat.directory_of("hf://llama")
+    with pytest.raises(ValueError, match=r"for the download of me/absent"):
+        chat.directory_of("hf://me/absent")
+    with pytest.raises(ValueError, match="no directory 'me/llama'.*give hf://me/llama"):
+        chat.directory_of("me/llama")

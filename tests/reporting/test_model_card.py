@@ -117,7 +117,9 @@ def test_a_merged_model_is_loaded_by_transformers(workdir):
     _, text = write(workdir, adapter=False, dtype="bfloat16", base=None)
     assert 'model = AutoModelForImageTextToText.from_pretrained("me/counting")' in text
     assert "rounded to bfloat16" in text and "model `SmolVLM`, fine-tuned" in text
-    assert "peft" not in text
+    assert "peft" not in text and "--config.model.checkpoint=hf://me/counting`" in text
+    _, text = write(workdir, adapter=False, name="tuned")
+    assert 'hub.load_vision_language_model(chat.directory_of("tuned"))' in text
 
 
 def test_a_table_survives_a_pattern_and_a_line_break():
