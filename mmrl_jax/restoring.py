@@ -97,6 +97,8 @@ class Loaded(NamedTuple):
         sampling: Sampling = completion.GREEDY,
         max_new_tokens: int | None = None,
         seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        sort_by: completion.Order | None = None,
     ) -> list[list[completion.Completion]]:
         """Completes prompts about images with a token policy, see `completion.complete`.
 
@@ -108,6 +110,9 @@ class Loaded(NamedTuple):
           sampling: How tokens are sampled; greedy by default.
           max_new_tokens: Maximum number of tokens of a completion; None for that of the run.
           seed: Seed of the sampling.
+          stop_strings: Texts any of which ends a completion, which is truncated before it.
+          sort_by: 'log_prob' or 'mean_log_prob' to sort the completions of each prompt by it, the
+            largest first; None for the order in which they were sampled.
 
         Returns:
           The completions of each prompt.
@@ -115,10 +120,8 @@ class Loaded(NamedTuple):
         Raises:
           ValueError: If the run has no token policy, or an input is invalid.
         """
-        if not isinstance(self.problem, TokenProblem):
-            raise ValueError("The run has a control policy, which completes no prompts.")
         return completion.complete(
-            self.problem,
+            self._token_problem(),
             self.variables,
             prompts,
             images,
@@ -126,7 +129,35 @@ class Loaded(NamedTuple):
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            stop_strings=stop_strings,
+            sort_by=sort_by,
         )
+
+    def choose(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[completion.Image],
+        choices: Sequence[str],
+    ) -> list[list[completion.Choice]]:
+        """Computes the probabilities of given completions, see `completion.choose`.
+
+        Args:
+          prompts: Texts of N prompts.
+          images: Image of each prompt, see `generate`.
+          choices: Texts of the completions, at least 2.
+
+        Returns:
+          The choices of each prompt, the most likely one first.
+
+        Raises:
+          ValueError: If the run has no token policy, or an input is invalid.
+        """
+        return completion.choose(self._token_problem(), self.variables, prompts, images, choices)
+
+    def _token_problem(self) -> TokenProblem:
+        if not isinstance(self.problem, TokenProblem):
+            raise ValueError("The run has a control policy, which completes no prompts.")
+        return self.problem
 
     def policy(self, *, deterministic: bool = True) -> PolicyFunction:
         """Returns the policy function for `rollouts.unroll`, of a problem with an environment.

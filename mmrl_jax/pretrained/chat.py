@@ -16,7 +16,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from mmrl_jax.pretrained import bundled_weights, processor_files
+from mmrl_jax.pretrained import bundled_weights, hub_repository, processor_files
 from mmrl_jax.tasks.samples import short_repr
 
 SMOLLM2 = "smollm2"
@@ -149,17 +149,23 @@ class ChatTokenizer:
 
 
 def directory_of(pretrained: str) -> pathlib.Path:
-    """Returns the directory of a model, given as 'smollm2' or as a directory in the hub's format.
+    """Returns the directory of a model, in the hub's format.
+
+    Args:
+      pretrained: 'smollm2', a directory, or hf://owner/name of a model on the hub, which is
+        downloaded.
 
     Raises:
-      ValueError: The packages with SmolLM2's weights are not installed, or the directory does not
-        exist.
+      ValueError: The packages with SmolLM2's weights are not installed, the directory does not
+        exist, or the model cannot be downloaded.
     """
+    if pretrained.startswith(hub_repository.SCHEME):
+        return hub_repository.pull(pretrained.removeprefix(hub_repository.SCHEME))
     if pretrained != SMOLLM2:
         directory = pathlib.Path(pretrained)
         if not directory.is_dir():
             hint = (
-                f" Nothing is downloaded: hf download {pretrained} --local-dir DIR, and give DIR."
+                f" To download the model from the hub, give {hub_repository.SCHEME}{pretrained}."
                 if re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained)
                 else ""
             )

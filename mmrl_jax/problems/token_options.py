@@ -59,8 +59,8 @@ class DecoderOptions(_TokenPatchOptions, VisionEncoderOptions, _PretrainedOption
     width: int = option(64, "Width of the vision encoder, before the projector.", POSITIVE)
     checkpoint: str | None = option(
         "smollm2",
-        "'smollm2', or a directory of a chat model in the Hugging Face format, whose tokenizer and "
-        "chat template are used.",
+        "'smollm2', a directory of a chat model in the Hugging Face format, or hf://owner/name (or "
+        "hf://owner/name@revision) to download it; its tokenizer and chat template are used.",
     )
 
 
@@ -71,8 +71,8 @@ class VLMOptions(_PretrainedOptions):
     kind: Literal["vlm"] = option("vlm", "Kind of model.")
     checkpoint: str | None = option(
         None,
-        "Directory of a vision-language chat model in the Hugging Face format, whose processor and "
-        "chat template are used.",
+        "Directory of a vision-language chat model in the Hugging Face format, or hf://owner/name "
+        "(or hf://owner/name@revision) to download it; its processor and chat template are used.",
     )
     image_splitting: bool = option(
         False, "Whether the model's processor splits an image into tiles; otherwise it is one tile."

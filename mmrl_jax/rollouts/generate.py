@@ -5,7 +5,6 @@ completions [B, G, T]                                       two  <end> <pad>  ..
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,46 +15,16 @@ from mmrl_jax.distributed.mesh import split_heads
 from mmrl_jax.models.language import CachePosition, LanguageModel, next_position
 from mmrl_jax.models.masks import Mask, causal_mask
 from mmrl_jax.models.vlm import VisionLanguageModel
+from mmrl_jax.rollouts.sampling import Sampling, process_logits, sample_token, tokens_seen
 
 Variables = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is sampled.
-
-    Attributes:
-      temperature: Number that logits are divided by, >= 0; 0 for greedy decoding.
-      top_k: Number of most likely tokens that are sampled from, >= 1; None for all tokens.
-      top_p: Total probability of the most likely tokens that are sampled from, in (0, 1] (Holtzman
-        et al., 2020); 1 for all tokens.
-      min_p: Smallest probability of a token that is sampled from, as a fraction of the largest one,
-        in [0, 1]; 0 for all tokens.
-
-    Raises:
-      ValueError: A value is out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, valid, requirement in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {requirement}.")
 
 
 class EmbeddedPrompt(NamedTuple):
     """Inputs of the language model for B prompts, from `text_prompt` or `image_prompt`.
 
     Attributes:
+      tokens: Token ids, image tokens included, int32 [B, S].
       x: Embeddings, with image features at the image tokens, float [B, S, D].
       mask: False for padding, on either side, bool [B, S].
       positions: Positions of the tokens, int32 [B, S], or [B, A, S] on A axes.
@@ -64,6 +33,7 @@ class EmbeddedPrompt(NamedTuple):
         `VisionFeatures.deep`.
     """
 
+    tokens: jax.Array
     x: jax.Array
     mask: jax.Array
     positions: jax.Array
@@ -77,7 +47,8 @@ class Completions(NamedTuple):
     Attributes:
       tokens: Token ids, with padding after the stop token, int32 [B, G, T].
       log_probs: Log-probs of the tokens at the sampling temperature (1 for greedy decoding), before
-        top-k, top-p and min-p, float32 [B, G, T]; 0 for padding.
+        top-k, top-p, min-p, the repetition penalty and the minimum length, float32 [B, G, T]; 0 for
+        padding.
       mask: True for the tokens of completions, the stop token included, bool [B, G, T].
       finished: True where a completion ended with a stop token, False where it was truncated at T
         tokens, bool [B, G].
@@ -96,7 +67,7 @@ def text_prompt(
     apply: Callable[..., Any] = model.apply
     x = apply(variables, tokens, method="embed")
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return EmbeddedPrompt(x, mask, positions, causal_mask(mask, contiguous=True))
+    return EmbeddedPrompt(tokens, x, mask, positions, causal_mask(mask, contiguous=True))
 
 
 def image_prompt(
@@ -123,7 +94,7 @@ def image_prompt(
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     apply: Callable[..., Any] = functools.partial(model.apply, variables)
     x, added = apply(tokens, apply(images, method="encode"), method="embed")
-    return EmbeddedPrompt(x, mask, positions, attention_mask, added)
+    return EmbeddedPrompt(tokens, x, mask, positions, attention_mask, added)
 
 
 def language(
@@ -134,46 +105,6 @@ def language(
         return model, variables
     inner = {name: tree["language"] for name, tree in variables.items() if "language" in tree}
     return model.language, inner
-
-
-def log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
-    """Returns log-probs float32 [..., V] at a temperature; 0 is taken as 1."""
-    return jax.nn.log_softmax(logits.astype(jnp.float32) / (temperature or 1.0), axis=-1)
-
-
-def apply_top_k_top_p(log_probs: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sets log-probs [..., V] to -inf for tokens that top-k, top-p or min-p exclude.
-
-    The most likely token always remains, and so do ties with the k-th one.
-    """
-    if sampling.top_k is not None and sampling.top_k < log_probs.shape[-1]:
-        kth = jax.lax.top_k(log_probs, sampling.top_k)[0][..., -1:]
-        log_probs = jnp.where(log_probs < kth, -jnp.inf, log_probs)
-    if sampling.top_p < 1:
-        sorted_log_probs = jnp.sort(log_probs, axis=-1, descending=True)
-        probs = jax.nn.softmax(sorted_log_probs, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        last = jnp.min(
-            jnp.where(before < sampling.top_p, sorted_log_probs, jnp.inf), -1, keepdims=True
-        )
-        log_probs = jnp.where(log_probs < last, -jnp.inf, log_probs)
-    if sampling.min_p > 0:
-        least = jnp.max(log_probs, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
-        log_probs = jnp.where(log_probs < least, -jnp.inf, log_probs)
-    return log_probs
-
-
-def sample_token(
-    logits: jax.Array, rng: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
-    """Samples tokens int32 [...] from logits [..., V], with log-probs as in `Completions`."""
-    log_probs = log_softmax(logits, sampling.temperature)
-    if sampling.temperature == 0:
-        token = jnp.argmax(log_probs, axis=-1)
-    else:
-        token = jax.random.categorical(rng, apply_top_k_top_p(log_probs, sampling))
-    log_prob = jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
-    return token.astype(jnp.int32), log_prob
 
 
 class Prefill(NamedTuple):
@@ -268,10 +199,13 @@ class _State(NamedTuple):
     running: jax.Array  # bool [N], False after a stop token.
     cache: Any
     out: _Written
+    seen: jax.Array | None  # bool [N, V], tokens of prompts and completions; None without penalty.
 
 
-def _empty_state(prefilled: Prefill, max_new_tokens: int, pad: int) -> _State:
-    """Returns the state before the first token; for arguments see `generate`."""
+def _empty_state(
+    prefilled: Prefill, max_new_tokens: int, pad: int, seen: jax.Array | None
+) -> _State:
+    """Returns the state before the first token; for arguments see `generate` and `_State`."""
     samples = len(prefilled.prompt_mask)
     out = _Written(
         tokens=jnp.full((samples, max_new_tokens), pad, jnp.int32),
@@ -285,6 +219,7 @@ def _empty_state(prefilled: Prefill, max_new_tokens: int, pad: int) -> _State:
         running=jnp.ones(samples, bool),
         cache=prefilled.cache(max_new_tokens),
         out=out,
+        seen=seen,
     )
 
 
@@ -361,12 +296,17 @@ def generate(
         the same, and the program has one loop more for each.
 
     Raises:
-      ValueError: 2 ** compactions does not divide the number of completions.
+      ValueError: 2 ** compactions does not divide the number of completions, or a completion cannot
+        have the minimum number of tokens.
     """
     if num_completions % 2**compactions:
         raise ValueError(
             f"num_completions={num_completions} is not divisible by 2**compactions="
             f"{2**compactions}."
+        )
+    if sampling.min_new_tokens > max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens={sampling.min_new_tokens} is above max_new_tokens={max_new_tokens}."
         )
     batch = len(prompt.mask)
     apply: Callable[..., Any] = model.apply
@@ -375,8 +315,13 @@ def generate(
     )
     logits = apply(variables, prefilled.features, method="logits")
     write = functools.partial(_write_token, rng=rng, sampling=sampling, stop=stop, pad=pad)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = tokens_seen(prompt.tokens, prompt.mask, logits.shape[-1])
+        seen = jnp.repeat(seen, num_completions, axis=0)
     state = write(
-        _empty_state(prefilled, max_new_tokens, pad), jnp.repeat(logits, num_completions, axis=0)
+        _empty_state(prefilled, max_new_tokens, pad, seen),
+        jnp.repeat(logits, num_completions, axis=0),
     )
     sizes = [num_completions >> i for i in range(compactions + 1)]
     whole = state.out, state.running
@@ -409,13 +354,20 @@ def _write_token(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.fold_in(rng, state.step), state.sample
     )
-    token, log_prob = jax.vmap(functools.partial(sample_token, sampling=sampling))(logits, keys)
+    processed = process_logits(logits, state.seen, state.step, sampling=sampling, stop=stop)
+    sample = jax.vmap(functools.partial(sample_token, sampling=sampling))
+    token, log_prob = sample(logits, keys, processed=processed)
     running = state.running
     token = jnp.where(running, token, pad)
     new = _Written(token, jnp.where(running, log_prob, 0.0), running)
     out = jax.tree.map(lambda all_, x: all_.at[:, state.step].set(x), state.out, new)
     ends = functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(running))
-    return state._replace(step=state.step + 1, token=token, running=running & ~ends, out=out)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return state._replace(
+        step=state.step + 1, token=token, running=running & ~ends, out=out, seen=seen
+    )
 
 
 def _decode_step(

@@ -59,6 +59,87 @@ def test_samples_are_many_and_repeat_with_the_seed(run):
     assert many[:half] != many[half:]
 
 
+def test_choices_have_their_exact_probabilities(run):
+    workdir, samples, path = run
+    loaded = mmrl_jax.load(workdir)
+    prompts, images = [x.prompt for x in samples], [path, *(x.image for x in samples[1:])]
+    texts = list(loaded.problem.model.texts.answers)
+    texts.append(f"{texts[0]} {texts[1]}")  # The first one begins this one.
+    chosen = loaded.choose(prompts, images, texts)
+    completed = loaded.generate(prompts, images)  # Greedy log-probs are those at temperature 1.
+    matched = 0
+    for row, (greedy,) in zip(chosen, completed, strict=True):
+        log_probs = np.array([x.log_prob for x in row])
+        assert {x.text for x in row} == set(texts) and np.all(np.diff(log_probs) <= 0)
+        shares = np.exp(log_probs) / np.exp(log_probs).sum()
+        np.testing.assert_allclose([x.probability for x in row], shares, rtol=1e-4)
+        same = {x.text: x.log_prob for x in row}.get(greedy.text) if greedy.finished else None
+        if same is not None:
+            matched += 1
+            assert same == pytest.approx(greedy.log_prob, abs=1e-4)
+    assert matched
+
+
+def test_choices_that_cannot_be_compared_are_named(run):
+    workdir, samples, path = run
+    loaded = mmrl_jax.load(workdir)
+    answer = loaded.problem.model.texts.answers[0]
+    for choices, message in (
+        ([answer], "give at least 2"),
+        ([answer, f" {answer}"], "have the same tokens"),
+        ([answer, "zebra"], r"\['zebra'\].* are not in the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded.choose([samples[0].prompt], [path], choices)
+
+
+def test_completions_end_at_stop_strings_and_are_sorted(run):
+    workdir, samples, path = run
+    loaded = mmrl_jax.load(workdir)
+
+    def generate(**options):
+        sampling = Sampling(temperature=5.0)
+        options |= {"sampling": sampling, "num_completions": 8, "max_new_tokens": 6}
+        return loaded.generate([samples[0].prompt], [path], **options)[0]
+
+    free = generate()
+    word = next(x.text.split()[1] for x in free if len(x.text.split()) > 1)
+    for one, whole in zip(generate(stop_strings=[word]), free, strict=True):
+        before, found, _ = whole.text.partition(word)
+        assert one.text == before and one.finished == (whole.finished or bool(found))
+        assert one == whole or one.log_prob > whole.log_prob or whole.text.endswith(word)
+        if found:  # A token is a word.
+            assert one.num_tokens == len(before.split()) + 1
+    for key in ("log_prob", "mean_log_prob"):
+        values = [getattr(x, key) for x in generate(sort_by=key)]
+        assert values == sorted((getattr(x, key) for x in free), reverse=True)
+    with pytest.raises(ValueError, match="empty text"):
+        generate(stop_strings=[""])
+    with pytest.raises(ValueError, match="sort_by='text' must be one of"):
+        generate(sort_by="text")
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        # Tokens are letters with log-probs of -1, -2, -4, ...; the stop string ends with the 4th.
+        (["XY", "d"], ("ab", -15.0, True, 4)),
+        (["bX", "XY"], ("a", -7.0, True, 3)),
+        (["z"], ("abXYcd", -63.0, False, 6)),
+        ([], ("abXYcd", -63.0, False, 6)),
+    ],
+)
+def test_the_tokens_of_a_stop_string_count(stops, expected):
+    tokens = np.array([ord(letter) for letter in "abXYcd"])
+    log_probs = -(2.0 ** np.arange(6))
+
+    def decode(ids):
+        return "".join(map(chr, ids))
+
+    found = completion._decode(decode, tokens, log_probs, False, stops)
+    assert found == expected and found.mean_log_prob == expected[1] / expected[3]
+
+
 def test_what_cannot_be_completed_is_named(run, tmp_path):
     workdir, samples, path = run
     loaded, prompt = mmrl_jax.load(workdir), samples[0].prompt
@@ -102,3 +183,11 @@ def test_the_command_completes_prompts_of_the_command_line_and_of_the_input(run)
     assert result.returncode == 0 and result.stdout.startswith(expected), result
     result = command("--prompt=how many zebras")
     assert result.returncode == 1 and result.stderr.startswith("error: The words ['zebras']")
+    result = command("--choices=zero,one", f"--prompt={samples[0].prompt}")
+    lines = result.stdout.splitlines()
+    assert lines[0] == samples[0].prompt and len(lines) == 3, result
+    assert {line.split()[0] for line in lines[1:]} == {"zero", "one"}
+    assert all(" (probability 0." in line and ", log-prob -" in line for line in lines[1:])
+    result = command("--choices=zero,one", "--top_p=0.9")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --top_p has no effect with --choices")

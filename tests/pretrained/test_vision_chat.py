@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import json
 import shutil
 
+import huggingface_hub
+import huggingface_hub.constants
 import jax
 import numpy as np
 import peft
@@ -26,7 +29,7 @@ from mmrl_jax.pretrained.chat import ChatTokenizer, Template
 from mmrl_jax.pretrained.peft_format import load_adapter, save_adapter
 from mmrl_jax.problems import token_models
 from mmrl_jax.tasks.prompts import Prompt
-from tests import processors, tiny
+from tests import fake_hub, processors, tiny
 from tests.tasks.test_folder import folder
 
 SIZE = (24, 40)
@@ -254,7 +257,7 @@ def small(name, directory, stages=("grpo",), **changes):
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
-def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
+def test_a_whole_model_learns_from_a_folder(family, make, tmp_path, monkeypatch):
     directory, processor, model = make(family)
     config = small(
         "vlm_grpo",
@@ -279,10 +282,23 @@ def test_a_whole_model_learns_from_a_folder(family, make, tmp_path):
     assert abs(rows[0]["policy/reference_kl"]) < 1e-6 < rows[1]["policy/reference_kl"]
     assert all(row["optimizer/skipped_steps"] == 0 for row in rows)
 
-    export.export(
-        tmp_path / "run", tmp_path / "lora", which="latest", adapter=True, dtype=np.float32,
-        trust_modules=True,
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    write = functools.partial(
+        export.export, tmp_path / "run", tmp_path / "lora", which="latest", adapter=True,
+        dtype=np.float32, trust_modules=True, push_to="me/counting",
     )  # fmt: skip
+    with pytest.raises(ValueError, match="does not say its name on the hub.*--base_model"):
+        write()
+    with fake_hub.running() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+        write(base_model="owner/base")
+    files = {x.name: x.read_bytes() for x in (tmp_path / "lora").iterdir()}
+    assert server.repositories == {"me/counting": files} and server.private["me/counting"]
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "owner/base" and card.data.tags[-2:] == ["grpo", "lora"]
+    assert "| test | its own | return | " in card.text and str(tmp_path) not in card.text
     tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "lora"))
     compare(trained.last.carry.learner.params, frozen, config, processor, tuned.eval())
 

@@ -11,7 +11,7 @@ import pytest
 from mmrl_jax.models.language import LanguageModel, Rope
 from mmrl_jax.models.transformer import BlockSpec
 from mmrl_jax.rollouts import generate as gen
-from mmrl_jax.rollouts.generate import Sampling
+from mmrl_jax.rollouts.sampling import Sampling, apply_top_k_top_p, sample_token
 
 VOCABULARY = 31
 GREEDY = Sampling(temperature=0.0)
@@ -209,7 +209,7 @@ LOG_PROBS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
 )
 def test_which_tokens_are_kept(sampling, kept):
     order = np.array([3, 0, 4, 1, 2])
-    likely = np.asarray(gen.apply_top_k_top_p(jnp.asarray(LOG_PROBS[order]), sampling))
+    likely = np.asarray(apply_top_k_top_p(jnp.asarray(LOG_PROBS[order]), sampling))
     np.testing.assert_array_equal(np.isfinite(likely), order < kept)
     np.testing.assert_array_equal(likely[order < kept], LOG_PROBS[order][order < kept])
 
@@ -217,9 +217,7 @@ def test_which_tokens_are_kept(sampling, kept):
 def test_tokens_are_drawn_with_their_probabilities():
     keys = jax.random.split(jax.random.key(0), 20_000)
     sampling = Sampling(temperature=2.0, top_k=3)
-    tokens, log_probs = jax.vmap(lambda k: gen.sample_token(jnp.asarray(LOG_PROBS), k, sampling))(
-        keys
-    )
+    tokens, log_probs = jax.vmap(lambda k: sample_token(jnp.asarray(LOG_PROBS), k, sampling))(keys)
     tempered = np.sqrt(np.exp(LOG_PROBS))
     np.testing.assert_allclose(log_probs, np.log(tempered / tempered.sum())[tokens], rtol=1e-5)
     wanted = tempered[:3] / tempered[:3].sum()
