@@ -71,10 +71,7 @@ def export(
         and `save_adapter`, or the upload is not possible, see `hub_repository.push`.
     """
     weights.refuse_taken(output)
-    if push_to is not None:
-        hub_repository.check(push_to)
-    if base_model is not None and not hub_repository.is_name(base_model):
-        raise ValueError(f"--base_model={base_model!r} must be owner/name, a model of the hub.")
+    _check_names(push_to, base_model)
     directory = workdir_lib.as_path(workdir)
     problem, stage = restoring.read_problem(directory, trust_modules=trust_modules)
     _check_kind(problem, directory)
@@ -98,12 +95,7 @@ def export(
     variables = stacked.unstack(loaded.variables, problem.model.policy.model)
     plan = hub.read_blueprint("vision_language_model", source, dtype=jnp.float32, remat=False)
     if adapter:
-        trained = _trained(problem, stage) - {"value"}
-        if trained != {"lora"}:
-            raise ValueError(
-                f"--adapter: the run trained {sorted(trained)}, not only 'lora'; omit the flag to "
-                "export the whole model."
-            )
+        _check_adapters(problem, stage)
         name = base or str(source.resolve())
         save_adapter(output, variables["lora"], plan.keys, base=name, task_type="CAUSAL_LM")
     else:
@@ -121,6 +113,24 @@ def export(
     print(f"Wrote {output} from checkpoint {loaded.step}")
     if push_to is not None:
         print(f"Uploaded it: {hub_repository.push(output, push_to, private=not public)}")
+
+
+def _check_names(push_to: str | None, base_model: str | None) -> None:
+    """Raises ValueError for names that are no repositories of the hub."""
+    if push_to is not None:
+        hub_repository.check(push_to)
+    if base_model is not None and not hub_repository.is_name(base_model):
+        raise ValueError(f"--base_model={base_model!r} must be owner/name, a model of the hub.")
+
+
+def _check_adapters(problem: problems.Problem, stage: str) -> None:
+    """Raises ValueError for a run that trained more than adapters, and the value head."""
+    trained = _trained(problem, stage) - {"value"}
+    if trained != {"lora"}:
+        raise ValueError(
+            f"--adapter: the run trained {sorted(trained)}, not only 'lora'; omit the flag to "
+            "export the whole model."
+        )
 
 
 def _check_kind(problem: problems.Problem, directory: workdir_lib.PathLike) -> None:

@@ -179,12 +179,7 @@ def update(
         advantage = advantage + jnp.where(valid > 0, further_advantage, 0.0)
     samples = flatten((batch, losses.whiten(advantage, valid), target))
     if h.recompute:
-
-        def log_prob(part: Transition) -> jax.Array:
-            return run_network(apply, state, part.observation).distribution.log_prob(part.action)
-
-        old = map_in_chunks(lambda part: log_prob(shard(part)), samples[0], h.num_minibatches)
-        samples = (samples[0].replace(log_prob=old), *samples[1:])
+        samples = (_with_log_probs(state, samples[0], apply, h, shard), *samples[1:])
     # The rollout was normalized with these statistics. Learning normalizes with them too, so that
     # the first ratios are exactly 1, and updates them at the end.
     normalizer = state.normalizer
@@ -226,6 +221,18 @@ def update(
     extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
     state = state.replace(normalizer=_with_observed(normalizer, batch), extras=extras)
     return state, metrics | adapted
+
+
+def _with_log_probs(
+    state: LearnerState, samples: Transition, apply: Apply, options: PPO, shard: Shard
+) -> Transition:
+    """Returns samples [N] whose log-probs are computed anew, in parts of a minibatch."""
+
+    def log_prob(part: Transition) -> jax.Array:
+        return run_network(apply, state, part.observation).distribution.log_prob(part.action)
+
+    old = map_in_chunks(lambda part: log_prob(shard(part)), samples, options.num_minibatches)
+    return samples.replace(log_prob=old)
 
 
 def _with_observed(

@@ -50,25 +50,8 @@ def make(config: ml_collections.ConfigDict, name: str, env: Env) -> Augment | No
     options = build(AugmentationOptions, config[name].augmentation)
     if not options.changes:
         return None
-    height, width, key = config.env.height, config.env.width, f"{name}.augmentation"
-    if not height:
-        raise ValueError(
-            f"{key} is set, but env.height=0 gives no images; remove it, or set env.height and "
-            "env.width."
-        )
-    for field in ("shift", "cutout"):
-        size = getattr(options, field)
-        if size >= min(height, width):
-            raise ValueError(
-                f"{key}.{field}={size} must be smaller than the images, which have {height} x "
-                f"{width} pixels."
-            )
-    named = sorted(_COLORS & set(getattr(getattr(env, "vocabulary", None), "words", ())))
-    if options.hue and named:
-        raise ValueError(
-            f"{key}.hue={options.hue} changes the colors that instructions name "
-            f"({', '.join(named)}); set it to 0."
-        )
+    height, width = config.env.height, config.env.width
+    _check(options, f"{name}.augmentation", height, width, env)
     position = config.model.get("pointing")
 
     def changed(
@@ -113,3 +96,25 @@ def make(config: ml_collections.ConfigDict, name: str, env: Env) -> Augment | No
         return Batch(of_samples(batch.samples, draw), following)
 
     return augment
+
+
+def _check(options: AugmentationOptions, key: str, height: int, width: int, env: Env) -> None:
+    """Raises ValueError for options that do not fit images of a size, see `make`."""
+    if not height:
+        raise ValueError(
+            f"{key} is set, but env.height=0 gives no images; remove it, or set env.height and "
+            "env.width."
+        )
+    for field in ("shift", "cutout"):
+        size = getattr(options, field)
+        if size >= min(height, width):
+            raise ValueError(
+                f"{key}.{field}={size} must be smaller than the images, which have {height} x "
+                f"{width} pixels."
+            )
+    named = sorted(_COLORS & set(getattr(getattr(env, "vocabulary", None), "words", ())))
+    if options.hue and named:
+        raise ValueError(
+            f"{key}.hue={options.hue} changes the colors that instructions name "
+            f"({', '.join(named)}); set it to 0."
+        )

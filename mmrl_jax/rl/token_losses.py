@@ -200,7 +200,6 @@ def token_loss_sums(
         log_ratio = jnp.broadcast_to(
             jnp.sum(log_ratio, axis=1, keepdims=True) / length, log_prob.shape
         )
-    ratio = jnp.exp(log_ratio)
     loss = _surrogate(log_ratio, log_prob, advantage, o)
     metrics = {}
     if rollout_log_prob is not None:
@@ -208,13 +207,7 @@ def token_loss_sums(
         metrics["policy/sampler_gap"] = jnp.abs(gap)
         if o.importance_weight_cap is not None:
             loss = loss * jnp.minimum(jnp.exp(gap), o.importance_weight_cap)
-    metrics |= {
-        "policy/approx_kl": losses.approximate_kl(log_ratio),
-        "policy/clip_ratio_low": _share((ratio < 1 - o.low) & (advantage < 0), o.clip == "ppo"),
-        "policy/clip_ratio_high": _share(
-            (ratio > 1 + o.high) & (advantage > 0), o.clip in ("ppo", "cispo")
-        ),
-    }
+    metrics |= _ratio_metrics(log_ratio, advantage, o)
     if o.kl_coef and reference_log_prob is not None:
         kl = kl_estimate(jnp.where(is_token, reference_log_prob - log_prob, 0.0), o.kl)
         loss, metrics["policy/reference_kl"] = loss + o.kl_coef * kl, kl
@@ -231,6 +224,20 @@ def token_loss_sums(
         metrics={name: total(jax.lax.stop_gradient(x)) for name, x in metrics.items()},
         tokens=jnp.sum(mask),
     )
+
+
+def _ratio_metrics(
+    log_ratio: jax.Array, advantage: jax.Array, options: TokenLoss
+) -> dict[str, jax.Array]:
+    """Returns metrics of the probability ratio of each token, [N, T] each."""
+    o, ratio = options, jnp.exp(log_ratio)
+    return {
+        "policy/approx_kl": losses.approximate_kl(log_ratio),
+        "policy/clip_ratio_low": _share((ratio < 1 - o.low) & (advantage < 0), o.clip == "ppo"),
+        "policy/clip_ratio_high": _share(
+            (ratio > 1 + o.high) & (advantage > 0), o.clip in ("ppo", "cispo")
+        ),
+    }
 
 
 def _share(clipped: jax.Array, is_used: bool) -> jax.Array:
