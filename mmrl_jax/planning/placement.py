@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from mmrl_jax.distributed import partition
 from mmrl_jax.planning.program import Split, Value
 from mmrl_jax.planning.usage import Analyzer
+from mmrl_jax.problems import problem
 from mmrl_jax.training.stage import Carry
 
 
@@ -33,7 +34,7 @@ def placements(carry: Carry, constants: Any, mesh: Any) -> tuple[Carry, Any]:
     """
     whole = NamedSharding(mesh, PartitionSpec())
     everywhere = functools.partial(jax.tree.map, lambda _: whole)
-    placed = everywhere(carry).replace(learner=partition.shardings(carry.learner, mesh))
+    placed = everywhere(carry).replace(learner=problem.shard_learner(carry.learner, mesh))
     frozen = partition.shardings(constants.frozen, mesh)
     return placed, constants._replace(frozen=frozen, data=everywhere(constants.data))
 

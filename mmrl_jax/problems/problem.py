@@ -295,5 +295,11 @@ def shard_carry(carry: Carry, *, mesh: Mesh) -> Carry:
     """
     replicated = jax.tree.map(lambda _: mesh_lib.replicated(mesh), carry)
     by_env, in_flight = mesh_lib.env_shardings((carry.env_state, carry.in_flight), mesh)
-    learner = partition.shardings(carry.learner, mesh)
+    learner = shard_learner(carry.learner, mesh)
     return replicated.replace(env_state=by_env, learner=learner, in_flight=in_flight)
+
+
+def shard_learner(learner: Any, mesh: Any) -> Any:
+    """Returns the shardings of a learner; what it has beside the policy is small and replicated."""
+    extras = jax.tree.map(lambda _: mesh_lib.replicated(mesh), learner.extras)
+    return partition.shardings(learner, mesh).replace(extras=extras)

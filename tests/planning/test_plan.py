@@ -29,6 +29,7 @@ def on(devices, memory=1e9):
 
 CONFIGS = {
     "control": lambda **changes: tiny.config("mlp_ppo", **tiny.FAST, **changes),
+    "novelty": lambda **changes: tiny.config("deep_sea_rnd", **changes),
     "task": lambda **changes: tiny.token_config(ppo__prompts_per_update=16, **changes),
     "agent": lambda **changes: tiny.agent_config(**changes),
 }
@@ -38,8 +39,9 @@ CONFIGS = {
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=["one", "eight"])
 def test_what_is_held_has_the_bytes_of_the_real_carry(kind, mesh):
     sizes = dict(zip(mesh_lib.AXES, mesh, strict=True))
-    config = CONFIGS[kind](mesh=sizes, stages=("ppo",))
-    stage = problems.make(config).stage("ppo")
+    name = "rnd" if kind == "novelty" else "ppo"
+    config = CONFIGS[kind](mesh=sizes, stages=(name,))
+    stage = problems.make(config).stage(name)
     carry, _ = loop.start(stage)
 
     def held(tree):  # On the first device.
@@ -49,6 +51,7 @@ def test_what_is_held_has_the_bytes_of_the_real_carry(kind, mesh):
     assert found.held["weights, trained"] == held(carry.learner.params)
     assert found.held["optimizer state"] == held(carry.learner.opt_state)
     assert found.held.get("reference", 0) == held(getattr(carry.learner, "reference", ()))
+    assert found.held.get("extras", 0) == held(carry.learner.extras)
     assert found.held.get("environments", 0) == held(carry.env_state)
     assert found.parameters["trained"] == sum(x.size for x in jax.tree.leaves(carry.learner.params))
 
