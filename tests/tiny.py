@@ -73,7 +73,7 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
     changes: dict[str, Any] = {
         "run": {"eval_episodes": 4},
         "bc": _FIRST | {"episodes": 8, "batch_size": 16},
-        "awr": _FIRST | {"episodes": 8, "batch_size": 16, "discount": 0.95},
+        **dict.fromkeys(("awr", "iql"), _FIRST | {"episodes": 8, "batch_size": 16}),
         "ppo": _STAGE | {"num_envs": 8, "unroll_length": 4, "num_epochs": 1, "num_minibatches": 2},
     }
     if base.model.kind != "mlp":

@@ -23,24 +23,48 @@ AnyState = TypeVar("AnyState", bound=Any)
 Shard = Callable[[Any], Any]
 
 
+CRITICS = "critics"  # Name of the parameters of critics beside those of a network.
+
+
+class Critics(NamedTuple):
+    """Critics of observations and actions, which only the stage of their algorithm needs.
+
+    Attributes:
+      params: Parameters of the critics, a float32 pytree.
+      target: Parameters of the target critics, which follow slowly.
+    """
+
+    params: Params
+    target: Params
+
+
 class LearnerState(struct.PyTreeNode):
     """State of a learner of a control policy.
 
     Attributes:
       params: Parameters of the network, a float32 pytree.
-      opt_state: State of the optax optimizer.
+      opt_state: State of the optax optimizer of `trained_params`.
       normalizer: Running statistics by which acting and learning normalize proprioception.
       steps: Number of optimizer steps taken, int32 [].
+      critics: Critics of observations and actions; None for an algorithm without them.
     """
 
     params: Params
     opt_state: optax.OptState
     normalizer: normalization.RunningStatistics
     steps: jax.Array
+    critics: Critics | None = None
 
     def without_optimizer(self) -> "LearnerState":
-        """Returns the state without `opt_state`, with the same structure for all optimizers."""
-        return self.replace(opt_state=())
+        """Returns the state without `opt_state` and `critics`, of one structure for all stages."""
+        return self.replace(opt_state=(), critics=None)
+
+
+def trained_params(state: LearnerState) -> Params:
+    """Returns the parameters that an optimizer changes: the network's, and those of critics."""
+    if state.critics is None:
+        return state.params
+    return {**state.params, CRITICS: state.critics.params}
 
 
 class Rollout(NamedTuple):

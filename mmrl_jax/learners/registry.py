@@ -12,7 +12,9 @@ only an entry in the registry, which can be added in a file of the user:
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mmrl_jax.learners import awr, bc, dpo, grpo, ppo, sft, token_ppo
+import jax
+
+from mmrl_jax.learners import awr, bc, dpo, grpo, iql, ppo, sft, token_ppo
 from mmrl_jax.learners.token_learner import reference_needs
 
 
@@ -23,15 +25,17 @@ class Algorithm(NamedTuple):
       options: Dataclass of the hyperparameters, see `config.options`.
       experience: Kind of experience that the algorithm learns from. For control policies it is
         'rollout' (`learner.Rollout`), 'demonstrated_rollout' (the same, with demonstrations if the
-        option `demonstration_coef` is above 0), or 'demonstrations' (`bc.Batch`), for token
-        policies 'completions' or 'labels' (`token_learner.ScoredCompletions` with or without
-        rewards).
+        option `demonstration_coef` is above 0), 'demonstrations' (`bc.Batch`), or 'one_step' (the
+        same, with value targets of one reward), for token policies 'completions' or 'labels'
+        (`token_learner.ScoredCompletions` with or without rewards).
       update: Function (learner, batch, key, *, apply, optimizer, options, shard) that returns the
         new learner and metrics; for token policies (learner, frozen, batch, key, *, ...). It is
         traced into the compiled update. Its metrics must have 'optimizer/steps' and
         'optimizer/skipped_steps', see `learner.apply_gradients`.
       console: Names of the metrics that are printed on the console.
       prepare: Function of parameters and options that returns the initial parameters of the stage.
+      critics: Function of the shapes of a control network's output and of a PRNG key that returns
+        critics of actions, which the optimizer of the stage trains too; None without critics.
       needs: Function of the options of an algorithm for token policies; it returns the names of
         what the algorithm needs in addition to the policy, 'value_head' or 'reference'.
       compares: Completions of a prompt that an algorithm for token policies compares, all of a
@@ -43,6 +47,7 @@ class Algorithm(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
     console: tuple[str, ...]
     prepare: Callable[[Any, Any], Any] = lambda params, options: params
+    critics: Callable[[Any, jax.Array], Any] = lambda output, key: None
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
     compares: Literal["nothing", "groups", "pairs"] = "nothing"
 
@@ -51,6 +56,13 @@ CONTROL: dict[str, Algorithm] = {
     "bc": Algorithm(bc.BC, "demonstrations", bc.update, ("loss/bc", "loss/pointing")),
     "awr": Algorithm(
         awr.AWR, "demonstrations", awr.update, ("loss/awr", "policy/effective_sample_size")
+    ),
+    "iql": Algorithm(
+        iql.IQL,
+        "one_step",
+        iql.update,
+        ("loss/awr", "loss/critic"),
+        critics=iql.init_critics,
     ),
     "ppo": Algorithm(
         ppo.PPO,

@@ -197,6 +197,12 @@ def make_env(config: ml_collections.ConfigDict, *, split: str | None = None) -> 
     )
 
 
+def _is_trained(path: tuple[Any, ...], trainable: str) -> bool:
+    """Returns whether a stage trains the parameter at a path; it trains all of its critics."""
+    name = jax.tree_util.keystr(path[:1], simple=True)
+    return name == learner_lib.CRITICS or control_models.is_trainable(path, trainable)
+
+
 class Control:
     """Problem of a control policy, see `problem.Problem` for the interface.
 
@@ -257,6 +263,7 @@ class Control:
                 rng,
                 episodes=episodes,
                 discount=demonstrated.discount,
+                one_step=demonstrated.one_step,
             )
             if not mesh_lib.only_described():
                 text = f"Recorded {episodes} episodes of an expert that succeeds in"
@@ -309,7 +316,7 @@ class Control:
         derived = {"recompute": reduced} if hasattr(algorithm.options, "recompute") else {}
         algorithm_options = build(algorithm.options, config[name], **derived)
         trainable = config[name].trainable
-        is_trained = functools.partial(control_models.is_trainable, trainable=trainable)
+        is_trained = functools.partial(_is_trained, trainable=trainable)
         optimizer = sources.make_optimizer(
             config, name, algorithm_options, None if trainable == ".*" else is_trained
         )
@@ -319,16 +326,22 @@ class Control:
             start = self.from_checkpoint({name: self.checkpoint_parts(name)})
         initial = Start(start)
 
+        def critics(params: Any) -> learner_lib.Critics | None:
+            output = jax.eval_shape(apply, params, control_models.zeros(self.env))
+            key = jax.random.fold_in(stream(config, problem.PARAMETERS), 2)
+            return algorithm.critics(output, key)
+
         def init() -> Carry:
             learner = initial()
             if learner is None:
                 learner = source.prepare(self._fresh_learner())
             params = algorithm.prepare(learner.params, algorithm_options)
             if learner.opt_state == ():
-                opt_state = optimizer.transformation.init(params)
                 learner = learner.replace(
-                    params=params, opt_state=opt_state, steps=jnp.zeros((), jnp.int32)
+                    params=params, critics=critics(params), steps=jnp.zeros((), jnp.int32)
                 )
+                trained = learner_lib.trained_params(learner)
+                learner = learner.replace(opt_state=optimizer.transformation.init(trained))
             rng = stream(config, changes.get("stream", source.stream))
             return sources.fresh_carry(learner, source, rng)
 

@@ -10,7 +10,7 @@ from mmrl_jax import problems
 from mmrl_jax.learners import bc, learner
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import demonstrations, sources
-from mmrl_jax.training import loop
+from mmrl_jax.training import checkpoint, loop
 from tests import episodes
 from tests.problems.test_demonstration_data import episode
 
@@ -94,6 +94,28 @@ def test_it_resumes_bit_for_bit(directory, tmp_path):
     rows = [row for row in metrics.read_jsonl(tmp_path / "one" / "metrics.jsonl") if "lr" in row]
     assert len(rows) == 4 and all(row["loss/bc"] > 0 for row in rows)
     assert all("rollout/reward" in row and "loss/policy" in row for row in rows)
+
+
+def test_critics_of_a_stage_are_in_its_checkpoints_and_end_with_it(tmp_path):
+    base = config(demonstration_coef=0.0, num_updates=2).to_dict()
+    stage = {"num_updates": 2, "eval_interval": 2, "checkpoint_interval": 1} | SOURCE
+    made = problems.complete(
+        base | {"stages": ("iql", "ppo"), "iql": stage | {"trainable": "params/policy.*"}}
+    )
+    trained = mmrl_jax.train(made, tmp_path)
+    assert [result.updates for result in trained.results.values()] == [2, 2]
+    first = trained.problem.stage("iql").init()
+    saved, _ = checkpoint.restore_parts(
+        tmp_path / "iql", {"learner/critics": first.learner.critics}, which="latest"
+    )
+    (critics,) = saved.values()
+    for part, other in zip(critics, first.learner.critics, strict=True):
+        changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), part, other)
+        assert all(jax.tree.leaves(changed))  # `trainable` freezes the value, and no critic.
+    cloned = mmrl_jax.load(tmp_path / "iql").variables
+    assert cloned.critics is None and trained.variables.critics is None
+    frozen = [x["params"]["value_0"]["kernel"] for x in (cloned.params, first.learner.params)]
+    np.testing.assert_array_equal(*frozen)
 
 
 @pytest.mark.parametrize(
