@@ -19,4 +19,4 @@ def apply(params, observation):
         "place": x @ params["place"],
         "target": (x @ params["target"]).reshape(-1, points, 2),
     }
-    return PolicyOutput(distribution, x @ params["value"], auxiliary)
+    return PolicyOutput(distribution, x @ params["value"], auxiliary, features=x)

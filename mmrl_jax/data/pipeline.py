@@ -57,6 +57,7 @@ class Pipeline:
       history: Number of frames of an observation; with more than 1, 'pixels' and 'proprio' have an
         axis of frames, oldest first, and the first frame of an episode fills those before it.
       discount: Discount factor per step of the returns.
+      one_step: Whether value targets have one reward and the value of the next observation.
       scaling: Name of the method in SCALINGS by which actions are scaled.
       key: Name of the option that has `scaling`, for messages.
 
@@ -73,13 +74,14 @@ class Pipeline:
         seed: int,
         history: int,
         discount: float,
+        one_step: bool,
         scaling: str,
         key: str,
     ):
         self.packed, self.batch_size = packed, batch_size
         self._tokens, self._seed, self._history = tokens, seed, history
         self._rows = np.flatnonzero(packed.arrays["has_action"])
-        self._targets = value_targets(packed, discount)
+        self._targets = value_targets(packed, discount, one_step=one_step)
         self._scale = _scale(packed, scaling, key)
         # A batch may have samples of two epochs, or of more if it is larger than the set.
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
@@ -169,7 +171,9 @@ def places_of_process(batch_size: int, process: int, processes: int) -> np.ndarr
     return np.arange(process * size, (process + 1) * size)
 
 
-def value_targets(packed: Packed, discount: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def value_targets(
+    packed: Packed, discount: float, *, one_step: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the parts of the value target of every row, see `Batch`.
 
     As in `rl.advantages.bootstrapped_returns`, a truncated episode is bootstrapped from the
@@ -179,6 +183,7 @@ def value_targets(packed: Packed, discount: float) -> tuple[np.ndarray, np.ndarr
     Args:
       packed: Packed episodes.
       discount: Discount factor per step, in [0, 1].
+      one_step: Whether the targets have one reward and the value of the next observation.
 
     Returns:
       The discounted sums of rewards float32 [R], the weights float32 [R], and the rows of the
@@ -190,8 +195,12 @@ def value_targets(packed: Packed, discount: float) -> tuple[np.ndarray, np.ndarr
     lengths = np.diff(starts)
     actions = lengths - ~has_action[last]
     terminal = np.logical_or.reduceat(np.asarray(packed.arrays["is_terminal"]), starts[:-1])
-    returns, weights = np.zeros_like(reward), np.zeros_like(reward)
     gamma = np.float32(discount)
+    if one_step:
+        weights = np.full_like(reward, gamma)
+        weights[(starts[:-1] + actions - 1)[terminal]] = 0
+        return reward, weights, np.minimum(np.arange(len(reward)) + 1, np.repeat(last, lengths))
+    returns, weights = np.zeros_like(reward), np.zeros_like(reward)
     total, weight = np.zeros(len(lengths), np.float32), np.where(terminal, 0, 1).astype(np.float32)
     # All episodes are summed at once, from their last actions backward.
     for back in range(int(actions.max())):

@@ -93,6 +93,7 @@ def demonstrations(
     last_observation: Observation,
     *,
     discount: float,
+    one_step: bool = False,
 ) -> Demonstrations:
     """Returns the N = T * B demonstrated steps of whole episodes.
 
@@ -101,11 +102,14 @@ def demonstrations(
       environment_action: Actions of the environments, [T, B, ...].
       last_observation: Observations after the last transitions and before any reset, [B, ...].
       discount: Discount factor per step, in [0, 1].
+      one_step: Whether value targets have one reward, and are bootstrapped from the observation
+        after it.
     """
+    truncated = transitions.truncated
     returns, weight, step = advantages.bootstrapped_returns(
         reward=transitions.reward,
         terminated=transitions.terminated,
-        truncated=transitions.truncated,
+        truncated=jnp.ones_like(truncated) if one_step else truncated,
         discount=discount,
     )
     batch = returns.shape[1]
@@ -121,6 +125,24 @@ def demonstrations(
         privileged=transitions.privileged,
     )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data)
+
+
+def value_target(
+    state: LearnerState, samples: Demonstrations, next_observation: Observation, apply: Apply
+) -> jax.Array:
+    """Returns the value targets of demonstrated steps, float32 [n], see `Demonstrations`.
+
+    Args:
+      state: State of the learner.
+      samples: Demonstrated steps [n].
+      next_observation: Observations that their value targets are bootstrapped from, [n, ...].
+      apply: Function of parameters and observations that returns a PolicyOutput.
+    """
+    next_value = run_network(apply, state, next_observation).value
+    # A select instead of a product: the value after a terminated episode may be NaN.
+    return samples.value_return + jnp.where(
+        samples.bootstrap_weight > 0, samples.bootstrap_weight * next_value, 0.0
+    )
 
 
 # Function (output of the network, demonstrated steps [n], value targets float32 [n], *, options) ->
@@ -173,11 +195,7 @@ def update(
       The new state, and the losses with the metrics of `policy_loss` and of `apply_gradients`.
     """
     h, (batch, next_observation) = options, shard(batch)
-    next_value = run_network(apply, state, next_observation).value
-    # A select instead of a product: the value after a terminated episode may be NaN.
-    target = batch.value_return + jnp.where(
-        batch.bootstrap_weight > 0, batch.bootstrap_weight * next_value, 0.0
-    )
+    target = value_target(state, batch, next_observation, apply)
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
         output = run_network(apply, state.replace(params=params), batch.observation)

@@ -12,7 +12,7 @@ only an entry in the registry, which can be added in a file of the user:
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mmrl_jax.learners import awr, bc, dapg, dpo, entropy_bonus, grpo, ppo, rnd, sft, token_ppo
+from mmrl_jax.learners import awr, bc, dapg, dpo, entropy_bonus, grpo, iql, ppo, rnd, sft, token_ppo
 from mmrl_jax.learners.policy_gradient import reference_needs
 
 
@@ -22,8 +22,9 @@ class Algorithm(NamedTuple):
     Attributes:
       options: Dataclass of the hyperparameters, see `config.options`.
       experience: Kind of experience that the algorithm learns from. For control policies it is
-        'rollout' (`learner.Rollout`), 'demonstrations' (`bc.Batch`) or 'demonstrated_rollout'
-        (`dapg.DemonstratedRollout`), for token policies 'completions' or 'labels'
+        'rollout' (`learner.Rollout`), 'demonstrations' (`bc.Batch`), 'one_step' (the same, with
+        value targets of one reward) or 'demonstrated_rollout' (`dapg.DemonstratedRollout`), for
+        token policies 'completions' or 'labels'
         (`token_learner.ScoredCompletions` with or without rewards).
       update: Function (learner, batch, key, *, apply, optimizer, options, shard) that returns the
         new learner and metrics; for token policies (learner, frozen, batch, key, *, ...). It is
@@ -31,9 +32,10 @@ class Algorithm(NamedTuple):
         'optimizer/skipped_steps', see `learner.apply_gradients`.
       console: Names of the metrics that are printed on the console.
       prepare: Function of parameters and options that returns the initial parameters of the stage.
-      extras: Function of the options, of observations [1, ...] and of a PRNG key; it returns what
-        the algorithm has beside the policy as a dictionary of pytrees, the initial `extras` of the
-        learner. For token policies observations and key are None.
+      extras: Function of the options, of an observation and of the network's output for it, both
+        [1, ...] and of any values, and of a PRNG key; it returns what the algorithm has beside the
+        policy as a dictionary of pytrees, the initial `extras` of the learner. For token policies
+        all but the options are None.
       needs: Function of the options of an algorithm for token policies; it returns the names of
         what the algorithm needs in addition to the policy, 'value_head' or 'reference'.
       compares: Completions of a prompt that an algorithm for token policies compares, all of a
@@ -45,12 +47,12 @@ class Algorithm(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
     console: tuple[str, ...]
     prepare: Callable[[Any, Any], Any] = lambda params, options: params
-    extras: Callable[[Any, Any, Any], Any] = lambda options, observation, rng: {}
+    extras: Callable[[Any, Any, Any, Any], Any] = lambda options, observation, output, rng: {}
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
     compares: Literal["nothing", "groups", "pairs"] = "nothing"
 
 
-def _entropy_extras(options: Any, observation: Any, rng: Any) -> dict[str, Any]:
+def _entropy_extras(options: Any, observation: Any, output: Any, rng: Any) -> dict[str, Any]:
     return entropy_bonus.extras(options)
 
 
@@ -58,6 +60,13 @@ CONTROL: dict[str, Algorithm] = {
     "bc": Algorithm(bc.BC, "demonstrations", bc.update, ("loss/bc", "loss/pointing")),
     "awr": Algorithm(
         awr.AWR, "demonstrations", awr.update, ("loss/awr", "policy/effective_sample_size")
+    ),
+    "iql": Algorithm(
+        iql.IQL,
+        "one_step",
+        iql.update,
+        ("loss/awr", "loss/critic"),
+        extras=iql.extras,
     ),
     "ppo": Algorithm(
         ppo.PPO,

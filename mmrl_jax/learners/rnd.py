@@ -61,8 +61,7 @@ class RND(ppo.PPO):
     )
 
 
-@struct.dataclass
-class Novelty:
+class Novelty(struct.PyTreeNode):
     """What random network distillation learns beside the policy.
 
     Attributes:
@@ -113,12 +112,13 @@ def _optimizer(options: RND) -> optax.GradientTransformation:
     return optax.adam(options.intrinsic_learning_rate)
 
 
-def extras(options: RND, observation: Observation, rng: jax.Array) -> dict[str, Any]:
+def extras(options: RND, observation: Observation, output: Any, rng: jax.Array) -> dict[str, Any]:
     """Returns a `Novelty` before the first update as 'novelty', and the extras of PPO.
 
     Args:
       options: Options of the algorithm.
       observation: Observations [B, ...] of any values.
+      output: Not used.
       rng: PRNG key of the parameters.
     """
     x = _vector(observation, axes=1)

@@ -22,11 +22,14 @@ class PolicyOutput:
       value: Estimated return, float32 [B].
       auxiliary: Predictions of privileged targets by name, used in training only: float32
         [B, size], or, for a position in the image, one logit per patch, float32 [B, rows, columns].
+      features: Features of the observations for critics of actions, float32 [B, F]; None if the
+        network gives none.
     """
 
     distribution: Distribution
     value: jax.Array
     auxiliary: dict[str, jax.Array]
+    features: jax.Array | None = None
 
 
 class PolicyHead(nn.Module):

@@ -42,4 +42,5 @@ class MLPPolicy(nn.Module):
             distribution=policy_head(features),
             value=ValueHead(name="value_head")(mlp(x, self.value_layers, "value")),
             auxiliary={},
+            features=x,  # There are few readings, and policy and value share no layers.
         )

@@ -224,6 +224,7 @@ class MultimodalPolicy(nn.Module):
             distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
             value=ValueHead(name="value_head")(value),
             auxiliary=self._auxiliary(policy, newest, height=pixels.shape[2]),
+            features=jnp.concatenate([policy, value], axis=-1).astype(jnp.float32),
         )
 
     @nn.nowrap

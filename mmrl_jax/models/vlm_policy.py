@@ -98,4 +98,5 @@ class VLMPolicy(nn.Module):
             distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
             value=ValueHead(name="value_head")(value),
             auxiliary=auxiliary,
+            features=jnp.concatenate([policy, value], axis=-1),
         )

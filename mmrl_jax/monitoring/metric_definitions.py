@@ -33,7 +33,12 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "-0.1 to 0.1",
     ),
     "loss/value": Metric(
-        "return^2", "Half of the squared error of the value, before its weight", "falls"
+        "return^2",
+        "Half of the squared error of the value, before its weight; in `iql` the expectile loss",
+        "falls",
+    ),
+    "loss/critic": Metric(
+        "return^2", "Half of the squared errors of the critics of actions, their sum", "falls"
     ),
     "loss/entropy": Metric("nats", "Negative entropy, before its weight", "rises slowly"),
     "loss/auxiliary": Metric(
@@ -103,7 +108,9 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "stays below 1",
     ),
     "policy/weight_mean": Metric(
-        "1", "Mean weight of the demonstrated steps, see `awr.beta`", "1 to 3"
+        "1",
+        "Mean weight of the demonstrated steps, see `awr.beta` and `iql.inverse_temperature`",
+        "0.5 to 3",
     ),
     "policy/weight_max": Metric(
         "1", "Largest weight of a demonstrated step", "not always the maximum weight"

@@ -260,6 +260,7 @@ class Control:
                 rng,
                 episodes=episodes,
                 discount=demonstrated.discount,
+                one_step=demonstrated.one_step,
             )
             if not mesh_lib.only_described():
                 text = f"Recorded {episodes} episodes of an expert that succeeds in"
@@ -331,13 +332,17 @@ class Control:
                 learner = source.prepare(self._fresh_learner())
             params = algorithm.prepare(learner.params, algorithm_options)
             if learner.opt_state == ():
-                opt_state = optimizer.transformation.init(params)
-                key = jax.random.fold_in(stream(config, problem.PARAMETERS), 1)
+                observation = control_models.zeros(self.env)
                 learner = learner.replace(
                     params=params,
-                    opt_state=opt_state,
+                    opt_state=optimizer.transformation.init(params),
                     steps=jnp.zeros((), jnp.int32),
-                    extras=algorithm.extras(algorithm_options, control_models.zeros(self.env), key),
+                    extras=algorithm.extras(
+                        algorithm_options,
+                        observation,
+                        jax.eval_shape(apply, params, observation),
+                        jax.random.fold_in(stream(config, problem.PARAMETERS), 1),
+                    ),
                 )
             rng = stream(config, changes.get("stream", source.stream))
             return sources.fresh_carry(learner, source, rng)

@@ -56,6 +56,7 @@ SOURCES: Mapping[str, type] = {
     "rollout": RolloutOptions,
     "demonstrated_rollout": DemonstratedRolloutOptions,
     "demonstrations": DemonstrationOptions,
+    "one_step": DemonstrationOptions,
 }
 
 

@@ -27,7 +27,7 @@ from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import BatchRows
 from mmrl_jax.envs.brax_api import Env
 from mmrl_jax.envs.instructions import Vocabulary
-from mmrl_jax.learners import bc
+from mmrl_jax.learners import bc, registry
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.problems import control_models, problem
 from mmrl_jax.problems.sources import Collected, Constants, Source, batches_on_host
@@ -80,12 +80,14 @@ class Demonstrated(NamedTuple):
       options: Values of that group, see `demonstrations.DemonstrationOptions`.
       discount: Discount factor per step of their returns.
       value_coef: Coefficient of the loss of the values that they train; 0 if they train none.
+      one_step: Whether their value targets have one reward, see `bc.demonstrations`.
     """
 
     key: str
     options: ml_collections.ConfigDict
     discount: float
     value_coef: float
+    one_step: bool
 
 
 def demonstrated(config: ml_collections.ConfigDict, name: str) -> Demonstrated | None:
@@ -93,9 +95,10 @@ def demonstrated(config: ml_collections.ConfigDict, name: str) -> Demonstrated |
     g = config[name]
     discount = g.get("discount", 1.0)
     if "data" in g:
-        return Demonstrated(name, g, discount, g.get("value_coef", 0.0))
+        one_step = registry.CONTROL[name].experience == "one_step"
+        return Demonstrated(name, g, discount, g.get("value_coef", 0.0), one_step)
     if "demonstrations" in g:
-        return Demonstrated(f"{name}.demonstrations", g.demonstrations, discount, 0.0)
+        return Demonstrated(f"{name}.demonstrations", g.demonstrations, discount, 0.0, False)
     return None
 
 
@@ -174,6 +177,7 @@ def open_pipeline(
     history: int,
     discount: float,
     value_coef: float,
+    one_step: bool,
     name: str,
 ) -> Pipeline:
     """Opens a directory of demonstrations, reads it once into the cache, and prints what it has.
@@ -186,6 +190,7 @@ def open_pipeline(
       history: Number of frames of an observation.
       discount: Discount factor per step of the returns.
       value_coef: Coefficient of the value loss; 0 if no critic is trained.
+      one_step: Whether value targets have one reward.
       name: Name of the group of options that has `data`, for messages.
 
     Raises:
@@ -228,6 +233,7 @@ def open_pipeline(
         seed=seed,
         history=history,
         discount=discount,
+        one_step=one_step,
         scaling=group.action_scaling,
         key=f"{key}.action_scaling",
     )
@@ -307,6 +313,7 @@ def stage_source(config: ml_collections.ConfigDict, name: str, env: Env, mesh: M
         history=config.env.history,
         discount=stage.discount,
         value_coef=stage.value_coef,
+        one_step=stage.one_step,
         name=stage.key,
     )
     return source(multihost.on_all(opened), num_updates=config[name].num_updates, mesh=mesh)

@@ -73,7 +73,13 @@ def expert(*, gain: float, undershoot: float, noise: float) -> PolicyFunction:
 
 
 def record(
-    env: Env, policy: PolicyFunction, rng: jax.Array, *, episodes: int, discount: float
+    env: Env,
+    policy: PolicyFunction,
+    rng: jax.Array,
+    *,
+    episodes: int,
+    discount: float,
+    one_step: bool,
 ) -> tuple[bc.Demonstrations, float]:
     """Records complete episodes of a policy, which depend on the PRNG key alone.
 
@@ -83,6 +89,7 @@ def record(
       rng: PRNG key of the episodes and of the policy.
       episodes: Number of episodes.
       discount: Discount factor per step of the returns, which are the targets of the value.
+      one_step: Whether these have one reward, see `bc.demonstrations`.
 
     Returns:
       The samples as numpy arrays, and the fraction of episodes with success. If devices are only
@@ -95,7 +102,10 @@ def record(
         last, batch = unroll(env, state, policy, rng, env.episode_length)
         ended = batch.terminated + batch.truncated
         success = losses.masked_mean(batch.metrics["success"], ended)
-        return bc.demonstrations(batch, batch.action, last.obs, discount=discount), success
+        data = bc.demonstrations(
+            batch, batch.action, last.obs, discount=discount, one_step=one_step
+        )
+        return data, success
 
     data, success = computed(run, rng)
     if only_described():

@@ -333,7 +333,7 @@ class TokenProblem(abc.ABC):
                 initial(),
                 optimizer=optimizer.transformation,
                 with_reference="reference" in self._needs(name),
-                extras=algorithm.extras(options, None, None),
+                extras=algorithm.extras(options, None, None, None),
             )
             return sources.fresh_carry(learner, source, stream(config, source.stream))
 

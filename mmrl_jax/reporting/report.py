@@ -56,7 +56,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     "reward functions": ("eval/<split>/reward/<function>",),
     "total loss": ("loss/total",),
     "policy loss": ("loss/policy",),
-    "value loss": ("loss/value",),
+    "value loss": ("loss/value", "loss/critic"),
     "behavior cloning loss": ("loss/bc", "loss/awr"),
     "auxiliary loss": ("loss/auxiliary",),
     "KL per update": ("policy/approx_kl",),

@@ -62,6 +62,19 @@ def value_loss(
     return 0.5 * loss
 
 
+def expectile_loss(error: jax.Array, expectile: float) -> jax.Array:
+    """Returns |expectile - 1(error < 0)| * error^2, float32 [...].
+
+    (Kostrikov et al., 2021, arXiv 2110.06169, eq. 4.) With the expectile 0.5 it is half of the
+    squared error.
+
+    Args:
+      error: Targets minus values, float32 [...].
+      expectile: Weight of values that are too small, in (0, 1).
+    """
+    return jnp.where(error < 0, 1 - expectile, expectile) * error**2
+
+
 def explained_variance(value: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns 1 - mean((target - value)^2) / Var(target), [], over samples where `mask` is 1."""
     variance = masked_mean((target - masked_mean(target, mask)) ** 2, mask)

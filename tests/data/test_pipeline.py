@@ -52,6 +52,7 @@ def make(data, **changes):
         "seed": 0,
         "history": 1,
         "discount": 0.9,
+        "one_step": False,
         "scaling": "none",
         "key": "bc.data.action_scaling",
     }
@@ -185,13 +186,14 @@ def test_a_batch_has_the_values_of_its_steps(data):
         assert batch.observation["instruction"]["mask"][i].tolist() == [True, text == 0]
 
 
+@pytest.mark.parametrize("one_step", [False, True])
 @pytest.mark.parametrize("kind", ["rlds", "lerobot"])
-def test_value_targets_are_those_of_recorded_demonstrations(tmp_path, kind):
+def test_value_targets_are_those_of_recorded_demonstrations(tmp_path, kind, one_step):
     written = episodes.several()
     directory = episodes.write(tmp_path / "d", kind, written)
     source = formats.open_directory(directory, "train")
     found = pack(source, tmp_path / "cache")
-    returns, weights, bootstrap = pipeline.value_targets(found, 0.9)
+    returns, weights, bootstrap = pipeline.value_targets(found, 0.9, one_step=one_step)
     for i, one in enumerate(written):
         count, start = one.actions, found.starts[i]
         last = (np.arange(count) == count - 1).astype(np.float32)
@@ -199,15 +201,16 @@ def test_value_targets_are_those_of_recorded_demonstrations(tmp_path, kind):
         expected_returns, expected_weights, step = advantages.bootstrapped_returns(
             reward=jnp.asarray(one.reward[:count, None]),
             terminated=jnp.asarray(last * terminal)[:, None],
-            truncated=jnp.asarray(last * (1 - terminal))[:, None],
+            # Targets of one reward are those of episodes that are truncated after every step.
+            truncated=jnp.asarray(np.maximum(last * (1 - terminal), one_step))[:, None],
             discount=0.9,
         )
         part = slice(start, start + count)
         np.testing.assert_allclose(returns[part], expected_returns[:, 0], rtol=1e-6)
         np.testing.assert_allclose(weights[part], expected_weights[:, 0], rtol=1e-6)
         # LeRobot has no observation after the last action, and the last one takes its place.
-        after = int(step[0, 0]) - (kind == "lerobot")
-        assert (bootstrap[part] == start + after).all()
+        after = np.minimum(step[:, 0], count - (kind == "lerobot"))
+        np.testing.assert_array_equal(bootstrap[part], start + after)
 
 
 def test_a_history_begins_with_the_episode(data):

@@ -28,6 +28,8 @@ HEADS = {"model__heads": max(shape[2] for shape in MESHES)}
 CONFIGS = {
     "ppo": lambda: tiny.config("reach_ppo_scratch", last__num_envs=16, last__optimizer=OPTIMIZER),
     "bc": lambda: tiny.config("reach_bc", last__optimizer=OPTIMIZER),
+    "awr": lambda: tiny.config("reach_bc", stages=("awr",), last__optimizer=OPTIMIZER),
+    "iql": lambda: tiny.config("reach_bc", stages=("iql",), last__optimizer=OPTIMIZER),
     "sft": lambda: tiny.token_config("count_sft", last__optimizer=OPTIMIZER, **HEADS),
     "grpo": lambda: tiny.token_config(stages=("grpo",), **SAMPLED, **HEADS),
     "grpo_lora": lambda: tiny.token_config(stages=("grpo",), **SAMPLED, **HEADS, **LORA),

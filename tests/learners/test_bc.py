@@ -166,7 +166,7 @@ def test_demonstrations_by_hand():
     truncated = jnp.zeros((3, 2)).at[2, 0].set(1)
     zeros = jnp.zeros((3, 2))
     action = jnp.arange(6.0).reshape(3, 2, 1)
-    data = bc.demonstrations(
+    arguments = (
         Transition(
             observation={"proprio": jnp.arange(6.0).reshape(3, 2, 1)},
             action=action,
@@ -181,8 +181,9 @@ def test_demonstrations_by_hand():
         ),
         jnp.tanh(action),
         {"proprio": jnp.array([[6.0], [7.0]])},
-        discount=0.5,
     )
+    data = bc.demonstrations(*arguments, discount=0.5)
+    one_step = bc.demonstrations(*arguments, discount=0.5, one_step=True)
     np.testing.assert_array_equal(data.value_return, [3.0, 1.5, 4.0, 1.0, 4.0, 1.0])
     np.testing.assert_array_equal(data.bootstrap_weight, [0.125, 0, 0.25, 0, 0.5, 0.5])
     weighted = data.bootstrap_weight > 0
@@ -190,6 +191,11 @@ def test_demonstrations_by_hand():
     np.testing.assert_array_equal(data.observation["proprio"][:, 0], np.arange(8))
     np.testing.assert_array_equal(data.privileged["place"][:, 0], 10 * np.arange(6))
     np.testing.assert_allclose(data.action[:, 0], np.tanh(np.arange(6)), rtol=1e-6)
+    # With targets of one reward, each step is followed by the observation after it, by 1/2.
+    np.testing.assert_array_equal(one_step.value_return, [1.0, 1.0, 2.0, 1.0, 4.0, 1.0])
+    np.testing.assert_array_equal(one_step.bootstrap_weight, [0.5, 0.5, 0.5, 0, 0.5, 0.5])
+    np.testing.assert_array_equal(one_step.bootstrap, [2, 3, 4, 5, 6, 7])
+    jax.tree.map(np.testing.assert_array_equal, one_step.observation, data.observation)
 
 
 @pytest.mark.parametrize(("size", "batch"), [(1, 3), (2, 1), (7, 7), (100, 30), (1000, 96)])

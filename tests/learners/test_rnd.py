@@ -27,7 +27,7 @@ def state():
     shapes |= {"place": (PROPRIO, 2), "target": (PROPRIO, 4), "log_std": (ACTIONS,)}
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
     observation = {"proprio": jnp.zeros((1, PROPRIO))}
-    extras = rnd.extras(OPTIONS, observation, jax.random.key(1))
+    extras = rnd.extras(OPTIONS, observation, None, jax.random.key(1))
     return learner.init(params, optimizer=SGD, proprio_size=PROPRIO).replace(extras=extras)
 
 

@@ -10,7 +10,7 @@ from mmrl_jax import problems
 from mmrl_jax.learners import bc, learner
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import sources
-from mmrl_jax.training import loop
+from mmrl_jax.training import checkpoint, loop
 from tests import episodes
 from tests.problems.test_demonstration_data import episode
 
@@ -87,6 +87,28 @@ def test_it_resumes_bit_for_bit(directory, tmp_path):
     rows = [row for row in metrics.read_jsonl(tmp_path / "one" / "metrics.jsonl") if "lr" in row]
     assert len(rows) == 4 and all(row["loss/bc"] > 0 for row in rows)
     assert all("rollout/reward" in row and "loss/policy" in row for row in rows)
+
+
+def test_critics_of_a_stage_are_in_its_checkpoints_and_end_with_it(tmp_path):
+    base = config(num_updates=2).to_dict()
+    stage = {"num_updates": 2, "eval_interval": 2, "checkpoint_interval": 1} | SOURCE
+    made = problems.complete(
+        base | {"stages": ("iql", "dapg"), "iql": stage | {"trainable": "params/policy.*"}}
+    )
+    trained = mmrl_jax.train(made, tmp_path)
+    assert [result.updates for result in trained.results.values()] == [2, 2]
+    first = trained.problem.stage("iql").init()
+    saved, _ = checkpoint.restore_parts(
+        tmp_path / "iql", {"learner/extras": first.learner.extras}, which="latest"
+    )
+    critics, start = saved["learner/extras"]["critics"], first.learner.extras["critics"]
+    for pair in ((critics.params, start.params), (critics.target, start.target)):
+        changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), *pair)
+        assert all(jax.tree.leaves(changed))  # `trainable` freezes the value, and no critic.
+    cloned = mmrl_jax.load(tmp_path / "iql").variables
+    assert cloned.extras == {} == trained.variables.extras
+    frozen = [x["params"]["value_0"]["kernel"] for x in (cloned.params, first.learner.params)]
+    np.testing.assert_array_equal(*frozen)
 
 
 @pytest.mark.parametrize(

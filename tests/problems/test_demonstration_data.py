@@ -58,12 +58,13 @@ def batches(directory, count, mesh=None):
     pipeline = demonstration_data.open_pipeline(
         demonstration_data.DataOptions(directory=str(directory)),
         demonstration_data.target(problem.config, problem.env),
-        batch_size=8, seed=0, history=1, discount=0.99, value_coef=0.1, name="bc",
+        batch_size=8, seed=0, history=1, discount=0.99, value_coef=0.1, one_step=False,
+        name="bc",
     )  # fmt: skip
     return [demonstration_data.to_batch(pipeline.batch(u)) for u in range(count)]
 
 
-@pytest.mark.parametrize("stage", ["bc", "awr"])
+@pytest.mark.parametrize("stage", ["bc", "awr", "iql"])
 def test_training_resumes_in_the_middle_of_an_epoch_bit_for_bit(stage, data, tmp_path):
     optimizer = {"schedule": "constant"}
     options = {"data": {"directory": str(data)}, "optimizer": optimizer, "flat": True}

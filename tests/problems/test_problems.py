@@ -63,7 +63,9 @@ def test_demonstrations_are_recorded_once(monkeypatch, capsys):
     "config",
     [
         lambda: tiny.config(stages=("ppo", "bc"), ppo__num_updates=2, bc__num_updates=2),
-        lambda: tiny.config(stages=("awr", "ppo"), awr__num_updates=2, ppo__num_updates=2),
+        lambda: tiny.config(
+            stages=("awr", "ppo"), awr__num_updates=2, awr__discount=0.95, ppo__num_updates=2
+        ),
         lambda: tiny.token_config(stages=("dpo", "sft"), dpo__num_updates=2, sft__num_updates=2),
     ],
 )
