@@ -1,0 +1,42 @@
+"""Study of offline learning on `language_reach`: cloning against weighing, and augmentation.
+
+All variants learn from the same 12,288 episodes of a scripted expert that succeeds in 39 % of them,
+in as many updates. The warm start of `reach_ppo` is the baseline; nothing of it is changed but what
+the name of a variant says.
+
+Command:   python -m experiments.study --study=experiments/studies/offline.py
+Hardware:  two CPU cores.
+Time:      not run
+Result:    not run
+"""
+
+from typing import Any
+
+import ml_collections
+
+from mmrl_jax import problems
+from mmrl_jax.configs import reach_ppo
+
+SEEDS = 5
+MAIN = "final/train/success"
+
+# Stage of each variant, and its changes to the options of the baseline's `bc`.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bc": ("bc", {}),
+    "awr": ("awr", {"value_coef": 0.5}),
+    "iql": ("iql", {"value_coef": 0.5}),
+    "bc_shift": ("bc", {"augmentation": {"shift": 2}}),
+    "bc_color": ("bc", {"augmentation": {"brightness": 0.3, "contrast": 0.3, "noise": 5.0}}),
+}
+
+
+def get_config(variant: str = "bc") -> ml_collections.ConfigDict:
+    """Returns the config of a variant.
+
+    Raises:
+      KeyError: If the variant is unknown.
+    """
+    stage, changes = VARIANTS[variant]
+    options = reach_ppo.CONFIG["bc"] | changes
+    base = {key: x for key, x in reach_ppo.CONFIG.items() if key not in ("bc", "ppo", "stages")}
+    return problems.complete(base, {"stages": (stage,), stage: options})
