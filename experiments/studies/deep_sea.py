@@ -18,27 +18,31 @@ from mmrl_jax.configs import deep_sea_rnd
 
 SEEDS = 5
 MAIN = "final/train/success"
-SIZES = (10, 20, 30)
-# Stage of each algorithm, and its changes to the config.
-ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ppo": ("ppo", {}),
-    "ppo_entropy": ("ppo", {"entropy_coef": 1e-2}),
-    "rnd": ("rnd", {}),
-}
-VARIANTS = {f"{name}_{size}": (name, size) for size in SIZES for name in ALGORITHMS}
 
 
-def get_config(variant: str = "rnd_10") -> ml_collections.ConfigDict:
+def _variants(size: int) -> dict[str, dict[str, Any]]:
+    """Returns the changes of the variants of a size to PPO on the smallest sea."""
+    sea, sized = {"env": {"options": {"size": size}}}, {"unroll_length": 2 * (size + 1)}
+    if size == SMALLEST:
+        sea, sized = {}, {}
+    return {
+        f"ppo_{size}": sea | ({"ppo": sized} if sized else {}),
+        f"ppo_entropy_{size}": sea | {"ppo": sized | {"entropy_coef": 1e-2}},
+        f"rnd_{size}": sea | {"stages": ("rnd",), "rnd": OPTIONS | sized},
+    }
+
+
+SMALLEST = deep_sea_rnd.SIZE
+OPTIONS = deep_sea_rnd.PPO | {"num_updates": 1500}
+VARIANTS = _variants(SMALLEST) | _variants(20) | _variants(30)
+
+
+def get_config(variant: str = "ppo_10") -> ml_collections.ConfigDict:
     """Returns the config of a variant.
 
     Raises:
       KeyError: If the variant is unknown.
     """
-    name, size = VARIANTS[variant]
-    stage, changes = ALGORITHMS[name]
-    sized = {
-        "env": {"options": {"size": size}},
-        # An episode, and the step that resets the environment after it, twice.
-        stage: {"num_updates": 1500, "unroll_length": 2 * (size + 1)} | changes,
-    }
-    return problems.complete(deep_sea_rnd.get_config(stage), sized)
+    return problems.complete(
+        deep_sea_rnd.CONFIG, {"stages": ("ppo",), "ppo": OPTIONS}, VARIANTS[variant]
+    )

@@ -20,13 +20,14 @@ from mmrl_jax.configs import reach_ppo
 SEEDS = 5
 MAIN = "final/train/success"
 
-# Stage of each variant, and its changes to the options of the baseline's `bc`.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bc": ("bc", {}),
-    "awr": ("awr", {"value_coef": 0.5}),
-    "iql": ("iql", {"value_coef": 0.5}),
-    "bc_shift": ("bc", {"augmentation": {"shift": 2}}),
-    "bc_color": ("bc", {"augmentation": {"brightness": 0.3, "contrast": 0.3, "noise": 5.0}}),
+OPTIONS: dict[str, Any] = reach_ppo.CONFIG["bc"]
+# Changes of each variant to the baseline.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bc": {},
+    "awr": {"stages": ("awr",), "awr": OPTIONS | {"value_coef": 0.5}},
+    "iql": {"stages": ("iql",), "iql": OPTIONS | {"value_coef": 0.5}},
+    "bc_shift": {"bc": {"augmentation": {"shift": 2}}},
+    "bc_color": {"bc": {"augmentation": {"brightness": 0.3, "contrast": 0.3, "noise": 5.0}}},
 }
 
 
@@ -36,7 +37,4 @@ def get_config(variant: str = "bc") -> ml_collections.ConfigDict:
     Raises:
       KeyError: If the variant is unknown.
     """
-    stage, changes = VARIANTS[variant]
-    options = reach_ppo.CONFIG["bc"] | changes
-    base = {key: x for key, x in reach_ppo.CONFIG.items() if key not in ("bc", "ppo", "stages")}
-    return problems.complete(base, {"stages": (stage,), stage: options})
+    return problems.complete(reach_ppo.CONFIG, {"stages": ("bc",)}, VARIANTS[variant])

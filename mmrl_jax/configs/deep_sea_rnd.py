@@ -21,7 +21,8 @@ PPO: dict[str, Any] = {
     "eval_interval": 100,
     "checkpoint_interval": 100,
     "num_envs": 64,
-    "unroll_length": 44,
+    # Two episodes, and the steps that reset the environment after them.
+    "unroll_length": 2 * (SIZE + 1),
     "num_minibatches": 4,
     "num_epochs": 4,
     "optimizer": {"learning_rate": 1e-3, "schedule": "linear"},

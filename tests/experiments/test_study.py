@@ -16,7 +16,9 @@ from tests import tiny
 # File -> arguments that it is run with.
 STUDIES = {
     "count": [""],
+    "deep_sea": [""],
     "grid_agent": [""],
+    "offline": [""],
     "quickstart": [""],
     "reach": [""],
     "vs_brax": [":inverted_pendulum", ":reacher", ":hopper", ":halfcheetah"],
