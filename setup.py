@@ -43,6 +43,7 @@ setuptools.setup(
         "mujoco>=3.3",
         "absl-py>=2.3",
         "etils[epath]>=1.12",
+        "huggingface-hub>=2.4",
         "numpy>=2.0",
         "imageio-ffmpeg>=0.6",
         "matplotlib>=3.10",

@@ -1,4 +1,4 @@
-"""Completes your own prompts about your own images with a trained token policy.
+r"""Completes your own prompts about your own images with a trained token policy.
 
   mmrl-generate --workdir=runs/vqa --image=photo.png --prompt="How many red circles are there?"
   mmrl-generate --workdir=runs/vqa --image=photo.png --prompt="..." --num_completions=4 \

@@ -169,7 +169,7 @@ def _row(result: Result) -> str:
 
 def _metadata(exported: ExportedModel, config: Any) -> str:
     """Returns the metadata of the hub as YAML."""
-    # Comes with transformers; imported here because training does not need it.
+    # Imported here because training does not need it.
     from huggingface_hub import ModelCardData
 
     return ModelCardData(

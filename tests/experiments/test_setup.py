@@ -403,6 +403,7 @@ def test_what_the_package_imports_is_required_by_it():
     # How a distribution's module is called, where it is not the distribution's name.
     modules = {
         "absl-py": "absl",
+        "huggingface-hub": "huggingface_hub",
         "imageio-ffmpeg": "imageio_ffmpeg",
         "ml-collections": "ml_collections",
         "orbax-checkpoint": "orbax",
