@@ -45,6 +45,12 @@ class Study:
         interval = self.interval(variant, *names)
         return "-" if interval is None else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
 
+    def difference(self, variant: str, name: str, other: str) -> str:
+        """Returns the IQM over the seeds of a metric minus another one, as text for a cell."""
+        runs = self.results[variant].values()
+        values = [run[name] - run[other] for run in runs]
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*study_lib.interval(values))
+
     def minutes(self, variant: str, *, statistic: str = "median") -> str:
         """Returns the duration of a run in minutes: the 'median' or the 'iqm' over the seeds."""
         seconds = [float(run["wall_s"]) for run in self.results[variant].values()]
@@ -81,19 +87,42 @@ def quickstart() -> str:
         "heldout_physics",
         "heldout_camera",
     )
-    rows = [
-        (f"`{split}`", *(runs.cell("reach_ppo", f"{stage}/{split}/success") for stage in stages))
-        for split in splits
-        for stages in [("warm_start", "more_cloning", "final")]
-    ]
+    stages = ("warm_start", "more_cloning", "final")
+    rows = []
+    for split in splits:
+        cells = [runs.cell("reach_ppo", f"{stage}/{split}/success") for stage in stages]
+        gap = runs.difference(
+            "reach_ppo", "final/train/success", f"final/{split}/success"
+        )
+        rows.append((f"`{split}`", *cells, "-" if split == splits[0] else gap))
     for modality in ("pixels", "instruction"):
         success = runs.cell(
             "reach_ppo",
             f"final/train/shuffled_{modality}/success",
             f"final/train/no_{modality}/success",
         )
-        rows.append((f"`train`, {modality} of another episode", "-", "-", success))
-    return markdown(("split", "warm start", "more cloning", "after PPO"), rows)
+        rows.append((f"`train`, {modality} of another episode", "-", "-", success, "-"))
+    header = ("split", "warm start", "more cloning", "after PPO", "below `train`")
+    return markdown(header, rows)
+
+
+def quickstart_seeds() -> str:
+    """Returns a table of the success rates of the quickstart with each seed."""
+    runs = load("quickstart").results["reach_ppo"]
+    rows = [
+        (
+            str(seed),
+            *(
+                f"{run[f'{stage}/train/success']:.3f}"
+                for stage in ("expert", "warm_start", "more_cloning", "final")
+            ),
+            f"{run['wall_s'] / 60:.1f}",
+        )
+        for seed, run in sorted(runs.items())
+    ]
+    return markdown(
+        ("seed", "expert", "warm start", "more cloning", "after PPO", "minutes"), rows
+    )
 
 
 def count() -> str:
@@ -276,6 +305,7 @@ def _significant(x: float) -> str:
 TABLES = {
     "benchmarks": benchmarks,
     "quickstart": quickstart,
+    "quickstart_seeds": quickstart_seeds,
     "count": count,
     "grid_agent": grid_agent,
     "reach": reach,
