@@ -113,8 +113,9 @@ class Stage:
       update: (carry, constants) -> (carry, metrics). It is traced, and the updates of a dispatch
         form one compiled program. Metrics are float32 []. They include 'optimizer/steps', the
         number of optimizer steps, and 'optimizer/skipped_steps', the number of steps that were
-        skipped because the loss or its gradient is not finite. 'episode/*' is NaN if no episode
-        ended. None for a stage with `on_host`.
+        skipped because the loss or its gradient is not finite; 'optimizer/skipped_spikes' counts
+        those that were skipped as spikes, if any can be. 'episode/*' is NaN if no episode ended.
+        None for a stage with `on_host`.
       constants: Pytree that is passed to every update and never donated; or None.
       num_updates: Number of updates after which the stage ends.
       updates_per_dispatch: Number of updates in one compiled call; the last call may have fewer.
