@@ -8,7 +8,7 @@ import jax
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, at_least, between, option
-from mmrl_jax.stability import spikes
+from mmrl_jax.stability import learning_rate, spikes
 
 # Epsilon of Adam in Brax and openpi; with optax's 1e-8 the first steps of a value head are huge.
 _EPS = 1e-5
@@ -99,6 +99,7 @@ def make(
     steps: int,
     *,
     is_trained: Callable[[tuple[Any, ...]], bool] | None = None,
+    scalable: bool = False,
 ) -> Optimizer:
     """Returns the optimizer of a stage.
 
@@ -107,6 +108,8 @@ def make(
       steps: Number of optimizer steps of the stage, which is the length of the schedule.
       is_trained: Predicate on the path of a parameter; parameters that are not trained have no
         updates and no optimizer state. By default all parameters are trained.
+      scalable: Whether the learning rate can be lowered in the optimizer state, see
+        `stability.learning_rate`.
     """
     rate = make_schedule(options, steps)
     algorithm = {
@@ -118,6 +121,8 @@ def make(
     transformation = optax.chain(optax.clip_by_global_norm(options.max_grad_norm), algorithm)
     if is_trained is not None:
         transformation = _partition(transformation, is_trained)
+    if scalable:
+        transformation = optax.chain(transformation, learning_rate.scale_by_state())
     if options.skip_spikes is not None:
         transformation = spikes.skip_spikes(
             transformation, deviations=options.skip_spikes, window=options.spike_window

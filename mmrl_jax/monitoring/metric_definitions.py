@@ -217,6 +217,9 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "spike, see optimizer.skip_spikes; they are in no other metric of optimizer steps",
         "0, rarely 1",
     ),
+    "optimizer/rollbacks": Metric(
+        "1", "Rollbacks of the stage so far, see incidents.jsonl and docs/runs.md", "absent"
+    ),
     "optimizer/retries": Metric(
         "1",
         "Retries of the host's part of an update, for example of reward functions, after a failure",
