@@ -43,7 +43,7 @@ from mmrl_jax.commands.common import (
 )
 from mmrl_jax.distributed import multihost
 from mmrl_jax.planning import start
-from mmrl_jax.training import fingerprints
+from mmrl_jax.training import fingerprints, rollback
 
 FLAGS = flags.FLAGS
 
@@ -66,6 +66,8 @@ def main(argv: list[str]) -> None:
             problem, FLAGS.workdir, inspected=inspected, profile=FLAGS.profile
         )
     status = "interrupted; the same command resumes it" if trained.interrupted else "done"
+    if rollbacks := sum(result.rollbacks for result in trained.results.values()):
+        status += f", with rollbacks after {rollbacks} divergences, see {rollback.INCIDENTS}"
     _tell(f"Training {status}. Outputs: {FLAGS.workdir}")
 
 

@@ -14,6 +14,7 @@ from mmrl_jax.envs.brax_api import State
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import losses, normalization
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
+from mmrl_jax.stability import spikes
 from mmrl_jax.types import Metrics, Observation, Params, Transition
 
 Apply = Callable[[Params, Observation], PolicyOutput]
@@ -133,6 +134,8 @@ def apply_gradients(
 ) -> tuple[AnyState, Metrics]:
     """Takes one optimizer step, or skips it if the loss or the gradient is not finite.
 
+    An optimizer that is wrapped in `spikes.skip_spikes` also skips a step that is a spike.
+
     Args:
       state: State of the learner.
       loss: Loss, [].
@@ -141,20 +144,32 @@ def apply_gradients(
 
     Returns:
       The new state, and the metrics 'loss/total', 'grad/norm', 'optimizer/steps' and
-      'optimizer/skipped_steps', of which one of the last two is 1 and the other one 0.
+      'optimizer/skipped_steps', and 'optimizer/skipped_spikes' of an optimizer that skips spikes.
+      One of the last two or three is 1, and the others are 0.
     """
     norm = optax.tree.norm(gradients)  # It is finite only if every entry of the gradient is.
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        gradients, state.opt_state, state.params, loss=loss, grad_norm=norm
+    )
     params = optax.apply_updates(state.params, updates)
-    new = state.replace(params=params, opt_state=opt_state, steps=state.steps + 1)
+    spike = spikes.was_skipped(opt_state)
+    steps = state.steps + (1 if spike is None else 1 - spike)
+    new = state.replace(params=params, opt_state=opt_state, steps=steps)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     taken = finite.astype(jnp.float32)
-    return new, {
+    metrics = {
         "loss/total": loss,
         "grad/norm": norm,
         "optimizer/steps": taken,
         "optimizer/skipped_steps": 1 - taken,
+    }
+    if spike is None:
+        return new, metrics
+    skipped = taken * spike
+    return new, metrics | {
+        "optimizer/steps": taken - skipped,
+        "optimizer/skipped_spikes": skipped,
     }
 
 
@@ -277,7 +292,7 @@ def mean_over_steps(metrics: Metrics) -> Metrics:
     taken = metrics["optimizer/steps"]
 
     def reduce(name: str, x: jax.Array) -> jax.Array:
-        if name in ("optimizer/steps", "optimizer/skipped_steps"):
+        if name in ("optimizer/steps", "optimizer/skipped_steps", "optimizer/skipped_spikes"):
             return jnp.sum(x)
         return jnp.sum(jnp.where(taken > 0, x, 0.0)) / jnp.sum(taken)
 

@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
+from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, at_least, between, option
+from mmrl_jax.stability import learning_rate, spikes
 
 # Epsilon of Adam in Brax and openpi; with optax's 1e-8 the first steps of a value head are huge.
 _EPS = 1e-5
@@ -35,6 +36,18 @@ class OptimizerOptions:
         NON_NEGATIVE,
     )
     max_grad_norm: float = option(1.0, "Global norm that gradients are clipped to.", POSITIVE)
+    skip_spikes: float | None = option(
+        None,
+        "Skips a step whose loss or gradient norm exceeds the mean of the last `spike_window` "
+        "steps by more than this number of standard deviations, usually 6; None skips none.",
+        POSITIVE,
+    )
+    spike_window: int = option(
+        128,
+        "Number of steps with which `skip_spikes` compares a step; none is skipped before half of "
+        "them were taken.",
+        at_least(4),
+    )
 
 
 class Optimizer(NamedTuple):
@@ -86,6 +99,7 @@ def make(
     steps: int,
     *,
     is_trained: Callable[[tuple[Any, ...]], bool] | None = None,
+    scalable: bool = False,
 ) -> Optimizer:
     """Returns the optimizer of a stage.
 
@@ -94,6 +108,8 @@ def make(
       steps: Number of optimizer steps of the stage, which is the length of the schedule.
       is_trained: Predicate on the path of a parameter; parameters that are not trained have no
         updates and no optimizer state. By default all parameters are trained.
+      scalable: Whether the learning rate can be lowered in the optimizer state, see
+        `stability.learning_rate`.
     """
     rate = make_schedule(options, steps)
     algorithm = {
@@ -103,8 +119,21 @@ def make(
         "sgd": lambda: optax.sgd(rate),
     }[options.name]()
     transformation = optax.chain(optax.clip_by_global_norm(options.max_grad_norm), algorithm)
-    if is_trained is None:
-        return Optimizer(rate, transformation)
+    if is_trained is not None:
+        transformation = _partition(transformation, is_trained)
+    if scalable:
+        transformation = optax.chain(transformation, learning_rate.scale_by_state())
+    if options.skip_spikes is not None:
+        transformation = spikes.skip_spikes(
+            transformation, deviations=options.skip_spikes, window=options.spike_window
+        )
+    return Optimizer(rate, transformation)
+
+
+def _partition(
+    transformation: optax.GradientTransformation, is_trained: Callable[[tuple[Any, ...]], bool]
+) -> optax.GradientTransformation:
+    """Returns a transformation that has updates and state of the trained parameters only."""
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -112,4 +141,4 @@ def make(
         )
 
     parts = {"trained": transformation, "frozen": optax.set_to_zero()}
-    return Optimizer(rate, optax.partition(parts, labels))
+    return optax.partition(parts, labels)

@@ -14,14 +14,21 @@ SHORT = 1 / 3  # Fraction of the longest mean completion length so far that coun
 LOW_ENTROPY = 0.02  # Fraction of the first logged entropy that counts as a collapse.
 UNUSED_SHARE = 0.01  # Share of a modality below which the policy does not use it.
 BEHAVIOR_SHARE = "modality_share/behavior/"
-CHECKED = ("completion/reward", "reward/zero_std_groups", "completion/length", "policy/entropy")
+CHECKED = (
+    "completion/reward",
+    "reward/zero_std_groups",
+    "completion/length",
+    "policy/entropy",
+    "optimizer/steps",
+    "optimizer/skipped_spikes",
+)
 
 
 class HealthChecks:
     """Checks the rows of a metrics log one after the other.
 
-    The alarms 'reward_constant', 'zero_std_groups', 'completions_short' and 'entropy_low' need
-    WINDOW rows with their metric, 'images_unused' needs two evaluations, and
+    The alarms 'reward_constant', 'zero_std_groups', 'completions_short', 'entropy_low' and
+    'steps_skipped' need WINDOW rows with their metric, 'images_unused' needs two evaluations, and
     'modality_unused' needs two measurements. A row without the metric of a check does not count
     for it.
 
@@ -68,7 +75,7 @@ class HealthChecks:
         return {name: text for name, text in self.raised.items() if name not in before}
 
     def _alarms(self) -> dict[str, str]:
-        reward, zero_std, length, entropy = (self._last[name] for name in CHECKED)
+        reward, zero_std, length, entropy, steps, spikes = (self._last[name] for name in CHECKED)
         self._longest = max(self._longest, *length, 0.0)
         if self._first_entropy is None and entropy:
             self._first_entropy = entropy[0]
@@ -97,6 +104,11 @@ class HealthChecks:
                 f"policy/entropy fell from {self._first_entropy:.3g} to {entropy[-1]:.3g}: the "
                 "policy no longer explores. Lower the learning rate, or raise the temperature, the "
                 "entropy coefficient or the KL coefficient."
+            )
+        if len(spikes) == WINDOW and sum(spikes) >= sum(steps):
+            alarms["steps_skipped"] = (
+                f"At least half of the optimizer steps in the last {WINDOW} rows were skipped as "
+                "spikes: raise optimizer.skip_spikes, or lower the learning rate."
             )
         if len(self._images_unused) == 2 and all(self._images_unused):
             alarms["images_unused"] = (

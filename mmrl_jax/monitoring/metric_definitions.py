@@ -253,6 +253,15 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "finite",
         "0; the run stops at half of all steps",
     ),
+    "optimizer/skipped_spikes": Metric(
+        "steps",
+        "Optimizer steps of an update that were skipped because their loss or gradient norm is a "
+        "spike, see optimizer.skip_spikes; they are in no other metric of optimizer steps",
+        "0, rarely 1",
+    ),
+    "optimizer/rollbacks": Metric(
+        "1", "Rollbacks of the stage so far, see incidents.jsonl and docs/runs.md", "absent"
+    ),
     "optimizer/retries": Metric(
         "1",
         "Retries of the host's part of an update, for example of reward functions, after a failure",

@@ -37,6 +37,7 @@ from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.learners.optimizers import OptimizerOptions
 from mmrl_jax.monitoring.loggers import LOGGERS
 from mmrl_jax.rollouts.unroll import PolicyFunction
+from mmrl_jax.stability.divergence import RollbackOptions
 from mmrl_jax.training.stage import Carry, Stage
 
 # Numbers of a run's streams of random numbers. The key of a stream is
@@ -113,6 +114,7 @@ class StageOptions:
         PATTERN,
     )
     optimizer: OptimizerOptions = group(OptimizerOptions)
+    rollback: RollbackOptions = group(RollbackOptions)
 
 
 # Keys of a stage that a resumed run may change: its length and the frequency of its reports.

@@ -24,6 +24,8 @@ from mmrl_jax.learners import optimizers
 from mmrl_jax.learners.optimizers import Optimizer, OptimizerOptions
 from mmrl_jax.learners.registry import Algorithm
 from mmrl_jax.problems import problem
+from mmrl_jax.stability import learning_rate
+from mmrl_jax.stability.divergence import RollbackOptions
 from mmrl_jax.training.dispatch import TRANSIENT
 from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.stage import Carry, HostUpdate
@@ -137,7 +139,10 @@ def make_optimizer(
     """
     steps = config[name].num_updates * steps_per_update(options)
     return optimizers.make(
-        build(OptimizerOptions, config[name].optimizer), steps, is_trained=is_trained
+        build(OptimizerOptions, config[name].optimizer),
+        steps,
+        is_trained=is_trained,
+        scalable=config[name].rollback.max_retries > 0,
     )
 
 
@@ -158,7 +163,9 @@ def make_learn(
 
     def learn(carry: Carry, constants: Constants, collected: Collected) -> tuple[Carry, Metrics]:
         learner, metrics = update(carry.learner, constants, collected.batch, collected.key)
-        metrics |= {"lr": jnp.asarray(optimizer.rate(learner.steps), jnp.float32)}
+        rate = jnp.asarray(optimizer.rate(learner.steps), jnp.float32)
+        scale = learning_rate.scale_of(learner.opt_state)
+        metrics |= {"lr": rate if scale is None else rate * scale}
         return carry.replace(
             learner=learner, env_state=collected.env_state, updates=carry.updates + 1
         ), metrics
@@ -232,6 +239,7 @@ def stage_fields(
     return {field: config[name][field] for field in names} | {
         "name": name,
         "max_to_keep": config.run.max_to_keep,
+        "rollback": build(RollbackOptions, config[name].rollback),
         "env_steps_per_update": source.env_steps_per_update,
         "samples_per_update": source.samples_per_update,
         "best_metric": best,

@@ -67,7 +67,9 @@ def totals(results: Collection[Result], started: float) -> dict[str, float]:
       env_steps: Number of environment steps, without steps that only reset an environment.
       env_steps_per_s: Environment steps per second of the updates of stages with environments; 0
         without such stages.
+      rollbacks: Number of rollbacks after divergences, if there were any, see docs/runs.md.
     """
+    rollbacks = sum(result.rollbacks for result in results)
     stepping = [result for result in results if result.counters.env_steps]
     steps = sum(result.counters.env_steps for result in stepping)
     return {
@@ -75,7 +77,7 @@ def totals(results: Collection[Result], started: float) -> dict[str, float]:
         "compile_s": sum(result.counters.compile_s for result in results),
         "env_steps": steps,
         "env_steps_per_s": steps / sum(result.wall_s for result in stepping) if stepping else 0.0,
-    }
+    } | ({"rollbacks": rollbacks} if rollbacks else {})
 
 
 def write_json(path: epath.Path, values: Mapping[str, float]) -> None:

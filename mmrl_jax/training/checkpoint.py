@@ -5,7 +5,7 @@ The working directory of a run contains
     workdir/config.json            the config of the run; another config is rejected
     workdir/checkpoints/120/       one checkpoint, named by its step (Orbax)
         carry/                     the arrays, by path: "learner/params/dense/kernel"
-        record/                    JSON: config, extra (data position), layout, checksums, score
+        record/                    JSON: config, extra, layout, checksums, score, rollback_target
     workdir/damaged_checkpoints/   checkpoints that could not be read and were moved here
 
 Orbax writes in the background to a directory with a temporary name and renames it at the end. A
@@ -30,6 +30,7 @@ from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.distributed import multihost
 from mmrl_jax.training import integrity
 from mmrl_jax.training.integrity import CheckpointMismatch
+from mmrl_jax.training.retention import KeepNewestAndBest, best_step
 from mmrl_jax.training.write_watch import WriteWatch
 from mmrl_jax.workdir import CHECKPOINTS, saved_steps
 
@@ -96,10 +97,12 @@ class Checkpointer:
         workdir_lib.make_directory(self._directory)
         # A network file system may show the other processes an older list.
         steps = multihost.from_primary(saved_steps(self._workdir))
-        self._scores: dict[int, float | None] = {
-            step: _score_on_disk(self._directory, step) for step in steps
-        }
-        self._policy = _KeepNewestAndBest(keep, self._scores)
+        self._scores: dict[int, float | None] = {}
+        self._targets: set[int] = set()  # Steps of the checkpoints that a rollback may restore.
+        for step in steps:
+            self._scores[step], is_target = _stored(self._directory, step)
+            self._targets |= {step} if is_target else set()
+        self._policy = KeepNewestAndBest(keep, self._scores, self._targets)
         self._manager = self._open()
         self._last_step = 0
         self._pending: int | None = None
@@ -114,8 +117,12 @@ class Checkpointer:
             self.close()
 
     def due(self, step: int) -> bool:
-        """Returns whether a multiple of `save_interval` was passed since the last save."""
-        return step // self._save_interval > self._last_step // self._save_interval
+        """Returns whether a multiple of `save_interval` was passed since the last due save.
+
+        Other saves do not count, so that a run saves the same steps however often it is stopped.
+        """
+        last = max((saved for saved in self._targets if saved <= self._last_step), default=0)
+        return step // self._save_interval > last // self._save_interval
 
     def save(
         self,
@@ -125,6 +132,7 @@ class Checkpointer:
         extra: Mapping[str, Any],
         metrics: Mapping[str, float],
         force: bool = False,
+        is_good: bool = True,
     ) -> bool:
         """Saves the carry if a save is due, and returns before the files are written.
 
@@ -140,6 +148,8 @@ class Checkpointer:
             metrics: Metrics of this step. The value of `best_metric`, if present and not NaN, is
                 the score of the checkpoint.
             force: Whether to save even if no save is due, for example at the end or on SIGTERM.
+            is_good: Whether a rollback may restore the checkpoint, if its save was due or its step
+                is 0.
 
         Returns:
             Whether a save was started. It is False if this step is already saved.
@@ -167,6 +177,7 @@ class Checkpointer:
         body = {
             "step": step,
             "score": score,
+            "rollback_target": is_good and (step == 0 or self.due(step)),
             "config": self._config,
             "extra": dict(extra),
             "layout": layout,
@@ -178,6 +189,7 @@ class Checkpointer:
                 f"extra is not JSON-serializable ({error}): {dict(extra)!r}."
             ) from error
         self._scores[step] = score
+        self._targets |= {step} if body["rollback_target"] else set()
         self._pending = step
         try:
             self._manager.save(
@@ -218,7 +230,9 @@ class Checkpointer:
             except Exception:  # `wait` has reported the failure.
                 logger.debug("Closing the checkpoint manager failed.", exc_info=True)
 
-    def restore_latest(self, target_like: PyTree) -> tuple[PyTree, dict[str, Any], int] | None:
+    def restore_latest(
+        self, target_like: PyTree, *, rollback: bool = False
+    ) -> tuple[PyTree, dict[str, Any], int] | None:
         """Restores the newest undamaged checkpoint bit for bit.
 
         If the newest checkpoint is damaged, a warning reports it, it is moved to
@@ -230,6 +244,8 @@ class Checkpointer:
                 differ from the sharding with which it was saved. If the target has no sharding, or
                 is an uncommitted array, the restored leaf is uncommitted on the default device. If
                 it is a numpy array, so is the restored leaf.
+            rollback: Whether only a checkpoint that a rollback may restore is considered. Later
+                checkpoints are then deleted, so that the run can save these steps again.
 
         Returns:
             (carry, extra, step), or None if there is no checkpoint.
@@ -243,6 +259,8 @@ class Checkpointer:
         steps = multihost.from_primary(saved_steps(self._workdir))
         damaged: list[tuple[int, Exception]] = []
         for step in reversed(steps):
+            if rollback and step not in self._targets:
+                continue
             restored, error = _try_load(self._directory, step, {"": target_like})
             if error is not None:
                 damaged.append((step, error))
@@ -250,12 +268,24 @@ class Checkpointer:
             assert restored is not None
             if damaged:
                 self._set_aside(damaged, used=step)
+            if rollback:
+                self._delete_after(step)
             carries, body = restored
             self._last_step = step
             return carries[""], body["extra"], step
         if damaged:
             raise _all_damaged(self._directory, damaged)
         return None
+
+    def _delete_after(self, step: int) -> None:
+        for later in [saved for saved in self._manager.all_steps() if saved > step]:
+            self._manager.delete(later)
+        for later in [saved for saved in self._scores if saved > step]:
+            self._forget(later)  # Also those that are not kept any more.
+
+    def _forget(self, step: int) -> None:
+        self._scores.pop(step, None)
+        self._targets.discard(step)
 
     def _open(self) -> ocp.CheckpointManager:
         self._watch = WriteWatch()
@@ -287,7 +317,7 @@ class Checkpointer:
             if multihost.is_primary():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (self._directory / str(step)).rename(target)
-            self._scores.pop(step, None)
+            self._forget(step)
         multihost.any_process(False)  # All processes wait until process 0 has moved them.
         # The manager lists the steps only once, when it is created.
         self._manager.close()
@@ -296,7 +326,7 @@ class Checkpointer:
     def _write_error(self, error: Exception) -> CheckpointWriteError:
         step, self._pending = self._pending, None
         if step is not None:
-            self._scores.pop(step, None)
+            self._forget(step)
         intact = [saved for saved in saved_steps(self._workdir) if saved != step]
         return CheckpointWriteError(
             f"Checkpoint {step} could not be written to {self._directory}: "
@@ -336,8 +366,8 @@ def restore_parts(
     if which == "latest":
         candidates = steps[::-1]
     elif which == "best":
-        scores = {step: _score_on_disk(directory, step) for step in steps}
-        best = _best_step(scores)
+        scores = {step: _stored(directory, step)[0] for step in steps}
+        best = best_step(scores)
         if best is None:
             raise ValueError(f"No checkpoint in {directory} has a score: use which='latest'.")
         candidates = [best]
@@ -365,31 +395,6 @@ def restore_parts(
     raise _all_damaged(directory, damaged)
 
 
-class _KeepNewestAndBest:
-    """Orbax preservation policy that keeps the newest `keep` checkpoints and the best by score.
-
-    The policy BestN of Orbax is not used: it reads its metric files when a manager opens, and fails
-    if one of them is damaged.
-    """
-
-    def __init__(self, keep: int, scores: Mapping[int, float | None]):
-        self._keep = keep
-        self._scores = scores
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        preserved = {*sorted(steps)[-self._keep :]}
-        preserved.add(_best_step({step: self._scores.get(step) for step in steps}))
-        return [step in preserved for step in steps]
-
-
-def _best_step(scores: Mapping[int, float | None]) -> int | None:
-    """Returns the last step with the highest score; None if no step has a score."""
-    scored = [(score, step) for step, score in scores.items() if score is not None]
-    return max(scored)[1] if scored else None
-
-
 def _read_record(directory: epath.Path, step: int) -> dict[str, Any]:
     """Returns the verified body of a checkpoint's record."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
@@ -399,11 +404,13 @@ def _read_record(directory: epath.Path, step: int) -> dict[str, Any]:
     return record["body"]
 
 
-def _score_on_disk(directory: epath.Path, step: int) -> float | None:
+def _stored(directory: epath.Path, step: int) -> tuple[float | None, bool]:
+    """Returns the score of a checkpoint, and whether a rollback may restore it."""
     try:
-        return _read_record(directory, step)["score"]
+        body = _read_record(directory, step)
     except Exception:  # The record is damaged, which is reported when it is restored.
-        return None
+        return None, False
+    return body["score"], body.get("rollback_target", True)
 
 
 def _try_load(

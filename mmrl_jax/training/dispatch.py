@@ -151,6 +151,9 @@ def _summary(variables: Any, metrics: Metrics) -> Metrics:
     """
     leaves_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(variables)])
     taken, skipped = metrics["optimizer/steps"], metrics["optimizer/skipped_steps"]
+    # Skipped spikes are finite. They count as steps here, or a call of spikes alone would seem to
+    # have diverged.
+    steps = taken + skipped + metrics.get("optimizer/skipped_spikes", 0.0)
 
     counts = {name: taken > 0 for name in metrics if name.startswith(OPTIMIZER_METRICS)}
     counts |= {name: ~jnp.isnan(x) for name, x in metrics.items() if name.startswith("episode/")}
@@ -158,7 +161,7 @@ def _summary(variables: Any, metrics: Metrics) -> Metrics:
         name: losses.masked_mean(x, counts[name]) if name in counts else jnp.mean(x)
         for name, x in metrics.items()
     }
-    finite = jnp.all(leaves_finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(taken + skipped))
+    finite = jnp.all(leaves_finite) & (jnp.sum(skipped) < MAX_SKIPPED * jnp.sum(steps))
     # A missing mean is 0 and not NaN, because JAX_DEBUG_NANS raises for any NaN that a compiled
     # program returns.
     return means | {"finite": finite, "counted": jax.tree.map(jnp.sum, counts)}

@@ -1,6 +1,6 @@
 """The training loop of a stage: it compiles, updates, logs, evaluates, saves and resumes."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 import contextlib
 import dataclasses
 import time
@@ -15,6 +15,7 @@ from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost
 from mmrl_jax.monitoring import loggers, metric_definitions
 from mmrl_jax.monitoring.metrics import MetricWriter
+from mmrl_jax.stability import divergence
 from mmrl_jax.training.checkpoint import Checkpointer, saved_steps
 from mmrl_jax.training.dispatch import (
     RETRY_AFTER_S,
@@ -27,6 +28,8 @@ from mmrl_jax.training.lock import locked
 from mmrl_jax.training.preemption import PreemptionGuard
 from mmrl_jax.training.profile import Profile
 from mmrl_jax.training.progress import Counters, Progress
+from mmrl_jax.training.rollback import INCIDENTS, NOT_FINITE, Diverged, Watcher, resume, roll_back
+from mmrl_jax.training.rollback import write as write_incidents
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, HostUpdate, Stage
 from mmrl_jax.training.stage_log import StageLog, metrics_row
@@ -48,6 +51,7 @@ class Result:
       earlier_s: Part of counters.total_s in seconds that earlier processes have spent.
       interrupted: Whether a SIGTERM or SIGINT was received, also during the last update, so that no
         further stage should be started. The checkpoint is saved.
+      rollbacks: Number of rollbacks of the stage, see `training.rollback`.
     """
 
     carry: Carry | None
@@ -55,6 +59,7 @@ class Result:
     counters: Counters
     earlier_s: float
     interrupted: bool
+    rollbacks: int
 
     @property
     def wall_s(self) -> float:
@@ -130,7 +135,8 @@ def run(
     exactly `stage.num_updates` updates, or after the first dispatch beyond `max_seconds`, with an
     evaluation and a checkpoint. If it has ended before, its result is returned unchanged. Each
     evaluation with a value of the best metric is followed by a checkpoint, so that the best one can
-    be restored.
+    be restored. A stage that diverges continues from an earlier checkpoint, if `stage.rollback` has
+    retries, see `training.rollback`.
 
     Args:
       stage: Stage to run.
@@ -149,9 +155,9 @@ def run(
         has a finite state, see `AutoReset`.
       HostFailed: If the host's part of an update failed in every retry. The updates before it are
         saved.
-      FloatingPointError: If a parameter is not finite, or too many optimizer steps of a dispatch
-        were skipped because their loss or gradient is not finite. No update of that dispatch is
-        saved.
+      FloatingPointError: If a parameter is not finite, too many optimizer steps of a dispatch were
+        skipped because their loss or gradient is not finite, or a metric is beyond its limit in
+        `stage.rollback`, and no retries are left. No update of that dispatch is saved.
     """
     check_settings()
     started = time.perf_counter()
@@ -167,11 +173,41 @@ def run(
         ) as checkpointer,
         PreemptionGuard() as terminated,
     ):
-        carry, shardings, counters, done, init_s = _begin(stage, workdir, checkpointer)
-        progress = Progress(stage.num_updates, max_seconds, started, done or 0, counters)
-        if progress.over():
-            return Result(carry, progress.done, counters, progress.earlier_s, terminated())
-        progress.add(compile_s=init_s)
+        return _run(
+            stage,
+            workdir,
+            checkpointer,
+            terminated,
+            config=config,
+            max_seconds=max_seconds,
+            log_interval_s=log_interval_s,
+            profile=profile,
+            started=started,
+        )
+
+
+def _run(
+    stage: Stage,
+    workdir: PathLike,
+    checkpointer: Checkpointer,
+    terminated: PreemptionGuard,
+    *,
+    config: ConfigLike,
+    max_seconds: float | None,
+    log_interval_s: float,
+    profile: bool,
+    started: float,
+) -> Result:
+    """Runs a stage in a workdir that is locked; for arguments see `run`."""
+    watcher = Watcher(stage.rollback)
+    carry, shardings, counters, done, init_s = _begin(stage, workdir, checkpointer, watcher)
+    progress = Progress(stage.num_updates, max_seconds, started, done or 0, counters)
+    if progress.over():
+        return _result(carry, progress, watcher, interrupted=terminated())
+    progress.add(compile_s=init_s)
+    like = mesh_lib.placed_shapes(carry, shardings)
+    programs = _Programs(stage, shardings, terminated, lambda text: writer.message(text))
+    while True:  # Each pass but the first one follows on a rollback, and is a resumed run.
         with MetricWriter(
             workdir,
             max_wall_s=max_seconds,
@@ -182,29 +218,47 @@ def run(
         ) as writer:
             if done is not None:
                 writer.message(f"{stage.name}: resumed after update {done} of {stage.num_updates}")
-            compiled = _compiler(stage, shardings, terminated, writer.message)
-            log = StageLog(stage, workdir, writer, checkpointer, progress.done)
-            with contextlib.ExitStack() as stack:
-                traced = None
-                if profile:
-                    whole = (stage.num_updates - progress.done) // stage.updates_per_dispatch
-                    traced = Profile(workdir, whole, writer.message)
-                    stack.callback(traced.close)
-                carry, error = _train(carry, stage, compiled, progress, log, terminated, traced)
-            if progress.done:
-                log.save(carry, progress, {}, force=True)
-        checkpointer.wait()
-        interrupted = terminated()
-        if error is not None and not interrupted:
-            if not is_transient(error):
-                raise error
-            raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
-        counters = progress.add()
-        return Result(carry, progress.done, counters, progress.earlier_s, interrupted)
+            log = StageLog(stage, workdir, writer, checkpointer, watcher, done)
+            with _profiling(stage, workdir, writer, progress, enabled=profile) as traced:
+                carry, error = _train(carry, stage, programs, progress, log, terminated, traced)
+            if not isinstance(error, Diverged):
+                if progress.done:
+                    log.save(carry, progress, {}, force=True)
+                break
+            del carry  # Its memory is needed for the carry that is restored.
+            carry = roll_back(
+                error,
+                like,
+                workdir=workdir,
+                checkpointer=checkpointer,
+                watcher=watcher,
+                progress=progress,
+            )
+            done = progress.done
+            writer.message(_rolled_back(stage, error, watcher, done))
+    checkpointer.wait()
+    interrupted = terminated()
+    if error is not None and not interrupted:
+        if not is_transient(error):
+            raise error
+        raise HostFailed(_host_failed(stage.name, progress.done, error)) from error
+    progress.add()
+    return _result(carry, progress, watcher, interrupted=interrupted)
+
+
+def _result(carry: Carry, progress: Progress, watcher: Watcher, *, interrupted: bool) -> Result:
+    return Result(
+        carry=carry,
+        updates=progress.done,
+        counters=progress.counters,
+        earlier_s=progress.earlier_s,
+        interrupted=interrupted,
+        rollbacks=watcher.state.retries,
+    )
 
 
 def _begin(
-    stage: Stage, workdir: PathLike, checkpointer: Checkpointer
+    stage: Stage, workdir: PathLike, checkpointer: Checkpointer, watcher: Watcher
 ) -> tuple[Carry, Any, Counters, int | None, float]:
     """Restores the newest checkpoint of a stage, or creates its initial carry if there is none.
 
@@ -214,10 +268,28 @@ def _begin(
     """
     if multihost.from_primary(saved_steps(workdir)):
         carry, shardings, extra, done = restore(stage, checkpointer)
-        return carry, shardings, Counters(**extra), done, 0.0
+        carry, counters = resume(carry, extra, done, workdir, watcher)
+        return carry, shardings, counters, done, 0.0
     init_start = time.perf_counter()
+    write_incidents(workdir, ())  # Of a run without checkpoints, which begins anew.
     carry, shardings = start(stage)
     return carry, shardings, Counters(), None, time.perf_counter() - init_start
+
+
+@contextlib.contextmanager
+def _profiling(
+    stage: Stage, workdir: PathLike, writer: MetricWriter, progress: Progress, *, enabled: bool
+) -> Iterator[Profile | None]:
+    """Context manager that closes the profile of a stage, which is None unless it is enabled."""
+    if not enabled:
+        yield None
+        return
+    whole = (stage.num_updates - progress.done) // stage.updates_per_dispatch
+    profile = Profile(workdir, whole, writer.message)
+    try:
+        yield profile
+    finally:
+        profile.close()
 
 
 def _writer_fields(stage: Stage) -> dict[str, Any]:
@@ -236,33 +308,31 @@ def _writer_fields(stage: Stage) -> dict[str, Any]:
 def _train(
     carry: Carry,
     stage: Stage,
-    compiled: Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]],
+    programs: "_Programs",
     progress: Progress,
     log: StageLog,
     stopping: Callable[[], bool],
     profile: Profile | None,
 ) -> tuple[Carry, Exception | None]:
-    """Runs the updates of a stage until it ends, a signal stops it, or the host's part fails.
+    """Runs updates until the stage ends or diverges, a signal stops it, or the host's part fails.
 
     Returns:
-      The carry after progress.done updates, and the error of the host's part, if any.
+      The carry after progress.done updates, and the error of the host's part or `Diverged`, if any.
 
     Raises:
       InvalidEnvironment: If no step of a dispatch has a finite state.
-      FloatingPointError: If the stage has diverged, see `run`.
     """
-    programs: dict[int, Callable[[Carry, Any], DispatchResult]] = {}
     error: Exception | None = None
     while error is None and not (progress.over() or stopping()):
         size = min(stage.updates_per_dispatch, stage.num_updates - progress.done)
         if size not in programs:
             log.writer.message(f"{stage.name}: compiling ...")
             compile_start = time.perf_counter()
-            programs[size] = compiled(size, carry)
+            programs.compile(size, carry)
             compile_s = time.perf_counter() - compile_start
             progress.add(compile_s=compile_s)
             log.writer.message(f"{stage.name}: compiled in {compile_s:.0f} s")
-            if not (progress.done or stopping()):
+            if log.is_new and not stopping():
                 log.log_start(carry, progress)
             continue  # A signal may have been received in the meantime.
         if profile is not None:
@@ -290,59 +360,82 @@ def _train(
         }
         values |= {"optimizer/retries": retries} if retries else {}
         all_nonfinite = valid == 0.0 and metrics["rollout/nonfinite_envs"] > 0
-        if all_nonfinite or not finite:
+        if all_nonfinite:
             log.writer.write(progress.done, values)
-            if all_nonfinite:
-                raise envs.InvalidEnvironment(_all_nonfinite(before, progress.done))
-            raise FloatingPointError(_diverged(stage.name, log.path, before, progress.done))
+            raise envs.InvalidEnvironment(_all_nonfinite(before, progress.done))
+        reason = log.watcher.observe(values, progress.done) if finite else NOT_FINITE
+        if reason is not None:
+            log.writer.write(progress.done, values)
+            return carry, Diverged(reason, _diverged(reason, stage, log, before, progress), values)
         log.log(values, carry, progress, before)
     return carry, error
 
 
-def _compiler(
-    stage: Stage, shardings: Any, terminated: PreemptionGuard, tell: Callable[[str], None]
-) -> Callable[[int, Carry], Callable[[Carry, Any], DispatchResult]]:
-    """Returns a function (number of updates, carry) -> compiled dispatch of that many updates."""
-    host: list[HostUpdate] = []  # The compiled parts are the same for dispatches of every size.
+class _Programs(dict[int, Callable[[Carry, Any], DispatchResult]]):
+    """Compiled dispatches of a stage by their numbers of updates."""
 
-    def compiled(size: int, carry: Carry) -> Callable[[Carry, Any], DispatchResult]:
+    def __init__(
+        self,
+        stage: Stage,
+        shardings: Any,
+        terminated: PreemptionGuard,
+        tell: Callable[[str], None],
+    ):
+        super().__init__()
+        self._stage, self._shardings = stage, shardings
+        self._terminated, self._tell = terminated, tell
+        self._host: HostUpdate | None = None  # Its parts are the same for dispatches of every size.
+
+    def compile(self, size: int, carry: Carry) -> None:
+        """Compiles the dispatch of `size` updates, for carries with the shapes of this one."""
+        stage, terminated = self._stage, self._terminated
         if stage.on_host is None:
             assert stage.update is not None
-            dispatch = make_dispatch(stage.update, size, shardings)
+            dispatch = make_dispatch(stage.update, size, self._shardings)
             program_traced = dispatch.trace(carry, stage.constants)
             stage.inspect(program_traced.jaxpr, carry)
             lowered = program_traced.lower()
-            _check_metrics(lowered.out_info[1])
+            _check_metrics(lowered.out_info[1], stage)
             program = lowered.compile()
 
             def traced(carry: Carry, constants: Any) -> DispatchResult:
                 carry, metrics = program(carry, constants)
                 return DispatchResult(carry, metrics, size)
 
-            return traced
-        if not host:
-            host.append(stage.on_host(carry, stage.constants))
-            _check_metrics(host[0].metrics)
-        return make_host_dispatch(
-            host[0], size, carry, stopping=terminated, sleep=terminated.sleep, tell=tell
+            self[size] = traced
+            return
+        if self._host is None:
+            self._host = stage.on_host(carry, stage.constants)
+            _check_metrics(self._host.metrics, stage)
+        self[size] = make_host_dispatch(
+            self._host, size, carry, stopping=terminated, sleep=terminated.sleep, tell=self._tell
         )
 
-    return compiled
 
-
-def _check_metrics(metrics: Collection[str]) -> None:
-    """Raises ValueError for undefined metrics, before the update that logs them is compiled."""
+def _check_metrics(metrics: Collection[str], stage: Stage) -> None:
+    """Raises ValueError for undefined metrics, or absent ones, before the update is compiled."""
     for name in metrics:
         if name not in ("finite", "counted"):
             metric_definitions.lookup(name)
+    divergence.check_metrics(stage.rollback, metrics, stage.name)
 
 
-def _diverged(name: str, path: PathLike, before: int, done: int) -> str:
+def _diverged(reason: str, stage: Stage, log: StageLog, before: int, progress: Progress) -> str:
+    retries = log.watcher.state.retries
     return (
-        f"Stage {name!r} diverged in updates {before + 1} to {done}: a parameter is not finite, or "
-        f"the loss or gradient of at least half of the optimizer steps is not. These updates are "
-        f"not saved. The same command would diverge again: start in a fresh workdir with a lower "
-        f"learning rate, or see optimizer/skipped_steps, loss/* and grad/norm in {path}."
+        f"Stage {stage.name!r} diverged in updates {before + 1} to {progress.done}"
+        f"{f', after {retries} rollbacks' if retries else ''}: {reason}. These updates are not "
+        "saved. The same command would diverge again: start in a fresh workdir with a lower "
+        f"learning rate, or see optimizer/skipped_steps, loss/* and grad/norm in {log.path}."
+    )
+
+
+def _rolled_back(stage: Stage, diverged: Diverged, watcher: Watcher, step: int) -> str:
+    options = watcher.options
+    return (
+        f"{stage.name}: diverged: {diverged.reason}. Rollback {watcher.state.retries} of at most "
+        f"{options.max_retries} to update {step}, with {options.learning_rate_factor:g} times the "
+        f"learning rate and fresh random numbers; see {INCIDENTS}."
     )
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrl_jax.envs.brax_api import State
+from mmrl_jax.stability.divergence import RollbackOptions
 from mmrl_jax.types import Metrics
 
 
@@ -20,7 +21,8 @@ class Carry(struct.PyTreeNode):
         `without_optimizer` returns the variables of the policy.
       env_state: State of all environments, with leaves [B, ...]; None for a stage without
         environments.
-      rng: PRNG key of the run. Update u uses fold_in(rng, u) and no other key.
+      rng: PRNG key of the run. Update u uses fold_in(rng, u) and no other key; a rollback replaces
+        it, see `training.rollback`.
       updates: Number of completed updates, int32 []. It is also the position in the data of
         demonstrations.
       in_flight: Completions of which the next update learns, if they were sampled during the last
@@ -113,8 +115,9 @@ class Stage:
       update: (carry, constants) -> (carry, metrics). It is traced, and the updates of a dispatch
         form one compiled program. Metrics are float32 []. They include 'optimizer/steps', the
         number of optimizer steps, and 'optimizer/skipped_steps', the number of steps that were
-        skipped because the loss or its gradient is not finite. 'episode/*' is NaN if no episode
-        ended. None for a stage with `on_host`.
+        skipped because the loss or its gradient is not finite; 'optimizer/skipped_spikes' counts
+        those that were skipped as spikes, if any can be. 'episode/*' is NaN if no episode ended.
+        None for a stage with `on_host`.
       constants: Pytree that is passed to every update and never donated; or None.
       num_updates: Number of updates after which the stage ends.
       updates_per_dispatch: Number of updates in one compiled call; the last call may have fewer.
@@ -130,6 +133,8 @@ class Stage:
       shardings: Returns the shardings of a carry on the mesh of the stage.
       on_host: (carry, constants) -> compiled parts of an update that needs the host; None for a
         stage with `update`.
+      rollback: Whether and how a divergence is followed by a rollback, see `training.rollback`. The
+        optimizer then ends with `learning_rate.scale_by_state`.
       probes: Further measurements. A probe that fails causes a message and does not end the run.
       loggers: Names of further loggers, see `monitoring.loggers`.
       inspect: Called with the traced program of the first dispatch and the carry, before it is
@@ -154,6 +159,7 @@ class Stage:
     console: tuple[str, ...]
     shardings: Callable[[Any], Any]
     on_host: Callable[[Carry, Any], HostUpdate] | None = None
+    rollback: RollbackOptions = RollbackOptions()
     probes: tuple[StageProbe, ...] = ()
     loggers: tuple[str, ...] = ("tensorboard",)
     inspect: Callable[[Any, Carry], None] = lambda program, carry: None

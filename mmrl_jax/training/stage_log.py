@@ -15,6 +15,7 @@ from mmrl_jax.monitoring.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from mmrl_jax.training.checkpoint import Checkpointer
 from mmrl_jax.training.dispatch import OPTIMIZER_METRICS
 from mmrl_jax.training.progress import Counters, Progress
+from mmrl_jax.training.rollback import Watcher
 from mmrl_jax.training.stage import Carry, Stage
 from mmrl_jax.workdir import PathLike, as_path, one_line
 
@@ -27,10 +28,13 @@ class StageLog:
       workdir: Working directory of the stage.
       writer: Writer of metrics and messages.
       checkpointer: Checkpointer of the stage.
-      done: Number of completed updates when this process began.
+      watcher: Watcher for divergences.
+      done: Step of the restored checkpoint; None for a new stage.
 
     Attributes:
       writer: Writer of metrics and messages.
+      watcher: Watcher for divergences, whose state is saved with the carry.
+      is_new: Whether the stage is new and row 0 is not written yet.
       path: Path of metrics.jsonl.
     """
 
@@ -40,26 +44,32 @@ class StageLog:
         workdir: PathLike,
         writer: MetricWriter,
         checkpointer: Checkpointer,
-        done: int,
+        watcher: Watcher,
+        done: int | None,
     ):
-        self._stage, self._checkpointer = stage, checkpointer
+        self._stage, self._checkpointer, self.watcher = stage, checkpointer, watcher
         self._failed_evaluations = 0
+        self.is_new = done is None
         self.writer = writer
         self.path = as_path(workdir) / JSONL_NAME
         self._health_checks = HealthChecks()
         # A resumed run raises the alarms of the whole run.
         for row in read_jsonl(self.path) if multihost.is_primary() else ():
-            if 0 < row["step"] <= done:
+            if 0 < row["step"] <= (done or 0):
                 self._health_checks.update(row)
 
     def log_start(self, carry: Carry, progress: Progress) -> None:
         """Evaluates the initial carry, if the stage has an evaluation, and writes row 0.
 
-        Health checks ignore this row, and no checkpoint is saved, so that step 0 is never the best.
+        Health checks ignore this row. A checkpoint of step 0 is saved only for rollbacks, without a
+        score, so that it is never the best.
         """
+        self.is_new = False
         if self._stage.evaluate is not None:
             values = metrics_row({}, {}, progress.counters, 0) | self._evaluation(carry, 0)
             self.writer.write(0, values | self._failed())
+        if self.watcher.enabled:
+            self.save(carry, progress, {}, force=True)
 
     def log(self, values: dict[str, float], carry: Carry, progress: Progress, before: int) -> None:
         """Evaluates if due, writes a row of metrics, and saves a checkpoint if due.
@@ -86,10 +96,14 @@ class StageLog:
         for text in self._health_checks.update(values).values():
             self.writer.message(f"{stage.name}: alarm at update {done}: {text}")
         values |= {f"alarm/{name}": 1.0 for name in self._health_checks.raised}
+        if retries := self.watcher.state.retries:
+            values |= {"optimizer/rollbacks": retries}
         self.writer.write(done, values)
         best = stage.best_metric
         scores = {best: values[best]} if best is not None and best in values else {}
-        self.save(carry, progress, scores, force=last or bool(scores))
+        # The newest checkpoint must be one from before a divergence.
+        if last or not self.watcher.state.suspicious:
+            self.save(carry, progress, scores, force=last or bool(scores))
 
     def save(
         self, carry: Carry, progress: Progress, scores: Mapping[str, float], *, force: bool
@@ -97,9 +111,16 @@ class StageLog:
         """Saves the carry if a checkpoint is due or forced, after the metrics are flushed."""
         if force or self._checkpointer.due(progress.done):
             self.writer.flush()
-        extra = dataclasses.asdict(progress.add())
+        extra = dataclasses.asdict(progress.add()) | self.watcher.to_extra()
         with jax.profiler.TraceAnnotation("checkpoint"):
-            self._checkpointer.save(progress.done, carry, extra=extra, metrics=scores, force=force)
+            self._checkpointer.save(
+                progress.done,
+                carry,
+                extra=extra,
+                metrics=scores,
+                force=force,
+                is_good=not self.watcher.state.suspicious,
+            )
 
     def _evaluation(self, carry: Carry, done: int) -> dict[str, float]:
         """Returns the metrics of an evaluation, or only its time if it fails."""

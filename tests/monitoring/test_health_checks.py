@@ -20,6 +20,8 @@ def rows(count=30, **changes):
         "eval/train/accuracy_lo": lambda i: 0.4,
         "eval/train/shuffled_image/accuracy": lambda i: 0.2,
         "modality_share/behavior/pixels": lambda i: 0.3,
+        "optimizer/steps": lambda i: 3.0,
+        "optimizer/skipped_spikes": lambda i: 1.0,
     }
     named = healthy | {name.replace("__", "/"): x for name, x in changes.items()}
     return [{name: value(i) for name, value in named.items()} for i in range(count)]
@@ -55,6 +57,14 @@ def test_a_healthy_run_raises_none():
         ("entropy_low", {"policy__entropy": lambda i: 1.0 if i < 5 else 0.01}),
         ("images_unused", {"eval__train__shuffled_image__accuracy": lambda i: 0.45}),
         ("modality_unused", {"modality_share__behavior__pixels": lambda i: 0.3 if i < 5 else 0}),
+        # In the last 20 rows, 2 of 4 steps each.
+        (
+            "steps_skipped",
+            {
+                "optimizer__steps": lambda i: 4.0 if i < 10 else 2.0,
+                "optimizer__skipped_spikes": lambda i: 0.0 if i < 10 else 2.0,
+            },
+        ),
     ],
 )
 def test_each_is_raised_by_what_it_is_about(name, changes):

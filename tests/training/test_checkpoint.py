@@ -189,6 +189,31 @@ def test_save_interval_and_force(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [8, 12, 16]
 
 
+def test_a_rollback_restores_the_last_good_checkpoint_that_was_due(tmp_path):
+    """Saves of an interval of 4; those of other steps are of a run that was stopped there."""
+
+    def save(checkpointer, step, **changes):
+        return checkpointer.save(step, _carry(step), extra={}, metrics={}, **changes)
+
+    with _open(tmp_path, save_interval=4) as checkpointer:
+        assert save(checkpointer, 0, force=True)
+        assert save(checkpointer, 4)
+        for step in (5, 6, 7):
+            assert save(checkpointer, step, force=True)
+    # The one to go back to is kept in addition to the newest two.
+    assert checkpoint.saved_steps(tmp_path) == [4, 6, 7]
+    with _open(tmp_path, save_interval=4) as checkpointer:
+        assert checkpointer.restore_latest(_carry())[2] == 7
+        # The save of 9 is due, although 8 was saved in between, because 8 was not good.
+        assert save(checkpointer, 8, is_good=False) and save(checkpointer, 9, is_good=False)
+        restored, _, step = checkpointer.restore_latest(_carry(), rollback=True)
+        assert step == 4 and checkpoint.saved_steps(tmp_path) == [4]
+        _assert_same_bits(restored, _carry(4))
+        # The deleted steps can be saved again.
+        assert not save(checkpointer, 6) and save(checkpointer, 8) and save(checkpointer, 12)
+    assert checkpoint.saved_steps(tmp_path) == [8, 12]
+
+
 def test_saving_over_an_old_run_is_refused(tmp_path):
     _save(tmp_path, [1, 2])
     with _open(tmp_path) as checkpointer, pytest.raises(ValueError, match="restore_latest"):
