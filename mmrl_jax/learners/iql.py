@@ -5,6 +5,7 @@ learn from single steps, so that good parts of episodes that failed are found to
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ def init_critics(output: PolicyOutput, key: jax.Array) -> Critics:
       output: Output of the network for one observation, or its shapes.
       key: PRNG key of the parameters.
     """
+    assert output.features is not None
     distribution = output.distribution
     sizes = distribution.logits if isinstance(distribution, Categorical) else distribution.mean
     features, action = (jnp.zeros((1, x.shape[-1])) for x in (output.features, sizes))
@@ -88,7 +90,8 @@ def action_values(params: Params, output: PolicyOutput, action: jax.Array) -> ja
     if isinstance(output.distribution, Categorical):
         action = jax.nn.one_hot(action, output.distribution.logits.shape[-1])
     features = jax.lax.stop_gradient(output.features)
-    return ActionValues().apply({"params": params}, features, action)
+    values = ActionValues().apply({"params": params}, features, action)
+    return cast(jax.Array, values)
 
 
 def update(
@@ -124,11 +127,12 @@ def update(
     """
     h, (samples, next_observation) = options, shard(batch)
     target = bc.value_target(state, samples, next_observation, apply)
-    ones = jnp.ones_like(target)
+    assert state.critics is not None
+    target_critics = state.critics.target
 
     def total(params: Params) -> tuple[jax.Array, Metrics]:
         output = run_network(apply, state.replace(params=params), samples.observation)
-        old = action_values(state.critics.target, output, samples.action)
+        old = action_values(target_critics, output, samples.action)
         error = jnp.min(old, axis=0) - output.value
         weight = losses.advantage_weights(h.inverse_temperature * error, h.max_weight)
         new = action_values(params[CRITICS], output, samples.action)
@@ -136,7 +140,7 @@ def update(
             "loss/awr": jnp.mean(weight * output.distribution.cloning_loss(samples.action)),
             "loss/value": jnp.mean(losses.expectile_loss(error, h.expectile)),
             "loss/critic": jnp.mean(jnp.sum(losses.value_loss(new, target, new, None), axis=0)),
-        } | auxiliary_losses(output, samples.privileged, ones)
+        } | auxiliary_losses(output, samples.privileged, jnp.ones_like(target))
         value = (
             parts["loss/awr"]
             + h.value_coef * parts["loss/value"]
@@ -150,7 +154,7 @@ def update(
     (loss, parts), gradients = jax.value_and_grad(total, has_aux=True)(joint.params)
     joint, metrics = apply_gradients(joint, loss, gradients, optimizer)
     critics = joint.params[CRITICS]
-    target_critics = optax.incremental_update(critics, state.critics.target, h.target_rate)
+    moved = optax.incremental_update(critics, target_critics, h.target_rate)
     network = {name: x for name, x in joint.params.items() if name != CRITICS}
-    state = joint.replace(params=network, critics=Critics(critics, target_critics))
+    state = joint.replace(params=network, critics=Critics(critics, moved))
     return state, metrics | parts
