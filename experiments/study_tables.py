@@ -91,9 +91,7 @@ def quickstart() -> str:
     rows = []
     for split in splits:
         cells = [runs.cell("reach_ppo", f"{stage}/{split}/success") for stage in stages]
-        gap = runs.difference(
-            "reach_ppo", "final/train/success", f"final/{split}/success"
-        )
+        gap = runs.difference("reach_ppo", "final/train/success", f"final/{split}/success")
         rows.append((f"`{split}`", *cells, "-" if split == splits[0] else gap))
     for modality in ("pixels", "instruction"):
         success = runs.cell(
@@ -120,9 +118,7 @@ def quickstart_seeds() -> str:
         )
         for seed, run in sorted(runs.items())
     ]
-    return markdown(
-        ("seed", "expert", "warm start", "more cloning", "after PPO", "minutes"), rows
-    )
+    return markdown(("seed", "expert", "warm start", "more cloning", "after PPO", "minutes"), rows)
 
 
 def count() -> str:

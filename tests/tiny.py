@@ -76,6 +76,7 @@ def config(name: str = "reach_ppo", **overrides: object) -> ml_collections.Confi
         "bc": _FIRST | {"episodes": 8, "batch_size": 16},
         "ppo": _STAGE | _ROLLOUT,
         "rnd": _STAGE | _ROLLOUT,
+        "dapg": _STAGE | _ROLLOUT | {"demonstrations": {"episodes": 8, "batch_size": 16}},
         **dict.fromkeys(("awr", "iql"), _FIRST | {"episodes": 8, "batch_size": 16}),
     }
     if base.model.kind != "mlp":

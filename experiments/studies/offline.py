@@ -1,8 +1,7 @@
 """Study of offline learning on `language_reach`: cloning against weighing, and augmentation.
 
 All variants learn from the same 12,288 episodes of a scripted expert that succeeds in 39 % of them,
-in as many updates. The warm start of `reach_ppo` is the baseline; nothing of it is changed but what
-the name of a variant says.
+in as many updates, with the coefficients of the warm start of `reach_ppo`, which is the baseline.
 
 Command:   python -m experiments.study --study=experiments/studies/offline.py
 Hardware:  two CPU cores.
@@ -24,8 +23,8 @@ OPTIONS: dict[str, Any] = reach_ppo.CONFIG["bc"]
 # Changes of each variant to the baseline.
 VARIANTS: dict[str, dict[str, Any]] = {
     "bc": {},
-    "awr": {"stages": ("awr",), "awr": OPTIONS | {"value_coef": 0.5}},
-    "iql": {"stages": ("iql",), "iql": OPTIONS | {"value_coef": 0.5}},
+    "awr": {"stages": ("awr",), "awr": OPTIONS},
+    "iql": {"stages": ("iql",), "iql": OPTIONS},
     "bc_shift": {"bc": {"augmentation": {"shift": 2}}},
     "bc_color": {"bc": {"augmentation": {"brightness": 0.3, "contrast": 0.3, "noise": 5.0}}},
 }

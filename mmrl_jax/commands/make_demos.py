@@ -43,7 +43,7 @@ from mmrl_jax.commands.common import (
 )
 from mmrl_jax.data import files, formats
 from mmrl_jax.data.records import Episode, Feature, Quarantine, schema_of
-from mmrl_jax.problems import control, demonstrations, problem
+from mmrl_jax.problems import control, demonstration_data, demonstrations, problem
 from mmrl_jax.rollouts.record import Recorder, random_policy, with_noise
 from mmrl_jax.rollouts.unroll import PolicyFunction, deterministic_output
 from mmrl_jax.training.lock import NAME as LOCK
@@ -165,8 +165,9 @@ def _expert(config: ml_collections.ConfigDict, env: Any) -> PolicyFunction:
     """Returns the scripted expert of a config's stage, or else that of its environment."""
     if config.env.name == "language_reach":
         for stage in config.stages:
-            if "expert" in config[stage]:
-                return demonstrations.expert(**config[stage].expert.to_dict())
+            found = demonstration_data.demonstrated(config, stage)
+            if found is not None:
+                return demonstrations.expert(**found.options.expert.to_dict())
     if not hasattr(envs.unwrapped(env), "expert"):
         raise ValueError(
             f"--policy=expert: env.name={config.env.name!r} has no expert; give it a method "

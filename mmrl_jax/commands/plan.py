@@ -30,7 +30,7 @@ from mmrl_jax import problems
 from mmrl_jax.commands.common import clean_exit, define_config, refuse_arguments, run_command
 from mmrl_jax.planning import check, chips, remedies, report
 from mmrl_jax.planning.plan import Planner
-from mmrl_jax.pretrained import stand_in
+from mmrl_jax.pretrained import hub_repository, stand_in
 
 FLAGS = flags.FLAGS
 
@@ -52,6 +52,9 @@ def planned_config(config: ConfigDict, model_config: str | None) -> Iterator[Con
         changes["dataset"] = {"directory": "no records are read"}
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = model_config or config.model.get("checkpoint")
+        if checkpoint and checkpoint.startswith(hub_repository.SCHEME):
+            name = checkpoint.removeprefix(hub_repository.SCHEME)
+            checkpoint = str(hub_repository.pull(name, weights=False))
         if checkpoint and (model_config or pathlib.Path(checkpoint).is_dir()):
             target = pathlib.Path(directory) / "model"
             changes["model"] = {"checkpoint": str(stand_in.complete(checkpoint, target))}

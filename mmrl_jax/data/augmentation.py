@@ -32,18 +32,24 @@ class AugmentationOptions:
         NON_NEGATIVE,
     )
     brightness: float = option(
-        0.0, "Brightness is multiplied by a factor in [1 - x, 1 + x].", between(0, 1)
+        0.0,
+        "Largest relative change of the brightness: 0.3 multiplies it by a factor in [0.7, 1.3].",
+        between(0, 1),
     )
     contrast: float = option(
-        0.0, "Contrast is multiplied by a factor in [1 - x, 1 + x].", between(0, 1)
+        0.0,
+        "Largest relative change of the contrast: 0.3 multiplies it by a factor in [0.7, 1.3].",
+        between(0, 1),
     )
     saturation: float = option(
-        0.0, "Saturation is multiplied by a factor in [1 - x, 1 + x].", between(0, 1)
+        0.0,
+        "Largest relative change of the saturation: 0.3 multiplies it by a factor in [0.7, 1.3].",
+        between(0, 1),
     )
     hue: float = option(
         0.0,
-        "Maximum rotation of the hue as a fraction of the color circle; not where instructions "
-        "name colors.",
+        "Maximum rotation of the hue as a fraction of the color circle; it must be 0 where "
+        "instructions name colors.",
         between(0, 0.5),
     )
     noise: float = option(

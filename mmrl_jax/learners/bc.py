@@ -165,6 +165,16 @@ def policy_loss(
     return loss, {"loss/bc": loss}
 
 
+def weighted_sum(policy: jax.Array, parts: Metrics, options: BC) -> jax.Array:
+    """Returns the loss that is minimized, [], from that of the policy and its other parts."""
+    return (
+        policy
+        + options.value_coef * parts["loss/value"]
+        + options.auxiliary_coef * parts["loss/auxiliary"]
+        + options.pointing_coef * parts["loss/pointing"]
+    )
+
+
 def update(
     state: LearnerState,
     batch: Batch,
@@ -203,13 +213,7 @@ def update(
         parts = {
             "loss/value": jnp.mean(losses.value_loss(output.value, target, output.value, None)),
         } | auxiliary_losses(output, batch.privileged, jnp.ones(len(batch.action)))
-        value = (
-            policy
-            + h.value_coef * parts["loss/value"]
-            + h.auxiliary_coef * parts["loss/auxiliary"]
-            + h.pointing_coef * parts["loss/pointing"]
-        )
-        return value, metrics | parts
+        return weighted_sum(policy, parts, h), metrics | parts
 
     (loss, parts), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
     state, metrics = apply_gradients(state, loss, gradients, optimizer)

@@ -18,7 +18,8 @@ class EntropyOptions:
 
     entropy_coef: float = option(
         0.0,
-        "Coefficient of the entropy bonus; with an entropy_target it is only the first one.",
+        "Coefficient of the entropy bonus; with an entropy_target the value from which the "
+        "coefficient starts.",
         NON_NEGATIVE,
     )
     entropy_target: float | None = option(
@@ -54,7 +55,7 @@ def adapted(
     Args:
       options: Options of the algorithm.
       extras: Extras of the learner before the update.
-      entropy: Mean entropy in the update, float32 [].
+      entropy: Mean entropy in the update, float32 []; NaN if nothing was learned from.
     """
     if options.entropy_target is None:
         return extras, {}

@@ -166,7 +166,8 @@ def update(
         options=h,
         shard=shard,
     )
-    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
+    entropy = jnp.where(jnp.any(mask > 0), metrics["policy/entropy"], jnp.nan)
+    extras, adapted = entropy_bonus.adapted(h, state.extras, entropy)
     return state.replace(extras=extras), metrics | adapted
 
 

@@ -17,7 +17,6 @@ from mmrl_jax.config.options import (
     POSITIVE,
     POSITIVE_FRACTION,
     Valid,
-    between,
     option,
 )
 from mmrl_jax.learners import awr, bc
@@ -33,14 +32,19 @@ from mmrl_jax.models.action_values import ActionValues
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import losses
 from mmrl_jax.rl.distributions import Categorical
+from mmrl_jax.stability import learning_rate
 from mmrl_jax.types import Metrics, Observation, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IQL:
+class IQL(bc.BC):
     """The options of implicit Q-learning."""
 
-    discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
+    value_coef: float = option(
+        0.5,
+        "Coefficient of the value loss; without a value there is no advantage.",
+        POSITIVE,
+    )
     expectile: float = option(
         0.7,
         "Expectile of the values of the demonstrated actions that the value learns: 0.5 for their "
@@ -59,13 +63,6 @@ class IQL:
         POSITIVE_FRACTION,
     )
     critic_learning_rate: float = option(3e-4, "Learning rate of Adam for the critics.", POSITIVE)
-    value_coef: float = option(0.5, "Coefficient of the value loss.", POSITIVE)
-    auxiliary_coef: float = option(
-        0.0, "Coefficient of the squared errors of predicted privileged targets.", NON_NEGATIVE
-    )
-    pointing_coef: float = option(
-        0.0, "Coefficient of the cross-entropy of pointing.", NON_NEGATIVE
-    )
 
 
 class Critics(struct.PyTreeNode):
@@ -85,7 +82,8 @@ class Critics(struct.PyTreeNode):
 
 
 def _optimizer(options: IQL) -> optax.GradientTransformation:
-    return optax.adam(options.critic_learning_rate)
+    # A rollback lowers this learning rate too.
+    return optax.chain(optax.adam(options.critic_learning_rate), learning_rate.scale_by_state())
 
 
 def extras(
@@ -175,31 +173,31 @@ def update(
             "loss/awr": jnp.mean(weight * output.distribution.cloning_loss(samples.action)),
             "loss/value": jnp.mean(losses.expectile_loss(error, h.expectile)),
         } | auxiliary_losses(output, samples.privileged, jnp.ones_like(target))
-        value = (
-            parts["loss/awr"]
-            + h.value_coef * parts["loss/value"]
-            + h.auxiliary_coef * parts["loss/auxiliary"]
-            + h.pointing_coef * parts["loss/pointing"]
-        )
+        value = bc.weighted_sum(parts["loss/awr"], parts, h)
         return value, (output, parts | awr.weight_metrics(weight))
 
     (loss, (output, parts)), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
     state, metrics = apply_gradients(state, loss, gradients, optimizer)
-    critics, critic_loss = _learn(critics, output, samples.action, target, h)
+    critics, learned = _learn(critics, output, samples.action, target, h)
     state = state.replace(extras=state.extras | {"critics": critics})
-    return state, metrics | parts | {"loss/critic": critic_loss}
+    metrics["optimizer/skipped_steps"] += learned.pop("optimizer/skipped_steps")
+    return state, metrics | parts | learned
 
 
 def _learn(
     critics: Critics, output: PolicyOutput, action: jax.Array, target: jax.Array, options: IQL
-) -> tuple[Critics, jax.Array]:
-    """Takes an optimizer step of the critics, and returns them and the sum of their losses, []."""
+) -> tuple[Critics, Metrics]:
+    """Takes an optimizer step of the critics, and returns them with the sum of their losses, []."""
 
     def total(params: Params) -> jax.Array:
         value = action_values(params, output, action)
         return jnp.mean(jnp.sum(losses.value_loss(value, target, value, None), axis=0))
 
     loss, gradients = jax.value_and_grad(total)(critics.params)
-    critics, _ = apply_gradients(critics, loss, gradients, _optimizer(options))
+    critics, metrics = apply_gradients(critics, loss, gradients, _optimizer(options))
     followed = optax.incremental_update(critics.params, critics.target, options.target_rate)
-    return critics.replace(target=followed), loss
+    skipped = metrics["optimizer/skipped_steps"]
+    return critics.replace(target=followed), {
+        "loss/critic": loss,
+        "optimizer/skipped_steps": skipped,
+    }

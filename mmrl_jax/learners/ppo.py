@@ -226,13 +226,21 @@ def update(
 def _with_log_probs(
     state: LearnerState, samples: Transition, apply: Apply, options: PPO, shard: Shard
 ) -> Transition:
-    """Returns samples [N] whose log-probs are computed anew, in parts of a minibatch."""
+    """Returns samples [N] whose log-probs, and values if they are clipped, are computed anew.
 
-    def log_prob(part: Transition) -> jax.Array:
-        return run_network(apply, state, part.observation).distribution.log_prob(part.action)
+    They are computed in parts of a minibatch.
+    """
 
-    old = map_in_chunks(lambda part: log_prob(shard(part)), samples, options.num_minibatches)
-    return samples.replace(log_prob=old)
+    def outputs(part: Transition) -> tuple[jax.Array, jax.Array]:
+        output = run_network(apply, state, part.observation)
+        return output.distribution.log_prob(part.action), output.value
+
+    log_prob, value = map_in_chunks(
+        lambda part: outputs(shard(part)), samples, options.num_minibatches
+    )
+    if options.value_clip is None:
+        return samples.replace(log_prob=log_prob)
+    return samples.replace(log_prob=log_prob, value=value)
 
 
 def _with_observed(

@@ -32,8 +32,8 @@ class Algorithm(NamedTuple):
         'optimizer/skipped_steps', see `learner.apply_gradients`.
       console: Names of the metrics that are printed on the console.
       prepare: Function of parameters and options that returns the initial parameters of the stage.
-      extras: Function of the options, of an observation and of the network's output for it, both
-        [1, ...] and of any values, and of a PRNG key; it returns what the algorithm has beside the
+      extras: Function of the options, of an observation [1, ...] of any values, of the shapes of
+        the network's output for it, and of a PRNG key; it returns what the algorithm has beside the
         policy as a dictionary of pytrees, the initial `extras` of the learner. For token policies
         all but the options are None.
       needs: Function of the options of an algorithm for token policies; it returns the names of
@@ -50,6 +50,10 @@ class Algorithm(NamedTuple):
     extras: Callable[[Any, Any, Any, Any], Any] = lambda options, observation, output, rng: {}
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
     compares: Literal["nothing", "groups", "pairs"] = "nothing"
+
+
+def _with_std(params: Any, options: ppo.PPO) -> Any:
+    return ppo.with_std(params, options.initial_std)
 
 
 def _entropy_extras(options: Any, observation: Any, output: Any, rng: Any) -> dict[str, Any]:
@@ -73,7 +77,7 @@ CONTROL: dict[str, Algorithm] = {
         "rollout",
         ppo.update,
         ("episode/return", "episode/success"),
-        prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+        prepare=_with_std,
         extras=_entropy_extras,
     ),
     "dapg": Algorithm(
@@ -81,7 +85,7 @@ CONTROL: dict[str, Algorithm] = {
         "demonstrated_rollout",
         dapg.update,
         ("episode/return", "episode/success", "loss/bc"),
-        prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+        prepare=_with_std,
         extras=_entropy_extras,
     ),
     "rnd": Algorithm(
@@ -89,7 +93,7 @@ CONTROL: dict[str, Algorithm] = {
         "rollout",
         rnd.update,
         ("episode/return", "episode/success", "exploration/novelty"),
-        prepare=lambda params, options: ppo.with_std(params, options.initial_std),
+        prepare=_with_std,
         extras=rnd.extras,
     ),
 }

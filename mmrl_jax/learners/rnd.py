@@ -31,9 +31,11 @@ from mmrl_jax.learners.learner import (
     gather,
     mean_over_steps,
     minibatch_order,
+    unflatten,
 )
 from mmrl_jax.models.transformer import Dense
 from mmrl_jax.rl import advantages, losses, normalization
+from mmrl_jax.stability import learning_rate
 from mmrl_jax.types import Metrics, Observation, Params
 
 # What novelty is measured on. An instruction is constant over an episode.
@@ -45,13 +47,17 @@ class RND(ppo.PPO):
     """The options of PPO with random network distillation."""
 
     intrinsic_coef: float = option(
-        0.5, "Coefficient of the intrinsic advantages beside the extrinsic ones.", NON_NEGATIVE
+        0.5,
+        "Coefficient of the advantages of novelty, which are added to those of the reward.",
+        NON_NEGATIVE,
     )
     intrinsic_discount: float = option(
-        0.99, "Discount factor per control step of intrinsic rewards.", between(0, 1)
+        0.99, "Discount factor per control step of the rewards for novelty.", between(0, 1)
     )
     intrinsic_learning_rate: float = option(
-        1e-4, "Learning rate of Adam for the predictor and the intrinsic critic.", POSITIVE
+        1e-4,
+        "Learning rate of Adam for the networks that predict features and the return of novelty.",
+        POSITIVE,
     )
     predictor_fraction: float = option(
         0.25,
@@ -109,7 +115,8 @@ _CRITIC = _Perceptron((128, 128), 1)
 
 
 def _optimizer(options: RND) -> optax.GradientTransformation:
-    return optax.adam(options.intrinsic_learning_rate)
+    # A rollback lowers this learning rate too.
+    return optax.chain(optax.adam(options.intrinsic_learning_rate), learning_rate.scale_by_state())
 
 
 def extras(options: RND, observation: Observation, output: Any, rng: jax.Array) -> dict[str, Any]:
@@ -214,6 +221,7 @@ def update(
     )
     novelty, learned = _learn(novelty, (x[1:], x[:-1], target, valid), novelty_rng, h, shard)
     new = new.replace(extras=new.extras | {"novelty": novelty})
+    metrics["optimizer/skipped_steps"] += learned.pop("optimizer/skipped_steps")
     return new, metrics | learned | {
         "exploration/novelty": losses.masked_mean(error, valid),
         "exploration/intrinsic_reward": losses.masked_mean(reward, valid),
@@ -258,13 +266,20 @@ def _learn(
     novelty, metrics = jax.lax.scan(
         take_step, novelty, (order, jax.random.split(keys[0], len(order)))
     )
-    metrics = mean_over_steps(metrics)
-    # The number of optimizer steps is that of the policy.
-    return novelty, {name: x for name, x in metrics.items() if name.startswith("loss/")}
+    # The number of optimizer steps is that of the policy, but what is skipped here counts too.
+    return novelty, {
+        name: x for name, x in mean_over_steps(metrics).items() if name != "optimizer/steps"
+    }
 
 
 def _apply(network: nn.Module, params: Params, x: jax.Array) -> jax.Array:
-    return cast(jax.Array, network.apply({"params": params}, x))
+    """Returns the outputs of a network for vectors [N, F] or [T, B, F]."""
+
+    def run(x: jax.Array) -> jax.Array:
+        return cast(jax.Array, network.apply({"params": params}, x))
+
+    # The steps of an environment stay on its device.
+    return run(x) if x.ndim == 2 else unflatten(run(flatten(x)), len(x))
 
 
 def _vector(observation: Observation, *, axes: int) -> jax.Array:

@@ -156,7 +156,8 @@ def update(
         options=h,
         shard=shard,
     )
-    extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
+    entropy = jnp.where(jnp.any(samples.mask > 0), metrics["policy/entropy"], jnp.nan)
+    extras, adapted = entropy_bonus.adapted(h, state.extras, entropy)
     return state.replace(extras=extras), metrics | adapted | {
         "value/explained_variance": losses.explained_variance(
             samples.value, samples.target, samples.mask

@@ -103,7 +103,7 @@ class HealthChecks:
             alarms["entropy_low"] = (
                 f"policy/entropy fell from {self._first_entropy:.3g} to {entropy[-1]:.3g}: the "
                 "policy no longer explores. Lower the learning rate, or raise the temperature, the "
-                "entropy coefficient or the KL coefficient."
+                "entropy coefficient or the KL coefficient, or set an entropy_target."
             )
         if len(spikes) == WINDOW and sum(spikes) >= sum(steps):
             alarms["steps_skipped"] = (

@@ -52,6 +52,11 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     "loss/bc": Metric(
         "1", "Squared error (discrete: cross-entropy) of the demonstrated actions", "falls"
     ),
+    "loss/awr": Metric(
+        "1",
+        "Cloning loss of the demonstrated actions, weighted by exponentials of their advantages",
+        "falls",
+    ),
     "loss/predictor": Metric(
         "1", "Squared error of the predictor of random network distillation", "falls slowly"
     ),
@@ -72,9 +77,6 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "1",
         "Coefficient of the entropy bonus in the next update, with an entropy_target",
         "0 while the entropy is above its target",
-    ),
-    "loss/awr": Metric(
-        "1", "The same, weighted by the exponentials of the advantages of the actions", "falls"
     ),
     "loss/sft": Metric("nats", "Cross-entropy of the tokens of the labeled completions", "falls"),
     "policy/approx_kl": Metric(

@@ -31,6 +31,15 @@ from mmrl_jax.training.stage import Carry, Stage
 SAMPLES = ("prompts_per_update", "num_envs", "batch_size")
 
 
+def samples_of(stage: ml_collections.ConfigDict) -> dict[str, int]:
+    """Returns the numbers of samples of a stage that the devices share, by their keys."""
+    found = {key: stage[key] for key in SAMPLES if key in stage}
+    for key, group in stage.items():
+        if isinstance(group, ml_collections.ConfigDict):
+            found |= {f"{key}.{name}": size for name, size in samples_of(group).items()}
+    return found
+
+
 @dataclasses.dataclass
 class StagePlan:
     """What a stage needs on one device.
@@ -147,9 +156,8 @@ def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
     for stage in config.stages:
         g = config[stage]
         steps = g.get("num_minibatches", 1) * g.get("grad_accum_steps", 1)
-        for key in SAMPLES:
-            if key in g:
-                sizes[f"{stage}.{key}"] = g[key]
+        for key, size in samples_of(g).items():
+            sizes[f"{stage}.{key}"] = size
         if "prompts_per_update" in g:
             name = f"{stage}.prompts_per_update / {stage}.num_minibatches / grad_accum_steps"
             sizes[name] = g.prompts_per_update // steps
@@ -167,8 +175,13 @@ def local_config(
     shards = mesh_lib.batch_shards(placement.abstract_mesh(mesh))
     changes: dict[str, Any] = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
     for stage in config.stages:
-        shares = {key: config[stage][key] // shards for key in SAMPLES if key in config[stage]}
-        changes[stage] = shares
+        changes[stage] = {}
+        for key, size in samples_of(config[stage]).items():
+            *groups, field = key.split(".")
+            table = changes[stage]
+            for group in groups:
+                table = table.setdefault(group, {})
+            table[field] = size // shards
     if "eval_episodes" in config.run:
         changes["run"] = {"eval_episodes": -(-config.run.eval_episodes // shards)}
     return problems.complete(config.to_dict(), changes)

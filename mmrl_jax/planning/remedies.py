@@ -13,7 +13,10 @@ from mmrl_jax.planning.plan import Plan, Planner
 Change = dict[str, Any]  # Values by the full names of keys.
 # Keys that set how much is in memory at once, and numbers of samples, which are halved.
 _PARTS = ("grad_accum_steps", "num_minibatches")
-_HALVED = ("num_completions", "prompts_per_update", "num_envs", "batch_size")
+_HALVED = (
+    *("num_completions", "prompts_per_update", "num_envs", "batch_size"),
+    "demonstrations.batch_size",
+)
 
 
 def remedy(

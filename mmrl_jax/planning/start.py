@@ -24,7 +24,7 @@ from mmrl_jax.planning.plan import Plan, Planner, StagePlan
 from mmrl_jax.planning.program import Value, simplified
 from mmrl_jax.planning.report import amount
 from mmrl_jax.planning.usage import Analyzer, Usage
-from mmrl_jax.problems import Problem
+from mmrl_jax.problems import Problem, demonstration_data
 from mmrl_jax.training.stage import Carry, Stage
 
 # A run is refused if its planned peak is above the limit by more than the error of plans.
@@ -65,8 +65,7 @@ def check(problem: Problem, tell: Callable[[str], None] = print) -> None:
 def _needs_host(problem: Problem) -> bool:
     """Returns whether the host takes part in an update of a stage, with records or rewards."""
     config = problem.config
-    groups = (config[name].get("data") or {} for name in config.stages)
-    return "dataset" in config or any(group.get("directory") for group in groups)
+    return "dataset" in config or bool(demonstration_data.directories(config))
 
 
 def inspected(stage: Stage, problem: Problem, tell: Callable[[str], None] = print) -> Stage:

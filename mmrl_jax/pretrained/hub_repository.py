@@ -10,7 +10,7 @@ from mmrl_jax.pretrained import hub
 
 SCHEME = "hf://"
 # Data only: neither code nor pickles.
-_DOWNLOADED = ("*.safetensors", *(f"*{suffix}" for suffix in hub.DATA))
+_WEIGHTS, _DATA = ("*.safetensors",), tuple(f"*{suffix}" for suffix in hub.DATA)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENS = "https://huggingface.co/settings/tokens"
 
@@ -77,11 +77,12 @@ def push(directory: pathlib.Path, repository: str, *, private: bool) -> str:
 
 
 @functools.lru_cache(maxsize=8)  # A run builds its policy several times.
-def pull(name: str) -> pathlib.Path:
+def pull(name: str, *, weights: bool = True) -> pathlib.Path:
     """Downloads the weights, configs and vocabularies of a model to the cache of the hub.
 
     Args:
       name: Name of the repository, `owner/name` or `owner/name@revision`.
+      weights: Whether the weights are downloaded.
 
     Returns:
       The directory of the files. Without a network it is that of an earlier download.
@@ -96,8 +97,9 @@ def pull(name: str) -> pathlib.Path:
     if not is_name(repository):
         raise ValueError(f"{SCHEME}{name} must be {SCHEME}owner/name, or with @revision.")
     with _explained(f"the download of {repository}"):
+        patterns = [*_WEIGHTS, *_DATA] if weights else [*_DATA]
         return pathlib.Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[*_DOWNLOADED])
+            snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
         )
 
 

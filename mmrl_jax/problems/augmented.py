@@ -11,9 +11,11 @@ from mmrl_jax.config.options import build, group
 from mmrl_jax.data import augmentation
 from mmrl_jax.data.augmentation import AugmentationOptions
 from mmrl_jax.envs.brax_api import Env
+from mmrl_jax.learners import registry
 from mmrl_jax.learners.bc import Batch, Demonstrations
 from mmrl_jax.learners.dapg import DemonstratedRollout
-from mmrl_jax.learners.learner import Rollout
+from mmrl_jax.learners.learner import Rollout, flatten, unflatten
+from mmrl_jax.learners.rnd import RND
 from mmrl_jax.types import Observation
 
 # Words of instructions whose meaning a change of the hue changes.
@@ -35,8 +37,8 @@ class AugmentedOptions:
 def make(config: ml_collections.ConfigDict, name: str, env: Env) -> Augment | None:
     """Returns the augmentation of a stage, or None if all of its changes are switched off.
 
-    All networks of an update see the same images: those of the probability ratio, whose old
-    log-probs are computed anew on them, and those of a value and of its target.
+    The networks of a probability ratio see the same images, because the old log-probs are computed
+    anew on them. In a batch of demonstrations, so do those of a value and of its target.
 
     Args:
       config: Config of the run.
@@ -44,14 +46,25 @@ def make(config: ml_collections.ConfigDict, name: str, env: Env) -> Augment | No
       env: Batched environment.
 
     Raises:
-      ValueError: If there are no images, a change is larger than they are, or it would change what
-        an instruction means.
+      ValueError: If there are no images, a change is larger than they are, it would change what an
+        instruction means, or the algorithm does not allow it.
     """
     options = build(AugmentationOptions, config[name].augmentation)
     if not options.changes:
         return None
-    height, width = config.env.height, config.env.width
+    height, width, algorithm = config.env.height, config.env.width, registry.CONTROL[name]
     _check(options, f"{name}.augmentation", height, width, env)
+    if issubclass(algorithm.options, RND):
+        raise ValueError(
+            f"{name}.augmentation is set, but {name!r} would take every change of an image for "
+            "something new; remove it."
+        )
+    samples = algorithm.experience in ("demonstrations", "one_step")
+    if not samples and not hasattr(algorithm.options, "recompute"):
+        raise ValueError(
+            f"{name}.augmentation is set, but the options of {name!r} have no field 'recompute', "
+            "so that its old log-probs would be those of other images; remove it."
+        )
     position = config.model.get("pointing")
 
     def changed(
@@ -65,13 +78,11 @@ def make(config: ml_collections.ConfigDict, name: str, env: Env) -> Augment | No
 
     def of_rollout(rollout: Rollout, rng: jax.Array) -> Rollout:
         steps = rollout.transitions
-        time, count = steps.reward.shape
-        observation, privileged = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:]), (steps.observation, steps.privileged)
-        )
-        draw = augmentation.draw(rng, time * count, options)
-        observation, privileged = jax.tree.map(
-            lambda x: x.reshape(time, count, *x.shape[1:]), changed(observation, privileged, draw)
+        # The steps of an environment stay on its device.
+        observation, privileged = flatten((steps.observation, steps.privileged))
+        draw = augmentation.draw(rng, steps.reward.size, options)
+        observation, privileged = unflatten(
+            changed(observation, privileged, draw), len(steps.reward)
         )
         return rollout._replace(
             transitions=steps.replace(observation=observation, privileged=privileged)

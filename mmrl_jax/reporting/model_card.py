@@ -283,11 +283,18 @@ def _limits(exported: ExportedModel, config: Any, results: Sequence[Result]) -> 
 
 def _shown(value: Any) -> str:
     """Returns a value as code, without the directories above that of an absolute path."""
-    if value is dataclasses.MISSING:
-        return ""
+    return "" if value is dataclasses.MISSING else f"`{_shortened(value)!r}`"
+
+
+def _shortened(value: Any) -> Any:
+    """Returns a value whose absolute paths have their last names only."""
     if isinstance(value, str) and os.path.isabs(value):
-        value = os.path.basename(value.rstrip("/"))
-    return f"`{value!r}`"
+        return os.path.basename(value.rstrip("/"))
+    if isinstance(value, tuple | list):
+        return type(value)(map(_shortened, value))
+    if isinstance(value, Mapping):
+        return {key: _shortened(x) for key, x in value.items()}
+    return value
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -196,6 +196,7 @@ def token_loss_sums(
         old_log_prob = jax.lax.stop_gradient(log_prob)
     log_ratio = jnp.where(is_token, log_prob - old_log_prob, 0.0)
     length = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
+    drift = jnp.abs(log_ratio)  # Of each token, whatever the ratio is of.
     if o.ratio == "sequence":
         log_ratio = jnp.broadcast_to(
             jnp.sum(log_ratio, axis=1, keepdims=True) / length, log_prob.shape
@@ -212,7 +213,7 @@ def token_loss_sums(
         kl = kl_estimate(jnp.where(is_token, reference_log_prob - log_prob, 0.0), o.kl)
         loss, metrics["policy/reference_kl"] = loss + o.kl_coef * kl, kl
     if anchor_coef is not None:
-        loss = loss + anchor_coef * jnp.abs(log_ratio)
+        loss = loss + anchor_coef * drift
     if o.reduction == "sequence":
         loss = loss / length
 

@@ -217,13 +217,17 @@ def _retried(carry: Carry, retry: int, factor: float) -> Carry:
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def changed(carry: Carry) -> Carry:
-        opt_state = learning_rate.lower(carry.learner.opt_state, factor)
+        learner = carry.learner
+        learner = learner.replace(
+            opt_state=learning_rate.lower(learner.opt_state, factor),
+            extras=learning_rate.lower(learner.extras, factor),
+        )
         env_state = carry.env_state
         if env_state is not None:  # The key of an environment samples its next episodes.
             keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(env_state.info["key"])
             env_state = env_state.replace(info=env_state.info | {"key": keys})
         return carry.replace(
-            learner=carry.learner.replace(opt_state=opt_state),
+            learner=learner,
             env_state=env_state,
             rng=jax.random.fold_in(carry.rng, number),
         )

@@ -27,6 +27,12 @@ SAMPLED = {"last__prompts_per_update": 16, "last__optimizer": OPTIMIZER}
 HEADS = {"model__heads": max(shape[2] for shape in MESHES)}
 CONFIGS = {
     "ppo": lambda: tiny.config("reach_ppo_scratch", last__num_envs=16, last__optimizer=OPTIMIZER),
+    "rnd": lambda: tiny.config(
+        "reach_ppo_scratch", stages=("rnd",), last__num_envs=16, last__optimizer=OPTIMIZER
+    ),
+    "dapg": lambda: tiny.config(
+        "reach_ppo_scratch", stages=("dapg",), last__num_envs=16, last__optimizer=OPTIMIZER
+    ),
     "bc": lambda: tiny.config("reach_bc", last__optimizer=OPTIMIZER),
     "awr": lambda: tiny.config("reach_bc", stages=("awr",), last__optimizer=OPTIMIZER),
     "iql": lambda: tiny.config("reach_bc", stages=("iql",), last__optimizer=OPTIMIZER),

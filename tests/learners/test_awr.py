@@ -112,15 +112,25 @@ def test_what_is_unknown_after_a_termination_changes_nothing():
 
 
 def test_the_value_behind_a_limit_counts_in_the_advantage():
-    # v(x) = 3 x. Step 0 terminated: 2 - 3 = -1. Step 1 was truncated where x = 4: its target is
-    # 2 + 0.5 * 12 = 8, and its advantage 5. Their mean is 2 and their standard deviation 3, so that
-    # they are -1 and 1 after normalization; with equal returns and no value behind, both were 0.
-    batch = steps([0, 1], [2.0, 2.0], bootstrap_weight=jnp.array([0.0, 0.5]))
-    batch = batch._replace(next_observation={"proprio": jnp.array([[jnp.nan], [4.0]])})
+    # v(x) = 3 x is 3, 6 and 3. The first two steps terminated with the returns 3 and 6: their
+    # advantages are 0. The last one was truncated where x = 4: its target is 0 + 0.5 * 12 = 6, and
+    # its advantage 3. The mean of the advantages is 1 and their standard deviation sqrt(2), so that
+    # they are -1 / sqrt(2) twice and sqrt(2) after normalization. The targets 3, 6 and 6 have
+    # variance 2, of which the mean squared advantage 3 is 3 / 2.
+    batch = steps(
+        [0, 1, 1],
+        [3.0, 6.0, 0.0],
+        observation={"proprio": jnp.array([[1.0], [2.0], [1.0]])},
+        bootstrap_weight=jnp.array([0.0, 0.0, 0.5]),
+    )
+    batch = batch._replace(next_observation={"proprio": jnp.array([[jnp.nan], [jnp.nan], [4.0]])})
     options = awr.AWR(beta=1.0, max_weight=20.0)
     _, metrics = updated(awr.update, options, start() | {"value": jnp.array([3.0])}, batch)
-    assert float(metrics["policy/weight_max"]) == pytest.approx(math.e, rel=1e-5)
-    assert float(metrics["policy/weight_mean"]) == pytest.approx(math.cosh(1), rel=1e-5)
+    largest = math.exp(math.sqrt(2))
+    assert float(metrics["policy/weight_max"]) == pytest.approx(largest, rel=1e-5)
+    mean = (largest + 2 * math.exp(-1 / math.sqrt(2))) / 3
+    assert float(metrics["policy/weight_mean"]) == pytest.approx(mean, rel=1e-5)
+    assert float(metrics["value/explained_variance"]) == pytest.approx(-0.5, rel=1e-5)
 
 
 def test_of_demonstrations_of_which_half_are_bad_it_prefers_the_good_ones():

@@ -11,6 +11,7 @@ import pytest
 
 from mmrl_jax.learners import learner, ppo, rnd
 from mmrl_jax.rl import advantages
+from mmrl_jax.stability import learning_rate
 from mmrl_jax.types import Transition
 from tests.linear_policy import apply
 
@@ -151,6 +152,11 @@ def test_an_observation_that_is_not_finite_spreads_nowhere():
     assert float(metrics["optimizer/steps"]) == 1
     assert np.isfinite(jax.tree.leaves(jax.tree.map(jnp.sum, (new, metrics)))).all()
     assert any(np.abs(new.params[k] - x).max() > 1e-4 for k, x in given.params.items())
+
+
+def test_a_rollback_lowers_its_learning_rate():
+    lowered = learning_rate.lower(state().extras, 0.5)
+    assert float(learning_rate.scale_of(lowered["novelty"].opt_state)) == 0.5
 
 
 def test_pixels_are_part_of_what_is_novel():

@@ -265,6 +265,9 @@ def test_the_entropy_bonus_follows_its_target():
     # Above the target, nothing is applied.
     above, metrics = update(dataclasses.replace(h, entropy_target=0.0), first, frozen, given)
     assert float(metrics["exploration/entropy_coef"]) == 0
+    # An update that learns from nothing has no entropy.
+    empty, _ = update(h, state, frozen, given._replace(valid=jnp.zeros_like(given.valid)))
+    assert float(empty.extras["entropy_bonus"].coef) == pytest.approx(0.1)
 
 
 def test_an_answer_without_a_score_has_no_influence():

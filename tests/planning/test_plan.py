@@ -56,6 +56,13 @@ def test_what_is_held_has_the_bytes_of_the_real_carry(kind, mesh):
     assert found.parameters["trained"] == sum(x.size for x in jax.tree.leaves(carry.learner.params))
 
 
+def test_all_samples_of_a_stage_are_shared_by_the_devices():
+    config = tiny.config(stages=("dapg",), dapg__num_envs=64, dapg__demonstrations__batch_size=32)
+    assert plan.samples_of(config.dapg) == {"num_envs": 64, "demonstrations.batch_size": 32}
+    local = plan.local_config(config, {"data": 4, "fsdp": 2, "tensor": 1})
+    assert (local.dapg.num_envs, local.dapg.demonstrations.batch_size) == (8, 4)
+
+
 def compiled_bytes(config, name):
     with mesh_lib.described_devices(jax.devices()[:1]):
         stage = problems.make(config).stage(name)

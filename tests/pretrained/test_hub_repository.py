@@ -111,6 +111,10 @@ def test_a_model_of_the_hub_is_downloaded_without_code(hub, tmp_path):
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     code = {"modeling.py": b"1", "pytorch_model.bin": b"2", "run.pkl": b"3"}
     hub.repositories["me/llama"], hub.private["me/llama"] = files | code, True
+    planned = hub_repository.pull("me/llama@v1.0", weights=False)
+    assert {path.name for path in planned.iterdir()} == {
+        name for name in files if not name.endswith(".safetensors")
+    }
     directory = chat.directory_of("hf://me/llama@v1.0")
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == files
     assert any(call.path == "/api/models/me/llama/revision/v1.0" for call in hub.calls)

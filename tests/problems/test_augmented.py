@@ -120,6 +120,12 @@ def test_what_does_not_fit_is_named(changes, message):
         problems.make(tiny.config("reach_ppo", **changes))
 
 
+def test_novelty_is_not_measured_on_changed_images():
+    config = tiny.config("reach_ppo_scratch", stages=("rnd",), rnd__augmentation=SHIFT)
+    with pytest.raises(ValueError, match="rnd.augmentation is set, but 'rnd' would take"):
+        problems.make(config)
+
+
 def test_without_images_there_is_nothing_to_change():
     config = tiny.config("mlp_ppo", **tiny.FAST, ppo__augmentation=SHIFT)
     with pytest.raises(ValueError, match="ppo.augmentation is set, but env.height=0"):

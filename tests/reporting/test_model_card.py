@@ -125,3 +125,9 @@ def test_a_merged_model_is_loaded_by_transformers(workdir):
 def test_a_table_survives_a_pattern_and_a_line_break():
     table = model_card._table(("a", "b"), [("`x|y`", "one\ntwo")])
     assert table == "| a | b |\n| --- | --- |\n| `x\\|y` | one two |"
+
+
+def test_paths_inside_of_options_are_shortened():
+    options = {"files": ("/home/me/a.py", 3), "deep": {"model": "/home/me/b/"}, "name": "a/b"}
+    expected = {"files": ("a.py", 3), "deep": {"model": "b"}, "name": "a/b"}
+    assert model_card._shortened(options) == expected

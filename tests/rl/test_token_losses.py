@@ -282,7 +282,8 @@ def test_the_tokens_that_covary_most_by_hand():
     assert int(chosen.sum()) == 2
 
 
-def test_the_penalty_of_kl_cov_by_hand():
+@pytest.mark.parametrize("ratio", tl.RATIOS)
+def test_the_penalty_of_kl_cov_by_hand(ratio):
     # One token of log-ratio 0.1 with coefficient 2, one of -0.2 with 0, and padding.
     log_prob = jnp.array([[-1.0, -2.0, 3.0]])
     old, mask = jnp.array([[-1.1, -1.8, jnp.inf]]), jnp.array([[1.0, 1.0, 0.0]])
@@ -290,7 +291,7 @@ def test_the_penalty_of_kl_cov_by_hand():
 
     def of(log_prob, anchor_coef):
         return tl.token_loss_sums(
-            log_prob, old, jnp.zeros(1), mask, TokenLoss(), anchor_coef=anchor_coef
+            log_prob, old, jnp.zeros(1), mask, TokenLoss(ratio=ratio), anchor_coef=anchor_coef
         ).loss
 
     value, gradient = jax.value_and_grad(of)(log_prob, anchor)
