@@ -143,5 +143,7 @@ def test_a_mesh_collects_and_learns_what_one_device_does(name, shape, on_one_dev
     close(collected.batch, found.batch, rtol=1e-3, atol=1e-5)
     carry, measured = several.updated(collected)
     rate = several.problem.config[several.stage.name].optimizer.learning_rate
-    close(learner, carry.learner, rtol=1e-4, atol=1e-4 * rate)
+    close(learner.replace(extras={}), carry.learner.replace(extras={}), rtol=1e-4, atol=1e-4 * rate)
+    # They have Adam, which amplifies the rounding of gradients that are nearly 0.
+    close(learner.extras, carry.learner.extras, rtol=1e-3, atol=1e-4)
     close(metrics, measured, rtol=1e-3, atol=1e-5)
