@@ -9,6 +9,8 @@ The command writes to the workdir:
                         training split with its 95 % interval, from the last evaluation; for a
                         dataset the return on its test split; times; steps
   metrics.jsonl         logged metrics, also as learning_curves.png and in tensorboard/
+  incidents.jsonl       divergences after which the run went back to a checkpoint, if
+                        <stage>.rollback.max_retries allows it
   checkpoints/          the newest checkpoints and the best one
   config.json           the config; a workdir of another config is rejected
   run.json              fingerprints of the other inputs of the run, see --accept_changes
