@@ -200,6 +200,7 @@ def test_a_high_loss_goes_back_to_before_it(tmp_path):
         run(stage, tmp_path)
     found = [(x["update"], x["restored_step"]) for x in incidents(tmp_path)]
     assert found == [(15, 12), (33, 12), (33, 12)]
+    assert checkpoint.saved_steps(tmp_path) == [11, 12]  # None of an update with a high loss.
 
 
 def test_without_retries_nothing_differs(tmp_path):
