@@ -69,7 +69,7 @@ def test_a_batch_of_the_expert_is_drawn_by_the_number_of_the_update(monkeypatch)
     np.testing.assert_array_equal(whole, np.sort(data.action, axis=0))
 
 
-@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("directory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_resumes_bit_for_bit(directory, tmp_path):
     changes = {"optimizer": {"schedule": "constant"}}
     env = "language_reach"

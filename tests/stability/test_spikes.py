@@ -170,7 +170,7 @@ def often(kind):
     return tiny.token_config(stages=("grpo",), mesh__fsdp=2, grpo__optimizer=OFTEN)
 
 
-@pytest.mark.parametrize("kind", ["control", "token"])
+@pytest.mark.parametrize("kind", ["control", pytest.param("token", marks=pytest.mark.slow)])
 def test_a_run_that_skips_spikes_resumes_bitwise(kind, tmp_path):
     config = often(kind)
     whole = train(config, tmp_path / "whole")

@@ -110,8 +110,16 @@ def bitwise_equal(a, b) -> None:
 
 
 # Other tests train such models faster: test_vlm_policy.py, test_control_encoders.py, and
-# reach_ppo here.
-SLOW = ("reach_vlm", "reach_minilm", "reach_ppo_scratch", "locomotion_ppo", "pixels_ppo")
+# `test_two_plus_two_updates_are_four`.
+SLOW = (
+    "reach_ppo",
+    "reach_bc",
+    "reach_vlm",
+    "reach_minilm",
+    "reach_ppo_scratch",
+    "locomotion_ppo",
+    "pixels_ppo",
+)
 
 
 @pytest.mark.parametrize(
