@@ -126,7 +126,9 @@ def with_env_options(
         for name, x in defaults.items()
         if name not in env.options and (keys is None or f"env.options.{name}" in keys)
     }
-    config = config.copy_and_resolve_references()
+    # A copy that `ml_collections` makes has no types of values that are None, and the command line
+    # could not set them.
+    config = complete(config)
     config.env.options = ml_collections.ConfigDict(env.options.to_dict() | added)
     return config
 

@@ -63,6 +63,24 @@ def test_every_option_of_an_environment_can_be_set(tmp_path):
     assert result.returncode == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["mlp_ppo", "count_grpo"])
+def test_an_option_that_is_none_can_be_set(name, tmp_path):
+    stage = name.rpartition("_")[2]
+    none = {"mlp_ppo": ["target_kl=0.5"], "count_grpo": ["importance_weight_cap=2"]}[name]
+    set_to = [*none, "optimizer.skip_spikes=6", "rollback.max_kl=0.3", "entropy_target=0.5"]
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.train", f"--config={name}",
+            f"--workdir={tmp_path / 'run'}", "--config.run.eval_episodes=-1",
+            *(f"--config.{stage}.{x}" for x in set_to),
+        ],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    # Of all values, the last one alone is invalid.
+    assert result.stderr.startswith("error: Config key 'run.eval_episodes' is -1, but must be")
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "message"),
     [
