@@ -18,22 +18,22 @@ from mmrl_jax.configs import deep_sea_rnd
 
 SEEDS = 5
 MAIN = "final/train/success"
+SMALLEST = deep_sea_rnd.SIZE
+OPTIONS = deep_sea_rnd.PPO | {"num_updates": 1500}
 
 
 def _variants(size: int) -> dict[str, dict[str, Any]]:
-    """Returns the changes of the variants of a size to PPO on the smallest sea."""
-    sea, sized = {"env": {"options": {"size": size}}}, {"unroll_length": 2 * (size + 1)}
-    if size == SMALLEST:
-        sea, sized = {}, {}
+    """Returns the changes of the variants of a size to the baseline, PPO on the smallest sea."""
+    is_baseline = size == SMALLEST  # Variants say only what differs from it.
+    sea: dict[str, Any] = {} if is_baseline else {"env": {"options": {"size": size}}}
+    rollout: dict[str, Any] = {} if is_baseline else {"unroll_length": 2 * (size + 1)}
     return {
-        f"ppo_{size}": sea | ({"ppo": sized} if sized else {}),
-        f"ppo_entropy_{size}": sea | {"ppo": sized | {"entropy_coef": 1e-2}},
-        f"rnd_{size}": sea | {"stages": ("rnd",), "rnd": OPTIONS | sized},
+        f"ppo_{size}": {} if is_baseline else sea | {"ppo": rollout},
+        f"ppo_entropy_{size}": sea | {"ppo": rollout | {"entropy_coef": 1e-2}},
+        f"rnd_{size}": sea | {"stages": ("rnd",), "rnd": OPTIONS | rollout},
     }
 
 
-SMALLEST = deep_sea_rnd.SIZE
-OPTIONS = deep_sea_rnd.PPO | {"num_updates": 1500}
 VARIANTS = _variants(SMALLEST) | _variants(20) | _variants(30)
 
 
