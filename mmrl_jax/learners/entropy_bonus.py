@@ -44,7 +44,7 @@ def extras(options: EntropyOptions) -> dict[str, Any]:
 
 def coefficient(options: EntropyOptions, extras: dict[str, Any]) -> float | jax.Array:
     """Returns the coefficient of the entropy bonus in an update."""
-    return extras[_NAME].applied if _NAME in extras else options.entropy_coef
+    return options.entropy_coef if options.entropy_target is None else extras[_NAME].applied
 
 
 def adapted(
