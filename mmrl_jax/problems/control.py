@@ -312,7 +312,8 @@ class Control:
         reduced = config.model.get("dtype", "float32") != "float32"
         augment = augmented.make(config, name, self.env)
         derived = {}
-        if hasattr(algorithm.options, "recompute"):  # The policy acted on other images.
+        if hasattr(algorithm.options, "recompute"):
+            # The log-probs of the rollout are of another program, or of other images.
             derived = {"recompute": reduced or augment is not None}
         algorithm_options = build(algorithm.options, config[name], **derived)
         trainable = config[name].trainable
