@@ -195,7 +195,8 @@ def read_problem(
       changes: Nested dictionary of config keys with other values than in the run.
 
     Returns:
-      The problem, and the name of the stage of the directory.
+      The problem, whose records of a dataset are opened when they are first used, and the name of
+      the stage of the directory.
 
     Raises:
       ValueError: If there is no run, its config is invalid in this version, or it names modules
@@ -221,7 +222,8 @@ def read_problem(
     mesh = {"data": 1 if jax.process_count() == 1 else 0, "fsdp": fsdp, "tensor": tensor}
     config = problems.complete(config, {"mesh": mesh}, changes)
     run = fingerprints.read(directory)
-    return problems.make(config), config.stages[-1] if run is None else run.stage
+    problem = problems.make(config, open_data=False)
+    return problem, config.stages[-1] if run is None else run.stage
 
 
 def _modules(config: ml_collections.ConfigDict) -> list[str]:

@@ -77,6 +77,7 @@ def evaluate(
     """
     directory = workdir_lib.as_path(workdir)
     problem, stage = restoring.read_problem(directory, trust_modules=trust_modules)
+    problem.open_data()
     fingerprints.check(directory, problem.dependencies(), accept=accept)
     loaded = restoring.restore(problem, stage, directory, which=which)
     if split not in (*problem.splits, "all"):

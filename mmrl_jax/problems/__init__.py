@@ -190,16 +190,18 @@ def _all_keys(problem: str, kind: str) -> set[str]:
     return names
 
 
-def make(config: ml_collections.ConfigDict) -> Problem:
+def make(config: ml_collections.ConfigDict, *, open_data: bool = True) -> Problem:
     """Makes the problem of a config. No code outside of the problem reads the config afterwards.
 
     Args:
       config: A complete config, or one of an earlier version, whose missing keys get their
         defaults.
+      open_data: Whether the records of a dataset are opened and checked now, and not when they are
+        first used.
 
     Raises:
-      ValueError: If the config is invalid. The message lists all keys that are unknown, missing or
-        out of range, or else the first inconsistency between keys.
+      ValueError: If the config is invalid, or the records cannot be used. The message lists all
+        keys that are unknown, missing or out of range, or else the first inconsistency.
     """
     config = complete(config)
     config.lock()
@@ -212,7 +214,10 @@ def make(config: ml_collections.ConfigDict) -> Problem:
     for name in config.stages:
         group = build(OptimizerOptions, config[name].optimizer)
         optimizers.check(group, f"{name}.optimizer")
-    return _kind(config)[1](config)
+    problem = _kind(config)[1](config)
+    if open_data:
+        problem.open_data()
+    return problem
 
 
 def may_change(config: ml_collections.ConfigDict) -> tuple[str, ...]:

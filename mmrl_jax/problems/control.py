@@ -232,6 +232,9 @@ class Control:
         self.test_split: str | None = None
         self._demonstrations: dict[str, bc.Demonstrations] = {}
 
+    def open_data(self) -> None:
+        """Does nothing: a stage opens its demonstrations when it is made."""
+
     def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns the fingerprints of text encoder and demonstrations, see `problem.Problem`.
 

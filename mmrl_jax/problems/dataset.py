@@ -92,18 +92,18 @@ def other_images(images: Sequence[str]) -> np.ndarray:
 class Dataset(TokenProblem):
     """Problem of prompts from files, see `problem.Problem` for the interface.
 
-    All records are read and checked when the problem is made.
+    The records are opened and checked by `open_data`, or when they are first used. A trained policy
+    can therefore be loaded on a machine without them.
 
     Args:
       config: Config of the run, with the keys of `options`.
 
     Attributes:
       chat: Tokenizer and chat template of the model.
-      records: Records of the folder, by split.
       scorer: Scores completions with the reward functions.
 
     Raises:
-      ValueError: If the config is invalid, or the records cannot be used.
+      ValueError: If the config is invalid.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -129,12 +129,6 @@ class Dataset(TokenProblem):
             )
         )
         self.splits = {VALIDATION: d.validation_size, TEST: d.test_size}
-        columns: frozenset[str] = frozenset()
-        if not mesh_lib.only_described():
-            self.records, columns = self._open()
-            self.splits = {split: len(getattr(self.records, split)) for split in SPLITS}
-            for name, function in functions.items():
-                check_columns(name, read_signature(name, function), columns)
         r = config.rewards
         self._functions = functions
         self._pool = functools.partial(
@@ -144,8 +138,22 @@ class Dataset(TokenProblem):
             workers=r.workers,
             timeout_s=r.timeout_s,
             memory_mb=r.memory_mb,
-            columns=columns,
         )
+
+    def open_data(self) -> None:
+        """Opens and checks the records, see `problem.Problem`."""
+        if not mesh_lib.only_described():
+            self.splits = {split: len(getattr(self.records, split)) for split in SPLITS}
+
+    @property
+    def records(self) -> Split:
+        """Records of the folder, by split.
+
+        Raises:
+          ValueError: If the records cannot be used, see `open_split`, or have no column that a
+            reward function needs.
+        """
+        return self._opened[0]
 
     @functools.cached_property
     def scorer(self) -> Scorer:
@@ -154,16 +162,13 @@ class Dataset(TokenProblem):
         Raises:
           RuntimeError: If a worker does not start.
         """
-        return Scorer(self._pool(), self.chat)
+        return Scorer(self._pool(columns=self._opened[1]), self.chat)
 
-    def _open(self) -> tuple[Split, frozenset[str]]:
-        """Opens the folder; returns the records and the names of their columns.
-
-        Raises:
-          ValueError: If the records cannot be used, see `open_split`.
-        """
+    @functools.cached_property
+    def _opened(self) -> tuple[Split, frozenset[str]]:
+        """The records of the folder, and the names of their columns."""
         d = self.config.dataset
-        return open_split(
+        records, columns = open_split(
             self.chat,
             directory=pathlib.Path(d.directory).resolve(),
             files=d.files,
@@ -182,6 +187,9 @@ class Dataset(TokenProblem):
             length=d.prompt_tokens,
             images=self._image_tokens,
         )
+        for name, function in self._functions.items():
+            check_columns(name, read_signature(name, function), columns)
+        return records, columns
 
     def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns fingerprints of model, records and reward functions, see `problem.Problem`."""

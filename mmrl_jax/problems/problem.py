@@ -158,6 +158,13 @@ class Problem(Protocol):
     best_metric: str
     test_split: str | None
 
+    def open_data(self) -> None:
+        """Opens and checks files that only training and evaluation read; they are opened once.
+
+        Raises:
+          ValueError: If the files cannot be used.
+        """
+
     def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns the fingerprints of the inputs of the run other than its config.
 

@@ -276,6 +276,9 @@ class TokenProblem(abc.ABC):
           frozen: Variables that the stage does not train.
         """
 
+    def open_data(self) -> None:  # noqa: B027 (most problems have no files)
+        """Opens and checks files that only training and evaluation read, see `problem.Problem`."""
+
     def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
         """Returns the fingerprints of the model and its tokenizer, see `problem.Problem`."""
         return token_models.dependencies(self.config.model, self.model.texts.tokenizer)

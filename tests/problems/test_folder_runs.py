@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import types
 
 import jax
@@ -543,6 +544,21 @@ def test_a_run_reads_its_folder_once(make_config, tmp_path, monkeypatch):
     metadata = images / "metadata.jsonl"
     metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:7]))
     assert len(open_split(config).train) == 2 and len(read) == 23
+
+
+def test_a_policy_is_used_without_its_data(make_config, tmp_path):
+    images = folder(tmp_path / "d", count=8)
+    config = make_config(dataset__directory=str(images), last__num_updates=1)
+    image = (images / "a/0.png").read_bytes()
+    runs.train(config, tmp_path / "run")
+    shutil.rmtree(images)
+    loaded = restoring.load(tmp_path / "run", trust_modules=True)
+    ((completed,),) = loaded.generate(["Which color?"], [image])
+    assert completed.log_prob < 0
+    with pytest.raises(ValueError, match=r"dataset.directory|does not exist"):
+        loaded.evaluate("test")
+    with pytest.raises(ValueError, match=r"dataset.directory|does not exist"):
+        evaluate(tmp_path / "run", trust_modules=True)
 
 
 def digests(records):
