@@ -31,6 +31,7 @@ import ml_collections
 from mmrl_jax import problems, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import (
+    EXIT_INTERRUPTED,
     FAILURES,
     clean_exit,
     refuse_arguments,
@@ -311,7 +312,7 @@ def conclusion(summary: dict[str, float], workdir: str) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the command line."""
     refuse_arguments(argv)
     directory = FLAGS.workdir or WORKDIRS[FLAGS.preset]
@@ -325,8 +326,9 @@ def main(argv: list[str]) -> None:
         summary = quickstart(problem, workdir)
     if summary is None:
         print("Interrupted; the same command resumes from the last checkpoint.")
-        return
+        return EXIT_INTERRUPTED
     print(conclusion(summary, directory))
+    return 0
 
 
 def make_config(preset: str = "full", seed: int = 0) -> ml_collections.ConfigDict:

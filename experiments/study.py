@@ -34,6 +34,7 @@ import numpy as np
 from mmrl_jax import config as config_lib
 from mmrl_jax import problems, runs
 from mmrl_jax.commands.common import (
+    EXIT_INTERRUPTED,
     FAILURES,
     clean_exit,
     refuse_arguments,
@@ -259,7 +260,7 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the command line."""
     refuse_arguments(argv)
     file, _, argument = FLAGS.study.partition(":")
@@ -276,13 +277,13 @@ def main(argv: list[str]) -> None:
             multihost.on_all(lambda variant=variant: problems.make(study.get_config(variant)))
     with clean_exit(ValueError, *FAILURES):
         finished = run(study, workdir, variants, range(study.SEEDS))
-    if not multihost.is_primary():
-        return
-    if not finished:
-        print("Interrupted; the same command resumes from the last checkpoint.")
-        return
-    print((workdir / "table.md").read_text(encoding="utf-8"))
-    print(f"Wrote {workdir}/table.csv, table.md, study.png")
+    if multihost.is_primary():
+        if finished:
+            print((workdir / "table.md").read_text(encoding="utf-8"))
+            print(f"Wrote {workdir}/table.csv, table.md, study.png")
+        else:
+            print("Interrupted; the same command resumes from the last checkpoint.")
+    return 0 if finished else EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ detached() {
     echo "$status" >"$record/outcome"
 }
 
-# An interrupted run saves a checkpoint and exits with 0, as a finished one does. So the signal itself
-# decides: 143 makes Kubernetes, and our own loops, launch the command again.
+# An interrupted run saves a checkpoint and exits with 143, but another command may exit with 0. So the
+# signal itself decides: 143 makes Kubernetes, and our own loops, launch the command again.
 foreground() {
     local child status interrupted=false
     cd "$root"

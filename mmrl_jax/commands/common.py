@@ -32,6 +32,9 @@ FAILURES = (
     multihost.OtherProcessFailed,
     rewards.NoRewards,
 )
+# Exit code of a command that a signal interrupted, so that `train && evaluate` does not evaluate a
+# run that is not finished. A shell gives it to a process that SIGTERM ended.
+EXIT_INTERRUPTED = 128 + signal.SIGTERM
 
 
 @contextlib.contextmanager
@@ -113,7 +116,7 @@ def define_process_flags() -> None:
     )
 
 
-def connected(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+def connected(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int | None]:
     """Returns a command that first connects the processes of its run, and ends them together.
 
     Args:
@@ -121,7 +124,7 @@ def connected(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         device may be used before it is called.
     """
 
-    def run(argv: list[str]) -> None:
+    def run(argv: list[str]) -> int | None:
         with clean_exit(ValueError, rendezvous.ProcessesMissing):
             multihost.initialize(
                 distributed=flags.FLAGS.distributed,
@@ -131,7 +134,7 @@ def connected(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
                 timeout_s=flags.FLAGS.initialization_timeout,
             )
         with multihost.ending_together():
-            main(argv)
+            return main(argv)
 
     return run
 
@@ -142,12 +145,13 @@ def refuse_arguments(argv: list[str]) -> None:
         sys.exit(f"error: Unknown arguments {argv[1:]}; flags begin with '--'.")
 
 
-def run_command(main: Callable[[list[str]], None], *, processes: bool = False) -> None:
+def run_command(main: Callable[[list[str]], int | None], *, processes: bool = False) -> None:
     """Parses the flags and runs a command.
 
     Args:
-      main: Function that is called with the remaining command line. `--help` shows the docstring
-        and the flags of its module rather than those of the executed script.
+      main: Function that is called with the remaining command line and returns the exit code, None
+        for 0. `--help` shows the docstring and the flags of its module rather than those of the
+        executed script.
       processes: Whether the command may run in several processes, see `connected`.
     """
     module = sys.modules[main.__module__]

@@ -22,9 +22,9 @@ The command writes to the workdir:
 Before a stage is compiled, the memory that it needs is printed, see docs/planning.md. A run that
 cannot fit its devices is refused, with the nearest change that makes it fit.
 
-Ctrl-C or SIGTERM saves and stops. If training diverges, or rewards or records fail in every retry,
-the command ends with an error and exit code 1. If an evaluation or a report fails, it prints a
-message and continues.
+Ctrl-C or SIGTERM saves and stops, with exit code 143. If training diverges, or rewards or records
+fail in every retry, the command ends with an error and exit code 1. If an evaluation or a report
+fails, it prints a message and continues.
 
 With --distributed in each process of a TPU pod or a Slurm job, or with --coordinator_address,
 --num_processes and --process_id, the run uses the devices of several hosts, see docs/runs.md.
@@ -37,6 +37,7 @@ import jax
 
 from mmrl_jax import problems, runs
 from mmrl_jax.commands.common import (
+    EXIT_INTERRUPTED,
     FAILURES,
     clean_exit,
     define_config,
@@ -50,7 +51,7 @@ from mmrl_jax.training import fingerprints, rollback
 FLAGS = flags.FLAGS
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the command line."""
     refuse_arguments(argv)
     # A ValueError from training itself would be a bug, so that its traceback is kept.
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
     if rollbacks := sum(result.rollbacks for result in trained.results.values()):
         status += f", with rollbacks after {rollbacks} divergences, see {rollback.INCIDENTS}"
     _tell(f"Training {status}. Outputs: {FLAGS.workdir}")
+    return EXIT_INTERRUPTED if trained.interrupted else 0
 
 
 def _tell(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Tests that a run that is killed at any time ends with the same result as an undisturbed run."""
+"""Tests of runs that are killed, or interrupted by a signal, at any time."""
 
 import random
 import subprocess
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import mmrl_jax
+from mmrl_jax import config as config_lib
+from mmrl_jax.commands import common
 from mmrl_jax.training import checkpoint
 from tests import tiny
 
@@ -74,3 +76,24 @@ def test_kills_at_random_moments_change_nothing(name, kills, tmp_path):
     assert resumed.updates == whole.updates == updates
     carries = jax.device_get((resumed.carry, whole.carry))
     jax.tree.map(np.testing.assert_array_equal, *carries)
+
+
+def test_an_interrupted_command_ends_with_an_exit_code_of_its_own(tmp_path):
+    small = config_of("mlp_ppo", 10**6)
+    own = config_lib.flatten(config_lib.load_config("mlp_ppo"))
+    overrides = [
+        f"--config.{key}={value}"
+        for key, value in config_lib.flatten(small).items()
+        if value != own[key]
+    ]
+    call = [sys.executable, "-m", "experiments.train", "--config=mlp_ppo", *overrides]
+    child = subprocess.Popen([*call, f"--workdir={tmp_path}"], stdout=subprocess.PIPE, text=True)
+    while not checkpoint.saved_steps(tmp_path):
+        assert child.poll() is None, "It ended without a checkpoint."
+        time.sleep(0.01)
+    child.terminate()
+    output, _ = child.communicate()
+    # `train && evaluate` must not evaluate a run that is not finished.
+    assert child.returncode == common.EXIT_INTERRUPTED == 143
+    assert "interrupted; the same command resumes it" in output
+    assert not (tmp_path / "summary.json").exists()
