@@ -6,11 +6,14 @@ import tempfile
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from mmrl_jax import problems
 from mmrl_jax.distributed import mesh as meshes
+from mmrl_jax.learners import iql, rnd
 from mmrl_jax.problems import sources
+from mmrl_jax.stability import learning_rate
 from mmrl_jax.training import loop
 from tests import processors, tiny
 
@@ -93,8 +96,21 @@ class Learner:
         return carry, metrics
 
 
+@pytest.fixture(scope="module", autouse=True)
+def gradient_descent():
+    """Makes predictors and critics beside the policy learn without Adam, as the policy does."""
+
+    def optimizer(_):
+        return optax.chain(optax.sgd(1e-3), learning_rate.scale_by_state())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rnd, "_optimizer", optimizer)
+        patch.setattr(iql, "_optimizer", optimizer)
+        yield
+
+
 @pytest.fixture(scope="module")
-def on_one_device():
+def on_one_device(gradient_descent):
     """Name -> what one device collects, and the carry and the metrics that it ends with."""
 
     @functools.cache
@@ -144,6 +160,6 @@ def test_a_mesh_collects_and_learns_what_one_device_does(name, shape, on_one_dev
     carry, measured = several.updated(collected)
     rate = several.problem.config[several.stage.name].optimizer.learning_rate
     close(learner.replace(extras={}), carry.learner.replace(extras={}), rtol=1e-4, atol=1e-4 * rate)
-    # They have Adam, which amplifies the rounding of gradients that are nearly 0.
-    close(learner.extras, carry.learner.extras, rtol=1e-3, atol=1e-4)
+    # They have ReLUs, some of which one rounding switches on or off.
+    close(learner.extras, carry.learner.extras, rtol=1e-4, atol=1e-5)
     close(metrics, measured, rtol=1e-3, atol=1e-5)
