@@ -202,8 +202,8 @@ def swap_instructions(predict: Predict, played: Played) -> Swap:
     def act(observation: Observation) -> tuple[jax.Array, jax.Array]:
         distribution = predict(_flat(observation)).distribution
         mode = distribution.mode()
-        shape = played.running.shape
-        return tuple(x.reshape(*shape, *x.shape[1:]) for x in (mode, distribution.action(mode)))
+        mode = mode.reshape(*played.running.shape, *mode.shape[1:])
+        return mode, distribution.action(mode)
 
     def distance(a: jax.Array, b: jax.Array) -> jax.Array:
         if jnp.issubdtype(a.dtype, jnp.integer):

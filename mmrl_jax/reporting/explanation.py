@@ -181,12 +181,12 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
 
 
 def _by_step(
-    units: Units, scores: np.ndarray, shape: tuple[int, int]
+    units: Units, scores: jax.Array, shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the scores of the newest frame's patches and of the words, [T, N, ...] each."""
     patches, words, _ = units.split(scores)
-    newest = patches[:, -1]
-    return newest.reshape(*shape, *newest.shape[1:]), words.reshape(*shape, -1)
+    newest = np.asarray(patches[:, -1])
+    return newest.reshape(*shape, *newest.shape[1:]), np.asarray(words).reshape(*shape, -1)
 
 
 def _play(
@@ -197,7 +197,7 @@ def _play(
     options = problem.config[problem.config.stages[-1]]
 
     @jax.jit
-    def play(variables: Any, rng: jax.Array) -> tuple[control.Played, control.Swap, Course]:
+    def play(variables: Any, rng: jax.Array) -> tuple[control.Played, control.Swap, tuple]:
         start = evaluate.start(env, rng, episodes=episodes)
         predict = functools.partial(problem.predict, variables)
         end, batch = unroll(env, start, problem.policy(variables), rng, env.episode_length)
@@ -215,12 +215,12 @@ def _play(
                 discount=options.discount,
                 lambda_=options.gae_lambda,
             )
-        course = Course(evaluate.results(batch), played.running, batch.value, advantage)
+        course = evaluate.results(batch), played.running, batch.value, advantage
         some = control.subsample(played, STEPS)
         return some, control.swap_instructions(predict, some), course
 
     played, swap, course = play(variables, rng)
-    return played, swap, jax.device_get(course)
+    return played, swap, Course(*jax.device_get(course))
 
 
 def _shares(
@@ -287,12 +287,12 @@ def _scores(
 
 def _swap_numbers(swap: control.Swap) -> dict[str, list[float]]:
     """Returns 'instruction_swap' of `explain`; nothing if no two instructions differ."""
-    running = swap.played.running * swap.differs
+    running = np.asarray(swap.played.running * swap.differs)
     steps = running.sum(0)
-    spread = (swap.spread * running).sum() / max(running.sum(), 1)
+    spread = np.sum(swap.spread * running) / max(running.sum(), 1)
     if not spread > 0:
         return {}
-    change = ((swap.change * running).sum(0) / np.maximum(steps, 1))[steps > 0] / spread
+    change = np.sum(swap.change * running, axis=0)[steps > 0] / steps[steps > 0] / spread
     interval = statistics.bootstrap_interval(change, confidence=0.95, resamples=2000, seed=0)
     return {"instruction_swap": [float(x) for x in interval]}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmrl_jax.reporting.explanation import Explanation
 
 FOR, AGAINST = (230, 97, 1), (94, 60, 153)  # Orange and purple, which the color-blind tell apart.
-MAX_BYTES = 16e6  # Size of the episodes on a page; those that do not fit are left out.
+MAX_BYTES = 16e6  # Size of the figures on a page; episodes that do not fit are left out.
 PAIRS = 8  # Episodes whose instruction is swapped on a page.
 TOP_WORDS = 20  # Words in the table of their mean scores.
 CURVES = tuple(f"modality_share/{target}/<modality>" for target in SHARED)  # Metrics that it shows.
@@ -50,11 +50,12 @@ def page(explanation: "Explanation", *, title: str, curves: Curves | None = None
         run; None or empty if the run has none.
     """
     order = _order(explanation)
-    cards, records = _episodes(explanation, order)
+    pairs = _pairs(explanation, order)
+    cards, records = _episodes(explanation, order, MAX_BYTES - len(pairs))
     sections = [
         _controls(explanation, len(cards)),
         _section("Episodes", _episodes_text(explanation, len(cards)), *cards),
-        _pairs(explanation, order),
+        pairs,
         _modalities(explanation.numbers),
         _training(curves or {}),
         _faithfulness(explanation.numbers),
@@ -116,10 +117,10 @@ def _controls(explanation: "Explanation", shown: int) -> str:
         )
         radios = f"<fieldset><legend>Episodes</legend>{radios}</fieldset>"
     return (
-        '<form class="controls"><label>Opacity of the heat maps '
+        '<div class="controls" role="group" aria-label="Controls"><label>Opacity of the heat maps '
         '<input type="range" id="opacity" min="0" max="100" value="70"></label>'
         f'{radios}<output id="count">{shown} episodes</output>'
-        '<button type="button" id="save-numbers">Save numbers as JSON</button></form>'
+        '<button type="button" id="save-numbers">Save numbers as JSON</button></div>'
     )
 
 
@@ -149,14 +150,14 @@ def _episodes_text(explanation: "Explanation", shown: int) -> str:
 
 
 def _episodes(
-    explanation: "Explanation", order: Sequence[int]
+    explanation: "Explanation", order: Sequence[int], max_bytes: float
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Returns the cards of the episodes, and their numbers, as many as MAX_BYTES allows."""
+    """Returns the cards of the first episodes that fit, at least one, and their numbers."""
     cards, records, size = [], [], 0
     for n in order:
         card, record = _card(explanation, n), _record(explanation, n)
         size += len(card) + len(_json(record))
-        if cards and size > MAX_BYTES:
+        if cards and size > max_bytes:
             break
         cards.append(card)
         records.append(record)

@@ -312,7 +312,11 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
 
 def write_page(path: str | os.PathLike[str], page: str) -> None:
     """Writes an HTML file in UTF-8."""
-    save_file(file_path(path), lambda local_path: local_path.write_text(page, encoding="utf-8"))
+
+    def write(local_path: pathlib.Path) -> None:
+        local_path.write_text(page, encoding="utf-8")
+
+    save_file(file_path(path), write)
 
 
 def _summary(samples: Sequence[Sample]) -> str:

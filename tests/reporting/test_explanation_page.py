@@ -9,7 +9,7 @@ from mmrl_jax.evaluation.evaluate import Episodes
 from mmrl_jax.reporting import explanation, explanation_page, explanation_text, report
 from tests import browser
 
-EVIL = "<img src=x onerror=alert(1)>"  # A word of an instruction is data.
+EVIL = "<img src=x onerror=fail()>"  # A word of an instruction is data.
 N, T, S = 6, 3, 9  # Episodes, explained steps and all steps.
 
 
@@ -33,6 +33,7 @@ def explained(**changes) -> explanation.Explanation:
     running = np.ones((S, N))
     running[4:, 0] = 0  # Episode 0 ends after four steps, so that its step 6 is not shown.
     patches = rng.normal(size=(2, T, N, 4, 4)).astype(np.float32)
+    patches[0, 0, 0, 0, 0] = 5  # The largest score of episode 0.
     words = rng.normal(size=(2, T, N, 5)).astype(np.float32)
     actions = rng.normal(size=(2, T, N, 2)).astype(np.float32)
     success = np.array([0, 1, 0, 1, 0, 1.0])
@@ -88,11 +89,15 @@ def test_an_environment_without_success_has_no_filter():
     assert 'name="filter"' not in page and "data-outcome" not in page.split("<script")[0]
 
 
-def test_episodes_that_do_not_fit_are_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(explanation_page, "MAX_BYTES", 1)
-    page = explanation_page.page(explained(), title="x")
-    assert page.count(" steps</h3>") == 1
-    assert "5 of 6 episodes are left out for their size." in page
+def test_episodes_that_do_not_fit_are_left_out_and_said():
+    # Noise is not compressed: a frame has 400 * 400 * 3 bytes, which are 0.64 MB in base64. Twelve
+    # frames of pairs have 7.7 MB. Of the remaining 8.3 MB, episode 0 with two frames takes 1.3 MB,
+    # and each other one with three frames 1.9 MB, so that three others fit.
+    frames = np.random.default_rng(0).integers(0, 256, (T, N, 400, 400, 3), np.uint8)
+    page = explanation_page.page(explained(frames=frames), title="x")
+    assert 14e6 < len(page) < 20e6
+    assert page.count(" steps</h3>") == 4
+    assert "2 of 6 episodes are left out for their size." in page
 
 
 def test_instructions_that_are_all_the_same_are_not_swapped():
@@ -187,12 +192,9 @@ def test_figures_and_numbers_are_exported(tab, path, tmp_path):
         assert _downloaded(tab, tmp_path, f"a-b-{name}.png")[:4] == b"\x89PNG"
     # A frame is drawn under its heat map, whose opacity is that of the slider.
     drawn = tab.evaluate(_MIDDLE_OF_THE_FIRST_PATCH)
-    frame = explained().frames[0, 0, 2, 2].astype(float)
-    heat = explained().patches[0, 0]
-    bound = abs(explained().patches[:2, 0]).max()
-    color = explanation_page.FOR if heat[0, 0] > 0 else explanation_page.AGAINST
-    alpha = 0.7 * abs(heat[0, 0]) / bound
-    np.testing.assert_allclose(drawn, (1 - alpha) * frame + alpha * np.array(color), atol=3)
+    frame = explained().frames[0, 0, 2, 2]
+    expected = 0.3 * frame + 0.7 * np.array(explanation_page.FOR)
+    np.testing.assert_allclose(drawn, expected, atol=3)
     assert tab.errors == [] and tab.requests == []
 
 
