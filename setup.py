@@ -16,6 +16,7 @@ setuptools.setup(
     python_requires=">=3.11,<3.13",
     # With the public configs, mmrl_jax.configs, which the commands find by name.
     packages=setuptools.find_packages(include=["mmrl_jax", "mmrl_jax.*"]),
+    package_data={"mmrl_jax.reporting": ["*.css", "*.js"]},
     entry_points={
         "console_scripts": [
             "mmrl-train=mmrl_jax.commands.train:run",

@@ -4,8 +4,9 @@
   mmrl-explain --workdir=runs/reach --split=heldout_camera --episodes=32 --which=best
 
 The command plays episodes, prints what the policy uses and whether the explanation can be trusted,
-and writes two files in the workdir:
+and writes three files in the workdir:
 
+  explanation.html   all of this and more on one page, which needs no network
   explanation.json   shares of the modalities, gains over random rankings, scores of the words
   explanation.png    frames with heat maps, and the instruction with colored words
 
@@ -19,7 +20,8 @@ from absl import flags
 from mmrl_jax import restoring
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands.common import clean_exit, refuse_arguments, run_command
-from mmrl_jax.reporting import explanation
+from mmrl_jax.monitoring import metrics
+from mmrl_jax.reporting import explanation, explanation_page, report
 
 FLAGS = flags.FLAGS
 EPISODES = 32
@@ -33,7 +35,7 @@ def explain(
     episodes: int = EPISODES,
     trust_modules: bool = False,
 ) -> explanation.Explanation:
-    """Explains the policy of a run, prints the result in words, and writes the two files.
+    """Explains the policy of a run, prints the result in words, and writes the three files.
 
     Args:
       workdir: Working directory of the run, or of one of its stages.
@@ -62,7 +64,14 @@ def explain(
     numbers = {"checkpoint": loaded.step, "sentences": result.sentences} | result.numbers
     workdir_lib.write_text(path, json.dumps(numbers, indent=2) + "\n")
     figure = explanation.draw(directory / "explanation.png", result)
-    print(f"Wrote {path}, {figure}")
+    rows = metrics.read_jsonl(directory / metrics.JSONL_NAME)
+    page = explanation_page.page(
+        result,
+        title=f"{directory.name}: explanation of {split} at update {loaded.step}",
+        curves=report.metric_series(rows, "step", explanation_page.CURVES),
+    )
+    report.write_page(directory / "explanation.html", page)
+    print(f"Wrote {directory / 'explanation.html'}, {path}, {figure}")
     return result
 
 

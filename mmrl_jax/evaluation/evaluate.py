@@ -16,6 +16,7 @@ from mmrl_jax.evaluation import statistics
 from mmrl_jax.evaluation.chunks import chunk_size
 from mmrl_jax.rendering import render
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction, unroll
+from mmrl_jax.types import Transition
 
 Modality = Literal["pixels", "instruction", "proprio"]
 MODALITIES: tuple[Modality, ...] = ("pixels", "instruction", "proprio")
@@ -69,7 +70,15 @@ def evaluate(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> 
       policy: Policy function, see `rollouts.unroll`.
       rng: PRNG key for sampling actions.
     """
-    _, batch = unroll(env, state, policy, rng, env.episode_length)
+    return results(unroll(env, state, policy, rng, env.episode_length)[1])
+
+
+def results(batch: Transition) -> Episodes:
+    """Returns the results of the first episode of each of N environments.
+
+    Args:
+      batch: Transitions [T, N, ...] from the start of the episodes to their end, see `evaluate`.
+    """
     done = batch.terminated + batch.truncated
     # A step counts if no episode has ended before it, and no step so far was invalid: an invalid
     # step resets an environment whose state became non-finite.

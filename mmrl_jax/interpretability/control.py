@@ -17,7 +17,7 @@ from mmrl_jax.interpretability.targets import TARGETS, Choice, Predict, Value
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.models.policy import MultimodalPolicy
 from mmrl_jax.rollouts.unroll import PolicyFunction, unroll
-from mmrl_jax.types import Observation
+from mmrl_jax.types import Observation, Transition
 
 MODALITIES = ("pixels", "instruction", "proprio")
 PATH_STEPS = 16  # Points on the path of integrated gradients.
@@ -55,6 +55,29 @@ class Contributions(NamedTuple):
     share: jax.Array
 
 
+class Swap(NamedTuple):
+    """Most likely actions in T steps of N episodes with the instruction of another episode.
+
+    Attributes:
+      played: The steps with the other instructions, and the most likely actions there.
+      action: Most likely action of the environment with the own instruction, float32 [T, N, A] or
+        int32 [T, N].
+      swapped_action: The same with the other instruction.
+      differs: Whether the other instruction is another one, bool [N].
+      change: Distance between the two actions, float32 [T, N]: Euclidean for continuous actions,
+        and 0 or 1 for discrete ones.
+      spread: The same distance between the actions of the two episodes, each with its own images
+        and its own instruction, float32 [T, N].
+    """
+
+    played: Played
+    action: jax.Array
+    swapped_action: jax.Array
+    differs: jax.Array
+    change: jax.Array
+    spread: jax.Array
+
+
 class UnitScores(NamedTuple):
     """Scores of U units in B samples by several methods.
 
@@ -73,7 +96,11 @@ class UnitScores(NamedTuple):
 
 def play(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Played:
     """Plays one episode in each of N environments, see `rollouts.unroll`."""
-    _, batch = unroll(env, state, policy, rng, env.episode_length)
+    return played(unroll(env, state, policy, rng, env.episode_length)[1])
+
+
+def played(batch: Transition) -> Played:
+    """Returns the first episode of each of N environments from the transitions [T, N, ...]."""
     done = batch.terminated + batch.truncated
     before = jnp.cumsum(done, axis=0) - done + jnp.cumsum(1 - batch.valid, axis=0)
     return Played(batch.observation, batch.action, (before == 0).astype(jnp.float32))
@@ -81,8 +108,13 @@ def play(env: Env, state: State, policy: PolicyFunction, rng: jax.Array) -> Play
 
 def subsample(played: Played, count: int) -> Played:
     """Returns about `count` evenly spaced steps of the episodes, at least the first one."""
-    stride = max(1, played.running.shape[0] // count)
-    return jax.tree.map(lambda x: x[::stride], played)
+    every = stride(played.running.shape[0], count)
+    return jax.tree.map(lambda x: x[::every], played)
+
+
+def stride(length: int, count: int) -> int:
+    """Returns the distance between about `count` evenly spaced steps of `length`, at least 1."""
+    return max(1, length // count)
 
 
 def modalities(observation: Observation) -> shapley.Players:
@@ -152,6 +184,44 @@ def modality_shares(predict: Predict, played: Played, *, target: str) -> dict[st
     players = modalities(played.observation)
     found = contributions(predict, played, players, target=target, backgrounds=1)
     return {name: found.share[i] for i, name in enumerate(players.names)}
+
+
+def swap_instructions(predict: Predict, played: Played) -> Swap:
+    """Returns what the policy does on the images of each episode with another instruction.
+
+    The instruction of episode n comes from episode (n + 1) mod N, at the same time step.
+
+    Args:
+      predict: Function of observations that runs the policy.
+      played: Steps of at least two episodes.
+    """
+    shapley.check_backgrounds(played.running.shape[1], 1)
+    own = played.observation
+    other = shapley.other_episodes(own, 1)
+
+    def act(observation: Observation) -> tuple[jax.Array, jax.Array]:
+        distribution = predict(_flat(observation)).distribution
+        mode = distribution.mode()
+        mode = mode.reshape(*played.running.shape, *mode.shape[1:])
+        return mode, distribution.action(mode)
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            return (a != b).astype(jnp.float32)
+        return jnp.linalg.norm(a - b, axis=-1)
+
+    observation = own | {"instruction": other["instruction"]}
+    mode, swapped = act(observation)
+    actions = act(own)[1]
+    tokens = own["instruction"]["tokens"]
+    return Swap(
+        played=Played(observation, mode, played.running),
+        action=actions,
+        swapped_action=swapped,
+        differs=jnp.any(tokens != other["instruction"]["tokens"], axis=(0, 2)),
+        change=distance(actions, swapped),
+        spread=distance(actions, shapley.other_episodes(actions, 1)),
+    )
 
 
 class _Setting(NamedTuple):

@@ -13,19 +13,20 @@ import numpy as np
 
 from mmrl_jax.evaluation import evaluate, statistics
 from mmrl_jax.interpretability import control, faithfulness, shapley
+from mmrl_jax.interpretability.units import Units
 from mmrl_jax.models.policy import MultimodalPolicy
-from mmrl_jax.monitoring.health_checks import UNUSED_SHARE
 from mmrl_jax.problems import Problem
 from mmrl_jax.problems.control import Control, make_env
 from mmrl_jax.problems.problem import EVALUATION, stream
+from mmrl_jax.reporting import explanation_page
+from mmrl_jax.reporting.explanation_text import SHARED, sentences
 from mmrl_jax.reporting.videos import save_file
-from mmrl_jax.rl import normalization
+from mmrl_jax.rl import advantages, normalization
+from mmrl_jax.rollouts.unroll import unroll
 
 STEPS = 6  # Steps of each episode that are explained.
 BACKGROUNDS = 3  # Other episodes that give backgrounds.
 TARGET = "contrast"  # Target of the scores of patches and words.
-SHARED = {"behavior": "actions", "prediction": "value estimates"}  # Targets with shares, in words.
-PARTS = ("all", "pixels", "words")
 # Submodules in which weights are randomized, all at once.
 SUBMODULES = (
     *("policy_head", "value_head", "fusion", "late_in", "late_out", "condition", "proprio"),
@@ -34,8 +35,43 @@ SUBMODULES = (
 SHOWN = 3  # Episodes in the figure.
 
 
+class Course(NamedTuple):
+    """What happened in N episodes, in all of their steps.
+
+    Attributes:
+      episodes: Success, return and length of each episode.
+      running: 1 until the episode has ended, float32 [S, N].
+      value: Value estimates, float32 [S, N].
+      advantage: Generalized advantage estimates of the most likely actions, float32 [S, N]; None if
+        the last stage of the run has no discount and lambda for them.
+    """
+
+    episodes: evaluate.Episodes
+    running: np.ndarray
+    value: np.ndarray
+    advantage: np.ndarray | None
+
+
+class Swapped(NamedTuple):
+    """The explanation of the same images with the instruction of the next episode.
+
+    Attributes:
+      patches: Scores of the patches with the other instruction, float32 [T, N, rows, columns].
+      word_scores: Scores of the words of the other instruction, float32 [T, N, L].
+      action: Most likely action with the own instruction, float32 [T, N, A] or int32 [T, N].
+      swapped_action: The same with the other instruction.
+      differs: Whether the other instruction is another one, bool [N].
+    """
+
+    patches: np.ndarray
+    word_scores: np.ndarray
+    action: np.ndarray
+    swapped_action: np.ndarray
+    differs: np.ndarray
+
+
 class Explanation(NamedTuple):
-    """The explanation of N episodes of a policy.
+    """The explanation of N episodes of a policy, which a notebook shows as a page.
 
     Attributes:
       numbers: Results for explanation.json, see `explain`.
@@ -44,6 +80,11 @@ class Explanation(NamedTuple):
       patches: Scores of its patches by the chosen method, float32 [T, N, rows, columns].
       words: Words of the instruction of each episode, N lists.
       word_scores: Scores of the words by the chosen method, float32 [T, N, L].
+      steps: Numbers of the explained steps of an episode, int [T].
+      shares: For each target, the absolute Shapley value of each of n modalities, divided by their
+        sum, float32 [n, T, N].
+      course: What happened in the episodes.
+      swapped: The explanation with other instructions.
     """
 
     numbers: dict[str, Any]
@@ -52,6 +93,14 @@ class Explanation(NamedTuple):
     patches: np.ndarray
     words: list[list[str]]
     word_scores: np.ndarray
+    steps: np.ndarray
+    shares: dict[str, np.ndarray]
+    course: Course
+    swapped: Swapped
+
+    def _repr_html_(self) -> str:
+        """Returns the page in a frame, so that its style does not reach the notebook."""
+        return explanation_page.in_frame(explanation_page.page(self, title="Explanation"))
 
 
 def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> Explanation:
@@ -69,7 +118,10 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
         divided by the sum of the mean absolute Shapley values; 'frames' for a history likewise;
         'faithfulness': for each method and part, the gain over random rankings with its 95 %
         interval over the half of the episodes that did not choose the method;
-        'method', 'completeness_error' and 'randomization_correlation'; and 'word_scores'.
+        'method', 'completeness_error' and 'randomization_correlation'; 'word_scores'; and
+        'instruction_swap' if instructions differ: how far the most likely action changes with the
+        instruction of another episode, divided by the mean distance between the actions of two
+        episodes, as mean and bounds of the 95 % bootstrap interval over episodes.
 
     Raises:
       ValueError: If the policy has another kind, or there are too few episodes.
@@ -82,18 +134,17 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
     if episodes < 2 * (BACKGROUNDS + 1):
         raise ValueError(f"episodes={episodes}: use at least {2 * (BACKGROUNDS + 1)}.")
     rng = stream(problem.config, EVALUATION)
-    played = _play(problem, variables, split, episodes, rng)
-    shares = _shares(problem, variables, played)
-    scored, random, gain = _scores(problem, variables, played, rng)
+    played, swap, course = _play(problem, variables, split, episodes, rng)
+    shares, shares_of_steps = _shares(problem, variables, played)
+    scored, random, others, gain = _scores(problem, variables, played, swap.played, rng)
     units = control.unit_layout(problem.network, variables.params, played)
-    played = jax.device_get(played)
+    played, swap = jax.device_get((played, swap))
     running = played.running
     method, table = choose(gain, running)
     correlation = faithfulness.rank_correlation(
         scored.scores[method], random.scores[method], scored.ranked
     )
-    patches, word_scores, _ = units.split(scored.scores[method])
-    word_scores = word_scores.reshape(*running.shape, -1)
+    patches, word_scores = _by_step(units, scored.scores[method], running.shape)
     words = _words(problem, played.observation["instruction"]["tokens"][0], units.words)
 
     def mean(x: Any) -> float:
@@ -109,36 +160,73 @@ def explain(problem: Problem, variables: Any, split: str, *, episodes: int) -> E
         / max(mean(np.abs(scored.difference)), 1e-30),
         "randomization_correlation": mean(correlation),
         "word_scores": _mean_word_scores(words, word_scores, running),
+        **_swap_numbers(swap),
     }
     frames = played.observation["pixels"]
     return Explanation(
         numbers=numbers,
         sentences=sentences(numbers),
         frames=frames if frames.ndim == 5 else frames[:, :, -1],
-        patches=patches[:, -1].reshape(*running.shape, units.rows, units.columns),
+        patches=patches,
         words=words,
         word_scores=word_scores,
+        steps=np.arange(len(course.running))[:: control.stride(len(course.running), STEPS)],
+        shares=shares_of_steps,
+        course=course,
+        swapped=Swapped(
+            *_by_step(units, others.scores[method], running.shape),
+            *(swap.action, swap.swapped_action, swap.differs),
+        ),
     )
+
+
+def _by_step(
+    units: Units, scores: jax.Array, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scores of the newest frame's patches and of the words, [T, N, ...] each."""
+    patches, words, _ = units.split(scores)
+    newest = np.asarray(patches[:, -1])
+    return newest.reshape(*shape, *newest.shape[1:]), np.asarray(words).reshape(*shape, -1)
 
 
 def _play(
     problem: Control, variables: Any, split: str, episodes: int, rng: jax.Array
-) -> control.Played:
-    """Returns some steps of episodes."""
+) -> tuple[control.Played, control.Swap, Course]:
+    """Returns some steps of episodes, the same with other instructions, and what happened."""
     env = make_env(problem.config, split=split)
+    options = problem.config[problem.config.stages[-1]]
 
     @jax.jit
-    def play(variables: Any, rng: jax.Array) -> control.Played:
+    def play(variables: Any, rng: jax.Array) -> tuple[control.Played, control.Swap, tuple]:
         start = evaluate.start(env, rng, episodes=episodes)
-        return control.subsample(control.play(env, start, problem.policy(variables), rng), STEPS)
+        predict = functools.partial(problem.predict, variables)
+        end, batch = unroll(env, start, problem.policy(variables), rng, env.episode_length)
+        played = control.played(batch)
+        advantage = None
+        if "discount" in options and "gae_lambda" in options:
+            advantage, _ = advantages.generalized_advantages(
+                reward=batch.reward,
+                value=batch.value,
+                last_value=predict(end.obs).value,
+                terminated=batch.terminated,
+                truncated=advantages.truncation_mask(
+                    batch.terminated, batch.truncated, batch.valid
+                ),
+                discount=options.discount,
+                lambda_=options.gae_lambda,
+            )
+        course = evaluate.results(batch), played.running, batch.value, advantage
+        some = control.subsample(played, STEPS)
+        return some, control.swap_instructions(predict, some), course
 
-    return play(variables, rng)
+    played, swap, course = play(variables, rng)
+    return played, swap, Course(*jax.device_get(course))
 
 
 def _shares(
     problem: Control, variables: Any, played: control.Played
-) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Returns 'modalities' and, for a history, 'frames' of `explain`."""
+) -> tuple[dict[str, dict[str, dict[str, dict[str, float]]]], dict[str, np.ndarray]]:
+    """Returns 'modalities' and, for a history, 'frames' of `explain`, and shares of each step."""
     pixels = played.observation["pixels"]
     frames = pixels.shape[2] if pixels.ndim == 6 else 1
     players = {"modalities": control.modalities(played.observation)}
@@ -159,25 +247,54 @@ def _shares(
         }
 
     measured = jax.device_get(measure(variables, played))
-    return {
+    numbers = {
         kind: {target: describe_shares(players[kind].names, x) for target, x in found.items()}
         for kind, found in measured.items()
     }
+    size = {target: np.abs(x.phi) for target, x in measured["modalities"].items()}
+    return numbers, {target: x / np.maximum(x.sum(0), 1e-30) for target, x in size.items()}
 
 
 def _scores(
-    problem: Control, variables: Any, played: control.Played, rng: jax.Array
-) -> tuple[control.UnitScores, control.UnitScores, dict[str, dict[str, np.ndarray]]]:
-    """Returns the scores of the policy, those of randomized weights, and the policy's gains."""
+    problem: Control,
+    variables: Any,
+    played: control.Played,
+    swapped: control.Played,
+    rng: jax.Array,
+) -> tuple[
+    control.UnitScores, control.UnitScores, control.UnitScores, dict[str, dict[str, np.ndarray]]
+]:
+    """Returns the scores of the policy, with randomized weights, and with other instructions.
+
+    The last entry has the gains of the policy's scores over random rankings.
+    """
     proprio = normalization.normalize(variables.normalizer, played.observation["proprio"])
-    seen = played._replace(observation=played.observation | {"proprio": proprio})
+
+    def normalized(played: control.Played) -> control.Played:
+        return played._replace(observation=played.observation | {"proprio": proprio})
+
+    seen = normalized(played)
     options: dict[str, Any] = {"target": TARGET, "backgrounds": BACKGROUNDS}
     network: Any = problem.network
     score = jax.jit(functools.partial(control.unit_scores, network, **options))
     test = jax.jit(functools.partial(control.unit_gains, network, **options))
     scored = score(variables.params, seen)
     random = score(faithfulness.randomize(variables.params, rng, SUBMODULES), seen)
-    return jax.device_get((scored, random, test(variables.params, seen, scored.scores, rng)))
+    others = score(variables.params, normalized(swapped))
+    gain = test(variables.params, seen, scored.scores, rng)
+    return jax.device_get((scored, random, others, gain))
+
+
+def _swap_numbers(swap: control.Swap) -> dict[str, list[float]]:
+    """Returns 'instruction_swap' of `explain`; nothing if no two instructions differ."""
+    running = np.asarray(swap.played.running * swap.differs)
+    steps = running.sum(0)
+    spread = np.sum(swap.spread * running) / max(running.sum(), 1)
+    if not spread > 0:
+        return {}
+    change = np.sum(swap.change * running, axis=0)[steps > 0] / steps[steps > 0] / spread
+    interval = statistics.bootstrap_interval(change, confidence=0.95, resamples=2000, seed=0)
+    return {"instruction_swap": [float(x) for x in interval]}
 
 
 def describe_shares(
@@ -233,45 +350,6 @@ def choose(
     return max(means, key=lambda name: means[name]), table
 
 
-def sentences(numbers: Mapping[str, Any]) -> list[str]:
-    """Returns what the policy uses and whether the explanation can be trusted, in words."""
-    lines = []
-    for target, what in SHARED.items():
-        share = numbers["modalities"][target]["share"]
-        lines.append(f"Shares of the modalities in the {what}: {_listed(share)}.")
-        unused = [name for name, x in share.items() if x < UNUSED_SHARE]
-        if unused:
-            lines.append(f"The {what} do not depend on {' or '.join(unused)}.")
-    if "frames" in numbers:
-        share = numbers["frames"]["behavior"]["share"]
-        lines.append(f"Shares of the frames in the actions, oldest first: {_listed(share)}.")
-    method, gains = numbers["method"], numbers["faithfulness"][numbers["method"]]
-    faithful = [part for part in PARTS if gains[part][1] > 0]
-    label = method.replace("_", " ")
-    for part, what in (("all", "inputs"), ("pixels", "patches"), ("words", "words")):
-        mean, low, high = gains[part]
-        verdict = "better than" if part in faithful else "no better than"
-        lines.append(
-            f"The ranking of the {what} by {label} is {verdict} random ones: gain {mean:.3g} nats "
-            f"[{low:.3g}, {high:.3g}]."
-        )
-    correlation = numbers["randomization_correlation"]
-    depends = correlation < 0.5
-    lines.append(
-        f"With randomized weights the ranking {'changes' if depends else 'stays similar'} "
-        f"(rank correlation {correlation:.2f})."
-    )
-    if not depends or "all" not in faithful:
-        lines.append("Do not trust the heat maps and the colors of the words.")
-    elif len(faithful) == len(PARTS):
-        lines.append("The heat maps and the colors of the words can be trusted.")
-    else:
-        shown = {"pixels": "heat maps", "words": "colors of the words"}
-        doubtful = [name for part, name in shown.items() if part not in faithful]
-        lines.append(f"Do not trust the {' and the '.join(doubtful)}.")
-    return lines
-
-
 def draw(path: epath.Path, explanation: Explanation) -> Any:
     """Writes a figure of frames with the scores of their patches, and of colored words.
 
@@ -315,10 +393,6 @@ def draw(path: epath.Path, explanation: Explanation) -> Any:
             )  # fmt: skip
             x += 0.085 * (len(word) + 1.2)
     return save_file(path, lambda local: figure.savefig(local, dpi=110, bbox_inches="tight"))
-
-
-def _listed(share: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {x:.0%}" for name, x in share.items())
 
 
 def _words(problem: Control, tokens: np.ndarray, count: int) -> list[list[str]]:

@@ -111,7 +111,7 @@ def learning_curves(
         raise ValueError(f"{jsonl_path} has no rows: give the metrics.jsonl of a run that began.")
     if not any(x in row for row in rows):
         x = "step"
-    panels = {title: _series(rows, x, names) for title, names in CURVES.items()}
+    panels = {title: metric_series(rows, x, names) for title, names in CURVES.items()}
     panels = {title: series for title, series in panels.items() if series}
     if not panels:
         raise ValueError(f"{jsonl_path} has none of the metrics in report.CURVES.")
@@ -246,7 +246,7 @@ def study_figure(
     return save_file(file_path(out_png), lambda path: figure.savefig(path, dpi=110))
 
 
-def _series(
+def metric_series(
     rows: Sequence[dict[str, Any]], x: str, patterns: Sequence[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns {name: (x values, y values)} of the metrics that match, in the order of patterns."""
@@ -295,10 +295,10 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         title: Title of the page.
     """
     rows = "\n".join(
-        "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td class='text'>{}</td>"
+        "<tr><td><img src='{}' alt=''></td><td class='text'>{}</td>"
         "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{}</td></tr>"
         "".format(
-            _png(sample.image),
+            data_uri(sample.image),
             html.escape(sample.prompt),
             html.escape(sample.answer),
             {True: "right", False: "wrong", None: ""}[sample.correct],
@@ -307,7 +307,11 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         )
         for sample in samples
     )
-    page = _PAGE.format(title=html.escape(title), summary=_summary(samples), rows=rows)
+    write_page(path, _PAGE.format(title=html.escape(title), summary=_summary(samples), rows=rows))
+
+
+def write_page(path: str | os.PathLike[str], page: str) -> None:
+    """Writes an HTML file in UTF-8."""
 
     def write(local_path: pathlib.Path) -> None:
         local_path.write_text(page, encoding="utf-8")
@@ -333,10 +337,10 @@ def _summary(samples: Sequence[Sample]) -> str:
     return " ".join(texts)
 
 
-def _png(image: np.ndarray) -> str:
-    """Encodes an image uint8 [H, W, 3] as a PNG in base64."""
+def data_uri(image: np.ndarray) -> str:
+    """Returns an image uint8 [H, W, 3], or [H, W, 4] with opacity, as a PNG within a URI."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -10,9 +10,14 @@ from tests import tiny
 
 
 @pytest.mark.slow
-def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
+def test_the_command_writes_a_page_numbers_and_a_figure(tmp_path, capsys):
     # All episodes have one instruction, and the same proprioception (the time) at each step.
-    config = tiny.config("recall_ppo", last__num_updates=1)
+    config = tiny.config(
+        "recall_ppo",
+        last__num_updates=1,
+        run__probes=("modality_shares",),
+        run__probe_interval=1,
+    )
     mmrl_jax.train(config, tmp_path)
     result = explain.explain(tmp_path, episodes=8)
     numbers = json.loads((tmp_path / "explanation.json").read_text())
@@ -27,6 +32,13 @@ def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
     assert numbers["method"] in numbers["faithfulness"]
     assert numbers["completeness_error"] < 0.2
     assert (tmp_path / "explanation.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "explanation.html").read_text()
+    assert page.count(" steps</h3>") == 8 and "none could be swapped" in page
+    assert "Shares of the modalities in the actions</h3>" in page  # Curves of the probe.
+    assert "instruction_swap" not in numbers
+    course = result.course
+    assert course.value.shape == course.advantage.shape == course.running.shape
+    assert course.running[result.steps].shape == result.frames.shape[:2]
     assert result.patches.shape[:2] == result.frames.shape[:2] == result.word_scores.shape[:2]
     printed = capsys.readouterr().out
     assert "Shares of the modalities in the actions" in printed

@@ -120,10 +120,10 @@ def test_learning_curves(tmp_path):
     assert picture.shape[1] > 1000  # Three panels in a row.
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
     # The evaluation, which has no env steps of its own, lands at those of step 10.
-    series = report._series(rows, "progress/env_steps", report.CURVES["success"])
+    series = report.metric_series(rows, "progress/env_steps", report.CURVES["success"])
     assert list(series) == ["episode/success", "eval/train/success"]
     np.testing.assert_array_equal(series["eval/train/success"], ([10_000], [0.3]))
-    loss_x, _ = report._series(rows, "step", ("loss/total",))["loss/total"]
+    loss_x, _ = report.metric_series(rows, "step", ("loss/total",))["loss/total"]
     assert len(loss_x) == 49 and 3 not in loss_x
 
 
