@@ -247,6 +247,7 @@ def shown_help(script, *arguments):
         ("train", "--workdir:"),
         ("evaluate", "--workdir:"),
         ("quickstart", "--workdir:"),
+        ("quickstart_vlm", "--preset:"),
         ("study", "--study:"),
     ],
 )
