@@ -10,7 +10,7 @@ PYTHON312 ?= python3.12
 WORKERS ?= 2
 # E.g. PYTEST_FLAGS="-k ppo -x".
 PYTEST_FLAGS ?=
-# Size of the quickstart: full or small.
+# Size of the quickstarts: full or small.
 PRESET ?= full
 
 # Compiled programs outlive the process: a second start takes them from here.
@@ -21,11 +21,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-parity quickstart test test-slow test-all lint format lock clean
+.PHONY: help setup setup-dev setup-parity quickstart quickstart-vlm test test-slow test-all lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
-		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 setup: ## create .venv with what a run needs (nothing to do the second time)
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/bootstrap.sh
@@ -38,6 +38,9 @@ setup-parity: ## setup-dev, with torch, peft, trl and pretrained weights, for th
 
 quickstart: setup ## clone demonstrations, fine-tune with PPO, evaluate (PRESET=small: faster)
 	$(BIN)/python -m experiments.quickstart --preset=$(PRESET)
+
+quickstart-vlm: setup-parity ## fine-tune DINOv2 and SmolLM2 on sums of digits, evaluate (PRESET=small)
+	$(BIN)/python -m experiments.quickstart_vlm --preset=$(PRESET)
 
 test: setup-parity ## the tests that take seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)

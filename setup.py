@@ -54,10 +54,12 @@ setuptools.setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        # Demonstrations as RLDS and LeRobot, datasets as parquet and, with `open_tfds`, as TFDS.
+        # Demonstrations as RLDS and LeRobot, datasets as parquet and, with `open_tfds`, as TFDS,
+        # and the images of the task 'digits'.
         "data": [
             "array-record>=0.8",
             "pyarrow>=18",
+            "scikit-learn>=1.5",
             "tensorflow-datasets>=4.9.10",
         ],
         # What our models and losses are compared with. requirements-parity.lock leaves out torch,

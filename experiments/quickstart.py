@@ -22,28 +22,29 @@ import functools
 import time
 from typing import Any
 
-from absl import flags
 from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mmrl_jax import problems, runs
-from mmrl_jax import workdir as workdir_lib
-from mmrl_jax.commands.common import (
-    EXIT_INTERRUPTED,
-    FAILURES,
-    clean_exit,
-    refuse_arguments,
-    run_command,
+from experiments.quickstarts import (
+    define_flags,
+    rate,
+    record,
+    run,
+    run_longer,
+    smaller,
+    update_seconds,
 )
+from mmrl_jax import problems, runs
+from mmrl_jax.commands.common import run_command
 from mmrl_jax.configs import reach_ppo
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import partition
 from mmrl_jax.envs import language_reach
 from mmrl_jax.envs.brax_api import State
 from mmrl_jax.evaluation import statistics
-from mmrl_jax.evaluation.evaluate import Episodes, Evaluator, Modality, describe
+from mmrl_jax.evaluation.evaluate import Evaluator, Modality, describe
 from mmrl_jax.learners.learner import LearnerState
 from mmrl_jax.problems import problem as problem_lib
 from mmrl_jax.problems.control import Control, make_env
@@ -51,9 +52,8 @@ from mmrl_jax.reporting import report
 from mmrl_jax.reporting import summary as summary_lib
 from mmrl_jax.reporting.episodes import write_episodes
 from mmrl_jax.rollouts.unroll import ActorOutput, PolicyFunction
-from mmrl_jax.training import checkpoint, loop
+from mmrl_jax.training import checkpoint
 
-FLAGS = flags.FLAGS
 # Modalities that are shuffled in the evaluation of the final policy.
 SHUFFLED: tuple[Modality, ...] = ("pixels", "instruction")
 SCRIPTED = ("expert/{split}", "chance/{split}/random_object", "chance/{split}/fixed_object")
@@ -74,7 +74,6 @@ LEARNING = 0.7
 # many seconds (of 81 s in all, where an update takes 0.9 s: two cores of an AMD EPYC).
 OTHER_UPDATES, COMPILATION_S = 34, 50
 WORKDIRS = {"full": "runs/quickstart", "small": "runs/quickstart_small"}
-LONG_MINUTES = 15  # Above it, the small preset is named.
 
 
 def scripted(problem: Control, which: jax.Array) -> PolicyFunction:
@@ -105,15 +104,6 @@ def scripted(problem: Control, which: jax.Array) -> PolicyFunction:
     return policy
 
 
-def record(summary: dict[str, float], prefix: str, episodes: Episodes) -> None:
-    """Adds the success rate of episodes and its interval to the summary, and prints them."""
-    names = ("success", "success_lo", "success_hi")
-    metrics = describe(episodes)
-    summary |= {f"{prefix}/{name}": metrics[name] for name in names}
-    mean, low, high = (metrics[name] for name in names)
-    print(f"  {prefix:36} {mean:6.3f}  [{low:.3f}, {high:.3f}]", flush=True)
-
-
 def evaluate_scripted(summary: dict[str, float], problem: Control) -> None:
     """Adds the success rates of the expert and of chance on the training split to the summary."""
     split = problem.config.env.split
@@ -125,7 +115,7 @@ def evaluate_scripted(summary: dict[str, float], problem: Control) -> None:
         mesh=problem.mesh,
     )
     for i, name in enumerate(SCRIPTED):
-        record(summary, name.format(split=split), evaluator(jnp.int32(i), split))
+        record(summary, name.format(split=split), describe(evaluator(jnp.int32(i), split)))
 
 
 def evaluate_stages(
@@ -154,7 +144,8 @@ def evaluate_stages(
             shuffled = SHUFFLED if stage == "final" and is_train else ()
             for modality in (None, *shuffled):
                 name = f"{stage}/{split}" + (f"/shuffled_{modality}" if modality else "")
-                record(summary, name, evaluator(learner.without_optimizer(), split, modality))
+                episodes = evaluator(learner.without_optimizer(), split, modality)
+                record(summary, name, describe(episodes))
 
 
 def _evaluation_key(problem: Control) -> jax.Array:
@@ -193,10 +184,7 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
         num_updates=100 * config.bc.num_updates,
         stream=problem_lib.COMPLETIONS,  # The batches differ from those of the warm start.
     )
-    more = loop.run(
-        stage, workdir=workdir / "more_cloning", config=config, max_seconds=tuned.wall_s
-    )
-    runs.draw_curves(workdir / "more_cloning", x="progress/updates")
+    more = run_longer(stage, workdir / "more_cloning", config=config, seconds=tuned.wall_s)
     if more.interrupted:
         return None
 
@@ -240,25 +228,6 @@ def quickstart(problem: Control, workdir: epath.Path) -> dict[str, float] | None
     return summary
 
 
-def ppo_update_seconds(problem: Control) -> float:
-    """Times PPO updates of a new policy, and returns the time of the fastest one in seconds.
-
-    The run compiles the same program again, which is then in JAX's compilation cache.
-    """
-    stage = problem.stage("ppo")
-    carry, shardings = loop.start(stage)
-    updates = problem.config.ppo.updates_per_dispatch
-    dispatch = loop.make_dispatch(stage.update, updates, shardings)
-    program = dispatch.lower(carry, stage.constants).compile()
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        carry, _ = program(carry, stage.constants)
-        jax.block_until_ready(carry)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / updates
-
-
 def estimated_minutes(config: ml_collections.ConfigDict, update_s: float) -> float:
     """Returns about how many minutes a quickstart takes.
 
@@ -285,23 +254,17 @@ def forecast(preset: str, update_s: float) -> str:
         f"A PPO update takes {update_s:.1f} s on this machine, and the whole quickstart about "
         f"{max(minutes, 1):.0f} minutes."
     )
-    if preset != "small" and minutes > LONG_MINUTES:
-        small = estimated_minutes(make_config("small"), update_s)
-        text += (
-            f" The same comparison in about {small:.0f} minutes: make quickstart PRESET=small, or "
-            "--preset=small."
-        )
-    return text
+    if preset == "small":
+        return text
+    return text + smaller(
+        minutes, estimated_minutes(make_config("small"), update_s), target="quickstart"
+    )
 
 
 def conclusion(summary: dict[str, float], workdir: str) -> str:
     """Returns a text with the results of the run and the paths of its reports."""
-
-    def success(name: str) -> tuple[float, float, float]:
-        key = f"{name}/train/success"
-        return summary[key], summary[f"{key}_lo"], summary[f"{key}_hi"]
-
-    final, warm, more = success("final"), success("warm_start"), success("more_cloning")
+    stages = ("final", "warm_start", "more_cloning")
+    final, warm, more = (rate(summary, f"{name}/train/success") for name in stages)
     disjoint = statistics.disjoint(final, warm) and statistics.disjoint(final, more)
     return (
         f"PPO raised the success on the training split from {warm[0]:.1%} (warm start) to "
@@ -314,21 +277,14 @@ def conclusion(summary: dict[str, float], workdir: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Runs the command line."""
-    refuse_arguments(argv)
-    directory = FLAGS.workdir or WORKDIRS[FLAGS.preset]
-    with clean_exit(ValueError):
-        workdir = workdir_lib.as_path(directory)
-        problem = make_problem(FLAGS.seed, FLAGS.preset)
-        lock = runs.claim(problem, workdir)
-    with lock, clean_exit(*FAILURES):
-        if not workdir_lib.saved_steps(workdir / "bc"):  # A resumed run shows the time left.
-            print(forecast(FLAGS.preset, ppo_update_seconds(problem)), flush=True)
-        summary = quickstart(problem, workdir)
-    if summary is None:
-        print("Interrupted; the same command resumes from the last checkpoint.")
-        return EXIT_INTERRUPTED
-    print(conclusion(summary, directory))
-    return 0
+    return run(
+        argv,
+        workdirs=WORKDIRS,
+        make_problem=make_problem,
+        forecast=lambda problem, preset: forecast(preset, update_seconds(problem.stage("ppo"))),
+        quickstart=quickstart,
+        conclusion=conclusion,
+    )
 
 
 def make_config(preset: str = "full", seed: int = 0) -> ml_collections.ConfigDict:
@@ -344,9 +300,5 @@ def make_problem(seed: int, preset: str = "full") -> Control:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "workdir", None, f"Directory of all outputs; by default {' or '.join(WORKDIRS.values())}."
-    )
-    flags.DEFINE_enum("preset", "full", list(PRESETS), "Size of the run.")
-    flags.DEFINE_integer("seed", 0, "Seed of all random numbers of the run.")
+    define_flags(WORKDIRS)
     run_command(main)

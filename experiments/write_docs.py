@@ -260,7 +260,9 @@ def configuration() -> str:
                 parts.append(ENVIRONMENTS + environments())
             if name == "task":
                 user_task = table(rows_of(options_of(UserTaskOptions), "task."))
-                parts.append(f"\nFor your own task, the group `task` has:\n\n{user_task}")
+                parts.append(
+                    f"\nFor the task 'digits' and your own, the group `task` has:\n\n{user_task}"
+                )
         for kind, options in policies.models.items():
             first = (options.__doc__ or "").partition("\n")[0]
             rows = rows_of(options_of(options), "model.")

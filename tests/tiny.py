@@ -14,7 +14,7 @@ FILES = sorted(
 )
 TOKENS = tuple(name for name in FILES if name.startswith("count_"))  # Of verifiable questions.
 AGENTS = ("grid_agent_ppo",)  # That write their actions.
-PRETRAINED = tuple(name for name in FILES if name.startswith("smollm2_"))  # Around a decoder.
+PRETRAINED = ("smollm2_vqa_grpo", "vlm_quickstart")  # Around a decoder.
 FOLDERS = ("folder_grpo", "vlm_grpo")  # The same, of prompts from files.
 CONFIGS = tuple(name for name in FILES if name not in (*TOKENS, *AGENTS, *PRETRAINED, *FOLDERS))
 

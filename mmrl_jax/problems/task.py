@@ -38,18 +38,23 @@ from mmrl_jax.problems.problem import stream
 from mmrl_jax.problems.sources import Collected, Constants, Source, update_keys
 from mmrl_jax.problems.token_problem import CompletionOptions, LabelOptions, TokenProblem
 from mmrl_jax.rollouts.generate import Sampling
-from mmrl_jax.tasks import shapes
+from mmrl_jax.tasks import digits, shapes
 from mmrl_jax.tasks.prompts import Prompt, Task
 from mmrl_jax.training.stage import Carry
 from mmrl_jax.types import Params
 
+# Tasks by their names, which take the arguments of a user's task, see docs/extending.md. The task
+# 'shapes' has options of its own.
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits.Digits}
+NAMES = ", ".join(map(repr, ("shapes", *TASKS)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserTaskOptions:
-    """Options of the group `task` for a user's task."""
+    """Options of the group `task` for a task in TASKS, or of a user."""
 
     name: str = option(
-        "shapes", "Task: 'shapes', or 'module:Class' for your own, see docs/extending.md."
+        "shapes", f"Task: {NAMES}, or 'module:Class' for your own, see docs/extending.md."
     )
     height: int = option(32, "Height of the images in pixels.", POSITIVE)
     width: int = option(32, "Width of the images in pixels.", POSITIVE)
@@ -60,7 +65,7 @@ class UserTaskOptions:
 class TaskOptions:
     """Options of the group `task` for questions about rendered shapes on a grid."""
 
-    name: str = option("shapes", "Task: 'shapes', or 'module:Class' for your own.")
+    name: str = option("shapes", f"Task: {NAMES}, or 'module:Class' for your own.")
     kinds: tuple[str, ...] = option(
         ("count",), "Kinds of questions, see mmrl_jax.tasks.shapes.KINDS.", TEXTS
     )
@@ -83,6 +88,9 @@ class LabeledOptions(LabelOptions):
     """Options of the labeled prompts of a supervised stage, for any task."""
 
     examples: int = option(32768, "Number of labeled prompts, a fixed set.", POSITIVE)
+    split: str = option(
+        "train", "Split of the task from which the prompts are sampled; none that is held out."
+    )
     label_noise: float = option(
         0.0,
         "Fraction of the labels that are replaced by that of another prompt of the same kind.",
@@ -122,19 +130,20 @@ class SampledTaskOptions(CompletionOptions):
 
 def options(config: Any) -> Group:
     """Returns the keys of a config of this problem, by its stages and its kind of model."""
-    labels = LabeledOptions if _is_user_task(config) else LabeledShapesOptions
+    labels = LabeledOptions if _takes_options(config) else LabeledShapesOptions
     kinds = {"labels": (labels,), "completions": (SampledTaskOptions,)}
     return problem.options_of_problem(
-        task=options_of(UserTaskOptions if _is_user_task(config) else TaskOptions),
+        task=options_of(UserTaskOptions if _takes_options(config) else TaskOptions),
         model=token_options.options(config),
         **token_problem.stage_options(config, kinds),
     )
 
 
-def _is_user_task(config: Any) -> bool:
-    """Returns whether the task of a config is a user's task, 'module:Class'."""
+def _takes_options(config: Any) -> bool:
+    """Returns whether the task of a config takes task.options: one in TASKS, or a user's task."""
     task = config.get("task", {})
-    return is_group(task) and ":" in str(task.get("name", ""))
+    name = str(task.get("name", "")) if is_group(task) else ""
+    return name in TASKS or ":" in name
 
 
 def _check_counts(name: str, pair: tuple[int, ...]) -> None:
@@ -154,8 +163,9 @@ def _make(
         "image_tokens": token_models.image_tokens(config.model, spec, size),
         "tokenizer": spec and spec.chat,
     }
-    if _is_user_task(config):
-        task = import_object(t.name, "task.name")(**arguments, **t.options.to_dict())
+    if _takes_options(config):
+        make = TASKS[t.name] if t.name in TASKS else import_object(t.name, "task.name")
+        task = make(**arguments, **t.options.to_dict())
     elif t.name == "shapes":
         task = shapes.make(
             kinds=tuple(t.kinds),
@@ -167,7 +177,7 @@ def _make(
             **arguments,
         )
     else:
-        raise ValueError(f"task.name={t.name!r} is unknown: choose 'shapes', or 'module:Class'.")
+        raise ValueError(f"task.name={t.name!r} is unknown: choose {NAMES}, or 'module:Class'.")
     return task, token_models.make_model(config.model, spec, task.texts, size)
 
 
@@ -208,6 +218,16 @@ def _splits(config: ml_collections.ConfigDict, task: Task) -> tuple[str, ...]:
     return tuple(split for split in shapes.SPLITS if split not in absent)
 
 
+def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
+    """Raises ValueError if a stage cannot learn from a split of its task."""
+    choices = tuple(x for x in splits if not x.startswith("heldout"))
+    if split not in choices:
+        raise ValueError(
+            f"{name}.split={split!r} must be one of the splits of the task that are not held out: "
+            f"{', '.join(map(repr, choices))}."
+        )
+
+
 class TaskProblem(TokenProblem):
     """Problem of a task with verifiable answers, see `problem.Problem` for the interface.
 
@@ -223,7 +243,7 @@ class TaskProblem(TokenProblem):
 
     def __init__(self, config: ml_collections.ConfigDict):
         labeled = [name for name in config.stages if registry.TOKEN[name].experience == "labels"]
-        if not _is_user_task(config):
+        if not _takes_options(config):
             _check_counts("task.counts", config.task.counts)
             for name in labeled:
                 _check_counts(f"{name}.counts", config[name].counts)
@@ -237,11 +257,14 @@ class TaskProblem(TokenProblem):
                 if name not in labeled
             )
         )
+        splits = _splits(config, self.task)
         for name in labeled:
+            split = config[name].split
+            _check_split(name, split, splits)
             task = _label_task(config, name, self.task)
             # Sampling checks that the images divide into cells.
-            jax.eval_shape(lambda key, task=task: task.sample(key, 1, "train"), jax.random.key(0))
-        self.splits = dict.fromkeys(_splits(config, self.task), config.run.eval_episodes)
+            jax.eval_shape(lambda key, of=task, x=split: of.sample(key, 1, x), jax.random.key(0))
+        self.splits = dict.fromkeys(splits, config.run.eval_episodes)
 
     def source(self, name: str) -> Source:
         """Returns the source of the experience of a stage, see `TokenProblem`."""
@@ -255,7 +278,7 @@ class TaskProblem(TokenProblem):
         s, label_task = self.config[name], _label_task(self.config, name, self.task)
 
         def label(rng: jax.Array) -> ScoredCompletions:
-            prompts = label_task.sample(rng, s.examples, "train")
+            prompts = label_task.sample(rng, s.examples, s.split)
             other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
             wrong = jax.random.bernoulli(noise_key, s.label_noise, (s.examples,))
             other = _answers_of_others(other_key, prompts)

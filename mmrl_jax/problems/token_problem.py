@@ -308,13 +308,15 @@ class TokenProblem(abc.ABC):
             trained=self._trained(),
         )
 
-    def stage(self, name: str, /, *, start: Params | None = None) -> Stage:
+    def stage(self, name: str, /, *, start: Params | None = None, **changes: Any) -> Stage:
         """Builds a stage of the run, see `problem.Problem`.
 
         Args:
           name: Name of the stage, one of config.stages.
           start: Variables of the whole model from which the stage starts, or their shapes; None for
             the initial variables.
+          **changes: Fields of `Stage` to replace, and `stream`, the stream of random numbers of the
+            stage.
         """
         config, algorithm, options = self.config, registry.TOKEN[name], self.options(name)
         source = self.source(name)
@@ -338,7 +340,8 @@ class TokenProblem(abc.ABC):
                 with_reference="reference" in self._needs(name),
                 extras=algorithm.extras(options, None, None, None),
             )
-            return sources.fresh_carry(learner, source, stream(config, source.stream))
+            rng = stream(config, changes.get("stream", source.stream))
+            return sources.fresh_carry(learner, source, rng)
 
         def update(
             learner: TokenState, constants: Constants, batch: Any, key: jax.Array
@@ -357,8 +360,9 @@ class TokenProblem(abc.ABC):
             return token_learner.move_reference(learner, decay), metrics
 
         learn = sources.make_learn(update, optimizer)
+        fields = sources.stage_fields(config, name, algorithm, source, self.best_metric)
         return Stage(
-            **sources.stage_fields(config, name, algorithm, source, self.best_metric),
+            **fields | {name: x for name, x in changes.items() if name != "stream"},
             init=init,
             release=initial.release,
             update=None if source.collect is None else sources.make_update(source, learn),

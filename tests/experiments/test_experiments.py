@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import quickstart
+from experiments import quickstart, quickstarts
 from mmrl_jax import config as config_lib
 from mmrl_jax import envs, problems, runs
 from mmrl_jax import workdir as workdir_lib
@@ -138,7 +138,7 @@ def test_the_quickstart_says_how_long_it_takes():
 def test_the_time_of_an_update_is_measured_on_a_policy_of_its_own():
     problem = problems.make(tiny.config())
     before = jax.device_get(problem.stage("ppo").init())
-    assert quickstart.ppo_update_seconds(problem) > 0
+    assert quickstarts.update_seconds(problem.stage("ppo")) > 0
     after = jax.device_get(problem.stage("ppo").init())
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -247,6 +247,7 @@ def shown_help(script, *arguments):
         ("train", "--workdir:"),
         ("evaluate", "--workdir:"),
         ("quickstart", "--workdir:"),
+        ("quickstart_vlm", "--preset:"),
         ("study", "--study:"),
     ],
 )
