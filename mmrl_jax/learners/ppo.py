@@ -26,15 +26,18 @@ from mmrl_jax.learners.learner import (
     minibatch_order,
     run_network,
 )
+from mmrl_jax.learners.optimizers import OptimizerOptions
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses, normalization
+from mmrl_jax.stability.divergence import RollbackOptions
+from mmrl_jax.stability.learning_rate import AdaptiveKLOptions
 from mmrl_jax.types import Metrics, Params, Transition
 
 Advantage = Literal["gae", "return"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPO(EntropyOptions):
+class PPO(EntropyOptions, AdaptiveKLOptions):
     """The options of PPO."""
 
     discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
@@ -77,6 +80,53 @@ class PPO(EntropyOptions):
     # rounding, because it is another program, and the first ratios would not be 1. With
     # augmentation, those of the rollout are of other images.
     recompute: bool = False
+
+
+def check(options: PPO, optimizer: OptimizerOptions, rollback: RollbackOptions, name: str) -> None:
+    """Checks that no two options of a stage work against each other.
+
+    Args:
+      options: Options of PPO.
+      optimizer: Options of its optimizer.
+      rollback: Options of the rollbacks of the stage.
+      name: Name of the stage, for error messages.
+
+    Raises:
+      ValueError: If the learning rate follows the KL divergence, and another option also limits the
+        divergence or changes the learning rate; or if there is no divergence to follow.
+    """
+    h = options
+    if h.desired_kl is None:
+        return
+    rate = f"{name}.desired_kl={h.desired_kl} lets the learning rate follow the KL divergence"
+    if h.target_kl is not None:
+        raise ValueError(
+            f"{rate}, but {name}.target_kl={h.target_kl} ends an update before the divergence is "
+            "high: set one of them to None."
+        )
+    if optimizer.schedule != "constant" or optimizer.warmup > 0:
+        raise ValueError(
+            f"{rate}, and replaces a schedule, but {name}.optimizer.schedule="
+            f"{optimizer.schedule!r} and {name}.optimizer.warmup={optimizer.warmup}: set them to "
+            "'constant' and 0, or desired_kl to None."
+        )
+    if rollback.max_retries > 0:
+        raise ValueError(
+            f"{rate}, and would raise again what a rollback lowers, but "
+            f"{name}.rollback.max_retries={rollback.max_retries}: set it to 0, or desired_kl to "
+            "None."
+        )
+    if h.num_epochs * h.num_minibatches == 1:
+        raise ValueError(
+            f"{rate}, but with a single optimizer step in an update the policy has not moved when "
+            f"it is measured: set {name}.num_minibatches or {name}.num_epochs above 1."
+        )
+    if not h.min_learning_rate <= optimizer.learning_rate <= h.max_learning_rate:
+        raise ValueError(
+            f"{name}.optimizer.learning_rate={optimizer.learning_rate} is where the learning rate "
+            f"starts with a desired_kl, but {name}.min_learning_rate={h.min_learning_rate} and "
+            f"{name}.max_learning_rate={h.max_learning_rate}: start between them."
+        )
 
 
 def with_std(params: Any, std: float) -> Any:
@@ -184,6 +234,7 @@ def update(
     # the first ratios are exactly 1, and updates them at the end.
     normalizer = state.normalizer
     entropy_coef = entropy_bonus.coefficient(h, state.extras)
+    steps_before = state.steps
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
         minibatch, advantage, target = shard(gather(samples, indices))
@@ -198,7 +249,9 @@ def update(
             return value, metrics | parts
 
         (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
-        state, step_metrics = apply_gradients(state, value, gradients, optimizer)
+        # Before the first step the divergence is a rounding error.
+        kl = jnp.where(state.steps > steps_before, metrics["policy/approx_kl"], 0.0)
+        state, step_metrics = apply_gradients(state, value, gradients, optimizer, kl=kl)
         return state, metrics | step_metrics
 
     def maybe_step(carry: tuple, x: tuple) -> tuple:

@@ -129,7 +129,11 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "0.3 to 1; below 0 the value is worse than a constant",
     ),
     "grad/norm": Metric("1", "Global norm of the gradient before clipping", "stable"),
-    "lr": Metric("1", "Learning rate after the update", "follows the schedule"),
+    "lr": Metric(
+        "1",
+        "Learning rate after the update",
+        "follows the schedule; with desired_kl it settles away from its limits",
+    ),
     "episode/return": Metric("reward", "Mean return of the finished episodes", "rises"),
     "episode/success": Metric(
         "fraction", "Fraction of the finished episodes with success", "rises to 1"

@@ -227,6 +227,7 @@ class Control:
         for name in config.stages:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
             augmented.make(config, name, self.env)  # Raises for options that do not fit.
+            problem.check_algorithm(config, name, registry.CONTROL[name])
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
         self.best_metric = f"eval/{config.env.split}/return"
         self.test_split: str | None = None
