@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
-from mmrl_jax.learners import entropy_bonus
+from mmrl_jax.learners import entropy_bonus, loss_gradients
 from mmrl_jax.learners.entropy_bonus import EntropyOptions
 from mmrl_jax.learners.learner import (
     Apply,
@@ -26,6 +26,7 @@ from mmrl_jax.learners.learner import (
     minibatch_order,
     run_network,
 )
+from mmrl_jax.learners.loss_gradients import SurgeryOptions
 from mmrl_jax.learners.optimizers import OptimizerOptions
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses, normalization
@@ -34,10 +35,12 @@ from mmrl_jax.stability.learning_rate import AdaptiveKLOptions
 from mmrl_jax.types import Metrics, Params, Transition
 
 Advantage = Literal["gae", "return"]
+# Function of a state that returns weighted terms of a loss by name, [] each, and metrics.
+FurtherLoss = Callable[[LearnerState], tuple[dict[str, jax.Array], Metrics]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPO(EntropyOptions, AdaptiveKLOptions):
+class PPO(EntropyOptions, AdaptiveKLOptions, SurgeryOptions):
     """The options of PPO."""
 
     discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
@@ -81,9 +84,21 @@ class PPO(EntropyOptions, AdaptiveKLOptions):
     # augmentation, those of the rollout are of other images.
     recompute: bool = False
 
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """Names of the parts of the loss whose coefficient is not always 0."""
+        coefficients = {
+            "policy": 1.0,
+            "value": self.value_coef,
+            "entropy": 1.0 if self.entropy_target is not None else self.entropy_coef,
+            "auxiliary": self.auxiliary_coef,
+            "pointing": self.pointing_coef,
+        }
+        return tuple(name for name, coefficient in coefficients.items() if coefficient > 0)
+
 
 def check(options: PPO, optimizer: OptimizerOptions, rollback: RollbackOptions, name: str) -> None:
-    """Checks that no two options of a stage work against each other.
+    """Checks that no options of a stage work against each other, and that each has an effect.
 
     Args:
       options: Options of PPO.
@@ -93,9 +108,11 @@ def check(options: PPO, optimizer: OptimizerOptions, rollback: RollbackOptions, 
 
     Raises:
       ValueError: If the learning rate follows the KL divergence, and another option also limits the
-        divergence or changes the learning rate; or if there is no divergence to follow.
+        divergence or changes the learning rate; or if there is no divergence to follow, or nothing
+        between which gradient surgery could resolve conflicts.
     """
     h = options
+    loss_gradients.check(h, h.loss_parts, name)
     if h.desired_kl is None:
         return
     rate = f"{name}.desired_kl={h.desired_kl} lets the learning rate follow the KL divergence"
@@ -178,18 +195,23 @@ def loss(
     return parts, metrics
 
 
-def weighted_sum(
+def weighted_terms(
     parts: dict[str, jax.Array], options: PPO, entropy_coef: float | jax.Array
-) -> jax.Array:
-    """Returns the loss that is minimized, [], with the given coefficient of the entropy bonus."""
+) -> dict[str, jax.Array]:
+    """Returns the weighted terms of the loss, [] each, with a coefficient of the entropy bonus."""
     h = options
-    return (
-        parts["loss/policy"]
-        + h.value_coef * parts["loss/value"]
-        + entropy_coef * parts["loss/entropy"]
-        + h.auxiliary_coef * parts["loss/auxiliary"]
-        + h.pointing_coef * parts["loss/pointing"]
-    )
+    return {
+        "policy": parts["loss/policy"],
+        "value": h.value_coef * parts["loss/value"],
+        "entropy": entropy_coef * parts["loss/entropy"],
+        "auxiliary": h.auxiliary_coef * parts["loss/auxiliary"],
+        "pointing": h.pointing_coef * parts["loss/pointing"],
+    }
+
+
+def rollout_parts(options: PPO) -> tuple[str, ...]:
+    """Returns the names of the parts of the loss that depend on a rollout alone."""
+    return tuple(name for name in options.loss_parts if name != "bc")
 
 
 def update(
@@ -202,7 +224,7 @@ def update(
     options: PPO,
     shard: Shard = lambda batch: batch,
     further_advantage: jax.Array | None = None,
-    further_loss: Callable[[LearnerState], tuple[jax.Array, Metrics]] | None = None,
+    further_loss: FurtherLoss | None = None,
 ) -> tuple[LearnerState, Metrics]:
     """Takes epochs of minibatch steps on one batch of transitions.
 
@@ -216,8 +238,8 @@ def update(
       shard: Function that places a minibatch on the mesh.
       further_advantage: Advantages of other rewards that are added to those of the batch, float32
         [T, B]; None for none.
-      further_loss: Function of a state that returns a term to add to the loss of every step, [],
-        and its metrics; None for none.
+      further_loss: Function of a state that returns weighted terms to add to the loss of every
+        step by name, [] each, and metrics; None for none. The names are in `options.loss_parts`.
 
     Returns:
       The new state, and metrics: means over the optimizer steps that were taken, NaN if there was
@@ -237,18 +259,11 @@ def update(
     steps_before = state.steps
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
-        minibatch, advantage, target = shard(gather(samples, indices))
-
-        def total(params: Params) -> tuple[jax.Array, Metrics]:
-            output = run_network(apply, state.replace(params=params), minibatch.observation)
-            parts, metrics = loss(output, minibatch, advantage, target, rng, options=h)
-            value = weighted_sum(parts, h, entropy_coef)
-            if further_loss is not None:
-                further, further_parts = further_loss(state.replace(params=params))
-                value, parts = value + further, parts | further_parts
-            return value, metrics | parts
-
-        (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
+        minibatch = shard(gather(samples, indices))
+        terms = _terms(state, minibatch, rng, apply, h, entropy_coef, further_loss)
+        value, metrics, gradients = loss_gradients.value_and_gradient(
+            terms, state.params, jax.random.fold_in(rng, 1), present=h.loss_parts, options=h
+        )
         # Before the first step the divergence is a rounding error.
         kl = jnp.where(state.steps > steps_before, metrics["policy/approx_kl"], 0.0)
         state, step_metrics = apply_gradients(state, value, gradients, optimizer, kl=kl)
@@ -274,6 +289,51 @@ def update(
     extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
     state = state.replace(normalizer=_with_observed(normalizer, batch), extras=extras)
     return state, metrics | adapted
+
+
+def part_gradients(
+    state: LearnerState, rollout: Rollout, rng: jax.Array, *, apply: Apply, options: PPO
+) -> Any:
+    """Returns the gradients of the K weighted parts of PPO's loss, a pytree with leaves [K, ...].
+
+    They are those of the first step of an update on one minibatch, which is the whole rollout. An
+    adaptive coefficient of the entropy bonus counts as `options.entropy_coef`.
+
+    Args:
+      state: State of the learner, with the parameters and the normalizer of the rollout.
+      rollout: Transitions of B environments under the learner's policy.
+      rng: PRNG key of the estimate of the entropy.
+      apply: Function of parameters and observations that returns a PolicyOutput.
+      options: Options of PPO; the K parts are its `rollout_parts`.
+    """
+    batch, advantage, target = _with_advantages(state, rollout, apply, options)
+    samples = flatten((batch, losses.whiten(advantage, batch.valid), target))
+    terms = _terms(state, samples, rng, apply, options, options.entropy_coef)
+    names = [(name,) for name in rollout_parts(options)]
+    return loss_gradients.stacked_gradients(terms, state.params, names)[0]
+
+
+def _terms(
+    state: LearnerState,
+    samples: tuple[Transition, jax.Array, jax.Array],
+    rng: jax.Array,
+    apply: Apply,
+    options: PPO,
+    entropy_coef: float | jax.Array,
+    further_loss: FurtherLoss | None = None,
+) -> loss_gradients.Terms:
+    """Returns the weighted terms of the loss of N samples as a function of parameters."""
+
+    def terms(params: Params) -> tuple[dict[str, jax.Array], Metrics]:
+        output = run_network(apply, state.replace(params=params), samples[0].observation)
+        parts, metrics = loss(output, *samples, rng, options=options)
+        weighted = weighted_terms(parts, options, entropy_coef)
+        if further_loss is not None:
+            further, further_parts = further_loss(state.replace(params=params))
+            weighted, parts = weighted | further, parts | further_parts
+        return weighted, metrics | parts
+
+    return terms
 
 
 def _with_log_probs(

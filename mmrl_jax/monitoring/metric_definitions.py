@@ -128,6 +128,24 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "1 - mean((target - value)^2) / Var(target) on the data of the update, before it",
         "0.3 to 1; below 0 the value is worse than a constant",
     ),
+    "grad/min_cosine": Metric(
+        "1",
+        "Smallest cosine between the gradients of two parts of the loss on shared parameters, "
+        "before gradient_surgery; 1 if they share none",
+        "above 0; below, the parts conflict",
+    ),
+    "gradient_conflict/cosine/<part>_<part>": Metric(
+        "1",
+        "Cosine between the gradients of two parts of the loss on the parameters that they share, "
+        "by the probe 'gradient_conflict'; 1 if they share none",
+        "above -0.1; below, the parts conflict",
+    ),
+    "gradient_conflict/norm_ratio/<part>_<part>": Metric(
+        "1",
+        "Norm of the weighted gradient of the first part over that of the second one, on the "
+        "parameters that two parts share; NaN if the second one is 0",
+        "0.01 to 100; beyond, one part alone moves the parameters",
+    ),
     "grad/norm": Metric("1", "Global norm of the gradient before clipping", "stable"),
     "lr": Metric(
         "1",
