@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
-from mmrl_jax.learners import entropy_bonus, loss_gradients
+from mmrl_jax.learners import entropy_bonus, loss_gradients, value_scaling
 from mmrl_jax.learners.entropy_bonus import EntropyOptions
 from mmrl_jax.learners.learner import (
     Apply,
@@ -28,6 +28,7 @@ from mmrl_jax.learners.learner import (
 )
 from mmrl_jax.learners.loss_gradients import SurgeryOptions
 from mmrl_jax.learners.optimizers import OptimizerOptions
+from mmrl_jax.learners.value_scaling import ValueScalingOptions
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses, normalization
 from mmrl_jax.stability.divergence import RollbackOptions
@@ -40,7 +41,7 @@ FurtherLoss = Callable[[LearnerState], tuple[dict[str, jax.Array], Metrics]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPO(EntropyOptions, AdaptiveKLOptions, SurgeryOptions):
+class PPO(EntropyOptions, AdaptiveKLOptions, SurgeryOptions, ValueScalingOptions):
     """The options of PPO."""
 
     discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
@@ -214,6 +215,11 @@ def rollout_parts(options: PPO) -> tuple[str, ...]:
     return tuple(name for name in options.loss_parts if name != "bc")
 
 
+def extras(options: PPO) -> dict[str, Any]:
+    """Returns what PPO has beside the policy, the initial extras of its learner."""
+    return entropy_bonus.extras(options) | value_scaling.extras(options)
+
+
 def update(
     state: LearnerState,
     rollout: Rollout,
@@ -246,10 +252,10 @@ def update(
       none, and the numbers of steps that were taken and skipped.
     """
     h, valid = options, rollout.transitions.valid
-    batch, advantage, target = _with_advantages(state, rollout, apply, h)
-    if further_advantage is not None:
-        advantage = advantage + jnp.where(valid > 0, further_advantage, 0.0)
-    samples = flatten((batch, losses.whiten(advantage, valid), target))
+    state, (batch, advantage, target), scales = _scaled(
+        state, *_with_advantages(state, rollout, apply, h), h, further_advantage
+    )
+    samples = flatten((batch, advantage, target))
     if h.recompute:
         samples = (_with_log_probs(state, samples[0], apply, h, shard), *samples[1:])
     # The rollout was normalized with these statistics. Learning normalizes with them too, so that
@@ -287,8 +293,12 @@ def update(
     metrics = mean_over_steps(metrics)
     metrics["value/explained_variance"] = losses.explained_variance(batch.value, target, valid)
     extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
-    state = state.replace(normalizer=_with_observed(normalizer, batch), extras=extras)
-    return state, metrics | adapted
+    state = state.replace(
+        params=value_scaling.unnormalize(h, state.extras, state.params),
+        normalizer=_with_observed(normalizer, batch),
+        extras=extras,
+    )
+    return state, metrics | adapted | scales
 
 
 def part_gradients(
@@ -306,11 +316,47 @@ def part_gradients(
       apply: Function of parameters and observations that returns a PolicyOutput.
       options: Options of PPO; the K parts are its `rollout_parts`.
     """
-    batch, advantage, target = _with_advantages(state, rollout, apply, options)
-    samples = flatten((batch, losses.whiten(advantage, batch.valid), target))
-    terms = _terms(state, samples, rng, apply, options, options.entropy_coef)
+    state = state.replace(extras=extras(options))
+    state, samples, _ = _scaled(state, *_with_advantages(state, rollout, apply, options), options)
+    terms = _terms(state, flatten(samples), rng, apply, options, options.entropy_coef)
     names = [(name,) for name in rollout_parts(options)]
     return loss_gradients.stacked_gradients(terms, state.params, names)[0]
+
+
+def _scaled(
+    state: LearnerState,
+    batch: Transition,
+    advantage: jax.Array,
+    target: jax.Array,
+    options: PPO,
+    further_advantage: jax.Array | None = None,
+) -> tuple[LearnerState, tuple[Transition, jax.Array, jax.Array], Metrics]:
+    """Returns state, batch, advantages and value targets [T, B] in the scales of learning.
+
+    Args:
+      state: State of the learner.
+      batch: Transitions [T, B] with zeros in invalid steps.
+      advantage: Advantages, float32 [T, B].
+      target: Value targets, float32 [T, B].
+      options: Options of PPO.
+      further_advantage: Advantages that are added, float32 [T, B]; None for none.
+
+    Returns:
+      The state, whose network outputs normalized values with PopArt, and whose extras have seen the
+      targets; the batch, the advantages and the targets; and metrics.
+    """
+    h, valid = options, batch.valid
+    if further_advantage is not None:
+        advantage = advantage + jnp.where(valid > 0, further_advantage, 0.0)
+    advantage, extras, metrics = value_scaling.scale_advantages(
+        h, state.extras, advantage, target, valid
+    )
+    extras, moments = value_scaling.observe_targets(h, extras, target, valid)
+    params, (value, target) = value_scaling.normalize(
+        h, extras, state.params, (batch.value, target)
+    )
+    state = state.replace(params=params, extras=extras)
+    return state, (batch.replace(value=value), advantage, target), metrics | moments
 
 
 def _terms(

@@ -60,6 +60,10 @@ def _with_std(params: Any, options: ppo.PPO) -> Any:
     return ppo.with_std(params, options.initial_std)
 
 
+def _ppo_extras(options: ppo.PPO, observation: Any, output: Any, rng: Any) -> dict[str, Any]:
+    return ppo.extras(options)
+
+
 def _entropy_extras(options: Any, observation: Any, output: Any, rng: Any) -> dict[str, Any]:
     return entropy_bonus.extras(options)
 
@@ -82,7 +86,7 @@ CONTROL: dict[str, Algorithm] = {
         ppo.update,
         ("episode/return", "episode/success"),
         prepare=_with_std,
-        extras=_entropy_extras,
+        extras=_ppo_extras,
         check=ppo.check,
     ),
     "dapg": Algorithm(
@@ -91,7 +95,7 @@ CONTROL: dict[str, Algorithm] = {
         dapg.update,
         ("episode/return", "episode/success", "loss/bc"),
         prepare=_with_std,
-        extras=_entropy_extras,
+        extras=_ppo_extras,
         check=ppo.check,
     ),
     "rnd": Algorithm(

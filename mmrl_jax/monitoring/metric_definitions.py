@@ -128,6 +128,18 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "1 - mean((target - value)^2) / Var(target) on the data of the update, before it",
         "0.3 to 1; below 0 the value is worse than a constant",
     ),
+    "value/target_mean": Metric("return", "Moving mean of the value targets, with popart", "-"),
+    "value/target_std": Metric(
+        "return",
+        "Moving standard deviation of the value targets, in which the value is learned with popart",
+        "moves slowly",
+    ),
+    "value/return_range": Metric(
+        "return",
+        "Moving range of the returns from the 5th to the 95th percentile, with "
+        "advantage_scaling='percentile'",
+        "above 1, below which advantages are not scaled",
+    ),
     "grad/min_cosine": Metric(
         "1",
         "Smallest cosine between the gradients of two parts of the loss on shared parameters, "
