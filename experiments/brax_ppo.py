@@ -44,9 +44,13 @@ def trainer(config: ml_collections.ConfigDict) -> Callable[..., Any]:
     for name, value, only in (
         ("ppo.optimizer.schedule", p.optimizer.schedule, "constant"),
         ("ppo.target_kl", p.target_kl, None),
+        ("ppo.desired_kl", p.desired_kl, None),
+        ("ppo.gradient_surgery", p.gradient_surgery, "none"),
+        ("ppo.popart", p.popart, False),
+        ("ppo.advantage_scaling", p.advantage_scaling, "whiten"),
     ):
         if value != only:
-            raise ValueError(f"{name}={value!r}, but Brax's PPO supports only {only!r}.")
+            raise ValueError(f"{name}={value!r}, but Brax's PPO is run with {only!r} only.")
     # JAX has removed this function. On one device, Brax's trainer only needs it to add an axis.
     jax.device_put_replicated = lambda tree, devices: jax.tree.map(
         lambda x: jnp.stack([x] * len(devices)), tree

@@ -11,7 +11,9 @@ files are written where `multihost.is_primary()`. Your module must define its ow
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import itertools
 import json
+import math
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -19,10 +21,12 @@ import jax
 
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.config.loading import import_object
+from mmrl_jax.config.options import build
 from mmrl_jax.config.schema import nearest
 from mmrl_jax.distributed import multihost
 from mmrl_jax.evaluation import evaluate
 from mmrl_jax.interpretability import control as explained
+from mmrl_jax.learners import ppo, registry
 from mmrl_jax.monitoring import metrics
 from mmrl_jax.problems import Problem
 from mmrl_jax.problems.control import Control
@@ -130,8 +134,45 @@ def modality_shares(context: ProbeContext) -> dict[str, float]:
     }
 
 
+@functools.lru_cache(maxsize=1)
+def _conflicts(problem: Any, stage: str) -> Callable[[Any, jax.Array], Any]:
+    """Returns the compiled measurement of `gradient_conflict`, which a run compiles only once."""
+    return jax.jit(lambda variables, rng: problem.gradient_conflict(variables, stage, rng))
+
+
+def gradient_conflict(context: ProbeContext) -> dict[str, float]:
+    """Measures angles and relative lengths of the gradients of the parts of PPO's loss.
+
+    Raises:
+      ValueError: If the run has no stage of PPO with a control policy.
+    """
+    problem: Any = context.problem
+    stages = [
+        name
+        for name in problem.config.stages
+        if isinstance(problem, Control) and issubclass(registry.CONTROL[name].options, ppo.PPO)
+    ]
+    if not stages:
+        raise ValueError(
+            "run.probes has 'gradient_conflict', which measures the loss of PPO of a control "
+            f"policy, but problem={problem.config.problem!r} and "
+            f"stages={tuple(problem.config.stages)}; remove the probe."
+        )
+    options = build(registry.CONTROL[stages[-1]].options, problem.config[stages[-1]])
+    rng = stream(problem.config, EVALUATION)
+    cosines, norms = jax.device_get(_conflicts(problem, stages[-1])(context.variables, rng))
+    found = {}
+    parts = enumerate(ppo.rollout_parts(options))
+    for (i, first), (j, second) in itertools.combinations(parts, 2):
+        ratio = norms[i] / norms[j] if norms[j] > 0 else math.nan
+        found[f"gradient_conflict/cosine/{first}_{second}"] = float(cosines[i, j])
+        found[f"gradient_conflict/norm_ratio/{first}_{second}"] = float(ratio)
+    return found
+
+
 PROBES: dict[str, Probe] = {
     "ablations": ablations,
+    "gradient_conflict": gradient_conflict,
     "modality_shares": modality_shares,
     "samples": samples,
 }

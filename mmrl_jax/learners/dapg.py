@@ -24,6 +24,11 @@ class DAPG(ppo.PPO):
         0.95, "Factor by which that coefficient is multiplied after each update.", between(0, 1)
     )
 
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """Names of the parts of the loss whose coefficient is not always 0."""
+        return (*super().loss_parts, "bc")
+
 
 class DemonstratedRollout(NamedTuple):
     """A rollout with demonstrated steps beside it.
@@ -69,10 +74,10 @@ def update(
     h, demonstrations = options, shard(batch.demonstrations)
     coef = h.demonstration_coef * jnp.float32(h.demonstration_decay) ** batch.updates
 
-    def cloning(state: LearnerState) -> tuple[jax.Array, Metrics]:
+    def cloning(state: LearnerState) -> tuple[dict[str, jax.Array], Metrics]:
         output = run_network(apply, state, demonstrations.observation)
         loss = jnp.mean(output.distribution.cloning_loss(demonstrations.action))
-        return coef * loss, {"loss/bc": loss}
+        return {"bc": coef * loss}, {"loss/bc": loss}
 
     return ppo.update(
         state,

@@ -131,6 +131,7 @@ def apply_gradients(
     loss: jax.Array,
     gradients: Params,
     optimizer: optax.GradientTransformation,
+    **extra: jax.Array,
 ) -> tuple[AnyState, Metrics]:
     """Takes one optimizer step, or skips it if the loss or the gradient is not finite.
 
@@ -141,6 +142,8 @@ def apply_gradients(
       loss: Loss, [].
       gradients: Gradient of the loss with respect to `state.params`.
       optimizer: Optimizer whose state is `state.opt_state`.
+      **extra: Further arguments of the optimizer, such as `kl` of `learning_rate.scale_by_kl`. An
+        optimizer that does not need them ignores them.
 
     Returns:
       The new state, and the metrics 'loss/total', 'grad/norm', 'optimizer/steps' and
@@ -150,7 +153,7 @@ def apply_gradients(
     norm = optax.tree.norm(gradients)  # It is finite only if every entry of the gradient is.
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        gradients, state.opt_state, state.params, loss=loss, grad_norm=norm
+        gradients, state.opt_state, state.params, loss=loss, grad_norm=norm, **extra
     )
     params = optax.apply_updates(state.params, updates)
     spike = spikes.was_skipped(opt_state)

@@ -9,6 +9,7 @@ import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, at_least, between, option
 from mmrl_jax.stability import learning_rate, spikes
+from mmrl_jax.stability.learning_rate import AdaptiveKLOptions
 
 # Epsilon of Adam in Brax and openpi; with optax's 1e-8 the first steps of a value head are huge.
 _EPS = 1e-5
@@ -100,6 +101,7 @@ def make(
     *,
     is_trained: Callable[[tuple[Any, ...]], bool] | None = None,
     scalable: bool = False,
+    adaptive: AdaptiveKLOptions | None = None,
 ) -> Optimizer:
     """Returns the optimizer of a stage.
 
@@ -110,6 +112,9 @@ def make(
         updates and no optimizer state. By default all parameters are trained.
       scalable: Whether the learning rate can be lowered in the optimizer state, see
         `stability.learning_rate`.
+      adaptive: Options of a learning rate that follows the KL divergence of the policy, which
+        `update` then needs, see `learning_rate.scale_by_kl`; None or options without a `desired_kl`
+        for the learning rate of the schedule.
     """
     rate = make_schedule(options, steps)
     algorithm = {
@@ -123,6 +128,13 @@ def make(
         transformation = _partition(transformation, is_trained)
     if scalable:
         transformation = optax.chain(transformation, learning_rate.scale_by_state())
+    if adaptive is not None and adaptive.desired_kl is not None:
+        following = learning_rate.scale_by_kl(
+            desired_kl=adaptive.desired_kl,
+            min_scale=adaptive.min_learning_rate / options.learning_rate,
+            max_scale=adaptive.max_learning_rate / options.learning_rate,
+        )
+        transformation = optax.chain(transformation, following)
     if options.skip_spikes is not None:
         transformation = spikes.skip_spikes(
             transformation, deviations=options.skip_spikes, window=options.spike_window

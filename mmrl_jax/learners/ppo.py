@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, between, option
-from mmrl_jax.learners import entropy_bonus
+from mmrl_jax.learners import entropy_bonus, loss_gradients, value_scaling
 from mmrl_jax.learners.entropy_bonus import EntropyOptions
 from mmrl_jax.learners.learner import (
     Apply,
@@ -26,15 +26,22 @@ from mmrl_jax.learners.learner import (
     minibatch_order,
     run_network,
 )
+from mmrl_jax.learners.loss_gradients import SurgeryOptions
+from mmrl_jax.learners.optimizers import OptimizerOptions
+from mmrl_jax.learners.value_scaling import ValueScalingOptions
 from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.rl import advantages, losses, normalization
+from mmrl_jax.stability.divergence import RollbackOptions
+from mmrl_jax.stability.learning_rate import AdaptiveKLOptions
 from mmrl_jax.types import Metrics, Params, Transition
 
 Advantage = Literal["gae", "return"]
+# Function of a state that returns weighted terms of a loss by name, [] each, and metrics.
+FurtherLoss = Callable[[LearnerState], tuple[dict[str, jax.Array], Metrics]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPO(EntropyOptions):
+class PPO(EntropyOptions, AdaptiveKLOptions, SurgeryOptions, ValueScalingOptions):
     """The options of PPO."""
 
     discount: float = option(0.99, "Discount factor per control step.", between(0, 1))
@@ -77,6 +84,67 @@ class PPO(EntropyOptions):
     # rounding, because it is another program, and the first ratios would not be 1. With
     # augmentation, those of the rollout are of other images.
     recompute: bool = False
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """Names of the parts of the loss whose coefficient is not always 0."""
+        coefficients = {
+            "policy": 1.0,
+            "value": self.value_coef,
+            "entropy": 1.0 if self.entropy_target is not None else self.entropy_coef,
+            "auxiliary": self.auxiliary_coef,
+            "pointing": self.pointing_coef,
+        }
+        return tuple(name for name, coefficient in coefficients.items() if coefficient > 0)
+
+
+def check(options: PPO, optimizer: OptimizerOptions, rollback: RollbackOptions, name: str) -> None:
+    """Checks that no options of a stage work against each other, and that each has an effect.
+
+    Args:
+      options: Options of PPO.
+      optimizer: Options of its optimizer.
+      rollback: Options of the rollbacks of the stage.
+      name: Name of the stage, for error messages.
+
+    Raises:
+      ValueError: If the learning rate follows the KL divergence, and another option also limits the
+        divergence or changes the learning rate; or if there is no divergence to follow, or nothing
+        between which gradient surgery could resolve conflicts.
+    """
+    h = options
+    loss_gradients.check(h, h.loss_parts, name)
+    if h.desired_kl is None:
+        return
+    rate = f"{name}.desired_kl={h.desired_kl} lets the learning rate follow the KL divergence"
+    if h.target_kl is not None:
+        raise ValueError(
+            f"{rate}, but {name}.target_kl={h.target_kl} ends an update before the divergence is "
+            "high: set one of them to None."
+        )
+    if optimizer.schedule != "constant" or optimizer.warmup > 0:
+        raise ValueError(
+            f"{rate}, and replaces a schedule, but {name}.optimizer.schedule="
+            f"{optimizer.schedule!r} and {name}.optimizer.warmup={optimizer.warmup}: set them to "
+            "'constant' and 0, or desired_kl to None."
+        )
+    if rollback.max_retries > 0:
+        raise ValueError(
+            f"{rate}, and would raise again what a rollback lowers, but "
+            f"{name}.rollback.max_retries={rollback.max_retries}: set it to 0, or desired_kl to "
+            "None."
+        )
+    if h.num_epochs * h.num_minibatches == 1:
+        raise ValueError(
+            f"{rate}, but with a single optimizer step in an update the policy has not moved when "
+            f"it is measured: set {name}.num_minibatches or {name}.num_epochs above 1."
+        )
+    if not h.min_learning_rate <= optimizer.learning_rate <= h.max_learning_rate:
+        raise ValueError(
+            f"{name}.optimizer.learning_rate={optimizer.learning_rate} is where the learning rate "
+            f"starts with a desired_kl, but {name}.min_learning_rate={h.min_learning_rate} and "
+            f"{name}.max_learning_rate={h.max_learning_rate}: start between them."
+        )
 
 
 def with_std(params: Any, std: float) -> Any:
@@ -128,18 +196,28 @@ def loss(
     return parts, metrics
 
 
-def weighted_sum(
+def weighted_terms(
     parts: dict[str, jax.Array], options: PPO, entropy_coef: float | jax.Array
-) -> jax.Array:
-    """Returns the loss that is minimized, [], with the given coefficient of the entropy bonus."""
+) -> dict[str, jax.Array]:
+    """Returns the weighted terms of the loss, [] each, with a coefficient of the entropy bonus."""
     h = options
-    return (
-        parts["loss/policy"]
-        + h.value_coef * parts["loss/value"]
-        + entropy_coef * parts["loss/entropy"]
-        + h.auxiliary_coef * parts["loss/auxiliary"]
-        + h.pointing_coef * parts["loss/pointing"]
-    )
+    return {
+        "policy": parts["loss/policy"],
+        "value": h.value_coef * parts["loss/value"],
+        "entropy": entropy_coef * parts["loss/entropy"],
+        "auxiliary": h.auxiliary_coef * parts["loss/auxiliary"],
+        "pointing": h.pointing_coef * parts["loss/pointing"],
+    }
+
+
+def rollout_parts(options: PPO) -> tuple[str, ...]:
+    """Returns the names of the parts of the loss that depend on a rollout alone."""
+    return tuple(name for name in options.loss_parts if name != "bc")
+
+
+def extras(options: PPO) -> dict[str, Any]:
+    """Returns what PPO has beside the policy, the initial extras of its learner."""
+    return entropy_bonus.extras(options) | value_scaling.extras(options)
 
 
 def update(
@@ -152,7 +230,7 @@ def update(
     options: PPO,
     shard: Shard = lambda batch: batch,
     further_advantage: jax.Array | None = None,
-    further_loss: Callable[[LearnerState], tuple[jax.Array, Metrics]] | None = None,
+    further_loss: FurtherLoss | None = None,
 ) -> tuple[LearnerState, Metrics]:
     """Takes epochs of minibatch steps on one batch of transitions.
 
@@ -166,39 +244,35 @@ def update(
       shard: Function that places a minibatch on the mesh.
       further_advantage: Advantages of other rewards that are added to those of the batch, float32
         [T, B]; None for none.
-      further_loss: Function of a state that returns a term to add to the loss of every step, [],
-        and its metrics; None for none.
+      further_loss: Function of a state that returns weighted terms to add to the loss of every
+        step by name, [] each, and metrics; None for none. The names are in `options.loss_parts`.
 
     Returns:
       The new state, and metrics: means over the optimizer steps that were taken, NaN if there was
       none, and the numbers of steps that were taken and skipped.
     """
     h, valid = options, rollout.transitions.valid
-    batch, advantage, target = _with_advantages(state, rollout, apply, h)
-    if further_advantage is not None:
-        advantage = advantage + jnp.where(valid > 0, further_advantage, 0.0)
-    samples = flatten((batch, losses.whiten(advantage, valid), target))
+    state, (batch, advantage, target), scales = _scaled(
+        state, *_with_advantages(state, rollout, apply, h), h, further_advantage
+    )
+    samples = flatten((batch, advantage, target))
     if h.recompute:
         samples = (_with_log_probs(state, samples[0], apply, h, shard), *samples[1:])
     # The rollout was normalized with these statistics. Learning normalizes with them too, so that
     # the first ratios are exactly 1, and updates them at the end.
     normalizer = state.normalizer
     entropy_coef = entropy_bonus.coefficient(h, state.extras)
+    steps_before = state.steps
 
     def take_step(state: LearnerState, indices: jax.Array, rng: jax.Array) -> tuple:
-        minibatch, advantage, target = shard(gather(samples, indices))
-
-        def total(params: Params) -> tuple[jax.Array, Metrics]:
-            output = run_network(apply, state.replace(params=params), minibatch.observation)
-            parts, metrics = loss(output, minibatch, advantage, target, rng, options=h)
-            value = weighted_sum(parts, h, entropy_coef)
-            if further_loss is not None:
-                further, further_parts = further_loss(state.replace(params=params))
-                value, parts = value + further, parts | further_parts
-            return value, metrics | parts
-
-        (value, metrics), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
-        state, step_metrics = apply_gradients(state, value, gradients, optimizer)
+        minibatch = shard(gather(samples, indices))
+        terms = _terms(state, minibatch, rng, apply, h, entropy_coef, further_loss)
+        value, metrics, gradients = loss_gradients.value_and_gradient(
+            terms, state.params, jax.random.fold_in(rng, 1), present=h.loss_parts, options=h
+        )
+        # Before the first step the divergence is a rounding error.
+        kl = jnp.where(state.steps > steps_before, metrics["policy/approx_kl"], 0.0)
+        state, step_metrics = apply_gradients(state, value, gradients, optimizer, kl=kl)
         return state, metrics | step_metrics
 
     def maybe_step(carry: tuple, x: tuple) -> tuple:
@@ -219,8 +293,93 @@ def update(
     metrics = mean_over_steps(metrics)
     metrics["value/explained_variance"] = losses.explained_variance(batch.value, target, valid)
     extras, adapted = entropy_bonus.adapted(h, state.extras, metrics["policy/entropy"])
-    state = state.replace(normalizer=_with_observed(normalizer, batch), extras=extras)
-    return state, metrics | adapted
+    state = state.replace(
+        params=value_scaling.unnormalize(h, state.extras, state.params),
+        normalizer=_with_observed(normalizer, batch),
+        extras=extras,
+    )
+    return state, metrics | adapted | scales
+
+
+def part_gradients(
+    state: LearnerState, rollout: Rollout, rng: jax.Array, *, apply: Apply, options: PPO
+) -> Any:
+    """Returns the gradients of the K weighted parts of PPO's loss, a pytree with leaves [K, ...].
+
+    They are those of the first step of an update on one minibatch, which is the whole rollout. An
+    adaptive coefficient of the entropy bonus counts as `options.entropy_coef`.
+
+    Args:
+      state: State of the learner, with the parameters and the normalizer of the rollout.
+      rollout: Transitions of B environments under the learner's policy.
+      rng: PRNG key of the estimate of the entropy.
+      apply: Function of parameters and observations that returns a PolicyOutput.
+      options: Options of PPO; the K parts are its `rollout_parts`.
+    """
+    state = state.replace(extras=extras(options))
+    state, samples, _ = _scaled(state, *_with_advantages(state, rollout, apply, options), options)
+    terms = _terms(state, flatten(samples), rng, apply, options, options.entropy_coef)
+    names = [(name,) for name in rollout_parts(options)]
+    return loss_gradients.stacked_gradients(terms, state.params, names)[0]
+
+
+def _scaled(
+    state: LearnerState,
+    batch: Transition,
+    advantage: jax.Array,
+    target: jax.Array,
+    options: PPO,
+    further_advantage: jax.Array | None = None,
+) -> tuple[LearnerState, tuple[Transition, jax.Array, jax.Array], Metrics]:
+    """Returns state, batch, advantages and value targets [T, B] in the scales of learning.
+
+    Args:
+      state: State of the learner.
+      batch: Transitions [T, B] with zeros in invalid steps.
+      advantage: Advantages, float32 [T, B].
+      target: Value targets, float32 [T, B].
+      options: Options of PPO.
+      further_advantage: Advantages that are added, float32 [T, B]; None for none.
+
+    Returns:
+      The state, whose network outputs normalized values with PopArt, and whose extras have seen the
+      targets; the batch, the advantages and the targets; and metrics.
+    """
+    h, valid = options, batch.valid
+    if further_advantage is not None:
+        advantage = advantage + jnp.where(valid > 0, further_advantage, 0.0)
+    advantage, extras, metrics = value_scaling.scale_advantages(
+        h, state.extras, advantage, target, valid
+    )
+    extras, moments = value_scaling.observe_targets(h, extras, target, valid)
+    params, (value, target) = value_scaling.normalize(
+        h, extras, state.params, (batch.value, target)
+    )
+    state = state.replace(params=params, extras=extras)
+    return state, (batch.replace(value=value), advantage, target), metrics | moments
+
+
+def _terms(
+    state: LearnerState,
+    samples: tuple[Transition, jax.Array, jax.Array],
+    rng: jax.Array,
+    apply: Apply,
+    options: PPO,
+    entropy_coef: float | jax.Array,
+    further_loss: FurtherLoss | None = None,
+) -> loss_gradients.Terms:
+    """Returns the weighted terms of the loss of N samples as a function of parameters."""
+
+    def terms(params: Params) -> tuple[dict[str, jax.Array], Metrics]:
+        output = run_network(apply, state.replace(params=params), samples[0].observation)
+        parts, metrics = loss(output, *samples, rng, options=options)
+        weighted = weighted_terms(parts, options, entropy_coef)
+        if further_loss is not None:
+            further, further_parts = further_loss(state.replace(params=params))
+            weighted, parts = weighted | further, parts | further_parts
+        return weighted, metrics | parts
+
+    return terms
 
 
 def _with_log_probs(

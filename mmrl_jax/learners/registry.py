@@ -40,6 +40,9 @@ class Algorithm(NamedTuple):
         what the algorithm needs in addition to the policy, 'value_head' or 'reference'.
       compares: Completions of a prompt that an algorithm for token policies compares, all of a
         group or pairs. Agents have one completion in each turn, which can be compared to nothing.
+      check: Function of the options of the algorithm, of its optimizer and of the rollbacks of the
+        stage, and of the name of the stage; it raises ValueError for options that contradict each
+        other.
     """
 
     options: type
@@ -50,10 +53,15 @@ class Algorithm(NamedTuple):
     extras: Callable[[Any, Any, Any, Any], Any] = lambda options, observation, output, rng: {}
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset()
     compares: Literal["nothing", "groups", "pairs"] = "nothing"
+    check: Callable[[Any, Any, Any, str], None] = lambda options, optimizer, rollback, name: None
 
 
 def _with_std(params: Any, options: ppo.PPO) -> Any:
     return ppo.with_std(params, options.initial_std)
+
+
+def _ppo_extras(options: ppo.PPO, observation: Any, output: Any, rng: Any) -> dict[str, Any]:
+    return ppo.extras(options)
 
 
 def _entropy_extras(options: Any, observation: Any, output: Any, rng: Any) -> dict[str, Any]:
@@ -78,7 +86,8 @@ CONTROL: dict[str, Algorithm] = {
         ppo.update,
         ("episode/return", "episode/success"),
         prepare=_with_std,
-        extras=_entropy_extras,
+        extras=_ppo_extras,
+        check=ppo.check,
     ),
     "dapg": Algorithm(
         dapg.DAPG,
@@ -86,7 +95,8 @@ CONTROL: dict[str, Algorithm] = {
         dapg.update,
         ("episode/return", "episode/success", "loss/bc"),
         prepare=_with_std,
-        extras=_entropy_extras,
+        extras=_ppo_extras,
+        check=ppo.check,
     ),
     "rnd": Algorithm(
         rnd.RND,
@@ -95,6 +105,7 @@ CONTROL: dict[str, Algorithm] = {
         ("episode/return", "episode/success", "exploration/novelty"),
         prepare=_with_std,
         extras=rnd.extras,
+        check=ppo.check,
     ),
 }
 

@@ -20,7 +20,7 @@ import optax
 
 from mmrl_jax.config.options import NON_NEGATIVE, POSITIVE, POSITIVE_FRACTION, between, option
 from mmrl_jax.exploration import intrinsic
-from mmrl_jax.learners import entropy_bonus, ppo
+from mmrl_jax.learners import ppo
 from mmrl_jax.learners.learner import (
     Apply,
     LearnerState,
@@ -144,7 +144,7 @@ def extras(options: RND, observation: Observation, output: Any, rng: jax.Array) 
         returns=normalization.init(1),
         level=jnp.zeros(()),
     )
-    return {"novelty": novelty} | entropy_bonus.extras(options)
+    return {"novelty": novelty} | ppo.extras(options)
 
 
 def update(

@@ -128,8 +128,42 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
         "1 - mean((target - value)^2) / Var(target) on the data of the update, before it",
         "0.3 to 1; below 0 the value is worse than a constant",
     ),
+    "value/target_mean": Metric("return", "Moving mean of the value targets, with popart", "-"),
+    "value/target_std": Metric(
+        "return",
+        "Moving standard deviation of the value targets, in which the value is learned with popart",
+        "moves slowly",
+    ),
+    "value/return_range": Metric(
+        "return",
+        "Moving range of the returns from the 5th to the 95th percentile, with "
+        "advantage_scaling='percentile'",
+        "above 1, below which advantages are not scaled",
+    ),
+    "grad/min_cosine": Metric(
+        "1",
+        "Smallest cosine between the gradients of two parts of the loss on shared parameters, "
+        "before gradient_surgery; 1 if they share none",
+        "above 0; below, the parts conflict",
+    ),
+    "gradient_conflict/cosine/<part>_<part>": Metric(
+        "1",
+        "Cosine between the gradients of two parts of the loss on the parameters that they share, "
+        "by the probe 'gradient_conflict'; 1 if they share none",
+        "above -0.1; below, the parts conflict",
+    ),
+    "gradient_conflict/norm_ratio/<part>_<part>": Metric(
+        "1",
+        "Norm of the weighted gradient of the first part over that of the second one, on the "
+        "parameters that two parts share; NaN if the second one is 0",
+        "0.01 to 100; beyond, one part alone moves the parameters",
+    ),
     "grad/norm": Metric("1", "Global norm of the gradient before clipping", "stable"),
-    "lr": Metric("1", "Learning rate after the update", "follows the schedule"),
+    "lr": Metric(
+        "1",
+        "Learning rate after the update",
+        "follows the schedule; with desired_kl it settles away from its limits",
+    ),
     "episode/return": Metric("reward", "Mean return of the finished episodes", "rises"),
     "episode/success": Metric(
         "fraction", "Fraction of the finished episodes with success", "rises to 1"

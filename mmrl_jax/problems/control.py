@@ -23,7 +23,7 @@ from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.envs.brax_api import Env, State
 from mmrl_jax.evaluation.evaluate import Evaluator, describe, describe_ablations
 from mmrl_jax.evaluation.prompts import Sample
-from mmrl_jax.learners import bc, registry
+from mmrl_jax.learners import bc, ppo, registry
 from mmrl_jax.learners import learner as learner_lib
 from mmrl_jax.learners.learner import LearnerState, policy_function
 from mmrl_jax.models.heads import PolicyOutput
@@ -39,7 +39,8 @@ from mmrl_jax.problems import (
 )
 from mmrl_jax.problems.problem import StageOptions, stream
 from mmrl_jax.problems.sources import Constants, Source
-from mmrl_jax.rollouts.unroll import PolicyFunction
+from mmrl_jax.rollouts.unroll import PolicyFunction, unroll
+from mmrl_jax.stability import gradient_surgery
 from mmrl_jax.training.settings import check_settings
 from mmrl_jax.training.stage import Carry, Stage, Start
 from mmrl_jax.types import Metrics, Observation
@@ -227,6 +228,7 @@ class Control:
         for name in config.stages:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
             augmented.make(config, name, self.env)  # Raises for options that do not fit.
+            problem.check_algorithm(config, name, registry.CONTROL[name])
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
         self.best_metric = f"eval/{config.env.split}/return"
         self.test_split: str | None = None
@@ -420,6 +422,33 @@ class Control:
     def predict(self, learner: LearnerState, observation: Observation) -> PolicyOutput:
         """Returns the output of a learner's network for observations [B, ...]."""
         return learner_lib.run_network(self._apply(), learner, observation)
+
+    def gradient_conflict(
+        self, learner: LearnerState, name: str, rng: jax.Array
+    ) -> gradient_surgery.Conflict:
+        """Returns how much the gradients of the parts of PPO's loss conflict, on shared parameters.
+
+        The batch is a rollout from the start of new episodes, of the size of a minibatch.
+
+        Args:
+          learner: Learner of the policy.
+          name: Name of a stage of PPO, whose `ppo.rollout_parts` are compared.
+          rng: PRNG key of the rollout.
+        """
+        g = self.config[name]
+        options = build(registry.CONTROL[name].options, g)
+        apply, keys = self._apply(g.trainable), jax.random.split(rng, 3)
+        count = max(1, g.num_envs // options.num_minibatches)
+        env_state, batch = unroll(
+            self.env,
+            self.env.reset(jax.random.split(keys[2], count)),
+            policy_function(apply, learner, deterministic=False),
+            keys[0],
+            g.unroll_length,
+        )
+        rollout = learner_lib.Rollout(batch, env_state.obs)
+        gradients = ppo.part_gradients(learner, rollout, keys[1], apply=apply, options=options)
+        return gradient_surgery.shared_conflict(gradients)
 
     def _apply(self, trainable: str = ".*") -> learner_lib.Apply:
         # An MLP has no option `attention`.

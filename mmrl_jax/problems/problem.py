@@ -27,6 +27,7 @@ from mmrl_jax.config.options import (
     Valid,
     at_least,
     between,
+    build,
     group,
     option,
     options_of,
@@ -270,6 +271,24 @@ def stage_names(config: Any, algorithms: Mapping[str, Any]) -> tuple[str, ...]:
             f"{', '.join(map(repr, algorithms))}, without duplicates."
         )
     return names
+
+
+def check_algorithm(config: ml_collections.ConfigDict, name: str, algorithm: Any) -> None:
+    """Checks the options of a stage against each other.
+
+    Args:
+      config: Config of the run.
+      name: Name of the stage.
+      algorithm: Algorithm of the stage, see `registry.Algorithm`.
+
+    Raises:
+      ValueError: If options contradict each other.
+    """
+    g = config[name]
+    options = build(algorithm.options, g)
+    algorithm.check(
+        options, build(OptimizerOptions, g.optimizer), build(RollbackOptions, g.rollback), name
+    )
 
 
 def check_divisible(sizes: Mapping[str, int], mesh: Mesh) -> None:

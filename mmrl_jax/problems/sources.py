@@ -26,6 +26,7 @@ from mmrl_jax.learners.registry import Algorithm
 from mmrl_jax.problems import problem
 from mmrl_jax.stability import learning_rate
 from mmrl_jax.stability.divergence import RollbackOptions
+from mmrl_jax.stability.learning_rate import AdaptiveKLOptions
 from mmrl_jax.training.dispatch import TRANSIENT
 from mmrl_jax.training.prefetch import Prefetch
 from mmrl_jax.training.stage import Carry, HostUpdate
@@ -143,6 +144,7 @@ def make_optimizer(
         steps,
         is_trained=is_trained,
         scalable=config[name].rollback.max_retries > 0,
+        adaptive=options if isinstance(options, AdaptiveKLOptions) else None,
     )
 
 

@@ -211,6 +211,7 @@ class TokenProblem(abc.ABC):
             trains_value_head=False,
             key=f"{name}.trainable",
         )
+        problem.check_algorithm(self.config, name, registry.TOKEN[name])
         g = self.config[name]
         if g.get("kl_cov_fraction", 0.0) > 0 and g.num_epochs * g.num_minibatches == 1:
             raise ValueError(

@@ -70,6 +70,7 @@ def test_random_actions_are_uniform(monkeypatch):
     [
         ({"ppo.optimizer.schedule": "linear"}, "ppo.optimizer.schedule='linear'"),
         ({"ppo.target_kl": 0.1}, "target_kl"),
+        ({"ppo.popart": True}, "ppo.popart=True, but Brax's PPO is run with False only"),
     ],
 )
 def test_what_brax_cannot_do_is_refused(changes, words):

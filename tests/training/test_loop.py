@@ -164,6 +164,18 @@ def test_every_config_trains(name, tmp_path):
         ("mlp_ppo", 8, tiny.FAST),
         # With everything that an algorithm has beside the policy.
         ("deep_sea_rnd", 2, {"rnd__entropy_target": 0.5}),
+        (
+            "mlp_ppo",
+            1,
+            {
+                "ppo__desired_kl": 0.01,
+                "ppo__optimizer": {"learning_rate": 1e-3},
+                "ppo__popart": True,
+                "ppo__advantage_scaling": "percentile",
+                "ppo__gradient_surgery": "pcgrad",
+                **tiny.FAST,
+            },
+        ),
     ],
 )
 def test_two_plus_two_updates_are_four(name, devices, changes, tmp_path):

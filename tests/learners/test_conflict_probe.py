@@ -1,0 +1,54 @@
+"""The probe `gradient_conflict` in a run of two updates, and where it has nothing to measure."""
+
+import math
+
+import pytest
+
+from mmrl_jax import probes, problems, runs
+from mmrl_jax.monitoring import metrics
+from tests import tiny
+
+PROBED = {
+    "run__probes": ("gradient_conflict",),
+    "run__probe_interval": 2,
+    "last__num_updates": 2,
+    "last__eval_interval": 2,
+}
+
+
+def measured(config, workdir):
+    runs.train(config, workdir)
+    (row,) = [x for x in metrics.read_jsonl(workdir / "metrics.jsonl") if found(x)]
+    return found(row)
+
+
+def found(row):
+    prefix = "gradient_conflict/"
+    return {name.removeprefix(prefix): x for name, x in row.items() if name.startswith(prefix)}
+
+
+def test_a_perceptron_whose_actor_and_critic_share_nothing(tmp_path):
+    config = tiny.config("mlp_ppo", ppo__entropy_coef=0.0, **tiny.FAST, **PROBED)
+    row = measured(config, tmp_path)
+    assert row["cosine/policy_value"] == 1
+    assert not math.isfinite(row.get("norm_ratio/policy_value") or math.nan)
+
+
+@pytest.mark.slow
+def test_a_transformer_whose_trunk_is_shared(tmp_path):
+    row = measured(tiny.config("reach_ppo_scratch", **PROBED), tmp_path)
+    names = [name.removeprefix("cosine/") for name in row if name.startswith("cosine/")]
+    assert "policy_value" in names and "auxiliary_pointing" in names
+    assert len(row) == 2 * len(names)
+    for name in names:
+        assert -1.001 <= row[f"cosine/{name}"] <= 1.001 and row[f"cosine/{name}"] != 1
+        assert row[f"norm_ratio/{name}"] > 0
+
+
+def test_a_run_without_ppo_is_told(tmp_path):
+    problem = problems.make(tiny.config("reach_bc"))
+    message = (
+        r"measures the loss of PPO of a control policy, but problem='control' and stages=\('bc'"
+    )
+    with pytest.raises(ValueError, match=message):
+        probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path))
