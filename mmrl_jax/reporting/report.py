@@ -298,7 +298,7 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         "<tr><td><img src='data:image/png;base64,{}' alt=''></td><td class='text'>{}</td>"
         "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{}</td></tr>"
         "".format(
-            _png(sample.image),
+            png_base64(sample.image),
             html.escape(sample.prompt),
             html.escape(sample.answer),
             {True: "right", False: "wrong", None: ""}[sample.correct],
@@ -333,7 +333,7 @@ def _summary(samples: Sequence[Sample]) -> str:
     return " ".join(texts)
 
 
-def _png(image: np.ndarray) -> str:
+def png_base64(image: np.ndarray) -> str:
     """Encodes an image uint8 [H, W, 3] as a PNG in base64."""
     from PIL import Image
 
