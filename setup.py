@@ -28,6 +28,7 @@ setuptools.setup(
             "mmrl-convert-hf=mmrl_jax.commands.convert_hf:run",
             "mmrl-convert-tfrecord=mmrl_jax.commands.convert_tfrecord:run",
             "mmrl-make-demos=mmrl_jax.commands.make_demos:run",
+            "mmrl-audit=mmrl_jax.commands.audit:run",
         ],
     },
     # What `import mmrl_jax...` and experiments/ need. What only one function imports, or only the

@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.study_tables import TABLES, markdown
 from mmrl_jax import envs, problems
+from mmrl_jax.auditing import checks
 from mmrl_jax.commands.common import refuse_arguments, run_command
 from mmrl_jax.config import loading, schema
 from mmrl_jax.config.options import Option, options_of
@@ -29,7 +30,7 @@ from mmrl_jax.problems.task import UserTaskOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Documents that are written in addition to the README.
-TABLED = ("docs/results.md", "docs/benchmarks.md", "docs/scaling.md")
+TABLED = ("docs/results.md", "docs/benchmarks.md", "docs/scaling.md", "docs/audit.md")
 WRITTEN = ("docs/metrics.md", "docs/configuration.md", *TABLED)
 NOTE = "<!-- Written by `python -m experiments.write_docs`; do not edit. -->\n\n"
 
@@ -83,19 +84,42 @@ def with_tables(text: str) -> str:
     Raises:
       ValueError: If the document has an unknown table, or a table without an end.
     """
+    tables = TABLES | {"records_checks": records_checks, "demonstrations_checks": demos_checks}
     begins = len(re.findall(r"<!-- table: ", text))
     pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)"
 
     def replacement(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        if name not in TABLES:
-            raise ValueError(f"There is no table {name!r}; valid names are {', '.join(TABLES)}.")
-        return f"{begin}{TABLES[name]()}{end}"
+        if name not in tables:
+            raise ValueError(f"There is no table {name!r}; valid names are {', '.join(tables)}.")
+        return f"{begin}{tables[name]()}{end}"
 
     text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
     if count != begins:
         raise ValueError(f"{begins} tables begin, but {count} end by '<!-- /table -->'.")
     return text
+
+
+# -- Audit -----------------------------------------------------------------------------------------
+
+
+def records_checks() -> str:
+    """Returns the table of the checks of image-text records."""
+    return _checks(checks.IMAGE_TEXT)
+
+
+def demos_checks() -> str:
+    """Returns the table of the checks of demonstrations."""
+    return _checks(checks.DEMONSTRATIONS)
+
+
+def _checks(rows: Mapping[str, checks.Check]) -> str:
+    lines = ["| check | a flagged sample | threshold | limit | weight |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{name}` | {x.meaning} | {x.threshold:g} | {x.limit:.0%} | {x.weight:g} |"
+        for name, x in rows.items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 # -- Metrics ---------------------------------------------------------------------------------------

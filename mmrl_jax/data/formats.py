@@ -77,6 +77,20 @@ def make_writer(
     raise ValueError(f"format={kind!r} is unknown; choose one of {FORMATS}.")
 
 
+def split_names(directory: str | os.PathLike) -> tuple[str, ...]:
+    """Returns the names of the splits of a data set; () if the directory is none.
+
+    Raises:
+      InvalidData: If its metadata cannot be read.
+    """
+    root = pathlib.Path(directory)
+    if (root / lerobot.INFO).is_file():
+        return lerobot.split_names(root)
+    if (root / tfds_files.INFO).is_file():
+        return tuple(split["name"] for split in tfds_files.read_info(root)["splits"])
+    return ()
+
+
 def open_directory(directory: str | os.PathLike, split: str) -> EpisodeSource:
     """Opens a data set, whose format is found by its files.
 

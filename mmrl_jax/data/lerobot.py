@@ -290,11 +290,25 @@ def _of_split(
             f"{root} lists {len(ordered)} episodes, but {INFO} declares {declared}; some of the "
             "metadata are missing."
         )
-    splits = info.get("splits") or {"train": f"0:{declared}"}
+    splits = _splits(info)
     if split not in splits:
         raise InvalidData(f"split={split!r} is not in {root / INFO}. {nearest(split, [*splits])}")
     start, _, stop = str(splits[split]).partition(":")
     return ordered[int(start or 0) : int(stop) if stop else None]
+
+
+def _splits(info: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the ranges of episodes, for example '0:10', by the names of the splits."""
+    return info.get("splits") or {"train": f"0:{int(info['total_episodes'])}"}
+
+
+def split_names(root: pathlib.Path) -> tuple[str, ...]:
+    """Returns the names of the splits of a data set.
+
+    Raises:
+      InvalidData: If its metadata cannot be read.
+    """
+    return tuple(_splits(_read_json(root / INFO)))
 
 
 def _provenance(episode: Mapping[str, Any]) -> Provenance:

@@ -74,6 +74,19 @@ class Part(NamedTuple):
     part: slice
 
 
+def parse_part(text: str) -> Part:
+    """Returns the field and the slice in a text, for example 'observation/state[0:7]'."""
+    match = _SLICE.fullmatch(text)
+    assert match is not None  # Every text has a name, possibly without a slice.
+    start, stop = (int(x) if x else None for x in match.group("start", "stop"))
+    return Part(match["name"], slice(start, stop))
+
+
+def part_size(feature: Feature, part: Part) -> int:
+    """Returns the number of values that a part of a field has in one step."""
+    return len(range(math.prod(size or 1 for size in feature.shape))[part.part])
+
+
 class FeatureMapping:
     """Makes episodes of a data set those of a policy.
 
@@ -141,10 +154,7 @@ class FeatureMapping:
         }
 
     def _part(self, name: str, text: str) -> Part:
-        match = _SLICE.fullmatch(text)
-        assert match is not None  # Every text has a name, possibly without a slice.
-        start, stop = (int(x) if x else None for x in match.group("start", "stop"))
-        part = Part(match["name"], slice(start, stop))
+        part = parse_part(text)
         known = list(self._source.features)
         if part.name not in known:
             raise InvalidData(
@@ -174,10 +184,9 @@ class FeatureMapping:
             )
         sizes = []
         for x, part in zip(declared, parts, strict=True):
-            shape = [1 if size is None else size for size in x.shape]
             if None in x.shape:
                 return  # The size is known only when an episode is read.
-            sizes.append(len(range(math.prod(shape))[part.part]))
+            sizes.append(part_size(x, part))
         expected = math.prod(self._shape(name))
         if sum(sizes) != expected:
             raise InvalidData(

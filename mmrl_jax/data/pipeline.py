@@ -1,7 +1,8 @@
 """Batches of demonstrated steps, whose position is the number of the update.
 
 Batch u has the samples u * B to (u + 1) * B - 1 of the sequence of all epochs. Every epoch has each
-step with an action once, in an order that depends on the seed and the epoch alone. Which samples of
+step with an action once, or as often as the weight of its episode says, in an order that depends on
+the seed and the epoch alone. Which samples of
 a batch a process reads is given by their places in the batch, so that a run continues exactly where
 it stopped, also on another number of processes.
 """
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmrl_jax.data import weights as weights_lib
 from mmrl_jax.data.packed import Packed
 from mmrl_jax.data.records import InvalidData
 
@@ -60,6 +62,7 @@ class Pipeline:
       one_step: Whether value targets have one reward and the value of the next observation.
       scaling: Name of the method in SCALINGS by which actions are scaled.
       key: Name of the option that has `scaling`, for messages.
+      weights: Weight of each episode, float64 [E], see `weights.epoch_order`; None for no weights.
 
     Raises:
       InvalidData: If actions are outside of [-1, 1] and not scaled.
@@ -77,10 +80,15 @@ class Pipeline:
         one_step: bool,
         scaling: str,
         key: str,
+        weights: np.ndarray | None = None,
     ):
         self.packed, self.batch_size = packed, batch_size
         self._tokens, self._seed, self._history = tokens, seed, history
         self._rows = np.flatnonzero(packed.arrays["has_action"])
+        self._weights: np.ndarray | None = None
+        if weights is not None:
+            of_rows = np.repeat(weights, np.diff(packed.starts))[self._rows]
+            self._rows, self._weights = self._rows[of_rows > 0], of_rows[of_rows > 0]
         self._targets = value_targets(packed, discount, one_step=one_step)
         self._scale = _scale(packed, scaling, key)
         # A batch may have samples of two epochs, or of more if it is larger than the set.
@@ -89,6 +97,11 @@ class Pipeline:
     def __len__(self) -> int:
         """Returns the number of samples of an epoch."""
         return len(self._rows)
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Rows of the steps that epochs have, each once, int64 [n]."""
+        return self._rows
 
     def rows(self, update: int, places: np.ndarray) -> np.ndarray:
         """Returns the rows of some samples of a batch, int64 [n].
@@ -151,7 +164,7 @@ class Pipeline:
         return np.clip((action - middle) / half, -1, 1).astype(np.float32)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self))
+        return weights_lib.epoch_order(len(self), self._weights, seed=self._seed, epoch=epoch)
 
 
 def places_of_process(batch_size: int, process: int, processes: int) -> np.ndarray:

@@ -178,6 +178,7 @@ class Dataset(TokenProblem):
             validation_size=d.validation_size,
             test_size=d.test_size,
             split_seed=d.split_seed,
+            weights=d.weights,
             size=(d.height, d.width),
             resize=d.resize,
             batch_size=self.eval_batch_size(),
@@ -207,6 +208,8 @@ class Dataset(TokenProblem):
             for part in self.records
             for name, info in zip(part.names, part.images, strict=True)
         ]
+        if d.weights is not None:
+            contents.append(pathlib.Path(d.weights).read_bytes())
         code = {name: dataset_options.source_code(name) for name in self._functions}
         return super().dependencies() | {
             "records": fingerprints.digest(contents, sorted(images)),

@@ -86,6 +86,13 @@ class DatasetOptions:
     test_files: str | None = option(
         None, "Pattern of the tables in `test_directory`, as `files`.", NON_EMPTY
     )
+    weights: str | None = option(
+        None,
+        "File of weights of the records of `directory`, which `python -m experiments.audit` "
+        "writes: training leaves out records of weight 0, and samples those of higher weights "
+        "more often. None to sample all alike.",
+        NON_EMPTY,
+    )
     split_seed: int = option(
         0,
         "Seed of the selection of validation and test images, independent of `seed`.",

@@ -22,6 +22,7 @@ from mmrl_jax.data.images import LETTERBOX
 from mmrl_jax.data.mapping import FeatureMapping, Target
 from mmrl_jax.data.pipeline import Batch, Pipeline
 from mmrl_jax.data.records import InvalidData
+from mmrl_jax.data.weights import select
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import BatchRows
@@ -64,6 +65,13 @@ class DataOptions:
     )
     episodes: int | None = option(
         None, "Number of episodes from the front that are used; None for all of them.", POSITIVE
+    )
+    weights: str | None = option(
+        None,
+        "File of weights of the episodes, as `python -m experiments.audit` writes it: episodes of "
+        "weight 0 are left out, and those of higher weights are sampled more often. None to sample "
+        "all alike.",
+        NON_EMPTY,
     )
     max_rejected: float = option(
         0.01,
@@ -121,6 +129,11 @@ def fingerprint(config: ml_collections.ConfigDict) -> dict[str, str]:
     parts = {
         name: files.fingerprint(path) for name, path in directories(config).items() if path.is_dir()
     }
+    for name in tuple(parts):
+        group = demonstrated(config, name)
+        path = None if group is None else group.options.data.weights
+        if path is not None and pathlib.Path(path).is_file():
+            parts[f"{name}.weights"] = files.file_digest(pathlib.Path(path))
     return {"demonstrations": files.digest(sorted(parts.items()))} if parts else {}
 
 
@@ -204,11 +217,12 @@ def open_pipeline(
         mapping = FeatureMapping(
             source, group.features, into, resize=group.resize, key=f"{key}.features"
         )
+        digest = files.digest(files.fingerprint(directory), group.split)
         data = packed.pack(
             source,
             mapping,
             episodes=group.episodes,
-            fingerprint=files.digest(files.fingerprint(directory), group.split),
+            fingerprint=digest,
             cache=files.cache_directory() / "demonstrations",
         )
     except InvalidData as error:
@@ -225,6 +239,10 @@ def open_pipeline(
             f"{value_coef} trains a critic on them; name the field of the rewards in "
             f"{key}.features, or clone without a critic, by the stage 'bc' with bc.value_coef=0."
         )
+    weights = None
+    if group.weights is not None:
+        ids = [source.name(int(number)) for number in data.numbers]
+        weights = select(group.weights, ids, [digest] * len(ids), key=f"{key}.weights")
     tokens = None if into.encode is None else np.stack([into.encode(x) for x in data.texts])
     pipeline = Pipeline(
         data,
@@ -236,9 +254,12 @@ def open_pipeline(
         one_step=one_step,
         scaling=group.action_scaling,
         key=f"{key}.action_scaling",
+        weights=weights,
     )
     lines = [f"{directory}, split {group.split!r}: {episodes} episodes, {len(pipeline)} steps."]
     lines += [set_aside.summary()] if set_aside.total else []
+    if weights is not None:
+        lines.append(f"{(weights == 0).sum()} episodes have the weight 0 in {group.weights}.")
     if group.action_scaling != "none":
         lines.append(f"Actions are scaled by the statistics in {data.directory / packed.INDEX}.")
     if jax.process_index() == 0:
@@ -275,7 +296,7 @@ def source(pipeline: Pipeline, *, num_updates: int, mesh: Mesh) -> Source:
 
     def prepare(learner: LearnerState) -> LearnerState:
         arrays = pipeline.packed.arrays
-        proprio = jnp.asarray(arrays["proprio"][arrays["has_action"]])
+        proprio = jnp.asarray(arrays["proprio"][pipeline.sampled])
         mask = jnp.ones(proprio.shape[:-1])
         return learner.replace(normalizer=normalization.update(learner.normalizer, proprio, mask))
 

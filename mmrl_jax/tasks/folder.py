@@ -25,6 +25,7 @@ import numpy as np
 from mmrl_jax.data import images as images_lib
 from mmrl_jax.data import tfds_files
 from mmrl_jax.data.images import ImageInfo
+from mmrl_jax.data.weights import epoch_order
 from mmrl_jax.tasks import tables
 from mmrl_jax.tasks.image_index import ImageIndex
 from mmrl_jax.tasks.reward_workers import printable
@@ -158,6 +159,7 @@ class Records:
             )
         self._readers = [readers[name] for name in self.names]
         self._batch_size, self._seed = batch_size, seed
+        self._weights: np.ndarray | None = None
         # A batch may contain records of two epochs.
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
@@ -204,6 +206,17 @@ class Records:
             "train": self._subset(np.array(rest), self._batch_size)
         }
 
+    def with_weights(self, weights: np.ndarray) -> "Records":
+        """Returns the records of weights above 0, of which epochs have some more often.
+
+        Args:
+          weights: Weight of each record, float64 [N], see `weights.epoch_order`.
+        """
+        numbers = np.flatnonzero(weights)
+        part = self._subset(numbers, self._batch_size)
+        part._weights = weights[numbers]
+        return part
+
     def with_batch_size(self, size: int) -> "Records":
         """Returns the same records in batches of another size."""
         return self._subset(np.arange(len(self)), size)
@@ -214,6 +227,7 @@ class Records:
         part.names = tuple(self.names[i] for i in numbers)
         part.images = tuple(self.images[i] for i in numbers)
         part._readers = [self._readers[i] for i in numbers]
+        part._weights = None if self._weights is None else self._weights[numbers]
         part._batch_size = batch_size
         part._order = functools.lru_cache(maxsize=2)(part._shuffle)
         return part
@@ -254,7 +268,7 @@ class Records:
         )
 
     def _shuffle(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self))
+        return epoch_order(len(self), self._weights, seed=self._seed, epoch=epoch)
 
     def _read(self, number: int) -> Record:
         try:

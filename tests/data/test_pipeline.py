@@ -267,3 +267,24 @@ def test_a_damaged_index_of_files_is_written_anew(tmp_path, monkeypatch, stored)
     path.write_bytes(stored)
     assert files.fingerprint(tmp_path / "d") == before
     assert list(json.loads(path.read_bytes())) == ["x"]
+
+
+def test_weights_of_episodes_leave_out_and_repeat_their_steps(data):
+    # The episodes have 3, 1, 5 and 2 actions, and a final observation each: rows 0 to 2, 4, 6 to 10
+    # and 12 to 13.
+    plain = make(data)
+    equal = make(data, weights=np.ones(4))
+    for update in range(6):
+        np.testing.assert_array_equal(plain.batch(update).rows, equal.batch(update).rows)
+    weighted = make(data, weights=np.array([1.0, 3.0, 0.0, 1.0]))
+    assert len(weighted) == 6
+    np.testing.assert_array_equal(weighted.sampled, [0, 1, 2, 4, 12, 13])
+    # An epoch has 6 steps, and 6 * w / 8 of each: 0.75 of those of weight 1, and 2.25 of row 4.
+    # Eight epochs are 12 batches of 4.
+    rows = np.concatenate([weighted.rows(update, np.arange(4)) for update in range(12)])
+    assert set(rows) == {0, 1, 2, 4, 12, 13}
+    for epoch in rows.reshape(8, 6):
+        assert 2 <= (epoch == 4).sum() <= 3
+    # A batch depends on the number of its update alone.
+    again = make(data, weights=np.array([1.0, 3.0, 0.0, 1.0]))
+    np.testing.assert_array_equal(again.rows(7, np.arange(4)), rows[28:32])

@@ -363,6 +363,7 @@ def test_every_command_is_installed_by_a_name_and_can_be_called():
         "mmrl-export",
         "mmrl-convert-hf",
         "mmrl-convert-tfrecord",
+        "mmrl-audit",
         "mmrl-make-demos",
         "mmrl-plan",
     }

@@ -9,8 +9,10 @@ import pytest
 import mmrl_jax
 from mmrl_jax import problems, runs
 from mmrl_jax.commands import evaluate
-from mmrl_jax.data import records
+from mmrl_jax.data import files, formats, records
+from mmrl_jax.data import weights as weights_lib
 from mmrl_jax.data.records import InvalidData
+from mmrl_jax.data.weights import SampleWeight
 from mmrl_jax.envs.language_grid import LanguageGrid
 from mmrl_jax.problems import demonstration_data
 from mmrl_jax.training import loop
@@ -189,3 +191,38 @@ def test_privileged_targets_must_be_recorded(tmp_path):
     with pytest.raises(InvalidData, match="'privileged/target_pixel', which the data set does not"):
         problems.make(made).stage("bc")
     assert records.schema_of(one)["privileged/target_pixel"].shape == (2,)
+
+
+def weigh(path, directory, weights):
+    """Writes the weights of the episodes of a directory, and returns the path."""
+    source = formats.open_directory(directory, "train")
+    digest = files.digest(files.fingerprint(directory), "train")
+    ids = [source.name(i) for i in range(len(source))]
+    rows = [SampleWeight(x, digest, w) for x, w in zip(ids, weights, strict=True)]
+    weights_lib.write(path, rows)
+    return path
+
+
+def test_weights_leave_out_episodes_and_resume_bit_for_bit(data, tmp_path, capsys):
+    path = weigh(tmp_path / "weights.jsonl", data, (1.0, 0.0, 2.0))
+    options = {"data": {"directory": str(data), "weights": str(path)}, "flat": True}
+    options["optimizer"] = {"schedule": "constant"}
+    whole, half = (config(**options, num_updates=count) for count in (4, 2))
+    one = mmrl_jax.train(whole, tmp_path / "one")
+    # The normalizer has seen 3 + 4 steps, without the episode of 5.
+    assert one.variables.normalizer.count == 7
+    assert "1 episodes have the weight 0" in capsys.readouterr().out
+    mmrl_jax.train(half, tmp_path / "two")
+    two = mmrl_jax.train(whole, tmp_path / "two")
+    jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
+    # Other weights are other demonstrations.
+    weigh(path, data, (1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="demonstrations"):
+        mmrl_jax.train(config(**options, num_updates=6), tmp_path / "two")
+
+
+def test_weights_of_other_demonstrations_are_refused(data, tmp_path):
+    path = weigh(tmp_path / "weights.jsonl", data, (1.0, 0.0, 2.0))
+    other = episodes.write(tmp_path / "other", "rlds", [episode(2, i) for i in range(3)])
+    with pytest.raises(InvalidData, match="bc.data.weights=.* for other contents of"):
+        open_stage(other, data={"weights": str(path)}, flat=True)

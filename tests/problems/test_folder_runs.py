@@ -13,6 +13,9 @@ from mmrl_jax import problems, restoring, runs
 from mmrl_jax import workdir as workdir_lib
 from mmrl_jax.commands import common
 from mmrl_jax.commands.evaluate import evaluate
+from mmrl_jax.data import weights as weights_lib
+from mmrl_jax.data.records import InvalidData
+from mmrl_jax.data.weights import SampleWeight
 from mmrl_jax.evaluation.rewards import describe
 from mmrl_jax.evaluation.statistics import rate_interval
 from mmrl_jax.learners.token_learner import ScoredCompletions, TokenPolicy
@@ -577,6 +580,29 @@ def test_held_out_records_are_never_learned_from(make_config):
         assert digests(getattr(other, name)) == digests(getattr(split, name))
     assert not np.array_equal(other.train.batch(0).records, split.train.batch(0).records)
     assert digests(open_split(make_config(dataset__split_seed=1)).test) != digests(split.test)
+
+
+def test_weights_leave_records_out_of_training_alone(make_config, tmp_path):
+    config, path = make_config(), tmp_path / "weights.jsonl"
+    plain = open_split(config)
+    pairs = [pair for part in plain for pair in zip(part.names, part.images, strict=True)]
+    parts = {name: image.digest for name, image in pairs}
+    out = {plain.train.names[0], plain.test.names[0]}
+    rows = [SampleWeight(name, digest, float(name not in out)) for name, digest in parts.items()]
+    weights_lib.write(path, rows)
+    weighted_config = make_config(dataset__weights=str(path))
+    weighted = open_split(weighted_config)
+    assert weighted.train.names == plain.train.names[1:]
+    assert weighted.test.names == plain.test.names
+    assert weighted.validation.names == plain.validation.names
+    before = problems.make(weighted_config).dependencies()["records"]
+    weights_lib.write(
+        path, [row._replace(weight=row.weight * (1 + i)) for i, row in enumerate(rows)]
+    )
+    assert problems.make(weighted_config).dependencies()["records"] != before
+    weights_lib.write(path, [row._replace(digest="") for row in rows])
+    with pytest.raises(InvalidData, match="dataset.weights=.* for other contents of"):
+        open_split(weighted_config)
 
 
 def test_what_a_resumed_run_may_change_leaves_its_batches_as_they_were(make_config, tmp_path):

@@ -382,3 +382,16 @@ def test_data_sets_of_tfds_are_read(tmp_path, steps):
         open_tfds(directory, fields={"image": "a", "answer": "b"}, **keys)
     with pytest.raises(ValueError, match="'ask' is not in the example; at 'ask' it has"):
         open_tfds(directory, fields=FIELDS | {"prompt": "ask"}, **keys)
+
+
+def test_weights_leave_out_and_repeat_records(tmp_path):
+    records = open_folder(folder(tmp_path), **KEYS)
+    equal = records.with_weights(np.ones(6))
+    for update in range(6):
+        np.testing.assert_array_equal(records.batch(update).records, equal.batch(update).records)
+    weighted = records.with_weights(np.array([1.0, 0, 2, 0, 0, 1])).with_batch_size(3)
+    assert weighted.names == tuple(records.names[i] for i in (0, 2, 5))
+    # An epoch has 3 records, and 3 * w / 4 of each: 0.75, 1.5 and 0.75. A batch is an epoch here.
+    counts = [np.bincount(weighted.batch(u).records, minlength=3) for u in range(40)]
+    assert {tuple(x) for x in counts} <= {(1, 1, 1), (0, 2, 1), (1, 2, 0)}
+    assert len({tuple(x) for x in counts}) > 1

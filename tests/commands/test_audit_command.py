@@ -1,0 +1,171 @@
+"""Tests of the command that audits data: files in, files and an exit code out."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mmrl_jax.auditing import reading
+from mmrl_jax.commands import audit
+from mmrl_jax.data import images as images_lib
+from mmrl_jax.data import records
+from tests import episodes as episodes_lib
+from tests.auditing import planted
+from tests.commands.test_commands import ROOT
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def folder(path, count=12, *, hostile="?"):
+    """Writes records, of which one is noise and one has a truncated image."""
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    pixels, labels = planted.shapes(rng, count)
+    pixels[3] = rng.integers(0, 256, pixels[3].shape)
+    lines = []
+    for i, image in enumerate(pixels):
+        data = images_lib.encode_png(image)
+        (path / f"{i}.png").write_bytes(data[: len(data) // 2] if i == 5 else data)
+        prompt = hostile if i == 3 else f"Question {i}?"
+        line = {"file_name": f"{i}.png", "prompt": prompt, "answer": planted.NAMES[labels[i]]}
+        lines.append(json.dumps(line))
+    (path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_records_in_and_weights_and_a_page_out(tmp_path):
+    data = folder(tmp_path / "data", hostile="<script>alert(1)</script>")
+    report = audit.audit([str(data)], tmp_path / "out")
+    assert report.failed == ["unreadable", "noise_image"]
+    weights = {x["id"]: x for x in lines_of(tmp_path / "out" / "weights.jsonl")}
+    assert len(weights) == 12
+    bad = {name: x["flags"] for name, x in weights.items() if x["weight"] == 0}
+    assert bad == {"metadata.jsonl:4": ["noise_image"], "metadata.jsonl:6": ["unreadable"]}
+    assert weights["metadata.jsonl:6"]["digest"] == ""
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert page.count("<img") == 1 and "http" not in page
+    (lost,) = json.loads((tmp_path / "out" / "audit.json").read_text())["unreadable"]["samples"]
+    assert lost["id"] == "metadata.jsonl:6" and "truncated" in lost["reason"]
+
+
+def test_a_copy_in_the_test_split_is_found(tmp_path):
+    train, test = folder(tmp_path / "train"), folder(tmp_path / "test")
+    report = audit.audit([str(train), str(test)], tmp_path / "out")
+    # 10 of the 12 records of each can be read and are no noise; noise is the same here, too.
+    assert report.results["split_leak"].flagged.sum() == 22
+    assert {x["weight"] for x in lines_of(tmp_path / "out" / "weights-test.jsonl")} == {0}
+
+
+def demonstrations(path, kind):
+    """Writes 12 episodes, of which number 2 has noise for images and number 7 a NaN."""
+    rng = np.random.default_rng(0)
+    several = []
+    for number in range(12):
+        one = planted.episode(rng)
+        steps = len(one["action"])
+        record = episodes_lib.episode(steps - 1, number=number)
+        pixels = one["pixels"]
+        if number == 2:
+            pixels = rng.integers(0, 256, pixels.shape).astype(np.uint8)
+        action = one["action"].copy()
+        if number == 7:
+            action[3, 1] = np.nan
+        several.append(
+            record._replace(
+                observation={"pixels": pixels, "proprio": one["proprio"]},
+                action=action,
+                privileged={},
+                language_instruction=[one["template"].format(one["name"])] * steps,
+            )
+        )
+    return episodes_lib.write(path, kind, several, per_shard=6)
+
+
+@pytest.mark.parametrize("kind", ["rlds", "lerobot"])
+def test_demonstrations_are_read_and_broken_ones_found(kind, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    data = demonstrations(tmp_path / "data", kind)
+    report = audit.audit([str(data)], tmp_path / "out")
+    assert {"unreadable", "broken_images"} <= set(report.failed)
+    samples = report.samples
+    assert len(samples) == 11 and samples.frames.first.shape == (11, 32, 32, 3)
+    (lost,) = samples.unreadable
+    assert "non-finite action" in lost.reason
+    (broken,) = np.flatnonzero(report.results["broken_images"].flagged)
+    assert broken == 2 and report.flags(2) == ("broken_images",)
+    weights = lines_of(tmp_path / "out" / "weights.jsonl")
+    assert len(weights) == 12 and sum(x["weight"] == 0 for x in weights) == 2
+    assert "base64" in (tmp_path / "out" / "audit.html").read_text()
+
+
+def test_fields_of_other_data_sets_are_found_by_their_names():
+    image, state = records.Feature((48, 96, 3), "image"), records.Feature((7,), "float32")
+
+    class Source:
+        features = {
+            "observation.images.wrist": image,
+            "observation.state": state,
+            "task": records.Feature((), "str"),
+            "action": records.Feature((6,), "float32"),
+        }
+        defaults = {"pixels": "observation.images.pixels", "instruction": "task"}
+
+    found = reading.infer_features(Source(), {})
+    assert found["pixels"] == ("observation.images.wrist",)
+    assert found["instruction"] == ("task",) and found["proprio"] == ("observation.state",)
+    target = reading.target_of(Source(), found)
+    # The smaller edge, which is between 32 and 64.
+    assert target.pixels == (48, 48) and target.proprio == 7
+    assert target.action_size == 6 and not target.discrete
+    found = reading.infer_features(Source(), {"proprio": ("observation.state[0:3]",)})
+    assert reading.target_of(Source(), found).proprio == 3
+    with pytest.raises(records.InvalidData, match="--features=pixels=front: "):
+        reading.infer_features(Source(), {"pixels": ("front",)})
+    with pytest.raises(records.InvalidData, match="--features=image=.* is unknown"):
+        reading.infer_features(Source(), {"image": ("task",)})
+    Source.features = {"action": state}
+    with pytest.raises(records.InvalidData, match="--features=proprio=FIELD"):
+        reading.infer_features(Source(), {})
+
+
+def command(*arguments):
+    call = [sys.executable, "-m", "experiments.audit", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def test_the_exit_code_is_for_ci(tmp_path):
+    data = folder(tmp_path / "data")
+    arguments = [f"--data={data}", f"--output={tmp_path / 'out'}"]
+    done = command(*arguments)
+    assert done.returncode == 2 and "unreadable, noise_image" in done.stderr
+    limits = ["--limit=unreadable=0.1", "--limit=noise_image=0.1"]
+    assert command(*arguments, *limits).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limits": ["nois=0.1"]}, "'nois' is no check"),
+        ({"limits": ["noise_image"]}, "--limit=NAME=VALUE"),
+        ({"thresholds": ["noise_image=high"]}, "could not convert string to float: 'high'"),
+        ({"splits": ["train"]}, "choose records by --files"),
+        ({"features": ["pixels=x"]}, "--features is for demonstrations"),
+        ({"directories": ["/no/such"]}, "--data=/no/such does not exist"),
+    ],
+)
+def test_mistakes_have_messages(arguments, message, tmp_path):
+    directories = arguments.pop("directories", None) or [str(folder(tmp_path / "data"))]
+    with pytest.raises(ValueError, match=message):
+        audit.audit(directories, tmp_path / "out", **arguments)
