@@ -174,8 +174,10 @@ def infer_features(
     }
     for name, fields in candidates.items():
         default = source.defaults.get(name)
-        if name not in found and (default in known or fields):
-            found[name] = (default,) if default in known else tuple(fields)
+        if default is not None and default in known:
+            fields = [default]
+        if name not in found and fields:
+            found[name] = tuple(fields)
     for name in ("proprio", "action"):
         if name not in found:
             raise InvalidData(
