@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 # Chromium reads commands from file descriptor 3 and writes to 4.
 _START = """
 import fcntl, os, sys
@@ -43,6 +43,9 @@ class Tab:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "Accessibility"):
             self.call(f"{domain}.enable")
+        # A frame with another origin is a target of its own.
+        options = {"autoAttach": True, "waitForDebuggerOnStart": False, "flatten": True}
+        self.call("Target.setAutoAttach", **options)
 
     @property
     def errors(self) -> list[str]:
@@ -91,6 +94,15 @@ class Tab:
         answer = self.call("Runtime.evaluate", expression=expression, **options)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def evaluate_in_frame(self, expression: str) -> Any:
+        """Returns the value of an expression in the sandboxed frame of the page."""
+        (frame,) = (e for e in self._events if e["method"] == "Target.attachedToTarget")
+        session, self._session = self._session, frame["params"]["sessionId"]
+        try:
+            return self.evaluate(expression)
+        finally:
+            self._session = session
 
     def press(self, key: str, code: int) -> None:
         """Presses a key, whose name and Windows code are those of DevTools."""

@@ -136,6 +136,17 @@ def test_the_page_loads_without_an_error_or_a_request(tab, path, width):
     assert tab.evaluate("document.querySelector('img[src=x]')") is None
 
 
+def test_the_page_runs_in_the_frame_of_a_notebook(tab, tmp_path):
+    notebook = tmp_path / "notebook.html"
+    report.write_page(notebook, f"<!doctype html><meta charset=utf-8>{explained()._repr_html_()}")
+    tab.open(notebook)
+    decoded = "Promise.all([...document.images].map((x) => x.decode())).then((x) => x.length)"
+    assert tab.evaluate_in_frame(decoded) == 2 * 17 + 4 * 6
+    tab.evaluate_in_frame("document.querySelector('[value=failed]').click()")
+    assert tab.evaluate_in_frame("document.getElementById('count').value") == "3 of 6 episodes"
+    assert tab.errors == [] and tab.requests == []
+
+
 def test_the_slider_changes_the_opacity_by_keyboard(tab, path):
     tab.open(path)
     opacity = "getComputedStyle(document.querySelector('.heat')).opacity"
