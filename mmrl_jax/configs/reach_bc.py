@@ -3,7 +3,7 @@
 Command:   python -m experiments.train --config=reach_bc --workdir=runs/reach_bc
 Hardware:  two CPU cores.
 Time:      1.6 minutes, including half a minute of compilation.
-Result:    success on the training split 0.24 (seed 0); the expert has 0.38.
+Result:    success on the training split 0.35 (seed 0); the expert has 0.38.
 """
 
 import ml_collections
