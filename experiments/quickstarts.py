@@ -1,6 +1,7 @@
 """What the quickstarts share: their command line, the time of an update, and a longer stage."""
 
 from collections.abc import Callable, Mapping
+import sys
 import time
 from typing import Any
 
@@ -24,11 +25,11 @@ def define_flags(workdirs: Mapping[str, str]) -> None:
     Args:
       workdirs: Default working directory of each preset.
     """
-    flags.DEFINE_string(
-        "workdir", None, f"Directory of all outputs; by default {' or '.join(workdirs.values())}."
-    )
-    flags.DEFINE_enum("preset", "full", list(workdirs), "Size of the run.")
-    flags.DEFINE_integer("seed", 0, "Seed of all random numbers of the run.")
+    script = {"module_name": sys.argv[0]}  # --help shows the flags of the executed script alone.
+    text = f"Directory of all outputs; by default {' or '.join(workdirs.values())}."
+    flags.DEFINE_string("workdir", None, text, **script)
+    flags.DEFINE_enum("preset", "full", list(workdirs), "Size of the run.", **script)
+    flags.DEFINE_integer("seed", 0, "Seed of all random numbers of the run.", **script)
 
 
 def run(
