@@ -415,6 +415,7 @@ def test_what_the_package_imports_is_required_by_it():
         "gguf": "pretrained/bundled_weights.py",
         "libtpu": "planning/check.py",
         "onnx": "pretrained/bundled_weights.py",
+        "sklearn": "tasks/digits.py",
         "mujoco_playground": "envs/from_brax.py",
         "array_record": "data/tfds_files.py",
         "pyarrow": "data/lerobot.py",
