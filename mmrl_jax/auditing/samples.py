@@ -1,5 +1,6 @@
 """Samples that are audited: image-text records and episodes of demonstrations, in memory."""
 
+import abc
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -44,7 +45,7 @@ def scored(scores: np.ndarray) -> Finding:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Samples:
+class Samples(abc.ABC):
     """N samples of one or more splits.
 
     Args:
@@ -65,13 +66,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @abc.abstractmethod
     def picture(self, i: int) -> np.ndarray | None:
         """Returns an image of a sample, uint8 [H, W, 3]; None if it has none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def caption(self, i: int) -> str:
         """Returns the text of a sample."""
-        raise NotImplementedError
 
     def missing(self) -> np.ndarray:
         """Returns the scores of a check that does not apply to any sample, NaN float32 [N]."""

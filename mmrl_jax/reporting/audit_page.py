@@ -2,14 +2,12 @@
 
 import html
 import os
-import pathlib
 
 import numpy as np
 
 from mmrl_jax.auditing.checks import UNREADABLE, Report, Result
 from mmrl_jax.auditing.samples import Samples
-from mmrl_jax.reporting.report import data_uri
-from mmrl_jax.reporting.videos import file_path, save_file
+from mmrl_jax.reporting.report import data_uri, write_page
 
 SHOWN = 12  # Number of samples of each check on the page.
 
@@ -71,10 +69,7 @@ def write(path: str | os.PathLike[str], report: Report, title: str) -> None:
         sections="\n".join(sections),
     )
 
-    def write_page(local: pathlib.Path) -> None:
-        local.write_text(page, encoding="utf-8")
-
-    save_file(file_path(path), write_page)
+    write_page(path, page)
 
 
 def _row(name: str, meaning: str, flagged: int, of: int, limit: float, failed: bool) -> str:
