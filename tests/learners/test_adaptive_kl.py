@@ -10,6 +10,7 @@ from mmrl_jax.learners import optimizers
 from mmrl_jax.learners.optimizers import OptimizerOptions
 from mmrl_jax.stability import learning_rate
 from mmrl_jax.stability.learning_rate import AdaptiveKLOptions
+from mmrl_jax.training import loop
 from tests import tiny
 from tests.learners.test_ppo import initial_params, learner_state, record, run
 
@@ -88,14 +89,14 @@ def test_options_that_work_against_it_are_refused(changes, message):
         problems.make(tiny.config("mlp_ppo", **tiny.FAST, **given))
 
 
-def test_without_them_it_is_accepted_also_by_other_stages_of_ppo():
-    optimizer = {"learning_rate": 3e-4, "schedule": "constant"}
-    for stage in ("ppo", "rnd"):
-        config = tiny.config(
-            "mlp_ppo",
-            stages=(stage,),
-            last__desired_kl=0.01,
-            last__optimizer=optimizer,
-            **tiny.FAST,
-        )
-        problems.make(config)
+@pytest.mark.parametrize("stage", ["ppo", "rnd"])
+def test_without_them_the_optimizer_of_a_stage_follows_the_divergence(stage):
+    config = tiny.config(
+        "mlp_ppo",
+        stages=(stage,),
+        last__desired_kl=0.01,
+        last__optimizer={"learning_rate": 3e-4, "schedule": "constant"},
+        **tiny.FAST,
+    )
+    carry, _ = loop.start(problems.make(config).stage(stage))
+    assert float(learning_rate.scale_of(carry.learner.opt_state)) == 1
