@@ -117,7 +117,7 @@ def audit(
     return report
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the command line."""
     refuse_arguments(argv)
     with clean_exit(ValueError, ImportError):
@@ -133,7 +133,8 @@ def main(argv: list[str]) -> None:
         )
     if report.failed:
         print(f"More samples are flagged than allowed: {', '.join(report.failed)}", file=sys.stderr)
-        sys.exit(EXCEEDED)
+        return EXCEEDED
+    return 0
 
 
 def run() -> None:
