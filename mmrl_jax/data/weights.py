@@ -106,8 +106,6 @@ def epoch_order(size: int, weights: np.ndarray | None, *, seed: int, epoch: int)
     if weights is None:
         return order
     ends = np.cumsum(weights * (size / weights.sum()))
-    # Equal weights have whole sums, and rounding must not move them across a whole number.
-    ends = np.round(ends, 6)
-    ends[-1] = size
+    ends[-1] = size  # Rounding must not leave a gap at the end.
     drawn = np.searchsorted(ends, np.arange(size) + rng.random(), side="right")
     return drawn[order]
