@@ -161,13 +161,14 @@ def test_hashes_survive_brightness_and_noise():
 
 
 def test_confident_learning_by_hand():
-    p = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]])
-    labels = np.array([0, 0, 0, 1, 1])
-    # The thresholds are (0.9 + 0.7 + 0.2) / 3 = 0.6 and (0.6 + 0.9) / 2 = 0.75. Of the other class,
-    # only sample 2 reaches it, with 0.8 - 0.2.
+    p = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9], [0.55, 0.45]])
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    # The thresholds are (0.9 + 0.7 + 0.2) / 3 = 0.6 and (0.6 + 0.9 + 0.45) / 3 = 0.65. Of the other
+    # class, only sample 2 reaches it, with 0.8 - 0.2. The last one does not, although the other
+    # class is more probable.
     margin, best = statistics.confident_margin(p, labels)
-    np.testing.assert_allclose(margin, [-1, -1, 0.6, -1, -1])
-    np.testing.assert_array_equal(best, [0, 0, 1, 1, 1])
+    np.testing.assert_allclose(margin, [-1, -1, 0.6, -1, -1, -1])
+    np.testing.assert_array_equal(best, [0, 0, 1, 1, 1, 1])
 
 
 def test_no_sample_is_scored_by_a_model_that_has_seen_it():

@@ -50,6 +50,16 @@ def test_the_rate_changes_in_each_step_but_the_first_of_an_update():
     np.testing.assert_allclose(scales(1e-12), [1, 1 / 1.5, 1.5**-2, 1.5**-3], rtol=1e-6)
 
 
+def test_a_rounding_error_before_the_first_step_changes_no_rate():
+    optimizer = adaptive(0.01)
+    state = learner_state(optimizer, initial_params())
+    batch, last = record(state)
+    batch = batch.replace(log_prob=batch.log_prob + 1e-3)
+    after, metrics = run(state, batch, last, optimizer, desired_kl=0.01, num_epochs=1)
+    assert 0 < metrics["policy/approx_kl"] < 0.005
+    assert float(learning_rate.scale_of(after.opt_state)) == 1
+
+
 def test_the_first_step_of_the_next_update_keeps_the_rate_that_was_reached():
     optimizer = adaptive(1e6)
     state = learner_state(optimizer, initial_params())

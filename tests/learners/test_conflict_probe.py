@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from mmrl_jax import probes, problems, runs
 from mmrl_jax.monitoring import metrics
+from mmrl_jax.stability import gradient_surgery
 from tests import tiny
 
 PROBED = {
@@ -32,6 +34,16 @@ def test_a_perceptron_whose_actor_and_critic_share_nothing(tmp_path):
     row = measured(config, tmp_path)
     assert row["cosine/policy_value"] == 1
     assert not math.isfinite(row.get("norm_ratio/policy_value") or math.nan)
+
+
+def test_a_ratio_is_that_of_the_first_part_to_the_second(tmp_path, monkeypatch):
+    conflict = gradient_surgery.Conflict(np.array([[1, -0.5], [-0.5, 1]]), np.array([2.0, 4.0]))
+    monkeypatch.setattr(probes, "_conflicts", lambda problem, stage: lambda *unused: conflict)
+    problem = problems.make(tiny.config("mlp_ppo", ppo__entropy_coef=0.0, **tiny.FAST))
+    assert probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path)) == {
+        "gradient_conflict/cosine/policy_value": -0.5,
+        "gradient_conflict/norm_ratio/policy_value": 0.5,
+    }
 
 
 @pytest.mark.slow
