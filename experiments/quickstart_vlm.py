@@ -49,6 +49,7 @@ from mmrl_jax.problems import problem as problem_lib
 from mmrl_jax.problems.task import TaskProblem
 from mmrl_jax.reporting import report
 from mmrl_jax.reporting import summary as summary_lib
+from mmrl_jax.training.stage import Stage
 from mmrl_jax.types import Params
 
 # Changes of each preset to vlm_quickstart. The number of labeled prompts, which a resumed run
@@ -113,15 +114,7 @@ def quickstart(problem: TaskProblem, workdir: epath.Path) -> Summary | None:
         return None
     tuned = trained.results["grpo"]
     warm = restoring.restore(problem, "sft", workdir / "sft").variables
-    # The stage runs as long as GRPO did, on the same labels, with a new optimizer state. It never
-    # reaches its number of updates.
-    stage = problem.stage(
-        "sft",
-        start=warm,
-        name="more_sft",
-        num_updates=100 * config.sft.num_updates,
-        stream=problem_lib.COMPLETIONS,  # The batches differ from those before.
-    )
+    stage = more_fine_tuning(problem, warm)
     more = run_longer(stage, workdir / "more_sft", config=config, seconds=tuned.wall_s)
     if more.interrupted:
         return None
@@ -147,6 +140,24 @@ def quickstart(problem: TaskProblem, workdir: epath.Path) -> Summary | None:
         outputs = workdir / "summary.json", curves, before, workdir / "samples.html"
         print("Wrote " + ", ".join(str(path) for path in outputs))
     return summary
+
+
+def more_fine_tuning(problem: TaskProblem, start: Params) -> Stage:
+    """Returns a stage that fine-tunes further on the same labels, with a new optimizer state.
+
+    It never reaches its number of updates, because it runs for the time that GRPO took.
+
+    Args:
+      problem: Problem of the run.
+      start: Variables of the policy after fine-tuning.
+    """
+    return problem.stage(
+        "sft",
+        start=start,
+        name="more_sft",
+        num_updates=100 * problem.config.sft.num_updates,
+        stream=problem_lib.COMPLETIONS,  # The batches differ from those before.
+    )
 
 
 def draw_curves(workdir: epath.Path) -> Any:

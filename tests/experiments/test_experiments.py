@@ -194,6 +194,23 @@ def test_a_stage_of_any_number_of_devices_is_evaluated(finished, tmp_path, monke
         table()
 
 
+@pytest.mark.parametrize(("summary", "code"), [(None, common.EXIT_INTERRUPTED), ({}, 0)])
+def test_an_interrupted_quickstart_has_an_exit_code_of_its_own(
+    summary, code, tmp_path, monkeypatch
+):
+    given = types.SimpleNamespace(workdir=str(tmp_path), preset="full", seed=0)
+    monkeypatch.setattr(quickstarts.flags, "FLAGS", given)
+    ended = quickstarts.run(
+        ["quickstart"],
+        workdirs={},
+        make_problem=lambda seed, preset: problems.make(tiny.config()),
+        forecast=lambda problem, preset: "",
+        quickstart=lambda problem, workdir: summary,
+        conclusion=lambda summary, directory: "",
+    )
+    assert ended == code
+
+
 def train_main(monkeypatch, config, workdir) -> None:
     flags = types.SimpleNamespace(
         config=config, workdir=str(workdir), accept_changes=[], profile=True

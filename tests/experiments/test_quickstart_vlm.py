@@ -93,7 +93,7 @@ def test_more_fine_tuning_continues_the_warm_start_on_other_batches(config):
     problem = problems.make(config)
     start = problem.initial_variables()
     first = problem.stage("sft", start=start)
-    more = problem.stage("sft", start=start, name="more_sft", num_updates=200, stream=3)
+    more = vlm.more_fine_tuning(problem, start)
     assert (more.name, more.num_updates, first.name, first.num_updates) == (
         "more_sft",
         200,
