@@ -121,10 +121,11 @@ class Records:
       readers: Reader of each record by the name of the record.
       batch_size: Number of samples B in a batch.
       seed: Seed of the order of records in each epoch.
-      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      max_rejected: Maximum fraction of records, in [0, 1], that may be rejected.
 
     Raises:
-      ValueError: If there are no records, or a larger fraction than `max_rejected` is rejected.
+      ValueError: If there are no records, all are rejected, or a larger fraction than
+        `max_rejected` is.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class Records:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        if not 0 <= max_rejected < 1:
-            raise ValueError(f"max_rejected={max_rejected} must be a fraction in [0, 1).")
+        if not 0 <= max_rejected <= 1:
+            raise ValueError(f"max_rejected={max_rejected} must be a fraction in [0, 1].")
         if not readers:
             raise ValueError("There are no records; check the directory and the split.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -148,13 +149,14 @@ class Records:
         self.rejected = tuple(
             Rejected(name, reason) for name, reason in results.items() if isinstance(reason, str)
         )
-        if len(self.rejected) > max_rejected * len(results):
+        if not valid or len(self.rejected) > max_rejected * len(results):
+            allowed = f"more than the fraction max_rejected={max_rejected}. Fix them, or raise it"
+            remedy = allowed if valid else "so that none is left. Fix them"
             listed = "\n".join(
                 f"  {name}: {printable(why)}" for name, why in self.rejected[:MAX_LISTED]
             )
             raise ValueError(
-                f"{len(self.rejected)} of {len(results)} records cannot be used, more than the "
-                f"fraction max_rejected={max_rejected}. Fix them, or raise max_rejected. The "
+                f"{len(self.rejected)} of {len(results)} records cannot be used, {remedy}. The "
                 f"first:\n{listed}"
             )
         self._readers = [readers[name] for name in self.names]
@@ -302,6 +304,7 @@ def open_folder(
     batch_size: int,
     seed: int,
     max_rejected: float,
+    files_option: str = tables.FILES_OPTION,
     check: Check = lambda prompt, answer, columns: None,
 ) -> Records:
     """Opens a folder with images and tables of records, see `tables` and `samples`.
@@ -319,7 +322,8 @@ def open_folder(
       resize: Method of resizing, see `images.fit`.
       batch_size: Number of samples in a batch.
       seed: Seed of the order of records in each epoch.
-      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      max_rejected: Maximum fraction of records, in [0, 1], that may be rejected.
+      files_option: Name of the option that has `files`, for messages.
       check: Additional check of a record, which raises if the record cannot be used.
 
     Raises:
@@ -330,7 +334,7 @@ def open_folder(
     index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
     readers: dict[str, Reader] = {}
     groups = tables.RowGroups()
-    for path in tables.find_tables(root, files):
+    for path in tables.find_tables(root, files, option=files_option):
         for number, row in tables.read_rows(path, groups).items():
             source = _Source(root, row, names)
             readers[f"{path.relative_to(root)}:{number}"] = Reader(
@@ -369,7 +373,7 @@ def open_tfds(
       resize: Method of resizing, see `images.fit`.
       batch_size: Number of samples in a batch.
       seed: Seed of the order of records in each epoch.
-      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      max_rejected: Maximum fraction of records, in [0, 1], that may be rejected.
 
     Raises:
       ImportError: If the extra `data` (tensorflow-datasets and array-record) is not installed.
