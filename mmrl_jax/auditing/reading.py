@@ -10,12 +10,13 @@ import numpy as np
 from mmrl_jax.auditing import images as images_lib
 from mmrl_jax.auditing.samples import Episodes, Frames, ImageTexts, Unreadable, concatenated
 from mmrl_jax.data import files, formats, packed, tfds_files
-from mmrl_jax.data.images import LETTERBOX
+from mmrl_jax.data.images import STRETCH
 from mmrl_jax.data.mapping import FeatureMapping, Target, parse_part, part_size
 from mmrl_jax.data.records import EpisodeSource, InvalidData, nearest
 from mmrl_jax.tasks.folder import Records, open_folder
 
 MIN_EDGE, MAX_EDGE = 32, 64  # Of the images that are audited, in pixels.
+RESIZE = STRETCH  # Padding would give structure to images of one color, and edges to all others.
 MAX_REJECTED = 1.0  # The audit counts rejected records and never fails because of their number.
 SIZED = ("pixels", "proprio", "action")  # Arrays whose rows have the same size in all splits.
 FEATURES, NAMES = "--features", ("pixels", "proprio", "instruction", "action")
@@ -111,7 +112,7 @@ def read_records(chosen: Sequence[Part], columns: Mapping[str, str]) -> ImageTex
                 files=part.choice,
                 names=columns,
                 size=(edge, edge),
-                resize=LETTERBOX,
+                resize=RESIZE,
                 batch_size=1,
                 seed=0,
                 max_rejected=MAX_REJECTED,
@@ -248,7 +249,7 @@ def read_episodes(chosen: Sequence[Part], features: Mapping[str, tuple[str, ...]
         source = formats.open_directory(part.directory, part.choice)
         fields = infer_features(source, features)
         mapping = FeatureMapping(
-            source, fields, target_of(source, fields), resize=LETTERBOX, key=FEATURES
+            source, fields, target_of(source, fields), resize=RESIZE, key=FEATURES
         )
         digest = files.digest(files.fingerprint(part.directory), part.choice)
         cache = files.cache_directory() / "demonstrations"

@@ -20,16 +20,16 @@ KINDS = {
 
 
 @functools.cache
-def run(kind, seed, *, faults):
+def run(kind, seed, *, faults, aspect=1.0):
     make, rows, count = KINDS[kind]
-    samples, faults = make(seed, count, faults=faults)
+    samples, faults = make(seed, count, faults=faults, aspect=aspect)
     return checks.run(samples, rows, thresholds={}, limits={}), faults
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_planted_faults_are_found_and_little_else(kind, seed):
-    report, faults = run(kind, seed, faults=True)
+@pytest.mark.parametrize(("seed", "aspect"), [(0, 1.0), (1, 4 / 3)])
+def test_planted_faults_are_found_and_little_else(kind, seed, aspect):
+    report, faults = run(kind, seed, faults=True, aspect=aspect)
     assert set(report.failed) == {*faults}
     for name, planted_ones in faults.items():
         flagged = set(np.flatnonzero(report.results[name].flagged))

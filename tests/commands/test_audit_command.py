@@ -21,11 +21,11 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def folder(path, count=12, *, hostile="?"):
+def folder(path, count=12, *, hostile="?", aspect=1.0):
     """Writes records, of which one is noise and one has a truncated image."""
     path.mkdir()
     rng = np.random.default_rng(0)
-    pixels, labels = planted.shapes(rng, count)
+    pixels, labels = planted.shapes(rng, count, aspect=aspect)
     pixels[3] = rng.integers(0, 256, pixels[3].shape)
     lines = []
     for i, image in enumerate(pixels):
@@ -42,8 +42,9 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_records_in_and_weights_and_a_page_out(tmp_path):
-    data = folder(tmp_path / "data", hostile="<script>alert(1)</script>")
+@pytest.mark.parametrize("aspect", [1.0, 4 / 3])
+def test_records_in_and_weights_and_a_page_out(aspect, tmp_path):
+    data = folder(tmp_path / "data", hostile="<script>alert(1)</script>", aspect=aspect)
     report = audit.audit([str(data)], tmp_path / "out")
     assert report.failed == ["unreadable", "noise_image"]
     weights = {x["id"]: x for x in lines_of(tmp_path / "out" / "weights.jsonl")}
@@ -66,12 +67,12 @@ def test_a_copy_in_the_test_split_is_found(tmp_path):
     assert {x["weight"] for x in lines_of(tmp_path / "out" / "weights-test.jsonl")} == {0}
 
 
-def demonstrations(path, kind):
+def demonstrations(path, kind, aspect):
     """Writes 12 episodes, of which number 2 has noise for images and number 7 a NaN."""
     rng = np.random.default_rng(0)
     several = []
     for number in range(12):
-        one = planted.episode(rng)
+        one = planted.episode(rng, aspect=aspect)
         steps = len(one["action"])
         record = episodes_lib.episode(steps - 1, number=number)
         pixels = one["pixels"]
@@ -91,10 +92,10 @@ def demonstrations(path, kind):
     return episodes_lib.write(path, kind, several, per_shard=6)
 
 
-@pytest.mark.parametrize("kind", ["rlds", "lerobot"])
-def test_demonstrations_are_read_and_broken_ones_found(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "aspect"), [("rlds", 4 / 3), ("lerobot", 1.0)])
+def test_demonstrations_are_read_and_broken_ones_found(kind, aspect, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    data = demonstrations(tmp_path / "data", kind)
+    data = demonstrations(tmp_path / "data", kind, aspect)
     report = audit.audit([str(data)], tmp_path / "out")
     assert {"unreadable", "broken_images"} <= set(report.failed)
     samples = report.samples
