@@ -251,7 +251,7 @@ def to_json(report: Report) -> dict[str, Any]:
 def write(report: Report, directory: pathlib.Path) -> list[pathlib.Path]:
     """Writes audit.json and the weights of each split; returns the paths of the latter.
 
-    An unreadable sample has the weight 0 and no digest.
+    An unreadable sample has the weight 0. If it is a record, it has no digest.
     """
     samples, values = report.samples, report.weights()
     text = json.dumps(to_json(report), ensure_ascii=False, indent=1, allow_nan=False)
@@ -262,8 +262,8 @@ def write(report: Report, directory: pathlib.Path) -> list[pathlib.Path]:
             SampleWeight(samples.ids[i], samples.digests[i], float(values[i]), report.flags(int(i)))
             for i in np.flatnonzero(samples.split == k)
         ]
-        lost = [x.id for x in samples.unreadable if x.split == k]
-        rows += [SampleWeight(name, "", 0.0, (UNREADABLE,)) for name in lost]
+        lost = [x for x in samples.unreadable if x.split == k]
+        rows += [SampleWeight(x.id, x.digest, 0.0, (UNREADABLE,)) for x in lost]
         name = f"{WEIGHTS}.jsonl" if len(samples.splits) == 1 else f"{WEIGHTS}-{split}.jsonl"
         paths.append(directory / name)
         weights.write(paths[-1], rows)

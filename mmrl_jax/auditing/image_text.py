@@ -77,7 +77,7 @@ def label_noise(data: ImageTexts) -> Finding:
             statistics.principal_components(x[rows], COMPONENTS) for x in data.features.values()
         ]
         kinds.append(np.concatenate(kinds, axis=1))
-        fold = statistics.folds([data.digests[i] for i in rows])
+        fold = statistics.folds([data.image_digests[i] for i in rows])
         p = statistics.out_of_fold(kinds, np.eye(len(names))[labels], fold, statistics.softmax)
         if (p.argmax(axis=1) == labels).mean() < statistics.MIN_AGREEMENT:
             continue

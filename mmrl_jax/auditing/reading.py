@@ -135,13 +135,14 @@ def read_records(chosen: Sequence[Part], columns: Mapping[str, str]) -> ImageTex
         splits=split_labels(chosen),
         split=np.repeat(np.arange(len(opened)), [len(records) for records in opened]),
         ids=tuple(name for records in opened for name in records.names),
-        digests=tuple(info.digest for records in opened for info in records.images),
+        digests=tuple(x for records in opened for x in records.digests),
         unreadable=tuple(
-            Unreadable(i, name, reason)
+            Unreadable(i, name, "", reason)
             for i, records in enumerate(opened)
             for name, reason in records.rejected
         ),
         images=concatenated([batch.images for batch in batches]),
+        image_digests=tuple(info.digest for records in opened for info in records.images),
         prompts=tuple(x for batch in batches for x in batch.prompts),
         answers=tuple(x for batch in batches for x in batch.answers),
     )
@@ -260,7 +261,8 @@ def read_episodes(chosen: Sequence[Part], features: Mapping[str, tuple[str, ...]
         reasons = dict(data.quarantine.examples)
         for number in sorted({*range(len(source))} - {*data.numbers.tolist()}):
             name = source.name(number)
-            unreadable.append(Unreadable(i, name, reasons.get(name, "see the first reasons")))
+            reason = reasons.get(name, "not listed: only the first reasons are kept")
+            unreadable.append(Unreadable(i, name, digest, reason))
         if "pixels" in data.arrays:
             frames.append(frames_of(data.arrays["pixels"], data.starts))
     sizes = [{name: x.arrays[name].shape[1:] for name in SIZED if name in x.arrays} for x in read]

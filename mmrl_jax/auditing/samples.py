@@ -17,11 +17,13 @@ class Unreadable(NamedTuple):
     Attributes:
       split: Index of its split.
       id: Name of the sample in its split.
+      digest: Digest of the data set that has it, see `Samples`; '' for a record.
       reason: Reason why it cannot be used.
     """
 
     split: int
     id: str
+    digest: str
     reason: str
 
 
@@ -85,11 +87,13 @@ class ImageTexts(Samples):
 
     Args:
       images: Images, resized to squares, uint8 [N, S, S, 3].
+      image_digests: Digest of each image, which is the same for copies of a file.
       prompts: Text of each prompt.
       answers: Text of each reference answer.
     """
 
     images: np.ndarray
+    image_digests: tuple[str, ...]
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
 

@@ -171,8 +171,7 @@ def open_split(
         ) from error
     if weights is not None:
         train = parts["train"]
-        digests = [info.digest for info in train.images]
-        values = select(weights, train.names, digests, key="dataset.weights")
+        values = select(weights, train.names, train.digests, key="dataset.weights")
         parts["train"] = train.with_weights(values)
     if test_directory is not None:
         parts["test"] = open_folder(test_directory, files=test_files, check=check, **opening)

@@ -95,7 +95,8 @@ def records(images, prompts, answers, split=None):
     split = np.zeros(len(images), int) if split is None else np.asarray(split)
     return ImageTexts(
         splits=("train", "test")[: split.max() + 1], split=split, ids=ids, digests=ids,
-        unreadable=(), images=images, prompts=tuple(prompts), answers=tuple(answers),
+        unreadable=(), images=images, image_digests=ids, prompts=tuple(prompts),
+        answers=tuple(answers),
     )  # fmt: skip
 
 

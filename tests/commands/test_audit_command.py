@@ -106,6 +106,8 @@ def test_demonstrations_are_read_and_broken_ones_found(kind, aspect, tmp_path):
     assert broken == 2 and report.flags(2) == ("broken_images",)
     weights = lines_of(tmp_path / "out" / "weights.jsonl")
     assert len(weights) == 12 and sum(x["weight"] == 0 for x in weights) == 2
+    # A run that can read the episode leaves it out.
+    assert len({x["digest"] for x in weights}) == 1 and weights[0]["digest"]
     assert "base64" in (tmp_path / "out" / "audit.html").read_text()
 
 
