@@ -152,12 +152,19 @@ class Report(NamedTuple):
         return tuple(name for name, result in self.results.items() if result.flagged[i])
 
 
-def refuse_unknown(checks: Mapping[str, Check], *given: Mapping[str, float]) -> None:
-    """Raises ValueError if thresholds and limits name a check that does not exist."""
-    for values in given:
-        for name in values:
-            if name not in checks and name != UNREADABLE:
-                raise ValueError(f"{name!r} is no check of these data; there are {sorted(checks)}.")
+def refuse_unknown(
+    checks: Mapping[str, Check], *, thresholds: Mapping[str, float], limits: Mapping[str, float]
+) -> None:
+    """Raises ValueError if thresholds or limits name a check that has none."""
+    for kind, given, known in (
+        ("threshold", thresholds, {*checks}),
+        ("limit", limits, {UNREADABLE, *checks}),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is no check of these data with a {kind}; there are {sorted(known)}."
+                )
 
 
 def run(

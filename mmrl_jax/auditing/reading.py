@@ -14,6 +14,7 @@ from mmrl_jax.data.images import STRETCH
 from mmrl_jax.data.mapping import FeatureMapping, Target, parse_part, part_size
 from mmrl_jax.data.records import EpisodeSource, InvalidData, nearest
 from mmrl_jax.tasks.folder import Records, open_folder
+from mmrl_jax.tasks.samples import NAMES as COLUMNS
 
 MIN_EDGE, MAX_EDGE = 32, 64  # Of the images that are audited, in pixels.
 RESIZE = STRETCH  # Padding would give structure to images of one color, and edges to all others.
@@ -101,9 +102,12 @@ def read_records(chosen: Sequence[Part], columns: Mapping[str, str]) -> ImageTex
       columns: Names of the columns of 'image', 'prompt' and 'answer', where they differ.
 
     Raises:
-      ValueError: If a directory cannot be opened, see `tasks.folder.open_folder`, or no record of a
-        split can be used.
+      ValueError: If a column is none of these, a directory cannot be opened, see
+        `tasks.folder.open_folder`, or no record of a split can be used.
     """
+    for name, column in columns.items():
+        if name not in COLUMNS:
+            raise ValueError(f"--columns={name}={column} is unknown; name one of {COLUMNS}.")
 
     def opened_at(edge: int) -> list[Records]:
         return [
