@@ -17,6 +17,8 @@ COMPONENTS = 32  # Principal components of the images of a step, and of the last
 CHANGED = 24  # Levels by which a pixel of the first and of the last image differ if it changed.
 MIN_MOVES = 4  # Number of visible moves of an episode whose images are compared.
 MOVED = 0.2  # Standard deviations by which a reading changes if the robot moves visibly.
+# Minimum fraction of episodes whose instruction fits best; below it, the scores are not used.
+MIN_AGREEMENT = 0.6
 SKILL = 0.1  # Fraction by which a model reduces the loss of a word that can be predicted.
 QUIET = 2 / 3  # Mean square of standardized actions below which they count as small.
 BINS = 10  # In which each dimension of the actions is counted.
@@ -179,7 +181,7 @@ def mismatched_instruction(data: Episodes) -> Finding:
     best = fits.argmax(axis=1)
     margin = fits[rows, best] - given
     agrees = margin < 0
-    if agrees.mean() < statistics.MIN_AGREEMENT:
+    if agrees.mean() < MIN_AGREEMENT:
         return scored(data.missing())
     scores = margin / np.median(-margin[agrees])
     other = [data.instructions[first[k]] for k in best]

@@ -11,6 +11,9 @@ from mmrl_jax.auditing.samples import Finding, ImageTexts, scored
 
 COMPONENTS = 128  # Maximum number of principal components of the features of images.
 MIN_GROUP, MIN_CLASS = 40, 5  # Least number of records of a prompt, and of one of its answers.
+# Minimum agreement of a model with the answers, on a scale on which giving always the most frequent
+# answer is 0 and giving all of them is 1; below it, the scores of the model are not used.
+MIN_SKILL = 0.4
 MAX_ANSWERS = 50  # Number of the most frequent answers that the text-only model knows.
 
 
@@ -68,8 +71,8 @@ def label_noise(data: ImageTexts) -> Finding:
     A logistic regression predicts the answer from those features of the image that predict it best,
     for each prompt by itself. The score is that of confident learning, see
     `statistics.confident_margin`. Records of prompts with few records or one answer, and of rare
-    answers, have no score, nor have those of a prompt whose answers the model gives in less than
-    MIN_AGREEMENT of the records.
+    answers, have no score, nor have those of a prompt where the model agrees with not many more
+    answers than a constant does, see MIN_SKILL.
     """
     scores, notes = data.missing(), {}
     for rows, labels, names in _groups(data):
@@ -79,7 +82,8 @@ def label_noise(data: ImageTexts) -> Finding:
         kinds.append(np.concatenate(kinds, axis=1))
         fold = statistics.folds([data.image_digests[i] for i in rows])
         p = statistics.out_of_fold(kinds, np.eye(len(names))[labels], fold, statistics.softmax)
-        if (p.argmax(axis=1) == labels).mean() < statistics.MIN_AGREEMENT:
+        agreement, constant = (p.argmax(axis=1) == labels).mean(), np.bincount(labels).max()
+        if agreement - constant / len(rows) < MIN_SKILL * (1 - constant / len(rows)):
             continue
         margin, best = statistics.confident_margin(p, labels)
         scores[rows] = margin

@@ -10,10 +10,8 @@ import numpy as np
 FOLDS = 5
 PENALTIES = (1e-4, 1e-3, 1e-2)  # Of which the one with the lowest out-of-fold loss is used.
 RIDGE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-ITERATIONS = 200  # Of accelerated gradient descent.
-# Fraction of the samples, below which a model that predicts their labels proves nothing about them.
-MIN_AGREEMENT = 0.6
-MAX_WORDS = 300  # Of a bag of words.
+ITERATIONS = 200  # Number of steps of accelerated gradient descent.
+MAX_WORDS = 300  # Maximum number of words in a bag of words.
 EPSILON = 1e-6
 
 Activation = Callable[[np.ndarray], np.ndarray]
