@@ -102,6 +102,11 @@ class ImageTexts(Samples):
         """Features of the images by their kind, see `images.features`."""
         return images_lib.features(self.images)
 
+    @functools.cached_property
+    def descriptors(self) -> images_lib.Descriptors:
+        """What images are compared by, see `images.descriptors`."""
+        return images_lib.descriptors(self.images)
+
     def picture(self, i: int) -> np.ndarray | None:
         return self.images[i]
 
