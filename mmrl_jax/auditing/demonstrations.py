@@ -22,7 +22,7 @@ MOVED = 0.2  # Standard deviations by which a reading changes if the robot moves
 MIN_AGREEMENT = 0.6
 SKILL = 0.1  # Fraction by which a model reduces the loss of a word that can be predicted.
 QUIET = 2 / 3  # Mean square of standardized actions below which they count as small.
-BINS = 10  # In which each dimension of the actions is counted.
+BINS = 10  # Number of bins in which each dimension of the actions is counted.
 
 
 def mean_over_steps(data: Episodes, x: np.ndarray) -> np.ndarray:

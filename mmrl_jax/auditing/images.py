@@ -10,7 +10,7 @@ PAIRS = 4096  # Number of pairs of images that are compared at a time.
 HASH_BITS = 10  # Maximum number of different bits, of 63, of two images that are compared.
 BLOCKS = 16  # Blocks of an image in each direction whose means are compared.
 PATCH, STRIDE, PATCHES = 6, 2, 128  # Edge and distance of patches in pixels, and their number.
-BINS = 4  # Of the color histogram, for each channel.
+BINS = 4  # Number of bins of the color histogram, for each channel.
 MIN_DEVIATION = 2.0  # Levels of a standard deviation below which an image has no structure.
 
 # Two arrays of indices of samples, which are broadcast -> whether a pair is compared, bool.

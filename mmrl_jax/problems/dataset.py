@@ -95,7 +95,8 @@ class Dataset(TokenProblem):
     """Problem of prompts from files, see `problem.Problem` for the interface.
 
     The records are opened and checked by `open_data`, or when they are first used. A trained policy
-    can therefore be loaded on a machine without them.
+    can therefore be loaded on a machine without them. Until `open_data`, `splits` has the minimum
+    numbers of the config, which for the test split is 0 with `dataset.test_directory`.
 
     Args:
       config: Config of the run, with the keys of `options`.
