@@ -48,7 +48,7 @@ class Faults:
 
 def squares(images):
     """Returns images of any aspect ratio as they are when they are read."""
-    size = (images.shape[1],) * 2
+    size = (min(images.shape[1:3]),) * 2
     if images.shape[1:3] == size:
         return images
     pictures = map(PIL.Image.fromarray, images)
