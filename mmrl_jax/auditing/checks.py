@@ -152,12 +152,19 @@ class Report(NamedTuple):
         return tuple(name for name, result in self.results.items() if result.flagged[i])
 
 
-def refuse_unknown(checks: Mapping[str, Check], *given: Mapping[str, float]) -> None:
-    """Raises ValueError if thresholds and limits name a check that does not exist."""
-    for values in given:
-        for name in values:
-            if name not in checks and name != UNREADABLE:
-                raise ValueError(f"{name!r} is no check of these data; there are {sorted(checks)}.")
+def refuse_unknown(
+    checks: Mapping[str, Check], *, thresholds: Mapping[str, float], limits: Mapping[str, float]
+) -> None:
+    """Raises ValueError if thresholds or limits name a check that has none."""
+    for kind, given, known in (
+        ("threshold", thresholds, {*checks}),
+        ("limit", limits, {UNREADABLE, *checks}),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is no check of these data with a {kind}; there are {sorted(known)}."
+                )
 
 
 def run(
@@ -251,7 +258,7 @@ def to_json(report: Report) -> dict[str, Any]:
 def write(report: Report, directory: pathlib.Path) -> list[pathlib.Path]:
     """Writes audit.json and the weights of each split; returns the paths of the latter.
 
-    An unreadable sample has the weight 0 and no digest.
+    An unreadable sample has the weight 0. If it is a record, it has no digest.
     """
     samples, values = report.samples, report.weights()
     text = json.dumps(to_json(report), ensure_ascii=False, indent=1, allow_nan=False)
@@ -262,8 +269,8 @@ def write(report: Report, directory: pathlib.Path) -> list[pathlib.Path]:
             SampleWeight(samples.ids[i], samples.digests[i], float(values[i]), report.flags(int(i)))
             for i in np.flatnonzero(samples.split == k)
         ]
-        lost = [x.id for x in samples.unreadable if x.split == k]
-        rows += [SampleWeight(name, "", 0.0, (UNREADABLE,)) for name in lost]
+        lost = [x for x in samples.unreadable if x.split == k]
+        rows += [SampleWeight(x.id, x.digest, 0.0, (UNREADABLE,)) for x in lost]
         name = f"{WEIGHTS}.jsonl" if len(samples.splits) == 1 else f"{WEIGHTS}-{split}.jsonl"
         paths.append(directory / name)
         weights.write(paths[-1], rows)

@@ -11,15 +11,18 @@ from mmrl_jax.auditing.samples import Episodes, Finding, scored
 NOISE, CONSTANT = 0.6, 0.5  # Scores of single images above which they are broken.
 MIN_ACTIONS = 8  # Number of actions of the shortest episode whose actions are scored.
 MIN_EPISODES, MIN_WORD = 50, 8  # Least number of episodes with instructions, and with a word.
-MAX_FIT = 50_000  # Number of steps to which the model of the actions is fitted.
+MAX_FIT = 50_000  # Maximum number of steps to which the model of the actions is fitted.
+MAX_IMAGES = 10_000  # Maximum number of images to which principal components are fitted.
 WAVES = 200  # Number of random Fourier features of that model.
 COMPONENTS = 32  # Principal components of the images of a step, and of the last images.
 CHANGED = 24  # Levels by which a pixel of the first and of the last image differ if it changed.
 MIN_MOVES = 4  # Number of visible moves of an episode whose images are compared.
 MOVED = 0.2  # Standard deviations by which a reading changes if the robot moves visibly.
+# Minimum fraction of episodes whose instruction fits best; below it, the scores are not used.
+MIN_AGREEMENT = 0.6
 SKILL = 0.1  # Fraction by which a model reduces the loss of a word that can be predicted.
 QUIET = 2 / 3  # Mean square of standardized actions below which they count as small.
-BINS = 10  # In which each dimension of the actions is counted.
+BINS = 10  # Number of bins in which each dimension of the actions is counted.
 
 
 def mean_over_steps(data: Episodes, x: np.ndarray) -> np.ndarray:
@@ -89,15 +92,21 @@ def random_actions(data: Episodes) -> Finding:
 
 def _predicted(data: Episodes, rows: np.ndarray, action: np.ndarray) -> np.ndarray:
     """Returns out-of-fold predictions of the actions of some steps, [n, A]."""
-    parts = [statistics.standardize(data.proprio)]
-    words = statistics.bag_of_words(data.instructions, min_count=MIN_WORD)
-    parts.append(statistics.standardize(words)[data.episode])
+    readings = statistics.standardize(data.proprio)
+    words = statistics.standardize(statistics.bag_of_words(data.instructions, min_count=MIN_WORD))
     if data.frames is not None:
         means = data.frames.means.reshape(len(data.frames.means), -1)
-        parts.append(statistics.principal_components(means, COMPONENTS))
-    x = statistics.fourier_features(np.concatenate(parts, axis=1)[rows], WAVES)
+        project = statistics.projection(means[:: -(-len(means) // MAX_IMAGES)], COMPONENTS)
+
+    def features(i: np.ndarray) -> np.ndarray:
+        steps = rows[i]
+        parts = [readings[steps], words[data.episode[steps]]]
+        if data.frames is not None:
+            parts.append(project(means[steps]))
+        return statistics.fourier_features(np.concatenate(parts, axis=1), WAVES)
+
     fold = statistics.folds(data.episode[rows])
-    return statistics.ridge_out_of_fold(x, action, fold, max_fit=MAX_FIT)
+    return statistics.ridge_out_of_fold(features, action, fold, max_fit=MAX_FIT)
 
 
 def near_duplicate(data: Episodes) -> Finding:
@@ -179,7 +188,7 @@ def mismatched_instruction(data: Episodes) -> Finding:
     best = fits.argmax(axis=1)
     margin = fits[rows, best] - given
     agrees = margin < 0
-    if agrees.mean() < statistics.MIN_AGREEMENT:
+    if agrees.mean() < MIN_AGREEMENT:
         return scored(data.missing())
     scores = margin / np.median(-margin[agrees])
     other = [data.instructions[first[k]] for k in best]
@@ -194,10 +203,13 @@ def _outcome(data: Episodes) -> list[np.ndarray]:
     first, middle, last = (readings[rows] for rows in (starts, (starts + ends) // 2, ends))
     kinds = [np.concatenate([first, middle, last, last - first], axis=1)]
     if data.frames is not None:
-        f = data.frames
-        changed = np.abs(np.asarray(f.last, np.int16) - f.first).max(axis=-1) > CHANGED
-        colors = [np.sqrt(images_lib.histogram(x, changed)) for x in (f.first, f.last)]
-        kinds.append(np.concatenate(colors, axis=1))
-        kinds.append(np.concatenate([*images_lib.features(f.last).values()], axis=1))
+        colors = []
+        for part in images_lib.in_chunks(len(data)):
+            images = data.frames.first[part], data.frames.last[part]
+            changed = np.abs(np.subtract(*images, dtype=np.int16)).max(axis=-1) > CHANGED
+            histograms = [np.sqrt(images_lib.histogram(x, changed)) for x in images]
+            colors.append(np.concatenate(histograms, axis=1))
+        kinds.append(np.concatenate(colors))
+        kinds.append(np.concatenate([*images_lib.features(data.frames.last).values()], axis=1))
     kinds = [statistics.principal_components(x, COMPONENTS) for x in kinds]
     return [*kinds, np.concatenate(kinds, axis=1)]

@@ -11,6 +11,9 @@ from mmrl_jax.auditing.samples import Finding, ImageTexts, scored
 
 COMPONENTS = 128  # Maximum number of principal components of the features of images.
 MIN_GROUP, MIN_CLASS = 40, 5  # Least number of records of a prompt, and of one of its answers.
+# Minimum agreement of a model with the answers, on a scale on which giving always the most frequent
+# answer is 0 and giving all of them is 1; below it, the scores of the model are not used.
+MIN_SKILL = 0.4
 MAX_ANSWERS = 50  # Number of the most frequent answers that the text-only model knows.
 
 
@@ -32,13 +35,13 @@ def noise_image(data: ImageTexts) -> Finding:
 
 def near_duplicate(data: ImageTexts) -> Finding:
     """Scores the similarity to an earlier image of the same split with the same prompt."""
-    _, prompt = np.unique(data.prompts, return_inverse=True)
+    prompt = _numbers(data.prompts)
     split = data.split
 
     def allowed(i: np.ndarray, j: np.ndarray) -> np.ndarray:
         return (j < i) & (prompt[i] == prompt[j]) & (split[i] == split[j])
 
-    similarity, partner = images_lib.most_similar(data.images, allowed)
+    similarity, partner = images_lib.most_similar(data.descriptors, allowed)
     notes = {
         int(i): f"Its answer is {data.answers[i]!r}, that of the other {data.answers[j]!r}."
         for i, j in enumerate(partner)
@@ -52,7 +55,7 @@ def split_leak(data: ImageTexts) -> Finding:
     if len(data.splits) == 1:
         return scored(data.missing())
     split = data.split
-    similar = images_lib.most_similar(data.images, lambda i, j: split[i] != split[j])
+    similar = images_lib.most_similar(data.descriptors, lambda i, j: split[i] != split[j])
     return Finding(*similar, {})
 
 
@@ -68,8 +71,8 @@ def label_noise(data: ImageTexts) -> Finding:
     A logistic regression predicts the answer from those features of the image that predict it best,
     for each prompt by itself. The score is that of confident learning, see
     `statistics.confident_margin`. Records of prompts with few records or one answer, and of rare
-    answers, have no score, nor have those of a prompt whose answers the model gives in less than
-    MIN_AGREEMENT of the records.
+    answers, have no score, nor have those of a prompt where the model agrees with not many more
+    answers than a constant does, see MIN_SKILL.
     """
     scores, notes = data.missing(), {}
     for rows, labels, names in _groups(data):
@@ -77,9 +80,10 @@ def label_noise(data: ImageTexts) -> Finding:
             statistics.principal_components(x[rows], COMPONENTS) for x in data.features.values()
         ]
         kinds.append(np.concatenate(kinds, axis=1))
-        fold = statistics.folds([data.digests[i] for i in rows])
+        fold = statistics.folds([data.image_digests[i] for i in rows])
         p = statistics.out_of_fold(kinds, np.eye(len(names))[labels], fold, statistics.softmax)
-        if (p.argmax(axis=1) == labels).mean() < statistics.MIN_AGREEMENT:
+        agreement, constant = (p.argmax(axis=1) == labels).mean(), np.bincount(labels).max()
+        if agreement - constant / len(rows) < MIN_SKILL * (1 - constant / len(rows)):
             continue
         margin, best = statistics.confident_margin(p, labels)
         scores[rows] = margin
@@ -93,15 +97,34 @@ def label_noise(data: ImageTexts) -> Finding:
 
 def _groups(data: ImageTexts) -> Iterator[tuple[np.ndarray, np.ndarray, Sequence[str]]]:
     """Yields the records of each prompt that can be scored, their labels, and the labels' names."""
-    prompts, answers = np.array(data.prompts), np.array(data.answers)
-    for prompt, count in Counter(data.prompts).items():
-        if count < MIN_GROUP:
-            continue
+    prompts = _numbers(data.prompts)
+    for prompt in np.flatnonzero(np.bincount(prompts) >= MIN_GROUP):
         rows = np.flatnonzero(prompts == prompt)
-        names = sorted(x for x, n in Counter(answers[rows].tolist()).items() if n >= MIN_CLASS)
-        rows = rows[np.isin(answers[rows], names)]
-        if len(names) > 1 and len(rows) >= MIN_GROUP:
-            yield rows, np.searchsorted(names, answers[rows]), names
+        counts = Counter(data.answers[i] for i in rows)
+        rows, labels, names = _labels(data, rows, [x for x, n in counts.items() if n >= MIN_CLASS])
+        # Records of one image are in one fold, and a model needs others.
+        images = {data.image_digests[i] for i in rows}
+        if len(names) > 1 and len(rows) >= MIN_GROUP and len(images) >= statistics.FOLDS:
+            yield rows, labels, names
+
+
+def _labels(
+    data: ImageTexts, rows: np.ndarray, answers: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+    """Returns those of some records that have one of some answers, their labels, and the names."""
+    names = sorted(answers)
+    numbers = {name: number for number, name in enumerate(names)}
+    rows = np.array([i for i in rows if data.answers[i] in numbers], np.int64)
+    return rows, np.array([numbers[data.answers[i]] for i in rows], np.int64), names
+
+
+def _numbers(texts: Sequence[str]) -> np.ndarray:
+    """Returns a number for each text, the same for equal ones, int64 [N].
+
+    An array of the texts would have the length of the longest one in each row.
+    """
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
 
 
 def text_only(data: ImageTexts) -> Finding:
@@ -112,15 +135,12 @@ def text_only(data: ImageTexts) -> Finding:
     with rare answers have no score.
     """
     frequent = [x for x, n in Counter(data.answers).most_common(MAX_ANSWERS) if n >= MIN_CLASS]
-    names = np.array(sorted(frequent))
-    answers = np.array(data.answers)
-    rows = np.flatnonzero(np.isin(answers, names))
+    rows, labels, names = _labels(data, np.arange(len(data)), frequent)
     finding = scored(data.missing())
     prompts = [data.prompts[i] for i in rows]
     words = statistics.bag_of_words(prompts, min_count=MIN_CLASS, pairs=True)
     if len(names) < 2 or not words.shape[1]:
         return finding
-    labels = np.searchsorted(names, answers[rows])
     fold = statistics.folds(rows)
     p = statistics.out_of_fold([words], np.eye(len(names))[labels], fold, statistics.softmax)
     given, frequency = p[np.arange(len(rows)), labels], np.bincount(labels) / len(rows)

@@ -1,6 +1,7 @@
 """Statistics, hashes and features of small images."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,10 +10,10 @@ PAIRS = 4096  # Number of pairs of images that are compared at a time.
 HASH_BITS = 10  # Maximum number of different bits, of 63, of two images that are compared.
 BLOCKS = 16  # Blocks of an image in each direction whose means are compared.
 PATCH, STRIDE, PATCHES = 6, 2, 128  # Edge and distance of patches in pixels, and their number.
-BINS = 4  # Of the color histogram, for each channel.
+BINS = 4  # Number of bins of the color histogram, for each channel.
 MIN_DEVIATION = 2.0  # Levels of a standard deviation below which an image has no structure.
 
-# Indices [n, 1] and [1, m] of samples -> bool [n, m].
+# Two arrays of indices of samples, which are broadcast -> whether a pair is compared, bool.
 Allowed = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -89,7 +90,33 @@ def perceptual_hash(images: np.ndarray) -> np.ndarray:
     return np.concatenate(hashes).astype(np.uint64)
 
 
-def most_similar(images: np.ndarray, allowed: Allowed) -> tuple[np.ndarray, np.ndarray]:
+class Descriptors(NamedTuple):
+    """What N images are compared by.
+
+    Attributes:
+      hashes: Hashes, uint64 [N], see `perceptual_hash`.
+      blocks: Means of blocks without that of the image, float32 [N, BLOCKS, BLOCKS, 3].
+      structured: Whether an image has structure, bool [N]. Those without it are all alike, and are
+        found by their deviation.
+    """
+
+    hashes: np.ndarray
+    blocks: np.ndarray
+    structured: np.ndarray
+
+
+def descriptors(images: np.ndarray) -> Descriptors:
+    """Returns what images, uint8 [N, H, W, 3], are compared by."""
+    blocks = [shrink(images[part], BLOCKS) for part in in_chunks(len(images))]
+    deviations = [deviation(images[part]) for part in in_chunks(len(images))]
+    return Descriptors(
+        perceptual_hash(images),
+        np.concatenate([x - x.mean(axis=(1, 2, 3), keepdims=True) for x in blocks]),
+        np.concatenate(deviations) > MIN_DEVIATION,
+    )
+
+
+def most_similar(images: Descriptors, allowed: Allowed) -> tuple[np.ndarray, np.ndarray]:
     """Returns the similarity of each image to the most similar one that it may be compared with.
 
     Images whose hashes differ in at most HASH_BITS bits are compared: the similarity is 1 minus the
@@ -97,29 +124,24 @@ def most_similar(images: np.ndarray, allowed: Allowed) -> tuple[np.ndarray, np.n
     images, over 255. Other images have the similarity 0. The time grows with the square of N.
 
     Args:
-      images: Images, uint8 [N, H, W, 3].
-      allowed: Function of indices [n, 1] and [1, m] that returns which pairs are compared.
+      images: Descriptors of N images.
+      allowed: Function of indices [n] and [n] that returns which pairs are compared.
 
     Returns:
       The similarities, float32 [N] in [0, 1], and the indices of the similar images, int64 [N], -1
       where there is none.
     """
-    hashes = perceptual_hash(images)
-    blocks = [shrink(images[part], BLOCKS) for part in in_chunks(len(images))]
-    blocks = np.concatenate([x - x.mean(axis=(1, 2, 3), keepdims=True) for x in blocks])
-    # Images without structure are all alike, and are found by their deviation.
-    structured = np.concatenate([deviation(images[x]) for x in in_chunks(len(images))]) > (
-        MIN_DEVIATION
-    )
-    similarity = np.zeros(len(images), np.float32)
-    partner = np.full(len(images), -1)
-    every = np.arange(len(images))[None]
-    for part in in_chunks(len(images)):
-        i = every[0, part, None]
+    hashes, blocks, structured = images
+    similarity = np.zeros(len(hashes), np.float32)
+    partner = np.full(len(hashes), -1)
+    for part in in_chunks(len(hashes)):
         close = np.bitwise_count(hashes[part, None] ^ hashes[None]) <= HASH_BITS
-        rows, columns = np.nonzero(close & structured & structured[part, None] & allowed(i, every))
+        rows, columns = np.nonzero(close & structured & structured[part, None])
+        rows += part.start
+        kept = allowed(rows, columns)
+        rows, columns = rows[kept], columns[kept]
         for pairs in in_chunks(len(rows), PAIRS):
-            a, b = rows[pairs] + part.start, columns[pairs]
+            a, b = rows[pairs], columns[pairs]
             alike = 1 - np.abs(blocks[a] - blocks[b]).max(axis=(1, 2, 3)) / 255
             # Of the pairs of an image, the best one is written last.
             order = np.argsort(alike, kind="stable")

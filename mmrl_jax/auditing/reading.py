@@ -1,6 +1,7 @@
 """Reads the samples of one or more splits: demonstrations or image-text records."""
 
 from collections.abc import Mapping, Sequence
+import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -8,15 +9,16 @@ import numpy as np
 
 from mmrl_jax.auditing import images as images_lib
 from mmrl_jax.auditing.samples import Episodes, Frames, ImageTexts, Unreadable, concatenated
-from mmrl_jax.data import files, formats, packed
-from mmrl_jax.data.images import LETTERBOX
+from mmrl_jax.data import files, formats, packed, tfds_files
+from mmrl_jax.data.images import STRETCH
 from mmrl_jax.data.mapping import FeatureMapping, Target, parse_part, part_size
 from mmrl_jax.data.records import EpisodeSource, InvalidData, nearest
 from mmrl_jax.tasks.folder import Records, open_folder
+from mmrl_jax.tasks.samples import NAMES as COLUMNS
 
 MIN_EDGE, MAX_EDGE = 32, 64  # Of the images that are audited, in pixels.
-# Records are rejected one by one, and none is too many.
-MAX_REJECTED = float(np.nextafter(1, 0))
+RESIZE = STRETCH  # Padding would give structure to images of one color, and edges to all others.
+MAX_REJECTED = 1.0  # The audit counts rejected records and never fails because of their number.
 SIZED = ("pixels", "proprio", "action")  # Arrays whose rows have the same size in all splits.
 FEATURES, NAMES = "--features", ("pixels", "proprio", "instruction", "action")
 
@@ -45,14 +47,22 @@ def parts(
       tables: Patterns of the tables of records, each of one split; () for the only one.
 
     Raises:
-      ValueError: If a directory does not exist, the directories are of both kinds, or splits are
-        given for records, or tables for demonstrations.
+      ValueError: If a directory does not exist or only has versions of a data set in it, the
+        directories are of both kinds, or splits are given for records, or tables for
+        demonstrations.
     """
     roots = [pathlib.Path(directory) for directory in directories]
     for root in roots:
         if not root.is_dir():
             raise ValueError(f"--data={root} does not exist; give the directory of a data set.")
     names = {root: formats.split_names(root) for root in roots}
+    for root in roots:
+        versions = [] if names[root] else tfds_files.versions(root)
+        if versions:
+            raise ValueError(
+                f"--data={root} has data sets of RLDS in it; give the directory of a version, for "
+                f"example {versions[0]}."
+            )
     demonstrations = any(names.values())
     if demonstrations and not all(names.values()):
         raise ValueError(f"--data={directories}: give demonstrations or records, not both.")
@@ -73,7 +83,12 @@ def split_labels(chosen: Sequence[Part]) -> tuple[str, ...]:
         name = part.choice if part.choice is not None and alone else part.directory.resolve().name
         name = "".join(x if x.isalnum() or x in "-_." else "_" for x in name).strip("_.") or "data"
         names.append(name)
-    return tuple(name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names))
+    labels = list(names)
+    for i, name in enumerate(names):
+        if names.count(name) > 1:
+            numbered = (f"{name}-{k}" for k in itertools.count(i))
+            labels[i] = next(x for x in numbered if x not in (*names, *labels))
+    return tuple(labels)
 
 
 # -- Records ---------------------------------------------------------------------------------------
@@ -87,9 +102,12 @@ def read_records(chosen: Sequence[Part], columns: Mapping[str, str]) -> ImageTex
       columns: Names of the columns of 'image', 'prompt' and 'answer', where they differ.
 
     Raises:
-      ValueError: If a directory cannot be opened, see `tasks.folder.open_folder`, or no record of a
-        split can be used.
+      ValueError: If a column is none of these, a directory cannot be opened, see
+        `tasks.folder.open_folder`, or no record of a split can be used.
     """
+    for name, column in columns.items():
+        if name not in COLUMNS:
+            raise ValueError(f"--columns={name}={column} is unknown; name one of {COLUMNS}.")
 
     def opened_at(edge: int) -> list[Records]:
         return [
@@ -98,10 +116,11 @@ def read_records(chosen: Sequence[Part], columns: Mapping[str, str]) -> ImageTex
                 files=part.choice,
                 names=columns,
                 size=(edge, edge),
-                resize=LETTERBOX,
+                resize=RESIZE,
                 batch_size=1,
                 seed=0,
                 max_rejected=MAX_REJECTED,
+                files_option="--files",
             )
             for part in chosen
         ]
@@ -120,13 +139,14 @@ def read_records(chosen: Sequence[Part], columns: Mapping[str, str]) -> ImageTex
         splits=split_labels(chosen),
         split=np.repeat(np.arange(len(opened)), [len(records) for records in opened]),
         ids=tuple(name for records in opened for name in records.names),
-        digests=tuple(info.digest for records in opened for info in records.images),
+        digests=tuple(x for records in opened for x in records.digests),
         unreadable=tuple(
-            Unreadable(i, name, reason)
+            Unreadable(i, name, "", reason)
             for i, records in enumerate(opened)
             for name, reason in records.rejected
         ),
         images=concatenated([batch.images for batch in batches]),
+        image_digests=tuple(info.digest for records in opened for info in records.images),
         prompts=tuple(x for batch in batches for x in batch.prompts),
         answers=tuple(x for batch in batches for x in batch.answers),
     )
@@ -234,7 +254,7 @@ def read_episodes(chosen: Sequence[Part], features: Mapping[str, tuple[str, ...]
         source = formats.open_directory(part.directory, part.choice)
         fields = infer_features(source, features)
         mapping = FeatureMapping(
-            source, fields, target_of(source, fields), resize=LETTERBOX, key=FEATURES
+            source, fields, target_of(source, fields), resize=RESIZE, key=FEATURES
         )
         digest = files.digest(files.fingerprint(part.directory), part.choice)
         cache = files.cache_directory() / "demonstrations"
@@ -245,7 +265,8 @@ def read_episodes(chosen: Sequence[Part], features: Mapping[str, tuple[str, ...]
         reasons = dict(data.quarantine.examples)
         for number in sorted({*range(len(source))} - {*data.numbers.tolist()}):
             name = source.name(number)
-            unreadable.append(Unreadable(i, name, reasons.get(name, "see the first reasons")))
+            reason = reasons.get(name, "not listed: only the first reasons are kept")
+            unreadable.append(Unreadable(i, name, digest, reason))
         if "pixels" in data.arrays:
             frames.append(frames_of(data.arrays["pixels"], data.starts))
     sizes = [{name: x.arrays[name].shape[1:] for name in SIZED if name in x.arrays} for x in read]

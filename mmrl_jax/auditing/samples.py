@@ -17,11 +17,13 @@ class Unreadable(NamedTuple):
     Attributes:
       split: Index of its split.
       id: Name of the sample in its split.
+      digest: Digest of the data set that has it, see `Samples`; '' for a record.
       reason: Reason why it cannot be used.
     """
 
     split: int
     id: str
+    digest: str
     reason: str
 
 
@@ -85,11 +87,13 @@ class ImageTexts(Samples):
 
     Args:
       images: Images, resized to squares, uint8 [N, S, S, 3].
+      image_digests: Digest of each image, which is the same for copies of a file.
       prompts: Text of each prompt.
       answers: Text of each reference answer.
     """
 
     images: np.ndarray
+    image_digests: tuple[str, ...]
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
 
@@ -97,6 +101,11 @@ class ImageTexts(Samples):
     def features(self) -> dict[str, np.ndarray]:
         """Features of the images by their kind, see `images.features`."""
         return images_lib.features(self.images)
+
+    @functools.cached_property
+    def descriptors(self) -> images_lib.Descriptors:
+        """What images are compared by, see `images.descriptors`."""
+        return images_lib.descriptors(self.images)
 
     def picture(self, i: int) -> np.ndarray | None:
         return self.images[i]

@@ -7,13 +7,15 @@ import re
 
 import numpy as np
 
+from mmrl_jax.auditing.images import in_chunks
+
 FOLDS = 5
-PENALTIES = (1e-4, 1e-3, 1e-2)  # Of which the one with the lowest out-of-fold loss is used.
+CHUNK = 4096  # Number of samples whose features are in memory at a time.
+# Of the penalties, the one with the lowest out-of-fold loss is used.
+PENALTIES = (1e-4, 1e-3, 1e-2)
 RIDGE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-ITERATIONS = 200  # Of accelerated gradient descent.
-# Fraction of the samples, below which a model that predicts their labels proves nothing about them.
-MIN_AGREEMENT = 0.6
-MAX_WORDS = 300  # Of a bag of words.
+ITERATIONS = 200  # Number of steps of accelerated gradient descent.
+MAX_WORDS = 300  # Maximum number of words in a bag of words.
 EPSILON = 1e-6
 
 Activation = Callable[[np.ndarray], np.ndarray]
@@ -50,20 +52,28 @@ def standardize(x: np.ndarray) -> np.ndarray:
 
 
 def principal_components(x: np.ndarray, count: int) -> np.ndarray:
-    """Returns the first principal components of standardized columns, [N, <= count].
+    """Returns the first principal components of features [N, D], see `projection`."""
+    return projection(x, count)(x)
 
-    They are scaled so that the first one has variance 1. Components with less than a millionth of
-    its variance are left out.
+
+def projection(x: np.ndarray, count: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function from features [n, D] to the first principal components, [n, <= count].
+
+    The components are those of standardized columns. They are scaled so that the first one has
+    variance 1, and those with less than a millionth of its variance are left out.
 
     Args:
-      x: Features, [N, D].
+      x: Features to which the components are fitted, [N, D].
       count: Maximum number of components.
     """
-    x = standardize(x)
-    values, vectors = np.linalg.eigh(x.T @ x / len(x))
+    mean, std = np.mean(x, axis=0, dtype=np.float64), np.std(x, axis=0, dtype=np.float64)
+    std = np.where(std > EPSILON, std, np.inf)
+    standard = (x - mean) / std
+    values, vectors = np.linalg.eigh(standard.T @ standard / len(x))
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     kept = values > EPSILON * max(values[0], EPSILON)
-    return x @ vectors[:, kept] / np.sqrt(max(values[0], EPSILON))
+    matrix = vectors[:, kept] / np.sqrt(max(values[0], EPSILON))
+    return lambda x: (x - mean) / std @ matrix
 
 
 def fit_linear(
@@ -143,7 +153,11 @@ def fourier_features(x: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 
 
 def ridge_out_of_fold(
-    x: np.ndarray, targets: np.ndarray, fold: np.ndarray, *, max_fit: int
+    features: Callable[[np.ndarray], np.ndarray],
+    targets: np.ndarray,
+    fold: np.ndarray,
+    *,
+    max_fit: int,
 ) -> np.ndarray:
     """Returns predictions of ridge regressions that have not seen the sample, [N, K].
 
@@ -151,25 +165,26 @@ def ridge_out_of_fold(
     predicting 0, the predictions are 0.
 
     Args:
-      x: Features, [N, D].
+      features: Function from the indices of samples, int64 [n], to their features, [n, D], which
+        are in memory for CHUNK samples at a time.
       targets: Targets with mean 0, [N, K].
       fold: Fold of each sample, see `folds`.
       max_fit: Number of samples, evenly spaced, to which a model is fitted at most.
     """
-    best, lowest = np.zeros(targets.shape), np.square(targets).sum()
-    for penalty in RIDGE_PENALTIES:
-        predictions = np.empty(targets.shape)
-        for k in np.unique(fold):
-            out = fold == k
-            rows = np.flatnonzero(~out)
-            rows = rows[:: -(-len(rows) // max_fit)]
-            a, y = x[rows], targets[rows]
-            moments = a.T @ a + penalty * len(a) * np.eye(a.shape[1])
-            predictions[out] = x[out] @ np.linalg.solve(moments, a.T @ y)
-        error = np.square(predictions - targets).sum()
-        if error < lowest:
-            best, lowest = predictions, error
-    return best
+    predictions = np.zeros((1 + len(RIDGE_PENALTIES), *targets.shape))
+    for k in np.unique(fold):
+        rows, out = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        rows = rows[:: -(-len(rows) // max_fit)]
+        moments = products = np.zeros(())
+        for part in in_chunks(len(rows), CHUNK):
+            x = features(rows[part])
+            moments, products = moments + x.T @ x, products + x.T @ targets[rows[part]]
+        ridge = len(rows) * np.eye(len(moments))
+        weights = [np.linalg.solve(moments + c * ridge, products) for c in RIDGE_PENALTIES]
+        for part in in_chunks(len(out), CHUNK):
+            predictions[1:, out[part]] = features(out[part]) @ np.array(weights)
+    errors = [np.square(x - targets).sum() for x in predictions]
+    return predictions[np.argmin(errors)]
 
 
 def confident_margin(p: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

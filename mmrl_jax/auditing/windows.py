@@ -6,10 +6,10 @@ from mmrl_jax.auditing import statistics
 from mmrl_jax.auditing.images import Allowed
 from mmrl_jax.auditing.samples import Episodes
 
-LENGTH, STRIDE = 8, 4  # Steps of a window, and between the starts of two windows.
-MAX_DISTANCE = 0.05  # Of two windows that are copies, in standard deviations of a reading.
+LENGTH, STRIDE = 8, 4  # Number of steps of a window, and between the starts of two windows.
+MAX_DISTANCE = 0.05  # Distance of two windows that are copies, in standard deviations of a reading.
 MAX_LEVELS = 6.0  # Root mean square of the difference of their images, in 8-bit levels.
-MAX_COPIES = 64  # Of a window, whose images are compared.
+MAX_COPIES = 64  # Maximum number of windows whose images a window is compared with.
 CHUNK = 512  # Number of windows that are compared with others at a time.
 
 

@@ -18,10 +18,12 @@ The output has
   audit.html           the worst samples with their images, and why they were flagged
 
 The exit code is 0 if no check flags more than its limit, 2 if one does, and 1 if the data cannot be
-audited. --limit=label_noise=0.05 and --threshold=label_noise=0.5 change a limit and a threshold.
+audited. --limit=label_noise=0.05 and --threshold=label_noise=0.5 change a limit, which is a
+fraction, and a threshold.
 """
 
 from collections.abc import Sequence
+import math
 import pathlib
 import sys
 
@@ -54,13 +56,49 @@ def numbers(texts: Sequence[str], flag: str) -> dict[str, float]:
     """Returns the values of a flag 'name=number', by their names.
 
     Raises:
-      ValueError: If a text has another form.
+      ValueError: If a text has another form, or a number is not finite.
     """
-    values = pairs(texts, flag)
+    found = {}
+    for name, text in pairs(texts, flag).items():
+        try:
+            found[name] = float(text)
+        except ValueError:
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise ValueError(f"--{flag}={name}={text}: give a finite number.")
+    return found
+
+
+def fractions(texts: Sequence[str], flag: str) -> dict[str, float]:
+    """Returns the values of a flag 'name=fraction', by their names.
+
+    Raises:
+      ValueError: If a text has another form, or a number is not in [0, 1].
+    """
+    found = numbers(texts, flag)
+    for name, x in found.items():
+        if not 0 <= x <= 1:
+            raise ValueError(f"--{flag}={name}={x:g}: give a fraction in [0, 1], for example 0.05.")
+    return found
+
+
+def make_output(output: pathlib.Path, directories: Sequence[str]) -> None:
+    """Makes the directory of the results.
+
+    Raises:
+      ValueError: If it is one of the data sets or in one, which it would change, or cannot be made.
+    """
+    for directory in directories:
+        if output.resolve().is_relative_to(pathlib.Path(directory).resolve()):
+            raise ValueError(
+                f"--output={output} is in --data={directory}; give a directory outside of it."
+            )
     try:
-        return {name: float(value) for name, value in values.items()}
-    except ValueError as error:
-        raise ValueError(f"--{flag}={list(texts)}: {error}.") from error
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output={output} cannot be made ({error}); give another directory."
+        ) from error
 
 
 def audit(
@@ -78,7 +116,7 @@ def audit(
 
     Args:
       directories: Directories of the data sets.
-      output: Directory of the results.
+      output: Directory of the results, outside of the data sets.
       splits: Splits of demonstrations; () for all.
       tables: Patterns of the tables of records, of one split each; () for the usual ones.
       features: Fields of demonstrations, as 'NAME=FIELD' or 'NAME=FIELD,FIELD'.
@@ -92,12 +130,13 @@ def audit(
     """
     fields = {name: tuple(x.split(",")) for name, x in pairs(features, "features").items()}
     names = pairs(columns, "columns")
-    given = numbers(thresholds, "threshold"), numbers(limits, "limit")
+    least, allowed = numbers(thresholds, "threshold"), fractions(limits, "limit")
     chosen, demonstrations = reading.parts(directories, splits, tables)
     if demonstrations and names or not demonstrations and fields:
         raise ValueError("--features is for demonstrations, and --columns for records.")
     rows = checks.DEMONSTRATIONS if demonstrations else checks.IMAGE_TEXT
-    checks.refuse_unknown(rows, *given)
+    checks.refuse_unknown(rows, thresholds=least, limits=allowed)
+    make_output(output, directories)
     samples = (
         reading.read_episodes(chosen, fields)
         if demonstrations
@@ -106,8 +145,8 @@ def audit(
     report = checks.run(
         samples,
         rows,
-        thresholds=given[0],
-        limits=given[1],
+        thresholds=least,
+        limits=allowed,
         progress=lambda name: print(f"Checking {name} ...", file=sys.stderr, flush=True),
     )
     weights = checks.write(report, output)
@@ -141,7 +180,9 @@ def run() -> None:
     """Parses the flags and runs the command."""
     flags.DEFINE_multi_string("data", None, "Directory of a data set; may be repeated.")
     flags.mark_flag_as_required("data")
-    flags.DEFINE_string("output", None, "Directory of the results.", required=True)
+    flags.DEFINE_string(
+        "output", None, "Directory of the results, outside of the data.", required=True
+    )
     flags.DEFINE_multi_string("split", [], "Split of demonstrations; may be repeated.")
     flags.DEFINE_multi_string("files", [], "Pattern of the tables of a split; may be repeated.")
     flags.DEFINE_multi_string(

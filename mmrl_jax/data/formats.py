@@ -109,7 +109,7 @@ def open_directory(directory: str | os.PathLike, split: str) -> EpisodeSource:
         return LeRobot(root, split)
     if (root / tfds_files.INFO).is_file():
         return Rlds(root, split)
-    versions = sorted(str(x.parent) for x in root.glob(f"**/{tfds_files.INFO}"))
+    versions = tfds_files.versions(root)
     hint = f"Give the directory of a version, for example {versions[0]}. " if versions else ""
     raise InvalidData(
         f"{root} is no data set: it has neither {tfds_files.INFO} (RLDS) nor {lerobot.INFO} "

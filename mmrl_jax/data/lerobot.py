@@ -308,7 +308,14 @@ def split_names(root: pathlib.Path) -> tuple[str, ...]:
     Raises:
       InvalidData: If its metadata cannot be read.
     """
-    return tuple(_splits(_read_json(root / INFO)))
+    info = _read_json(root / INFO)
+    try:
+        return tuple(_splits(info))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidData(
+            f"{root / INFO} has no splits, and total_episodes={info.get('total_episodes')!r} is no "
+            "number of episodes; write the data set again."
+        ) from error
 
 
 def _provenance(episode: Mapping[str, Any]) -> Provenance:

@@ -2,9 +2,8 @@
 
 Batch u has the samples u * B to (u + 1) * B - 1 of the sequence of all epochs. Every epoch has each
 step with an action once, or as often as the weight of its episode says, in an order that depends on
-the seed and the epoch alone. Which samples of
-a batch a process reads is given by their places in the batch, so that a run continues exactly where
-it stopped, also on another number of processes.
+the seed and the epoch alone. Which samples of a batch a process reads is given by their places in
+the batch, so that a run continues exactly where it stopped, also on another number of processes.
 """
 
 from collections.abc import Mapping

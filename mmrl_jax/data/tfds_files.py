@@ -38,19 +38,25 @@ def read_info(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = pathlib.Path(directory) / INFO
     if not path.is_file():
-        versions = sorted(str(x.parent) for x in pathlib.Path(directory).glob(f"**/{INFO}"))
-        hint = f" Give one of {versions[:5]}." if versions else ""
+        found = versions(directory)
+        hint = f" Give one of {found[:5]}." if found else ""
         raise InvalidData(f"{path} does not exist; a data set of TFDS has one.{hint}")
     try:
         info = json.loads(path.read_bytes())
         info.setdefault("fileFormat", "tfrecord")  # Older versions of TFDS do not write it.
         for split in info["splits"]:
+            split["name"] = str(split["name"])
             split["shardLengths"] = [int(x) for x in split["shardLengths"]]
         return info
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidData(
             f"{path} cannot be read ({type(error).__name__}: {error}); write the data set again."
         ) from error
+
+
+def versions(directory: str | os.PathLike) -> list[str]:
+    """Returns the directories of versions of data sets in a directory, sorted."""
+    return sorted(str(path.parent) for path in pathlib.Path(directory).glob(f"**/{INFO}"))
 
 
 def shards(

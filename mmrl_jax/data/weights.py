@@ -23,7 +23,8 @@ class SampleWeight(NamedTuple):
 
     Attributes:
       id: Name of the sample in its split.
-      digest: Digest of its content, or of the data set that has it.
+      digest: Digest of its content, or of the data set that has it; '' if it could not be read and
+        has none.
       weight: Mean number of times that an epoch has the sample, relative to others; at least 0.
       flags: Names of the checks that flagged it.
     """
@@ -50,16 +51,26 @@ def select(path: str, ids: Sequence[str], digests: Sequence[str], *, key: str) -
       key: Name of the option that has the path, for messages.
 
     Raises:
-      InvalidData: If the file cannot be read, has no line for a sample, or one for other content,
-        or all weights are 0.
+      InvalidData: If the file cannot be read, has two lines for the same sample, no line for one of
+        these, or one for other content or for a sample that the audit could not read, or all
+        weights are 0.
     """
-    known = {row.id: row for row in _read(pathlib.Path(path), key)}
+    known: dict[str, SampleWeight] = {}
+    for row in _read(pathlib.Path(path), key):
+        if row.id in known:
+            raise InvalidData(f"{key}={path!r} has two lines for {row.id!r}; remove one of them.")
+        known[row.id] = row
     for name, digest in zip(ids, digests, strict=True):
-        row = known.get(name)
-        if row is None or row.digest != digest:
-            fault = "has no line for" if row is None else "was written for other contents of"
+        found = known.get(name)
+        if found is None or found.digest != digest:
+            fault = "was written for other contents of"
+            if found is None:
+                fault = "has no line for"
+            elif not found.digest:
+                fault = "is of an audit that could not read"
             raise InvalidData(
-                f"{key}={path!r} {fault} {name!r}; audit the data again, with the same files."
+                f"{key}={path!r} {fault} {name!r}; audit the data again, with the same files and "
+                "columns."
             )
     weights = np.array([known[name].weight for name in ids], np.float64)
     if not weights.any():

@@ -16,6 +16,8 @@ import ml_collections
 import numpy as np
 
 from mmrl_jax.config.options import Group, options_of
+from mmrl_jax.data.files import file_digest
+from mmrl_jax.data.weights import select
 from mmrl_jax.distributed import mesh as mesh_lib
 from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import BatchRows, strided_shares
@@ -93,7 +95,8 @@ class Dataset(TokenProblem):
     """Problem of prompts from files, see `problem.Problem` for the interface.
 
     The records are opened and checked by `open_data`, or when they are first used. A trained policy
-    can therefore be loaded on a machine without them.
+    can therefore be loaded on a machine without them. Until `open_data`, `splits` has the minimum
+    numbers of the config, which for the test split is 0 with `dataset.test_directory`.
 
     Args:
       config: Config of the run, with the keys of `options`.
@@ -156,6 +159,20 @@ class Dataset(TokenProblem):
         return self._opened[0]
 
     @functools.cached_property
+    def weighted_records(self) -> Records:
+        """Training records by their weights, which evaluations do not need.
+
+        Raises:
+          InvalidData: If `dataset.weights` cannot be used, see `weights.select`.
+          ValueError: If the records cannot be used, see `records`.
+        """
+        train, path = self.records.train, self.config.dataset.weights
+        if path is None:
+            return train
+        weights = select(path, train.names, train.digests, key="dataset.weights")
+        return train.with_weights(weights)
+
+    @functools.cached_property
     def scorer(self) -> Scorer:
         """Scores completions with the reward functions; its first use starts the workers.
 
@@ -178,7 +195,6 @@ class Dataset(TokenProblem):
             validation_size=d.validation_size,
             test_size=d.test_size,
             split_seed=d.split_seed,
-            weights=d.weights,
             size=(d.height, d.width),
             resize=d.resize,
             batch_size=self.eval_batch_size(),
@@ -193,7 +209,11 @@ class Dataset(TokenProblem):
         return records, columns
 
     def dependencies(self, *, of_policy: bool = False) -> dict[str, str]:
-        """Returns fingerprints of model, records and reward functions, see `problem.Problem`."""
+        """Returns fingerprints of model, records and reward functions, see `problem.Problem`.
+
+        The fingerprint of the weights is left out if their file does not exist: a trained policy
+        can be evaluated without them.
+        """
         if of_policy:
             return super().dependencies()
         d = self.config.dataset
@@ -208,13 +228,14 @@ class Dataset(TokenProblem):
             for part in self.records
             for name, info in zip(part.names, part.images, strict=True)
         ]
-        if d.weights is not None:
-            contents.append(pathlib.Path(d.weights).read_bytes())
         code = {name: dataset_options.source_code(name) for name in self._functions}
-        return super().dependencies() | {
+        found = super().dependencies() | {
             "records": fingerprints.digest(contents, sorted(images)),
             "reward_functions": fingerprints.digest(sorted(code.items())),
         }
+        if d.weights is not None and pathlib.Path(d.weights).is_file():
+            found["weights"] = file_digest(pathlib.Path(d.weights))
+        return found
 
     # -- Experience --------------------------------------------------------------------------------
 
@@ -232,6 +253,7 @@ class Dataset(TokenProblem):
         """Returns the source of the experience of a stage, see `TokenProblem`.
 
         Raises:
+          InvalidData: If the weights of the records cannot be used.
           NoRewards: If no answer of the records of the first batch has a reward.
           RuntimeError: If a worker for reward functions does not start.
         """
@@ -243,7 +265,7 @@ class Dataset(TokenProblem):
             print_image_summary(self.records, (d.height, d.width), resize=d.resize)
         labels = name in self._labels
         size = self.config[name].batch_size if labels else self.config[name].prompts_per_update
-        train = self.records.train.with_batch_size(size)
+        train = multihost.on_all(lambda: self.weighted_records).with_batch_size(size)
         rows = BatchRows(self.mesh, size)
         multihost.on_all(lambda: self.scorer.check_functions(train, rows.held))
         if labels:

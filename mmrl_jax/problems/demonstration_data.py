@@ -121,20 +121,21 @@ def directories(config: ml_collections.ConfigDict) -> dict[str, pathlib.Path]:
 
 
 def fingerprint(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the fingerprint of the demonstrations of a run, see `training.fingerprints`.
+    """Returns fingerprints of demonstrations and their weights, see `training.fingerprints`.
 
-    A directory that does not exist is left out: a trained policy can be evaluated without its
-    demonstrations.
+    Directories and files that do not exist are left out: a trained policy can be evaluated without
+    its demonstrations.
     """
-    parts = {
-        name: files.fingerprint(path) for name, path in directories(config).items() if path.is_dir()
-    }
-    for name in tuple(parts):
+    parts, weights = {}, {}
+    for name, path in directories(config).items():
         group = demonstrated(config, name)
-        path = None if group is None else group.options.data.weights
-        if path is not None and pathlib.Path(path).is_file():
-            parts[f"{name}.weights"] = files.file_digest(pathlib.Path(path))
-    return {"demonstrations": files.digest(sorted(parts.items()))} if parts else {}
+        file = None if group is None else group.options.data.weights
+        if path.is_dir():
+            parts[name] = files.fingerprint(path)
+        if file is not None and pathlib.Path(file).is_file():
+            weights[name] = files.file_digest(pathlib.Path(file))
+    found = {"demonstrations": parts, "weights": weights}
+    return {name: files.digest(sorted(x.items())) for name, x in found.items() if x}
 
 
 def target(config: ml_collections.ConfigDict, env: Env) -> Target:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from mmrl_jax.data import images as images_lib
-from mmrl_jax.data.weights import select
 from mmrl_jax.distributed import multihost
 from mmrl_jax.distributed.rows import join_shares
 from mmrl_jax.pretrained.chat import ChatTokenizer, check_text
@@ -108,7 +107,6 @@ def open_split(
     validation_size: int,
     test_size: int,
     split_seed: int,
-    weights: str | None,
     completion_length: int | None,
     length: int,
     images: int,
@@ -125,8 +123,6 @@ def open_split(
       validation_size: Minimum number of records in the validation split.
       test_size: Minimum number of records in the test split; 0 with a `test_directory`.
       split_seed: Seed of the splits, see `Records.split`.
-      weights: File of weights of the records of the directory, which apply to the training split;
-        None for equal ones.
       completion_length: Maximum number of tokens of an answer; None if no stage learns from
         answers, so that their length does not matter.
       length: Maximum number of tokens of a prompt.
@@ -137,7 +133,6 @@ def open_split(
       The records by split, and the names of the columns that at least one record has.
 
     Raises:
-      InvalidData: If the weights cannot be used, see `weights.select`.
       ValueError: If a folder cannot be opened, see `open_folder`, there are too few records for
         the held-out splits, or an image of `test_directory` is in `directory` too.
     """
@@ -169,11 +164,6 @@ def open_split(
         raise ValueError(
             f"dataset.validation_size={validation_size}, dataset.test_size={test_size}: {error}"
         ) from error
-    if weights is not None:
-        train = parts["train"]
-        digests = [info.digest for info in train.images]
-        values = select(weights, train.names, digests, key="dataset.weights")
-        parts["train"] = train.with_weights(values)
     if test_directory is not None:
         parts["test"] = open_folder(test_directory, files=test_files, check=check, **opening)
         _check_disjoint(records, parts["test"])

@@ -147,7 +147,8 @@ class Problem(Protocol):
     Attributes:
       config: Config of the run, complete and checked.
       mesh: Device mesh.
-      splits: Number of episodes, or prompts, in the run's own evaluations by the name of the split.
+      splits: Number of episodes, or prompts, in the run's own evaluations by the name of the split;
+        of prompts from files, it is known after `open_data`.
       best_metric: Name of the metric by which the best checkpoint is chosen.
       test_split: Name of a split that is evaluated once, with the final policy, for the summary;
         None if the summary reports the last evaluation during training.

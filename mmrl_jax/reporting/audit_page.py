@@ -7,19 +7,14 @@ import numpy as np
 
 from mmrl_jax.auditing.checks import UNREADABLE, Report, Result
 from mmrl_jax.auditing.samples import Samples
-from mmrl_jax.reporting.report import data_uri, write_page
+from mmrl_jax.reporting.report import STYLE, data_uri, write_page
 
-SHOWN = 12  # Number of samples of each check on the page.
+SHOWN = 12  # Maximum number of samples of each check on the page.
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.4 sans-serif; margin: 2em; color: #222; }}
-table {{ border-collapse: collapse; }}
-td, th {{ padding: 6px 16px; border-bottom: 1px solid #ddd; text-align: left; }}
-td {{ vertical-align: top; }}
-td.text {{ max-width: 28em; white-space: pre-wrap; overflow-wrap: anywhere; }}
-td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-img {{ height: 128px; image-rendering: pixelated; display: block; }}
+{style}td {{ vertical-align: top; }}
+img {{ height: 128px; }}
 .exceeded {{ color: #b3261e; }} .exceeded::before {{ content: "\\2717\\00a0"; }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}</p>
@@ -61,6 +56,7 @@ def write(path: str | os.PathLike[str], report: Report, title: str) -> None:
     left = int((report.weights() == 0).sum())
     page = _PAGE.format(
         title=html.escape(title),
+        style=STYLE,
         summary=html.escape(
             f"{len(samples)} samples were audited, {count} could not be read, and {left} have the "
             f"weight 0. {verdict}"
@@ -68,7 +64,6 @@ def write(path: str | os.PathLike[str], report: Report, title: str) -> None:
         rows="\n".join(rows),
         sections="\n".join(sections),
     )
-
     write_page(path, page)
 
 
@@ -87,7 +82,16 @@ def _unreadable(samples: Samples) -> str:
         f"<td class='text'>{html.escape(x.reason)}</td></tr>"
         for x in samples.unreadable[:SHOWN]
     )
-    return f"<h2>{UNREADABLE}</h2><table><tr><th>sample</th><th>why</th></tr>\n{rows}\n</table>"
+    shown = _shown("first", len(samples.unreadable))
+    return (
+        f"<h2>{UNREADABLE}</h2><p>It cannot be used. {shown}</p>\n<table><tr><th>sample</th>"
+        f"<th>why</th></tr>\n{rows}\n</table>"
+    )
+
+
+def _shown(which: str, count: int) -> str:
+    """Returns a sentence with the number of samples that are shown, '' if all are."""
+    return f"The {which} {SHOWN} of {count} are shown." if count > SHOWN else ""
 
 
 def _section(name: str, result: Result, samples: Samples) -> str:
@@ -98,7 +102,8 @@ def _section(name: str, result: Result, samples: Samples) -> str:
     check = result.check
     return (
         f"<h2>{html.escape(name)}</h2><p>{html.escape(check.meaning)}. The scores of "
-        f"{len(flagged)} samples are at least {check.threshold:g}.</p>\n<table><tr><th>image</th>"
+        f"{len(flagged)} samples are at least {check.threshold:g}. "
+        f"{_shown('worst', len(flagged))}</p>\n<table><tr><th>image</th>"
         f"<th>sample</th><th class='number'>score</th><th>why</th></tr>\n{rows}\n</table>"
     )
 
@@ -124,4 +129,5 @@ def _image(samples: Samples, i: int) -> str:
     picture = samples.picture(i)
     if picture is None:
         return ""
-    return f"<img src='{data_uri(picture)}' alt=''>"
+    place = html.escape(_place(samples, int(samples.split[i]), samples.ids[i]))
+    return f"<img src='{data_uri(picture)}' alt='Image of {place}'>"

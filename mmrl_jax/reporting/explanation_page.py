@@ -240,21 +240,24 @@ def _pairs(explanation: "Explanation", order: Sequence[int]) -> str:
 
 def _pair(explanation: "Explanation", n: int) -> str:
     swapped = explanation.swapped
-    other = (n + 1) % len(explanation.words)
+    words = explanation.words[n]
+    others = explanation.words[(n + 1) % len(explanation.words)]
+    own_scores = explanation.word_scores[0, n, : len(words)]
+    other_scores = swapped.word_scores[0, n, : len(others)]
     sides = (
-        ("own", n, explanation.patches, explanation.word_scores, swapped.action),
-        ("of another episode", other, swapped.patches, swapped.word_scores, swapped.swapped_action),
-    )
-    bound = _bound(np.stack([side[2][0, n] for side in sides]))
+        ("own", words, own_scores, explanation.patches[0, n], swapped.action[0, n]),
+        ("of another episode", others, other_scores, swapped.patches[0, n],
+         swapped.swapped_action[0, n]),
+    )  # fmt: skip
+    word_bound = _bound(np.concatenate([own_scores, other_scores]))
+    bound = _bound(np.stack([side[3] for side in sides]))
     shown = ""
-    for name, source, patches, word_scores, action in sides:
-        words = explanation.words[source]
-        scores = word_scores[0, n, : len(words)]
-        frame = _frame(explanation.frames[0, n], patches[0, n], bound, 0)
+    for name, texts, scores, patches, action in sides:
+        frame = _frame(explanation.frames[0, n], patches, bound, 0)
         shown += (
             f'<div class="side"><h4>Instruction: {name}</h4>'
-            f"{_colored(words, scores, _bound(scores))}{frame}"
-            f"<p>Most likely action: {_action(action[0, n])}</p></div>"
+            f"{_colored(texts, scores, word_bound)}{frame}"
+            f"<p>Most likely action: {_action(action)}</p></div>"
         )
     name = f"Episode {n} with another instruction"
     return _figure(name, f'<h3>Episode {n}</h3><div class="pair">{shown}</div>')

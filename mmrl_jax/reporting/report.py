@@ -23,21 +23,25 @@ from mmrl_jax.evaluation.prompts import Sample
 from mmrl_jax.monitoring import metric_definitions, metrics
 from mmrl_jax.reporting.videos import file_path, save_file
 
+# Style of the pages with tables of samples.
+STYLE = """body { font: 16px/1.4 sans-serif; margin: 2em; color: #222; }
+table { border-collapse: collapse; }
+td, th { padding: 6px 16px; border-bottom: 1px solid #ddd; text-align: left; }
+td.text { max-width: 28em; white-space: pre-wrap; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+img { image-rendering: pixelated; display: block; }
+"""
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.4 sans-serif; margin: 2em; color: #222; }}
-table {{ border-collapse: collapse; }}
-th {{ position: sticky; top: 0; background: #fff; white-space: nowrap; }}
-td, th {{ padding: 6px 16px; border-bottom: 1px solid #ddd; text-align: left; }}
-td.text {{ max-width: 28em; white-space: pre-wrap; overflow-wrap: anywhere; }}
-td.reward, th.reward {{ text-align: right; font-variant-numeric: tabular-nums; }}
-img {{ width: 128px; image-rendering: pixelated; display: block; }}
+{style}th {{ position: sticky; top: 0; background: #fff; white-space: nowrap; }}
+img {{ width: 128px; }}
 .right {{ color: #187a2f; }} .wrong {{ color: #b3261e; }}
 .right::before {{ content: "\\2713\\00a0"; }} .wrong::before {{ content: "\\2717\\00a0"; }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}</p>
 <table><tr><th>image</th><th>prompt</th><th>reference</th><th>completion</th>
-<th class="reward">reward</th></tr>
+<th class="number">reward</th></tr>
 {rows}
 </table></body></html>
 """
@@ -296,7 +300,7 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
     """
     rows = "\n".join(
         "<tr><td><img src='{}' alt=''></td><td class='text'>{}</td>"
-        "<td class='text'>{}</td><td class='text {}'>{}</td><td class='reward'>{}</td></tr>"
+        "<td class='text'>{}</td><td class='text {}'>{}</td><td class='number'>{}</td></tr>"
         "".format(
             data_uri(sample.image),
             html.escape(sample.prompt),
@@ -307,7 +311,8 @@ def sample_table(path: str | os.PathLike[str], samples: Sequence[Sample], title:
         )
         for sample in samples
     )
-    write_page(path, _PAGE.format(title=html.escape(title), summary=_summary(samples), rows=rows))
+    page = _PAGE.format(title=html.escape(title), style=STYLE, summary=_summary(samples), rows=rows)
+    write_page(path, page)
 
 
 def write_page(path: str | os.PathLike[str], page: str) -> None:

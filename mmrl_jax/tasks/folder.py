@@ -24,12 +24,11 @@ import numpy as np
 
 from mmrl_jax.data import images as images_lib
 from mmrl_jax.data import tfds_files
-from mmrl_jax.data.images import ImageInfo
 from mmrl_jax.data.weights import epoch_order
 from mmrl_jax.tasks import tables
 from mmrl_jax.tasks.image_index import ImageIndex
 from mmrl_jax.tasks.reward_workers import printable
-from mmrl_jax.tasks.samples import Message, Sample, read_sample, short_repr
+from mmrl_jax.tasks.samples import Inspected, Message, Sample, inspected, read_sample, short_repr
 
 MAX_LISTED = 5  # Maximum number of records that an error message lists.
 MAX_PATH = 4096  # Maximum number of characters of the path of an image, Linux's PATH_MAX.
@@ -57,12 +56,12 @@ class Reader(NamedTuple):
     """Functions that check and read one record, and raise if it cannot be used.
 
     Attributes:
-      inspect: Checks the record and returns the properties of its image, which it does not decode
-        if they are cached.
+      inspect: Checks the record and returns its properties; it does not decode the image if those
+        of the image are cached.
       read: Reads the record.
     """
 
-    inspect: Callable[[], ImageInfo]
+    inspect: Callable[[], Inspected]
     read: Callable[[], Record]
 
 
@@ -115,16 +114,18 @@ class Records:
     Attributes:
       names: Names of the valid records.
       images: Properties of the image of each valid record.
+      digests: Digest of image, prompt and answer of each valid record.
       rejected: Records that cannot be used.
 
     Args:
       readers: Reader of each record by the name of the record.
       batch_size: Number of samples B in a batch.
       seed: Seed of the order of records in each epoch.
-      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      max_rejected: Maximum fraction of records, in [0, 1], that may be rejected.
 
     Raises:
-      ValueError: If there are no records, or a larger fraction than `max_rejected` is rejected.
+      ValueError: If there are no records, all are rejected, or a larger fraction than
+        `max_rejected` is.
     """
 
     def __init__(
@@ -137,24 +138,27 @@ class Records:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        if not 0 <= max_rejected < 1:
-            raise ValueError(f"max_rejected={max_rejected} must be a fraction in [0, 1).")
+        if not 0 <= max_rejected <= 1:
+            raise ValueError(f"max_rejected={max_rejected} must be a fraction in [0, 1].")
         if not readers:
             raise ValueError("There are no records; check the directory and the split.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
             results = dict(zip(readers, pool.map(_inspected, readers.values()), strict=True))
-        valid = {name: info for name, info in results.items() if isinstance(info, ImageInfo)}
-        self.names, self.images = tuple(valid), tuple(valid.values())
+        valid = {name: found for name, found in results.items() if isinstance(found, Inspected)}
+        self.names = tuple(valid)
+        self.images = tuple(found.image for found in valid.values())
+        self.digests = tuple(found.digest for found in valid.values())
         self.rejected = tuple(
             Rejected(name, reason) for name, reason in results.items() if isinstance(reason, str)
         )
-        if len(self.rejected) > max_rejected * len(results):
+        if not valid or len(self.rejected) > max_rejected * len(results):
+            allowed = f"more than the fraction max_rejected={max_rejected}. Fix them, or raise it"
+            remedy = allowed if valid else "so that none is left. Fix them"
             listed = "\n".join(
                 f"  {name}: {printable(why)}" for name, why in self.rejected[:MAX_LISTED]
             )
             raise ValueError(
-                f"{len(self.rejected)} of {len(results)} records cannot be used, more than the "
-                f"fraction max_rejected={max_rejected}. Fix them, or raise max_rejected. The "
+                f"{len(self.rejected)} of {len(results)} records cannot be used, {remedy}. The "
                 f"first:\n{listed}"
             )
         self._readers = [readers[name] for name in self.names]
@@ -226,6 +230,7 @@ class Records:
         part = copy.copy(self)
         part.names = tuple(self.names[i] for i in numbers)
         part.images = tuple(self.images[i] for i in numbers)
+        part.digests = tuple(self.digests[i] for i in numbers)
         part._readers = [self._readers[i] for i in numbers]
         part._weights = None if self._weights is None else self._weights[numbers]
         part._batch_size = batch_size
@@ -280,8 +285,8 @@ class Records:
             ) from error
 
 
-def _inspected(reader: Reader) -> ImageInfo | str:
-    """Returns the properties of a record's image, or the reason why the record cannot be used."""
+def _inspected(reader: Reader) -> Inspected | str:
+    """Returns the properties of a record, or the reason why it cannot be used."""
     try:
         return reader.inspect()
     except Exception as error:  # Image decoders raise exceptions of many types.
@@ -302,6 +307,7 @@ def open_folder(
     batch_size: int,
     seed: int,
     max_rejected: float,
+    files_option: str = tables.FILES_OPTION,
     check: Check = lambda prompt, answer, columns: None,
 ) -> Records:
     """Opens a folder with images and tables of records, see `tables` and `samples`.
@@ -319,7 +325,8 @@ def open_folder(
       resize: Method of resizing, see `images.fit`.
       batch_size: Number of samples in a batch.
       seed: Seed of the order of records in each epoch.
-      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      max_rejected: Maximum fraction of records, in [0, 1], that may be rejected.
+      files_option: Name of the option that has `files`, for messages.
       check: Additional check of a record, which raises if the record cannot be used.
 
     Raises:
@@ -330,7 +337,7 @@ def open_folder(
     index = ImageIndex(root, lambda data: images_lib.read_rgb(data)[1])
     readers: dict[str, Reader] = {}
     groups = tables.RowGroups()
-    for path in tables.find_tables(root, files):
+    for path in tables.find_tables(root, files, option=files_option):
         for number, row in tables.read_rows(path, groups).items():
             source = _Source(root, row, names)
             readers[f"{path.relative_to(root)}:{number}"] = Reader(
@@ -369,7 +376,7 @@ def open_tfds(
       resize: Method of resizing, see `images.fit`.
       batch_size: Number of samples in a batch.
       seed: Seed of the order of records in each epoch.
-      max_rejected: Maximum fraction of records, in [0, 1), that may be rejected.
+      max_rejected: Maximum fraction of records, in [0, 1], that may be rejected.
 
     Raises:
       ImportError: If the extra `data` (tensorflow-datasets and array-record) is not installed.
@@ -421,12 +428,12 @@ class _Source(NamedTuple):
         return path
 
 
-def _inspect(source: _Source, check: Check, index: ImageIndex) -> ImageInfo:
+def _inspect(source: _Source, check: Check, index: ImageIndex) -> Inspected:
     sample = source.sample()
     check(sample.prompt, sample.answer, sample.columns)
     if isinstance(sample.image, bytes):
-        return index.look_up_data(sample.image)
-    return index.look_up(source.path(_path_of(sample)))
+        return inspected(index.look_up_data(sample.image), sample)
+    return inspected(index.look_up(source.path(_path_of(sample))), sample)
 
 
 def _read(source: _Source, size: tuple[int, int], resize: str) -> Record:
@@ -450,8 +457,9 @@ def _record(sample: Sample, data: bytes | np.ndarray, size: tuple[int, int], res
 
 def _inspect_example(
     example: Callable[[], Mapping[str, Any]], fields: Mapping[str, str]
-) -> ImageInfo:
-    return images_lib.read_rgb(_pixels(read_sample(_fields(example(), fields), {})))[1]
+) -> Inspected:
+    sample = read_sample(_fields(example(), fields), {})
+    return inspected(images_lib.read_rgb(_pixels(sample))[1], sample)
 
 
 def _read_example(

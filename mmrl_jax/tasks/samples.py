@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmrl_jax.data import files
+from mmrl_jax.data.images import ImageInfo
 from mmrl_jax.tasks.reward_signatures import RESERVED
 
 MAX_REPR = 80  # Maximum number of characters of a value in an error message.
@@ -41,6 +43,23 @@ class Sample(NamedTuple):
     answer: str
     columns: dict[str, Any]
     messages: tuple[Message, ...] | None
+
+
+class Inspected(NamedTuple):
+    """What is known of a record that can be used.
+
+    Attributes:
+      image: Properties of its image.
+      digest: Digest of image, prompt and answer, in 32 hexadecimal digits.
+    """
+
+    image: ImageInfo
+    digest: str
+
+
+def inspected(image: ImageInfo, sample: Sample) -> Inspected:
+    """Returns what is known of a record, from the properties of its image and its texts."""
+    return Inspected(image, files.digest(image.digest, sample.prompt, sample.answer))
 
 
 def read_sample(record: Mapping[str, Any], names: Mapping[str, str]) -> Sample:

@@ -19,7 +19,7 @@ from typing import Any
 from mmrl_jax.data import lerobot
 from mmrl_jax.tasks.samples import short_repr
 
-METADATA = "metadata.jsonl"
+METADATA, FILES_OPTION = "metadata.jsonl", "dataset.files"
 # Patterns of the tables of a directory; the first one with a match is that of its tables.
 PATTERNS = (METADATA, "*.jsonl", "*.parquet", "data/*.parquet")
 # A row is read with its row group. Those that were read last are kept in so much memory.
@@ -28,13 +28,16 @@ MAX_GROUP_BYTES = 2**30
 Row = Callable[[], Mapping[str, Any]]
 
 
-def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
+def find_tables(
+    root: pathlib.Path, files: str | None, *, option: str = FILES_OPTION
+) -> list[pathlib.Path]:
     """Returns the paths of the tables of a data set, sorted by name.
 
     Args:
       root: Directory of the data set.
       files: Pattern of the paths of its tables relative to the directory; None for the first of
         `PATTERNS` that matches.
+      option: Name of the option that has `files`, for messages.
 
     Raises:
       ValueError: If there is no table, one is of an unknown format, or without `files` there are
@@ -42,7 +45,7 @@ def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
     """
     path = pathlib.PurePath(files or "")
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"dataset.files={files!r} must be relative to the directory and in it.")
+        raise ValueError(f"{option}={files!r} must be relative to the directory and in it.")
     patterns = PATTERNS if files is None else (files,)
     paths = next(filter(None, (sorted(root.glob(pattern)) for pattern in patterns)), [])
     if not paths:
@@ -50,7 +53,7 @@ def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
             f"{root / METADATA} does not exist; write a line of JSON with file_name, prompt and "
             "answer for each image, or give a directory with *.jsonl or *.parquet files."
             if files is None
-            else f"dataset.files={files!r} matches no file in {root}; correct the pattern."
+            else f"{option}={files!r} matches no file in {root}; correct the pattern."
         )
     for path in paths:
         if path.suffix not in READERS:
@@ -61,7 +64,7 @@ def find_tables(root: pathlib.Path, files: str | None) -> list[pathlib.Path]:
         example = paths[0].relative_to(root).with_name(f"{splits[0]}*{paths[0].suffix}")
         raise ValueError(
             f"{root} has the tables {short_repr([path.name for path in paths])}; choose those of "
-            f"one split with dataset.files, for example '{example}'."
+            f"one split with {option}, for example '{example}'."
         )
     return paths
 

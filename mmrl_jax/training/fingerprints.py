@@ -24,10 +24,11 @@ MEANINGS = {
     "demonstrations": "the files in the directory of demonstrations",
     "records": "the tables or the images of dataset.directory",
     "reward_functions": "the source of the modules in rewards.functions",
+    "weights": "the weights of samples in dataset.weights or <stage>.data.weights",
 }
-# Inputs that may change intentionally. Changed weights are never accepted, because the policy of a
+# Inputs that may change intentionally. Changed tensors are never accepted, because the policy of a
 # checkpoint was never trained with them.
-ACCEPTABLE = ("chat_template", "demonstrations", "records", "reward_functions")
+ACCEPTABLE = ("chat_template", "demonstrations", "records", "reward_functions", "weights")
 
 
 class Run(NamedTuple):

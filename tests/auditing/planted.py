@@ -1,9 +1,11 @@
 """Small data sets with planted faults, in memory."""
 
 import numpy as np
+import PIL.Image
 
 from mmrl_jax.auditing import reading
 from mmrl_jax.auditing.samples import Episodes, ImageTexts
+from mmrl_jax.data import images as images_lib
 
 COLORS = {
     "red": (220, 40, 40),
@@ -44,23 +46,32 @@ class Faults:
         return zip(*pairs, strict=True)
 
 
-def shapes(rng, count, edge=48):
+def squares(images):
+    """Returns images of any aspect ratio as they are when they are read."""
+    size = (min(images.shape[1:3]),) * 2
+    if images.shape[1:3] == size:
+        return images
+    pictures = map(PIL.Image.fromarray, images)
+    return np.stack([images_lib.fit(x, size, resize=reading.RESIZE) for x in pictures])
+
+
+def shapes(rng, count, edge=48, aspect=1.0):
     """Returns images with an object of a color and a few gray ones, and the colors' numbers."""
-    labels = rng.integers(0, len(COLORS), count)
-    images = np.empty((count, edge, edge, 3))
-    y, x = np.mgrid[:edge, :edge]
+    labels, width = rng.integers(0, len(COLORS), count), round(edge * aspect)
+    images = np.empty((count, edge, width, 3))
+    y, x = np.mgrid[:edge, :width]
     for image, label in zip(images, labels, strict=True):
         image[:] = rng.integers(10, 60, 3)
         for size, color in ((4, rng.integers(90, 130)), (6, COLORS[NAMES[label]])):
             i, j = rng.integers(8, edge - 8, 2)
-            image[(abs(y - i) < size) & (abs(x - j) < size)] = color
+            image[(abs(y - i) < size) & (abs(x - round(j * aspect)) < size)] = color
     return np.clip(images + rng.normal(0, 3, images.shape), 0, 255).astype(np.uint8), labels
 
 
-def image_texts(seed, count=400, *, faults=True):
+def image_texts(seed, count=400, *, faults=True, aspect=1.0):
     """Returns records about colors, and the planted faults by the names of their checks."""
     rng, planted = np.random.default_rng(seed), Faults(count, seed)
-    images, labels = shapes(rng, count)
+    images, labels = shapes(rng, count, aspect=aspect)
     prompts, answers = rng.choice(QUESTIONS, count).astype(object), NAMES[labels].astype(object)
     if faults:
         gray = planted.plant("constant_image", count // 20)
@@ -75,7 +86,7 @@ def image_texts(seed, count=400, *, faults=True):
             brighter = images[i] + rng.normal(8, 3, images[i].shape)
             images[j] = np.clip(brighter, 0, 255).astype(np.uint8)
             prompts[j], answers[j] = prompts[i], answers[i]
-    return records(images, prompts, answers), planted.planted
+    return records(squares(images), prompts, answers), planted.planted
 
 
 def records(images, prompts, answers, split=None):
@@ -84,18 +95,20 @@ def records(images, prompts, answers, split=None):
     split = np.zeros(len(images), int) if split is None else np.asarray(split)
     return ImageTexts(
         splits=("train", "test")[: split.max() + 1], split=split, ids=ids, digests=ids,
-        unreadable=(), images=images, prompts=tuple(prompts), answers=tuple(answers),
+        unreadable=(), images=images, image_digests=ids, prompts=tuple(prompts),
+        answers=tuple(answers),
     )  # fmt: skip
 
 
-def episode(rng, *, random=False, edge=32):
+def episode(rng, *, random=False, edge=32, aspect=1.0):
     """Returns an episode in which a white square goes to one of three blocks in a plane."""
     blocks = rng.permutation(len(COLORS))[:3]
     # One block in each third of the width, so that none hides another.
     places = np.stack([rng.uniform(-0.8, 0.8, 3), rng.permutation([-0.65, 0.0, 0.65])], axis=1)
     goal, place = rng.integers(3), rng.uniform(-0.9, 0.9, 2)
     steps = int(rng.integers(16, 25)) + 1
-    readings, actions, pixels = [], [], np.full((steps, edge, edge, 3), 25, np.uint8)
+    readings, actions = [], []
+    pixels = np.full((steps, edge, round(edge * aspect), 3), 25, np.uint8)
     for image in pixels:
         for block, at in zip(blocks, places, strict=True):
             _draw(image, at, 2, COLORS[NAMES[block]])
@@ -116,15 +129,15 @@ def episode(rng, *, random=False, edge=32):
 
 
 def _draw(image, at, half, color):
-    i, j = np.round((at + 1) / 2 * (len(image) - 1)).astype(int)
+    i, j = np.round((at + 1) / 2 * (np.array(image.shape[:2]) - 1)).astype(int)
     image[max(i - half, 0) : i + half + 1, max(j - half, 0) : j + half + 1] = color
 
 
-def episodes(seed, count=200, *, faults=True):
+def episodes(seed, count=200, *, faults=True, aspect=1.0):
     """Returns demonstrations, and the planted faults by the names of their checks."""
     rng, planted, tenth = np.random.default_rng(seed), Faults(count, seed), count // 10
     random = set(planted.plant("random_actions", tenth)) if faults else set()
-    several = [episode(rng, random=i in random) for i in range(count)]
+    several = [episode(rng, random=i in random, aspect=aspect) for i in range(count)]
     if faults:
         for i in planted.plant("mismatched_instruction", tenth):
             several[i]["name"] = rng.choice(several[i]["others"])
@@ -134,7 +147,7 @@ def episodes(seed, count=200, *, faults=True):
         for i in planted.plant("frozen_images", tenth // 2):
             # A camera that is stuck shows only where something moves.
             while np.ptp(several[i]["proprio"], axis=0).max() < 0.8:
-                several[i] = episode(rng)
+                several[i] = episode(rng, aspect=aspect)
             several[i]["pixels"][:] = several[i]["pixels"][:1]
         for i, j in planted.plant_copies("near_duplicate", tenth):
             several[j] = dict(several[i])
@@ -162,5 +175,5 @@ def joined(several, split=None):
         action=arrays["action"],
         has_action=has_action,
         instructions=tuple(x["template"].format(x["name"]) for x in several),
-        frames=reading.frames_of(arrays["pixels"], starts),
+        frames=reading.frames_of(squares(arrays["pixels"]), starts),
     )

@@ -3,8 +3,10 @@
 The thresholds of the checks were chosen on the seeds 100 to 104 of the same generators.
 """
 
+import dataclasses
 import functools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -26,18 +28,34 @@ def run(kind, seed, *, faults):
     return checks.run(samples, rows, thresholds={}, limits={}), faults
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_planted_faults_are_found_and_little_else(kind, seed):
-    report, faults = run(kind, seed, faults=True)
-    assert set(report.failed) == {*faults}
-    for name, planted_ones in faults.items():
-        flagged = set(np.flatnonzero(report.results[name].flagged))
+def check_found(report, faults):
+    """Checks that at least nine of ten planted faults are flagged, and nine of ten flags right."""
+    for name, result in report.results.items():
+        planted_ones = faults.get(name, ())
+        flagged = set(np.flatnonzero(result.flagged))
         # What has another fault may have this one too: random actions reach no named block.
         others = {i for other, x in faults.items() if other != name for i in x} - {*planted_ones}
         found = flagged & {*planted_ones}
         assert len(found) >= 0.9 * len(planted_ones), name
         assert len(found) >= 0.9 * len(flagged - others), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_planted_faults_are_found_and_little_else(kind, seed):
+    report, faults = run(kind, seed, faults=True)
+    assert set(report.failed) == {*faults}
+    check_found(report, faults)
+
+
+@pytest.mark.parametrize("aspect", [3 / 4, 16 / 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_faults_of_images_are_found_at_any_aspect_ratio(kind, aspect):
+    make, rows, count = KINDS[kind]
+    samples, faults = make(0, count, aspect=aspect)
+    names = {"constant_image", "noise_image", "broken_images", "frozen_images", "near_duplicate"}
+    rows = {name: check for name, check in rows.items() if name in names}
+    check_found(checks.run(samples, rows, thresholds={}, limits={}), faults)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +81,79 @@ def test_thresholds_limits_and_weights():
     assert report.failed == ["answer_imbalance"]
     assert report.weights().sum() == 380 and report.weights()[noise] == 0
     with pytest.raises(ValueError, match="'nois_image' is no check .* 'noise_image'"):
-        checks.refuse_unknown(checks.IMAGE_TEXT, {"nois_image": 0.1})
+        checks.refuse_unknown(checks.IMAGE_TEXT, thresholds={"nois_image": 0.1}, limits={})
+    with pytest.raises(ValueError, match="'unreadable' is no check .* with a threshold"):
+        checks.refuse_unknown(checks.IMAGE_TEXT, thresholds={"unreadable": 0.1}, limits={})
+    with pytest.raises(ValueError, match="with a limit; there are .*'unreadable'"):
+        checks.refuse_unknown(checks.IMAGE_TEXT, thresholds={}, limits={"nois_image": 0.1})
+    checks.refuse_unknown(checks.IMAGE_TEXT, thresholds={}, limits={"unreadable": 0.1})
+
+
+def test_an_unbalanced_answer_that_no_image_tells_is_no_label_noise():
+    rng = np.random.default_rng(0)
+    pixels, _ = planted.shapes(rng, 300)
+    answers = rng.choice(["no", "yes"], 300, p=[0.75, 0.25])
+    data = planted.records(pixels, ["Is it?"] * 300, answers)
+    # Giving always "no" agrees with 3 of 4 answers, and is no skill.
+    assert np.isnan(image_text.label_noise(data).scores).all()
+
+
+def test_copies_of_a_few_images_have_no_label_noise(recwarn):
+    pixels, _ = planted.shapes(np.random.default_rng(0), 1)
+    answers = ["a", "b"] * 30
+    data = planted.records(np.repeat(pixels, 60, axis=0), ["?"] * 60, answers)
+    data = dataclasses.replace(data, image_digests=("x",) * 60)
+    # All records of an image are in one fold, so that no model could be fitted to others.
+    assert np.isnan(image_text.label_noise(data).scores).all() and not recwarn.list
+
+
+def test_images_are_compared_by_descriptors_that_are_computed_once(monkeypatch):
+    calls = []
+    compute = images.descriptors
+    monkeypatch.setattr(images, "descriptors", lambda x: calls.append(len(x)) or compute(x))
+    pixels, _ = planted.shapes(np.random.default_rng(0), 4)
+    data = planted.records(pixels, ["?"] * 4, ["a"] * 4, [0, 0, 1, 1])
+    image_text.near_duplicate(data)
+    image_text.split_leak(data)
+    assert calls == [4]
+    pairs = []
+    images.most_similar(data.descriptors, lambda i, j: pairs.append((i.shape, j.shape)) or i != j)
+    # Only close pairs are asked for: an image and itself.
+    assert pairs == [((4,), (4,))]
+
+
+def peak_mib(function, *arguments):
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_text_takes_memory_once():
+    # As an array of texts of one length, 4,000 prompts are 4,000 * 20,000 * 4 bytes = 305 MiB.
+    count = 4000
+    long = "word " * 4000
+    data = planted.records(
+        np.zeros((count, 16, 16, 3), np.uint8), [long] + ["?"] * (count - 1), ["a", long] * 2000
+    )
+    for check in (
+        image_text.near_duplicate,
+        image_text.text_only,
+        lambda x: list(image_text._groups(x)),
+    ):
+        assert peak_mib(check, data) < 100
+
+
+def test_many_episodes_are_scored_in_chunks():
+    one = planted.episode(np.random.default_rng(0))
+    short = one | {name: one[name][:4] for name in ("pixels", "proprio", "action")}
+    # The first images in the 8 bytes of an index are 4000 * 32^2 * 3 * 8 bytes = 94 MiB.
+    assert peak_mib(demonstrations._outcome, planted.joined([short] * 4000)) < 130
+    # The means of 22,000 images in those of a float64 are 22000 * 192 * 8 bytes = 32 MiB, of which
+    # there would be two, and the more than 200 features of their steps are 34 MiB.
+    assert peak_mib(demonstrations.random_actions, planted.joined([one] * 1000)) < 50
 
 
 def test_images_and_episodes_of_two_splits_are_compared():
@@ -182,7 +272,21 @@ def test_no_sample_is_scored_by_a_model_that_has_seen_it():
         statistics.folds(["a", "b", "a", "b"])[:2] == statistics.folds(["a", "b", "a", "b"])[2:]
     ).all()
     y = rng.normal(size=(200, 1))
-    assert np.abs(statistics.ridge_out_of_fold(x, y, fold, max_fit=1000)).max() == 0
+    predictions = statistics.ridge_out_of_fold(lambda rows: x[rows], y, fold, max_fit=1000)
+    assert np.abs(predictions).max() == 0
+
+
+def test_a_ridge_regression_in_chunks_is_the_one_of_all_rows(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, fold = rng.normal(size=(100, 3)), np.arange(100) % 2
+    y = x @ rng.normal(size=(3, 2))
+    monkeypatch.setattr(statistics, "CHUNK", 7)
+    predictions = statistics.ridge_out_of_fold(lambda rows: x[rows], y, fold, max_fit=30)
+    # Of the 50 rows of the other fold, every second one is fitted, with the least penalty, 1e-3.
+    for k in (0, 1):
+        a, b = x[fold != k][::2], y[fold != k][::2]
+        weights = np.linalg.solve(a.T @ a + 1e-3 * 25 * np.eye(3), a.T @ b)
+        np.testing.assert_allclose(predictions[fold == k], x[fold == k] @ weights)
 
 
 def test_the_regression_finds_the_minimum():

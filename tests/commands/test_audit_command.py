@@ -1,6 +1,7 @@
 """Tests of the command that audits data: files in, files and an exit code out."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from mmrl_jax.auditing import reading
 from mmrl_jax.commands import audit
 from mmrl_jax.data import images as images_lib
 from mmrl_jax.data import records
+from mmrl_jax.data import weights as weights_lib
+from mmrl_jax.tasks import folder as folder_lib
 from tests import episodes as episodes_lib
 from tests.auditing import planted
 from tests.commands.test_commands import ROOT
@@ -21,11 +24,11 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def folder(path, count=12, *, hostile="?"):
+def folder(path, count=12, *, hostile="?", aspect=1.0):
     """Writes records, of which one is noise and one has a truncated image."""
     path.mkdir()
     rng = np.random.default_rng(0)
-    pixels, labels = planted.shapes(rng, count)
+    pixels, labels = planted.shapes(rng, count, aspect=aspect)
     pixels[3] = rng.integers(0, 256, pixels[3].shape)
     lines = []
     for i, image in enumerate(pixels):
@@ -42,8 +45,9 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_records_in_and_weights_and_a_page_out(tmp_path):
-    data = folder(tmp_path / "data", hostile="<script>alert(1)</script>")
+@pytest.mark.parametrize("aspect", [1.0, 4 / 3])
+def test_records_in_and_weights_and_a_page_out(aspect, tmp_path):
+    data = folder(tmp_path / "data", hostile="<script>alert(1)</script>", aspect=aspect)
     report = audit.audit([str(data)], tmp_path / "out")
     assert report.failed == ["unreadable", "noise_image"]
     weights = {x["id"]: x for x in lines_of(tmp_path / "out" / "weights.jsonl")}
@@ -53,25 +57,99 @@ def test_records_in_and_weights_and_a_page_out(tmp_path):
     assert weights["metadata.jsonl:6"]["digest"] == ""
     page = (tmp_path / "out" / "audit.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
-    assert page.count("<img") == 1 and "http" not in page
+    assert page.count("<img") == page.count("alt='Image of metadata.jsonl:4'") == 1
+    assert "http" not in page and "are shown" not in page
     (lost,) = json.loads((tmp_path / "out" / "audit.json").read_text())["unreadable"]["samples"]
     assert lost["id"] == "metadata.jsonl:6" and "truncated" in lost["reason"]
+
+
+def test_weights_are_those_of_image_prompt_and_answer(tmp_path):
+    data = folder(tmp_path / "data", count=4)
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[0]) | {"prompt": "What else?"})
+    audited = tmp_path / "out"
+
+    def weights(lines):
+        (data / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        opened = folder_lib.open_folder(data, size=(8, 8), batch_size=1, seed=0, max_rejected=0.0)
+        path = str(audited / "weights.jsonl")
+        return weights_lib.select(path, opened.names, opened.digests, key="dataset.weights")
+
+    (data / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    audit.audit([str(data)], audited)
+    np.testing.assert_array_equal(weights(lines), [1, 1, 1, 0])
+    # Two questions about one image: the line of a record says which one it is.
+    with pytest.raises(records.InvalidData, match="for other contents of 'metadata.jsonl:1'"):
+        weights([lines[1], lines[0], *lines[2:]])
+
+
+def test_results_within_the_data_are_refused(tmp_path):
+    data = folder(tmp_path / "data", count=4)
+    for output in (data, data / "deep" / "out"):
+        with pytest.raises(ValueError, match=r"--output=.* is in --data=.*; give a directory out"):
+            audit.audit([str(data)], output)
+    assert sorted(x.name for x in data.iterdir()) == sorted(
+        [*map("{}.png".format, range(4)), "metadata.jsonl"]
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output=.*file cannot be made .*; give another"):
+        audit.audit([str(data)], tmp_path / "file")
+
+
+def test_the_page_says_how_many_samples_it_leaves_out(tmp_path):
+    data = folder(tmp_path / "data", count=20)
+    audit.audit([str(data)], tmp_path / "out", thresholds=["answer_imbalance=0"])
+    # One of the 20 cannot be read.
+    assert "The worst 12 of 19 are shown." in (tmp_path / "out" / "audit.html").read_text()
+
+
+def test_labels_of_splits_are_unique():
+    def label(*choices):
+        return reading.split_labels([reading.Part(pathlib.Path("d"), x) for x in choices])
+
+    assert label("train", "test") == ("train", "test")
+    assert label("a", "a", "a-0") == ("a-1", "a-2", "a-0")
+    assert label("*", "?") == ("data-0", "data-1")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"meta/info.json": "{}"}, "meta/info.json has no splits, and total_episodes=None is no"),
+        ({"meta/info.json": '{"total_episodes": "x"}'}, "total_episodes='x' is no number of ep"),
+        (
+            {"dataset_info.json": '{"name": "x", "splits": [{"shardLengths": ["1"]}]}'},
+            "dataset_info.json cannot be read .KeyError: 'name'",
+        ),
+        ({"reach/1.0.0/dataset_info.json": "{}"}, "give the directory of a version.*reach/1.0.0"),
+        ({"train-0.jsonl": "", "test-0.jsonl": ""}, "choose those of one split with --files, for"),
+        ({"metadata.jsonl": "[]\n[]\n"}, "2 of 2 records cannot be used, so that none is left"),
+    ],
+)
+def test_directories_that_cannot_be_audited_have_messages(files, message, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        audit.audit([str(tmp_path / "data")], tmp_path / "out")
+    assert "max_rejected" not in str(caught.value)
 
 
 def test_a_copy_in_the_test_split_is_found(tmp_path):
     train, test = folder(tmp_path / "train"), folder(tmp_path / "test")
     report = audit.audit([str(train), str(test)], tmp_path / "out")
-    # 10 of the 12 records of each can be read and are no noise; noise is the same here, too.
+    # 11 of the 12 records of each split can be read, and each has a copy in the other.
     assert report.results["split_leak"].flagged.sum() == 22
     assert {x["weight"] for x in lines_of(tmp_path / "out" / "weights-test.jsonl")} == {0}
 
 
-def demonstrations(path, kind):
+def demonstrations(path, kind, aspect):
     """Writes 12 episodes, of which number 2 has noise for images and number 7 a NaN."""
     rng = np.random.default_rng(0)
     several = []
     for number in range(12):
-        one = planted.episode(rng)
+        one = planted.episode(rng, aspect=aspect)
         steps = len(one["action"])
         record = episodes_lib.episode(steps - 1, number=number)
         pixels = one["pixels"]
@@ -91,10 +169,10 @@ def demonstrations(path, kind):
     return episodes_lib.write(path, kind, several, per_shard=6)
 
 
-@pytest.mark.parametrize("kind", ["rlds", "lerobot"])
-def test_demonstrations_are_read_and_broken_ones_found(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "aspect"), [("rlds", 4 / 3), ("lerobot", 1.0)])
+def test_demonstrations_are_read_and_broken_ones_found(kind, aspect, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    data = demonstrations(tmp_path / "data", kind)
+    data = demonstrations(tmp_path / "data", kind, aspect)
     report = audit.audit([str(data)], tmp_path / "out")
     assert {"unreadable", "broken_images"} <= set(report.failed)
     samples = report.samples
@@ -105,6 +183,8 @@ def test_demonstrations_are_read_and_broken_ones_found(kind, tmp_path):
     assert broken == 2 and report.flags(2) == ("broken_images",)
     weights = lines_of(tmp_path / "out" / "weights.jsonl")
     assert len(weights) == 12 and sum(x["weight"] == 0 for x in weights) == 2
+    # A run that can read the episode leaves it out.
+    assert len({x["digest"] for x in weights}) == 1 and weights[0]["digest"]
     assert "base64" in (tmp_path / "out" / "audit.html").read_text()
 
 
@@ -159,7 +239,11 @@ def test_the_exit_code_is_for_ci(tmp_path):
     [
         ({"limits": ["nois=0.1"]}, "'nois' is no check"),
         ({"limits": ["noise_image"]}, "--limit=NAME=VALUE"),
-        ({"thresholds": ["noise_image=high"]}, "could not convert string to float: 'high'"),
+        ({"thresholds": ["noise_image=high"]}, "--threshold=noise_image=high: give a finite num"),
+        ({"thresholds": ["unreadable=0.5"]}, "'unreadable' is no check .* with a threshold"),
+        ({"limits": ["noise_image=nan"]}, "--limit=noise_image=nan: give a finite number"),
+        ({"limits": ["noise_image=5"]}, r"--limit=noise_image=5: give a fraction in \[0, 1\]"),
+        ({"columns": ["promt=question"]}, "--columns=promt=question is unknown; name one of"),
         ({"splits": ["train"]}, "choose records by --files"),
         ({"features": ["pixels=x"]}, "--features is for demonstrations"),
         ({"directories": ["/no/such"]}, "--data=/no/such does not exist"),

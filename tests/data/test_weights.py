@@ -50,6 +50,8 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     [
         ('{"id": "b", "digest": "y", "weight": 1}', "has no line for 'a'"),
         ('{"id": "a", "digest": "y", "weight": 1}', "was written for other contents of 'a'"),
+        ('{"id": "a", "digest": "", "weight": 0}', "is of an audit that could not read 'a'"),
+        ('{"id": "a", "digest": "x", "weight": 1}\n' * 2, "has two lines for 'a'; remove one"),
         ('{"id": "a", "digest": "x", "weight": 0}', "gives all 1 samples the weight 0"),
         ('{"id": "a", "digest": "x", "weight": -1}', ":1 is no weight .*-1 is no finite number"),
         ('{"id": "a", "digest": "x", "weight": NaN}', "nan is no finite number"),

@@ -15,7 +15,7 @@ from mmrl_jax.data.records import InvalidData
 from mmrl_jax.data.weights import SampleWeight
 from mmrl_jax.envs.language_grid import LanguageGrid
 from mmrl_jax.problems import demonstration_data
-from mmrl_jax.training import loop
+from mmrl_jax.training import fingerprints, loop
 from tests import episodes
 from tests.commands.test_make_demos import config
 
@@ -215,10 +215,15 @@ def test_weights_leave_out_episodes_and_resume_bit_for_bit(data, tmp_path, capsy
     mmrl_jax.train(half, tmp_path / "two")
     two = mmrl_jax.train(whole, tmp_path / "two")
     jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
-    # Other weights are other demonstrations.
     weigh(path, data, (1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="demonstrations"):
+    with pytest.raises(ValueError, match="began:\n  weights: ") as caught:
         mmrl_jax.train(config(**options, num_updates=6), tmp_path / "two")
+    assert "demonstrations:" not in str(caught.value)
+    # An evaluation does not need them.
+    path.unlink()
+    now = problems.make(whole).dependencies()
+    assert list(now) == ["demonstrations"]
+    fingerprints.check(tmp_path / "two", now)
 
 
 def test_weights_of_other_demonstrations_are_refused(data, tmp_path):

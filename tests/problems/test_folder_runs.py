@@ -585,24 +585,33 @@ def test_held_out_records_are_never_learned_from(make_config):
 def test_weights_leave_records_out_of_training_alone(make_config, tmp_path):
     config, path = make_config(), tmp_path / "weights.jsonl"
     plain = open_split(config)
-    pairs = [pair for part in plain for pair in zip(part.names, part.images, strict=True)]
-    parts = {name: image.digest for name, image in pairs}
+    parts = {name: x for part in plain for name, x in zip(part.names, part.digests, strict=True)}
     out = {plain.train.names[0], plain.test.names[0]}
     rows = [SampleWeight(name, digest, float(name not in out)) for name, digest in parts.items()]
     weights_lib.write(path, rows)
     weighted_config = make_config(dataset__weights=str(path))
-    weighted = open_split(weighted_config)
-    assert weighted.train.names == plain.train.names[1:]
-    assert weighted.test.names == plain.test.names
-    assert weighted.validation.names == plain.validation.names
-    before = problems.make(weighted_config).dependencies()["records"]
+    weighted = problems.make(weighted_config)
+    assert weighted.weighted_records.names == plain.train.names[1:]
+    assert weighted.records.test.names == plain.test.names
+    assert weighted.records.validation.names == plain.validation.names
+    before = weighted.dependencies()
     weights_lib.write(
         path, [row._replace(weight=row.weight * (1 + i)) for i, row in enumerate(rows)]
     )
-    assert problems.make(weighted_config).dependencies()["records"] != before
-    weights_lib.write(path, [row._replace(digest="") for row in rows])
+    after = problems.make(weighted_config).dependencies()
+    assert [name for name in after if after[name] != before[name]] == ["weights"]
+    weights_lib.write(path, [row._replace(digest="x") for row in rows])
     with pytest.raises(InvalidData, match="dataset.weights=.* for other contents of"):
-        open_split(weighted_config)
+        problems.make(weighted_config).stage("grpo")
+
+
+def test_only_training_needs_the_file_of_weights(make_config, tmp_path):
+    problem = problems.make(make_config(dataset__weights=str(tmp_path / "weights.jsonl")))
+    problem.open_data()
+    assert problem.splits["validation"] == len(problem.records.validation) > 0
+    assert "weights" not in problem.dependencies()
+    with pytest.raises(InvalidData, match="dataset.weights=.* cannot be read"):
+        problem.stage("grpo")
 
 
 def test_what_a_resumed_run_may_change_leaves_its_batches_as_they_were(make_config, tmp_path):

@@ -173,7 +173,7 @@ def test_a_page_of_samples_is_whole_and_escaped(tmp_path):
     assert (
         "1 of 2 completions are correct" in page and "mean reward of 2 completions is 0.25" in page
     )
-    assert "class='reward'>1.00<" in page and "class='reward'>-0.50<" in page
+    assert "class='number'>1.00<" in page and "class='number'>-0.50<" in page
     encoded = page.split("base64,")[1].split("'")[0]
     np.testing.assert_array_equal(
         np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image
@@ -191,4 +191,4 @@ def test_no_sample_is_marked_where_rewards_alone_say_how_good_it_is(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "text right" not in page and "text wrong" not in page and "are correct" not in page
     assert "mean reward of 2 completions is 0.75. 1 have no reward" in page
-    assert page.count("class='reward'>none<") == 1
+    assert page.count("class='number'>none<") == 1

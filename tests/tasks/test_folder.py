@@ -289,7 +289,7 @@ def test_a_record_that_is_lost_later_is_an_error(tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"max_rejected": 1.0}, "max_rejected=1.0"),
+        ({"max_rejected": 1.1}, "max_rejected=1.1"),
         ({"max_rejected": -0.1}, "max_rejected=-0.1"),
     ],
 )
