@@ -22,6 +22,7 @@ Ctrl-C or SIGTERM saves and stops; the same command resumes.
 """
 
 from collections.abc import Mapping
+import math
 import resource
 import sys
 import time
@@ -181,25 +182,35 @@ def peak_memory_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def estimated_minutes(config: ml_collections.ConfigDict, label_s: float, reward_s: float) -> float:
+def estimated_minutes(
+    config: ml_collections.ConfigDict, align_s: float, label_s: float, reward_s: float
+) -> float:
     """Returns about how many minutes a quickstart takes.
 
     Args:
       config: Config of the run.
+      align_s: Time of an update of alignment in seconds.
       label_s: Time of an update of supervised fine-tuning in seconds.
       reward_s: Time of an update of GRPO in seconds.
     """
-    labels = config.align.num_updates + config.sft.num_updates
-    evaluated = sum(
-        2 * (1 + -(-config[name].num_updates // config[name].eval_interval))
-        for name in config.stages
-    )
+
+    def evaluations(updates: float, interval: int) -> int:
+        """Returns the number during a stage; each is followed by one with shuffled images."""
+        return 2 * (1 + math.ceil(updates / interval))
+
+    align, sft, grpo = config.align, config.sft, config.grpo
+    reward_updates_s = reward_s * grpo.num_updates
+    # Alignment is evaluated on captions and on sums.
+    evaluated = len({align.split, "train"}) * evaluations(align.num_updates, align.eval_interval)
+    evaluated += evaluations(sft.num_updates, sft.eval_interval)
+    evaluated += evaluations(grpo.num_updates, grpo.eval_interval)
+    # More fine-tuning takes as long as GRPO.
+    evaluated += evaluations(reward_updates_s / label_s, sft.eval_interval)
     # Each stage but the first on three splits, the first on two, and one with shuffled images.
     evaluated += EVALUATIONS * 12
     prompts = evaluated * config.run.eval_episodes
-    evaluation_s = COMPLETION * reward_s * prompts / config.grpo.prompts_per_update
-    # More fine-tuning takes as long as GRPO.
-    training_s = label_s * labels + 2 * reward_s * config.grpo.num_updates
+    evaluation_s = COMPLETION * reward_s * prompts / grpo.prompts_per_update
+    training_s = align_s * align.num_updates + label_s * sft.num_updates + 2 * reward_updates_s
     return (training_s + evaluation_s + COMPILATION_S) / 60
 
 
@@ -210,16 +221,18 @@ def forecast(problem: TaskProblem, preset: str) -> str:
       problem: Problem of the run, of which updates are made to measure both.
       preset: Name of the preset, a key of PRESETS.
     """
-    label_s, reward_s = (update_seconds(problem.stage(name)) for name in ("align", "grpo"))
-    minutes = estimated_minutes(problem.config, label_s, reward_s)
+    stages = ("align", "sft", "grpo")
+    align_s, label_s, reward_s = seconds = [update_seconds(problem.stage(x)) for x in stages]
+    minutes = estimated_minutes(problem.config, *seconds)
     text = (
-        f"On this machine an update takes {label_s:.1f} s with labels and {reward_s:.1f} s with "
-        f"rewards, and the whole quickstart about {max(minutes, 1):.0f} minutes. These updates "
-        f"have needed {peak_memory_gb():.1f} GB of memory."
+        f"On this machine an update takes {align_s:.1f} s in alignment, {label_s:.1f} s in "
+        f"fine-tuning and {reward_s:.1f} s in GRPO, and the whole quickstart about "
+        f"{max(minutes, 1):.0f} minutes. These updates have needed {peak_memory_gb():.1f} GB of "
+        "memory."
     )
     if preset == "small":
         return text
-    small = estimated_minutes(make_config("small"), label_s, reward_s)
+    small = estimated_minutes(make_config("small"), *seconds)
     return text + smaller(minutes, small, target="quickstart-vlm")
 
 

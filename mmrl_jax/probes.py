@@ -46,12 +46,14 @@ class ProbeContext(NamedTuple):
       variables: Variables of the policy, see `problems.Problem.variables`.
       update: Number of completed updates.
       directory: Working directory of the stage, for files.
+      stage: Name of the stage.
     """
 
     problem: Problem
     variables: Any
     update: int
     directory: epath.Path
+    stage: str
 
 
 Probe = Callable[[ProbeContext], Mapping[str, float]]
@@ -143,6 +145,8 @@ def _conflicts(problem: Any, stage: str) -> Callable[[Any, jax.Array], Any]:
 def gradient_conflict(context: ProbeContext) -> dict[str, float]:
     """Measures angles and relative lengths of the gradients of the parts of PPO's loss.
 
+    In a stage of another algorithm, which does not learn by this loss, it measures nothing.
+
     Raises:
       ValueError: If the run has no stage of PPO with a control policy.
     """
@@ -158,14 +162,19 @@ def gradient_conflict(context: ProbeContext) -> dict[str, float]:
             f"policy, but problem={problem.config.problem!r} and "
             f"stages={tuple(problem.config.stages)}; remove the probe."
         )
-    options = build(registry.CONTROL[stages[-1]].options, problem.config[stages[-1]])
+    name = context.stage
+    if name not in stages:
+        return {}
+    options = build(registry.CONTROL[name].options, problem.config[name])
     rng = stream(problem.config, EVALUATION)
-    cosines, norms = jax.device_get(_conflicts(problem, stages[-1])(context.variables, rng))
+    cosines, norms = jax.device_get(_conflicts(problem, name)(context.variables, rng))
     found = {}
     parts = enumerate(ppo.rollout_parts(options))
     for (i, first), (j, second) in itertools.combinations(parts, 2):
+        # A gradient of 0 has no angle.
+        cosine = cosines[i, j] if norms[i] > 0 and norms[j] > 0 else math.nan
         ratio = norms[i] / norms[j] if norms[j] > 0 else math.nan
-        found[f"gradient_conflict/cosine/{first}_{second}"] = float(cosines[i, j])
+        found[f"gradient_conflict/cosine/{first}_{second}"] = float(cosine)
         found[f"gradient_conflict/norm_ratio/{first}_{second}"] = float(ratio)
     return found
 
@@ -210,7 +219,7 @@ def attach(problem: Problem, stage: Stage, directory: epath.Path) -> Stage:
     def bound(probe: Probe) -> Callable[[Any, int], dict[str, float]]:
         def measure(learner: Any, update: int) -> dict[str, float]:
             variables = problem.variables(stage, learner)
-            return dict(probe(ProbeContext(problem, variables, update, directory)))
+            return dict(probe(ProbeContext(problem, variables, update, directory, stage.name)))
 
         return measure
 

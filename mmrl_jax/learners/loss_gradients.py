@@ -51,7 +51,8 @@ def check(options: SurgeryOptions, present: Sequence[str], name: str) -> None:
 
     Args:
       options: Options of gradient surgery.
-      present: Names of the parts of the loss whose coefficient is not 0.
+      present: Names of the parts of the loss whose coefficient is not 0, and which share parameters
+        of the network.
       name: Name of the stage, for error messages.
 
     Raises:
@@ -60,9 +61,10 @@ def check(options: SurgeryOptions, present: Sequence[str], name: str) -> None:
     chosen = [part for part in options.surgery_parts if part in present]
     if options.gradient_surgery != "none" and len(chosen) < 2:
         raise ValueError(
-            f"{name}.gradient_surgery={options.gradient_surgery!r} needs two parts of the loss, "
-            f"but of {name}.surgery_parts={tuple(options.surgery_parts)} only {chosen} have a "
-            "coefficient above 0: name more parts, raise their coefficients, or set it to 'none'."
+            f"{name}.gradient_surgery={options.gradient_surgery!r} needs two parts of the loss "
+            f"that share parameters, but of {name}.surgery_parts={tuple(options.surgery_parts)} "
+            f"this model with these coefficients has only {chosen}: name more parts, raise their "
+            "coefficients, or set it to 'none'."
         )
 
 
@@ -71,8 +73,10 @@ def total(terms: Mapping[str, jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, terms.values())
 
 
-def stacked_gradients(terms: Terms, params: Params, names: Sequence[Sequence[str]]) -> Any:
-    """Returns the gradients of K sums of terms of a loss, a pytree with leaves [K, ...].
+def stacked_gradients(
+    terms: Terms, params: Params, names: Sequence[Sequence[str]]
+) -> tuple[Any, tuple[dict[str, jax.Array], Metrics]]:
+    """Returns the gradients of K sums of terms of a loss, and what `terms` returned.
 
     There is one forward pass, and K backward passes one after the other.
 
@@ -82,7 +86,7 @@ def stacked_gradients(terms: Terms, params: Params, names: Sequence[Sequence[str
       names: Names of the terms that are added up, of each of the K sums.
 
     Returns:
-      The gradients, and what `terms` returned.
+      The gradients, a pytree with leaves [K, ...]; and the terms and the metrics.
     """
 
     def sums(params: Params) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
@@ -104,12 +108,15 @@ def value_and_gradient(
       terms: Function of parameters that returns the terms of the loss.
       params: Parameters at which the gradient is taken.
       rng: PRNG key of the order in which PCGrad visits the parts.
-      present: Names of the terms whose coefficient is not 0.
+      present: Names of the terms, all of which `terms` returns with gradient surgery.
       options: Options of gradient surgery.
 
     Returns:
       The loss, [], the metrics of `terms` and, with gradient surgery, 'grad/min_cosine'; and the
       gradient, which without gradient surgery is that of the loss.
+
+    Raises:
+      ValueError: If, with gradient surgery, the terms are not those in `present`.
     """
     if options.gradient_surgery == "none":
 
@@ -123,7 +130,18 @@ def value_and_gradient(
     chosen = [name for name in options.surgery_parts if name in present]
     others = [name for name in present if name not in chosen]
     sums = [(name,) for name in chosen] + ([tuple(others)] if others else [])
-    gradients, (by_name, metrics) = stacked_gradients(terms, params, sums)
+
+    def named(params: Params) -> tuple[dict[str, jax.Array], Metrics]:
+        by_name, metrics = terms(params)
+        if set(by_name) != set(present):
+            raise ValueError(
+                f"gradient_surgery={options.gradient_surgery!r} with the terms {sorted(by_name)} "
+                f"of the loss, but loss_parts={tuple(present)}: a term that it does not name would "
+                "lose its gradient; let `loss_parts` of the options name the terms."
+            )
+        return by_name, metrics
+
+    gradients, (by_name, metrics) = stacked_gradients(named, params, sums)
     if options.gradient_surgery == "pcgrad":
         weights_of = functools.partial(gradient_surgery.pcgrad_weights, rng=rng)
     else:

@@ -98,6 +98,33 @@ class PPO(EntropyOptions, AdaptiveKLOptions, SurgeryOptions, ValueScalingOptions
         return tuple(name for name, coefficient in coefficients.items() if coefficient > 0)
 
 
+# Options that have an effect only beside another one, and the values of that one without which.
+_DEPENDENT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "min_learning_rate": ("desired_kl", (None,)),
+    "max_learning_rate": ("desired_kl", (None,)),
+    "popart_decay": ("popart", (False,)),
+    "surgery_parts": ("gradient_surgery", ("none",)),
+    "cagrad_c": ("gradient_surgery", ("none", "pcgrad")),
+}
+
+
+def _check_effects(options: PPO, name: str) -> None:
+    """Raises ValueError if an option is set that has no effect beside the others."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for key, (switch, off) in _DEPENDENT.items():
+        value, state = getattr(options, key), getattr(options, switch)
+        if state in off and value != defaults[key]:
+            raise ValueError(
+                f"{name}.{key}={value!r} has no effect with {name}.{switch}={state!r}: set it to "
+                f"{defaults[key]!r}, which is its default, or change {switch}."
+            )
+    if options.popart and options.value_coef == 0:
+        raise ValueError(
+            f"{name}.popart={options.popart} changes how the value is learned, which "
+            f"{name}.value_coef=0 does not: raise the coefficient, or set popart to False."
+        )
+
+
 def check(options: PPO, optimizer: OptimizerOptions, rollback: RollbackOptions, name: str) -> None:
     """Checks that no options of a stage work against each other, and that each has an effect.
 
@@ -109,11 +136,11 @@ def check(options: PPO, optimizer: OptimizerOptions, rollback: RollbackOptions, 
 
     Raises:
       ValueError: If the learning rate follows the KL divergence, and another option also limits the
-        divergence or changes the learning rate; or if there is no divergence to follow, or nothing
-        between which gradient surgery could resolve conflicts.
+        divergence or changes the learning rate; if there is no divergence to follow; or if an
+        option is set that has no effect beside the others.
     """
     h = options
-    loss_gradients.check(h, h.loss_parts, name)
+    _check_effects(h, name)
     if h.desired_kl is None:
         return
     rate = f"{name}.desired_kl={h.desired_kl} lets the learning rate follow the KL divergence"
@@ -199,20 +226,31 @@ def loss(
 def weighted_terms(
     parts: dict[str, jax.Array], options: PPO, entropy_coef: float | jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns the weighted terms of the loss, [] each, with a coefficient of the entropy bonus."""
+    """Returns the weighted terms of the loss, [] each, with a coefficient of the entropy bonus.
+
+    With gradient surgery they are those in `options.loss_parts`, without terms that are always 0.
+    """
     h = options
-    return {
+    terms = {
         "policy": parts["loss/policy"],
         "value": h.value_coef * parts["loss/value"],
         "entropy": entropy_coef * parts["loss/entropy"],
         "auxiliary": h.auxiliary_coef * parts["loss/auxiliary"],
         "pointing": h.pointing_coef * parts["loss/pointing"],
     }
+    if h.gradient_surgery == "none":
+        return terms
+    return {name: x for name, x in terms.items() if name in h.loss_parts}
 
 
 def rollout_parts(options: PPO) -> tuple[str, ...]:
-    """Returns the names of the parts of the loss that depend on a rollout alone."""
-    return tuple(name for name in options.loss_parts if name != "bc")
+    """Returns the names of the parts of the loss that depend on a rollout alone.
+
+    An adaptive entropy bonus whose coefficient starts at 0 is none of them, because the coefficient
+    that it has now is in the state of the learner.
+    """
+    absent = {"bc"} if options.entropy_coef > 0 else {"bc", "entropy"}
+    return tuple(name for name in options.loss_parts if name not in absent)
 
 
 def extras(options: PPO) -> dict[str, Any]:
@@ -307,7 +345,8 @@ def part_gradients(
     """Returns the gradients of the K weighted parts of PPO's loss, a pytree with leaves [K, ...].
 
     They are those of the first step of an update on one minibatch, which is the whole rollout. An
-    adaptive coefficient of the entropy bonus counts as `options.entropy_coef`.
+    adaptive coefficient of the entropy bonus counts as `options.entropy_coef`, and the statistics
+    of PopArt and of the range of the returns are those of this rollout alone.
 
     Args:
       state: State of the learner, with the parameters and the normalizer of the rollout.

@@ -111,7 +111,8 @@ CONTROL: dict[str, Algorithm] = {
 
 TOKEN: dict[str, Algorithm] = {
     "sft": Algorithm(sft.SFT, "labels", sft.update, ("loss/sft",)),
-    # The same again, so that a run can first align a projector on other labels.
+    # The same algorithm under a second name, with which a run can first align a projector on other
+    # labels.
     "align": Algorithm(sft.SFT, "labels", sft.update, ("loss/sft",)),
     "grpo": Algorithm(
         grpo.GRPO,

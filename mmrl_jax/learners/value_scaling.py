@@ -32,7 +32,8 @@ class ValueScalingOptions:
         "whiten",
         "Scale of the advantages: 'whiten' gives those of a batch mean 0 and standard deviation 1, "
         "and 'percentile' divides by the moving range of the returns from the 5th to the 95th "
-        "percentile, at least 1, as DreamerV3 does.",
+        "percentile, at least 1, as DreamerV3 does. In the stage 'rnd' they are the returns of the "
+        "environment's reward alone.",
     )
 
 
@@ -111,15 +112,31 @@ def unnormalize(options: ValueScalingOptions, extras: dict[str, Any], params: Pa
 
 def _with_last_layer(params: Params, statistics: popart.TargetStatistics, change: Any) -> Params:
     """Returns parameters in which kernel and bias of the last layer of the value are changed."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    found = {
-        end: [i for i, name in enumerate(names) if name.endswith(f"{_HEAD}{end}")]
-        for end in ("kernel", "bias")
-    }
-    if any(len(indices) != 1 for indices in found.values()):
-        raise ValueError(f"popart=True needs one layer '{_HEAD[:-1]}', but there are {found}.")
-    (i,), (j,) = found["kernel"], found["bias"]
-    new = [x for _, x in leaves]
+    names, (new, structure) = _names(params), jax.tree.flatten(params)
+    i, j = (names.index(path) for path in last_layer(params))
     new[i], new[j] = change(statistics, new[i], new[j])
-    return jax.tree_util.tree_unflatten(structure, new)
+    return jax.tree.unflatten(structure, new)
+
+
+def last_layer(params: Params) -> tuple[str, str]:
+    """Returns the paths of kernel and bias of the last layer of the value, 'params/...' each.
+
+    Args:
+      params: Parameters of the network, or their shapes.
+
+    Raises:
+      ValueError: If the network does not have exactly one such layer.
+    """
+    found = [x for x in _names(params) if x.endswith((f"{_HEAD}kernel", f"{_HEAD}bias"))]
+    if [x.rpartition("/")[2] for x in sorted(found)] != ["bias", "kernel"]:
+        raise ValueError(
+            f"popart=True needs one layer '{_HEAD[:-1]}' with kernel and bias, but the network has "
+            f"{found or 'none'}: set it to False."
+        )
+    bias, kernel = sorted(found)
+    return kernel, bias
+
+
+def _names(params: Params) -> list[str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]

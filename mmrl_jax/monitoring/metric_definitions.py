@@ -131,7 +131,8 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     "value/target_mean": Metric("return", "Moving mean of the value targets, with popart", "-"),
     "value/target_std": Metric(
         "return",
-        "Moving standard deviation of the value targets, in which the value is learned with popart",
+        "Moving standard deviation of the value targets, at least 0.01, in which the value is "
+        "learned with popart",
         "moves slowly",
     ),
     "value/return_range": Metric(
@@ -149,7 +150,7 @@ METRIC_DEFINITIONS: dict[str, Metric] = {
     "gradient_conflict/cosine/<part>_<part>": Metric(
         "1",
         "Cosine between the gradients of two parts of the loss on the parameters that they share, "
-        "by the probe 'gradient_conflict'; 1 if they share none",
+        "by the probe 'gradient_conflict'; NaN if one of them is 0, as where they share none",
         "above -0.1; below, the parts conflict",
     ),
     "gradient_conflict/norm_ratio/<part>_<part>": Metric(

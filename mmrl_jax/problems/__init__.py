@@ -160,9 +160,12 @@ def elsewhere(config: Mapping[str, Any] | ml_collections.ConfigDict, key: str) -
     kinds = (*control_models.MODELS, *token_options.MODELS)
     if has(problem, kind):
         stage, stages = key.partition(".")[0], tuple(config["stages"])
-        if stage in stages or stage not in {*registry.CONTROL, *registry.TOKEN}:
-            return None
-        return f"is a key of the stage {stage!r}; this config has stages={stages}"
+        if stage not in stages and stage in {*registry.CONTROL, *registry.TOKEN}:
+            return f"is a key of the stage {stage!r}; this config has stages={stages}"
+        if problem == "task" and key not in known:  # The other tasks have no keys of their own.
+            name = config["task"]["name"]
+            return f"is a key of the task 'shapes' alone; this config has task.name={name!r}"
+        return None
     models = [name for name in dict.fromkeys(kinds) if has(problem, name)]
     if models:
         return (

@@ -30,6 +30,7 @@ from mmrl_jax.models.heads import PolicyOutput
 from mmrl_jax.pretrained import control_encoders, weights
 from mmrl_jax.problems import (
     augmented,
+    control_checks,
     control_models,
     control_sources,
     demonstration_data,
@@ -229,6 +230,7 @@ class Control:
             control_models.check_trainable(shapes, config[name].trainable, f"{name}.trainable")
             augmented.make(config, name, self.env)  # Raises for options that do not fit.
             problem.check_algorithm(config, name, registry.CONTROL[name])
+            control_checks.check_effects(config, name, shapes)
         self.splits = dict.fromkeys(envs.splits(config.env.name), config.run.eval_episodes)
         self.best_metric = f"eval/{config.env.split}/return"
         self.test_split: str | None = None

@@ -322,8 +322,12 @@ def shapes(network: nn.Module, env: Env, m: ml_collections.ConfigDict) -> Params
 
 
 def is_trainable(path: tuple[Any, ...], trainable: str) -> bool:
+    """Returns whether a pattern matches the full path of a leaf, which JAX gives as keys."""
+    return matches(jax.tree_util.keystr(path, simple=True, separator="/"), trainable)
+
+
+def matches(name: str, trainable: str) -> bool:
     """Returns whether a pattern matches the full path of a leaf, e.g. 'params/vlm/table'."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
     return re.fullmatch(trainable, name) is not None
 
 

@@ -396,7 +396,9 @@ class Dataset(TokenProblem):
 
         return measure
 
-    def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
+    def periodic_evaluation(
+        self, name: str, frozen: Any
+    ) -> Callable[[TokenState], dict[str, float]]:
         """Returns the evaluation on the validation records, see `TokenProblem`."""
         return self.periodic(self.measure(), frozen, VALIDATION)
 

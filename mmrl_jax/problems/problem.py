@@ -43,7 +43,7 @@ from mmrl_jax.training.stage import Carry, Stage
 
 # Numbers of a run's streams of random numbers. The key of a stream is
 # fold_in(PRNGKey(seed), number).
-PARAMETERS, DATA, FIXED_SET, COMPLETIONS, ROLLOUT, EVALUATION = range(6)
+PARAMETERS, DATA, FIXED_SET, COMPLETIONS, ROLLOUT, EVALUATION, LATER_LABELS = range(7)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Prompts, completions, rewards and learning are one compiled program.
 from collections.abc import Callable
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -89,7 +90,8 @@ class LabeledOptions(LabelOptions):
 
     examples: int = option(32768, "Number of labeled prompts, a fixed set.", POSITIVE)
     split: str = option(
-        "train", "Split of the task from which the prompts are sampled; none that is held out."
+        "train",
+        "Split of the task from which the prompts are sampled, one that the task trains on.",
     )
     label_noise: float = option(
         0.0,
@@ -165,7 +167,7 @@ def _make(
     }
     if _takes_options(config):
         make = TASKS[t.name] if t.name in TASKS else import_object(t.name, "task.name")
-        task = make(**arguments, **t.options.to_dict())
+        task = _make_with_options(make, t, arguments)
     elif t.name == "shapes":
         task = shapes.make(
             kinds=tuple(t.kinds),
@@ -179,6 +181,27 @@ def _make(
     else:
         raise ValueError(f"task.name={t.name!r} is unknown: choose {NAMES}, or 'module:Class'.")
     return task, token_models.make_model(config.model, spec, task.texts, size)
+
+
+def _make_with_options(
+    make: Callable[..., Task], t: ml_collections.ConfigDict, arguments: dict[str, Any]
+) -> Task:
+    """Makes a task with the arguments of every task and those in task.options.
+
+    Raises:
+      ValueError: If an option is unknown, is missing, or is an argument of every task.
+    """
+    further = t.options.to_dict()
+    signature = inspect.signature(make)
+    try:
+        signature.bind(**arguments, **further)
+    except TypeError as error:
+        known = ", ".join(repr(x) for x in signature.parameters if x not in arguments) or "none"
+        raise ValueError(
+            f"task.options={further} does not fit task.name={t.name!r} ({error}): the options of "
+            f"this task are {known}, and task.height and task.width are set beside task.options."
+        ) from error
+    return make(**arguments, **further)
 
 
 def _answers_of_others(rng: jax.Array, prompts: Prompt) -> jax.Array:
@@ -218,13 +241,12 @@ def _splits(config: ml_collections.ConfigDict, task: Task) -> tuple[str, ...]:
     return tuple(split for split in shapes.SPLITS if split not in absent)
 
 
-def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
+def _check_split(name: str, split: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError if a stage cannot learn from a split of its task."""
-    choices = tuple(x for x in splits if not x.startswith("heldout"))
     if split not in choices:
         raise ValueError(
-            f"{name}.split={split!r} must be one of the splits of the task that are not held out: "
-            f"{', '.join(map(repr, choices))}."
+            f"{name}.split={split!r} must be one of the training splits of the task, of which it "
+            f"has {', '.join(map(repr, choices))}; a class names them in `training_splits`."
         )
 
 
@@ -236,16 +258,17 @@ class TaskProblem(TokenProblem):
 
     Attributes:
       task: Task that samples prompts and scores completions.
+      labeled: Names of the stages that learn from labeled prompts, in order.
 
     Raises:
       ValueError: If the config is invalid; the message gives the field, its value and the remedy.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
-        labeled = [name for name in config.stages if registry.TOKEN[name].experience == "labels"]
+        self.labeled = [x for x in config.stages if registry.TOKEN[x].experience == "labels"]
         if not _takes_options(config):
             _check_counts("task.counts", config.task.counts)
-            for name in labeled:
+            for name in self.labeled:
                 _check_counts(f"{name}.counts", config[name].counts)
         token_options.check_model(config, config.task.height, config.task.width, "task")
         self.task, model = _make(config)
@@ -254,13 +277,14 @@ class TaskProblem(TokenProblem):
             *(
                 token_problem.check_groups(config, name, model.policy.max_new_tokens)
                 for name in config.stages
-                if name not in labeled
+                if name not in self.labeled
             )
         )
         splits = _splits(config, self.task)
-        for name in labeled:
-            split = config[name].split
-            _check_split(name, split, splits)
+        training_splits = tuple(getattr(self.task, "training_splits", splits[:1]))
+        for name in self.labeled:
+            split = self._split(name)
+            _check_split(name, split, training_splits)
             task = _label_task(config, name, self.task)
             # Sampling checks that the images divide into cells.
             jax.eval_shape(lambda key, of=task, x=split: of.sample(key, 1, x), jax.random.key(0))
@@ -268,24 +292,28 @@ class TaskProblem(TokenProblem):
 
     def source(self, name: str) -> Source:
         """Returns the source of the experience of a stage, see `TokenProblem`."""
-        if registry.TOKEN[name].experience == "labels":
+        if name in self.labeled:
             labels = self._labels(name)
             return token_problem.fixed_labels(self.config[name].batch_size, labels)
         return self._completion_source(name)
 
     def _labels(self, name: str) -> ScoredCompletions:
-        """Samples the labeled prompts of a stage, which depend on the seed alone."""
+        """Samples the labeled prompts of a stage, which depend on the seed and the stage alone."""
         s, label_task = self.config[name], _label_task(self.config, name, self.task)
+        number = self.labeled.index(name)
+        key = stream(self.config, problem.DATA)
+        if number > 0:  # Or all labeled stages would learn from the same images.
+            key = jax.random.fold_in(stream(self.config, problem.LATER_LABELS), number)
 
         def label(rng: jax.Array) -> ScoredCompletions:
-            prompts = label_task.sample(rng, s.examples, s.split)
+            prompts = label_task.sample(rng, s.examples, self._split(name))
             other_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
             wrong = jax.random.bernoulli(noise_key, s.label_noise, (s.examples,))
             other = _answers_of_others(other_key, prompts)
             labels = label_task.texts.labels(jnp.where(wrong, other, prompts.answer))
             return ScoredCompletions.from_labels(prompts, *labels)
 
-        return mesh_lib.computed(label, stream(self.config, problem.DATA))
+        return mesh_lib.computed(label, key)
 
     def _completion_source(self, name: str) -> Source:
         """Returns a source of sampled completions with the rewards of the task."""
@@ -384,12 +412,32 @@ class TaskProblem(TokenProblem):
 
         return measure
 
-    def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
-        """Returns the evaluation on the training split, see `TokenProblem`."""
+    def best_metric_of(self, name: str) -> str:
+        """Returns the accuracy on the split that a stage learns from, see `TokenProblem`."""
+        return f"eval/{self._split(name)}/accuracy"
+
+    def _split(self, name: str) -> str:
+        """Returns the name of the split from which the prompts of a stage are sampled."""
+        return self.config[name].split if name in self.labeled else "train"
+
+    def periodic_evaluation(
+        self, name: str, frozen: Any
+    ) -> Callable[[TokenState], dict[str, float]]:
+        """Returns the evaluation on the training split, and on that of the stage if it is another.
+
+        See `TokenProblem`.
+        """
         # These are not the reported prompts, because they select the best checkpoint.
         rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)
         evaluator = self.evaluator(rng, prompts=self.config.run.eval_episodes)
-        return self.periodic(self._measure(evaluator), frozen, "train")
+        measure = self._measure(evaluator)
+        splits = dict.fromkeys(("train", self._split(name)))
+        evaluations = [self.periodic(measure, frozen, split) for split in splits]
+
+        def evaluate(learner: TokenState) -> dict[str, float]:
+            return {key: x for each in evaluations for key, x in each(learner).items()}
+
+        return evaluate
 
     def samples(self, variables: Params, count: int) -> list[Sample]:
         """Returns sample completions of prompts of the training split, see `problem.Problem`."""

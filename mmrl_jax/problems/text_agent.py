@@ -295,7 +295,9 @@ class TextAgent(TokenProblem):
         modalities = ("pixels", "instruction") if ablations else ()
         return lambda variables, split: describe_ablations(evaluator, variables, split, modalities)
 
-    def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
+    def periodic_evaluation(
+        self, name: str, frozen: Any
+    ) -> Callable[[TokenState], dict[str, float]]:
         """Returns the evaluation on the training split, see `TokenProblem`."""
         # These are not the reported episodes, because they select the best checkpoint.
         rng = jax.random.fold_in(stream(self.config, problem.EVALUATION), 1)

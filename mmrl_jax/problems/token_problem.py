@@ -186,7 +186,8 @@ class TokenProblem(abc.ABC):
       config: Config of the run.
       mesh: Device mesh.
       model: Policy with its tokenizer.
-      best_metric: Name of the metric by which the best checkpoint is chosen.
+      best_metric: Name of the metric by which the best checkpoint is chosen, unless
+        `best_metric_of` a stage is another one.
       test_split: Name of the split that is evaluated at the end, see `problem.Problem`.
       needs_value_head: Whether a stage of the run uses a value head.
     """
@@ -269,11 +270,18 @@ class TokenProblem(abc.ABC):
     def source(self, name: str) -> Source:
         """Returns the source of the experience of a stage."""
 
+    def best_metric_of(self, name: str) -> str:
+        """Returns the name of the metric by which the best checkpoint of a stage is chosen."""
+        return self.best_metric
+
     @abc.abstractmethod
-    def periodic_evaluation(self, frozen: Any) -> Callable[[TokenState], dict[str, float]]:
+    def periodic_evaluation(
+        self, name: str, frozen: Any
+    ) -> Callable[[TokenState], dict[str, float]]:
         """Returns the evaluation during a stage, a function learner -> metrics.
 
         Args:
+          name: Name of the stage.
           frozen: Variables that the stage does not train.
         """
 
@@ -361,7 +369,7 @@ class TokenProblem(abc.ABC):
             return token_learner.move_reference(learner, decay), metrics
 
         learn = sources.make_learn(update, optimizer)
-        fields = sources.stage_fields(config, name, algorithm, source, self.best_metric)
+        fields = sources.stage_fields(config, name, algorithm, source, self.best_metric_of(name))
         return Stage(
             **fields | {name: x for name, x in changes.items() if name != "stream"},
             init=init,
@@ -369,7 +377,7 @@ class TokenProblem(abc.ABC):
             update=None if source.collect is None else sources.make_update(source, learn),
             on_host=None if source.on_host is None else source.on_host(learn),
             constants=constants,
-            evaluate=self.periodic_evaluation(constants.frozen),
+            evaluate=self.periodic_evaluation(name, constants.frozen),
             shardings=functools.partial(problem.shard_carry, mesh=self.mesh),
         )
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# CAGrad passes over all pairs of gradients until no weight moves by more, or this many times; of
-# two gradients one pass is exact. Most need few passes, nearly opposite ones up to 100.
-_TOLERANCE, _MAX_SWEEPS = 1e-6, 200
-# Smallest squared norm of a weighted mean of gradients in CAGrad, over the sum of their squared
-# norms. What cancels to less is a rounding error of float32, and has no direction.
+# CAGrad passes over all pairs of gradients until no weight moves by more, or this many times. Of
+# two gradients the first pass is exact but for rounding, which the others reduce. Of more, most
+# need few passes, nearly opposite ones up to 100.
+_TOLERANCE, _MAX_SWEEPS, _SWEEPS_OF_TWO = 1e-6, 200, 3
+# Smallest squared norm of a weighted mean of gradients in CAGrad, over the sum of the absolute
+# values of its terms. What cancels to less is a rounding error of float32, and has no direction.
 _MIN_SQUARE = 1e-6
 
 
@@ -127,11 +128,14 @@ def cagrad_weights(products: jax.Array, c: float) -> jax.Array:
         return new, jnp.max(jnp.abs(new - weights)), sweeps + 1
 
     def moves(carry: _Progress) -> jax.Array:
-        return (carry[1] > _TOLERANCE) & (carry[2] < (1 if count == 2 else _MAX_SWEEPS))
+        limit = _SWEEPS_OF_TWO if count == 2 else _MAX_SWEEPS
+        return (carry[1] > _TOLERANCE) & (carry[2] < limit)
 
     start = usable / jnp.maximum(jnp.sum(usable), 1.0)
     weights, _, _ = jax.lax.while_loop(moves, sweep, (start, jnp.float32(1), jnp.int32(0)))
-    norm = jnp.sqrt(jnp.maximum(weights @ products @ weights, _MIN_SQUARE))
+    # The optimum is often near the smallest gradient, so that the terms are far below 1.
+    terms = jnp.maximum(weights @ jnp.abs(products) @ weights, jnp.finfo(jnp.float32).tiny)
+    norm = jnp.sqrt(jnp.maximum(weights @ products @ weights, _MIN_SQUARE * terms))
     return (1 + count * radius / norm * weights) / (1 + c)
 
 

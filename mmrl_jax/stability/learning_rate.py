@@ -78,7 +78,8 @@ def scale_by_kl(
       scale * 1.5  if 0 < kl < desired_kl / 2
       scale        otherwise, also if kl is NaN
 
-    and is then clipped to [min_scale, max_scale]. The transformation is the last one of an
+    and is then clipped to [min_scale, max_scale]. A step that is skipped, because it is not finite
+    or a spike, changes no factor, whatever its divergence. The transformation is the last one of an
     optimizer, whose updates are proportional to the learning rate. Its state is a
     `LearningRateScale`, at first 1.
 

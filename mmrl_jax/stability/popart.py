@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from mmrl_jax.rl.losses import masked_mean
 
-_MIN_SCALE = 1e-4  # Targets that are nearly equal are not blown up to unit scale.
+# Where targets are nearly equal, as before the first of rare rewards, the errors of the value are
+# far above their spread, and the gradient grows by the inverse of the scale.
+_MIN_SCALE = 1e-2
 
 
 @struct.dataclass
@@ -30,7 +32,7 @@ class TargetStatistics:
 
     @property
     def scale(self) -> jax.Array:
-        """Standard deviation of the targets, at least 1e-4, float32 []."""
+        """Standard deviation of the targets, at least 0.01, float32 []."""
         return jnp.maximum(jnp.sqrt(self.variance), _MIN_SCALE)
 
 

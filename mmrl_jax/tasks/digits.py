@@ -47,6 +47,7 @@ class Digits:
 
     Attributes:
       splits: Names of the splits, of which the first is the training split.
+      training_splits: Names of the splits from which a stage may learn.
       texts: Texts and tokens of all prompts and answers: the sums 0 to 18, then the captions.
 
     Raises:
@@ -54,6 +55,7 @@ class Digits:
     """
 
     splits = SPLITS
+    training_splits = ("train", "caption")
 
     def __init__(
         self, *, height: int, width: int, image_tokens: int, tokenizer: Tokenizer | None = None
@@ -91,7 +93,7 @@ class Digits:
 
     def _one(self, rng: jax.Array, *, split: str) -> tuple[jax.Array, ...]:
         """Samples image, text, answer, kind and level of one prompt."""
-        place_key, pair_key, *digit_keys = jax.random.split(rng, 4)
+        shift_key, pair_key, *digit_keys = jax.random.split(rng, 4)
         chosen = pairs(heldout=split == "heldout_pair")
         sums = chosen.sum(axis=1)
         weights = np.ones(len(chosen))
@@ -101,7 +103,7 @@ class Digits:
         pair, is_caption = jnp.asarray(chosen)[index], int(split == "caption")
         pool = self._heldout if split == "heldout_sample" else self._train
         image = self._render(
-            place_key, [pool.sample(k, d) for k, d in zip(digit_keys, pair, strict=True)]
+            shift_key, [pool.sample(k, d) for k, d in zip(digit_keys, pair, strict=True)]
         )
         answer = 19 + 10 * pair[0] + pair[1] if is_caption else pair[0] + pair[1]
         text = jnp.full((), is_caption, jnp.int32)

@@ -30,6 +30,15 @@ SAMPLED = {"last__prompts_per_update": 16, "last__optimizer": OPTIMIZER}
 HEADS = {"model__heads": max(shape[2] for shape in MESHES)}
 CONFIGS = {
     "ppo": lambda: tiny.config("reach_ppo_scratch", last__num_envs=16, last__optimizer=OPTIMIZER),
+    "stable_ppo": lambda: tiny.config(
+        "reach_ppo_scratch",
+        last__num_envs=16,
+        last__optimizer=OPTIMIZER | {"learning_rate": 0.005},
+        last__desired_kl=0.01,
+        last__gradient_surgery="cagrad",
+        last__popart=True,
+        last__advantage_scaling="percentile",
+    ),
     "rnd": lambda: tiny.config(
         "reach_ppo_scratch", stages=("rnd",), last__num_envs=16, last__optimizer=OPTIMIZER
     ),

@@ -111,22 +111,24 @@ def test_it_says_how_long_it_takes_and_how_much_memory(config, monkeypatch):
     full, small = vlm.make_config(), vlm.make_config("small")
     # What a resumed run cannot change differs, so that no run is resumed with another preset.
     assert full.align.examples != small.align.examples
-    # Updates: 500 with labels of 6 s, and 2 * 200 with rewards of 8 s, are 6200 s. Evaluations have
-    # 64 prompts: two of each of 3 + 3 + 5 during training, and 12 with 4 * 64, in all 70 * 64, each
-    # of a quarter of 8 s / 8 prompts, are 1120 s. Compilation takes 120 s.
-    assert vlm.estimated_minutes(full, 6.0, 8.0) == pytest.approx((6200 + 1120 + 120) / 60)
-    # 30 * 6 + 2 * 10 * 8 s; 16 prompts, twice 2 + 2 + 2, and 48, in all 60 * 16, are 240 s.
-    assert vlm.estimated_minutes(small, 6.0, 8.0) == pytest.approx((340 + 240 + 120) / 60)
-    seconds = iter((6.0, 8.0, 6.0, 8.0))
+    # Updates: 400 of alignment of 5 s, 100 of fine-tuning of 10 s, and 2 * 200 of GRPO of 8 s, are
+    # 6200 s. More fine-tuning makes 200 * 8 / 10 = 160. Evaluations have 64 prompts: two of each of
+    # 2 * 3 + 3 + 5 + 5 during training, and 12 with 4 * 64, in all 86 * 64, each of a quarter of
+    # 8 s / 8 prompts, are 1376 s. Compilation takes 120 s.
+    assert vlm.estimated_minutes(full, 5.0, 10.0, 8.0) == pytest.approx((6200 + 1376 + 120) / 60)
+    # 20 * 5 + 10 * 10 + 2 * 10 * 8 s; 16 prompts, twice 2 * 2 + 2 + 2 + 2, and 48, in all 68 * 16,
+    # are 272 s.
+    assert vlm.estimated_minutes(small, 5.0, 10.0, 8.0) == pytest.approx((360 + 272 + 120) / 60)
+    seconds = iter(2 * (5.0, 10.0, 8.0))
     monkeypatch.setattr(vlm, "update_seconds", lambda stage: next(seconds))
     problem = problems.make(config)
     monkeypatch.setattr(problem, "config", full)
     monkeypatch.setattr(problem, "stage", lambda name: name)
     monkeypatch.setattr(vlm, "peak_memory_gb", lambda: 2.34)
     text = vlm.forecast(problem, "full")
-    assert "6.0 s with labels and 8.0 s with rewards" in text and "2.3 GB of memory" in text
-    assert "about 124 minutes" in text
-    assert "in about 12 minutes: make quickstart-vlm PRESET=small" in text
+    assert "5.0 s in alignment, 10.0 s in fine-tuning and 8.0 s in GRPO" in text
+    assert "2.3 GB of memory" in text and "about 128 minutes" in text
+    assert "in about 13 minutes: make quickstart-vlm PRESET=small" in text
     assert "PRESET" not in vlm.forecast(problem, "small")
 
 

@@ -32,7 +32,7 @@ def found(row):
 def test_a_perceptron_whose_actor_and_critic_share_nothing(tmp_path):
     config = tiny.config("mlp_ppo", ppo__entropy_coef=0.0, **tiny.FAST, **PROBED)
     row = measured(config, tmp_path)
-    assert row["cosine/policy_value"] == 1
+    assert not math.isfinite(row.get("cosine/policy_value") or math.nan)
     assert not math.isfinite(row.get("norm_ratio/policy_value") or math.nan)
 
 
@@ -40,10 +40,21 @@ def test_a_ratio_is_that_of_the_first_part_to_the_second(tmp_path, monkeypatch):
     conflict = gradient_surgery.Conflict(np.array([[1, -0.5], [-0.5, 1]]), np.array([2.0, 4.0]))
     monkeypatch.setattr(probes, "_conflicts", lambda problem, stage: lambda *unused: conflict)
     problem = problems.make(tiny.config("mlp_ppo", ppo__entropy_coef=0.0, **tiny.FAST))
-    assert probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path)) == {
+    assert probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path, "ppo")) == {
         "gradient_conflict/cosine/policy_value": -0.5,
         "gradient_conflict/norm_ratio/policy_value": 0.5,
     }
+
+
+def test_a_gradient_of_0_has_no_angle_and_another_stage_no_gradients(tmp_path, monkeypatch):
+    nothing = gradient_surgery.Conflict(np.ones((2, 2)), np.array([0.0, 4.0]))
+    monkeypatch.setattr(probes, "_conflicts", lambda problem, stage: lambda *unused: nothing)
+    problem = problems.make(tiny.config("reach_ppo"))
+    monkeypatch.setattr(probes.ppo, "rollout_parts", lambda options: ("policy", "value"))
+    found = probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path, "ppo"))
+    assert math.isnan(found["gradient_conflict/cosine/policy_value"])
+    assert found["gradient_conflict/norm_ratio/policy_value"] == 0
+    assert probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path, "bc")) == {}
 
 
 @pytest.mark.slow
@@ -63,4 +74,4 @@ def test_a_run_without_ppo_is_told(tmp_path):
         r"measures the loss of PPO of a control policy, but problem='control' and stages=\('bc'"
     )
     with pytest.raises(ValueError, match=message):
-        probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path))
+        probes.gradient_conflict(probes.ProbeContext(problem, None, 0, tmp_path, "bc"))

@@ -121,11 +121,83 @@ def test_a_value_that_is_not_finite_still_skips_the_step():
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
+def test_an_entropy_bonus_that_starts_at_0_has_no_gradient_to_measure():
+    adaptive = dataclasses.replace(PLAIN, entropy_target=0.5)
+    assert adaptive.loss_parts == ("policy", "value", "entropy")
+    assert ppo.rollout_parts(adaptive) == ("policy", "value")
+    started = dataclasses.replace(adaptive, entropy_coef=0.1)
+    assert ppo.rollout_parts(started) == ("policy", "value", "entropy")
+
+
+def test_a_term_that_has_no_name_is_refused_before_it_loses_its_gradient():
+    # Gradients at (1, 1): (1, 1) of the policy, (1, -2) of the value, and (10, 10) of a third term.
+    def terms(params):
+        parts = {"policy": params.sum(), "value": params[0] - 2 * params[1]}
+        return parts | {"mine": 10 * params.sum()}, {}
+
+    def gradient(present, **changes):
+        options = loss_gradients.SurgeryOptions(**changes)
+        return loss_gradients.value_and_gradient(
+            terms, jnp.ones(2), jax.random.key(0), present=present, options=options
+        )[2]
+
+    named = ("policy", "value", "mine")
+    np.testing.assert_allclose(gradient(("policy", "value")), [12, 9])
+    # <(1, 1), (1, -2)> = -1: (1, 1) + (1, -2) / 5 and (1, -2) + (1, 1) / 2, and (10, 10).
+    np.testing.assert_allclose(gradient(named, gradient_surgery="pcgrad"), [12.7, 9.1], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"'mine'.* but loss_parts=\('policy', 'value'\): a term"):
+        gradient(("policy", "value"), gradient_surgery="pcgrad")
+
+
+MLP = {"name": "mlp_ppo", **tiny.FAST}
+IMAGES = {"name": "reach_ppo_scratch"}
+SURGERY = {"ppo__gradient_surgery": "pcgrad"}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (MLP, SURGERY, r"ppo.gradient_surgery='pcgrad' needs .* has only \['policy'\]: name"),
+        # The network has no auxiliary targets.
+        (
+            IMAGES,
+            SURGERY
+            | {"model__auxiliary": (), "model__pointing": None, "ppo__value_coef": 0.0}
+            | {"ppo__auxiliary_coef": 1.0, "ppo__pointing_coef": 1.0},
+            r"ppo.gradient_surgery='pcgrad' needs .* has only \['policy'\]: name",
+        ),
+        (MLP, {"ppo__popart": True, "ppo__value_coef": 0.0}, "ppo.popart=True .*ppo.value_coef=0 "),
+        (
+            MLP,
+            {"ppo__popart": True, "ppo__trainable": ".*policy.*"},
+            "ppo.trainable='.*policy.*' does not match .*value_head/value/kernel",
+        ),
+        (MLP, {"ppo__popart_decay": 0.3}, "ppo.popart_decay=0.3 has no effect .*popart=False: set"),
+        (
+            MLP,
+            {"ppo__min_learning_rate": 1.0},
+            "ppo.min_learning_rate=1.0 .*desired_kl=None: .*1e-05",
+        ),
+        (MLP, {"ppo__max_learning_rate": 1.0}, "ppo.max_learning_rate=1.0 .*desired_kl=None"),
+        (MLP, {"ppo__surgery_parts": ("policy",)}, "ppo.surgery_parts=.*gradient_surgery='none'"),
+        (IMAGES, SURGERY | {"ppo__cagrad_c": 0.3}, "ppo.cagrad_c=0.3 .*gradient_surgery='pcgrad'"),
+    ],
+)
+def test_options_without_an_effect_are_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        problems.make(tiny.config(**config, **changes))
+
+
+def test_a_perceptron_has_surgery_between_the_parts_of_its_actor():
+    changes = SURGERY | {"ppo__surgery_parts": ("policy", "entropy"), "ppo__entropy_coef": 0.1}
+    problems.make(tiny.config(**MLP, **changes))
+
+
 def test_fewer_than_two_parts_are_refused():
     options = dataclasses.replace(PLAIN, gradient_surgery="pcgrad")
     loss_gradients.check(options, options.loss_parts, "ppo")
     alone = dataclasses.replace(options, surgery_parts=("policy", "auxiliary"))
-    message = r"ppo.gradient_surgery='pcgrad' needs two .* only \['policy'\] have a coefficient"
+    message = r"ppo.gradient_surgery='pcgrad' needs two .* has only \['policy'\]: name more parts"
     with pytest.raises(ValueError, match=message):
         loss_gradients.check(alone, alone.loss_parts, "ppo")
     cloned = dapg.DAPG(gradient_surgery="pcgrad", surgery_parts=("policy", "bc"))

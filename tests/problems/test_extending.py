@@ -154,6 +154,35 @@ def test_a_task_and_an_algorithm_of_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "sft", "message"),
+    [
+        ({"options": {"shade": 1}}, {}, "task.options={'shade': 1} .*'shade'.* are 'threshold', a"),
+        (
+            {"options": {"height": 3}},
+            {},
+            "task.options={'height': 3} .* multiple values .*'height'",
+        ),
+        # A class that names no other training splits has one, whatever the names of the others.
+        (
+            {},
+            {"split": "test"},
+            "sft.split='test' must be one of the training splits .* has 'train'",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_task_is_named(task, sft, message, monkeypatch):
+    monkeypatch.setattr(Bright, "splits", ("train", "test"))
+    base = {
+        "problem": "task",
+        "stages": ("sft",),
+        "task": {"name": f"{HERE}:Bright", "height": 16, "width": 16},
+        "mesh": {"data": 1},
+    }
+    with pytest.raises(ValueError, match=message):
+        problems.make(problems.complete(base, {"task": task, "sft": sft}))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (

@@ -112,6 +112,48 @@ def test_cagrad_solves_its_dual_problem(seed):
     assert best == pytest.approx(dual(solution.x), rel=1e-3, abs=1e-3)
 
 
+def two(ratio, angle):
+    return [[1, 0], [ratio * np.cos(angle), ratio * np.sin(angle)]]
+
+
+@pytest.mark.parametrize(
+    "gradients",
+    [
+        two(1e4, 1.2),
+        two(1e4, 1.6),
+        two(1e5, 2.5),
+        [[1, 0, 0], [-30, 95, 0], [-4e3, 5e3, 8e3]],
+        [[1, 0, 0], [-6e3, 8e3, 0], [-4e3, -5e3, 8e3]],
+        [[1, 0], [-1, 0.01]],  # They nearly cancel.
+        [[1, 0, 0], [-1, 0.01, 0], [0.1, 0, 0.1]],
+    ],
+)
+def test_cagrad_improves_the_worst_part_by_as_much_as_possible(gradients):
+    # No direction of the ball improves the worst part by more than the dual objective at any
+    # weights, which is minimized here in float64 over the logarithms of the weights.
+    g, c = np.asarray(gradients, np.float64), 0.4
+    mean, norms = g.mean(0), np.linalg.norm(g, axis=1)
+    radius = c * np.linalg.norm(mean)
+
+    def dual(z):
+        w = np.exp(z - z.max()) / norms
+        mixed = w @ g / w.sum()
+        return mixed @ mean + radius * np.linalg.norm(mixed)
+
+    starts = np.concatenate([np.zeros((1, len(g))), 3 * np.eye(len(g)), -3 * np.eye(len(g))])
+    tight = {"xatol": 1e-9, "fatol": 1e-12 * norms.min() ** 2, "maxiter": 10_000}
+    best = min(minimize(dual, z, method="Nelder-Mead", options=tight).fun for z in starts)
+    weights = gradient_surgery.cagrad_weights(jnp.asarray(g @ g.T, jnp.float32), c)
+    direction = np.asarray(weights, np.float64) @ g * (1 + c) / len(g)
+    assert np.linalg.norm(direction - mean) <= radius * (1 + 1e-5)
+    assert np.min(g @ direction) == pytest.approx(best, rel=1e-3)
+
+
+def test_what_cancels_but_for_rounding_is_no_direction_of_cagrad():
+    total, _ = cagrad({"x": jnp.array([[1.0, 0.0], [-1.0, 1e-5]])}, 0.4)
+    assert np.linalg.norm(total["x"]) <= 1e-5
+
+
 @pytest.mark.parametrize("surgery", [pcgrad, functools.partial(cagrad, c=0.4)])
 def test_gradients_that_are_0_and_parameters_of_one_loss(surgery):
     # The second loss has no gradient at all, and the third loss alone has one on 'head'.

@@ -165,7 +165,7 @@ def test_every_config_trains(name, tmp_path):
         # With everything that an algorithm has beside the policy.
         ("deep_sea_rnd", 2, {"rnd__entropy_target": 0.5}),
         (
-            "mlp_ppo",
+            "recall_ppo",  # Actor and critic share its trunk.
             1,
             {
                 "ppo__desired_kl": 0.01,
@@ -173,7 +173,6 @@ def test_every_config_trains(name, tmp_path):
                 "ppo__popart": True,
                 "ppo__advantage_scaling": "percentile",
                 "ppo__gradient_surgery": "pcgrad",
-                **tiny.FAST,
             },
         ),
     ],
