@@ -93,11 +93,6 @@ class MultimodalPolicy(nn.Module):
     Every token has a learned embedding of its modality, and tokens of frames have one of their age;
     patches and words have a position embedding. `token_layout` returns this layout as arrays.
 
-    With `pointing`, the readouts begin as their embeddings plus a projection of the patch that is
-    pointed at: the mean of the newest patches under the softmax of the predicted logits, as in a
-    spatial softmax (Levine et al., 2016, arXiv 1504.00702). Otherwise the readouts would first have
-    to learn to attend to that patch, for which cloning needs hundreds of updates.
-
     Attributes:
       kind: Kind of actions, 'continuous' or 'discrete', see `PolicyHead`.
       actions: Number of action dimensions, or number of discrete actions.
@@ -117,8 +112,7 @@ class MultimodalPolicy(nn.Module):
         over the concatenated tokens (and the mean of the words), without attention.
       auxiliary: (name, size) of each privileged target that the policy's readout predicts.
       pointing: Name of a privileged position in the newest image, which the patch tokens predict
-        with one logit each, and whose patch the readouts of 'joint' and 'cross' begin with; None
-        for no such target.
+        with one logit each; None for no such target.
       text_encoder: Function or module that encodes the instruction in place of the built-in
         encoder: tokens int32 [B, L] and mask bool [B, L] to features [B, L', E] and mask
         bool [B, L']. A projection follows. The parameters of a module become part of this one's.
@@ -203,19 +197,16 @@ class MultimodalPolicy(nn.Module):
                 self.dtype
             )
         frame_tokens = frame_tokens.reshape(batch, -1, self.width)
-        newest = patches.reshape(batch, frames, -1, self.width)[:, -1]
-        pointing = None
-        if self.pointing is not None:
-            pointing = Dense(1, name="pointing")(newest.astype(jnp.float32))
         if self.fusion == "late":
             x = jnp.concatenate([summary, frame_tokens.reshape(batch, -1)], axis=1)
             x = nn.gelu(Dense(self.width, self.dtype, name="late_in")(x))
             x = nn.gelu(Dense(READOUTS * self.width, self.dtype, name="late_out")(x))
             x = layer_norm(x.astype(jnp.float32).reshape(batch, READOUTS, -1))
         else:
-            layout = token_layout(words=words.shape[1], frames=frames, patches=patches.shape[1])
-            readouts = self._readouts(newest, pointing)
+            readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
+            readouts = jnp.broadcast_to(readouts.astype(self.dtype), (batch, *readouts.shape))
             x = jnp.concatenate([words, frame_tokens, readouts], axis=1)
+            layout = token_layout(words=words.shape[1], frames=frames, patches=patches.shape[1])
             modality = self.param(
                 "modality", nn.initializers.normal(0.1), (len(MODALITIES), self.width)
             )
@@ -228,49 +219,27 @@ class MultimodalPolicy(nn.Module):
                 only_readouts=self.fusion == "cross",
             )
         policy, value = x[:, 0], x[:, 1]
+        newest = patches.reshape(batch, frames, -1, self.width)[:, -1]
         return PolicyOutput(
             distribution=PolicyHead(self.kind, self.actions, name="policy_head")(policy),
             value=ValueHead(name="value_head")(value),
-            auxiliary=self._auxiliary(policy, pointing, height=pixels.shape[2]),
+            auxiliary=self._auxiliary(policy, newest, height=pixels.shape[2]),
             features=jnp.concatenate([policy, value], axis=-1).astype(jnp.float32),
         )
 
     @nn.nowrap
-    def _readouts(self, patches: jax.Array, pointing: jax.Array | None) -> jax.Array:
-        """Returns the first embeddings of the readouts, [B, READOUTS, D].
-
-        Args:
-          patches: Tokens of the newest image, [B, P, D].
-          pointing: Logits of the patch to point at, float32 [B, P, 1]; None without `pointing`.
-        """
-        readouts = self.param("readout", nn.initializers.normal(1.0), (READOUTS, self.width))
-        readouts = jnp.broadcast_to(
-            readouts.astype(self.dtype), (len(patches), READOUTS, self.width)
-        )
-        if pointing is None:
-            return readouts
-        weights = nn.softmax(pointing, axis=1).astype(self.dtype)
-        pointed = jnp.sum(weights * patches, axis=1)
-        return readouts + Dense(self.width, self.dtype, name="pointed")(pointed)[:, None]
-
-    @nn.nowrap
     def _auxiliary(
-        self, policy: jax.Array, pointing: jax.Array | None, *, height: int
+        self, policy: jax.Array, patches: jax.Array, *, height: int
     ) -> dict[str, jax.Array]:
-        """Returns the predicted privileged targets.
-
-        Args:
-          policy: The policy's readout, [B, D].
-          pointing: Logits of the patch to point at, float32 [B, P, 1]; None without `pointing`.
-          height: Height of the images in pixels.
-        """
+        """Predicts the privileged targets from the policy's readout and the patches."""
         auxiliary = {
             name: Dense(size, name=f"auxiliary_{name}")(policy) for name, size in self.auxiliary
         }
-        if self.pointing is not None and pointing is not None:
+        if self.pointing is not None:
+            logits = Dense(1, name="pointing")(patches.astype(jnp.float32))
             # Patches of a pretrained encoder are assumed to form a square.
-            rows = math.isqrt(pointing.shape[1])
+            rows = math.isqrt(logits.shape[1])
             if self.vision_encoder is None:
                 rows = height // self.patch
-            auxiliary[self.pointing] = pointing.reshape(len(pointing), rows, -1)
+            auxiliary[self.pointing] = logits.reshape(len(patches), rows, -1)
         return auxiliary
