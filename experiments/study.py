@@ -1,6 +1,6 @@
 """Runs a study: variants of a config over several seeds, compared with confidence intervals.
 
-  python -m experiments.study --study=experiments/studies/reach.py [--variants=baseline,no_film]
+  python -m experiments.study --study=experiments/studies/reach.py [--variants=no_film] [--seeds=0]
   python -m experiments.study --study=experiments/studies/vs_brax.py:reacher
 
 A study is a config file whose `get_config` takes the name of a variant. It defines VARIANTS, SEEDS
@@ -9,7 +9,8 @@ to functions that replace `run_one`, for example the trainer of a peer. The text
 passed to `get_config` too, and becomes part of the name of the directory. All variants run with one
 seed before the next seed starts, so that intermediate results can be compared. Seeds are not
 batched in one program, which would not be faster on CPU, because XLA's batched matmuls are slow
-there. The same command resumes an interrupted study.
+there; processes with different `--seeds`, each on cores of its own, can share a directory. The same
+command resumes an interrupted study.
 
 After every run, these files in runs/studies/<study> are updated:
   table.csv     variant, metric, iqm, lo, hi, seeds: interquartile means with 95 % intervals
@@ -74,6 +75,26 @@ def load_study(spec: str) -> types.ModuleType:
     if argument:
         module.get_config = functools.partial(module.get_config, argument)
     return module
+
+
+def chosen_seeds(texts: Sequence[str] | None, count: int) -> Sequence[int]:
+    """Returns the seeds to run.
+
+    Args:
+      texts: Seeds as text, from the command line; None for all of the study.
+      count: Number of seeds of the study, which are those from 0 to `count` - 1.
+
+    Raises:
+      ValueError: If a text is no seed of the study.
+    """
+    if texts is None:
+        return range(count)
+    for text in texts:
+        if text not in map(str, range(count)):
+            raise ValueError(
+                f"--seeds has {text!r}, but the seeds of the study are 0 to {count - 1}."
+            )
+    return [int(text) for text in texts]
 
 
 def run(
@@ -268,6 +289,7 @@ def main(argv: list[str]) -> int:
     workdir = pathlib.Path(FLAGS.directory) / name
     with clean_exit(ValueError, multihost.OtherProcessFailed):
         study = load_study(FLAGS.study)
+        seeds = chosen_seeds(FLAGS.seeds, study.SEEDS)
         variants = FLAGS.variants or list(study.VARIANTS)
         for variant in variants:
             if variant not in study.VARIANTS:
@@ -276,7 +298,7 @@ def main(argv: list[str]) -> int:
                 )
             multihost.on_all(lambda variant=variant: problems.make(study.get_config(variant)))
     with clean_exit(ValueError, *FAILURES):
-        finished = run(study, workdir, variants, range(study.SEEDS))
+        finished = run(study, workdir, variants, seeds)
     if multihost.is_primary():
         if finished:
             print((workdir / "table.md").read_text(encoding="utf-8"))
@@ -289,5 +311,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("study", None, "Path of the study, or path:argument.", required=True)
     flags.DEFINE_list("variants", None, "Variants to run; by default all.")
+    flags.DEFINE_list("seeds", None, "Seeds to run, from 0 on; by default all.")
     flags.DEFINE_string("directory", "runs/studies", "Parent of the study's directory.")
     run_command(main, processes=True)

@@ -73,6 +73,14 @@ def test_a_study_goes_on_where_it_was_stopped(made_up, tmp_path):
     assert study.run(*arguments) and len(ran) == 3
 
 
+def test_seeds_can_be_chosen():
+    assert list(study.chosen_seeds(None, 3)) == [0, 1, 2]
+    assert study.chosen_seeds(["2", "0"], 3) == [2, 0]
+    for text in ("3", "-1", "one", "01"):
+        with pytest.raises(ValueError, match=f"--seeds has '{text}', but .* are 0 to 2"):
+            study.chosen_seeds([text], 3)
+
+
 def test_a_study_writes_its_tables(made_up, tmp_path):
     module, _ = made_up
     while not study.run(module, tmp_path, list(module.VARIANTS), range(module.SEEDS)):
