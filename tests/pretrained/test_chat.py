@@ -189,7 +189,7 @@ def test_a_record_with_what_cannot_be_read_is_set_aside(line, learned, reason, t
     said = read(tmp_path / "model", HEAD + "{{ m.content }}" + TAIL, added=FAR)
     pictures = records(tmp_path / "pictures", [{}, line, {}, {"more": "\U0001f600"}])
     found, _ = host_rewards.open_split(
-        said, validation_size=1, test_size=1, test_directory=None, split_seed=0, weights=None,
+        said, validation_size=1, test_size=1, test_directory=None, split_seed=0,
         files=None, test_files=None, names={},
         completion_length=learned, length=64, images=4, directory=pictures, size=(8, 8),
         resize="stretch", batch_size=1, seed=0, max_rejected=0.5,
