@@ -53,6 +53,7 @@ class Option(NamedTuple):
 POSITIVE = Valid(lambda x: math.isfinite(x) and x > 0, "greater than 0")
 NON_NEGATIVE = Valid(lambda x: math.isfinite(x) and x >= 0, "at least 0")
 POSITIVE_FRACTION = Valid(lambda x: 0 < x <= 1, "in (0, 1]")
+BELOW_ONE = Valid(lambda x: 0 <= x < 1, "in [0, 1)")
 PATTERN = Valid(lambda x: _compiles(x), "a regular expression")
 NON_EMPTY = Valid(lambda x: len(x) > 0, "not empty")
 TEXTS = Valid(lambda x: all(isinstance(text, str) for text in x), "a tuple of strings")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mmrl_jax.config.options import Valid, option
+from mmrl_jax.config.options import BELOW_ONE, Valid, option
 from mmrl_jax.stability import gradient_surgery
 from mmrl_jax.types import Metrics, Params
 
@@ -42,7 +42,7 @@ class SurgeryOptions:
     cagrad_c: float = option(
         0.4,
         "Largest distance of CAGrad's direction from the mean gradient, relative to its norm.",
-        Valid(lambda x: 0 <= x < 1, "in [0, 1)"),
+        BELOW_ONE,
     )
 
 

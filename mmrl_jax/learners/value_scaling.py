@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-from mmrl_jax.config.options import Valid, option
+from mmrl_jax.config.options import BELOW_ONE, option
 from mmrl_jax.rl import losses
 from mmrl_jax.stability import popart, return_range
 from mmrl_jax.types import Metrics, Params
@@ -26,7 +26,7 @@ class ValueScalingOptions:
     popart_decay: float = option(
         0.99,
         "Factor, per update, of the weight of earlier targets in the statistics of PopArt.",
-        Valid(lambda x: 0 <= x < 1, "in [0, 1)"),
+        BELOW_ONE,
     )
     advantage_scaling: Literal["whiten", "percentile"] = option(
         "whiten",

@@ -10,12 +10,12 @@ import ml_collections
 
 from mmrl_jax.config.loading import import_object
 from mmrl_jax.config.options import (
+    BELOW_ONE,
     NON_EMPTY,
     NON_NEGATIVE,
     POSITIVE,
     TEXTS,
     Valid,
-    between,
     option,
 )
 from mmrl_jax.config.schema import is_group
@@ -65,7 +65,7 @@ class DatasetOptions:
         POSITIVE,
     )
     max_rejected: float = option(
-        0.01, "Maximum fraction of records, below 1, that may be rejected.", between(0, 1)
+        0.01, "Maximum fraction of records, below 1, that may be rejected.", BELOW_ONE
     )
     validation_size: int = option(
         64,
@@ -137,7 +137,7 @@ class RewardOptions:
         0.1,
         "Maximum fraction of the completions of an evaluation whose reward may have failed; above "
         "it, the return is not reported and does not select a checkpoint.",
-        Valid(lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        BELOW_ONE,
     )
 
 

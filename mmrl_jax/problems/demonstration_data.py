@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mmrl_jax.config.options import NON_EMPTY, POSITIVE, Valid, build, option
+from mmrl_jax.config.options import BELOW_ONE, NON_EMPTY, POSITIVE, build, option
 from mmrl_jax.data import files, formats, packed
 from mmrl_jax.data.images import LETTERBOX
 from mmrl_jax.data.mapping import FeatureMapping, Target
@@ -76,7 +76,7 @@ class DataOptions:
     max_rejected: float = option(
         0.01,
         "Maximum fraction of episodes, below 1, that may be set aside because they cannot be used.",
-        Valid(lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        BELOW_ONE,
     )
 
 

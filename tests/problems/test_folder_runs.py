@@ -797,6 +797,7 @@ def test_prompts_that_are_too_long_are_set_aside(make_config, tmp_path):
             {"dataset__test_directory": "x"},
             "dataset.test_size=2, dataset.test_directory='x': the t",
         ),
+        ({"dataset__max_rejected": 1.0}, r"'dataset.max_rejected' is 1.0, but must be in \[0, 1\)"),
         ({"dataset__resize": "crop"}, "'dataset.resize' is 'crop'"),
         ({"rewards__max_failed": 1.0}, "'rewards.max_failed' is 1.0"),
     ],
