@@ -98,7 +98,7 @@ class PPO(EntropyOptions, AdaptiveKLOptions, SurgeryOptions, ValueScalingOptions
         return tuple(name for name, coefficient in coefficients.items() if coefficient > 0)
 
 
-# Options that have an effect only beside another one, and the values of that one without which.
+# Options that depend on another one, and the values of that one with which they have no effect.
 _DEPENDENT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "min_learning_rate": ("desired_kl", (None,)),
     "max_learning_rate": ("desired_kl", (None,)),

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrl_jax import problems
+from mmrl_jax import problems, runs
 from mmrl_jax.learners import dapg, learner, loss_gradients, ppo
+from mmrl_jax.monitoring import metrics as metrics_lib
 from tests import tiny
 from tests.learners.test_ppo import PLAIN, SGD, jit, prepared, record, run
 from tests.linear_policy import apply as linear
@@ -188,9 +189,12 @@ def test_options_without_an_effect_are_refused(config, changes, message):
         problems.make(tiny.config(**config, **changes))
 
 
-def test_a_perceptron_has_surgery_between_the_parts_of_its_actor():
+def test_a_perceptron_has_surgery_between_the_parts_of_its_actor(tmp_path):
     changes = SURGERY | {"ppo__surgery_parts": ("policy", "entropy"), "ppo__entropy_coef": 0.1}
-    problems.make(tiny.config(**MLP, **changes))
+    runs.train(tiny.config(**MLP, **changes, last__num_updates=1), tmp_path)
+    rows = [x for x in metrics_lib.read_jsonl(tmp_path / "metrics.jsonl") if "grad/norm" in x]
+    # Gradients that share no parameters have the cosine 1.
+    assert [-1 <= x["grad/min_cosine"] < 1 for x in rows] == [True]
 
 
 def test_fewer_than_two_parts_are_refused():
