@@ -81,13 +81,13 @@ def chosen_seeds(texts: Sequence[str] | None, count: int) -> Sequence[int]:
     """Returns the seeds to run.
 
     Args:
-      texts: Seeds as text, from the command line; None for all of the study.
+      texts: Seeds as text, from the command line; None or empty for all of the study.
       count: Number of seeds of the study, which are those from 0 to `count` - 1.
 
     Raises:
       ValueError: If a text is no seed of the study.
     """
-    if texts is None:
+    if not texts:
         return range(count)
     for text in texts:
         if text not in map(str, range(count)):

@@ -74,11 +74,20 @@ def test_a_study_goes_on_where_it_was_stopped(made_up, tmp_path):
 
 
 def test_seeds_can_be_chosen():
-    assert list(study.chosen_seeds(None, 3)) == [0, 1, 2]
+    assert list(study.chosen_seeds(None, 3)) == list(study.chosen_seeds([], 3)) == [0, 1, 2]
     assert study.chosen_seeds(["2", "0"], 3) == [2, 0]
     for text in ("3", "-1", "one", "01"):
         with pytest.raises(ValueError, match=f"--seeds has '{text}', but .* are 0 to 2"):
             study.chosen_seeds([text], 3)
+
+
+def test_processes_with_different_seeds_share_a_study(made_up, tmp_path):
+    module, ran = made_up
+    for seeds in ([2], [0]):
+        assert study.run(module, tmp_path, ["plain"], seeds)
+    assert ran == [("plain", 2), ("plain", 0)]
+    row = next(csv.DictReader((tmp_path / "table.csv").open()))
+    assert row["seeds"] == "2" and float(row["iqm"]) == pytest.approx((0.1 + 0.6) / 2)
 
 
 def test_a_study_writes_its_tables(made_up, tmp_path):
